@@ -1,0 +1,112 @@
+"""The append-only record of a study: one JSON object a line, true once it is there.
+
+A row is keyed by what it is about (stage, precision, engine, setting, task, repeat) and carries the fingerprint of
+what it was measured with. The newest row of a key is the one shown; a row with the asked fingerprint is never
+measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from qnb.error import InputError
+
+KEY = ("stage", "precision", "engine", "setting", "task", "repeat")
+
+
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits that change when any of `parts` does."""
+    return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+class Ledger:
+    """Rows of one study in `folder`/ledger.jsonl.
+
+    Parameters
+    ----------
+    folder
+        The study's folder; made on the first append.
+
+    Raises
+    ------
+    InputError
+        `folder` is a file, or a complete line of the ledger is not a row. A torn last line, as a killed process
+        leaves it, is passed over and cut off by the next append.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / "ledger.jsonl"
+        self._rows: list[dict[str, Any]] = []
+        self._newest: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._end = 0
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"output {self.folder} is a file; give a folder, or a name that does not exist yet")
+        if self.path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    row = json.loads(line)
+                    self._add({**dict.fromkeys(KEY, ""), **row})
+                except (ValueError, TypeError) as error:
+                    raise InputError(
+                        f"{self.path}, line {number}, is not a row of a study ({error}); "
+                        "remove that line, or give another output folder"
+                    ) from error
+                self._end += len(line)
+
+    def _add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        self._newest[tuple(row[name] for name in KEY)] = row
+
+    def append(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Write one row, whole and flushed to disk, and return it with its time stamp."""
+        stamp = datetime.now(UTC).isoformat(timespec="seconds")
+        row = {**dict.fromkeys(KEY, ""), "measured_at": stamp, **row}
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.path.open("r+b" if self.path.exists() else "w+b") as file:
+            file.truncate(self._end)  # drops the torn line of a killed process
+            file.seek(self._end)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self._end += len(line)
+        self._add(row)
+        return row
+
+    def find(self, **wanted: Any) -> dict[str, Any] | None:
+        """Return the newest row whose fields equal those given; None if there is none.
+
+        A row that answers but is not the newest of its key is appended again, so that what was asked last is what
+        is shown.
+        """
+        for row in reversed(self._rows):
+            if all(row.get(name) == value for name, value in wanted.items()):
+                newest = self._newest[tuple(row[name] for name in KEY)]
+                return row if row is newest else self.append(row)
+        return None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Iterate over the newest row of each key, in the order the keys first came."""
+        return iter(self._newest.values())
+
+    def __len__(self) -> int:
+        return len(self._newest)
+
+    def frame(self, stage: str) -> pd.DataFrame:
+        """Return the newest rows of one stage, a column a field; empty if nothing was measured."""
+        return pd.DataFrame([row for row in self if row["stage"] == stage])
