@@ -137,7 +137,7 @@ def _wide_products(device: str) -> Iterator[None]:
         wide = native(input.float(), weight.float(), None if bias is None else bias.float())
         return wide.to(input.dtype)
 
-    functional.linear = linear  # type: ignore[assignment]
+    functional.linear = linear
     try:
         yield
     finally:

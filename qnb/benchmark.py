@@ -87,6 +87,12 @@ def run(
     ----------
     model
         A loaded model; its device is the one watched.
+    workload
+        Prompts and the number of new tokens.
+    batch_size
+        Rows a batch; the last batch may be smaller.
+    engine
+        A name in `decode.ENGINES`.
     baseline_mib
         What the sensor read before the model was loaded.
     period_s

@@ -30,7 +30,7 @@ def eager(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: 
         pad_id = eos[0] if isinstance(eos, list) else eos or 0
     ids, mask = pad(prompts, pad_id, model.device)
     with torch.inference_mode():
-        out = model.generate(
+        out = model.generate(  # type: ignore[operator]  # transformers types the mixin loosely
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=new_tokens,

@@ -1,0 +1,74 @@
+"""What this machine is: device, memory, 16-bit types, library versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+MIB = 2**20
+LIBRARIES = ("torch", "transformers", "bitsandbytes", "lm_eval", "datasets", "accelerate")
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """The device a study runs on."""
+
+    kind: str  # "cuda" or "cpu"
+    name: str
+    memory_mib: float
+    bf16: str  # "native", or "emulated" where the hardware has no bfloat16 units
+    driver: str  # "" without a GPU
+
+
+def detect() -> Device:
+    """Describe the device torch would use: its first GPU, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Device(
+            kind="cuda",
+            name=properties.name,
+            memory_mib=properties.total_memory / MIB,
+            bf16="native" if native else "emulated",
+            driver=_driver(),
+        )
+    import psutil
+
+    flags = _cpu_field("flags").split()
+    native = bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+    name = f"{_cpu_field('model name') or platform.machine()}, {os.cpu_count()} cores"
+    return Device("cpu", name, psutil.virtual_memory().total / MIB, "native" if native else "emulated", "")
+
+
+def _cpu_field(name: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
+
+
+def _driver() -> str:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide what is measured; "absent" for a library that is not installed."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found

@@ -1,0 +1,546 @@
+"""One model across precisions: the only thing a notebook holds.
+
+Every stage asks the ledger first and measures what is missing; a checkpoint that a stage needs and does not find is
+made. Precisions take turns within a repeat, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from qnb import __version__, device, table
+from qnb.error import InputError
+from qnb.ledger import Ledger, fingerprint
+from qnb.precision import Precision, parse
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qnb.benchmark import Run
+    from qnb.model import Source
+    from qnb.workload import Workload
+
+Count = int | str  # a number, or "auto": what the device allows in minutes
+AUTO: dict[str, dict[str, int]] = {
+    "cuda": {"bs1_requests": 20, "maxbatch_requests": 512, "prompt_tokens": 128, "new_tokens": 100, "limit": 200,
+             "batch_size": 32, "max_batch": 512, "memory_mib": 0},
+    "cpu": {"bs1_requests": 4, "maxbatch_requests": 16, "prompt_tokens": 32, "new_tokens": 8, "limit": 12,
+            "batch_size": 8, "max_batch": 16, "memory_mib": 400},
+}  # fmt: skip
+
+ROOT = Path(__file__).resolve().parents[1]  # of the checkout the package runs from
+
+
+def locate(output: str | Path) -> Path:
+    """Return the study's folder: a relative path is taken from the checkout, or from where one is if there is none.
+
+    So the five notebooks meet in one folder, from whichever folder each is opened.
+    """
+    path = Path(output).expanduser()
+    base = ROOT if (ROOT / "notebooks").is_dir() else Path.cwd()
+    return path if path.is_absolute() else base / path
+
+
+class Study:
+    """A model, precisions, and the folder in which everything measured of them lies.
+
+    Parameters
+    ----------
+    model
+        ``auto``, ``smollm2-135m``, ``shape:llama-3.2-1b``, a hub id or a local folder; see `qnb.model.resolve`.
+    precisions
+        Names separated by commas; ``"study"`` is bf16, fp16, int8, int4, nf4.
+    output
+        The study's folder, relative to the checkout.
+    data_dir
+        A folder laid out like the hub's dataset repositories; empty reads the hub.
+    seed
+        Decides which prompts are drawn, and their order.
+    overwrite
+        Measure again what is there already.
+
+    Raises
+    ------
+    InputError
+        A precision or model is unknown, `output` cannot be written or holds another model's study, or `data_dir` is
+        no folder.
+    """
+
+    def __init__(
+        self,
+        model: str = "auto",
+        precisions: str | Iterable[str] = "study",
+        output: str | Path = "outputs/demo",
+        data_dir: str | Path = "",
+        seed: int = 0,
+        overwrite: bool = False,
+    ) -> None:
+        self.precisions = parse(precisions)
+        self.folder = locate(output)
+        self.data_dir = Path(data_dir).expanduser().resolve() if str(data_dir) else None
+        self.seed, self.overwrite = seed, overwrite
+        if self.data_dir and not self.data_dir.is_dir():
+            raise InputError(f"data_dir {data_dir} is not a folder; give one laid out like the hub, or leave it empty")
+        self.ledger = Ledger(self.folder)
+        parent = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        if not os.access(parent, os.W_OK):
+            raise InputError(f"output {self.folder} cannot be written (no right to write in {parent}); give another")
+        self.model = model
+        self._check_model()
+
+    def _check_model(self) -> None:
+        record = self._record
+        known = {record.get("asked"), record.get("name")}
+        if record and self.model not in known | {"auto"}:
+            raise InputError(
+                f"output {self.folder} holds a study of {record['name']}, not of {self.model}; give another output "
+                "folder, or remove this one"
+            )
+        from qnb.model import EMBEDDED, SHAPE
+
+        named = self.model in ("auto", EMBEDDED, SHAPE) or Path(self.model).expanduser().is_dir()
+        if not named and (self.model.startswith((".", "/", "~", "shape:")) or self.model.count("/") != 1):
+            from qnb.model import resolve
+
+            resolve(self.model, "cpu")  # raises the error that names the alternatives
+
+    @property
+    def _record(self) -> dict[str, Any]:
+        path = self.folder / "study.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    @cached_property
+    def device(self) -> device.Device:
+        """The device everything is measured on."""
+        return device.detect()
+
+    @cached_property
+    def source(self) -> Source:
+        """The model as released; fetched on first use and then remembered in study.json."""
+        from qnb.model import Source, resolve
+
+        record = self._record
+        if record and Path(record["path"]).is_dir():
+            return Source(**{name: record[name] for name in Source.__slots__})
+        source = resolve(record.get("name", self.model), self.device.kind)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.folder / "study.json.draft"
+        draft.write_text(json.dumps({"asked": self.model, **asdict(source)}, indent=1))
+        draft.replace(self.folder / "study.json")
+        return source
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """Versions of the libraries that decide what is measured."""
+        return {"qnb": __version__, **device.versions()}
+
+    def card(self) -> pd.DataFrame:
+        """Return the study's card: what is measured, on what, with what, and what is done already."""
+        here, done = self.device, Counter(row["stage"] for row in self.ledger)
+        facts = {
+            "model": f"{self.source.name} ({self.source.why})",
+            "weights": f"fingerprint {self.source.fingerprint}" + (", random" if self.source.random_weights else ""),
+            "precisions": ", ".join(precision.name for precision in self.precisions),
+            "device": f"{here.name}, {here.memory_mib / 1024:.1f} GiB"
+            + (f", driver {here.driver}" if here.driver else ""),
+            "bfloat16": here.bf16,
+            "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+            "output": str(self.folder),
+            "already measured": ", ".join(f"{count} {stage} rows" for stage, count in done.items()) or "nothing",
+        }
+        return pd.DataFrame({"": facts})
+
+    def count(self, name: str, value: Count, auto: str = "") -> int:
+        """Return a count as a number: what was given, or for ``"auto"`` what suits the device.
+
+        Raises
+        ------
+        InputError
+            `value` is neither ``"auto"`` nor a whole number of at least 1.
+        """
+        if value == "auto":
+            return AUTO[self.device.kind][auto or name]
+        if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
+            raise InputError(f"{name} is {value!r}; give a whole number of at least 1, or 'auto'")
+        return int(value)
+
+    # What is asked and found is not measured again.
+
+    def _key(self, stage: str, precision: Precision, asked: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """Return a row's key and fingerprint: weights, precision, parameters, versions, device."""
+        parts = {
+            "weights": self.source.fingerprint,
+            "quantization": precision.quantization,
+            "dtype": precision.dtype,
+            "device": self.device.name,
+            "versions": self.versions,
+            "asked": asked,
+        }
+        return {"stage": stage, "precision": precision.name, **more, "fingerprint": fingerprint(parts)}
+
+    def _find(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        return None if self.overwrite else self.ledger.find(**key)
+
+    def _append(self, key: dict[str, Any], asked: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        context = {
+            "model": self.source.name,
+            "picked": self.source.why,
+            "device": self.device.name,
+            "bf16": self.device.bf16,
+            "versions": self.versions,
+        }
+        return self.ledger.append({**key, **asked, **values, **context})
+
+    def _bar(self, total: int, what: str) -> tqdm:
+        return tqdm(total=total, desc=what, unit="step", leave=False)
+
+    # 01: checkpoints
+
+    def quantize(self, push_to: str = "", private: bool = True) -> pd.DataFrame:
+        """Make, save, reload and prove every precision's checkpoint; return a row each.
+
+        Parameters
+        ----------
+        push_to
+            A hub name such as ``you/llama-3.2-1b``; each checkpoint is uploaded to ``<push_to>-<precision>``.
+        private
+            Whether repositories made for that are private.
+
+        Raises
+        ------
+        InputError
+            The model cannot be had, or the push is refused.
+        """
+        with self._bar(len(self.precisions), "quantize") as bar:
+            for precision in self.precisions:
+                bar.set_postfix_str(precision.name)
+                folder = self.checkpoint(precision)
+                if push_to:
+                    from qnb.model import push
+
+                    push(folder, f"{push_to}-{precision.name}", private)
+                bar.update()
+        return self.frame("quantize")
+
+    def checkpoint(self, precision: Precision, say: bool = False) -> Path:
+        """Return the folder of a precision's checkpoint, made now if it is not there."""
+        from qnb.model import convert, intact
+
+        folder = self.folder / "checkpoints" / precision.name
+        key = self._key("quantize", precision, {})
+        if intact(folder) and self._find(key):
+            return folder
+        if say:
+            tqdm.write(f"{precision.name}: no checkpoint in {folder.parent} yet, making it")
+        made = convert(self.source, precision, folder, self.device.kind)
+        values = {**asdict(made), "weights_mib": made.weights_mib, "bits": precision.bits}
+        self._append(key, {}, {name: value for name, value in values.items() if name != "precision"})
+        return folder
+
+    @contextmanager
+    def loaded(self, precision: Precision) -> Iterator[tuple[PreTrainedModel, Any, float]]:
+        """Load a precision's checkpoint for a while: (model, tokenizer, memory in MiB before it was loaded)."""
+        from qnb.model import load, load_tokenizer, release
+        from qnb.monitor import sensor
+
+        folder = self.checkpoint(precision, say=True)
+        release()
+        baseline_mib = sensor(self.device.kind).sample().get("memory_mib", 0.0)
+        model = load(folder, precision, self.device.kind)
+        try:
+            yield model, load_tokenizer(folder), baseline_mib
+        finally:
+            del model
+            release()
+
+    # 02: accuracy
+
+    def accuracy(self, tasks: str = "auto", limit: Count = "auto", batch_size: Count = "auto") -> pd.DataFrame:
+        """Evaluate every precision on every task; return a row a task, metric and precision.
+
+        Parameters
+        ----------
+        tasks
+            ``"sample"``, ``"paper"``, ``"auto"`` (the paper's with a GPU, else the sample) or names of lm-eval tasks.
+        limit
+            Items a task, the first of each; ``"all"`` takes all.
+        batch_size
+            Rows a forward pass.
+
+        Raises
+        ------
+        InputError
+            A task is unknown, its data cannot be read, a count is not positive, or the weights are random.
+        """
+        from qnb.accuracy import Evaluator
+
+        most = None if limit == "all" else self.count("limit", limit)
+        rows = self.count("batch_size", batch_size)
+        if self.model.startswith("shape:") or self.source.random_weights:
+            raise InputError(
+                f"model {self.source.name} has random weights, so its accuracy means nothing; take smollm2-135m, "
+                "or a model from the hub"
+            )
+        if tasks == "auto":
+            tasks = "sample" if self.device.kind == "cpu" else "paper"
+        evaluator = Evaluator(tasks, most, rows, self.data_dir)
+        asked = {"limit": most or "all", "batch_size": rows}
+        keys = {
+            (precision.name, task): self._key("accuracy", precision, asked, task=task)
+            for precision in self.precisions
+            for task in evaluator.tasks
+        }
+        missing = {pair for pair, key in keys.items() if not self._scored(key)}
+        with self._bar(len(keys), "accuracy") as bar:
+            bar.update(len(keys) - len(missing))
+            for precision in self.precisions:
+                todo = [task for task in evaluator.tasks if (precision.name, task) in missing]
+                if not todo:
+                    continue
+                with self.loaded(precision) as (model, tokenizer, _):
+                    for task in todo:
+                        bar.set_postfix_str(f"{precision.name} {task}")
+                        result = evaluator.evaluate(model, tokenizer, task)
+                        path = self._items_path(task, precision.name)
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        result.items.to_parquet(path.with_suffix(".draft"))
+                        path.with_suffix(".draft").replace(path)
+                        values = {"scores": [asdict(score) for score in result.scores], "items_sha256": _digest(path)}
+                        self._append(keys[precision.name, task], asked, values)
+                        bar.update()
+        return self.scores()
+
+    def _items_path(self, task: str, precision: str) -> Path:
+        return self.folder / "items" / f"{task}.{precision}.parquet"
+
+    def _scored(self, key: dict[str, Any]) -> bool:
+        """Return whether a row answers and its items are those it was counted from."""
+        row, path = self._find(key), self._items_path(key["task"], key["precision"])
+        return row is not None and path.exists() and _digest(path) == row["items_sha256"]
+
+    def items(self, task: str, precision: str) -> pd.DataFrame:
+        """Return every item of an evaluated task: gold, picked, correct, log-likelihoods and probabilities."""
+        return pd.read_parquet(self._items_path(task, precision))
+
+    # 03 and 04: performance
+
+    def workload(
+        self,
+        setting: str,
+        requests: Count = "auto",
+        prompt_tokens: Count = "auto",
+        new_tokens: Count = "auto",
+        prompts: str = "auto",
+    ) -> Workload:
+        """Return the prompts every precision gets.
+
+        Parameters
+        ----------
+        setting
+            ``"bs1"`` or ``"maxbatch"``, for the number of requests that suits it.
+        requests, prompt_tokens, new_tokens
+            How many prompts, of at most how many tokens, and the new tokens asked of each.
+        prompts
+            ``"wikitext"``, ``"sample"``, or ``"auto"``: WikiText-2 where there is a GPU or a `data_dir`.
+
+        Raises
+        ------
+        InputError
+            A count is not positive, or the prompts cannot be had.
+        """
+        from qnb.model import load_tokenizer
+        from qnb.workload import load
+
+        if prompts == "auto":
+            prompts = "wikitext" if self.device.kind == "cuda" or self.data_dir else "sample"
+        counts = (
+            self.count("requests", requests, f"{setting}_requests"),
+            self.count("prompt_tokens", prompt_tokens),
+            self.count("new_tokens", new_tokens),
+        )
+        return load(load_tokenizer(self.source.path), prompts, *counts, self.data_dir, self.seed)
+
+    def perf_bs1(self, workload: Workload, repeats: int = 1, engine: str = "eager") -> pd.DataFrame:
+        """Time the workload one request at a time; return a row a precision and repeat (Table 3).
+
+        Raises
+        ------
+        InputError
+            `repeats` is below 1.
+        """
+        from qnb.benchmark import run
+
+        self.count("repeats", repeats)
+        asked = {"workload": workload.fingerprint, "prompts": workload.source}
+        with self._bar(repeats * len(self.precisions), "batch size 1") as bar:
+            for repeat, precision in self._turns(repeats):
+                bar.set_postfix_str(precision.name)
+                key = self._key("perf", precision, asked, engine=engine, setting="bs1", repeat=repeat)
+                if not self._find(key):
+                    with self.loaded(precision) as (model, _, baseline_mib):
+                        timed = run(model, workload, 1, engine, baseline_mib)
+                    self._append(key, asked, _values(timed))
+                bar.update()
+        return self.frame("perf", "bs1")
+
+    def perf_maxbatch(
+        self,
+        workload: Workload,
+        max_batch: Count = "auto",
+        memory_mib: Count = "auto",
+        repeats: int = 1,
+        engine: str = "eager",
+    ) -> pd.DataFrame:
+        """Find each precision's largest batch, then time the workload at it; return a row each (Table 4).
+
+        Parameters
+        ----------
+        workload
+            The requests; the search takes the longest of them with all its new tokens.
+        max_batch
+            The largest batch worth trying.
+        memory_mib
+            The memory allowed; ``"auto"`` is a whole GPU. On a CPU it is how much the process may grow.
+        repeats
+            Timed passes, precisions taking turns.
+        engine
+            A name in `decode.ENGINES`.
+
+        Raises
+        ------
+        InputError
+            A count is not positive, or not even one request fits.
+        """
+        from qnb.benchmark import largest_batch, run
+
+        self.count("repeats", repeats)
+        allowed_mib = self.count("memory_mib", memory_mib)
+        limit_mib = float(allowed_mib or self.device.memory_mib)
+        cap = min(self.count("max_batch", max_batch), len(workload.prompts))
+        wanted = {
+            "workload": workload.fingerprint,
+            "prompts": workload.source,
+            "memory_limit_mib": limit_mib,
+            "cap": cap,
+        }
+        with self._bar((1 + repeats) * len(self.precisions), "largest batch") as bar, self._limited(allowed_mib):
+            searched = {}
+            for precision in self.precisions:
+                bar.set_postfix_str(f"search {precision.name}")
+                key = self._key("batch", precision, wanted, engine=engine)
+                row = self._find(key)
+                if row is None:
+                    with self.loaded(precision) as (model, _, baseline_mib):
+                        largest = largest_batch(model, workload, limit_mib, cap, engine, baseline_mib)
+                    row = self._append(key, wanted, asdict(largest))
+                searched[precision.name] = row
+                bar.update()
+            for repeat, precision in self._turns(repeats):
+                bar.set_postfix_str(precision.name)
+                found = searched[precision.name]
+                asked = {**wanted, "batch_size": found["batch_size"], "capped": found["capped"]}
+                key = self._key("perf", precision, asked, engine=engine, setting="maxbatch", repeat=repeat)
+                if not self._find(key):
+                    with self.loaded(precision) as (model, _, baseline_mib):
+                        timed = run(model, workload, found["batch_size"], engine, baseline_mib)
+                    self._append(key, asked, _values(timed))
+                bar.update()
+        return self.frame("perf", "maxbatch")
+
+    def _turns(self, repeats: int) -> Iterator[tuple[int, Precision]]:
+        """Let precisions take turns, each repeat beginning with another one."""
+        count = len(self.precisions)
+        for repeat in range(repeats):
+            for place in range(count):
+                yield repeat, self.precisions[(place + repeat) % count]
+
+    @contextmanager
+    def _limited(self, allowed_mib: int) -> Iterator[None]:
+        """Hold a GPU's allocator to `allowed_mib` for a while; 0 leaves it the whole device."""
+        if self.device.kind != "cuda" or not allowed_mib:
+            yield
+            return
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_mib / self.device.memory_mib))
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+    # what was measured
+
+    def frame(self, stage: str, setting: str = "") -> pd.DataFrame:
+        """Return the newest rows of a stage for this study's precisions, in their order."""
+        rows = self.ledger.frame(stage)
+        if rows.empty:
+            return rows
+        if setting:
+            rows = rows[rows.setting == setting]
+        order = {precision.name: place for place, precision in enumerate(self.precisions)}
+        rows = rows[rows.precision.isin(order)]
+        rows = rows.sort_values("precision", key=lambda names: names.map(order), kind="stable")
+        return rows.dropna(axis="columns", how="all").reset_index(drop=True)
+
+    def figures(self) -> dict[str, Any]:
+        """Draw the paper's six figures, save them below ``figures/``, and return them by name."""
+        from qnb import figure
+
+        tables = {2: self.table2(), 3: self.table3(), 4: self.table4()}
+        self.table1()
+        drawn = figure.draw_all(self.scores(), tables)
+        figure.save(drawn, self.folder / "figures")
+        return drawn
+
+    def scores(self) -> pd.DataFrame:
+        """Return a row a task, metric, filter and precision."""
+        return table.scores(self.frame("accuracy"))
+
+    def table1(self) -> pd.DataFrame:
+        """Accuracy with standard errors, the aggregate, and the published values beside."""
+        return self._save("table1_accuracy", table.accuracy(self.scores()))
+
+    def table2(self) -> pd.DataFrame:
+        """Change against BF16 in points and relative, with a paired test, and the published values beside."""
+        return self._save("table2_change", table.change(self.frame("accuracy"), self.items))
+
+    def table3(self) -> pd.DataFrame:
+        """Performance at batch size 1, and the published values beside."""
+        return self._save("table3_bs1", table.performance(self.frame("perf", "bs1"), 3))
+
+    def table4(self) -> pd.DataFrame:
+        """Performance at the largest batch, and the published values beside."""
+        return self._save("table4_maxbatch", table.performance(self.frame("perf", "maxbatch"), 4))
+
+    def _save(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
+        if not frame.empty:
+            folder = self.folder / "tables"
+            folder.mkdir(parents=True, exist_ok=True)
+            frame.to_csv(folder / f"{name}.csv", index=False)
+        return frame
+
+
+def _values(timed: Run) -> dict[str, Any]:
+    """Return a run's measured fields, flat: the usage's beside the run's own."""
+    values = asdict(timed)
+    usage = values.pop("usage")
+    values.pop("engine")  # part of the row's key
+    derived = ("throughput_rps", "throughput_tps", "seconds_per_request", "batch_latency_s", "memory_mib")
+    values |= {name: getattr(timed, name) for name in derived}
+    return {**values, **{f"monitor_{name}": value for name, value in usage.items()}}
+
+
+def _digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
