@@ -72,3 +72,16 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "absent"
     return found
+
+
+def quantizes(kind: str) -> bool:
+    """Return whether bitsandbytes can quantize a matrix on this kind of device and multiply by it."""
+    import torch
+
+    try:
+        from bitsandbytes import functional
+
+        packed, state = functional.quantize_4bit(torch.ones(64, 64, device=kind), quant_type="nf4")
+        return bool(torch.equal(functional.dequantize_4bit(packed, state), torch.ones(64, 64, device=kind)))
+    except (ImportError, RuntimeError, NotImplementedError, OSError):
+        return False

