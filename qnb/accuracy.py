@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from qnb.error import InputError
+from qnb.model import quiet
 from qnb.workload import DATA
 
 if TYPE_CHECKING:
@@ -102,14 +103,26 @@ def _manager(sample_only: bool = False) -> Any:
 def _hushed() -> Iterator[None]:
     """Keep lm-eval's and datasets' notices and bars out of the way for a while."""
     import datasets
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+    from tqdm import tqdm
+
+    def hidden(*things: Any, **options: Any) -> tqdm:
+        return tqdm(*things, **{**options, "disable": True})
 
     library = logging.getLogger("lm_eval")
     level, bars = library.level, datasets.are_progress_bars_disabled()
     library.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    drawing = (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface)  # draw bars whatever they are told
+    for module in drawing:
+        module.tqdm = hidden
     try:
         yield
     finally:
+        for module in drawing:
+            module.tqdm = tqdm
         library.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
@@ -214,7 +227,7 @@ class Evaluator:
 
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size)
             manager.load = lambda names: loaded
-            with _wide_products(model.device.type):
+            with quiet(), _wide_products(model.device.type):
                 results = lm_eval.simple_evaluate(
                     lm, tasks=[task], task_manager=manager, limit=self.limit, bootstrap_iters=100, log_samples=True
                 )

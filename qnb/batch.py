@@ -111,6 +111,6 @@ def _next(probes: list[Probe], limit_mib: float, good: int, bad: int, step: int)
         aim = int(min(high + (limit_mib - high_mib) / slope, 64 * good)) if slope > 0 else 2 * good
         if aim <= good:  # the line ends here: one step up closes the bracket
             aim = good + step
-        elif aim >= bad:  # the line is no help inside the bracket
-            aim = (good + bad) // 2
+        elif aim >= bad:  # nothing failed yet: the whole of what was asked; else the line is no help in the bracket
+            aim = (good + bad) // 2 if any(not p.fits for p in probes) else bad - 1
     return max(good + 1, min(aim, bad - 1))

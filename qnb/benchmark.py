@@ -157,7 +157,6 @@ def largest_batch(
     generate, device = ENGINES[engine], model.device
 
     def try_batch(batch_size: int) -> float | None:
-        release()
         prompts = [workload.longest] * batch_size
         try:
             if device.type == "cuda":

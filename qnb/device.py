@@ -25,18 +25,20 @@ class Device:
 
 def detect() -> Device:
     """Describe the device torch would use: its first GPU, else the CPU."""
-    import torch
+    driver = _driver()
+    if driver:  # importing torch takes seconds, and without a driver there is nothing to ask it
+        import torch
 
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return Device(
-            kind="cuda",
-            name=properties.name,
-            memory_mib=properties.total_memory / MIB,
-            bf16="native" if native else "emulated",
-            driver=_driver(),
-        )
+        if torch.cuda.is_available():
+            properties = torch.cuda.get_device_properties(0)
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return Device(
+                kind="cuda",
+                name=properties.name,
+                memory_mib=properties.total_memory / MIB,
+                bf16="native" if native else "emulated",
+                driver=driver,
+            )
     import psutil
 
     flags = _cpu_field("flags").split()
@@ -54,13 +56,14 @@ def _cpu_field(name: str) -> str:
 
 
 def _driver() -> str:
+    """Return the NVIDIA driver's version, or nothing where none answers."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
     except pynvml.NVMLError:
-        return "unknown"
+        return ""
 
 
 def versions() -> dict[str, str]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pandas as pd
 
@@ -50,23 +51,27 @@ class Ledger:
         self._end = 0
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"output {self.folder} is a file; give a folder, or a name that does not exist yet")
-        if self.path.exists():
-            self._read()
+        self.refresh()
 
-    def _read(self) -> None:
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    row = json.loads(line)
-                    self._add({**dict.fromkeys(KEY, ""), **row})
-                except (ValueError, TypeError) as error:
-                    raise InputError(
-                        f"{self.path}, line {number}, is not a row of a study ({error}); "
-                        "remove that line, or give another output folder"
-                    ) from error
-                self._end += len(line)
+    def refresh(self) -> None:
+        """Take in the rows that another notebook has appended to the same study since the last look."""
+        if self.path.exists() and self.path.stat().st_size > self._end:
+            with self.path.open("rb") as file:
+                self._read(file)
+
+    def _read(self, file: BinaryIO) -> None:
+        file.seek(self._end)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                self._add({**dict.fromkeys(KEY, ""), **json.loads(line)})
+            except (ValueError, TypeError) as error:
+                raise InputError(
+                    f"{self.path}, line {len(self._rows) + 1}, is not a row of a study ({error}); "
+                    "remove that line, or give another output folder"
+                ) from error
+            self._end += len(line)
 
     def _add(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
@@ -78,7 +83,9 @@ class Ledger:
         row = {**dict.fromkeys(KEY, ""), "measured_at": stamp, **row}
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self.path.open("r+b" if self.path.exists() else "w+b") as file:
+        self.path.touch()
+        with self.path.open("r+b") as file, _alone(file):
+            self._read(file)
             file.truncate(self._end)  # drops the torn line of a killed process
             file.seek(self._end)
             file.write(line)
@@ -94,6 +101,7 @@ class Ledger:
         A row that answers but is not the newest of its key is appended again, so that what was asked last is what
         is shown.
         """
+        self.refresh()
         for row in reversed(self._rows):
             if all(row.get(name) == value for name, value in wanted.items()):
                 newest = self._newest[tuple(row[name] for name in KEY)]
@@ -102,6 +110,7 @@ class Ledger:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Iterate over the newest row of each key, in the order the keys first came."""
+        self.refresh()
         return iter(self._newest.values())
 
     def __len__(self) -> int:
@@ -110,3 +119,19 @@ class Ledger:
     def frame(self, stage: str) -> pd.DataFrame:
         """Return the newest rows of one stage, a column a field; empty if nothing was measured."""
         return pd.DataFrame([row for row in self if row["stage"] == stage])
+
+
+@contextmanager
+def _alone(file: BinaryIO) -> Iterator[None]:
+    """Keep other processes from appending meanwhile, where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_UN)

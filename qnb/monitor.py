@@ -110,7 +110,7 @@ class Window:
             source=self._source,
             samples=len(self.readings),
             duration_s=self._closed - self._opened,
-            utilization_pct=fmean(rates) if rates else None,
+            utilization_pct=min(fmean(rates), 100.0) if rates else None,
             memory_mib=fmean(memory) if memory else None,
             peak_memory_mib=max(memory) if memory else None,
             baseline_mib=self._baseline_mib,

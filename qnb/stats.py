@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
-
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -47,6 +45,8 @@ def compare(baseline: Sequence[bool], other: Sequence[bool]) -> Change:
     ValueError
         The two are of different lengths, or empty.
     """
+    from scipy.stats import binomtest  # takes a second to import, and most notebooks compare nothing
+
     pairs = list(zip(map(bool, baseline), map(bool, other), strict=True))
     if not pairs:
         raise ValueError("nothing to compare: give at least one item")

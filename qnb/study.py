@@ -26,7 +26,7 @@ from qnb.ledger import Ledger, fingerprint
 from qnb.precision import Precision, parse
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qnb.benchmark import Run
     from qnb.model import Source
@@ -143,6 +143,13 @@ class Study:
         return source
 
     @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, padding on the left; every checkpoint has the same."""
+        from qnb.model import load_tokenizer
+
+        return load_tokenizer(self.source.path)
+
+    @cached_property
     def versions(self) -> dict[str, str]:
         """Versions of the libraries that decide what is measured."""
         return {"qnb": __version__, **device.versions()}
@@ -250,13 +257,13 @@ class Study:
         self._append(key, {}, {name: value for name, value in values.items() if name != "precision"})
         return folder
 
-    def on(self, precision: Precision, measure: Callable[[PreTrainedModel, Any, float], Result]) -> Result:
+    def on(self, precision: Precision, measure: Callable[[PreTrainedModel, float], Result]) -> Result:
         """Load a precision's checkpoint, measure it, and give its memory back.
 
-        `measure` is called with the model, its tokenizer, and the memory in MiB in use before the model was loaded.
-        It must not keep the model: the next precision needs the room.
+        `measure` is called with the model, and the memory in MiB in use before it was loaded. It must not keep the
+        model: the next precision needs the room.
         """
-        from qnb.model import load, load_tokenizer, release
+        from qnb.model import load, release
         from qnb.monitor import sensor
 
         folder = self.checkpoint(precision, say=True)
@@ -264,7 +271,7 @@ class Study:
         baseline_mib = sensor(self.device.kind).sample().get("memory_mib", 0.0)
         model = load(folder, precision, self.device.kind)
         try:
-            return measure(model, load_tokenizer(folder), baseline_mib)
+            return measure(model, baseline_mib)
         finally:
             del model
             release()
@@ -312,10 +319,10 @@ class Study:
             for precision in self.precisions:
                 todo = [task for task in evaluator.tasks if (precision.name, task) in missing]
 
-                def answer(model: PreTrainedModel, tokenizer: Any, _: float, name: str = precision.name) -> None:
+                def answer(model: PreTrainedModel, _: float, name: str = precision.name) -> None:
                     for task in todo:  # noqa: B023  # called before the next turn
                         bar.set_postfix_str(f"{name} {task}")
-                        result = evaluator.evaluate(model, tokenizer, task)
+                        result = evaluator.evaluate(model, self.tokenizer, task)
                         values = {
                             "scores": [asdict(score) for score in result.scores],
                             "items_sha256": self._keep_items(task, name, result.items),
@@ -390,7 +397,6 @@ class Study:
         InputError
             A count is not positive, or the prompts cannot be had.
         """
-        from qnb.model import load_tokenizer
         from qnb.workload import load
 
         if prompts == "auto":
@@ -400,7 +406,7 @@ class Study:
             self.count("prompt_tokens", prompt_tokens),
             self.count("new_tokens", new_tokens),
         )
-        return load(load_tokenizer(self.source.path), prompts, *counts, self.data_dir, self.seed)
+        return load(self.tokenizer, prompts, *counts, self.data_dir, self.seed)
 
     def perf_bs1(self, workload: Workload, repeats: int = 1, engine: str = "eager") -> pd.DataFrame:
         """Time the workload one request at a time; return a row a precision and repeat (Table 3).
@@ -419,7 +425,7 @@ class Study:
                 bar.set_postfix_str(precision.name)
                 key = self._key("perf", precision, asked, engine=engine, setting="bs1", repeat=repeat)
                 if not self._find(key):
-                    timed = self.on(precision, lambda model, _, base_mib: run(model, workload, 1, engine, base_mib))
+                    timed = self.on(precision, lambda model, base_mib: run(model, workload, 1, engine, base_mib))
                     self._append(key, asked, _values(timed))
                 bar.update()
         return self.frame("perf", "bs1")
@@ -473,7 +479,7 @@ class Study:
                 if row is None:
                     largest = self.on(
                         precision,
-                        lambda model, _, base_mib: largest_batch(model, workload, limit_mib, cap, engine, base_mib),
+                        lambda model, base_mib: largest_batch(model, workload, limit_mib, cap, engine, base_mib),
                     )
                     row = self._append(key, wanted, asdict(largest))
                 searched[precision.name] = row
@@ -487,7 +493,7 @@ class Study:
                     size = found["batch_size"]
                     timed = self.on(
                         precision,
-                        lambda model, _, base_mib: run(model, workload, size, engine, base_mib),  # noqa: B023
+                        lambda model, base_mib: run(model, workload, size, engine, base_mib),  # noqa: B023
                     )
                     self._append(key, asked, _values(timed))
                 bar.update()
@@ -523,6 +529,9 @@ class Study:
             return rows
         if setting:
             rows = rows[rows.setting == setting]
+            in_time = rows.sort_values("measured_at", kind="stable")
+            newest = in_time.groupby(["precision", "engine"]).fingerprint.transform("last").reindex(rows.index)
+            rows = rows[rows.fingerprint == newest]  # repeats of another workload are another measurement
         order = {precision.name: place for place, precision in enumerate(self.precisions)}
         rows = rows[rows.precision.isin(order)]
         rows = rows.sort_values("precision", key=lambda names: names.map(order), kind="stable")

@@ -1,5 +1,6 @@
 """Windows over a fake sensor, the process, and NVML where there is a GPU."""
 
+import gc
 import time
 
 import pytest
@@ -36,11 +37,12 @@ def test_an_error_inside_the_window_passes_through_and_ends_the_thread():
 
 
 def test_process_sensor_sees_this_process_grow():
+    gc.collect()  # what garbage there is goes now, not between the two readings
     sense = ProcessSensor()
     before = sense.sample()["memory_mib"]
-    ballast = bytearray(64 * 2**20)
+    ballast = bytearray(b"x") * (64 * 2**20)
     after = sense.sample()["memory_mib"]
-    assert len(ballast) and 55 < after - before < 80
+    assert len(ballast) and 40 < after - before < 90
 
 
 def test_without_a_gpu_the_process_is_watched():
