@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -191,8 +192,8 @@ class Evaluator:
         self.data_dir = Path(data_dir).resolve() if data_dir else None
         self._built: dict[str, Any] = {}
 
-    def _build(self, task: str) -> tuple[Any, Any]:
-        """Return (task manager, loaded task); data sets are read here, from the folder that holds them.
+    def _build(self, task: str) -> Any:
+        """Return a task manager that holds `task` ready built; data sets are read here, from the folder that holds them.
 
         `datasets` takes a name such as ``allenai/ai2_arc`` for a folder where there is one below the working
         directory: that is how the built-in tasks and `data_dir` are found without touching the tasks.
@@ -200,16 +201,18 @@ class Evaluator:
         if task not in self._built:
             sample = task in TASKS["sample"]
             folder = DATA / "tasks" if sample else self.data_dir
-            manager = _manager(sample_only=sample)
+            manager = copy(_manager(sample_only=sample))
             try:
                 with _hushed(), contextlib.chdir(folder) if folder else contextlib.nullcontext():
-                    self._built[task] = manager, manager.load([task])
+                    loaded = manager.load([task])
             except Exception as error:  # whatever a task's loader raises, the data is what is missing
                 text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                 raise InputError(
                     f"the data of task {task!r} could not be read from {self.data_dir or 'the hub'} ({text}); "
                     "check the network, give data_dir, or take tasks='sample'"
                 ) from error
+            manager.load = lambda _: loaded
+            self._built[task] = manager
         return self._built[task]
 
     def evaluate(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str) -> Result:
@@ -220,17 +223,17 @@ class Evaluator:
         InputError
             The task's data cannot be read.
         """
-        manager, loaded = self._build(task)
+        manager = self._build(task)
         with _hushed():
             import lm_eval
             from lm_eval.models.huggingface import HFLM
 
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size)
-            manager.load = lambda names: loaded
             with quiet(), _wide_products(model.device.type):
                 results = lm_eval.simple_evaluate(
                     lm, tasks=[task], task_manager=manager, limit=self.limit, bootstrap_iters=100, log_samples=True
                 )
+        assert task in results["results"], f"asked for {task}, lm-eval answered {list(results['results'])}"
         return Result(tuple(_scores(results)), _items(results))
 
 
