@@ -193,7 +193,7 @@ class Evaluator:
         self._built: dict[str, Any] = {}
 
     def _build(self, task: str) -> Any:
-        """Return a task manager that holds `task` ready built; data sets are read here, from the folder that holds them.
+        """Return a task manager that holds `task` ready built; its data are read here, from the folder they are in.
 
         `datasets` takes a name such as ``allenai/ai2_arc`` for a folder where there is one below the working
         directory: that is how the built-in tasks and `data_dir` are found without touching the tasks.

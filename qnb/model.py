@@ -371,6 +371,7 @@ def release() -> None:
 
     gc.collect()
     if torch.cuda.is_available():
+        torch.cuda.synchronize()  # also makes the CUDA context, so that no model's memory is charged for it
         torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
         ctypes.CDLL("libc.so.6").malloc_trim(0)
