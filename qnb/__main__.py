@@ -12,16 +12,18 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qnb import accuracy, workload
 from qnb.error import InputError
 from qnb.study import ROOT, Study
 
 NOTEBOOKS = ROOT / "notebooks"
 NAMES = ("01_quantize", "02_accuracy", "03_perf_bs1", "04_perf_maxbatch", "05_figures")
 CELL_TIMEOUT_S = 24 * 3600  # a cell that hangs ends one day, and the run with it
-STUDY = ("model", "precisions", "output", "data_dir", "seed", "overwrite")
+STUDY = tuple(signature(Study).parameters)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -106,18 +108,11 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
         if name not in (*STUDY, "tasks", "prompts", "push_to", "private") and value not in ("auto", "all"):
             study.count(name, value)
     if "02_accuracy" in names:
-        from qnb import accuracy
-
         if values.get("tasks", "auto") != "auto":
             accuracy.check(str(values["tasks"]))
-        if study.model.startswith("shape:"):
-            raise InputError(
-                f"model {study.model} has random weights, so its accuracy means nothing; leave 02 out with "
-                "--only 01,03,04,05, or take smollm2-135m or a model from the hub"
-            )
-    prompts = values.get("prompts", "auto")
-    if prompts not in ("auto", "sample", "wikitext"):
-        raise InputError(f"prompts {prompts!r} are unknown; choose from auto, sample, wikitext")
+        study.check_weights()
+    if values.get("prompts", "auto") != "auto":
+        workload.check(str(values["prompts"]))
     return study
 
 
@@ -192,7 +187,7 @@ def _failed(name: str, error: Any, study: Study) -> int:
 
 def _results(study: Study) -> list[str]:
     """Return a line for each kind of result there is."""
-    lines = [f"{len(Study(study.model, output=study.folder).ledger)} measurements in {study.folder / 'ledger.jsonl'}"]
+    lines = [f"{len(study.ledger)} measurements in {study.folder / 'ledger.jsonl'}"]
     for kind, pattern in (("tables", "*.csv"), ("figures", "*.html"), ("notebooks", "*.ipynb")):
         files = sorted((study.folder / kind).glob(pattern))
         if files:

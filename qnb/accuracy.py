@@ -31,8 +31,6 @@ TASKS = {
     "sample": ("sample_easy", "sample_hard", "sample_completion", "sample_arithmetic", "sample_exam"),
     "paper": ("arc_challenge", "arc_easy", "gsm8k", "gsm8k_cot", "hellaswag", "mmlu"),
 }
-# the score a table shows first; generation tasks are scored by exact match after a filter
-PRIMARY = (("acc", "none"), ("exact_match", "strict-match"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +180,7 @@ class Evaluator:
         self, tasks: str, limit: int | None = None, batch_size: int = 8, data_dir: str | Path | None = None
     ) -> None:
         if limit is not None and limit < 1:
-            raise InputError(f"limit is {limit}; give at least 1 item a task, or 0 in a notebook for all")
+            raise InputError(f"limit is {limit}; give at least 1 item a task, or none to take all")
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; give at least 1")
         if data_dir and not Path(data_dir).is_dir():

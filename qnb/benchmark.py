@@ -17,8 +17,9 @@ import torch
 
 from qnb.batch import Largest, is_out_of_memory, largest
 from qnb.decode import ENGINES
+from qnb.device import MIB
 from qnb.model import quiet, release
-from qnb.monitor import MIB, ProcessSensor, Usage, Window, sensor
+from qnb.monitor import ProcessSensor, Usage, Window, sensor
 from qnb.workload import Workload
 
 if TYPE_CHECKING:

@@ -64,14 +64,20 @@ def _solid(precision: str) -> dict[str, Any]:
 
 def _hollow(precision: str) -> dict[str, Any]:
     color = PRECISIONS[precision].color
-    return {
-        "color": "rgba(255,255,255,0)",
-        "line": {"color": color, "width": 1.6},
-        "pattern": _DOTS | {"fgcolor": color},
-    }
+    dots = {"shape": ".", "size": 4, "solidity": 0.15, "bgcolor": "rgba(255,255,255,0)", "fgcolor": color}
+    return {"color": "rgba(255,255,255,0)", "line": {"color": color, "width": 1.6}, "pattern": dots}
 
 
-_DOTS = {"shape": ".", "size": 4, "solidity": 0.15, "bgcolor": "rgba(255,255,255,0)"}
+def _measured(figure: go.Figure, precision: str, tasks: pd.Series, values: pd.Series, hover: str, **more: Any) -> None:
+    """Add a precision's bars, a task each, as measured here."""
+    names, text = tasks.map(label), f"%{{x}}: {hover}"
+    figure.add_bar(name=precision, x=names, y=values, marker=_solid(precision), hovertemplate=text, **more)
+
+
+def _published(figure: go.Figure, precision: str, tasks: pd.Series, values: pd.Series) -> None:
+    """Add a precision's bars, a task each, as the paper gives them."""
+    name, text = f"{precision} ({PUBLISHED})", "%{x}: %{y:.2f} % as published"
+    figure.add_bar(name=name, x=tasks.map(label), y=values, marker=_hollow(precision), hovertemplate=text)
 
 
 def accuracy(scores: pd.DataFrame) -> go.Figure:
@@ -91,26 +97,14 @@ def accuracy(scores: pd.DataFrame) -> go.Figure:
     frame = frame[frame.task.isin(tops)]
     figure = go.Figure()
     for precision, rows in frame.groupby("precision", sort=False):
-        name = str(precision)
-        figure.add_bar(
-            name=name,
-            x=[label(task) for task in rows.task],
-            y=100 * rows.value,
-            error_y={"type": "data", "array": 100 * rows.stderr.astype(float), "thickness": 1.2, "width": 3},
-            customdata=rows["items"],
-            marker=_solid(name),
-            hovertemplate="%{x}: %{y:.2f} % ± %{error_y.array:.2f}, n = %{customdata}",
-        )
+        error = {"type": "data", "array": 100 * rows.stderr.astype(float), "thickness": 1.2, "width": 3}
+        hover = "%{y:.2f} % ± %{error_y.array:.2f}, n = %{customdata}"
+        more = {"error_y": error, "customdata": rows["items"]}
+        _measured(figure, str(precision), rows.task, 100 * rows.value, hover, **more)
     published = paper.accuracy()
     published = published[published.task.isin(tops)]
     for precision, rows in published.groupby("precision", sort=False):
-        figure.add_bar(
-            name=f"{precision} ({PUBLISHED})",
-            x=[label(task) for task in rows.task],
-            y=100 * rows.acc,
-            marker=_hollow(str(precision)),
-            hovertemplate="%{x}: %{y:.2f} % as published",
-        )
+        _published(figure, str(precision), rows.task, 100 * rows.acc)
     figure.update_yaxes(title="accuracy, %", rangemode="tozero")
     return _layout(figure, f"{title}, with one standard error")
 
@@ -128,25 +122,12 @@ def change(table: pd.DataFrame) -> go.Figure:
         return _nothing(title)
     figure = go.Figure()
     for precision, rows in table.groupby("precision", sort=False):
-        name = str(precision)
-        figure.add_bar(
-            name=name,
-            x=[label(task) for task in rows.task],
-            y=rows.change_pct,
-            customdata=rows[["change_pp", "mcnemar_p", "items"]],
-            marker=_solid(name),
-            hovertemplate="%{x}: %{y:.2f} % (%{customdata[0]:.2f} points), "
-            "McNemar p = %{customdata[1]:.3f}, n = %{customdata[2]}",
-        )
+        hover = "%{y:.2f} % (%{customdata[0]:.2f} points), McNemar p = %{customdata[1]:.3f}, n = %{customdata[2]}"
+        paired = rows[["change_pp", "mcnemar_p", "items"]]
+        _measured(figure, str(precision), rows.task, rows.change_pct, hover, customdata=paired)
         known = rows.dropna(subset="published_change_pct")
         if len(known):
-            figure.add_bar(
-                name=f"{precision} ({PUBLISHED})",
-                x=[label(task) for task in known.task],
-                y=known.published_change_pct,
-                marker=_hollow(name),
-                hovertemplate="%{x}: %{y:.2f} % as published",
-            )
+            _published(figure, str(precision), known.task, known.published_change_pct)
     figure.add_hline(y=0, line_width=1, line_color="#444")
     figure.update_yaxes(title="change, % of BF16's accuracy")
     return _layout(figure, title)

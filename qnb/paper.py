@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from qnb.device import MIB
+
 PARAMETERS = 1_235_814_400  # Llama-3.2-1B, tied embeddings counted once
 PRECISIONS = ("bf16", "fp16", "int8", "int4")
-MIB = 2**20
 
 # Table 1: accuracy in percent, at each task's default shots.
 TABLE1: dict[str, tuple[float, ...]] = {

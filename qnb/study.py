@@ -13,24 +13,26 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 from tqdm.auto import tqdm
 
-from qnb import __version__, device, table
+from qnb import __version__, device, model, table
+from qnb.accuracy import Evaluator
 from qnb.error import InputError
 from qnb.ledger import Ledger, fingerprint
+from qnb.model import Source
+from qnb.monitor import sensor
 from qnb.precision import Precision, parse
+from qnb.workload import Workload
+from qnb.workload import load as load_workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qnb.benchmark import Run
-    from qnb.model import Source
-    from qnb.workload import Workload
 
 Result = TypeVar("Result")
 Count = int | str  # a number, or "auto": what the device allows in minutes
@@ -109,13 +111,7 @@ class Study:
                 f"output {self.folder} holds a study of {record['name']}, not of {self.model}; give another output "
                 "folder, or remove this one"
             )
-        from qnb.model import EMBEDDED, SHAPE
-
-        named = self.model in ("auto", EMBEDDED, SHAPE) or Path(self.model).expanduser().is_dir()
-        if not named and (self.model.startswith((".", "/", "~", "shape:")) or self.model.count("/") != 1):
-            from qnb.model import resolve
-
-            resolve(self.model, "cpu")  # raises the error that names the alternatives
+        model.check(self.model)
 
     @property
     def _record(self) -> dict[str, Any]:
@@ -130,12 +126,10 @@ class Study:
     @cached_property
     def source(self) -> Source:
         """The model as released; fetched on first use and then remembered in study.json."""
-        from qnb.model import Source, resolve
-
         record = self._record
         if record and Path(record["path"]).is_dir():
             return Source(**{name: record[name] for name in Source.__slots__})
-        source = resolve(record.get("name", self.model), self.device.kind)
+        source = model.resolve(record.get("name", self.model), self.device.kind)
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.folder / "study.json.draft"
         draft.write_text(json.dumps({"asked": self.model, **asdict(source)}, indent=1))
@@ -145,9 +139,7 @@ class Study:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, padding on the left; every checkpoint has the same."""
-        from qnb.model import load_tokenizer
-
-        return load_tokenizer(self.source.path)
+        return model.load_tokenizer(self.source.path)
 
     @cached_property
     def versions(self) -> dict[str, str]:
@@ -236,23 +228,19 @@ class Study:
                 bar.set_postfix_str(precision.name)
                 folder = self.checkpoint(precision)
                 if push_to:
-                    from qnb.model import push
-
-                    push(folder, f"{push_to}-{precision.name}", private)
+                    model.push(folder, f"{push_to}-{precision.name}", private)
                 bar.update()
         return self.frame("quantize")
 
     def checkpoint(self, precision: Precision, say: bool = False) -> Path:
         """Return the folder of a precision's checkpoint, made now if it is not there."""
-        from qnb.model import convert, intact
-
         folder = self.folder / "checkpoints" / precision.name
         key = self._key("quantize", precision, {})
-        if intact(folder) and self._find(key):
+        if model.intact(folder) and self._find(key):
             return folder
         if say:
             tqdm.write(f"{precision.name}: no checkpoint in {folder.parent} yet, making it")
-        made = convert(self.source, precision, folder, self.device.kind)
+        made = model.convert(self.source, precision, folder, self.device.kind)
         values = {**asdict(made), "weights_mib": made.weights_mib, "bits": precision.bits}
         self._append(key, {}, {name: value for name, value in values.items() if name != "precision"})
         return folder
@@ -263,18 +251,15 @@ class Study:
         `measure` is called with the model, and the memory in MiB in use before it was loaded. It must not keep the
         model: the next precision needs the room.
         """
-        from qnb.model import load, release
-        from qnb.monitor import sensor
-
         folder = self.checkpoint(precision, say=True)
-        release()
+        model.release()
         baseline_mib = sensor(self.device.kind).sample().get("memory_mib", 0.0)
-        model = load(folder, precision, self.device.kind)
+        network = model.load(folder, precision, self.device.kind)
         try:
-            return measure(model, baseline_mib)
+            return measure(network, baseline_mib)
         finally:
-            del model
-            release()
+            del network
+            model.release()
 
     # 02: accuracy
 
@@ -295,15 +280,9 @@ class Study:
         InputError
             A task is unknown, its data cannot be read, a count is not positive, or the weights are random.
         """
-        from qnb.accuracy import Evaluator
-
         most = None if limit == "all" else self.count("limit", limit)
         rows = self.count("batch_size", batch_size)
-        if self.model.startswith("shape:") or self.source.random_weights:
-            raise InputError(
-                f"model {self.source.name} has random weights, so its accuracy means nothing; take smollm2-135m, "
-                "or a model from the hub"
-            )
+        self.check_weights()
         if tasks == "auto":
             tasks = "sample" if self.device.kind == "cpu" else "paper"
         evaluator = Evaluator(tasks, most, rows, self.data_dir)
@@ -319,10 +298,10 @@ class Study:
             for precision in self.precisions:
                 todo = [task for task in evaluator.tasks if (precision.name, task) in missing]
 
-                def answer(model: PreTrainedModel, _: float, name: str = precision.name) -> None:
-                    for task in todo:  # noqa: B023  # called before the next turn
+                def answer(network: PreTrainedModel, _: float, name: str = precision.name, todo: list = todo) -> None:
+                    for task in todo:
                         bar.set_postfix_str(f"{name} {task}")
-                        result = evaluator.evaluate(model, self.tokenizer, task)
+                        result = evaluator.evaluate(network, self.tokenizer, task)
                         values = {
                             "scores": [asdict(score) for score in result.scores],
                             "items_sha256": self._keep_items(task, name, result.items),
@@ -334,6 +313,20 @@ class Study:
                     self.on(precision, answer)
         return self.scores()
 
+    def check_weights(self) -> None:
+        """Refuse a model of random weights, without fetching it.
+
+        Raises
+        ------
+        InputError
+            The model is a shape, or this study was made with one.
+        """
+        if self.model == model.SHAPE or self._record.get("random_weights"):
+            raise InputError(
+                f"model {self._record.get('name', self.model)} has random weights, so its accuracy means nothing; "
+                "leave 02_accuracy out, or take smollm2-135m or a model from the hub"
+            )
+
     def _keep_items(self, task: str, precision: str, items: pd.DataFrame) -> str:
         """Write a task's items, whole or not at all, and return the file's sha256."""
         path = self._items_path(task, precision)
@@ -341,7 +334,7 @@ class Study:
         draft = path.with_suffix(".draft")
         items.to_parquet(draft)
         draft.replace(path)
-        return _digest(path)
+        return model.file_sha256(path)
 
     def _items_path(self, task: str, precision: str) -> Path:
         return self.folder / "items" / f"{task}.{precision}.parquet"
@@ -349,7 +342,7 @@ class Study:
     def _scored(self, key: dict[str, Any]) -> bool:
         """Return whether a row answers and its items are those it was counted from."""
         row, path = self._find(key), self._items_path(key["task"], key["precision"])
-        return row is not None and path.exists() and _digest(path) == row["items_sha256"]
+        return row is not None and path.exists() and model.file_sha256(path) == row["items_sha256"]
 
     def items(self, task: str, precision: str) -> pd.DataFrame:
         """Return every item of an evaluated task: gold, picked, correct, log-likelihoods and probabilities."""
@@ -397,8 +390,6 @@ class Study:
         InputError
             A count is not positive, or the prompts cannot be had.
         """
-        from qnb.workload import load
-
         if prompts == "auto":
             prompts = "wikitext" if self.device.kind == "cuda" or self.data_dir else "sample"
         counts = (
@@ -406,7 +397,7 @@ class Study:
             self.count("prompt_tokens", prompt_tokens),
             self.count("new_tokens", new_tokens),
         )
-        return load(self.tokenizer, prompts, *counts, self.data_dir, self.seed)
+        return load_workload(self.tokenizer, prompts, *counts, self.data_dir, self.seed)
 
     def perf_bs1(self, workload: Workload, repeats: int = 1, engine: str = "eager") -> pd.DataFrame:
         """Time the workload one request at a time; return a row a precision and repeat (Table 3).
@@ -416,19 +407,32 @@ class Study:
         InputError
             `repeats` is below 1.
         """
-        from qnb.benchmark import run
-
         self.count("repeats", repeats)
         asked = {"workload": workload.fingerprint, "prompts": workload.source}
         with self._bar(repeats * len(self.precisions), "batch size 1") as bar:
             for repeat, precision in self._turns(repeats):
                 bar.set_postfix_str(precision.name)
-                key = self._key("perf", precision, asked, engine=engine, setting="bs1", repeat=repeat)
-                if not self._find(key):
-                    timed = self.on(precision, lambda model, base_mib: run(model, workload, 1, engine, base_mib))
-                    self._append(key, asked, _values(timed))
+                self._time("bs1", precision, repeat, workload, 1, engine, asked)
                 bar.update()
         return self.frame("perf", "bs1")
+
+    def _time(
+        self,
+        setting: str,
+        precision: Precision,
+        repeat: int,
+        workload: Workload,
+        batch_size: int,
+        engine: str,
+        asked: dict[str, Any],
+    ) -> None:
+        """Run the workload once at a batch size and keep the row, unless there is one."""
+        from qnb.benchmark import run
+
+        key = self._key("perf", precision, asked, engine=engine, setting=setting, repeat=repeat)
+        if not self._find(key):
+            timed = self.on(precision, lambda network, base_mib: run(network, workload, batch_size, engine, base_mib))
+            self._append(key, asked, _values(timed))
 
     def perf_maxbatch(
         self,
@@ -458,7 +462,7 @@ class Study:
         InputError
             A count is not positive, or not even one request fits.
         """
-        from qnb.benchmark import largest_batch, run
+        from qnb.benchmark import largest_batch
 
         self.count("repeats", repeats)
         allowed_mib = self.count("memory_mib", memory_mib)
@@ -479,7 +483,7 @@ class Study:
                 if row is None:
                     largest = self.on(
                         precision,
-                        lambda model, base_mib: largest_batch(model, workload, limit_mib, cap, engine, base_mib),
+                        lambda network, base_mib: largest_batch(network, workload, limit_mib, cap, engine, base_mib),
                     )
                     row = self._append(key, wanted, asdict(largest))
                 searched[precision.name] = row
@@ -488,14 +492,7 @@ class Study:
                 bar.set_postfix_str(precision.name)
                 found = searched[precision.name]
                 asked = {**wanted, "batch_size": found["batch_size"], "capped": found["capped"]}
-                key = self._key("perf", precision, asked, engine=engine, setting="maxbatch", repeat=repeat)
-                if not self._find(key):
-                    size = found["batch_size"]
-                    timed = self.on(
-                        precision,
-                        lambda model, base_mib: run(model, workload, size, engine, base_mib),  # noqa: B023
-                    )
-                    self._append(key, asked, _values(timed))
+                self._time("maxbatch", precision, repeat, workload, found["batch_size"], engine, asked)
                 bar.update()
         return self.frame("perf", "maxbatch")
 
@@ -583,7 +580,3 @@ def _values(timed: Run) -> dict[str, Any]:
     derived = ("throughput_rps", "throughput_tps", "seconds_per_request", "batch_latency_s", "memory_mib")
     values |= {name: getattr(timed, name) for name in derived}
     return {**values, **{f"monitor_{name}": value for name, value in usage.items()}}
-
-
-def _digest(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()

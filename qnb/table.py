@@ -68,6 +68,7 @@ def accuracy(frame: pd.DataFrame) -> pd.DataFrame:
     """Table 1: a row a task and metric, a column a precision in percent with its standard error in points."""
     if frame.empty:
         return frame
+    published = paper.accuracy().set_index(["task", "precision"]).acc
     means = headline(frame)
     frame = pd.concat([frame, means[means.task == AGGREGATE]], ignore_index=True)
     keys = ["task", "metric", "filter", "items"]
@@ -77,9 +78,9 @@ def accuracy(frame: pd.DataFrame) -> pd.DataFrame:
         for score in group.itertuples():
             row[f"{score.precision}_pct"] = 100 * score.value
             row[f"{score.precision}_stderr_pp"] = 100 * score.stderr if score.stderr is not None else None
-        published = paper.TABLE1.get(str(row["task"]), ()) if row["metric"] == "acc" else ()
-        for precision, value in zip(paper.PRECISIONS, published, strict=False):
-            row[f"published_{precision}_pct"] = value
+        if row["metric"] == "acc" and row["task"] in published:
+            for precision, share in published[row["task"]].items():
+                row[f"published_{precision}_pct"] = 100 * share
         rows.append(row)
     return pd.DataFrame(rows).round(4)
 

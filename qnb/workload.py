@@ -42,6 +42,18 @@ class Workload:
         return max(self.prompts, key=len)
 
 
+def check(source: str) -> None:
+    """Refuse a source of prompts that there is not.
+
+    Raises
+    ------
+    InputError
+        `source` is none of `SOURCES`.
+    """
+    if source not in SOURCES:
+        raise InputError(f"prompts {source!r} are unknown; choose from {', '.join(SOURCES)}")
+
+
 def paragraphs(source: str, data_dir: str | Path | None = None) -> list[str]:
     """Return the paragraphs of `source`, headings and blank lines left out.
 
@@ -57,12 +69,9 @@ def paragraphs(source: str, data_dir: str | Path | None = None) -> list[str]:
     InputError
         The source is unknown, or its data cannot be had.
     """
-    if source == "sample":
-        lines = (DATA / "text.txt").read_text(encoding="utf-8").splitlines()
-    elif source == "wikitext":
-        lines = _wikitext(data_dir)
-    else:
-        raise InputError(f"prompts {source!r} are unknown; choose from {', '.join(SOURCES)}")
+    check(source)
+    text = DATA / "text.txt"
+    lines = text.read_text(encoding="utf-8").splitlines() if source == "sample" else _wikitext(data_dir)
     return [line.strip() for line in lines if line.strip() and not line.strip().startswith("=")]
 
 

@@ -21,7 +21,7 @@ def cells(path, kind):
     return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
 
 
-def source(cell):
+def text_of(cell):
     return "".join(cell["source"])
 
 
@@ -38,7 +38,7 @@ def test_there_are_five():
 def test_cells_are_short_and_hold_no_machinery(path):
     """At most 10 lines a cell, 15 for setup and parameters; no def, class, try, while; one for."""
     for cell in cells(path, "code"):
-        text = source(cell)
+        text = text_of(cell)
         roomy = "parameters" in cell["metadata"].get("tags", []) or "%pip" in text
         assert len(text.splitlines()) <= (15 if roomy else 10), text
         tree = list(ast.walk(ast.parse(text.replace("%pip", "pass  # "))))
@@ -66,7 +66,7 @@ def test_nothing_is_kept_of_a_run(path):
 @pytest.mark.parametrize("path", ALL)
 def test_parameters_are_literals(path):
     """Papermill puts its values after this cell, so nothing may be derived in it."""
-    for statement in ast.parse(source(parameters(path))).body:
+    for statement in ast.parse(text_of(parameters(path))).body:
         assert isinstance(statement, ast.Assign)
         ast.literal_eval(statement.value)
 
@@ -75,7 +75,7 @@ def test_parameters_are_literals(path):
 def test_badge_and_setup_name_the_projects_repository(path):
     repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["repository"]
     owner_name = repository.removeprefix("https://github.com/")
-    first, setup = source(cells(path, "markdown")[0]), source(cells(path, "code")[0])
+    first, setup = text_of(cells(path, "markdown")[0]), text_of(cells(path, "code")[0])
     assert f"https://colab.research.google.com/github/{owner_name}/blob/main/notebooks/{path.name}" in first
     assert f"git+{repository}" in setup
 
@@ -85,7 +85,7 @@ def test_profiles_set_only_what_a_notebook_has(profile):
     known = {
         target.id
         for path in NOTEBOOKS.glob("*.ipynb")
-        for statement in ast.parse(source(parameters(path))).body
+        for statement in ast.parse(text_of(parameters(path))).body
         for target in statement.targets
     }
     assert set(yaml.safe_load(profile.read_text())) <= known
@@ -102,18 +102,10 @@ def command(*arguments, cwd=None, **environment):
 
 
 @pytest.fixture(scope="session")
-def smoke(source_model, tmp_path_factory):
+def smoke(source, tmp_path_factory):
     """The whole path once, small."""
     folder = tmp_path_factory.mktemp("smoke") / "study"
     return folder, command("run", "--profile", "smoke", "--output", str(folder))
-
-
-@pytest.fixture(scope="session")
-def source_model():
-    """The embedded model, in the cache before anything is timed."""
-    from qnb import model
-
-    return model.resolve(model.EMBEDDED, "cpu")
 
 
 @pytest.mark.slow
@@ -149,7 +141,7 @@ def test_running_again_measures_nothing(smoke):
 
 
 @pytest.mark.slow
-def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(source_model, tmp_path):
+def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(source, tmp_path):
     import papermill
 
     given = {**yaml.safe_load((NOTEBOOKS / "profiles" / "smoke.yaml").read_text()), "precisions": "int8"}
