@@ -132,7 +132,10 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
     study = validate(values, names)
     values["output"] = str(study.folder)
     executed = study.folder / "notebooks"
-    executed.mkdir(parents=True, exist_ok=True)
+    try:
+        executed.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output {study.folder} cannot be written ({error.strerror}); give another") from error
     with _progress(study, len(names)) as bar:
         for name in names:
             bar.set_description_str(name)
@@ -143,6 +146,7 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
                     {key: value for key, value in values.items() if key in known[name]},
                     progress_bar=False,
                     execution_timeout=CELL_TIMEOUT_S,
+                    extra_arguments=["--log-level=ERROR"],  # the kernel's own remarks would break the line
                 )
             except papermill.PapermillExecutionError as error:
                 bar.close()

@@ -18,6 +18,7 @@ from qnb.precision import PRECISIONS
 from qnb.table import headline
 
 PUBLISHED = "published, Llama-3.2-1B"
+KEY = f"<br><sup>filled: measured here; hollow: {PUBLISHED} on a T4</sup>"
 METRICS = {
     "throughput_rps": ("throughput", "requests/s", True),
     "seconds_per_request": ("seconds per request", "s", False),
@@ -41,7 +42,7 @@ def label(task: str) -> str:
 
 def _layout(figure: go.Figure, title: str, height: int = 460) -> go.Figure:
     figure.update_layout(
-        title={"text": title, "x": 0, "xanchor": "left", "font": {"size": 17}},
+        title={"text": title, "x": 0.01, "xanchor": "left", "font": {"size": 17}},
         template="plotly_white",
         font={"size": 13},
         height=height,
@@ -135,26 +136,26 @@ def change(table: pd.DataFrame) -> go.Figure:
 
 def metric(table: pd.DataFrame, name: str, figure: go.Figure | None = None, **place: int) -> go.Figure:
     """Draw one metric of Table 3 or 4 as a bar a precision, published hollow beside it."""
-    figure = figure if figure is not None else _layout(go.Figure(), METRICS[name][0])
+    title, unit, _ = METRICS[name]
+    figure = figure if figure is not None else _layout(go.Figure(), title + KEY)
     published = {"memory_mib": "published_vram_mib"}.get(name, f"published_{name}")
-    unit = METRICS[name][1]
-    for row in table.to_dict("records"):
-        precision = row["precision"]
-        for column, marker, text in (
-            (name, _solid(precision), "measured"),
-            (published, _hollow(precision), PUBLISHED),
-        ):
-            if pd.isna(row.get(column)):
-                continue
+    for column, marker, source in ((name, _solid, "measured"), (published, _hollow, PUBLISHED)):
+        rows = table.dropna(subset=column) if column in table else table[:0]
+        for precision, value in zip(rows.precision, rows.get(column, ()), strict=True):
             figure.add_bar(
-                x=[[precision], [text.split(",")[0]]],
-                y=[row[column]],
-                marker=marker,
+                name=f"{precision}, {source}",
+                x=[precision],
+                y=[value],
+                offsetgroup=source,
+                marker=marker(precision),
                 showlegend=False,
-                text=[f"{row[column]:.3g}"],
+                text=[f"{value:,.0f}" if value >= 100 else f"{value:.3g}"],
                 textposition="outside",
+                textfont={"size": 11},
+                textangle=0,
+                constraintext="none",
                 cliponaxis=False,
-                hovertemplate=f"{precision}, {text}: %{{y:.4g}} {unit}<extra></extra>",
+                hovertemplate=f"{precision}, {source}: %{{y:.4g}} {unit}<extra></extra>",
                 **place,
             )
     figure.update_yaxes(title=unit, rangemode="tozero", **place)
@@ -176,8 +177,7 @@ def metrics(table: pd.DataFrame, title: str) -> go.Figure:
     figure = make_subplots(2, 2, subplot_titles=[text for text, _, _ in METRICS.values()], vertical_spacing=0.2)
     for place, name in enumerate(METRICS):
         metric(table, name, figure, row=place // 2 + 1, col=place % 2 + 1)
-    figure.update_xaxes(tickangle=0)
-    return _layout(figure, title, 720)
+    return _layout(figure, title + KEY, 720)
 
 
 def heatmap(table: pd.DataFrame, title: str) -> go.Figure:

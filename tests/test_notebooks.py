@@ -1,9 +1,11 @@
 """The five notebooks: thin, clean, alike; and run whole by papermill and by the command line."""
 
 import ast
+import csv
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -184,6 +186,51 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     done = command("run", "--profile", "smoke", "--output", str(tmp_path / "file"))
     assert done.returncode == 2 and "is a file" in done.stderr and (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_output_that_cannot_be_made_is_refused():
+    done = command("run", "--profile", "smoke", "--output", "/proc/study")
+    assert done.returncode == 2 and "/proc/study cannot be written" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_an_output_of_another_model_is_refused(tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps({"asked": "a/b", "name": "a/b", "path": "", "why": "named"}))
+    done = command("run", "--profile", "smoke", "--output", str(tmp_path))
+    assert done.returncode == 2 and "a/b" in done.stderr and "smollm2-135m" in done.stderr
+
+
+def test_a_failing_notebook_is_named_with_its_cell_and_reason(tmp_path, monkeypatch, capsys):
+    from qnb import __main__
+
+    shutil.copytree(NOTEBOOKS, tmp_path / "notebooks")
+    broken = tmp_path / "notebooks" / "05_figures.ipynb"
+    notebook = json.loads(broken.read_text())
+    notebook["cells"][2]["source"] = ["import qnb\n", "1 / 0"]
+    broken.write_text(json.dumps(notebook))
+    monkeypatch.setattr(__main__, "NOTEBOOKS", tmp_path / "notebooks")
+    code = __main__.main(["run", "--profile", "smoke", "--only", "05", "--output", str(tmp_path / "study")])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 1 and "05_figures, cell 3: ZeroDivisionError: division by zero" in last
+    assert (tmp_path / "study" / "notebooks" / "05_figures.ipynb").exists()
+
+
+@pytest.mark.slow
+def test_overwrite_measures_again_and_the_table_shows_the_newest(smoke, tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(smoke[0], folder)
+    before = (folder / "ledger.jsonl").read_text()
+    done = command(
+        "run", "--profile", "smoke", "--output", str(folder), "--only", "03",
+        "-p", "overwrite", "true", "-p", "precisions", "bf16",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    after = (folder / "ledger.jsonl").read_text()
+    assert after.startswith(before)
+    (row,) = [json.loads(line) for line in after[len(before) :].splitlines() if '"perf"' in line]
+    with (folder / "tables" / "table3_bs1.csv").open() as file:
+        (shown,) = csv.DictReader(file)
+    assert float(shown["total_s"]) == pytest.approx(row["total_s"], abs=1e-3)
 
 
 def test_audit_and_doctor_answer():
