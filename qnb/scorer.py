@@ -1,0 +1,459 @@
+"""An lm-eval model that reads a context once, however many continuations are scored after it.
+
+Stock scoring runs the context again for every choice and projects every position to the vocabulary. Here a row is a
+context followed by all its continuations, with restarted positions and a mask that keeps them apart; what several rows
+begin with is computed once and kept as keys and values; and only positions that are scored reach the output head, in
+chunks, with the softmax in float32. Work is bounded by matrix products over tokens, so batches are filled by tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from tqdm import tqdm
+
+from qnb.batch import is_out_of_memory
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+log = logging.getLogger(__name__)
+
+Request = tuple[Any, list[int], list[int]]  # what it is cached under, context, continuation
+TOKENS = {"cuda": 16384, "cpu": 2048}  # a forward pass; more no longer helps
+LOGITS_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}  # of a chunk: in the model's type, in float32, and the softmax's
+PREFIX = 32  # a shared beginning of fewer tokens is not worth a cache
+CHECK_STEPS = 8  # new tokens between two looks for stop sequences
+PEERS = 4  # rows that must share a beginning
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A context and the continuations scored after it, each with the requests that asked for it."""
+
+    context: tuple[int, ...]
+    branches: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+    @property
+    def width(self) -> int:
+        """Tokens in the row; the last token of a continuation is predicted, never read."""
+        return len(self.context) + sum(len(branch) - 1 for branch, _ in self.branches)
+
+    @property
+    def plain(self) -> bool:
+        """Whether causal attention alone keeps its continuations apart."""
+        return sum(len(branch) > 1 for branch, _ in self.branches) <= 1
+
+    def alone(self) -> Iterator[_Row]:
+        """Yield a row a continuation."""
+        for branch in self.branches:
+            yield _Row(self.context, (branch,))
+
+
+@register_model("qnb")
+class SharedContextLM(HFLM):
+    """lm-eval's ``hf`` with shared contexts; the same arguments, the same answers, less work.
+
+    `batch_size` sizes only what falls back to stock scoring: batches here hold a number of tokens that follows from
+    the free memory, and half as many after an out-of-memory error.
+
+    Equal to stock in float32 to rounding. In 16 bit stock takes the softmax in the model's own type, which is the
+    larger error of the two. With LLM.int8 a row's outlier columns depend on its neighbours, in stock as here.
+
+    Parameters
+    ----------
+    encoded
+        Token ids by (context, continuation), filled and reused; share one between models with one tokenizer.
+    """
+
+    def __init__(self, *args: Any, encoded: dict[tuple[str, str], tuple[list[int], list[int]]] | None = None,
+                 **options: Any) -> None:  # fmt: skip
+        super().__init__(*args, **options)
+        self._encoded = {} if encoded is None else encoded
+        self._budget = self._tokens()
+        self.shared = self._prove()
+
+    # What is scored
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        key = (context, continuation)
+        if key not in self._encoded:
+            self._encoded[key] = super()._encode_pair(context, continuation)
+        return self._encoded[key]
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Return (log-likelihood, whether greedy) a request, in order.
+
+        Too long a request loses tokens from its left, as in stock.
+        """
+        if not self.shared or not requests:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        # sums live on the device and are read once at the end: no batch waits for the one before
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.zeros(len(requests), dtype=wide, device=self.device)
+        wrong = torch.zeros(len(requests), dtype=torch.long, device=self.device)
+        with tqdm(total=len(requests), desc="scoring", disable=disable_tqdm or self.rank != 0) as bar:
+            for prefix, rows in _alike(self._rows(requests), self._window):
+                for plain in (False, True):  # where causal attention is enough, faster kernels know it
+                    self._score(prefix, [row for row in rows if row.plain is plain], total, wrong, bar)
+        answers = list(zip(total.tolist(), (wrong == 0).tolist(), strict=True))
+        for (asked, *_), answer in zip(requests, answers, strict=True):
+            if asked is not None:  # a window of a longer text has no key
+                self.cache_hook.add_partial("loglikelihood", asked, answer)
+        return answers
+
+    def _rows(self, requests: list[Request]) -> list[_Row]:
+        """Group requests by context."""
+        contexts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
+        for place, (_, context, continuation) in enumerate(requests):
+            assert 0 < len(continuation) <= self.max_length and context
+            kept = context[max(0, len(context) + len(continuation) - self.max_length - 1) :]
+            contexts.setdefault(tuple(kept), {}).setdefault(tuple(continuation), []).append(place)
+        rows = []
+        for context, branches in contexts.items():
+            row = _Row(context, tuple((branch, tuple(places)) for branch, places in branches.items()))
+            # a window is measured from a position, not along the row: there a continuation needs its own
+            rows += [row] if row.width <= self._window else row.alone()
+        return rows
+
+    @property
+    def _window(self) -> int:
+        """The longest row in which every token sees every earlier one."""
+        config = self.model.config.get_text_config()
+        windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+        return min([self.max_length, *(window for window in windows if isinstance(window, int) and window > 0)])
+
+    def _score(self, prefix: tuple[int, ...], rows: list[_Row], total: Any, wrong: Any, bar: Any) -> None:
+        """Score rows with one beginning, longest first; a batch that does not fit is halved and tried again."""
+        rows = sorted(rows, key=lambda row: -row.width)
+        cache, done = None, 0
+        while done < len(rows):
+            widest = rows[done].width - len(prefix) + len(prefix) // 4  # kept keys and values weigh less than work
+            batch = rows[done : done + max(1, self._budget // widest)]
+            try:
+                if prefix and cache is None:
+                    cache = self._read(prefix)
+                places, likelihoods, misses = self._forward(batch, len(prefix), cache)
+            except Exception as error:
+                if not is_out_of_memory(error) or len(batch) == 1:
+                    raise
+                self._budget = max(1, min(self._budget, len(batch) * widest) // 2)
+                del error
+                self._release()
+                continue
+            total.index_add_(0, places, likelihoods.to(total.dtype))
+            wrong.index_add_(0, places, misses)
+            done += len(batch)
+            bar.update(sum(len(asked) for row in batch for _, asked in row.branches))
+
+    @torch.inference_mode()
+    def _read(self, prefix: tuple[int, ...]) -> Any:
+        """Return the keys and values of a beginning, of one row."""
+        ids = torch.tensor([prefix], device=self.device)  # (1, P)
+        return self.model.base_model(input_ids=ids, use_cache=True).past_key_values
+
+    @torch.inference_mode()
+    def _forward(self, batch: list[_Row], skip: int, cache: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return a scored position's request, its log-likelihood in float32, and whether another token was likelier.
+
+        `skip` tokens of every row are in `cache` already.
+        """
+        hidden, where, targets, owners = self._hidden(batch, skip, cache)
+        targets = torch.tensor(targets, device=self.device)  # (N,)
+        hidden = hidden[torch.tensor(where, device=self.device)]  # (N, D)
+        chunk = max(64, LOGITS_BYTES[self._memory] // (10 * self._vocabulary))
+        parts = [self._compare(hidden[at : at + chunk], targets[at : at + chunk])
+                 for at in range(0, len(targets), chunk)]  # fmt: skip
+        likelihoods, misses = (torch.cat(part) for part in zip(*parts, strict=True))
+        # a continuation asked for twice is scored once and counted for each
+        sizes = torch.tensor([len(asked) for asked in owners])
+        places = torch.tensor(list(itertools.chain.from_iterable(owners)), device=self.device)
+        again = torch.repeat_interleave(torch.arange(len(owners)), sizes).to(self.device)
+        return places, likelihoods[again], misses[again]
+
+    def _compare(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log-likelihood of `targets`, and 1 where another token was likelier."""
+        logits = self._project(hidden)  # (n, V)
+        chosen = logits.gather(1, targets[:, None])[:, 0].float()  # (n,)
+        greedy = logits.argmax(1)  # (n,)
+        return chosen - logits.float().logsumexp(1), (greedy != targets).long()
+
+    def _project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits of hidden states, (N, D) -> (N, V), with the scaling and cap some models put after the head."""
+        config, logits = self.model.config.get_text_config(), self.model.get_output_embeddings()(hidden)
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if divisor := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / divisor
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def _hidden(
+        self, batch: Sequence[_Row], skip: int = 0, cache: Any = None
+    ) -> tuple[torch.Tensor, list[int], list[int], list[tuple[int, ...]]]:
+        """Run the rows; return hidden states (B*L, D) and a scored position's place in it, its token, its requests."""
+        width = max(row.width for row in batch) - skip
+        tokens, positions, segments = [], [], []  # (B, L) each, as lists
+        where, targets, owners = [], [], []
+        for place, row in enumerate(batch):
+            end = len(row.context)
+            ids, at, segment = list(row.context[skip:]), list(range(skip, end)), [0] * (end - skip)
+            last = place * width + end - skip - 1
+            for number, (branch, asked) in enumerate(row.branches, 1):
+                more = len(branch) - 1
+                start = place * width + len(ids)
+                where += [last, *range(start, start + more)]
+                targets += branch
+                owners += [asked] * len(branch)
+                ids += branch[:-1]
+                at += range(end, end + more)
+                segment += [number] * more
+            rest = width - len(ids)
+            tokens.append(ids + [0] * rest)
+            positions.append(at + [0] * rest)
+            segments.append(segment + [-1] * rest)
+        ids = torch.tensor(tokens, device=self.device)  # (B, L)
+        options: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            options["past_key_values"] = deepcopy(cache)
+            options["past_key_values"].batch_repeat_interleave(len(batch))
+        if batch[0].plain:  # nothing to keep apart, and padding comes after all that is scored: causal attention is enough
+            if skip:
+                options["position_ids"] = torch.arange(skip, skip + width, device=self.device).expand(len(batch), -1)
+        else:
+            options["position_ids"] = torch.tensor(positions, device=self.device)  # (B, L)
+            options["attention_mask"] = self._mask(torch.tensor(segments, device=self.device), skip)
+        hidden = self.model.base_model(input_ids=ids, **options).last_hidden_state  # (B, L, D)
+        return hidden.flatten(0, 1), where, targets, owners
+
+    def _mask(self, segments: torch.Tensor, skip: int) -> torch.Tensor:
+        """Return who sees whom, (B, 1, L, P+L): the beginning, the context, and one's own continuation so far."""
+        count = segments.shape[1]
+        order = torch.arange(count, device=segments.device)
+        earlier = order[:, None] >= order  # (L, L)
+        related = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # (B, L, L)
+        mask = earlier & related | torch.eye(count, dtype=torch.bool, device=segments.device)
+        mask = torch.nn.functional.pad(mask, (skip, 0), value=True)[:, None]
+        if self.model.config._attn_implementation == "sdpa":
+            return mask
+        dtype = self.model.dtype  # other implementations add the mask to the scores
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+    # What is generated
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue each context greedily up to a stop sequence; sampled requests go to stock generation.
+
+        Rows that are done leave the batch, and a beginning that all contexts share is computed once.
+        """
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        mine, rest = [], []
+        for place, request in enumerate(requests):
+            options = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            until = handle_stop_sequences(options.pop("until", None), eos=eos)
+            most = options.pop("max_gen_toks")
+            sampled = options.pop("do_sample", False) or options.pop("temperature", 0.0) or options
+            (rest if sampled or not self.shared or self.think_end_token else mine).append((place, until, most))
+        answers: list[str] = [""] * len(requests)
+        if rest:
+            texts = super().generate_until([requests[place] for place, *_ in rest], disable_tqdm)
+            for (place, *_), text in zip(rest, texts, strict=True):
+                answers[place] = text
+        asked: list[tuple[list[int], int, list[str], int]] = []
+        for place, until, most in mine:
+            ids = self.tok_encode(requests[place].args[0])[-(self.max_length - most) :]
+            asked.append((ids, place, until, most))
+        asked.sort(key=lambda one: -(len(one[0]) + one[3]))
+        shared = _common([ids for ids, *_ in asked]) if len(asked) >= PEERS else 0
+        shared = shared if shared >= PREFIX else 0
+        cache, done = self._read(tuple(asked[0][0][:shared])) if shared else None, 0
+        rows = self._generated_rows(len(asked[0][0]) + asked[0][3]) if asked else 1
+        with tqdm(total=len(asked), desc="generating", disable=disable_tqdm or self.rank != 0) as bar:
+            while done < len(asked):
+                batch = asked[done : done + rows]
+                try:
+                    texts = self._generate(batch, shared, cache)
+                except Exception as error:
+                    if not is_out_of_memory(error) or len(batch) == 1:
+                        raise
+                    rows = len(batch) // 2
+                    del error
+                    self._release()
+                    continue
+                for (_, place, until, _), text in zip(batch, texts, strict=True):
+                    answers[place] = postprocess_generated_text(text, until, None)
+                    self.cache_hook.add_partial("generate_until", requests[place].args, answers[place])
+                done += len(batch)
+                bar.update(len(batch))
+        return answers
+
+    @torch.inference_mode()
+    def _generate(self, batch: list[tuple[list[int], int, list[str], int]], skip: int, cache: Any) -> list[str]:
+        """Return each context's continuation as text, uncut after its stop sequence."""
+        count, width = len(batch), max(len(ids) for ids, *_ in batch) - skip
+        padded = [[0] * (width + skip - len(ids)) + ids[skip:] for ids, *_ in batch]
+        ids = torch.tensor(padded, device=self.device)  # (B, L)
+        pads = torch.tensor([width + skip - len(row) for row, *_ in batch], device=self.device)
+        mask = torch.arange(width, device=self.device) >= pads[:, None]  # (B, L)
+        mask = torch.nn.functional.pad(mask, (skip, 0), value=True)
+        positions = (skip + torch.arange(width, device=self.device) - pads[:, None]).clamp(min=0)
+        if cache is not None:
+            cache = deepcopy(cache)
+            cache.batch_repeat_interleave(count)
+        written: list[list[int]] = [[] for _ in batch]
+        alive, fresh = list(range(count)), []  # fresh: tokens not yet read back, (B,) each
+        steps = max(most for *_, most in batch)
+        for step in range(1, steps + 1):
+            past = self.model.base_model(
+                input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True
+            )
+            cache = past.past_key_values
+            ids = self._project(past.last_hidden_state[:, -1]).argmax(-1, keepdim=True)  # (B, 1)
+            fresh.append(ids)
+            positions = positions[:, -1:] + 1
+            mask = torch.nn.functional.pad(mask, (0, 1), value=True)
+            if step % CHECK_STEPS and step < steps:
+                continue
+            for row, new in zip(alive, torch.cat(fresh, 1).tolist(), strict=True):
+                written[row] += new
+            fresh = []
+            going = [place for place, row in enumerate(alive) if not self._stopped(written[row], *batch[row][2:])]
+            if not going:
+                break
+            if len(going) < len(alive):
+                kept = torch.tensor(going, device=self.device)
+                cache.batch_select_indices(kept)
+                ids, positions, mask = ids[kept], positions[kept], mask[kept]
+                alive = [alive[place] for place in going]
+        return [self.tok_decode(tokens[:most]) for tokens, (*_, most) in zip(written, batch, strict=True)]
+
+    def _stopped(self, tokens: list[int], until: list[str], most: int) -> bool:
+        text = self.tok_decode(tokens, skip_special_tokens=False)
+        return len(tokens) >= most or self.eot_token_id in tokens or any(stop in text for stop in until)
+
+    def _generated_rows(self, length: int) -> int:
+        """Return how many rows of `length` tokens fit, their keys and values in half of what is free."""
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        a_token = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
+        # growing a cache holds an old and a new copy of a layer; keys and values are twice as large for a moment
+        fitting = self._free_bytes() // 2 // (a_token * length)
+        return int(max(1, min(fitting, 512 if self.device.type == "cuda" else 16)))
+
+    # What fits
+
+    @property
+    def _memory(self) -> str:
+        return "cuda" if self.device.type == "cuda" else "cpu"
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def _tokens(self) -> int:
+        """Return the tokens a forward pass may hold: what fits in half of the free memory, and no more than helps."""
+        config = self.model.config.get_text_config()
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        a_token = 4 * (10 * config.hidden_size + 4 * inner)  # activations alive at once, in float32
+        room = self._free_bytes() // 2 - LOGITS_BYTES[self._memory]
+        return int(max(256, min(TOKENS[self._memory], room // a_token)))
+
+    def _free_bytes(self) -> int:
+        """Return what may still be allocated, with what the allocator holds unused and its limit counted."""
+        if self.device.type != "cuda":
+            import psutil
+
+            return int(psutil.virtual_memory().available)
+        free, whole = torch.cuda.mem_get_info(self.device)
+        held = torch.cuda.memory_reserved(self.device)
+        allowed = torch.cuda.get_per_process_memory_fraction(self.device) * whole
+        return int(min(free + held, allowed) - torch.cuda.memory_allocated(self.device))
+
+    def _release(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    # Whether it holds
+
+    _said: ClassVar[set[str]] = set()
+
+    def _prove(self) -> bool:
+        """Ask the model itself: are two continuations in one row what they are in rows of their own?"""
+        if self.backend != "causal" or self.world_size > 1 or not hasattr(self.model.base_model, "forward"):
+            return False
+        try:
+            worst, bound = self._difference()
+        except Exception as error:  # whatever a model raises when it is given a mask it cannot take
+            worst, bound = f"{type(error).__name__}: {error}".splitlines()[0][:120], 0.0
+        if isinstance(worst, float) and worst <= bound:
+            return True
+        kind = type(self.model).__name__
+        if kind not in self._said:
+            self._said.add(kind)
+            log.warning("%s cannot score continuations in one row (%s); stock scoring is used", kind, worst)
+        return False
+
+    @torch.inference_mode()
+    def _difference(self) -> tuple[float, float]:
+        """Return how far shared rows are from separate ones, relative to how far apart logits are, and the bound.
+
+        Leaking attention or misplaced positions come out above a tenth; rounding in 16 bit, and the outlier
+        columns of LLM.int8, below a twentieth; float32 below a ten-thousandth.
+        """
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(10, min(1000, self._vocabulary), (24,), generator=draw).tolist()
+        context, first, second = tuple(ids[:8]), tuple(ids[8:16]), tuple(ids[16:])
+        row = _Row(context, ((first, (0,)), (second, (1,))))
+        cache = self._read(context[:4])
+        results = [self._hidden([row])[:2], self._hidden([row, row], 4, cache)[:2]]
+        own: list[torch.Tensor] = []
+        for branch in (first, second):
+            tokens = torch.tensor([context + branch[:-1]], device=self.device)
+            own.append(self.model(tokens).logits[0, len(context) - 1 :].float())
+        truth = torch.cat(own)  # (16, V)
+        scale = truth.std(-1).mean()
+        worst = max(
+            float((self._project(hidden[torch.tensor(where[:16], device=self.device)]).float() - truth).abs().mean() / scale)
+            for hidden, where in results
+        )
+        exact = self.model.dtype == torch.float32 and not getattr(self.model, "is_quantized", False)
+        return worst, 1e-3 if exact else 0.1
+
+
+def _common(lists: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all begin with, one less than the shortest at most."""
+    low, high = min(lists), max(lists)
+    most = min(map(len, lists)) - 1
+    return next((place for place in range(most) if low[place] != high[place]), most)
+
+
+def _alike(rows: list[_Row], window: int) -> Iterator[tuple[tuple[int, ...], list[_Row]]]:
+    """Yield rows by a beginning they share, where computing it once pays; the others together with an empty one."""
+    groups: dict[tuple[int, ...], list[_Row]] = {}
+    for row in rows:
+        groups.setdefault(row.context[:PREFIX] if row.width <= window else (), []).append(row)
+    rest = groups.pop((), [])
+    for group in groups.values():
+        shared = _common([row.context for row in group])
+        tokens = sum(row.width for row in group)
+        if len(group) >= PEERS and shared >= PREFIX and shared * (len(group) - 1) >= tokens / 5:
+            yield group[0].context[:shared], group
+        else:
+            rest += group
+    if rest:
+        yield (), rest
