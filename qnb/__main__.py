@@ -105,7 +105,13 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
     """Refuse what no notebook could use, before any of them runs; return the study they will share."""
     study = Study(**{name: values[name] for name in STUDY if name in values})
     for name, value in values.items():
-        if name not in (*STUDY, "tasks", "prompts", "push_to", "private") and value not in ("auto", "all"):
+        if name in ("tasks", "prompts", "push_to"):
+            if not isinstance(value, str):
+                raise InputError(f"{name} is {value!r}; give names in one text")
+        elif name == "private":
+            if not isinstance(value, bool):
+                raise InputError(f"private is {value!r}; give true or false")
+        elif name not in STUDY and (name, value) != ("limit", "all"):
             study.count(name, value)
     if "02_accuracy" in names:
         if values.get("tasks", "auto") != "auto":

@@ -55,7 +55,10 @@ class Ledger:
 
     def refresh(self) -> None:
         """Take in the rows that another notebook has appended to the same study since the last look."""
-        if self.path.exists() and self.path.stat().st_size > self._end:
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < self._end:  # the folder was removed: what it held is no more
+            self._rows, self._newest, self._end = [], {}, 0
+        if size > self._end:
             with self.path.open("rb") as file:
                 self._read(file)
 
@@ -75,13 +78,16 @@ class Ledger:
 
     def _add(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
-        self._newest[tuple(row[name] for name in KEY)] = row
+        key = tuple(row[name] for name in KEY)
+        self._newest.pop(key, None)  # so that keys stand in the order in which they were last asked
+        self._newest[key] = row
 
     def append(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Write one row, whole and flushed to disk, and return it with its time stamp."""
         stamp = datetime.now(UTC).isoformat(timespec="seconds")
         row = {**dict.fromkeys(KEY, ""), "measured_at": stamp, **row}
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        self.refresh()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path.touch()
         with self.path.open("r+b") as file, _alone(file):
@@ -109,7 +115,7 @@ class Ledger:
         return None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Iterate over the newest row of each key, in the order the keys first came."""
+        """Iterate over the newest row of each key, in the order in which these were appended."""
         self.refresh()
         return iter(self._newest.values())
 

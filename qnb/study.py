@@ -81,6 +81,8 @@ class Study:
         no folder.
     """
 
+    _settled = False
+
     def __init__(
         self,
         model: str = "auto",
@@ -90,10 +92,18 @@ class Study:
         seed: int = 0,
         overwrite: bool = False,
     ) -> None:
+        for name, value in (("model", model), ("output", output), ("precisions", precisions)):
+            if not value or not isinstance(value, str | Path | list | tuple):
+                raise InputError(f"{name} is {value!r}; give a name")
+        if not isinstance(model, str):
+            raise InputError(f"model is {model!r}; give one name")
+        if not isinstance(overwrite, bool) or isinstance(seed, bool) or not isinstance(seed, int):
+            raise InputError(f"overwrite is {overwrite!r} and seed {seed!r}; give true or false, and a whole number")
         self.precisions = parse(precisions)
         self.folder = locate(output)
         self.data_dir = Path(data_dir).expanduser().resolve() if str(data_dir) else None
         self.seed, self.overwrite = seed, overwrite
+        self._made: set[str] = set()  # checkpoints made by this object: overwriting makes each once
         if self.data_dir and not self.data_dir.is_dir():
             raise InputError(f"data_dir {data_dir} is not a folder; give one laid out like the hub, or leave it empty")
         self.ledger = Ledger(self.folder)
@@ -170,8 +180,8 @@ class Study:
         InputError
             `value` is neither ``"auto"`` nor a whole number of at least 1.
         """
-        if value == "auto":
-            return AUTO[self.device.kind][auto or name]
+        if value == "auto" and (auto or name) in (known := AUTO[self.device.kind]):
+            return known[auto or name]
         if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
             raise InputError(f"{name} is {value!r}; give a whole number of at least 1, or 'auto'")
         return int(value)
@@ -236,9 +246,11 @@ class Study:
         """Return the folder of a precision's checkpoint, made now if it is not there."""
         folder = self.folder / "checkpoints" / precision.name
         key = self._key("quantize", precision, {})
-        if model.intact(folder) and self._find(key):
+        remade = not self.overwrite or precision.name in self._made
+        if remade and model.intact(folder) and self.ledger.find(**key):
             return folder
-        if say:
+        self._made.add(precision.name)
+        if say and not model.intact(folder):
             tqdm.write(f"{precision.name}: no checkpoint in {folder.parent} yet, making it")
         made = model.convert(self.source, precision, folder, self.device.kind)
         values = {**asdict(made), "weights_mib": made.weights_mib, "bits": precision.bits}
@@ -252,6 +264,7 @@ class Study:
         model: the next precision needs the room.
         """
         folder = self.checkpoint(precision, say=True)
+        self._settle(folder, precision)
         model.release()
         baseline_mib = sensor(self.device.kind).sample().get("memory_mib", 0.0)
         network = model.load(folder, precision, self.device.kind)
@@ -260,6 +273,17 @@ class Study:
         finally:
             del network
             model.release()
+
+    def _settle(self, folder: Path, precision: Precision) -> None:
+        """Once, load a model for nothing: what the libraries allocate at their first use is no precision's memory."""
+        if self._settled or self.device.kind != "cpu":
+            return
+        import torch
+
+        self._settled = True
+        network = model.load(folder, precision, self.device.kind)
+        with model.quiet():
+            network.generate(torch.tensor([[1, 2, 3, 4]]), max_new_tokens=2, do_sample=False, pad_token_id=0)
 
     # 02: accuracy
 
@@ -526,8 +550,7 @@ class Study:
             return rows
         if setting:
             rows = rows[rows.setting == setting]
-            in_time = rows.sort_values("measured_at", kind="stable")
-            newest = in_time.groupby(["precision", "engine"]).fingerprint.transform("last").reindex(rows.index)
+            newest = rows.groupby(["precision", "engine"]).fingerprint.transform("last")
             rows = rows[rows.fingerprint == newest]  # repeats of another workload are another measurement
         order = {precision.name: place for place, precision in enumerate(self.precisions)}
         rows = rows[rows.precision.isin(order)]

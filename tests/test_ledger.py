@@ -59,3 +59,20 @@ def test_missing_numbers_are_not_written_as_nan(tmp_path):
 
 def test_fingerprint_does_not_depend_on_order():
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
+
+
+def test_what_was_asked_last_comes_last(tmp_path):
+    book = Ledger(tmp_path)
+    for stage in ("a", "b"):
+        book.append({"stage": stage, "fingerprint": "1"})
+    book.append({"stage": "a", "fingerprint": "2"})
+    book.find(stage="a", fingerprint="1")
+    assert [(row["stage"], row["fingerprint"]) for row in book] == [("b", "1"), ("a", "1")]
+
+
+def test_a_folder_removed_meanwhile_begins_anew(tmp_path):
+    book = Ledger(tmp_path)
+    book.append({"stage": "a"})
+    book.path.unlink()
+    book.append({"stage": "b"})
+    assert [row["stage"] for row in Ledger(tmp_path)] == ["b"]
