@@ -121,9 +121,9 @@ class SharedContextLM(HFLM):
             assert 0 < len(continuation) <= self.max_length and context
             kept = context[max(0, len(context) + len(continuation) - self.max_length - 1) :]
             contexts.setdefault(tuple(kept), {}).setdefault(tuple(continuation), []).append(place)
-        rows = []
-        for context, branches in contexts.items():
-            row = _Row(context, tuple((branch, tuple(places)) for branch, places in branches.items()))
+        rows: list[_Row] = []
+        for kept_context, branches in contexts.items():
+            row = _Row(kept_context, tuple((branch, tuple(places)) for branch, places in branches.items()))
             # a window is measured from a position, not along the row: there a continuation needs its own
             rows += [row] if row.width <= self._window else row.alone()
         return rows
@@ -170,8 +170,8 @@ class SharedContextLM(HFLM):
 
         `skip` tokens of every row are in `cache` already.
         """
-        hidden, where, targets, owners = self._hidden(batch, skip, cache)
-        targets = torch.tensor(targets, device=self.device)  # (N,)
+        hidden, where, tokens, owners = self._hidden(batch, skip, cache)
+        targets = torch.tensor(tokens, device=self.device)  # (N,)
         hidden = hidden[torch.tensor(where, device=self.device)]  # (N, D)
         chunk = max(64, LOGITS_BYTES[self._memory] // (10 * self._vocabulary))
         parts = [self._compare(hidden[at : at + chunk], targets[at : at + chunk])
@@ -207,7 +207,9 @@ class SharedContextLM(HFLM):
         """Run the rows; return hidden states (B*L, D) and a scored position's place in it, its token, its requests."""
         width = max(row.width for row in batch) - skip
         tokens, positions, segments = [], [], []  # (B, L) each, as lists
-        where, targets, owners = [], [], []
+        where: list[int] = []
+        targets: list[int] = []
+        owners: list[tuple[int, ...]] = []
         for place, row in enumerate(batch):
             end = len(row.context)
             ids, at, segment = list(row.context[skip:]), list(range(skip, end)), [0] * (end - skip)
@@ -225,7 +227,6 @@ class SharedContextLM(HFLM):
             tokens.append(ids + [0] * rest)
             positions.append(at + [0] * rest)
             segments.append(segment + [-1] * rest)
-        ids = torch.tensor(tokens, device=self.device)  # (B, L)
         options: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
             options["past_key_values"] = deepcopy(cache)
@@ -238,7 +239,10 @@ class SharedContextLM(HFLM):
         else:
             options["position_ids"] = torch.tensor(positions, device=self.device)  # (B, L)
             options["attention_mask"] = self._mask(torch.tensor(segments, device=self.device), skip)
-        hidden = self.model.base_model(input_ids=ids, **options).last_hidden_state  # (B, L, D)
+        hidden = self.model.base_model(
+            input_ids=torch.tensor(tokens, device=self.device),  # (B, L)
+            **options,
+        ).last_hidden_state  # (B, L, D)
         return hidden.flatten(0, 1), where, targets, owners
 
     def _mask(self, segments: torch.Tensor, skip: int) -> torch.Tensor:
@@ -262,7 +266,8 @@ class SharedContextLM(HFLM):
         Rows that are done leave the batch, and a beginning that all contexts share is computed once.
         """
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        mine, rest = [], []
+        mine: list[tuple[int, list[str], int]] = []
+        rest: list[tuple[int, list[str], int]] = []
         for place, request in enumerate(requests):
             options = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
             until = handle_stop_sequences(options.pop("until", None), eos=eos)
@@ -404,14 +409,15 @@ class SharedContextLM(HFLM):
             return False
         try:
             worst, bound = self._difference()
+            if worst <= bound:
+                return True
+            why = f"a difference of {worst:.2g}"
         except Exception as error:  # whatever a model raises when it is given a mask it cannot take
-            worst, bound = f"{type(error).__name__}: {error}".splitlines()[0][:120], 0.0
-        if isinstance(worst, float) and worst <= bound:
-            return True
+            why = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         kind = type(self.model).__name__
         if kind not in self._said:
             self._said.add(kind)
-            log.warning("%s cannot score continuations in one row (%s); stock scoring is used", kind, worst)
+            log.warning("%s cannot score continuations in one row (%s); stock scoring is used", kind, why)
         return False
 
     @torch.inference_mode()
@@ -444,7 +450,7 @@ class SharedContextLM(HFLM):
         return worst, 1e-3 if exact else 0.1
 
 
-def _common(lists: Sequence[Sequence[int]]) -> int:
+def _common(lists: Sequence[list[int]] | Sequence[tuple[int, ...]]) -> int:
     """Return how many tokens all begin with, one less than the shortest at most."""
     low, high = min(lists), max(lists)
     most = min(map(len, lists)) - 1

@@ -283,7 +283,9 @@ class Study:
         self._settled = True
         network = model.load(folder, precision, self.device.kind)
         with model.quiet():
-            network.generate(torch.tensor([[1, 2, 3, 4]]), max_new_tokens=2, do_sample=False, pad_token_id=0)
+            network.generate(  # type: ignore[operator]
+                torch.tensor([[1, 2, 3, 4]]), max_new_tokens=2, do_sample=False, pad_token_id=0
+            )
 
     # 02: accuracy
 
