@@ -93,9 +93,8 @@ def test_a_model_that_takes_no_mask_is_scored_as_stock_does(tokenizer, pairs):
     ours, stock = both(config, tokenizer)
     assert not ours.shared
     requests = [asked(*pair) for pair in pairs[:6]]
-    assert ours.loglikelihood(requests, disable_tqdm=True) == pytest.approx(
-        stock.loglikelihood(requests, disable_tqdm=True), abs=1e-3
-    )
+    mine, theirs = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (ours, stock))
+    assert [value for value, _ in mine] == pytest.approx([value for value, _ in theirs], abs=1e-3)
 
 
 def test_running_out_of_memory_halves_the_batch_and_loses_nothing(tokenizer, pairs, monkeypatch):
