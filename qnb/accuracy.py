@@ -282,7 +282,7 @@ def _items(results: dict[str, Any]) -> pd.DataFrame:
                 row |= {
                     "gold": str(sample["target"]),
                     "picked": str(likelihoods.index(top)),
-                    "correct": bool(sample["acc"]),
+                    "correct": bool(sample["acc"]) if sample["acc"] in (0, 1) else None,  # some tasks give a share
                     "correct_norm": bool(sample["acc_norm"]) if "acc_norm" in sample else None,
                     "loglikelihoods": likelihoods,
                     "probabilities": [weight / sum(weights) for weight in weights],

@@ -114,8 +114,8 @@ def change(frame: pd.DataFrame, items: Callable[[str, str], pd.DataFrame]) -> pd
             mine = all_scores[all_scores.asked == asked]
             for task in mine[mine.metric.isin(HEADLINE)].task.unique():
                 part = pairs if task == asked else pairs[pairs.task.isin(_members(task, mine, pairs))]
-                if part.empty:
-                    continue
+                if part.empty or part[["correct_base", "correct"]].isna().any(axis=None):
+                    continue  # right and wrong are what is paired; a task that gives shares has neither
                 paired = compare(list(part.correct_base), list(part.correct))
                 rows.append(
                     {
