@@ -48,21 +48,22 @@ class Ledger:
         self.path = self.folder / "ledger.jsonl"
         self._rows: list[dict[str, Any]] = []
         self._newest: dict[tuple[Any, ...], dict[str, Any]] = {}
-        self._end = 0
+        self._end = 0  # bytes read
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"output {self.folder} is a file; give a folder, or a name that does not exist yet")
         self.refresh()
 
     def refresh(self) -> None:
         """Take in the rows that another notebook has appended to the same study since the last look."""
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size < self._end:  # the folder was removed: what it held is no more
-            self._rows, self._newest, self._end = [], {}, 0
-        if size > self._end:
+        if not self.path.exists():
+            self._forget()
+        elif self.path.stat().st_size != self._end:
             with self.path.open("rb") as file:
                 self._read(file)
 
     def _read(self, file: BinaryIO) -> None:
+        if file.seek(0, os.SEEK_END) < self._end:  # removed and begun anew
+            self._forget()
         file.seek(self._end)
         for line in file:
             if not line.endswith(b"\n"):
@@ -76,6 +77,9 @@ class Ledger:
                 ) from error
             self._end += len(line)
 
+    def _forget(self) -> None:
+        self._rows, self._newest, self._end = [], {}, 0
+
     def _add(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
         key = tuple(row[name] for name in KEY)
@@ -87,7 +91,6 @@ class Ledger:
         stamp = datetime.now(UTC).isoformat(timespec="seconds")
         row = {**dict.fromkeys(KEY, ""), "measured_at": stamp, **row}
         line = json.dumps(row, allow_nan=False).encode() + b"\n"
-        self.refresh()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path.touch()
         with self.path.open("r+b") as file, _alone(file):

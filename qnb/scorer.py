@@ -8,7 +8,6 @@ chunks, with the softmax in float32. Work is bounded by matrix products over tok
 
 from __future__ import annotations
 
-import gc
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 
 from qnb.batch import is_out_of_memory
+from qnb.model import release
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -151,7 +151,7 @@ class SharedContextLM(HFLM):
                     raise
                 self._budget = max(1, min(self._budget, len(batch) * widest) // 2)
                 del error
-                self._release()
+                release()
                 continue
             total.index_add_(0, places, likelihoods.to(total.dtype))
             wrong.index_add_(0, places, misses)
@@ -231,9 +231,7 @@ class SharedContextLM(HFLM):
         if cache is not None:
             options["past_key_values"] = deepcopy(cache)
             options["past_key_values"].batch_repeat_interleave(len(batch))
-        if batch[
-            0
-        ].plain:  # nothing to keep apart, and padding comes after all that is scored: causal attention is enough
+        if batch[0].plain:  # nothing to keep apart, padding after all that is scored: causal attention is enough
             if skip:
                 options["position_ids"] = torch.arange(skip, skip + width, device=self.device).expand(len(batch), -1)
         else:
@@ -298,7 +296,7 @@ class SharedContextLM(HFLM):
                         raise
                     rows = len(batch) // 2
                     del error
-                    self._release()
+                    release()
                     continue
                 for (_, place, until, _), text in zip(batch, texts, strict=True):
                     answers[place] = postprocess_generated_text(text, until, None)
@@ -394,11 +392,6 @@ class SharedContextLM(HFLM):
         allowed = torch.cuda.get_per_process_memory_fraction(self.device) * whole
         return int(min(free + held, allowed) - torch.cuda.memory_allocated(self.device))
 
-    def _release(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
     # Whether it holds
 
     _said: ClassVar[set[str]] = set()
@@ -424,8 +417,8 @@ class SharedContextLM(HFLM):
     def _difference(self) -> tuple[float, float]:
         """Return how far shared rows are from separate ones, relative to how far apart logits are, and the bound.
 
-        Leaking attention or misplaced positions come out above a tenth; rounding in 16 bit, and the outlier
-        columns of LLM.int8, below a twentieth; float32 below a ten-thousandth.
+        Seen: float32 below 1e-6, SmolLM2-135M 0.05 in bfloat16 and 0.18 in LLM.int8, whose outlier columns depend on
+        the neighbours in either way of scoring. So LLM.int8 does not pass, and is scored as stock does.
         """
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(10, min(1000, self._vocabulary), (24,), generator=draw).tolist()

@@ -81,8 +81,6 @@ class Study:
         no folder.
     """
 
-    _settled = False
-
     def __init__(
         self,
         model: str = "auto",
@@ -103,6 +101,7 @@ class Study:
         self.folder = locate(output)
         self.data_dir = Path(data_dir).expanduser().resolve() if str(data_dir) else None
         self.seed, self.overwrite = seed, overwrite
+        self._settled = False  # whether the libraries have made what they make at their first use
         self._made: set[str] = set()  # checkpoints made by this object: overwriting makes each once
         if self.data_dir and not self.data_dir.is_dir():
             raise InputError(f"data_dir {data_dir} is not a folder; give one laid out like the hub, or leave it empty")
@@ -246,8 +245,8 @@ class Study:
         """Return the folder of a precision's checkpoint, made now if it is not there."""
         folder = self.folder / "checkpoints" / precision.name
         key = self._key("quantize", precision, {})
-        remade = not self.overwrite or precision.name in self._made
-        if remade and model.intact(folder) and self.ledger.find(**key):
+        renew = self.overwrite and precision.name not in self._made
+        if not renew and model.intact(folder) and self.ledger.find(**key):
             return folder
         self._made.add(precision.name)
         if say and not model.intact(folder):
