@@ -2,7 +2,17 @@
 
 __version__ = "0.1.0"
 
+from typing import Any
+
 from qnb.error import InputError
-from qnb.study import Study
 
 __all__ = ["InputError", "Study", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `Study` when it is asked for: the command line must be able to say which library is missing."""
+    if name != "Study":
+        raise AttributeError(f"module 'qnb' has no attribute {name!r}")
+    from qnb.study import Study
+
+    return Study

@@ -12,18 +12,19 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qnb import accuracy, workload
-from qnb.error import InputError
-from qnb.study import ROOT, Study
+try:
+    from qnb import accuracy, model, workload
+    from qnb.error import InputError
+    from qnb.study import PARAMETERS, ROOT, Study
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"qnb: {missing.name} is not installed; pip install -r requirements.txt") from None
 
 NOTEBOOKS = ROOT / "notebooks"
 NAMES = ("01_quantize", "02_accuracy", "03_perf_bs1", "04_perf_maxbatch", "05_figures")
 CELL_TIMEOUT_S = 24 * 3600  # a cell that hangs ends one day, and the run with it
-STUDY = tuple(signature(Study).parameters)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -103,20 +104,23 @@ def parameters(profile: str, given: Sequence[Sequence[str]], known: set[str]) ->
 
 def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
     """Refuse what no notebook could use, before any of them runs; return the study they will share."""
-    study = Study(**{name: values[name] for name in STUDY if name in values})
+    study = Study(**{name: values[name] for name in PARAMETERS if name in values})
     for name, value in values.items():
-        if name in ("tasks", "prompts", "push_to"):
+        if name in ("tasks", "prompts", "push_to", "scorer"):
             if not isinstance(value, str):
                 raise InputError(f"{name} is {value!r}; give names in one text")
         elif name == "private":
             if not isinstance(value, bool):
                 raise InputError(f"private is {value!r}; give true or false")
-        elif name not in STUDY and (name, value) != ("limit", "all"):
+        elif name not in PARAMETERS and (name, value) != ("limit", "all"):
             study.count(name, value)
     if "02_accuracy" in names:
         if values.get("tasks", "auto") != "auto":
             accuracy.check(str(values["tasks"]))
+        accuracy.check_scorer(values.get("scorer", accuracy.SCORERS[0]))
         study.check_weights()
+    if "01_quantize" in names and values.get("push_to"):
+        model.check_push(values["push_to"])
     if values.get("prompts", "auto") != "auto":
         workload.check(str(values["prompts"]))
     return study
@@ -217,7 +221,7 @@ def audit() -> int:
 
 def doctor() -> int:
     """Print what this machine is and what it can run; 1 when it cannot run the demo."""
-    from qnb import device, model
+    from qnb import device
 
     versions = device.versions()
     absent = [name for name, version in versions.items() if version == "absent"]

@@ -15,6 +15,7 @@ from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ import pandas as pd
 
 from qnb.error import InputError
 from qnb.model import quiet
+from qnb.stats import agresti_coull
 from qnb.workload import DATA
 
 if TYPE_CHECKING:
@@ -32,16 +34,18 @@ TASKS = {
     "paper": ("arc_challenge", "arc_easy", "gsm8k", "gsm8k_cot", "hellaswag", "mmlu"),
 }
 
+SCORERS = ("qnb", "hf")
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
     """One metric of one task or group."""
 
     task: str
-    metric: str  # acc, acc_norm, exact_match
+    metric: str  # acc, acc_norm, exact_match; p_right: mean probability of the right choice
     filter: str  # how a generated answer was read; "none" for choices
     value: float  # 0..1
-    stderr: float | None
+    stderr: float | None  # where all are right or all wrong, after Agresti and Coull
     items: int
     shots: int
     group: bool  # a weighted mean of other tasks
@@ -89,6 +93,18 @@ def check(tasks: str) -> tuple[str, ...]:
     return wanted
 
 
+def check_scorer(name: str) -> None:
+    """Refuse a scorer that there is not.
+
+    Raises
+    ------
+    InputError
+        `name` is none of `SCORERS`.
+    """
+    if name not in SCORERS:
+        raise InputError(f"scorer {name!r} is unknown; choose from {', '.join(SCORERS)}")
+
+
 @cache
 def _manager(sample_only: bool = False) -> Any:
     """Return lm-eval's index of tasks; reading all of them takes seconds, ours alone none."""
@@ -107,14 +123,17 @@ def _hushed() -> Iterator[None]:
     import lm_eval.models.huggingface
     from tqdm import tqdm
 
+    from qnb import scorer
+
     def hidden(*things: Any, **options: Any) -> tqdm:
         return tqdm(*things, **{**options, "disable": True})
 
     library = logging.getLogger("lm_eval")
     level, bars = library.level, datasets.are_progress_bars_disabled()
-    library.setLevel(logging.ERROR)
+    library.setLevel(logging.CRITICAL)  # what it calls an error is a remark on being given a loaded model
     datasets.disable_progress_bars()
-    drawing = (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface)  # draw bars whatever they are told
+    # these draw bars whatever they are told
+    drawing: tuple[Any, ...] = (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface, scorer)
     for module in drawing:
         module.tqdm = hidden
     try:
@@ -164,21 +183,29 @@ class Evaluator:
     tasks
         As for `names`.
     limit
-        Items a task (a subtask of a group), the first of each; None takes all.
+        Items a task (a subtask of a group), the first of one fixed random order; None takes all.
     batch_size
-        Rows a forward pass.
+        Rows a forward pass, where stock scoring is used.
     data_dir
         A folder laid out like the hub's dataset repositories, read instead of the hub.
+    scorer
+        ``"qnb"`` reads a context once for all its choices (`qnb.scorer`); ``"hf"`` is lm-eval's own.
 
     Raises
     ------
     InputError
-        A task is unknown, a count is not positive, or `data_dir` is no folder.
+        A task or the scorer is unknown, a count is not positive, or `data_dir` is no folder.
     """
 
     def __init__(
-        self, tasks: str, limit: int | None = None, batch_size: int = 8, data_dir: str | Path | None = None
+        self,
+        tasks: str,
+        limit: int | None = None,
+        batch_size: int = 8,
+        data_dir: str | Path | None = None,
+        scorer: str = "qnb",
     ) -> None:
+        check_scorer(scorer)
         if limit is not None and limit < 1:
             raise InputError(f"limit is {limit}; give at least 1 item a task, or none to take all")
         if batch_size < 1:
@@ -186,23 +213,31 @@ class Evaluator:
         if data_dir and not Path(data_dir).is_dir():
             raise InputError(f"data_dir {data_dir} is not a folder; give one laid out like the hub, or leave it empty")
         self.tasks = check(tasks)
-        self.limit, self.batch_size = limit, batch_size
+        self.limit, self.batch_size, self.scorer = limit, batch_size, scorer
         self.data_dir = Path(data_dir).resolve() if data_dir else None
         self._built: dict[str, Any] = {}
+        self._encoded: dict[str, list[int]] = {}  # token ids by text; all precisions have one tokenizer
 
-    def _build(self, task: str) -> Any:
+    def build(self, task: str) -> Any:
         """Return a task manager that holds `task` ready built; its data are read here, from the folder they are in.
 
         `datasets` takes a name such as ``allenai/ai2_arc`` for a folder where there is one below the working
         directory: that is how the built-in tasks and `data_dir` are found without touching the tasks.
+
+        Raises
+        ------
+        InputError
+            The task's data cannot be read.
         """
         if task not in self._built:
             sample = task in TASKS["sample"]
             folder = DATA / "tasks" if sample else self.data_dir
             manager = copy(_manager(sample_only=sample))
             try:
-                with _hushed(), contextlib.chdir(folder) if folder else contextlib.nullcontext():
+                with _hushed(), _only_from(folder):
                     loaded = manager.load([task])
+                    for part in loaded["tasks"].values():
+                        len(part.eval_docs)  # a split that is missing is missed here
             except Exception as error:  # whatever a task's loader raises, the data is what is missing
                 text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                 raise InputError(
@@ -213,26 +248,92 @@ class Evaluator:
             self._built[task] = manager
         return self._built[task]
 
-    def evaluate(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str) -> Result:
+    def drawn(self, task: str) -> dict[str, list[int]] | None:
+        """Return the items taken of `task` (of each of its subtasks), ascending; None where all are."""
+        if self.limit is None:
+            return None
+        parts = self.build(task).load([task])["tasks"]
+        return {name: sorted(draw(name, len(part.eval_docs), self.limit)) for name, part in parts.items()}
+
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: str,
+        kept: str | Path | None = None,
+    ) -> Result:
         """Score `model` on one task, with the shots and metrics the task itself defines.
+
+        Parameters
+        ----------
+        model, tokenizer
+            What is scored.
+        task
+            One of `tasks`.
+        kept
+            A file in which answers are kept block by block, and found again by a later call.
 
         Raises
         ------
         InputError
             The task's data cannot be read.
         """
-        manager = self._build(task)
-        with _hushed():
+        manager = self.build(task)
+        with _hushed(), quiet():
             import lm_eval
-            from lm_eval.models.huggingface import HFLM
 
-            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size)
-            with quiet(), _wide_products(model.device.type):
+            lm = self._lm(model, tokenizer, kept)
+            with _wide_products(model.device.type):
                 results = lm_eval.simple_evaluate(
-                    lm, tasks=[task], task_manager=manager, limit=self.limit, bootstrap_iters=100, log_samples=True
+                    lm,
+                    tasks=[task],
+                    task_manager=manager,
+                    samples=self.drawn(task),
+                    bootstrap_iters=100,
+                    log_samples=True,
                 )
         assert task in results["results"], f"asked for {task}, lm-eval answered {list(results['results'])}"
-        return Result(tuple(_scores(results)), _items(results))
+        items = _items(results)
+        return Result((*_scores(results), *_beliefs(results, items)), items)
+
+    def _lm(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept: str | Path | None) -> Any:
+        options: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer, "batch_size": self.batch_size}
+        if self.scorer == "hf":
+            from lm_eval.models.huggingface import HFLM
+
+            return HFLM(**options)
+        from qnb.scorer import SharedContextLM
+
+        return SharedContextLM(**options, encoded=self._encoded, kept=kept)
+
+
+def draw(name: str, count: int, limit: int) -> list[int]:
+    """Return `limit` of `count` items of a task in its random order, the same everywhere; more hold fewer."""
+    order = sorted(range(count), key=lambda place: sha256(f"{name} {place}".encode()).digest())
+    return order[:limit]
+
+
+@contextlib.contextmanager
+def _only_from(folder: Path | None) -> Iterator[None]:
+    """Let `datasets` read from `folder` alone, where one is given: what is not there is not looked for on the hub."""
+    import datasets
+
+    if folder is None:
+        yield
+        return
+    load = datasets.load_dataset
+
+    def load_here(path: str, *arguments: Any, **options: Any) -> Any:
+        if "/" in path and not Path(path).is_dir():
+            raise FileNotFoundError(f"no folder {path} there")
+        return load(path, *arguments, **options)
+
+    datasets.load_dataset = load_here
+    try:
+        with contextlib.chdir(folder):
+            yield
+    finally:
+        datasets.load_dataset = load
 
 
 def _scores(results: dict[str, Any]) -> Iterator[Score]:
@@ -250,6 +351,8 @@ def _scores(results: dict[str, Any]) -> Iterator[Score]:
                 continue
             stderr = metrics.get(f"{metric}_stderr,{filter_name}")
             known = isinstance(stderr, int | float) and math.isfinite(stderr)
+            if known and value in (0, 1):
+                stderr = agresti_coull(round(value * size(task)), size(task))
             shots = results.get("n-shot", {}).get(task, 0)
             yield Score(
                 task=task,
@@ -261,6 +364,25 @@ def _scores(results: dict[str, Any]) -> Iterator[Score]:
                 shots=int(shots) if isinstance(shots, int) else 0,
                 group=task in groups,
             )
+
+
+def _beliefs(results: dict[str, Any], items: pd.DataFrame) -> Iterator[Score]:
+    """Yield the mean probability of the right choice, a task and group of choices."""
+    if "probabilities" not in items:
+        return
+    shares = items.dropna(subset="p_right")
+    members, shots = results.get("group_subtasks", {}), results.get("n-shot", {})
+
+    def below(task: str) -> set[str]:
+        return {task}.union(*(below(member) for member in members.get(task, [])))
+
+    for task in results["results"]:
+        values = shares[shares.task.isin(below(task))].p_right
+        if len(values):
+            error = float(values.sem()) if len(values) > 1 else None
+            count = shots.get(task, 0)
+            yield Score(task, "p_right", "none", float(values.mean()), error, len(values),
+                        count if isinstance(count, int) else 0, bool(members.get(task)))  # fmt: skip
 
 
 def _by_item(results: dict[str, Any]) -> dict[str, set[int]]:
@@ -279,13 +401,17 @@ def _items(results: dict[str, Any]) -> pd.DataFrame:
                 likelihoods = [float(response[0]) for response in sample["filtered_resps"]]
                 top = max(likelihoods)
                 weights = [math.exp(value - top) for value in likelihoods]
+                shares = [weight / sum(weights) for weight in weights]
+                gold = str(sample["target"])
+                known = gold.isdecimal() and int(gold) < len(shares)
                 row |= {
-                    "gold": str(sample["target"]),
+                    "gold": gold,
                     "picked": str(likelihoods.index(top)),
                     "correct": bool(sample["acc"]) if sample["acc"] in (0, 1) else None,  # some tasks give a share
                     "correct_norm": bool(sample["acc_norm"]) if "acc_norm" in sample else None,
                     "loglikelihoods": likelihoods,
-                    "probabilities": [weight / sum(weights) for weight in weights],
+                    "probabilities": shares,
+                    "p_right": shares[int(gold)] if known else None,
                 }
             else:
                 row |= {

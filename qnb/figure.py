@@ -19,6 +19,7 @@ from qnb.table import headline
 
 PUBLISHED = "published, Llama-3.2-1B"
 KEY = f"<br><sup>filled: measured here; hollow: {PUBLISHED} on a T4</sup>"
+SCALED = ", scaled over the precisions<br><sup>1 is the best of them, of utilization the highest</sup>"
 METRICS = {
     "throughput_rps": ("throughput", "requests/s", True),
     "seconds_per_request": ("seconds per request", "s", False),
@@ -27,6 +28,7 @@ METRICS = {
 }  # name: title, unit, whether more is better (None: neither)
 LABELS = {
     "arc_challenge": "ARC Challenge", "arc_easy": "ARC Easy", "gsm8k": "GSM8K", "gsm8k_cot": "GSM8K CoT",
+    "gsm8k_average": "GSM8K average",
     "hellaswag": "HellaSwag", "mmlu": "MMLU", "mmlu_humanities": "MMLU humanities", "mmlu_other": "MMLU other",
     "mmlu_social_sciences": "MMLU social sciences", "mmlu_stem": "MMLU STEM", "sample_easy": "easy questions",
     "sample_hard": "hard questions", "sample_completion": "completion", "sample_arithmetic": "arithmetic",
@@ -119,8 +121,9 @@ def change(table: pd.DataFrame) -> go.Figure:
         Table 2, as `qnb.Study.table2` returns.
     """
     title = "Relative change in accuracy against BF16"
-    if table.empty:
+    if table.empty or "change_pct" not in table:
         return _nothing(title)
+    table = table.dropna(subset="change_pct")
     figure = go.Figure()
     for precision, rows in table.groupby("precision", sort=False):
         hover = "%{y:.2f} % (%{customdata[0]:.2f} points), McNemar p = %{customdata[1]:.3f}, n = %{customdata[2]}"
@@ -199,7 +202,7 @@ def heatmap(table: pd.DataFrame, title: str) -> go.Figure:
         go.Heatmap(
             z=shades, x=list(table.precision), y=[METRICS[name][0] for name in shown], text=texts,
             texttemplate="%{text}", colorscale="Blues", zmin=0, zmax=1.25, xgap=3, ygap=3,
-            colorbar={"title": "scaled", "tickvals": [0, 1], "ticktext": ["worst", "best"]},
+            colorbar={"title": "scaled", "tickvals": [0, 1]},
             hovertemplate="%{y}, %{x}: %{text}<extra></extra>",
         )
     )  # fmt: skip
@@ -222,9 +225,9 @@ def draw_all(scores: pd.DataFrame, tables: dict[int, pd.DataFrame]) -> dict[str,
         "fig1_accuracy": accuracy(scores),
         "fig2_change": change(tables[2]),
         "fig3_bs1_metrics": metrics(tables[3], small),
-        "fig4_bs1_heatmap": heatmap(tables[3], f"{small}: every metric scaled over the precisions"),
+        "fig4_bs1_heatmap": heatmap(tables[3], f"{small}{SCALED}"),
         "fig5_maxbatch_metrics": metrics(tables[4], large),
-        "fig6_maxbatch_heatmap": heatmap(tables[4], f"{large}: every metric scaled over the precisions"),
+        "fig6_maxbatch_heatmap": heatmap(tables[4], f"{large}{SCALED}"),
     }
 
 

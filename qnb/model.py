@@ -13,6 +13,7 @@ import gc
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 from qnb.device import MIB
 from qnb.error import InputError
@@ -124,7 +127,7 @@ def check(name: str) -> None:
         return
     if name.startswith("shape:"):
         raise InputError(f"model {name!r} is unknown; the one shape there is is {SHAPE!r}")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name, re.ASCII):
         raise InputError(
             f"model {name!r} is unknown; give auto, {EMBEDDED}, {SHAPE}, a hub id such as {MIRROR}, or a local folder"
         )
@@ -137,7 +140,15 @@ def _local(folder: Path) -> Source:
         )
     if not _is_plain(folder):
         raise InputError(f"model {folder} is quantized already; give the model it was made from")
-    return Source(str(folder), "named", str(folder), digest(folder))
+    return Source(str(folder), "named", str(folder), digest(folder, sealed=False))
+
+
+def stamp(folder: Path) -> str:
+    """Return 16 hexadecimal digits that change when a file of weights in `folder` is written again."""
+    files = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.safetensors"))
+    ]
+    return sha256(repr(files).encode()).hexdigest()[:16]
 
 
 def _hub(name: str, why: str) -> Source:
@@ -279,22 +290,30 @@ def save_byte_tokenizer(folder: Path) -> None:
 def replacing(folder: Path) -> Iterator[Path]:
     """Give an empty folder to write to; when the block ends well, seal it with a manifest and move it to `folder`.
 
-    Whoever finds `folder` finds it whole: an interrupted block leaves what was there before.
+    Whoever finds `folder` finds it whole: an interrupted block leaves what was there before. One process at a time
+    replaces a folder, and clears away what a killed one left.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield draft
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(draft.iterdir())
-        }
-        (draft / "manifest.json").write_text(json.dumps(files, indent=1))
-        draft.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.replace(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    draft, before = (folder.parent / f".{folder.name}.{end}" for end in ("draft", "before"))
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if before.exists() and not folder.exists():  # killed between the two renames below
+            before.rename(folder)
+        for left in (draft, before):
+            shutil.rmtree(left, ignore_errors=True)
+        draft.mkdir()
+        try:
+            yield draft
+            files = {
+                path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+                for path in sorted(draft.iterdir())
+            }
+            (draft / "manifest.json").write_text(json.dumps(files, indent=1))
+            if folder.exists():
+                folder.rename(before)
+            draft.rename(folder)
+        finally:
+            for left in (draft, before):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def intact(folder: Path) -> bool:
@@ -306,9 +325,9 @@ def intact(folder: Path) -> bool:
         return False
 
 
-def digest(folder: Path) -> str:
-    """Return 16 hexadecimal digits over the weights in `folder`, from the manifest where there is one."""
-    if intact(folder):
+def digest(folder: Path, sealed: bool = True) -> str:
+    """Return 16 hexadecimal digits over the weights in `folder`, from its manifest where it is `sealed` with one."""
+    if sealed and intact(folder):
         files = json.loads((folder / "manifest.json").read_text())
         hashes = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
     else:
@@ -504,6 +523,22 @@ def convert(source: Source, precision: Precision, folder: Path, device: str) -> 
                       load_s=load_s, proved=proved)  # fmt: skip
 
 
+def check_push(repository: str) -> None:
+    """Refuse a push that cannot succeed, before anything is made for it.
+
+    Raises
+    ------
+    InputError
+        There is no token, or the name is none the hub has.
+    """
+    from huggingface_hub import get_token
+
+    if not re.fullmatch(r"([\w-][\w.-]*/)?[\w.-]+", repository, re.ASCII):
+        raise InputError(f"push_to {repository!r} is no name on the hub; give one such as you/llama-3.2-1b")
+    if not get_token():
+        raise InputError(f"pushing to {repository!r} needs a hub token with write access; set HF_TOKEN")
+
+
 def push(folder: Path, repository: str, private: bool = True) -> str:
     """Upload a checkpoint's files to the hub and return the commit's address.
 
@@ -512,11 +547,10 @@ def push(folder: Path, repository: str, private: bool = True) -> str:
     InputError
         No token, no right to write, or no network.
     """
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    if not get_token():
-        raise InputError(f"pushing to {repository!r} needs a hub token with write access; set HF_TOKEN")
+    check_push(repository)
     try:
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)

@@ -20,7 +20,7 @@ PRECISIONS = ("bf16", "fp16", "int8", "int4")
 TABLE1: dict[str, tuple[float, ...]] = {
     "arc_challenge": (31.31, 31.31, 31.46, 30.38),
     "arc_easy": (65.49, 65.53, 64.84, 59.85),
-    "gsm8k": (5.84, 5.61, 5.98, 2.73),
+    "gsm8k_average": (5.84, 5.61, 5.98, 2.73),
     "hellaswag": (47.72, 47.73, 47.41, 44.15),
     "mmlu": (37.70, 37.64, 36.72, 27.57),
     "mmlu_humanities": (35.26, 35.38, 34.73, 27.86),
@@ -32,7 +32,7 @@ TABLE1: dict[str, tuple[float, ...]] = {
 TABLE2: dict[str, tuple[float, ...]] = {
     "arc_challenge": (0.00, 0.48, -2.97),
     "arc_easy": (0.06, -0.99, -8.61),
-    "gsm8k": (-3.94, 2.40, -53.25),
+    "gsm8k_average": (-3.94, 2.40, -53.25),
     "hellaswag": (0.02, -0.65, -7.49),
     "mmlu": (-0.16, -2.60, -26.86),
     "mmlu_humanities": (0.34, -1.50, -21.00),

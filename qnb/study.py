@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 
 from qnb import __version__, device, model, table
 from qnb.accuracy import Evaluator
+from qnb.batch import is_out_of_memory
 from qnb.error import InputError
 from qnb.ledger import Ledger, fingerprint
 from qnb.model import Source
@@ -136,12 +138,18 @@ class Study:
     def source(self) -> Source:
         """The model as released; fetched on first use and then remembered in study.json."""
         record = self._record
-        if record and Path(record["path"]).is_dir():
+        if record and Path(record["path"]).is_dir() and model.stamp(Path(record["path"])) == record.get("stamp"):
             return Source(**{name: record[name] for name in Source.__slots__})
         source = model.resolve(record.get("name", self.model), self.device.kind)
+        if record.get("fingerprint", source.fingerprint) != source.fingerprint:
+            raise InputError(
+                f"model {source.name} is not the one that output {self.folder} was measured with (its weights have "
+                "changed since); give another output folder"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.folder / "study.json.draft"
-        draft.write_text(json.dumps({"asked": self.model, **asdict(source)}, indent=1))
+        facts = {"asked": record.get("asked", self.model), **asdict(source), "stamp": model.stamp(Path(source.path))}
+        draft.write_text(json.dumps(facts, indent=1))
         draft.replace(self.folder / "study.json")
         return source
 
@@ -232,6 +240,8 @@ class Study:
         InputError
             The model cannot be had, or the push is refused.
         """
+        if push_to:
+            model.check_push(push_to)
         with self._bar(len(self.precisions), "quantize") as bar:
             for precision in self.precisions:
                 bar.set_postfix_str(precision.name)
@@ -263,7 +273,6 @@ class Study:
         model: the next precision needs the room.
         """
         folder = self.checkpoint(precision, say=True)
-        self._settle(folder, precision)
         model.release()
         baseline_mib = sensor(self.device.kind).sample().get("memory_mib", 0.0)
         network = model.load(folder, precision, self.device.kind)
@@ -273,22 +282,22 @@ class Study:
             del network
             model.release()
 
-    def _settle(self, folder: Path, precision: Precision) -> None:
+    def _settle(self, precision: Precision) -> None:
         """Once, load a model for nothing: what the libraries allocate at their first use is no precision's memory."""
         if self._settled or self.device.kind != "cpu":
             return
-        import torch
+        from qnb.decode import eager
 
         self._settled = True
-        network = model.load(folder, precision, self.device.kind)
+        network = model.load(self.checkpoint(precision, say=True), precision, self.device.kind)
         with model.quiet():
-            network.generate(  # type: ignore[operator]
-                torch.tensor([[1, 2, 3, 4]]), max_new_tokens=2, do_sample=False, pad_token_id=0
-            )
+            eager(network, [[1, 2, 3, 4]], 2)
 
     # 02: accuracy
 
-    def accuracy(self, tasks: str = "auto", limit: Count = "auto", batch_size: Count = "auto") -> pd.DataFrame:
+    def accuracy(
+        self, tasks: str = "auto", limit: Count = "auto", batch_size: Count = "auto", scorer: str = "qnb"
+    ) -> pd.DataFrame:
         """Evaluate every precision on every task; return a row a task, metric and precision.
 
         Parameters
@@ -296,9 +305,11 @@ class Study:
         tasks
             ``"sample"``, ``"paper"``, ``"auto"`` (the paper's with a GPU, else the sample) or names of lm-eval tasks.
         limit
-            Items a task, the first of each; ``"all"`` takes all.
+            Items a task, the first of one fixed random order; ``"all"`` takes all.
         batch_size
-            Rows a forward pass.
+            Rows a forward pass, where stock scoring is used.
+        scorer
+            ``"qnb"``, or ``"hf"`` for lm-eval's own.
 
         Raises
         ------
@@ -310,14 +321,16 @@ class Study:
         self.check_weights()
         if tasks == "auto":
             tasks = "sample" if self.device.kind == "cpu" else "paper"
-        evaluator = Evaluator(tasks, most, rows, self.data_dir)
-        asked = {"limit": most or "all", "batch_size": rows}
+        evaluator = Evaluator(tasks, most, rows, self.data_dir, scorer)
+        asked = {"limit": most or "all", "scorer": scorer, "batch_size": rows if scorer == "hf" else None}
         keys = {
             (precision.name, task): self._key("accuracy", precision, asked, task=task)
             for precision in self.precisions
             for task in evaluator.tasks
         }
         missing = {pair for pair, key in keys.items() if not self._scored(key)}
+        for task in {task for _, task in missing}:
+            evaluator.build(task)  # data that cannot be read end this before a checkpoint is made
         with self._bar(len(keys), "accuracy") as bar:
             bar.update(len(keys) - len(missing))
             for precision in self.precisions:
@@ -326,12 +339,14 @@ class Study:
                 def answer(network: PreTrainedModel, _: float, name: str = precision.name, todo: list = todo) -> None:
                     for task in todo:
                         bar.set_postfix_str(f"{name} {task}")
-                        result = evaluator.evaluate(network, self.tokenizer, task)
+                        kept = self._items_path(keys[name, task]).with_suffix(".answers")
+                        result = evaluator.evaluate(network, self.tokenizer, task, kept)
                         values = {
                             "scores": [asdict(score) for score in result.scores],
-                            "items_sha256": self._keep_items(task, name, result.items),
+                            "items_sha256": self._keep_items(keys[name, task], result.items),
                         }
                         self._append(keys[name, task], asked, values)
+                        kept.unlink(missing_ok=True)
                         bar.update()
 
                 if todo:
@@ -352,42 +367,44 @@ class Study:
                 "leave 02_accuracy out, or take smollm2-135m or a model from the hub"
             )
 
-    def _keep_items(self, task: str, precision: str, items: pd.DataFrame) -> str:
+    def _keep_items(self, key: dict[str, Any], items: pd.DataFrame) -> str:
         """Write a task's items, whole or not at all, and return the file's sha256."""
-        path = self._items_path(task, precision)
+        path = self._items_path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".draft")
         items.to_parquet(draft)
         draft.replace(path)
         return model.file_sha256(path)
 
-    def _items_path(self, task: str, precision: str) -> Path:
-        return self.folder / "items" / f"{task}.{precision}.parquet"
+    def _items_path(self, row: Mapping[str, Any]) -> Path:
+        return self.folder / "items" / f"{row['task']}.{row['precision']}.{row['fingerprint']}.parquet"
 
     def _scored(self, key: dict[str, Any]) -> bool:
         """Return whether a row answers and its items are those it was counted from."""
-        row, path = self._find(key), self._items_path(key["task"], key["precision"])
-        return row is not None and path.exists() and model.file_sha256(path) == row["items_sha256"]
+        row = self._find(key)
+        return row is not None and self.items(row) is not None
 
-    def items(self, task: str, precision: str) -> pd.DataFrame:
-        """Return every item of an evaluated task: gold, picked, correct, log-likelihoods and probabilities."""
-        return pd.read_parquet(self._items_path(task, precision))
+    def items(self, row: dict[str, Any]) -> pd.DataFrame | None:
+        """Return every item that an accuracy row was counted from: gold, picked, correct, log-likelihoods.
 
-    def beliefs(self, doc_id: int = 0) -> pd.DataFrame:
+        None where the file is gone or is not the one written then.
+        """
+        path = self._items_path(row)
+        if not path.exists() or model.file_sha256(path) != row["items_sha256"]:
+            return None
+        return pd.read_parquet(path)
+
+    def beliefs(self, place: int = 0) -> pd.DataFrame:
         """Return one item of the first multiple-choice task as each precision sees it: the paper's p(y_i) a choice."""
-        for task in dict.fromkeys(row["task"] for row in self.ledger if row["stage"] == "accuracy"):
-            rows = {}
-            for precision in self.precisions:
-                if not self._items_path(task, precision.name).exists():
-                    continue
-                items = self.items(task, precision.name)
-                if "probabilities" in items:
-                    item = items[items.doc_id == doc_id].iloc[0]
-                    shares = {f"p(choice {place})": share for place, share in enumerate(item.probabilities)}
-                    rows[precision.name] = {**shares, "picked": item.picked, "gold": item.gold}
-            if rows:
-                return pd.DataFrame(rows).T.infer_objects()
-        return pd.DataFrame()
+        rows: dict[str, dict[str, Any]] = {}
+        found = ((row, self.items(row)) for row in self.frame("accuracy").to_dict("records"))
+        choices = [(row, items) for row, items in found if items is not None and "probabilities" in items]
+        for row, items in choices:
+            if row["task"] == choices[0][0]["task"]:
+                item = items.iloc[place]
+                shares = {f"p(choice {number})": share for number, share in enumerate(item.probabilities)}
+                rows[row["precision"]] = {**shares, "picked": item.picked, "gold": item.gold}
+        return pd.DataFrame(rows).T.infer_objects()
 
     # 03 and 04: performance
 
@@ -456,6 +473,7 @@ class Study:
 
         key = self._key("perf", precision, asked, engine=engine, setting=setting, repeat=repeat)
         if not self._find(key):
+            self._settle(precision)
             timed = self.on(precision, lambda network, base_mib: run(network, workload, batch_size, engine, base_mib))
             self._append(key, asked, _values(timed))
 
@@ -506,6 +524,7 @@ class Study:
                 key = self._key("batch", precision, wanted, engine=engine)
                 row = self._find(key)
                 if row is None:
+                    self._settle(precision)
                     largest = self.on(
                         precision,
                         lambda network, base_mib: largest_batch(network, workload, limit_mib, cap, engine, base_mib),
@@ -515,9 +534,17 @@ class Study:
                 bar.update()
             for repeat, precision in self._turns(repeats):
                 bar.set_postfix_str(precision.name)
-                found = searched[precision.name]
-                asked = {**wanted, "batch_size": found["batch_size"], "capped": found["capped"]}
-                self._time("maxbatch", precision, repeat, workload, found["batch_size"], engine, asked)
+                while True:
+                    found = searched[precision.name]
+                    asked = {**wanted, "batch_size": found["batch_size"], "capped": found["capped"]}
+                    try:
+                        self._time("maxbatch", precision, repeat, workload, found["batch_size"], engine, asked)
+                        break
+                    except (RuntimeError, MemoryError) as error:
+                        if found["batch_size"] == 1 or not is_out_of_memory(error):
+                            raise
+                    key = self._key("batch", precision, wanted, engine=engine)
+                    searched[precision.name] = self._append(key, wanted, _smaller(found))
                 bar.update()
         return self.frame("perf", "maxbatch")
 
@@ -596,6 +623,17 @@ class Study:
         return frame
 
 
+def _smaller(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a search's result after its batch ran out of memory when timed: a twentieth smaller, no longer capped."""
+    failed = {"batch_size": found["batch_size"], "fits": False, "memory_mib": None}
+    return {
+        "batch_size": found["batch_size"] - max(1, found["batch_size"] // 20),
+        "limit_mib": found["limit_mib"],
+        "capped": False,
+        "probes": [*found["probes"], failed],
+    }
+
+
 def _values(timed: Run) -> dict[str, Any]:
     """Return a run's measured fields, flat: the usage's beside the run's own."""
     values = asdict(timed)
@@ -604,3 +642,6 @@ def _values(timed: Run) -> dict[str, Any]:
     derived = ("throughput_rps", "throughput_tps", "seconds_per_request", "batch_latency_s", "memory_mib")
     values |= {name: getattr(timed, name) for name in derived}
     return {**values, **{f"monitor_{name}": value for name, value in usage.items()}}
+
+
+PARAMETERS = tuple(signature(Study).parameters)  # what every notebook gives to its study

@@ -7,7 +7,7 @@ was measured, under their own name, never in its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
@@ -15,11 +15,15 @@ import pandas as pd
 
 from qnb import paper
 from qnb.precision import BASELINE
-from qnb.stats import compare
+from qnb.stats import compare, holm
 
 # the metric a task is known by: accuracy for choices, strict exact match for generated answers
 HEADLINE = ("acc", "exact_match")
 AGGREGATE = "mean over tasks"
+# what the paper calls "GSM8K (average of strict and CoT)": the mean of the two strict readings, 5-shot and
+# chain-of-thought; the flexible readings stand beside it
+AVERAGED = {"gsm8k_average": ("gsm8k", "gsm8k_cot")}
+SIGNIFICANT = 0.05
 
 
 def scores(frame: pd.DataFrame) -> pd.DataFrame:
@@ -33,25 +37,40 @@ def scores(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def headline(frame: pd.DataFrame) -> pd.DataFrame:
-    """Keep one metric a task: accuracy, or exact match as strictly read; then the mean over the tasks asked for.
+    """Keep one metric a task: accuracy, or exact match as strictly read; then the means over tasks.
 
-    The mean weighs every task alike, as the paper's "aggregate accuracy" does; its standard error takes the tasks as
-    independent.
+    The aggregate weighs every task that all precisions answered alike, as the paper's "aggregate accuracy" does; its
+    standard error takes the tasks as independent.
     """
     if frame.empty:
         return frame
     strict = (frame.metric != "exact_match") | (frame["filter"] == "strict-match")
-    kept = frame[frame.metric.isin(HEADLINE) & strict].copy()
+    kept = frame[frame.metric.isin(HEADLINE) & strict]
     whole = kept[kept.task == kept.asked]
-    means = []
+    parts = [kept]
+    for name, tasks in AVERAGED.items():
+        parts.append(_means(whole[whole.task.isin(tasks)], name, len(tasks)))
+    # alike are tasks that every precision answered, on as many items
+    common = whole.groupby("task").filter(
+        lambda rows: set(rows.precision) == set(whole.precision) and rows["items"].nunique() == 1
+    )
+    parts.append(_means(common, AGGREGATE, 1))
+    return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+
+def _means(whole: pd.DataFrame, name: str, least: int) -> pd.DataFrame:
+    """Return a row a precision: the mean over its tasks, where there are at least so many."""
+    rows = []
     for precision, group in whole.groupby("precision", sort=False):
+        if len(group) < least:
+            continue
         known = group.stderr.notna().all()
-        means.append(
+        rows.append(
             {
                 "precision": precision,
-                "asked": AGGREGATE,
+                "asked": name,
                 "limit": group.limit.iloc[0],
-                "task": AGGREGATE,
+                "task": f"{name} ({len(group)})" if name == AGGREGATE else name,
                 "metric": "mean",
                 "filter": "none",
                 "value": group.value.mean(),
@@ -61,16 +80,20 @@ def headline(frame: pd.DataFrame) -> pd.DataFrame:
                 "group": True,
             }
         )
-    return pd.concat([kept, pd.DataFrame(means)], ignore_index=True)
+    return pd.DataFrame(rows)
 
 
 def accuracy(frame: pd.DataFrame) -> pd.DataFrame:
-    """Table 1: a row a task and metric, a column a precision in percent with its standard error in points."""
+    """Table 1: a row a task, metric and number of items; a column a precision in percent and its error in points.
+
+    Metrics are lm-eval's, with the mean probability of the right choice (``p_right``) beside them; ``mean`` rows are
+    averages of others. Rows of a sample never share a cell with rows of a whole task: ``items`` is part of the key.
+    """
     if frame.empty:
         return frame
     published = paper.accuracy().set_index(["task", "precision"]).acc
-    means = headline(frame)
-    frame = pd.concat([frame, means[means.task == AGGREGATE]], ignore_index=True)
+    every = headline(frame)
+    frame = pd.concat([frame, every[every.metric == "mean"]], ignore_index=True)
     keys = ["task", "metric", "filter", "items"]
     rows = []
     for key, group in frame.groupby(keys, sort=False):
@@ -78,22 +101,25 @@ def accuracy(frame: pd.DataFrame) -> pd.DataFrame:
         for score in group.itertuples():
             row[f"{score.precision}_pct"] = 100 * score.value
             row[f"{score.precision}_stderr_pp"] = 100 * score.stderr if score.stderr is not None else None
-        if row["metric"] == "acc" and row["task"] in published:
+        if row["metric"] in ("acc", "mean") and row["task"] in published:
             for precision, share in published[row["task"]].items():
                 row[f"published_{precision}_pct"] = 100 * share
         rows.append(row)
     return pd.DataFrame(rows).round(4)
 
 
-def change(frame: pd.DataFrame, items: Callable[[str, str], pd.DataFrame]) -> pd.DataFrame:
-    """Table 2: a row a task and precision, change against BF16 in points and relative, and a paired test.
+def change(frame: pd.DataFrame, items: Callable[[dict[str, Any]], pd.DataFrame | None]) -> pd.DataFrame:
+    """Table 2: a row a task and precision, the change against BF16 with its interval and paired test.
+
+    Only answers to the same items are compared; where there are none, ``note`` says why. ``holm_p`` is McNemar's p
+    corrected for all cells of the table, and ``significant`` whether it is below 0.05.
 
     Parameters
     ----------
     frame
         Accuracy rows.
     items
-        Returns the items of (task asked for, precision).
+        Returns the items an accuracy row was counted from, or None where they are gone.
     """
     if frame.empty or BASELINE not in set(frame.precision):
         return pd.DataFrame()
@@ -101,38 +127,84 @@ def change(frame: pd.DataFrame, items: Callable[[str, str], pd.DataFrame]) -> pd
     all_scores = scores(frame)
     rows: list[dict[str, Any]] = []
     for asked, group in frame.groupby("task", sort=False):
-        if BASELINE not in set(group.precision):
+        measured = {row["precision"]: row for row in group.to_dict("records")}
+        base = measured.pop(BASELINE, None)
+        if base is None:
             continue
-        base = _correct(items(str(asked), BASELINE))
-        for precision in group.precision:
-            if precision == BASELINE:
+        before = items(base)
+        mine = all_scores[all_scores.asked == asked]
+        for precision, row in measured.items():
+            if row["limit"] != base["limit"]:
+                note = f"not compared: limit {row['limit']}, {BASELINE} has {base['limit']}"
+            elif before is None or (now := items(row)) is None:
+                note = "not compared: the items' file is gone or was changed"
+            else:
+                rows += _paired(str(asked), precision, mine, _correct(before), _correct(now))
                 continue
-            other = _correct(items(str(asked), precision))
-            pairs = base.join(other, lsuffix="_base", how="inner", validate="one_to_one").reset_index()
-            if len(pairs) != len(base):
-                continue  # measured on other items: there is nothing to pair
-            mine = all_scores[all_scores.asked == asked]
-            for task in mine[mine.metric.isin(HEADLINE)].task.unique():
-                part = pairs if task == asked else pairs[pairs.task.isin(_members(task, mine, pairs))]
-                if part.empty or part[["correct_base", "correct"]].isna().any(axis=None):
-                    continue  # right and wrong are what is paired; a task that gives shares has neither
-                paired = compare(list(part.correct_base), list(part.correct))
-                rows.append(
-                    {
-                        "task": task,
-                        "precision": precision,
-                        "items": paired.items,
-                        "baseline_pct": 100 * paired.baseline,
-                        "accuracy_pct": 100 * paired.accuracy,
-                        "change_pp": paired.change_pp,
-                        "change_pct": paired.change_pct,
-                        "gained": paired.gained,
-                        "lost": paired.lost,
-                        "mcnemar_p": paired.p_value,
-                        "published_change_pct": published.get((task, precision)),
-                    }
+            rows.append({"task": asked, "precision": precision, "note": note})
+    if not rows:
+        return pd.DataFrame()
+    table = pd.DataFrame([*rows, *_averaged(rows)])
+    if "mcnemar_p" in table:
+        tested = table.mcnemar_p.notna()
+        table.loc[tested, "holm_p"] = holm(list(table.mcnemar_p[tested]))
+        table["significant"] = table.holm_p < SIGNIFICANT
+    keys = zip(table.task, table.precision, strict=True)
+    table["published_change_pct"] = [published.get(key) for key in keys]
+    table["note"] = table.note.fillna("") if "note" in table else ""
+    return table.round(6)
+
+
+def _paired(
+    asked: str, precision: str, mine: pd.DataFrame, before: pd.DataFrame, now: pd.DataFrame
+) -> list[dict[str, Any]]:
+    """Compare one task's items, and those of each group in it."""
+    pairs = before.join(now, lsuffix="_base", how="inner", validate="one_to_one").reset_index()
+    groups = mine[mine.metric.isin(HEADLINE) & ((mine.task == asked) | mine.group.astype(bool))].task.unique()
+    rows = []
+    for task in groups:
+        part = pairs if task == asked else pairs[pairs.task.isin(_members(task, mine, pairs))]
+        if part.empty or part[["correct_base", "correct"]].isna().any(axis=None):
+            continue  # right and wrong are what is paired; a task that gives shares has neither
+        paired = compare(list(part.correct_base), list(part.correct))
+        rows.append(
+            {
+                "task": task,
+                "precision": precision,
+                "items": paired.items,
+                "baseline_pct": 100 * paired.baseline,
+                "accuracy_pct": 100 * paired.accuracy,
+                "change_pp": paired.change_pp,
+                "low_pp": paired.low_pp,
+                "high_pp": paired.high_pp,
+                "change_pct": paired.change_pct,
+                "gained": paired.gained,
+                "lost": paired.lost,
+                "mcnemar_p": paired.p_value,
+            }
+        )
+    return rows
+
+
+def _averaged(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the averages' changes; their parts are tested, they are not."""
+    for name, tasks in AVERAGED.items():
+        for precision in dict.fromkeys(row["precision"] for row in rows):
+            parts = [row for row in rows if row["task"] in tasks and row["precision"] == precision and "items" in row]
+            if len(parts) == len(tasks):
+                before, now = (
+                    sum(row[f"{kind}_pct"] for row in parts) / len(parts) for kind in ("baseline", "accuracy")
                 )
-    return pd.DataFrame(rows).round(6)
+                yield {
+                    "task": name,
+                    "precision": precision,
+                    "items": sum(row["items"] for row in parts),
+                    "baseline_pct": before,
+                    "accuracy_pct": now,
+                    "change_pp": now - before,
+                    "change_pct": 100 * (now / before - 1) if before else None,
+                    "note": f"mean of {' and '.join(tasks)}, which are tested each",
+                }
 
 
 def _members(task: str, scores: pd.DataFrame, pairs: pd.DataFrame) -> set[str]:
@@ -162,14 +234,19 @@ def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
     """Tables 3 and 4: a row a precision, medians over repeats with the spread of throughput, published columns last.
 
     ``seconds_per_request`` is total time over requests (the paper's "average latency"); ``batch_latency_s`` is what a
-    request really waits for. ``speedup`` is throughput over BF16's.
+    request really waits for. ``speedup`` is throughput over BF16's on the same workload, device and memory; empty
+    where BF16 was not measured so.
     """
     if frame.empty:
         return frame
     published = paper.performance(number).set_index("precision")
     rows: list[dict[str, Any]] = []
+    alike = [name for name in ("engine", "workload", "device", "memory_limit_mib", "cap") if name in frame]
+    base = {}
     for (precision, engine), runs in frame.groupby(["precision", "engine"], sort=False):
         first = runs.iloc[-1]
+        if precision == BASELINE:
+            base[engine] = tuple(first[alike]), median(runs.throughput_rps)
         row = {
             "precision": precision,
             "engine": engine,
@@ -186,14 +263,16 @@ def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
         row["monitor"] = first.monitor_source
         row["utilization_pct"] = _median(runs, "monitor_utilization_pct")
         row["memory_mib"] = _median(runs, "memory_mib")
-        row["device_memory_mib"] = _median(runs, "monitor_peak_memory_mib")
+        on_gpu = first.monitor_source != "process"  # a process's memory is the column before
+        row["device_memory_mib"] = _median(runs, "monitor_peak_memory_mib") if on_gpu else None
         row["power_w"] = _median(runs, "monitor_power_w")
         for name in ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_mib", "speedup"):
             row[f"published_{name}"] = published[name].get(precision)
+        row["measured"] = tuple(first[alike])
         rows.append(row)
-    base = {row["engine"]: row["throughput_rps"] for row in rows if row["precision"] == BASELINE}
     for row in rows:
-        row["speedup"] = row["throughput_rps"] / base[row["engine"]] if row["engine"] in base else None
+        measured, (like, rate) = row.pop("measured"), base.get(row["engine"], ((), 0.0))
+        row["speedup"] = row["throughput_rps"] / rate if measured == like else None
     result = pd.DataFrame(rows)
     order = [name for name in result if not str(name).startswith("published_")]
     return result[order + [name for name in result if name not in order]].round(6)

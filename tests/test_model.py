@@ -56,7 +56,7 @@ def test_an_interrupted_checkpoint_is_no_checkpoint(tmp_path):
     with pytest.raises(KeyboardInterrupt), model.replacing(tmp_path / "ck") as draft:
         (draft / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".ck.lock"]
 
 
 def test_a_cut_or_missing_file_breaks_the_seal(tmp_path):
@@ -116,3 +116,23 @@ def test_manifest_names_every_file(checkpoint):
     folder, _ = checkpoint("bf16")
     files = json.loads((folder / "manifest.json").read_text())
     assert set(files) == {path.name for path in folder.iterdir()} - {"manifest.json"}
+
+
+def test_a_killed_replacement_leaves_the_old_or_the_new(tmp_path):
+    """Killed between the two renames, the old one comes back; drafts of killed runs are cleared away."""
+    folder = tmp_path / "made"
+    with model.replacing(folder) as draft:
+        (draft / "file").write_text("old")
+    folder.rename(tmp_path / ".made.before")
+    (tmp_path / ".made.draft").mkdir()
+    with pytest.raises(RuntimeError), model.replacing(folder) as draft:
+        assert list(draft.iterdir()) == []
+        raise RuntimeError
+    assert (folder / "file").read_text() == "old" and model.intact(folder)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["made"]
+
+
+@pytest.mark.parametrize("name", ["a/b c", "a/b/c", "../a/b", "nonsense", "a/"])
+def test_a_name_that_can_be_no_model_is_refused(name):
+    with pytest.raises(InputError, match="unknown"):
+        model.check(name)

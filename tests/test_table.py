@@ -1,0 +1,109 @@
+"""Tables 1 and 2 from hand-made rows: the right items paired, and nothing compared that is not alike."""
+
+import pandas as pd
+import pytest
+
+from qnb import table
+
+
+def score(task, value, metric="acc", group=False, items=4, kind="none"):
+    return {"task": task, "metric": metric, "filter": kind, "value": value, "stderr": 0.1, "items": items, "shots": 0,
+            "group": group}  # fmt: skip
+
+
+def row(precision, task, scores, limit=4):
+    return {"precision": precision, "task": task, "limit": limit, "scores": scores, "fingerprint": precision + task}
+
+
+def items(task, right, kind="none"):
+    return [{"task": task, "doc_id": place, "filter": kind, "correct": was} for place, was in enumerate(right)]
+
+
+def answered(**right):
+    """Items by precision, looked up as a study does."""
+    return lambda asked: pd.DataFrame(items(asked["task"], right[asked["precision"]]))
+
+
+def test_changes_are_paired_item_by_item():
+    frame = pd.DataFrame([row("bf16", "easy", [score("easy", 0.75)]), row("int8", "easy", [score("easy", 0.5)])])
+    made = table.change(frame, answered(bf16=[1, 1, 1, 0], int8=[1, 0, 0, 1])).iloc[0]
+    assert (made["items"], made.gained, made.lost) == (4, 1, 2)
+    assert made.change_pp == -25 and made.change_pct == pytest.approx(-100 / 3)
+    assert made.low_pp < -25 < made.high_pp and made.mcnemar_p == made.holm_p == 1 and not made.significant
+
+
+def test_another_limit_is_named_and_not_compared():
+    frame = pd.DataFrame([row("bf16", "easy", [score("easy", 1)]), row("int8", "easy", [score("easy", 1)], limit=2)])
+    made = table.change(frame, answered(bf16=[1, 1, 1, 1], int8=[1, 1]))
+    assert "limit 2" in made.note[0] and "change_pp" not in made
+
+
+def test_items_that_are_gone_are_named():
+    frame = pd.DataFrame([row("bf16", "easy", [score("easy", 1)]), row("int8", "easy", [score("easy", 1)])])
+    made = table.change(frame, lambda asked: None)
+    assert "gone" in made.note[0]
+
+
+def test_a_share_instead_of_right_or_wrong_is_left_out():
+    frame = pd.DataFrame(
+        [row("bf16", "shares", [score("shares", 0.4)]), row("int8", "shares", [score("shares", 0.4)])]
+    )
+    assert table.change(frame, answered(bf16=[None, None], int8=[None, True])).empty
+
+
+def test_a_group_is_the_items_of_what_is_in_it():
+    tree = [score("all", 0.5, group=True), score("left", 0.5, group=True), score("l1", 1), score("l2", 0),
+            score("right", 0.5, group=True), score("r1", 0.5)]  # fmt: skip
+    frame = pd.DataFrame([row("bf16", "all", tree), row("int8", "all", tree)])
+    parts = {"bf16": {"l1": [1, 1], "l2": [0, 0], "r1": [1, 0]}, "int8": {"l1": [1, 0], "l2": [0, 0], "r1": [1, 1]}}
+
+    def found(asked):
+        return pd.DataFrame([item for task, right in parts[asked["precision"]].items() for item in items(task, right)])
+
+    made = table.change(frame, found).set_index("task")
+    assert list(made.index) == ["all", "left", "right"]
+    assert made["items"].to_dict() == {"all": 6, "left": 4, "right": 2}
+    assert made.lost.to_dict() == {"all": 1, "left": 1, "right": 0} and made.gained["right"] == 1
+
+
+def test_the_mean_is_over_tasks_that_all_answered():
+    rows = [row("bf16", "easy", [score("easy", 0.5)]), row("int8", "easy", [score("easy", 0.3)]),
+            row("bf16", "hard", [score("hard", 0.1)])]  # fmt: skip
+    made = table.accuracy(table.scores(pd.DataFrame(rows))).set_index("task")
+    mean = made.loc[f"{table.AGGREGATE} (1)"]
+    assert (mean.bf16_pct, mean.int8_pct) == (50, 30)
+
+
+def test_gsm8ks_average_is_of_the_strict_readings():
+    rows = []
+    for precision, values in (("bf16", (0.2, 0.4)), ("int8", (0.1, 0.1))):
+        for task, value in zip(("gsm8k", "gsm8k_cot"), values, strict=True):
+            scores = [score(task, value, "exact_match", kind="strict-match"),
+                      score(task, 0.9, "exact_match", kind="flexible-extract")]  # fmt: skip
+            rows.append(row(precision, task, scores))
+    frame = pd.DataFrame(rows)
+    made = table.accuracy(table.scores(frame)).set_index(["task", "filter"]).sort_index()
+    average = made.loc[("gsm8k_average", "none")]
+    assert average.bf16_pct == pytest.approx(30) and average.published_bf16_pct == pytest.approx(5.84)
+    assert made.loc[("gsm8k", "flexible-extract")].bf16_pct == 90
+    right = {("bf16", "gsm8k"): [1, 0], ("bf16", "gsm8k_cot"): [1, 1], ("int8", "gsm8k"): [0, 0],
+             ("int8", "gsm8k_cot"): [1, 0]}  # fmt: skip
+
+    def found(asked):
+        return pd.DataFrame(items(asked["task"], right[asked["precision"], asked["task"]], "strict-match"))
+
+    change = table.change(frame, found).set_index("task").loc["gsm8k_average"]
+    assert change.change_pp == -50 and pd.isna(change.mcnemar_p) and "tested each" in change.note
+
+
+def test_speed_is_compared_on_one_workload():
+    row = {"engine": "eager", "batch_size": 1, "requests": 4, "prompt_tokens": 8, "new_tokens": 2, "repeat": 0,
+           "monitor_source": "nvml", "memory_mib": 1.0, "throughput_tps": 8.0, "total_s": 1.0, "device": "one",
+           "seconds_per_request": 0.25, "batch_latency_s": 0.25}  # fmt: skip
+    frame = pd.DataFrame([
+        {**row, "precision": "bf16", "throughput_rps": 4.0, "workload": "a"},
+        {**row, "precision": "fp16", "throughput_rps": 8.0, "workload": "a"},
+        {**row, "precision": "int8", "throughput_rps": 8.0, "workload": "b"},
+    ])  # fmt: skip
+    made = table.performance(frame, 3).set_index("precision").speedup
+    assert made["fp16"] == 2 and pd.isna(made["int8"])
