@@ -112,7 +112,7 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
         elif name == "private":
             if not isinstance(value, bool):
                 raise InputError(f"private is {value!r}; give true or false")
-        elif name not in PARAMETERS and (name, value) != ("limit", "all"):
+        elif name not in PARAMETERS and (name, value) not in (("limit", "all"), ("text_tokens", "all")):
             study.count(name, value)
     if "02_accuracy" in names:
         if values.get("tasks", "auto") != "auto":

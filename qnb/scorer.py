@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from lm_eval.api.registry import register_model
@@ -95,7 +96,9 @@ class SharedContextLM(HFLM):
         self._encoded = {} if encoded is None else encoded
         self._kept = Path(kept) if kept else None
         self._budget = self._tokens()
-        self.shared = self._prove()
+        if self.model not in self._proved:
+            self._proved[self.model] = self._prove()
+        self.shared = self._proved[self.model]
 
     # What is scored
 
@@ -234,24 +237,28 @@ class SharedContextLM(HFLM):
         `skip` tokens of every row are in `cache` already.
         """
         hidden, where, tokens, owners = self._hidden(batch, skip, cache)
-        targets = torch.tensor(tokens, device=self.device)  # (N,)
-        hidden = hidden[torch.tensor(where, device=self.device)]  # (N, D)
+        targets = self._there(tokens)  # (N,)
+        hidden = hidden[self._there(where)]  # (N, D)
         chunk = max(64, LOGITS_BYTES[self._memory] // (10 * self._vocabulary))
         parts = [self._compare(hidden[at : at + chunk], targets[at : at + chunk])
                  for at in range(0, len(targets), chunk)]  # fmt: skip
         likelihoods, misses = (torch.cat(part) for part in zip(*parts, strict=True))
         # a continuation asked for twice is scored once and counted for each
-        sizes = torch.tensor([len(asked) for asked in owners])
-        places = torch.tensor(list(itertools.chain.from_iterable(owners)), device=self.device)
-        again = torch.repeat_interleave(torch.arange(len(owners)), sizes).to(self.device)
+        places = self._there(list(itertools.chain.from_iterable(owners)))
+        again = self._there([place for place, asked in enumerate(owners) for _ in asked])
         return places, likelihoods[again], misses[again]
+
+    def _there(self, values: list[Any]) -> torch.Tensor:
+        """Return integers as a tensor on the device, without waiting for the device to get to it."""
+        made = torch.tensor(values)
+        return made.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else made
 
     def _compare(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-likelihood of `targets`, and 1 where another token was likelier."""
         logits = self._project(hidden)  # (n, V)
-        chosen = logits.gather(1, targets[:, None])[:, 0].float()  # (n,)
         greedy = logits.argmax(1)  # (n,)
-        return chosen - logits.float().logsumexp(1), (greedy != targets).long()
+        scores = torch.log_softmax(logits, 1, dtype=torch.float32)  # one kernel, which reads 16 bit and writes 32
+        return scores.gather(1, targets[:, None])[:, 0], (greedy != targets).long()
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits of hidden states, (N, D) -> (N, V), as the model scales and caps them."""
@@ -298,12 +305,9 @@ class SharedContextLM(HFLM):
             if skip:
                 options["position_ids"] = torch.arange(skip, skip + width, device=self.device).expand(len(batch), -1)
         else:
-            options["position_ids"] = torch.tensor(positions, device=self.device)  # (B, L)
-            options["attention_mask"] = self._mask(torch.tensor(segments, device=self.device), skip)
-        hidden = self.model.base_model(
-            input_ids=torch.tensor(tokens, device=self.device),  # (B, L)
-            **options,
-        ).last_hidden_state  # (B, L, D)
+            options["position_ids"] = self._there(positions)  # (B, L)
+            options["attention_mask"] = self._mask(self._there(segments), skip)
+        hidden = self.model.base_model(input_ids=self._there(tokens), **options).last_hidden_state  # (B, L, D)
         return hidden.flatten(0, 1), where, targets, owners
 
     def _mask(self, segments: torch.Tensor, skip: int) -> torch.Tensor:
@@ -454,6 +458,7 @@ class SharedContextLM(HFLM):
     # Whether it holds
 
     _said: ClassVar[set[str]] = set()
+    _proved: ClassVar[WeakKeyDictionary[Any, bool]] = WeakKeyDictionary()
 
     def _prove(self) -> bool:
         """Ask the model itself: are two continuations in one row what they are in rows of their own?"""

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,14 +21,15 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from qnb import __version__, device, model, table
-from qnb.accuracy import Evaluator
+from qnb.accuracy import Evaluator, wide_products
 from qnb.batch import is_out_of_memory
+from qnb.divergence import distances, summarize
 from qnb.error import InputError
 from qnb.ledger import Ledger, fingerprint
 from qnb.model import Source
 from qnb.monitor import sensor
-from qnb.precision import Precision, parse
-from qnb.workload import Workload
+from qnb.precision import BASELINE, PRECISIONS, Precision, parse
+from qnb.workload import Workload, paragraphs
 from qnb.workload import load as load_workload
 
 if TYPE_CHECKING:
@@ -40,9 +41,9 @@ Result = TypeVar("Result")
 Count = int | str  # a number, or "auto": what the device allows in minutes
 AUTO: dict[str, dict[str, int]] = {
     "cuda": {"bs1_requests": 20, "maxbatch_requests": 512, "prompt_tokens": 128, "new_tokens": 100, "limit": 200,
-             "batch_size": 32, "max_batch": 512, "memory_mib": 0},
+             "batch_size": 32, "max_batch": 512, "memory_mib": 0, "text_tokens": 65536, "context": 512},
     "cpu": {"bs1_requests": 4, "maxbatch_requests": 16, "prompt_tokens": 32, "new_tokens": 8, "limit": 12,
-            "batch_size": 8, "max_batch": 16, "memory_mib": 400},
+            "batch_size": 8, "max_batch": 16, "memory_mib": 400, "text_tokens": 1024, "context": 128},
 }  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout the package runs from
@@ -353,6 +354,51 @@ class Study:
                     self.on(precision, answer)
         return self.scores()
 
+    def divergence(self, prompts: str = "auto", text_tokens: Count = "auto", context: Count = "auto") -> pd.DataFrame:
+        """Measure perplexity on running text, and how far each precision's predictions are from BF16's.
+
+        Parameters
+        ----------
+        prompts
+            ``"wikitext"`` (WikiText-2's test split), ``"sample"``, or ``"auto"``, as for `workload`.
+        text_tokens
+            Tokens taken from the text's beginning; ``"all"`` takes all.
+        context
+            Tokens in a window; it moves on by half of them.
+
+        Raises
+        ------
+        InputError
+            A count is not positive, the text cannot be had, or the weights are random.
+        """
+        most = None if text_tokens == "all" else self.count("text_tokens", text_tokens)
+        width = self.count("context", context)
+        self.check_weights()
+        source = self._prompts(prompts)
+        text = "\n\n".join(paragraphs(source, self.data_dir))
+        ids = self.tokenizer(text, verbose=False)["input_ids"][:most]
+        asked = {"text": source, "text_sha256": fingerprint({"ids": ids}), "tokens": len(ids), "context": width}
+        with self._bar(len(self.precisions), "divergence") as bar:
+            for precision in self.precisions:
+                bar.set_postfix_str(precision.name)
+                key = self._key("divergence", precision, asked)
+                if not self._find(key):
+                    tokens = self.on(precision, partial(self._distances, precision, ids, width))
+                    self._append(key, asked, {name: asdict(found) for name, found in summarize(tokens).items()})
+                bar.update()
+        return self._save("divergence", table.divergence(self.frame("divergence")))
+
+    def _distances(
+        self, precision: Precision, ids: list[int], context: int, network: PreTrainedModel, _: float
+    ) -> pd.DataFrame:
+        """Compare a loaded precision with BF16, loaded beside it."""
+        base = PRECISIONS[BASELINE]
+        baseline = None
+        if precision != base:
+            baseline = model.load(self.checkpoint(base, say=True), base, self.device.kind)
+        with model.quiet(), wide_products(self.device.kind):
+            return distances(network, baseline, ids, context, context // 2)
+
     def check_weights(self) -> None:
         """Refuse a model of random weights, without fetching it.
 
@@ -432,14 +478,17 @@ class Study:
         InputError
             A count is not positive, or the prompts cannot be had.
         """
-        if prompts == "auto":
-            prompts = "wikitext" if self.device.kind == "cuda" or self.data_dir else "sample"
         counts = (
             self.count("requests", requests, f"{setting}_requests"),
             self.count("prompt_tokens", prompt_tokens),
             self.count("new_tokens", new_tokens),
         )
-        return load_workload(self.tokenizer, prompts, *counts, self.data_dir, self.seed)
+        return load_workload(self.tokenizer, self._prompts(prompts), *counts, self.data_dir, self.seed)
+
+    def _prompts(self, source: str) -> str:
+        if source == "auto":
+            return "wikitext" if self.device.kind == "cuda" or self.data_dir else "sample"
+        return source
 
     def perf_bs1(self, workload: Workload, repeats: int = 1, engine: str = "eager") -> pd.DataFrame:
         """Time the workload one request at a time; return a row a precision and repeat (Table 3).

@@ -230,6 +230,20 @@ def _correct(items: pd.DataFrame) -> pd.DataFrame:
     return kept.set_index(["task", "doc_id"])[["correct"]]
 
 
+def divergence(frame: pd.DataFrame) -> pd.DataFrame:
+    """Perplexity and divergence from BF16, a row a precision, each with its 95 % interval."""
+    rows = []
+    for row in frame.to_dict("records"):
+        found: dict[str, Any] = {name: row[name] for name in ("precision", "text", "tokens", "context")}
+        for name in ("perplexity", "perplexity_change_pct", "kl_mean_nats", "kl_p99_nats", "same_top1_pct"):
+            estimate = row.get(name)
+            estimate = estimate if isinstance(estimate, dict) else {}
+            found |= {name: estimate.get("value"), f"{name}_low": estimate.get("low"),
+                      f"{name}_high": estimate.get("high")}  # fmt: skip
+        rows.append(found)
+    return pd.DataFrame(rows)
+
+
 def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
     """Tables 3 and 4: a row a precision, medians over repeats with the spread of throughput, published columns last.
 
