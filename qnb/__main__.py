@@ -1,4 +1,4 @@
-"""``python -m qnb run | audit | doctor``: the five notebooks without a browser, and two questions answered.
+"""``python -m qnb run | report | audit | doctor``: the five notebooks without a browser, and three questions answered.
 
 Exit codes: 0 done, 1 something failed on the way, 2 the input cannot be used, 130 interrupted.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 try:
-    from qnb import accuracy, model, workload
+    from qnb import accuracy, colab, model, workload
     from qnb.error import InputError
     from qnb.study import PARAMETERS, ROOT, Study
 except ModuleNotFoundError as missing:
@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = _Parser(prog="python -m qnb", description="What does quantizing this model cost, and what does it give?")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | audit | doctor")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | report | audit | doctor")
     run = commands.add_parser("run", help="execute the notebooks, in order, into one study")
     run.add_argument("--profile", default="demo", help="a parameter file in notebooks/profiles (default: demo)")
     run.add_argument("--output", help="the study's folder (default: the profile's)")
@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter, over the profile's",
     )  # fmt: skip
+    page = commands.add_parser("report", help="write a study's report, tables and figures again, from its ledger")
+    page.add_argument("folder", metavar="DIR", help="the study's folder, such as outputs/demo")
     commands.add_parser("audit", help="check the paper's own arithmetic")
     commands.add_parser("doctor", help="say what this machine can run")
     options = parser.parse_args(arguments)
@@ -55,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return audit()
         if options.command == "doctor":
             return doctor()
+        if options.command == "report":
+            return report(options.folder)
         return execute(options.profile, options.output, options.only, options.parameters)
     except InputError as error:
         print(f"qnb: {error}", file=sys.stderr)
@@ -109,9 +113,9 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
         if name in ("tasks", "prompts", "push_to", "scorer"):
             if not isinstance(value, str):
                 raise InputError(f"{name} is {value!r}; give names in one text")
-        elif name == "private":
+        elif name in ("private", "pictures"):
             if not isinstance(value, bool):
-                raise InputError(f"private is {value!r}; give true or false")
+                raise InputError(f"{name} is {value!r}; give true or false")
         elif name not in PARAMETERS and (name, value) not in (("limit", "all"), ("text_tokens", "all")):
             study.count(name, value)
     if "02_accuracy" in names:
@@ -136,7 +140,8 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
     known = {name: set(papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb")) for name in NAMES}
     values = parameters(profile, given, set().union(*known.values()))
     if output:
-        values["output"] = str(Path(output).expanduser().resolve())
+        here = not output.startswith(colab.DRIVE)
+        values["output"] = str(Path(output).expanduser().resolve()) if here else output
     if values.get("data_dir"):
         values["data_dir"] = str(Path(str(values["data_dir"])).expanduser().resolve())
     study = validate(values, names)
@@ -206,7 +211,28 @@ def _results(study: Study) -> list[str]:
         files = sorted((study.folder / kind).glob(pattern))
         if files:
             lines.append(f"{kind} in {study.folder / kind}: {', '.join(path.name for path in files)}")
-    return lines
+    page = study.folder / "report.html"
+    return [*lines, f"report: {page}"] if page.exists() else lines
+
+
+def report(folder: str) -> int:
+    """Write a study's report, tables and figures from its ledger, and say where they are.
+
+    Raises
+    ------
+    InputError
+        `folder` holds no study.
+    """
+    path = Path(folder).expanduser().resolve()
+    if not (path / "ledger.jsonl").is_file():
+        raise InputError(
+            f"{folder} holds no study (there is no ledger.jsonl in it); give a folder such as outputs/demo"
+        )
+    study = Study(precisions="all", output=path)
+    study.figures()
+    study.report()
+    print("\n".join(_results(study)))
+    return 0
 
 
 def audit() -> int:

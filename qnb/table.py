@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -50,12 +51,14 @@ def headline(frame: pd.DataFrame) -> pd.DataFrame:
     parts = [kept]
     for name, tasks in AVERAGED.items():
         parts.append(_means(whole[whole.task.isin(tasks)], name, len(tasks)))
-    # alike are tasks that every precision answered, on as many items
-    common = whole.groupby("task").filter(
-        lambda rows: set(rows.precision) == set(whole.precision) and rows["items"].nunique() == 1
-    )
+    common = whole.groupby("task").filter(lambda rows: alike(rows, whole))
     parts.append(_means(common, AGGREGATE, 1))
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+
+def alike(rows: pd.DataFrame, every: pd.DataFrame) -> bool:
+    """Return whether a task's rows are of every precision there is, on as many items each."""
+    return set(rows.precision) == set(every.precision) and rows["items"].nunique() == 1
 
 
 def _means(whole: pd.DataFrame, name: str, least: int) -> pd.DataFrame:
@@ -295,3 +298,52 @@ def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
 def _median(runs: pd.DataFrame, name: str) -> float | None:
     values = runs[name].dropna() if name in runs else pd.Series(dtype=float)
     return float(values.median()) if len(values) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table as text."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def grid(frame: pd.DataFrame, caption: str = "") -> Grid:
+    """Return a frame as text: empty columns left out, numbers in the digits that carry them.
+
+    Percents and points have two decimals, as in the paper.
+    """
+    frame = frame.dropna(axis="columns", how="all")
+    rows = [[_cell(str(name), row[name]) for name in frame] for row in frame.to_dict("records")]
+    return Grid(caption, [str(name) for name in frame], rows)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None or (not isinstance(value, str | list) and pd.isna(value)):
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if name.endswith("_p") and value < 1e-6:  # tables are rounded to six places
+            return "< 0.000001"
+        if name.endswith(("_pct", "_pp")):
+            return f"{value:.2f}"
+        return f"{value:,.0f}" if value == round(value) and abs(value) >= 100 else f"{value:,.4g}"
+    return str(value)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Return a frame as a Markdown table for pasting; a cell can neither end itself nor carry a tag."""
+    made = grid(frame)
+
+    def line(cells: list[str]) -> str:
+        kept = (
+            cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for cell in cells
+        )
+        return f"| {' | '.join(kept)} |"
+
+    rule = "|" + "|".join("---" if place == 0 else "---:" for place in range(len(made.columns))) + "|"
+    return "\n".join([line(made.columns), rule, *map(line, made.rows)]) + "\n"

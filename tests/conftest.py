@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import example
 import pytest
 
 from qnb import model, precision
@@ -43,3 +44,11 @@ def checkpoint(source, tmp_path_factory):
         return made[name]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def studied(tmp_path_factory):
+    """A study with a ledger of every stage and nothing measured; read it, never write to it."""
+    from qnb import Study
+
+    return Study(precisions="study", output=example.write(tmp_path_factory.mktemp("example") / "study"))
