@@ -232,10 +232,9 @@ def _judge(candidate: Candidate, demand: Demand) -> Judgement:
         elif high < -demand.loss_pp:
             against.append(f"loses {-change:.1f} points (95 %: {-high:.1f} to {-low:.1f}), {demand.loss_pp:g} allowed")
         elif low < -demand.loss_pp:
-            more_items = _more_items(change, low, demand.loss_pp)
             unknown.append(
-                f"its change of {change:+.1f} points may be {low:+.1f} or {high:+.1f} (95 %), and {demand.loss_pp:g} "
-                f"may be lost: {candidate.items:,} items cannot tell, {more_items}"
+                f"its change is {change:+.1f} points (95 % {low:+.1f} to {high:+.1f}): {candidate.items:,} items "
+                f"cannot tell whether it loses over {demand.loss_pp:g}, {_more_items(change, low, demand.loss_pp)}"
             )
     return Judgement(candidate, tuple(against), tuple(unknown))
 
@@ -266,7 +265,7 @@ def _notes(fitting: tuple[Judgement, ...], unsure: tuple[Judgement, ...], demand
 
 
 def explain(advice: Advice) -> dict[str, list[str]]:
-    """Return the advice in words, by heading: what is recommended and why, what is second, what is against others."""
+    """Return the advice in words, by heading: what is recommended and why, what is second, what rules others out."""
     demand = advice.demand
     said: dict[str, list[str]] = {}
     if advice.best is None:
@@ -284,10 +283,19 @@ def explain(advice: Advice) -> dict[str, list[str]]:
     if advice.second is not None:
         said[f"Second: {advice.second.name}"] = [f"{facts(advice.second, demand)}."]
     if advice.unsure:
-        said["The data cannot tell"] = [f"{one.candidate.name}: {'; '.join(one.unknown)}." for one in advice.unsure]
+        said["The data cannot tell"] = _grouped([(one.candidate, one.unknown) for one in advice.unsure])
     if advice.out:
-        said["Ruled out"] = [f"{one.candidate.name}: {'; '.join(one.against)}." for one in advice.out]
+        said["Ruled out"] = _grouped([(one.candidate, one.against) for one in advice.out])
     return said
+
+
+def _grouped(reasons: list[tuple[Candidate, tuple[str, ...]]]) -> list[str]:
+    """Say each reason once for all engines of a precision that it holds for."""
+    engines: dict[tuple[str, str], list[str]] = {}
+    for candidate, why in reasons:
+        engines.setdefault((candidate.precision, "; ".join(why)), []).append(candidate.engine)
+    named = {key: f"{key[0]} ({', '.join(found)})" if any(found) else key[0] for key, found in engines.items()}
+    return [f"{name}: {why}." for (_, why), name in named.items()]
 
 
 def facts(candidate: Candidate, demand: Demand) -> str:

@@ -124,7 +124,8 @@ def roofline(runs: pd.DataFrame) -> go.Figure:
         for precision, rows in some.groupby("precision", sort=False):
             figure.add_scatter(
                 x=rows.intensity, y=rows.achieved_flop_per_s / 1e12, mode="markers+text", name=str(precision),
-                text=[str(precision)] + [""] * (len(rows) - 1), textposition="bottom right", textfont={"size": 10},
+                text=[str(precision)] + [""] * (len(rows) - 1), textposition=look.SIDES[str(precision)],
+                textfont={"size": 10},
                 legendgroup=str(precision), showlegend=precision not in named,
                 marker=look.marker(str(precision), str(engine)), hoverinfo="text",
                 hovertext=[_roof_hover(row) for row in rows.to_dict("records")],

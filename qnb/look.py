@@ -20,6 +20,14 @@ HATCHES = dict(zip(PRECISIONS, ("|", "", "/", "x", "+", "\\", "-", "-", "+"), st
 DASHES = dict(
     zip(PRECISIONS, ("dot", "solid", "dash", "dashdot", "dot", "longdash", "dot", "longdashdot", "dash"), strict=True)
 )
+# where a point's label stands: points of two precisions often coincide
+SIDES = dict(
+    zip(
+        PRECISIONS,
+        ("top center", "top left", "bottom left", "top right", "bottom center", "bottom right", "middle left",
+         "middle right", "middle right"), strict=True,
+    )
+)  # fmt: skip
 MARKERS = {"eager": "circle", "graphed": "diamond", "continuous": "square"}
 OTHER_MARKER = "x"  # of an engine that has none of its own yet
 LABELS = {

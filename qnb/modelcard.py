@@ -74,7 +74,7 @@ def card(results: Results, precision: Precision) -> str:
         tags=["qnb", precision.name, *(["bitsandbytes"] if precision.quantized else [])],
         eval_results=_scores(results, precision) or None,
     )
-    finding = summary.about(results, precision.name)
+    finding = " ".join(summary.about(results, precision.name))
     if precision.name == BASELINE:
         finding = "It is the baseline the others are compared with."
     body = CARD.format(

@@ -69,7 +69,7 @@ SECTIONS: dict[str, tuple[str, str, dict[int, str], dict[str, str]]] = {
             "memory": "Quantization shrinks the first part only; the cache stays in 16 bit.",
             "energy": "The idle share is what the device would have drawn anyway in that time.",
             "timeline_bs1": "Utilization counts moments with any kernel running, not how much of the device worked.",
-            "timeline_maxbatch": "Memory is the device's, less what was in use before the model was loaded.",
+            "timeline_maxbatch": "The same at the largest batch; a line ends with its engine's marker.",
         },
     ),
 }
@@ -100,7 +100,8 @@ def page(results: Results, ledger: Path | None = None) -> str:
         results=results,
         plotly=get_plotlyjs(),
         measured=" to ".join(dict.fromkeys((stamps[0], stamps[-1]))) if stamps else "",
-        summary=summary.sentences(results),
+        opening=summary.opening(results),
+        summary=summary.findings(results),
         sections=[_section(name, results, drawn) for name in SECTIONS],
         card=card(results),
         findings=paper.audit(),

@@ -50,10 +50,12 @@ class Results:
 def medians(rows: pd.DataFrame) -> pd.DataFrame:
     """Return performance rows with repeats made one: medians, how many, and the throughput's range.
 
-    Texts are the last row's, flags are those of all.
+    Texts are the last row's, flags are those of all. An engine that could not run has a row without a speed: it is
+    left out.
     """
-    if rows.empty or not set(ALIKE) <= set(rows):
+    if not {*ALIKE, "throughput_rps"} <= set(rows):
         return pd.DataFrame()
+    rows = rows.dropna(subset=["batch_size", "throughput_rps"]).astype({"batch_size": int})
     made = []
     for key, runs in rows.groupby(ALIKE, sort=False):
         row = dict(zip(ALIKE, key, strict=True))

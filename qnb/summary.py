@@ -19,14 +19,29 @@ SETTINGS = {"bs1": "batch size 1", "maxbatch": "its largest batch"}
 BOUNDS = {"launch": "launch-bound", "bandwidth": "bound by memory bandwidth", "compute": "bound by arithmetic"}
 
 
-def sentences(results: Results) -> list[str]:
-    """Return the study's findings: what was measured, a sentence or two a precision, and what the paper says."""
+def opening(results: Results) -> str:
+    """Say what was measured, of what, and on what."""
     names = _precisions(results)
     if not names:
-        return ["Nothing was measured yet."]
-    made = [_opening(results, names)]
-    made += [text for name in names if name != BASELINE and (text := about(results, name))]
-    return made
+        return "Nothing was measured yet."
+    parts = []
+    if len(results.scores):
+        whole = results.scores[results.scores.task == results.scores.asked]
+        each = whole.drop_duplicates(["precision", "task"]).groupby("precision")["items"].sum()
+        parts.append(f"{len(set(whole.task))} tasks of {int(each.max()):,} items together")
+    for setting, words in SETTINGS.items():
+        frame = results.bs1 if setting == "bs1" else results.maxbatch
+        if len(frame):
+            parts.append(f"{words} with {_listed(sorted(set(map(str, frame.engine))))}")
+    where = f" on {results.device}" if results.device else ""
+    what = f": {'; '.join(parts)}" if parts else ""
+    return f"{len(names)} precisions of {results.model} were measured{where}{what}."
+
+
+def findings(results: Results) -> dict[str, list[str]]:
+    """Return sentences about each precision but BF16, which the others are compared with."""
+    found = {name: about(results, name) for name in _precisions(results) if name != BASELINE}
+    return {name: lines for name, lines in found.items() if lines}
 
 
 def _precisions(results: Results) -> list[str]:
@@ -34,32 +49,14 @@ def _precisions(results: Results) -> list[str]:
     return list(dict.fromkeys(str(name) for frame in frames if "precision" in frame for name in frame.precision))
 
 
-def _opening(results: Results, names: list[str]) -> str:
-    parts = []
-    tasks = [task for task in choose.tasks(results) if task != choose.OVERALL]
-    whole = results.scores[results.scores.task == results.scores.asked] if len(results.scores) else results.scores
-    if len(whole):
-        each = whole.drop_duplicates(["precision", "task"]).groupby("precision")["items"].sum()
-        parts.append(f"{len(set(whole.task))} tasks of {int(each.max()):,} items together")
-    elif tasks:
-        parts.append(f"{len(tasks)} tasks")
-    for setting, words in SETTINGS.items():
-        frame = results.bs1 if setting == "bs1" else results.maxbatch
-        if len(frame):
-            parts.append(f"{words} with {_listed(sorted(set(map(str, frame.engine))))}")
-    what = f": {'; '.join(parts)}" if parts else ""
-    where = f" on {results.device}" if results.device else ""
-    return f"{len(names)} precisions of {results.model} were measured{where}{what}."
-
-
 def _listed(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def about(results: Results, precision: str) -> str:
-    """Return what is known of one precision beside BF16; empty if nothing is."""
+def about(results: Results, precision: str) -> list[str]:
+    """Return what is known of one precision beside BF16, a sentence each on accuracy, its tests, and each setting."""
     parts = [*_accuracy(results, precision), *(_speed(results, precision, setting) for setting in SETTINGS)]
-    return " ".join(part for part in parts if part)
+    return [part for part in parts if part]
 
 
 def _accuracy(results: Results, precision: str) -> Iterator[str]:

@@ -112,8 +112,6 @@ def front(found: Iterable[Candidate], cost: str, task: str = "mean over tasks") 
         x=edge.cost, y=edge.accuracy_pct, mode="lines", line={"shape": "hv", "color": "#999999", "dash": "dot"},
         name="Pareto front", hoverinfo="skip",
     )  # fmt: skip
-    sides = ("top right", "bottom right", "middle right")  # neighbours are labelled on different sides
-    side = {name: sides[place % 3] for place, name in enumerate(dict.fromkeys(frame.precision))}
     labelled = frame.drop_duplicates(["precision", "cost", "accuracy_pct"]).index
     for engine, rows in frame.groupby("engine", sort=False):
         for row in rows.reset_index(names="place").to_dict("records"):
@@ -121,8 +119,9 @@ def front(found: Iterable[Candidate], cost: str, task: str = "mean over tasks") 
             above, below = (row["high_pp"] - row["change_pp"], row["change_pp"] - row["low_pp"]) if known else (0, 0)
             interval = f"<br>change {row['low_pp']:+.2f} to {row['high_pp']:+.2f} points (95 %)" if known else ""
             figure.add_scatter(
-                x=[row["cost"]], y=[row["accuracy_pct"]], mode="markers+text", textposition=side[row["precision"]],
-                text=[f" {row['precision']}" if row["place"] in labelled else ""], showlegend=False, cliponaxis=False,
+                x=[row["cost"]], y=[row["accuracy_pct"]], mode="markers+text",
+                text=[f" {row['precision']} " if row["place"] in labelled else ""],
+                textposition=look.SIDES[row["precision"]], showlegend=False, cliponaxis=False,
                 marker=look.marker(row["precision"], str(engine), 12),
                 error_y={"type": "data", "symmetric": False, "array": [above], "arrayminus": [below],
                          "color": PRECISIONS[row["precision"]].color, "thickness": 1.2, "width": 3},
@@ -139,7 +138,7 @@ def front(found: Iterable[Candidate], cost: str, task: str = "mean over tasks") 
         tickvals=ticks, ticktext=[look.number(tick) for tick in ticks],
     )  # fmt: skip
     figure.update_yaxes(title="accuracy, %")
-    return look.layout(figure, title, 430, f"{look.label(task)}; bars: 95 % interval of the change against BF16")
+    return look.layout(figure, title, 430, f"{look.label(task)}; bars: 95 % intervals of the change")
 
 
 def pareto(frame: pd.DataFrame) -> pd.DataFrame:
@@ -182,7 +181,8 @@ def decision(advice: Advice) -> go.Figure:
                 figure.add_scatter(**place, mode="markers", marker=ring, hoverinfo="skip", showlegend=False)
             told = (f"{candidate.name}: {state}", facts(candidate, demand), *one.against, *one.unknown)
             figure.add_scatter(
-                **place, mode="markers+text", text=[f" {candidate.name}"], textposition="bottom right", marker=marker,
+                **place, mode="markers+text", text=[f" {candidate.name} "],
+                textposition=look.SIDES[candidate.precision], marker=marker,
                 showlegend=False, cliponaxis=False, hoverinfo="text",
                 hovertext="<br>".join(told),
             )  # fmt: skip

@@ -52,3 +52,9 @@ def studied(tmp_path_factory):
     from qnb import Study
 
     return Study(precisions="study", output=example.write(tmp_path_factory.mktemp("example") / "study"))
+
+
+@pytest.fixture(scope="session")
+def report_page(studied):
+    """The example's report, written once."""
+    return studied.report()
