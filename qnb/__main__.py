@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter, over the profile's",
     )  # fmt: skip
-    page = commands.add_parser("report", help="write a study's report, tables and figures again, from its ledger")
+    page = commands.add_parser("report", help="write a study's report, tables and figures from its ledger")
     page.add_argument("folder", metavar="DIR", help="the study's folder, such as outputs/demo")
     commands.add_parser("audit", help="check the paper's own arithmetic")
     commands.add_parser("doctor", help="say what this machine can run")
@@ -216,7 +216,7 @@ def _results(study: Study) -> list[str]:
 
 
 def report(folder: str) -> int:
-    """Write a study's report, tables and figures from its ledger, and say where they are.
+    """Write a study's report, tables and figures from its ledger, or a gallery of kept tables; say where they are.
 
     Raises
     ------
@@ -225,13 +225,25 @@ def report(folder: str) -> int:
     """
     path = Path(folder).expanduser().resolve()
     if not (path / "ledger.jsonl").is_file():
-        raise InputError(
-            f"{folder} holds no study (there is no ledger.jsonl in it); give a folder such as outputs/demo"
-        )
+        return _gallery(path)
     study = Study(precisions="all", output=path)
     study.figures()
     study.report()
     print("\n".join(_results(study)))
+    return 0
+
+
+def _gallery(folder: Path) -> int:
+    from qnb.report import gallery
+
+    pictures, problem = gallery(folder)
+    if problem:
+        raise InputError(problem)
+    if not pictures:
+        raise InputError(
+            f"{folder} holds no study (there is no ledger.jsonl in it); give a folder such as outputs/demo"
+        )
+    print("\n".join(map(str, pictures)))
     return 0
 
 

@@ -6,7 +6,7 @@ all pictures of a call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -28,18 +28,20 @@ def pages(figures: Mapping[str, go.Figure], folder: Path) -> list[Path]:
     return paths
 
 
-def pictures(figures: Mapping[str, go.Figure], folder: Path, width_px: int = WIDTH_PX) -> str:
+def pictures(figures: Mapping[str, go.Figure], folder: Path, kinds: Sequence[str] = ("png", "svg")) -> str:
     """Write each figure that draws something as PNG and SVG; return why not where no browser draws them.
 
     A browser that fails costs the pictures, never the run that asked for them.
     """
-    from choreographer.browsers.chromium import Chromium
-    from kaleido import write_fig_from_object_sync
-    from kaleido.errors import KaleidoError
-
     drawn = {name: figure for name, figure in figures.items() if not look.is_empty(figure)}
     if not drawn:
         return ""
+    try:
+        from choreographer.browsers.chromium import Chromium
+        from kaleido import write_fig_from_object_sync
+        from kaleido.errors import KaleidoError
+    except ModuleNotFoundError:
+        return "figures are saved as HTML only: kaleido is not installed; pip install kaleido, and " + REMEDY
     if not Chromium.find_browser(skip_local=False):
         return f"figures are saved as HTML only: there is no browser to draw PNG and SVG; {REMEDY}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,10 +49,10 @@ def pictures(figures: Mapping[str, go.Figure], folder: Path, width_px: int = WID
         {
             "fig": figure,
             "path": folder / f"{name}.{kind}",
-            "opts": {"format": kind, "width": width_px, "height": figure.layout.height, "scale": scale},
+            "opts": {"format": kind, "width": WIDTH_PX, "height": figure.layout.height, "scale": SCALE},
         }
         for name, figure in drawn.items()
-        for kind, scale in (("png", SCALE), ("svg", 1))
+        for kind in kinds
     ]
     try:
         write_fig_from_object_sync(wanted, cancel_on_error=True, kopts={"mathjax": False, "timeout": 30})

@@ -1,4 +1,4 @@
-"""One HTML page of a study, to send to somebody: nothing in it is fetched, and it measures nothing.
+"""One HTML page of a study, to send to somebody, and the README's pictures; nothing is fetched or measured.
 
 plotly.js is in it once. What came from a model, a data set or a parameter is text: the template escapes it, Plotly's
 JSON escapes it in scripts, and the page forbids itself every address.
@@ -14,8 +14,8 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from qnb import __version__, figure, look, paper, summary
-from qnb.results import Results
+from qnb import __version__, export, figure, look, paper, summary
+from qnb.results import Results, reference
 from qnb.table import grid
 
 TEMPLATE = Path(__file__).parent / "data" / "report.html"
@@ -73,11 +73,29 @@ SECTIONS: dict[str, tuple[str, str, dict[int, str], dict[str, str]]] = {
         },
     ),
 }
+GALLERY = ("fig1_accuracy", "forest", "fig3_bs1_metrics", "fig5_maxbatch_metrics", "front_memory", "front_tpot",
+           "sweep", "roofline", "token_time", "memory", "energy")  # fmt: skip
 LIMITS = (
     "The published columns are Llama-3.2-1B's, on the paper's own hardware.",
     "LLM.int8 picks its outlier columns over a whole batch, so its scores move a little with the batch size.",
     "Speeds are of this device, these library versions and these prompts.",
 )
+
+
+def gallery(folder: Path) -> tuple[list[Path], str]:
+    """Draw the README's pictures from the tables kept in `folder`, into ``folder/gallery/<study>/``.
+
+    Returns
+    -------
+    tuple
+        The pictures that are there, and what kept others from being drawn.
+    """
+    problems = {}
+    for name, kept in reference(folder).items():
+        drawn = figure.draw_all(kept)
+        wanted = {key: drawn[key] for key in GALLERY if key in drawn}
+        problems[name] = export.pictures(wanted, folder / "gallery" / name, kinds=("png",))
+    return sorted((folder / "gallery").glob("*/*.png")), next(filter(None, problems.values()), "")
 
 
 def page(results: Results, ledger: Path | None = None) -> str:

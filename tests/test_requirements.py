@@ -23,7 +23,7 @@ def test_only_floors_are_set():
 def test_pyproject_says_the_same():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert {str(Requirement(text)) for text in declared} == {str(requirement) for requirement in floors()}
-    assert "-e ." in (ROOT / "requirements.txt").read_text().splitlines()
+    assert "-e .[pictures]" in (ROOT / "requirements.txt").read_text().splitlines()
 
 
 def test_colab_keeps_what_it_brings():
