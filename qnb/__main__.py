@@ -106,7 +106,7 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
     """Refuse what no notebook could use, before any of them runs; return the study they will share."""
     study = Study(**{name: values[name] for name in PARAMETERS if name in values})
     for name, value in values.items():
-        if name in ("tasks", "prompts", "push_to", "scorer"):
+        if name in ("tasks", "prompts", "push_to", "scorer", "engines"):
             if not isinstance(value, str):
                 raise InputError(f"{name} is {value!r}; give names in one text")
         elif name == "private":
@@ -121,6 +121,10 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
         study.check_weights()
     if "01_quantize" in names and values.get("push_to"):
         model.check_push(values["push_to"])
+    if values.get("engines", "auto") != "auto":
+        from qnb import decode  # torch with it, which takes seconds
+
+        decode.parse(values["engines"], study.device.kind)
     if values.get("prompts", "auto") != "auto":
         workload.check(str(values["prompts"]))
     return study

@@ -248,9 +248,7 @@ class Lean:
             hidden, cos, sin, mask = self._begin(self.embedding, angles, token, slot, start, length)
             delta = torch.zeros_like(hidden)
             for weights, (keys, values) in zip(self.layers, caches, strict=True):
-                hidden, delta = self._layer(
-                    hidden, delta, weights, keys, values, cos, sin, slot, mask, self.shape
-                )
+                hidden, delta = self._layer(hidden, delta, weights, keys, values, cos, sin, slot, mask, self.shape)
             return self._finish(hidden, delta, self.norm, self.head, barred, self.shape.epsilon)
 
 

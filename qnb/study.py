@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from inspect import signature
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,15 +36,15 @@ from qnb.workload import load as load_workload
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qnb.benchmark import Run
+    from qnb.benchmark import Limits, Run
 
 Result = TypeVar("Result")
 Count = int | str  # a number, or "auto": what the device allows in minutes
 AUTO: dict[str, dict[str, int]] = {
     "cuda": {"bs1_requests": 20, "maxbatch_requests": 512, "prompt_tokens": 128, "new_tokens": 100, "limit": 200,
-             "batch_size": 32, "max_batch": 512, "memory_mib": 0, "text_tokens": 65536, "context": 512},
+             "batch_size": 32, "max_batch": 512, "memory_mib": 0, "sweep_batch": 256, "text_tokens": 65536, "context": 512},
     "cpu": {"bs1_requests": 4, "maxbatch_requests": 16, "prompt_tokens": 32, "new_tokens": 8, "limit": 12,
-            "batch_size": 8, "max_batch": 16, "memory_mib": 400, "text_tokens": 1024, "context": 128},
+            "batch_size": 8, "max_batch": 16, "memory_mib": 400, "sweep_batch": 0, "text_tokens": 1024, "context": 128},
 }  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout the package runs from
@@ -490,41 +491,51 @@ class Study:
             return "wikitext" if self.device.kind == "cuda" or self.data_dir else "sample"
         return source
 
-    def perf_bs1(self, workload: Workload, repeats: int = 1, engine: str = "eager") -> pd.DataFrame:
-        """Time the workload one request at a time; return a row a precision and repeat (Table 3).
+    def limits(self) -> pd.DataFrame:
+        """Measure the device's bandwidth and products once; return a row a limit.
+
+        Every performance row is held against these.
+        """
+        found = self._limits
+        rows = [("copy", found.copy_bytes_per_s / 1e9, "GB/s")]
+        rows += [(f"product in {name}", rate / 1e12, "Top/s" if name == "int8" else "TFLOP/s")
+                 for name, rate in found.matmul_flop_per_s.items()]  # fmt: skip
+        if found.idle_power_w is not None:
+            rows.append(("power when idle", found.idle_power_w, "W"))
+        return pd.DataFrame(rows, columns=["limit", "measured", "unit"])
+
+    @cached_property
+    def _limits(self) -> Limits:
+        from qnb.benchmark import Limits, measure_limits
+
+        parts = {"device": self.device.name, "versions": self.versions}
+        key = {"stage": "limits", "fingerprint": fingerprint(parts)}
+        row = self._find(key) or self._append(key, {}, asdict(measure_limits(self.device.kind)))
+        return Limits(**{name: row[name] for name in Limits.__slots__})
+
+    def perf_bs1(self, workload: Workload, repeats: int = 1, engines: str | Iterable[str] = "auto") -> pd.DataFrame:
+        """Time the workload one request at a time; return a row a precision, engine and repeat (Table 3).
+
+        Parameters
+        ----------
+        workload
+            The requests.
+        repeats
+            The most passes; what has settled is not repeated (see `qnb.benchmark.settled`).
+        engines
+            Names in `qnb.decode.ENGINES`, or ``"auto"``: eager, and graphed where there is a GPU.
 
         Raises
         ------
         InputError
-            `repeats` is below 1.
+            `repeats` is below 1, or an engine is unknown or cannot run here.
         """
         self.count("repeats", repeats)
         asked = {"workload": workload.fingerprint, "prompts": workload.source}
+        names = self._engines(engines)
         with self._bar(repeats * len(self.precisions), "batch size 1") as bar:
-            for repeat, precision in self._turns(repeats):
-                bar.set_postfix_str(precision.name)
-                self._time("bs1", precision, repeat, workload, 1, engine, asked)
-                bar.update()
+            self._repeat(_Asked("bs1", workload, repeats, lambda *_: (1, asked)), names, bar)
         return self.frame("perf", "bs1")
-
-    def _time(
-        self,
-        setting: str,
-        precision: Precision,
-        repeat: int,
-        workload: Workload,
-        batch_size: int,
-        engine: str,
-        asked: dict[str, Any],
-    ) -> None:
-        """Run the workload once at a batch size and keep the row, unless there is one."""
-        from qnb.benchmark import run
-
-        key = self._key("perf", precision, asked, engine=engine, setting=setting, repeat=repeat)
-        if not self._find(key):
-            self._settle(precision)
-            timed = self.on(precision, lambda network, base_mib: run(network, workload, batch_size, engine, base_mib))
-            self._append(key, asked, _values(timed))
 
     def perf_maxbatch(
         self,
@@ -532,9 +543,9 @@ class Study:
         max_batch: Count = "auto",
         memory_mib: Count = "auto",
         repeats: int = 1,
-        engine: str = "eager",
+        engines: str | Iterable[str] = "auto",
     ) -> pd.DataFrame:
-        """Find each precision's largest batch, then time the workload at it; return a row each (Table 4).
+        """Find the largest batch of each precision and engine, then time the workload at it (Table 4).
 
         Parameters
         ----------
@@ -544,19 +555,16 @@ class Study:
             The largest batch worth trying.
         memory_mib
             The memory allowed; ``"auto"`` is a whole GPU. On a CPU it is how much the process may grow.
-        repeats
-            Timed passes, precisions taking turns.
-        engine
-            A name in `decode.ENGINES`.
+        repeats, engines
+            As for `perf_bs1`.
 
         Raises
         ------
         InputError
-            A count is not positive, or not even one request fits.
+            A count is not positive, not even one request fits, or an engine is unknown or cannot run here.
         """
-        from qnb.benchmark import largest_batch
-
         self.count("repeats", repeats)
+        names = self._engines(engines)
         allowed_mib = self.count("memory_mib", memory_mib)
         limit_mib = float(allowed_mib or self.device.memory_mib)
         cap = min(self.count("max_batch", max_batch), len(workload.prompts))
@@ -566,36 +574,203 @@ class Study:
             "memory_limit_mib": limit_mib,
             "cap": cap,
         }
+        searched: dict[tuple[str, str], Mapping[str, Any]] = {}
+
+        def size(precision: Precision, engine: str) -> tuple[int, dict[str, Any]]:
+            found = searched[precision.name, engine]
+            return found["batch_size"], {**wanted, "batch_size": found["batch_size"], "capped": found["capped"]}
+
+        def smaller(precision: Precision, engine: str) -> bool:
+            found = searched[precision.name, engine]
+            if found["batch_size"] == 1:
+                return False
+            key = self._key("batch", precision, wanted, engine=engine)
+            searched[precision.name, engine] = self._append(key, wanted, _smaller(found))
+            return True
+
         with self._bar((1 + repeats) * len(self.precisions), "largest batch") as bar, self._limited(allowed_mib):
-            searched = {}
             for precision in self.precisions:
                 bar.set_postfix_str(f"search {precision.name}")
-                key = self._key("batch", precision, wanted, engine=engine)
-                row = self._find(key)
-                if row is None:
-                    self._settle(precision)
-                    largest = self.on(
-                        precision,
-                        lambda network, base_mib: largest_batch(network, workload, limit_mib, cap, engine, base_mib),
-                    )
-                    row = self._append(key, wanted, asdict(largest))
-                searched[precision.name] = row
+                for engine in names:
+                    searched[precision.name, engine] = self._search(precision, engine, workload, wanted)
                 bar.update()
-            for repeat, precision in self._turns(repeats):
-                bar.set_postfix_str(precision.name)
-                while True:
-                    found = searched[precision.name]
-                    asked = {**wanted, "batch_size": found["batch_size"], "capped": found["capped"]}
-                    try:
-                        self._time("maxbatch", precision, repeat, workload, found["batch_size"], engine, asked)
-                        break
-                    except (RuntimeError, MemoryError) as error:
-                        if found["batch_size"] == 1 or not is_out_of_memory(error):
-                            raise
-                    key = self._key("batch", precision, wanted, engine=engine)
-                    searched[precision.name] = self._append(key, wanted, _smaller(found))
-                bar.update()
+            self._repeat(_Asked("maxbatch", workload, repeats, size, smaller), names, bar)
         return self.frame("perf", "maxbatch")
+
+    def _search(
+        self, precision: Precision, engine: str, workload: Workload, wanted: dict[str, Any]
+    ) -> Mapping[str, Any]:
+        """Return the row of the largest batch, searched now if it is not there; where the engine cannot run, 1."""
+        from qnb.benchmark import largest_batch
+        from qnb.decode import absent
+
+        limit_mib, cap = wanted["memory_limit_mib"], wanted["cap"]
+
+        def measure(network: PreTrainedModel, base_mib: float) -> dict[str, Any] | None:
+            if absent(engine, self.device.kind, network):
+                return None
+            return asdict(largest_batch(network, workload, limit_mib, cap, engine, base_mib))
+
+        key = self._key("batch", precision, wanted, engine=engine)
+        if row := self._find(key):
+            return row
+        self._settle(precision)
+        found = self.on(precision, measure)
+        return self._append(key, wanted, found) if found else {"batch_size": 1, "capped": False}
+
+    def sweep(self, workload: Workload, most: Count = "auto", engines: str | Iterable[str] = "auto") -> pd.DataFrame:
+        """Time one batch of 1, 2, 4 … `most` requests; return a row a precision, engine and batch size.
+
+        A size that does not fit ends its precision's and engine's row of sizes, with a note.
+
+        Parameters
+        ----------
+        workload
+            Its prompts are gone round as often as a batch needs.
+        most
+            The largest batch; ``"auto"`` sweeps where there is a GPU.
+        engines
+            As for `perf_bs1`.
+
+        Raises
+        ------
+        InputError
+            `most` is not positive, or an engine is unknown or cannot run here.
+        """
+        names, largest = self._engines(engines), self.count("sweep_batch", most)
+        sizes = sorted({largest, *(2**power for power in range(largest.bit_length()))} - {0})
+        asked = {"workload": workload.fingerprint, "prompts": workload.source}
+        with self._bar(len(self.precisions), "batch sizes") as bar:
+            for precision in self.precisions if sizes else ():
+                bar.set_postfix_str(precision.name)
+                keys = {
+                    (engine, size): self._key("sweep", precision, asked, engine=engine, setting=str(size))
+                    for engine in names
+                    for size in sizes
+                }
+                missing = [pair for pair, key in keys.items() if not self._find(key)]
+
+                def measure(
+                    network: PreTrainedModel, base_mib: float, keys: dict = keys, missing: list = missing
+                ) -> None:
+                    full: set[str] = set()
+                    for engine, size in missing:
+                        batch = Workload(tuple(islice(cycle(workload.prompts), size)), workload.new_tokens,
+                                         workload.source)  # fmt: skip
+                        try:
+                            values = (
+                                {"note": "a smaller batch did not fit"}
+                                if engine in full
+                                else self._time(network, base_mib, keys[engine, size], batch, size, ("memory",))
+                            )
+                        except (RuntimeError, MemoryError) as error:
+                            if not is_out_of_memory(error):
+                                raise
+                            full.add(engine)
+                            values = {"note": "out of memory"}
+                        self._append(keys[engine, size], asked, {"batch_size": size, **values})
+                        model.release()
+
+                if missing:
+                    self.on(precision, measure)
+                bar.update()
+        return self.frame("sweep")
+
+    def _engines(self, names: str | Iterable[str]) -> tuple[str, ...]:
+        from qnb.decode import parse as parse_engines
+
+        return parse_engines(names, self.device.kind)
+
+    def _repeat(self, asked: _Asked, engines: Sequence[str], bar: tqdm) -> None:
+        """Time precisions and engines in turn, each until it has settled or all repeats are done."""
+        rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        order = count()
+        for repeat, precision in self._turns(asked.repeats):
+            bar.set_postfix_str(precision.name)
+            open_ = [engine for engine in engines if not _settled(rows.get((precision.name, engine), []))]
+            for engine, row in self._turn(asked, precision, repeat, open_, rows, order):
+                rows.setdefault((precision.name, engine), []).append(row)
+            bar.update()
+
+    def _turn(
+        self,
+        asked: _Asked,
+        precision: Precision,
+        repeat: int,
+        engines: Sequence[str],
+        rows: Mapping[tuple[str, str], list[dict[str, Any]]],
+        order: Iterator[int],
+    ) -> list[tuple[str, dict[str, Any]]]:
+        """Return one pass of a precision with each engine, measured now where the ledger has none."""
+
+        def key(engine: str) -> dict[str, Any]:
+            wanted = asked.size(precision, engine)[1]
+            return self._key("perf", precision, wanted, engine=engine, setting=asked.setting, repeat=repeat)
+
+        done = [(engine, self._find(key(engine))) for engine in engines]
+        found = [(engine, row) for engine, row in done if row]
+        missing = [engine for engine, row in done if not row]
+
+        def measure(network: PreTrainedModel, base_mib: float) -> None:
+            while missing:
+                engine = missing[0]
+                batch_size, wanted = asked.size(precision, engine)
+                passes = () if repeat else ("memory", "trace", "agreement")
+                try:
+                    values = self._time(network, base_mib, key(engine), asked.workload, batch_size, passes)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error) or not asked.smaller(precision, engine):
+                        raise
+                else:
+                    earlier = [row["batch_s"] for row in rows.get((precision.name, engine), [])]
+                    values |= {"order": next(order), "stopped": asked.stopped(repeat, earlier, values)}
+                    found.append((engine, self._append(key(engine), wanted, values)))
+                    missing.remove(engine)
+                model.release()
+
+        if missing:
+            self._settle(precision)
+            self.on(precision, measure)
+        return found
+
+    def _time(
+        self,
+        network: PreTrainedModel,
+        base_mib: float,
+        key: dict[str, Any],
+        workload: Workload,
+        batch_size: int,
+        passes: Sequence[str],
+    ) -> dict[str, Any]:
+        """Run the workload once and return the row's values; where the engine cannot run, why not."""
+        from qnb.benchmark import run
+        from qnb.decode import absent
+
+        engine = key["engine"]
+        if why := absent(engine, self.device.kind, network):
+            return {"batch_size": batch_size, "note": why}
+        timed = run(network, workload, batch_size, engine, base_mib, limits=self._limits, passes=passes)
+        return {**timed.row(), **self._keep_samples(key, timed)}
+
+    def _keep_samples(self, key: Mapping[str, Any], timed: Run) -> dict[str, Any]:
+        """Write what a row was counted from, and return the files' names: the monitor's readings, each token's time."""
+        names = [
+            key["stage"],
+            key["setting"],
+            key["precision"],
+            key["engine"],
+            key.get("repeat", 0),
+            key["fingerprint"],
+        ]
+        stem, folder = ".".join(map(str, names)), self.folder / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {
+            "samples": (f"{stem}.parquet", timed.readings),
+            "token_samples": (f"{stem}.tokens.parquet", timed.tokens()),
+        }
+        for name, values in kept.values():
+            pd.DataFrame(values).to_parquet(folder / name)
+        return {field: name for field, (name, _) in kept.items()}
 
     def _turns(self, repeats: int) -> Iterator[tuple[int, Precision]]:
         """Let precisions take turns, each repeat beginning with another one."""
@@ -683,14 +858,31 @@ def _smaller(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _values(timed: Run) -> dict[str, Any]:
-    """Return a run's measured fields, flat: the usage's beside the run's own."""
-    values = asdict(timed)
-    usage = values.pop("usage")
-    values.pop("engine")  # part of the row's key
-    derived = ("throughput_rps", "throughput_tps", "seconds_per_request", "batch_latency_s", "memory_mib")
-    values |= {name: getattr(timed, name) for name in derived}
-    return {**values, **{f"monitor_{name}": value for name, value in usage.items()}}
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is timed in turn: the batch size of a precision and engine, and what makes it less when memory runs out."""
+
+    setting: str
+    workload: Workload
+    repeats: int
+    size: Callable[[Precision, str], tuple[int, dict[str, Any]]]
+    smaller: Callable[[Precision, str], bool] = lambda *_: False
+
+    def stopped(self, repeat: int, earlier: Sequence[list[float]], values: Mapping[str, Any]) -> str:
+        """Return why a pass is the last: the median has settled, or the limit of passes is hit; "" where it is not."""
+        from qnb.benchmark import settled
+
+        if "batch_s" not in values:
+            return "limit"  # what cannot run need not be tried again
+        whole = values["requests"] // values["batch_size"]  # a smaller last batch takes another time
+        if settled([seconds for batch_s in (*earlier, values["batch_s"]) for seconds in batch_s[:whole]]):
+            return "interval"
+        return "limit" if repeat + 1 == self.repeats else ""
+
+
+def _settled(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether passes of one precision and engine need no further one."""
+    return any(row["stopped"] == "interval" or "batch_s" not in row for row in rows)
 
 
 PARAMETERS = tuple(signature(Study).parameters)  # what every notebook gives to its study

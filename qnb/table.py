@@ -245,53 +245,83 @@ def divergence(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
-    """Tables 3 and 4: a row a precision, medians over repeats with the spread of throughput, published columns last.
+    """Tables 3 and 4: a row a precision and engine, medians over passes, published columns last.
 
     ``seconds_per_request`` is total time over requests (the paper's "average latency"); ``batch_latency_s`` is what a
-    request really waits for. ``speedup`` is throughput over BF16's on the same workload, device and memory; empty
-    where BF16 was not measured so.
+    request really waits for. ``speedup`` is throughput over BF16's with the same engine on the same workload, device
+    and memory, ``engine_speedup`` over eager's of the same precision; empty where that was not measured so. Where an
+    engine could not run, ``note`` says why. Published values stand beside eager alone, the engine they are of.
     """
     if frame.empty:
         return frame
     published = paper.performance(number).set_index("precision")
+    alike = [name for name in ("workload", "device", "memory_limit_mib", "cap") if name in frame]
     rows: list[dict[str, Any]] = []
-    alike = [name for name in ("engine", "workload", "device", "memory_limit_mib", "cap") if name in frame]
-    base = {}
+    rates: dict[tuple[Any, ...], float] = {}
     for (precision, engine), runs in frame.groupby(["precision", "engine"], sort=False):
         first = runs.iloc[-1]
-        if precision == BASELINE:
-            base[engine] = tuple(first[alike]), median(runs.throughput_rps)
-        row = {
-            "precision": precision,
-            "engine": engine,
-            "batch_size": int(first.batch_size),
-            "capped": bool(first.get("capped", False)),
-            "requests": int(first.requests),
-            "prompt_tokens": int(first.prompt_tokens),
-            "new_tokens": int(first.new_tokens),
-            "repeats": len(runs),
-        }
-        for name in ("throughput_rps", "throughput_tps", "total_s", "seconds_per_request", "batch_latency_s"):
-            row[name] = median(runs[name])
-        row["throughput_spread_pct"] = 100 * (runs.throughput_rps.max() / runs.throughput_rps.min() - 1)
-        row["monitor"] = first.monitor_source
-        row["utilization_pct"] = _median(runs, "monitor_utilization_pct")
-        row["memory_mib"] = _median(runs, "memory_mib")
-        on_gpu = first.monitor_source != "process"  # a process's memory is the column before
-        row["device_memory_mib"] = _median(runs, "monitor_peak_memory_mib") if on_gpu else None
-        row["power_w"] = _median(runs, "monitor_power_w")
-        for name in ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_mib", "speedup"):
-            row[f"published_{name}"] = published[name].get(precision)
-        row["measured"] = tuple(first[alike])
-        rows.append(row)
+        like = tuple(first[alike])
+        row: dict[str, Any] = {"precision": precision, "engine": engine, "batch_size": int(first.batch_size)}
+        if pd.notna(first.get("throughput_rps")):
+            rates[precision, engine, like] = median(runs.throughput_rps)
+            row |= _performance(runs)
+        row["note"] = first.get("note") or ""
+        if engine == "eager":
+            for name in ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_mib", "speedup"):
+                row[f"published_{name}"] = published[name].get(precision)
+        rows.append({**row, "like": like})
     for row in rows:
-        measured, (like, rate) = row.pop("measured"), base.get(row["engine"], ((), 0.0))
-        row["speedup"] = row["throughput_rps"] / rate if measured == like else None
+        precision, engine, like = row["precision"], row["engine"], row.pop("like")
+        mine = rates.get((precision, engine, like))
+        for name, other in (("speedup", (BASELINE, engine, like)), ("engine_speedup", (precision, "eager", like))):
+            row[name] = mine / rates[other] if mine and other in rates else None
     result = pd.DataFrame(rows)
     order = [name for name in result if not str(name).startswith("published_")]
     return result[order + [name for name in result if name not in order]].round(6)
 
 
+MEDIANS = (
+    "throughput_rps", "throughput_tps", "total_s", "seconds_per_request", "batch_latency_s", "ttft_s", "tpot_s",
+    "itl_p50_s", "itl_p95_s", "itl_p99_s", "latency_p50_s", "latency_p95_s", "latency_p99_s", "kernel_s_per_token",
+    "kernels_per_token", "weights_mib", "cache_mib", "peak_reserved_mib", "energy_j_per_request",
+    "energy_above_idle_j_per_request", "energy_j_per_token", "energy_above_idle_j_per_token",
+)  # fmt: skip
+
+
+def _performance(runs: pd.DataFrame) -> dict[str, Any]:
+    """Return what the passes of one precision and engine come to."""
+    first = runs.iloc[-1]
+    row: dict[str, Any] = {
+        "capped": first.get("capped") is True or first.get("capped") == 1,
+        "requests": int(first.requests),
+        "prompt_tokens": int(first.prompt_tokens),
+        "new_tokens": int(first.new_tokens),
+        "repeats": len(runs),
+        "stopped": first.get("stopped") or "",
+    }
+    row |= {name: _median(runs, name) for name in MEDIANS}
+    row["throughput_spread_pct"] = 100 * (runs.throughput_rps.max() / runs.throughput_rps.min() - 1)
+    step_s = row["tpot_s"]
+    for name, done, limit in (
+        ("kernel_share_pct", row["kernel_s_per_token"], step_s),  # of a decode step, the GPU's own part
+        ("bandwidth_share_pct", _median(runs, "achieved_bytes_per_s"), _median(runs, "limit_bytes_per_s")),
+        ("compute_share_pct", _median(runs, "achieved_flop_per_s"), _median(runs, "limit_flop_per_s")),
+    ):
+        row[name] = 100 * done / limit if done is not None and limit else None
+    bounds = runs["bound"].dropna() if "bound" in runs else []
+    row["bound"] = bounds.iloc[0] if len(bounds) else None
+    row["monitor"] = first.monitor_source
+    row["utilization_pct"] = _median(runs, "monitor_utilization_pct")
+    row["memory_mib"] = _median(runs, "memory_mib")
+    on_gpu = first.monitor_source != "process"  # a process's memory is the column before
+    row["device_memory_mib"] = _median(runs, "monitor_peak_memory_mib") if on_gpu else None
+    row["power_w"] = _median(runs, "monitor_power_w")
+    row["clock_mhz"] = _median(runs, "monitor_clock_mhz")
+    flags = runs["flags"] if "flags" in runs else []
+    row["flags"] = "; ".join(sorted({flag for found in flags if isinstance(found, list) for flag in found}))
+    return row
+
+
 def _median(runs: pd.DataFrame, name: str) -> float | None:
-    values = runs[name].dropna() if name in runs else pd.Series(dtype=float)
+    values = runs[name].dropna().astype(float) if name in runs else pd.Series(dtype=float)
     return float(values.median()) if len(values) else None

@@ -40,15 +40,16 @@ def test_a_batch_that_runs_out_of_memory_when_timed_is_made_smaller(source, tmp_
     monkeypatch.setattr(made, "_settle", lambda precision: None)
     monkeypatch.setattr(benchmark, "largest_batch", lambda *rest: batch.Largest(32, 100.0, True, ()))
 
-    def run(network, workload, batch_size, engine, base_mib):
+    def run(network, workload, batch_size, engine, base_mib, **_):
         if batch_size > 30:
             raise torch.cuda.OutOfMemoryError("simulated")
         from qnb.monitor import Usage
 
-        usage = Usage(**{name: None for name in Usage.__slots__} | {"source": "process"})
+        usage = Usage("process", 0, 1.0)
         return benchmark.Run(engine, batch_size, 32, 4, 2, 1.0, (1.0,), 1.0, 1.0, usage)
 
     monkeypatch.setattr(benchmark, "run", run)
+    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
     workload = made.workload("maxbatch", 32, 4, 2, "sample")
     (row,) = made.perf_maxbatch(workload, 32).to_dict("records")
     assert row["batch_size"] == 30 and not row["capped"]
