@@ -499,8 +499,10 @@ def convert(source: Source, precision: Precision, folder: Path, device: str) -> 
     started = perf_counter()
     model = load(source.path, precision, device)
     quantize_s = perf_counter() - started
-    weights, expected = weigh(model), logits(model, tokenizer)
+    weights = weigh(model)
     with replacing(folder) as draft:
+        # saved before its first product: on CPUs with bfloat16 units bitsandbytes then lays 4-bit weights out anew
+        # and rounds their block maxima to bfloat16, and what it saves afterwards is another model
         started = perf_counter()
         with quiet():
             model.save_pretrained(draft)
@@ -508,6 +510,7 @@ def convert(source: Source, precision: Precision, folder: Path, device: str) -> 
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(draft)
         save_s = perf_counter() - started
+        expected = logits(model, tokenizer)
         del model
         release()
         started = perf_counter()
