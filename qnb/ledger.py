@@ -42,8 +42,34 @@ def seal(row: Mapping[str, Any]) -> bytes:
     ValueError
         A number is not finite.
     """
-    body = json.dumps({**dict.fromkeys((*KEY, "fingerprint"), ""), **row}, allow_nan=False).encode()
+    return checked({**dict.fromkeys((*KEY, "fingerprint"), ""), **row})
+
+
+def checked(fields: Mapping[str, Any]) -> bytes:
+    """Return `fields` as one line of JSON whose last field is a check of all bytes before.
+
+    Raises
+    ------
+    ValueError
+        A number is not finite.
+    """
+    body = json.dumps(fields, allow_nan=False).encode()
     return body[:-1] + _CHECK + sha256(body).hexdigest()[:16].encode() + b'"}\n'
+
+
+def unchecked(line: bytes) -> bytes:
+    """Return the JSON of a line that `checked` wrote, without its check.
+
+    Raises
+    ------
+    ValueError
+        A byte was changed since it was written.
+    """
+    body, _, check = line.rpartition(_CHECK)
+    body += b"}"
+    if check != sha256(body).hexdigest()[:16].encode() + b'"}\n':
+        raise ValueError("it was changed since it was written")
+    return body
 
 
 class Line:
@@ -61,12 +87,9 @@ class Line:
         head = _HEAD.match(line)
         if head is None:
             raise ValueError("its key is missing")
-        body, _, check = line.rpartition(_CHECK)
-        if check != sha256(body + b"}").hexdigest()[:16].encode() + b'"}\n':
-            raise ValueError("it was changed since it was written")
+        self._bytes = unchecked(line)
         self.key: tuple[bytes, ...] = head.groups()[:-1]
         self.fingerprint: bytes = head.groups()[-1]
-        self._bytes = body
         self._row: dict[str, Any] | None = None
 
     @property
@@ -78,7 +101,7 @@ class Line:
     def row(self) -> dict[str, Any]:
         """Its fields."""
         if self._row is None:
-            self._row, self._bytes = dict(json.loads(self._bytes + b"}")), b""
+            self._row, self._bytes = dict(json.loads(self._bytes)), b""
         return self._row
 
 
