@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from time import perf_counter, sleep
@@ -129,7 +131,7 @@ class Run:
 
         gaps = [after - before for times in self.token_s for before, after in pairwise(times)]
         whole = [seconds for place, seconds in enumerate(self.batch_s) for _ in range(self._rows(place))]
-        found = {}
+        found: dict[str, float] = {}
         for name, values in (("itl", gaps), ("latency", whole)):
             if values:
                 found |= {f"{name}_p{share}_s": float(np.percentile(values, share)) for share in (50, 95, 99)}
@@ -370,7 +372,8 @@ def count_work(model: PreTrainedModel, prompt_tokens: int, new_tokens: int, batc
     the output head too. Keys and values are those of half the new tokens. A product of (B, K) and (K, N) counts 2BNK.
     """
     config, weights = model.config.get_text_config(), weigh(model)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding, head = (part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()))
+    assert isinstance(embedding, torch.Tensor) and isinstance(head, torch.Tensor)
     tied = embedding.data_ptr() == head.data_ptr()
     products = sum(module.in_features * module.out_features for module in model.modules()
                    if isinstance(module, torch.nn.Linear))  # fmt: skip
@@ -424,17 +427,13 @@ def measure_limits(device: torch.device | str) -> Limits:
         idle_power_w = None if None in read else median(power for power in read if power is not None)
     source = torch.ones(copied_mib * MIB, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy_s = _fastest_s(lambda: target.copy_(source), device)
-    del source, target
+    copy_s = _fastest_s(partial(target.copy_, source), device)
     rates = {}
     for name in TYPES:
         matrix = torch.ones(side, side, device=device, dtype=getattr(torch, name))
         multiply = torch._int_mm if name == "int8" else torch.mm
-        try:
-            rates[name] = 2 * side**3 / _fastest_s(lambda: multiply(matrix, matrix), device)  # noqa: B023
-        except (RuntimeError, NotImplementedError):  # the device has no such product
-            continue
-    release()
+        with suppress(RuntimeError, NotImplementedError):  # the device has no such product
+            rates[name] = 2 * side**3 / _fastest_s(partial(multiply, matrix, matrix), device)
     return Limits(2 * copied_mib * MIB / copy_s, rates, idle_power_w)
 
 

@@ -10,7 +10,6 @@ out: it pays where lengths are mixed, and here every request has as many new tok
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from time import perf_counter
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 from qnb.error import InputError
 from qnb.step import Lean, unknown
@@ -67,7 +67,9 @@ class Clock:
 class Engine(Protocol):
     """A loaded model made ready to generate for batches up to a size; kept for as long as batches come."""
 
-    note: str  # what is to be known of how it runs; "" where nothing is
+    @property
+    def note(self) -> str:
+        """What is to be known of how it runs; "" where nothing is."""
 
     def generate(self, prompts: Prompts, new_tokens: int, clock: Clock | None = None) -> torch.Tensor:
         """Return new ids, (batch, new_tokens); `clock` ticks at each token."""
@@ -103,8 +105,8 @@ def check_window(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) ->
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window and prompt_tokens + new_tokens > window:
         raise InputError(
-            f"{prompt_tokens} prompt and {new_tokens} new tokens are more than the model's context window of {window}; "
-            "ask for shorter prompts or fewer new tokens"
+            f"{prompt_tokens} prompt and {new_tokens} new tokens are more than the model's context window of {window} "
+            "tokens; ask for shorter prompts or fewer new tokens"
         )
 
 
@@ -244,6 +246,17 @@ class Decoder:
         self._keep(rows, chosen)
         return logits
 
+    def warm_up(self, rows: int) -> None:
+        """Run a step whose token does not matter; where torch.compile cannot build it, from now on uncompiled."""
+        try:
+            self.step(rows)
+        except TorchDynamoException as error:
+            assert self._lean is not None  # nothing else is compiled
+            self._lean.uncompile()
+            reason = str(error).strip().splitlines()[0][:200]
+            self.note = f"its small kernels are not fused, as torch.compile failed: {reason}"
+            self.step(rows)
+
     def _own(self, token: torch.Tensor, start: torch.Tensor, caches: list[Any]) -> torch.Tensor:
         """Run the model's own forward for one token a row; returns logits, (B, V)."""
 
@@ -268,7 +281,10 @@ class Decoder:
         return self._chosen[:rows, :new_tokens].clone()
 
 
-def _forward(model: PreTrainedModel, keep: Callable[[int, torch.Tensor, torch.Tensor], Any], **given: Any) -> Any:
+Keep = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _forward(model: PreTrainedModel, keep: Keep, **given: Any) -> torch.Tensor:
     """Run the model with a cache that gives each layer's new keys and values to `keep` and attends to what it returns.
 
     Such a cache has no layers of its own, so transformers takes it for an empty one. Returns the last position's
@@ -277,8 +293,10 @@ def _forward(model: PreTrainedModel, keep: Callable[[int, torch.Tensor, torch.Te
     from transformers import DynamicCache
 
     class Keeping(DynamicCache):
-        def update(self, keys: torch.Tensor, values: torch.Tensor, place: int, *_: Any, **__: Any) -> Any:
-            return keep(place, keys, values)
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return keep(layer_idx, key_states, value_states)
 
     name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # renamed in 5.24
     return model(**given, **{name: Keeping()}, use_cache=True, logits_to_keep=1).logits[:, -1]
@@ -313,9 +331,13 @@ class Graphed:
             raise InputError(f"engine 'graphed' cannot run: {why}; take engine 'eager'")
         self._device = model.device
         self._decoder = Decoder(model, rows, width, new_tokens, COMPILE)
-        self.note = self._decoder.note
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def note(self) -> str:
+        """What is to be known of how it runs."""
+        return self._decoder.note
 
     def generate(self, prompts: Prompts, new_tokens: int, clock: Clock | None = None) -> torch.Tensor:
         """Return new ids, (batch, new_tokens); `clock` ticks at each token."""
@@ -339,7 +361,7 @@ class Graphed:
         side.wait_stream(main)
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
-                self._decoder.step(rows)
+                self._decoder.warm_up(rows)
         main.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):

@@ -184,6 +184,9 @@ def finish(
     return logits, (logits + barred).argmax(-1)
 
 
+PARTS = (begin, layer, finish)  # what is compiled, each once
+
+
 class Lean:
     """A model's weights as the lean step wants them; its own layers go on working, on the same memory.
 
@@ -196,7 +199,8 @@ class Lean:
     """
 
     def __init__(self, model: PreTrainedModel, options: dict[str, Any] | None = None) -> None:
-        inner, config = model.base_model, model.config
+        inner: Any = model.base_model
+        config = model.config
         first = inner.layers[0].self_attn
         kv_heads = config.num_key_value_heads
         self.shape = Shape(
@@ -209,7 +213,11 @@ class Lean:
         self._rotary = inner.rotary_emb
         on_gpu = self.embedding.is_cuda
         self._attention = ATTENTION if on_gpu else CPU_ATTENTION
-        self._begin, self._layer, self._finish = (_compiled(part, options) for part in (begin, layer, finish))
+        self._begin, self._layer, self._finish = (_compiled(part, options) for part in PARTS)
+
+    def uncompile(self) -> None:
+        """Run each operation by itself from now on."""
+        self._begin, self._layer, self._finish = PARTS
 
     def angles(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rotary cosines and sines of positions up to `length`, (L, head size) each."""
@@ -342,13 +350,15 @@ def unknown(model: PreTrainedModel, length: int) -> str:
 
     Parameters
     ----------
+    model
+        A loaded model.
     length
         Tokens of the longest text, prompt and new ones: a window as wide as that is none.
     """
     config = model.config
     if config.model_type not in FAMILIES:
         return f"the lean step knows {', '.join(FAMILIES)}, not {config.model_type}"
-    rotary = getattr(model.base_model.rotary_emb, "rope_type", "")
+    rotary = getattr(getattr(model.base_model, "rotary_emb", None), "rope_type", "")
     if rotary not in ROTARIES:
         return f"rotary angles of type {rotary!r} depend on the text's length"
     if config.hidden_act not in ("silu", "swish"):
@@ -356,14 +366,9 @@ def unknown(model: PreTrainedModel, length: int) -> str:
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and window < length:
         return f"attention is limited to the last {window} tokens"
-    if any(_is_four_bit(module) for module in model.modules()):
-        if not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
-            return "4-bit products need bitsandbytes 0.50 or newer"
-        if any(getattr(module.weight.quant_state, "packing_format_for_cpu", False) for module in model.modules()
-               if _is_four_bit(module)):  # fmt: skip
-            return "the 4-bit weights were packed anew for this CPU"
+    states = [state for weight in model.parameters() if (state := getattr(weight, "quant_state", None)) is not None]
+    if states and not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+        return "4-bit products need bitsandbytes 0.50 or newer"
+    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+        return "the 4-bit weights were packed anew for this CPU"
     return ""
-
-
-def _is_four_bit(module: Any) -> bool:
-    return getattr(getattr(module, "weight", None), "quant_state", None) is not None

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from inspect import signature
 from itertools import count, cycle, islice
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from qnb import __version__, device, model, table
@@ -26,10 +26,11 @@ from qnb.accuracy import Evaluator, wide_products
 from qnb.batch import is_out_of_memory
 from qnb.divergence import distances, summarize
 from qnb.error import InputError
-from qnb.ledger import Ledger, fingerprint
+from qnb.ledger import FAILED, Ledger, checked, fingerprint, unchecked
 from qnb.model import Source
 from qnb.monitor import sensor
 from qnb.precision import BASELINE, PRECISIONS, Precision, parse
+from qnb.provenance import ROOT, command, commit
 from qnb.workload import Workload, paragraphs
 from qnb.workload import load as load_workload
 
@@ -42,12 +43,12 @@ Result = TypeVar("Result")
 Count = int | str  # a number, or "auto": what the device allows in minutes
 AUTO: dict[str, dict[str, int]] = {
     "cuda": {"bs1_requests": 20, "maxbatch_requests": 512, "prompt_tokens": 128, "new_tokens": 100, "limit": 200,
-             "batch_size": 32, "max_batch": 512, "memory_mib": 0, "sweep_batch": 256, "text_tokens": 65536, "context": 512},
+             "batch_size": 32, "max_batch": 512, "memory_mib": 0, "text_tokens": 65536, "context": 512,
+             "sweep_batch": 256},
     "cpu": {"bs1_requests": 4, "maxbatch_requests": 16, "prompt_tokens": 32, "new_tokens": 8, "limit": 12,
-            "batch_size": 8, "max_batch": 16, "memory_mib": 400, "sweep_batch": 0, "text_tokens": 1024, "context": 128},
+            "batch_size": 8, "max_batch": 16, "memory_mib": 400, "text_tokens": 1024, "context": 128,
+            "sweep_batch": 0},  # no sweep
 }  # fmt: skip
-
-ROOT = Path(__file__).resolve().parents[1]  # of the checkout the package runs from
 
 
 def locate(output: str | Path) -> Path:
@@ -107,6 +108,8 @@ class Study:
         self.seed, self.overwrite = seed, overwrite
         self._settled = False  # whether the libraries have made what they make at their first use
         self._made: set[str] = set()  # checkpoints made by this object: overwriting makes each once
+        self._sound: dict[Path, str] = {}  # checkpoints read whole and found unchanged, by their stamp then
+        self._lock = FileLock(self.folder / ".lock")
         if self.data_dir and not self.data_dir.is_dir():
             raise InputError(f"data_dir {data_dir} is not a folder; give one laid out like the hub, or leave it empty")
         self.ledger = Ledger(self.folder)
@@ -129,7 +132,14 @@ class Study:
     @property
     def _record(self) -> dict[str, Any]:
         path = self.folder / "study.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        if not path.exists():
+            return {}
+        try:
+            return dict(json.loads(unchecked(path.read_bytes())))
+        except ValueError as error:
+            raise InputError(
+                f"{path} was changed since it was written; remove it (what is measured stays) or give another output"
+            ) from error
 
     @cached_property
     def device(self) -> device.Device:
@@ -151,7 +161,7 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.folder / "study.json.draft"
         facts = {"asked": record.get("asked", self.model), **asdict(source), "stamp": model.stamp(Path(source.path))}
-        draft.write_text(json.dumps(facts, indent=1))
+        draft.write_bytes(checked({**facts, **self._context}))
         draft.replace(self.folder / "study.json")
         return source
 
@@ -167,7 +177,7 @@ class Study:
 
     def card(self) -> pd.DataFrame:
         """Return the study's card: what is measured, on what, with what, and what is done already."""
-        here, done = self.device, Counter(row["stage"] for row in self.ledger)
+        here, done = self.device, self.ledger.stages()
         facts = {
             "model": f"{self.source.name} ({self.source.why})",
             "weights": f"fingerprint {self.source.fingerprint}" + (", random" if self.source.random_weights else ""),
@@ -212,15 +222,60 @@ class Study:
     def _find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         return None if self.overwrite else self.ledger.find(**key)
 
-    def _append(self, key: dict[str, Any], asked: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-        context = {
-            "model": self.source.name,
-            "picked": self.source.why,
+    @cached_property
+    def _context(self) -> dict[str, Any]:
+        """What every row says of where it comes from."""
+        return {
             "device": self.device.name,
+            "driver": self.device.driver,
             "bf16": self.device.bf16,
             "versions": self.versions,
+            "seed": self.seed,
+            "command": command(),
+            "commit": commit(),
         }
-        return self.ledger.append({**key, **asked, **values, **context})
+
+    def _append(self, key: dict[str, Any], asked: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        source = {"model": self.source.name, "picked": self.source.why, "weights": self.source.fingerprint}
+        return self.ledger.append({**key, **asked, **values, **source, **self._context})
+
+    @contextmanager
+    def _failing(self, key: dict[str, Any], asked: dict[str, Any], measured: str) -> Iterator[None]:
+        """Keep a measurement that cannot be made as failed, with its reason, say so, and go on with the others.
+
+        It is tried again when it is asked for again. Input that cannot be used and a disk that cannot be written to
+        end the stage: they would fail the others too.
+        """
+        try:
+            yield
+        except (InputError, OSError):
+            raise
+        except Exception as error:  # whatever a library raises over one model, the other precisions are measured
+            text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            reason = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {text}"
+            self._append({**key, "stage": key["stage"] + FAILED}, asked, {"reason": reason, "detail": text})
+            tqdm.write(f"{measured} could not be measured ({reason}); kept as failed, asked again the next time")
+
+    def _measured(self, frame: pd.DataFrame, stage: str) -> pd.DataFrame:
+        """Return `frame`, or raise what stood against it where nothing of a stage could be measured."""
+        failed = [row for row in self.ledger.failures() if row["stage"] == stage + FAILED]
+        if frame.empty and failed:
+            raise RuntimeError(f"nothing of stage {stage} could be measured: {failed[-1]['reason']}")
+        return frame
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Measure while no other process measures into the same folder; wait for one that does, and say so."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0.5)
+        except Timeout:
+            tqdm.write(f"another process is measuring into {self.folder}; waiting for it")
+            self._lock.acquire(poll_interval=0.5)
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _bar(self, total: int, what: str) -> tqdm:
         return tqdm(total=total, desc=what, unit="step", leave=False)
@@ -244,29 +299,49 @@ class Study:
         """
         if push_to:
             model.check_push(push_to)
-        with self._bar(len(self.precisions), "quantize") as bar:
+        with self._alone(), self._bar(len(self.precisions), "quantize") as bar:
             for precision in self.precisions:
                 bar.set_postfix_str(precision.name)
-                folder = self.checkpoint(precision)
-                if push_to:
-                    model.push(folder, f"{push_to}-{precision.name}", private)
+                with self._failing(self._key("quantize", precision, {}), {}, f"{precision.name}'s checkpoint"):
+                    folder = self.checkpoint(precision)
+                    if push_to:
+                        model.push(folder, f"{push_to}-{precision.name}", private)
                 bar.update()
-        return self.frame("quantize")
+        return self._measured(self.frame("quantize"), "quantize")
 
     def checkpoint(self, precision: Precision, say: bool = False) -> Path:
         """Return the folder of a precision's checkpoint, made now if it is not there."""
         folder = self.folder / "checkpoints" / precision.name
         key = self._key("quantize", precision, {})
+        row = self.ledger.find(**key)
+        there = row is not None and folder.exists()
+        wrong = self._damage(folder, row) if row is not None and there else ""
         renew = self.overwrite and precision.name not in self._made
-        if not renew and model.intact(folder) and self.ledger.find(**key):
+        if there and not wrong and not renew:
             return folder
         self._made.add(precision.name)
-        if say and not model.intact(folder):
+        if wrong:
+            tqdm.write(f"{precision.name}: {wrong} in {folder} is not as it was saved, making the checkpoint again")
+        elif say and not folder.exists():
             tqdm.write(f"{precision.name}: no checkpoint in {folder.parent} yet, making it")
         made = model.convert(self.source, precision, folder, self.device.kind)
-        values = {**asdict(made), "weights_mib": made.weights_mib, "bits": precision.bits}
+        manifest = model.file_sha256(folder / "manifest.json")
+        values = {**asdict(made), "weights_mib": made.weights_mib, "bits": precision.bits, "manifest_sha256": manifest}
         self._append(key, {}, {name: value for name, value in values.items() if name != "precision"})
         return folder
+
+    def _damage(self, folder: Path, row: dict[str, Any]) -> str:
+        """Return the first file of a checkpoint that is not as its row and manifest say; its bytes are read once."""
+        stamp = model.stamp(folder)
+        if self._sound.get(folder) != stamp:
+            try:
+                sealed = model.file_sha256(folder / "manifest.json") == row["manifest_sha256"]
+            except OSError:
+                sealed = False
+            if wrong := model.damage(folder) if sealed else "manifest.json":
+                return wrong
+            self._sound[folder] = stamp
+        return ""
 
     def on(self, precision: Precision, measure: Callable[[PreTrainedModel, float], Result]) -> Result:
         """Load a precision's checkpoint, measure it, and give its memory back.
@@ -288,12 +363,12 @@ class Study:
         """Once, load a model for nothing: what the libraries allocate at their first use is no precision's memory."""
         if self._settled or self.device.kind != "cpu":
             return
-        from qnb.decode import eager
+        from qnb.decode import Eager
 
         self._settled = True
         network = model.load(self.checkpoint(precision, say=True), precision, self.device.kind)
         with model.quiet():
-            eager(network, [[1, 2, 3, 4]], 2)
+            Eager(network).generate([[1, 2, 3, 4]], 2)
 
     # 02: accuracy
 
@@ -533,9 +608,9 @@ class Study:
         self.count("repeats", repeats)
         asked = {"workload": workload.fingerprint, "prompts": workload.source}
         names = self._engines(engines)
-        with self._bar(repeats * len(self.precisions), "batch size 1") as bar:
+        with self._alone(), self._bar(repeats * len(self.precisions), "batch size 1") as bar:
             self._repeat(_Asked("bs1", workload, repeats, lambda *_: (1, asked)), names, bar)
-        return self.frame("perf", "bs1")
+        return self._measured(self.frame("perf", "bs1"), "perf")
 
     def perf_maxbatch(
         self,
@@ -576,8 +651,10 @@ class Study:
         }
         searched: dict[tuple[str, str], Mapping[str, Any]] = {}
 
-        def size(precision: Precision, engine: str) -> tuple[int, dict[str, Any]]:
-            found = searched[precision.name, engine]
+        def size(precision: Precision, engine: str) -> tuple[int, dict[str, Any]] | None:
+            found = searched.get((precision.name, engine))
+            if found is None:
+                return None
             return found["batch_size"], {**wanted, "batch_size": found["batch_size"], "capped": found["capped"]}
 
         def smaller(precision: Precision, engine: str) -> bool:
@@ -588,32 +665,33 @@ class Study:
             searched[precision.name, engine] = self._append(key, wanted, _smaller(found))
             return True
 
-        with self._bar((1 + repeats) * len(self.precisions), "largest batch") as bar, self._limited(allowed_mib):
+        steps = (1 + repeats) * len(self.precisions)
+        with self._alone(), self._bar(steps, "largest batch") as bar, self._limited(allowed_mib):
             for precision in self.precisions:
                 bar.set_postfix_str(f"search {precision.name}")
                 for engine in names:
-                    searched[precision.name, engine] = self._search(precision, engine, workload, wanted)
+                    key = self._key("batch", precision, wanted, engine=engine)
+                    with self._failing(key, wanted, f"{precision.name}'s largest batch with engine {engine}"):
+                        row = self._find(key) or self._search(precision, key, workload, wanted)
+                        searched[precision.name, engine] = row
                 bar.update()
             self._repeat(_Asked("maxbatch", workload, repeats, size, smaller), names, bar)
-        return self.frame("perf", "maxbatch")
+        return self._measured(self.frame("perf", "maxbatch"), "perf")
 
     def _search(
-        self, precision: Precision, engine: str, workload: Workload, wanted: dict[str, Any]
+        self, precision: Precision, key: dict[str, Any], workload: Workload, wanted: dict[str, Any]
     ) -> Mapping[str, Any]:
-        """Return the row of the largest batch, searched now if it is not there; where the engine cannot run, 1."""
+        """Search the largest batch and return its row; where the engine cannot run there is none, and it is 1."""
         from qnb.benchmark import largest_batch
         from qnb.decode import absent
 
-        limit_mib, cap = wanted["memory_limit_mib"], wanted["cap"]
+        engine, limit_mib, cap = key["engine"], wanted["memory_limit_mib"], wanted["cap"]
 
         def measure(network: PreTrainedModel, base_mib: float) -> dict[str, Any] | None:
             if absent(engine, self.device.kind, network):
                 return None
             return asdict(largest_batch(network, workload, limit_mib, cap, engine, base_mib))
 
-        key = self._key("batch", precision, wanted, engine=engine)
-        if row := self._find(key):
-            return row
         self._settle(precision)
         found = self.on(precision, measure)
         return self._append(key, wanted, found) if found else {"batch_size": 1, "capped": False}
@@ -638,43 +716,46 @@ class Study:
             `most` is not positive, or an engine is unknown or cannot run here.
         """
         names, largest = self._engines(engines), self.count("sweep_batch", most)
-        sizes = sorted({largest, *(2**power for power in range(largest.bit_length()))} - {0})
+        sizes = sorted({*(2**power for power in range(largest.bit_length())), largest} - {0})
         asked = {"workload": workload.fingerprint, "prompts": workload.source}
-        with self._bar(len(self.precisions), "batch sizes") as bar:
+        with self._alone(), self._bar(len(self.precisions), "batch sizes") as bar:
             for precision in self.precisions if sizes else ():
                 bar.set_postfix_str(precision.name)
-                keys = {
-                    (engine, size): self._key("sweep", precision, asked, engine=engine, setting=str(size))
+                keys = [
+                    self._key("sweep", precision, asked, engine=engine, setting=str(size))
                     for engine in names
                     for size in sizes
-                }
-                missing = [pair for pair, key in keys.items() if not self._find(key)]
-
-                def measure(
-                    network: PreTrainedModel, base_mib: float, keys: dict = keys, missing: list = missing
-                ) -> None:
-                    full: set[str] = set()
-                    for engine, size in missing:
-                        batch = Workload(tuple(islice(cycle(workload.prompts), size)), workload.new_tokens,
-                                         workload.source)  # fmt: skip
-                        try:
-                            values = (
-                                {"note": "a smaller batch did not fit"}
-                                if engine in full
-                                else self._time(network, base_mib, keys[engine, size], batch, size, ("memory",))
-                            )
-                        except (RuntimeError, MemoryError) as error:
-                            if not is_out_of_memory(error):
-                                raise
-                            full.add(engine)
-                            values = {"note": "out of memory"}
-                        self._append(keys[engine, size], asked, {"batch_size": size, **values})
-                        model.release()
-
-                if missing:
-                    self.on(precision, measure)
+                ]
+                if missing := [key for key in keys if not self._find(key)]:
+                    with self._failing(missing[0], asked, f"{precision.name}'s batch sizes"):
+                        self.on(precision, partial(self._sweep, missing, workload, asked))
                 bar.update()
-        return self.frame("sweep")
+        return self._measured(self.frame("sweep"), "sweep") if sizes else self.frame("sweep")
+
+    def _sweep(
+        self,
+        keys: Sequence[dict[str, Any]],
+        workload: Workload,
+        asked: dict[str, Any],
+        network: PreTrainedModel,
+        base_mib: float,
+    ) -> None:
+        """Time a batch of each key's size with a loaded precision, and keep the rows."""
+        full: set[str] = set()
+        for key in keys:
+            size = int(key["setting"])
+            batch = replace(workload, prompts=tuple(islice(cycle(workload.prompts), size)))
+            values: dict[str, Any] = {"note": "a smaller batch did not fit"}
+            try:
+                if key["engine"] not in full:
+                    values = self._time(network, base_mib, key, batch, size, ("memory",))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                full.add(key["engine"])
+                values = {"note": "out of memory"}
+            self._append(key, asked, {"batch_size": size, **values})
+            model.release()
 
     def _engines(self, names: str | Iterable[str]) -> tuple[str, ...]:
         from qnb.decode import parse as parse_engines
@@ -687,9 +768,12 @@ class Study:
         order = count()
         for repeat, precision in self._turns(asked.repeats):
             bar.set_postfix_str(precision.name)
-            open_ = [engine for engine in engines if not _settled(rows.get((precision.name, engine), []))]
-            for engine, row in self._turn(asked, precision, repeat, open_, rows, order):
-                rows.setdefault((precision.name, engine), []).append(row)
+            turn = engines if repeat % 2 == 0 else engines[::-1]
+            mine = {engine: rows.setdefault((precision.name, engine), []) for engine in turn
+                    if asked.size(precision, engine)}  # fmt: skip
+            mine = {engine: before for engine, before in mine.items() if not _settled(before)}
+            for engine, row in self._turn(asked, precision, repeat, mine, order).items():
+                mine[engine].append(row)
             bar.update()
 
     def _turn(
@@ -697,41 +781,47 @@ class Study:
         asked: _Asked,
         precision: Precision,
         repeat: int,
-        engines: Sequence[str],
-        rows: Mapping[tuple[str, str], list[dict[str, Any]]],
+        before: Mapping[str, Sequence[dict[str, Any]]],
         order: Iterator[int],
-    ) -> list[tuple[str, dict[str, Any]]]:
-        """Return one pass of a precision with each engine, measured now where the ledger has none."""
+    ) -> dict[str, dict[str, Any]]:
+        """Return one pass of a precision with each engine of `before`, measured now where the ledger has none."""
 
-        def key(engine: str) -> dict[str, Any]:
-            wanted = asked.size(precision, engine)[1]
-            return self._key("perf", precision, wanted, engine=engine, setting=asked.setting, repeat=repeat)
+        def sized(engine: str) -> tuple[int, dict[str, Any], dict[str, Any]]:
+            found = asked.size(precision, engine)
+            assert found is not None
+            key = self._key("perf", precision, found[1], engine=engine, setting=asked.setting, repeat=repeat)
+            return *found, key
 
-        done = [(engine, self._find(key(engine))) for engine in engines]
-        found = [(engine, row) for engine, row in done if row]
-        missing = [engine for engine, row in done if not row]
-
-        def measure(network: PreTrainedModel, base_mib: float) -> None:
-            while missing:
-                engine = missing[0]
-                batch_size, wanted = asked.size(precision, engine)
-                passes = () if repeat else ("memory", "trace", "agreement")
+        def fit(engine: str, network: PreTrainedModel, base_mib: float) -> dict[str, Any]:
+            passes = () if repeat else ("memory", "trace", "agreement")
+            while True:
+                batch_size, wanted, key = sized(engine)
                 try:
-                    values = self._time(network, base_mib, key(engine), asked.workload, batch_size, passes)
+                    values = self._time(network, base_mib, key, asked.workload, batch_size, passes)
+                    break
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error) or not asked.smaller(precision, engine):
                         raise
-                else:
-                    earlier = [row["batch_s"] for row in rows.get((precision.name, engine), [])]
-                    values |= {"order": next(order), "stopped": asked.stopped(repeat, earlier, values)}
-                    found.append((engine, self._append(key(engine), wanted, values)))
-                    missing.remove(engine)
+                model.release()
+            stopped = asked.stopped(repeat, [row["batch_s"] for row in before[engine]], values)
+            return self._append(key, wanted, {**values, "order": next(order), "stopped": stopped})
+
+        def measure(network: PreTrainedModel, base_mib: float) -> None:
+            for engine in missing:
+                _, wanted, key = sized(engine)
+                with self._failing(key, wanted, f"{precision.name} with engine {engine}"):
+                    rows[engine] = fit(engine, network, base_mib)
                 model.release()
 
+        found = {engine: self._find(sized(engine)[2]) for engine in before}
+        rows = {engine: row for engine, row in found.items() if row}
+        missing = [engine for engine in found if engine not in rows]
         if missing:
-            self._settle(precision)
-            self.on(precision, measure)
-        return found
+            _, wanted, key = sized(missing[0])
+            with self._failing(key, wanted, precision.name):
+                self._settle(precision)
+                self.on(precision, measure)
+        return {engine: rows.get(engine, {"stopped": "failed"}) for engine in before}
 
     def _time(
         self,
@@ -753,24 +843,13 @@ class Study:
         return {**timed.row(), **self._keep_samples(key, timed)}
 
     def _keep_samples(self, key: Mapping[str, Any], timed: Run) -> dict[str, Any]:
-        """Write what a row was counted from, and return the files' names: the monitor's readings, each token's time."""
-        names = [
-            key["stage"],
-            key["setting"],
-            key["precision"],
-            key["engine"],
-            key.get("repeat", 0),
-            key["fingerprint"],
-        ]
-        stem, folder = ".".join(map(str, names)), self.folder / "samples"
+        """Write what a row was counted from, the monitor's readings and each token's time; return the files' names."""
+        parts = [key["stage"], key["setting"], key["precision"], key["engine"], key.get("repeat", 0)]
+        stem, folder = ".".join(map(str, [*parts, key["fingerprint"]])), self.folder / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        kept = {
-            "samples": (f"{stem}.parquet", timed.readings),
-            "token_samples": (f"{stem}.tokens.parquet", timed.tokens()),
-        }
-        for name, values in kept.values():
-            pd.DataFrame(values).to_parquet(folder / name)
-        return {field: name for field, (name, _) in kept.items()}
+        pd.DataFrame(timed.readings).to_parquet(folder / f"{stem}.parquet")
+        pd.DataFrame(timed.tokens()).to_parquet(folder / f"{stem}.tokens.parquet")
+        return {"samples": f"{stem}.parquet", "token_samples": f"{stem}.tokens.parquet"}
 
     def _turns(self, repeats: int) -> Iterator[tuple[int, Precision]]:
         """Let precisions take turns, each repeat beginning with another one."""
@@ -865,7 +944,7 @@ class _Asked:
     setting: str
     workload: Workload
     repeats: int
-    size: Callable[[Precision, str], tuple[int, dict[str, Any]]]
+    size: Callable[[Precision, str], tuple[int, dict[str, Any]] | None]  # None where none was found
     smaller: Callable[[Precision, str], bool] = lambda *_: False
 
     def stopped(self, repeat: int, earlier: Sequence[list[float]], values: Mapping[str, Any]) -> str:

@@ -308,8 +308,7 @@ def _performance(runs: pd.DataFrame) -> dict[str, Any]:
         ("compute_share_pct", _median(runs, "achieved_flop_per_s"), _median(runs, "limit_flop_per_s")),
     ):
         row[name] = 100 * done / limit if done is not None and limit else None
-    bounds = runs["bound"].dropna() if "bound" in runs else []
-    row["bound"] = bounds.iloc[0] if len(bounds) else None
+    row["bound"] = next((bound for bound in runs.get("bound", []) if isinstance(bound, str)), None)
     row["monitor"] = first.monitor_source
     row["utilization_pct"] = _median(runs, "monitor_utilization_pct")
     row["memory_mib"] = _median(runs, "memory_mib")
@@ -317,8 +316,8 @@ def _performance(runs: pd.DataFrame) -> dict[str, Any]:
     row["device_memory_mib"] = _median(runs, "monitor_peak_memory_mib") if on_gpu else None
     row["power_w"] = _median(runs, "monitor_power_w")
     row["clock_mhz"] = _median(runs, "monitor_clock_mhz")
-    flags = runs["flags"] if "flags" in runs else []
-    row["flags"] = "; ".join(sorted({flag for found in flags if isinstance(found, list) for flag in found}))
+    flags = {flag for found in runs.get("flags", []) if isinstance(found, list) for flag in found}
+    row["flags"] = "; ".join(sorted(flags))
     return row
 
 

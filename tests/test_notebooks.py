@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from qnb.__main__ import NAMES, NOTEBOOKS, ROOT
+from qnb.ledger import checked
 
 ALL = [pytest.param(NOTEBOOKS / f"{name}.ipynb", id=name) for name in NAMES]
 PROFILES = sorted((NOTEBOOKS / "profiles").glob("*.yaml"))
@@ -200,7 +201,7 @@ def test_an_output_that_cannot_be_made_is_refused():
 
 
 def test_an_output_of_another_model_is_refused(tmp_path):
-    (tmp_path / "study.json").write_text(json.dumps({"asked": "a/b", "name": "a/b", "path": "", "why": "named"}))
+    (tmp_path / "study.json").write_bytes(checked({"asked": "a/b", "name": "a/b", "path": "", "why": "named"}))
     done = command("run", "--profile", "smoke", "--output", str(tmp_path))
     assert done.returncode == 2 and "a/b" in done.stderr and "smollm2-135m" in done.stderr
 
