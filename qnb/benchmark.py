@@ -202,6 +202,7 @@ class Run:
             "wall_s_per_token": trace and trace.wall_s,
             "bytes_per_step": work and work.bytes_per_step,
             "flops_per_step": work and work.flops_per_step,
+            "multiplies_in": work and work.multiplies_in,
             "achieved_bytes_per_s": work.bytes_per_step / step_s if work and step_s else None,
             "achieved_flop_per_s": work.flops_per_step / step_s if work and step_s else None,
             "limit_bytes_per_s": limits and limits.copy_bytes_per_s,

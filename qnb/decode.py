@@ -314,6 +314,11 @@ def _lean(model: PreTrainedModel, options: dict[str, Any] | None) -> Lean:
     return _leans[model]
 
 
+def forget(model: PreTrainedModel) -> None:
+    """Drop a model's lean step, so that the next engine builds it anew; its weights stay joined."""
+    _leans.pop(model, None)
+
+
 class Graphed:
     """One decode step recorded as a CUDA graph and replayed for every token.
 

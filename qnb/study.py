@@ -21,7 +21,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from qnb import __version__, device, model, table
+from qnb import __version__, cause, device, model, table
 from qnb.accuracy import Evaluator, wide_products
 from qnb.batch import is_out_of_memory
 from qnb.divergence import distances, summarize
@@ -49,6 +49,9 @@ AUTO: dict[str, dict[str, int]] = {
             "batch_size": 8, "max_batch": 16, "memory_mib": 400, "text_tokens": 1024, "context": 128,
             "sweep_batch": 0},  # no sweep
 }  # fmt: skip
+
+
+SETTINGS = {3: "bs1", 4: "maxbatch"}  # of the paper's tables
 
 
 def locate(output: str | Path) -> Path:
@@ -697,7 +700,7 @@ class Study:
         return self._append(key, wanted, found) if found else {"batch_size": 1, "capped": False}
 
     def sweep(self, workload: Workload, most: Count = "auto", engines: str | Iterable[str] = "auto") -> pd.DataFrame:
-        """Time one batch of 1, 2, 4 … `most` requests; return a row a precision, engine and batch size.
+        """Time one batch of 1, 2, 4 … `most` requests; return a row a precision, engine and batch size, with the knee.
 
         A size that does not fit ends its precision's and engine's row of sizes, with a note.
 
@@ -730,7 +733,7 @@ class Study:
                     with self._failing(missing[0], asked, f"{precision.name}'s batch sizes"):
                         self.on(precision, partial(self._sweep, missing, workload, asked))
                 bar.update()
-        return self._measured(self.frame("sweep"), "sweep") if sizes else self.frame("sweep")
+        return self._save("sweep", table.sweep(self.frame("sweep")))
 
     def _sweep(
         self,
@@ -912,11 +915,20 @@ class Study:
 
     def table3(self) -> pd.DataFrame:
         """Performance at batch size 1, and the published values beside."""
-        return self._save("table3_bs1", table.performance(self.frame("perf", "bs1"), 3))
+        return self._save("table3_bs1", table.performance(self.frame("perf", SETTINGS[3]), 3))
 
     def table4(self) -> pd.DataFrame:
         """Performance at the largest batch, and the published values beside."""
-        return self._save("table4_maxbatch", table.performance(self.frame("perf", "maxbatch"), 4))
+        return self._save("table4_maxbatch", table.performance(self.frame("perf", SETTINGS[4]), 4))
+
+    def causes(self, number: int) -> pd.DataFrame:
+        """Set rows of Table 3 or 4 that differ in one choice of the harness against each other."""
+        rows = self.table3() if number == 3 else self.table4()
+        return self._save(f"causes_table{number}", cause.causes(rows, number))
+
+    def t4_estimate(self, number: int) -> pd.DataFrame:
+        """Estimate from its datasheet the least time that a T4 needs for the work of Table 3 or 4."""
+        return self._save(f"t4_estimate_table{number}", cause.t4(self.frame("perf", SETTINGS[number]), number))
 
     def _save(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
         if not frame.empty:

@@ -321,6 +321,29 @@ def _performance(runs: pd.DataFrame) -> dict[str, Any]:
     return row
 
 
+KNEE_PCT = 80  # of the best throughput; beyond the smallest batch that gives it, latency buys little
+
+
+def sweep(frame: pd.DataFrame) -> pd.DataFrame:
+    """Throughput, latency and memory by batch size, a row a precision, engine and size.
+
+    ``knee`` marks the smallest batch with 80 % of the best throughput of its precision and engine.
+    """
+    columns = ["precision", "engine", "batch_size", "throughput_rps", "throughput_tps", "batch_latency_s", "ttft_s",
+               "tpot_s", "memory_mib", "cache_mib", "bound", "knee", "note"]  # fmt: skip
+    if frame.empty:
+        return pd.DataFrame(columns=columns)
+    frame = frame.reindex(columns=list(dict.fromkeys([*columns, *frame]))).sort_values(
+        "batch_size", kind="stable"
+    )
+    parts = []
+    for _, rows in frame.groupby(["precision", "engine"], sort=False):
+        rates = rows.throughput_rps.astype(float)
+        good = rows.index[rates >= rates.max() * KNEE_PCT / 100]
+        parts.append(rows.assign(knee=rows.index == good[0] if len(good) else False))
+    return pd.concat(parts, ignore_index=True)[columns]
+
+
 def _median(runs: pd.DataFrame, name: str) -> float | None:
     values = runs[name].dropna().astype(float) if name in runs else pd.Series(dtype=float)
     return float(values.median()) if len(values) else None
