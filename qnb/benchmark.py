@@ -286,6 +286,8 @@ def run(
     check_window(model, len(longest), new_tokens)
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     with quiet():
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)  # recording a graph takes what replaying it will need
         made = FACTORIES[engine](model, batch_size, len(longest), new_tokens)
         sizes = {len(batch): batch for batch in (batches if on_gpu else batches[:1])}
         for batch in sizes.values():  # each size has shapes of its own to be prepared for
@@ -293,7 +295,9 @@ def run(
         _synchronize(device)
         peaks = None
         if on_gpu and "memory" in passes:
-            peaks = _peaks(made, [longest] * batch_size, new_tokens, device)
+            made.generate([longest] * batch_size, new_tokens)
+            _synchronize(device)
+            peaks = torch.cuda.max_memory_allocated(device) / MIB, torch.cuda.max_memory_reserved(device) / MIB
         sense, batch_s, clocks = sensor(device), [], []
         first = torch.empty(0)
         with Window(sense.sample, sense.source, period_s, baseline_mib) as window:
@@ -330,14 +334,6 @@ def run(
         if engine != "eager" and "agreement" in passes:
             parted = agreement(model, prompts[:1], Eager(model).generate(prompts[:1], new_tokens), first)
     return replace(timed, trace=trace, agreement=parted)
-
-
-def _peaks(engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> tuple[float, float]:
-    """Return the most memory allocated and reserved while one batch is generated, in MiB."""
-    torch.cuda.reset_peak_memory_stats(device)
-    engine.generate(prompts, new_tokens)
-    _synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / MIB, torch.cuda.max_memory_reserved(device) / MIB
 
 
 def _trace(engine: Engine, prompts: Prompts, steps: int, device: torch.device) -> Trace:

@@ -18,9 +18,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
+from transformers import DynamicCache
 
 from qnb.error import InputError
-from qnb.step import Lean, unknown
+from qnb.step import Lean, narrow, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 Prompts = Sequence[Sequence[int]]
 
 PREFILL_TOKENS = 16384  # read at once; more no longer helps, and takes memory that rows could have
+RECORDED_TOKENS = 4096  # of prompts read by a recorded graph; more keep the GPU busy longer than launching takes
 ALIGNMENT = 16  # the cache's length is a multiple of this, as the attention kernel wants its mask
 # what torch.compile is given: shapes that vary, above all the batch, are compiled for any size once they have
 COMPILE: dict[str, Any] | None = {}
@@ -42,7 +44,7 @@ class Clock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._ticks: list[Any] = []
         self.tick()  # the start
 
@@ -50,7 +52,7 @@ class Clock:
         """Note that one more token a row is there, once what was launched before is done."""
         if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self._device))
             self._ticks.append(event)
         else:
             self._ticks.append(perf_counter())
@@ -181,15 +183,18 @@ class Decoder:
     ) -> None:
         check_window(model, width, new_tokens)
         device, most = model.device, width + new_tokens + WARM_UPS
-        self._model, self._rows, self._length = model, rows, -(-most // ALIGNMENT) * ALIGNMENT
+        self._model, self._rows, self.width, self._length = model, rows, width, -(-most // ALIGNMENT) * ALIGNMENT
         self._caches: list[tuple[torch.Tensor, torch.Tensor]] = []  # made by the first prompt, whose shapes they take
         self._barred = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=model.dtype, device=device)
         self._barred[_ends(model)] = float("-inf")  # (V,)
+        self._ids = torch.zeros(rows, width, dtype=torch.long, device=device)  # (B, T)
         self.token = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
         self._slot, self._place = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
         self._start = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
         self._chosen = torch.zeros(rows, new_tokens + WARM_UPS, dtype=torch.long, device=device)  # (B, N)
-        why = unknown(model, width + new_tokens)
+        if why := narrow(model, width + new_tokens):
+            raise InputError(f"keys and values of every token are not kept by this model: {why}; take engine 'eager'")
+        why = unknown(model)
         self.note = f"the model's own forward, recorded: {why}" if why else ""
         self._lean = None if why else _lean(model, options)
         self._angles = self._lean.angles(self._length) if self._lean else None
@@ -210,10 +215,34 @@ class Decoder:
             for at in range(0, rows, chunk)
         ])  # fmt: skip
         self._start[:rows] = width - mask.sum(1)
+        self._begin(rows, width, logits)
+        return logits
+
+    def load(self, prompts: Prompts) -> None:
+        """Put prompts where `read` finds them, padded to the longest there may be."""
+        longest = [0] * self.width
+        ids, mask = pad([*prompts, longest], _pad_id(self._model), self._ids.device)  # (B + 1, T)
+        self._ids[: len(prompts)] = ids[:-1]
+        self._start[: len(prompts)] = self.width - mask[:-1].sum(1)
+
+    @torch.no_grad()
+    def read(self, rows: int) -> torch.Tensor:
+        """Do what `prefill` does with the first `rows` prompts given to `load`, in shapes that never change."""
+        start = self._start[:rows, None]  # (B, 1)
+        places = torch.arange(self.width, device=start.device)
+        seen = (places <= places[:, None]) & (places >= start[:, None])  # (B, T, T)
+        seen |= places == places[:, None]  # padding sees itself: nothing to attend to would be no number
+        positions = (places - start).clamp(min=0)
+        logits = _forward(self._model, self._filling(rows, 0, self.width), input_ids=self._ids[:rows],
+                          attention_mask=seen[:, None], position_ids=positions)  # fmt: skip
+        self._begin(rows, self.width, logits)
+        return logits
+
+    def _begin(self, rows: int, width: int, logits: torch.Tensor) -> None:
+        """Choose the first new token from `logits`, (B, V); its keys will follow those of `width` slots."""
         self._slot.fill_(width)
         self._place.zero_()
         self._keep(rows, (logits + self._barred).argmax(-1))
-        return logits
 
     def _read(self, ids: torch.Tensor, mask: torch.Tensor | None, first: int) -> torch.Tensor:
         """Run some rows' prompts, (b, T), and return their last positions' logits, (b, V)."""
@@ -221,6 +250,12 @@ class Decoder:
         positions = torch.arange(width, device=ids.device).expand(rows, -1)  # (b, T)
         if mask is not None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+        keep = self._filling(rows, first, width)
+        return _forward(self._model, keep, input_ids=ids, attention_mask=mask, position_ids=positions)
+
+    def _filling(self, rows: int, first: int, width: int) -> Keep:
+        """Return what writes keys and values of `rows` rows into the caches from row `first` on."""
 
         def keep(place: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             if place == len(self._caches):
@@ -230,7 +265,7 @@ class Decoder:
                 cache[first : first + rows, :, :width] = new
             return keys, values
 
-        return _forward(self._model, keep, input_ids=ids, attention_mask=mask, position_ids=positions)
+        return keep
 
     @torch.no_grad()
     def step(self, rows: int) -> torch.Tensor:
@@ -246,16 +281,16 @@ class Decoder:
         self._keep(rows, chosen)
         return logits
 
-    def warm_up(self, rows: int) -> None:
-        """Run a step whose token does not matter; where torch.compile cannot build it, from now on uncompiled."""
+    def warm_up(self, rows: int) -> torch.Tensor:
+        """Run a step as `step` does; where torch.compile cannot build it, this and all later ones uncompiled."""
         try:
-            self.step(rows)
+            return self.step(rows)
         except TorchDynamoException as error:
             assert self._lean is not None  # nothing else is compiled
             self._lean.uncompile()
-            reason = str(error).strip().splitlines()[0][:200]
+            reason = " ".join(str(error).split())[:200]
             self.note = f"its small kernels are not fused, as torch.compile failed: {reason}"
-            self.step(rows)
+            return self.step(rows)
 
     def _own(self, token: torch.Tensor, start: torch.Tensor, caches: list[Any]) -> torch.Tensor:
         """Run the model's own forward for one token a row; returns logits, (B, V)."""
@@ -284,22 +319,26 @@ class Decoder:
 Keep = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-def _forward(model: PreTrainedModel, keep: Keep, **given: Any) -> torch.Tensor:
-    """Run the model with a cache that gives each layer's new keys and values to `keep` and attends to what it returns.
+class _Keeping(DynamicCache):
+    """A cache that gives each layer's new keys and values to a function and attends to what that returns.
 
-    Such a cache has no layers of its own, so transformers takes it for an empty one. Returns the last position's
-    logits, (B, V).
+    It has no layers of its own, so transformers takes it for an empty one.
     """
-    from transformers import DynamicCache
 
-    class Keeping(DynamicCache):
-        def update(
-            self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            return keep(layer_idx, key_states, value_states)
+    def __init__(self, keep: Keep) -> None:
+        super().__init__()
+        self._keep = keep
 
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._keep(layer_idx, key_states, value_states)
+
+
+def _forward(model: PreTrainedModel, keep: Keep, **given: Any) -> torch.Tensor:
+    """Run the model, its keys and values given to `keep`; returns the last position's logits, (B, V)."""
     name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # renamed in 5.24
-    return model(**given, **{name: Keeping()}, use_cache=True, logits_to_keep=1).logits[:, -1]
+    return model(**given, **{name: _Keeping(keep)}, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
 _leans: WeakKeyDictionary[PreTrainedModel, Lean] = WeakKeyDictionary()
@@ -320,10 +359,10 @@ def forget(model: PreTrainedModel) -> None:
 
 
 class Graphed:
-    """One decode step recorded as a CUDA graph and replayed for every token.
+    """One decode step recorded as a CUDA graph and replayed for every token; short prompts are read so too.
 
-    It is recorded at the first batch of each size, in memory that all sizes share: run a batch of a size once before
-    timing it.
+    Both are recorded at the first batch of each size, in memory that all sizes share: run a batch of a size once
+    before timing it.
 
     Raises
     ------
@@ -336,7 +375,9 @@ class Graphed:
             raise InputError(f"engine 'graphed' cannot run: {why}; take engine 'eager'")
         self._device = model.device
         self._decoder = Decoder(model, rows, width, new_tokens, COMPILE)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._prompts: dict[int, torch.cuda.CUDAGraph] = {}  # by rows
+        self._steps: dict[int, torch.cuda.CUDAGraph] = {}
+        self.logits: dict[int, torch.Tensor] = {}  # (B, V), where a step leaves them
         self._pool = torch.cuda.graph_pool_handle()
 
     @property
@@ -347,31 +388,39 @@ class Graphed:
     def generate(self, prompts: Prompts, new_tokens: int, clock: Clock | None = None) -> torch.Tensor:
         """Return new ids, (batch, new_tokens); `clock` ticks at each token."""
         decoder, rows = self._decoder, len(prompts)
+        few = rows * decoder.width <= RECORDED_TOKENS
         with torch.cuda.device(self._device):
-            decoder.prefill(prompts)
-            if rows not in self._graphs:
-                self._graphs[rows] = self._record(rows)
+            decoder.load(prompts)
+            if rows not in self._steps:
+                decoder.prefill(prompts)  # makes the caches
+                if few:
+                    self._prompts[rows], _ = self._record(decoder.read, rows)
+                self._steps[rows], self.logits[rows] = self._record(decoder.warm_up, rows)
+                decoder.load(prompts)
+            if few:
+                self._prompts[rows].replay()
+            else:
                 decoder.prefill(prompts)
             if clock:
                 clock.tick()
             for _ in range(new_tokens - 1):
-                self._graphs[rows].replay()
+                self._steps[rows].replay()
                 if clock:
                     clock.tick()
             return decoder.tokens(rows, new_tokens)
 
-    def _record(self, rows: int) -> torch.cuda.CUDAGraph:
-        """Record one step, run before so that kernels are compiled and libraries have their workspaces."""
+    def _record(self, work: Callable[[int], torch.Tensor], rows: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Record `work`, run before so that kernels are compiled and libraries have their workspaces."""
         main, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
-                self._decoder.warm_up(rows)
+                work(rows)
         main.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            self._decoder.step(rows)
-        return graph
+            logits = work(rows)
+        return graph, logits
 
 
 def absent(engine: str, device: str, model: PreTrainedModel | None = None) -> str:

@@ -345,16 +345,20 @@ def _biases(modules: Sequence[Any]) -> torch.Tensor | None:
                       for module, bias in zip(modules, found, strict=True)])  # fmt: skip
 
 
-def unknown(model: PreTrainedModel, length: int) -> str:
-    """Return why the lean step cannot stand for this model's own forward; nothing where it can.
+def narrow(model: PreTrainedModel, length: int) -> str:
+    """Return why not every token attends to all before it in a text of `length` tokens; nothing where each does."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of {', '.join(sorted(kinds))}"
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True) and window < length:
+        return f"attention is limited to the last {window} tokens"
+    return ""
 
-    Parameters
-    ----------
-    model
-        A loaded model.
-    length
-        Tokens of the longest text, prompt and new ones: a window as wide as that is none.
-    """
+
+def unknown(model: PreTrainedModel) -> str:
+    """Return why the lean step cannot stand for this model's own forward; nothing where it can."""
     config = model.config
     if config.model_type not in FAMILIES:
         return f"the lean step knows {', '.join(FAMILIES)}, not {config.model_type}"
@@ -363,9 +367,6 @@ def unknown(model: PreTrainedModel, length: int) -> str:
         return f"rotary angles of type {rotary!r} depend on the text's length"
     if config.hidden_act not in ("silu", "swish"):
         return f"the lean step computes silu, not {config.hidden_act}"
-    window = getattr(config, "sliding_window", None)
-    if window and getattr(config, "use_sliding_window", True) and window < length:
-        return f"attention is limited to the last {window} tokens"
     states = [state for weight in model.parameters() if (state := getattr(weight, "quant_state", None)) is not None]
     if states and not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
         return "4-bit products need bitsandbytes 0.50 or newer"

@@ -333,9 +333,7 @@ def sweep(frame: pd.DataFrame) -> pd.DataFrame:
                "tpot_s", "memory_mib", "cache_mib", "bound", "knee", "note"]  # fmt: skip
     if frame.empty:
         return pd.DataFrame(columns=columns)
-    frame = frame.reindex(columns=list(dict.fromkeys([*columns, *frame]))).sort_values(
-        "batch_size", kind="stable"
-    )
+    frame = frame.reindex(columns=list(dict.fromkeys([*columns, *frame]))).sort_values("batch_size", kind="stable")
     parts = []
     for _, rows in frame.groupby(["precision", "engine"], sort=False):
         rates = rows.throughput_rps.astype(float)
