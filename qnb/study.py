@@ -884,6 +884,7 @@ class Study:
             return rows
         if setting:
             rows = rows[rows.setting == setting]
+        if setting or stage == "sweep":
             newest = rows.groupby(["precision", "engine"]).fingerprint.transform("last")
             rows = rows[rows.fingerprint == newest]  # repeats of another workload are another measurement
         order = {precision.name: place for place, precision in enumerate(self.precisions)}

@@ -155,7 +155,7 @@ def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(source, tmp_path):
         progress_bar=False, execution_timeout=300,
     )  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "study" / "ledger.jsonl").read_text().splitlines()]
-    assert [row["stage"] for row in rows] == ["quantize", "perf"]
+    assert [row["stage"] for row in rows] == ["limits", "quantize", "perf"]
     assert "no checkpoint" in (tmp_path / "out.ipynb").read_text()
 
 
