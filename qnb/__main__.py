@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 try:
-    from qnb import accuracy, model, workload
+    from qnb import accuracy, hub, model, workload
     from qnb.error import InputError
     from qnb.study import PARAMETERS, ROOT, Study
 except ModuleNotFoundError as missing:
@@ -109,9 +109,9 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
         if name in ("tasks", "prompts", "push_to", "scorer"):
             if not isinstance(value, str):
                 raise InputError(f"{name} is {value!r}; give names in one text")
-        elif name == "private":
+        elif name in ("private", "dry_run"):
             if not isinstance(value, bool):
-                raise InputError(f"private is {value!r}; give true or false")
+                raise InputError(f"{name} is {value!r}; give true or false")
         elif name not in PARAMETERS and (name, value) not in (("limit", "all"), ("text_tokens", "all")):
             study.count(name, value)
     if "02_accuracy" in names:
@@ -120,7 +120,7 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
         accuracy.check_scorer(values.get("scorer", accuracy.SCORERS[0]))
         study.check_weights()
     if "01_quantize" in names and values.get("push_to"):
-        model.check_push(values["push_to"])
+        hub.check_push(values["push_to"], values.get("dry_run", True))
     if values.get("prompts", "auto") != "auto":
         workload.check(str(values["prompts"]))
     return study
@@ -163,6 +163,8 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
                 return _failed(name, error, study)
             bar.update()
     print("\n".join(_results(study)))
+    if "01_quantize" in names and values.get("push_to") and values.get("dry_run", True):
+        print("nothing was uploaded: tables/push.csv says what would be, -p dry_run false does it")
     return 0
 
 

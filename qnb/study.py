@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pandas as pd
 from tqdm.auto import tqdm
 
-from qnb import __version__, device, model, table
+from qnb import __version__, device, hub, model, table
 from qnb.accuracy import Evaluator, wide_products
 from qnb.batch import is_out_of_memory
 from qnb.divergence import distances, summarize
@@ -117,7 +117,8 @@ class Study:
 
     def _check_model(self) -> None:
         record = self._record
-        known = {record.get("asked"), record.get("name")}
+        name = str(record.get("name"))
+        known = {record.get("asked"), name, name.partition("@")[0]}
         if record and self.model not in known | {"auto"}:
             raise InputError(
                 f"output {self.folder} holds a study of {record['name']}, not of {self.model}; give another output "
@@ -226,31 +227,49 @@ class Study:
 
     # 01: checkpoints
 
-    def quantize(self, push_to: str = "", private: bool = True) -> pd.DataFrame:
+    def quantize(self) -> pd.DataFrame:
         """Make, save, reload and prove every precision's checkpoint; return a row each.
+
+        Raises
+        ------
+        InputError
+            The model cannot be had.
+        """
+        with self._bar(len(self.precisions), "quantize") as bar:
+            for precision in self.precisions:
+                bar.set_postfix_str(precision.name)
+                self.checkpoint(precision)
+                bar.update()
+        return self.frame("quantize")
+
+    def push(self, push_to: str, private: bool = True, dry_run: bool = True) -> pd.DataFrame:
+        """Upload every precision's checkpoint to the hub, or show what would be; return a row each.
 
         Parameters
         ----------
         push_to
-            A hub name such as ``you/llama-3.2-1b``; each checkpoint is uploaded to ``<push_to>-<precision>``.
+            A hub name such as ``you/llama-3.2-1b``; each checkpoint goes to ``<push_to>-<precision>``. Empty: none.
         private
-            Whether repositories made for that are private.
+            Whether the repositories are private.
+        dry_run
+            Upload nothing; needs neither token nor network.
 
         Raises
         ------
         InputError
             The model cannot be had, or the push is refused.
         """
+        rows = []
+        precisions = self.precisions if push_to else ()
         if push_to:
-            model.check_push(push_to)
-        with self._bar(len(self.precisions), "quantize") as bar:
-            for precision in self.precisions:
+            hub.check_push(push_to, dry_run)
+        with self._bar(len(precisions), "push") as bar:
+            for precision in precisions:
                 bar.set_postfix_str(precision.name)
-                folder = self.checkpoint(precision)
-                if push_to:
-                    model.push(folder, f"{push_to}-{precision.name}", private)
+                sent = hub.push(self.checkpoint(precision), f"{push_to}-{precision.name}", private, dry_run)
+                rows.append({"precision": precision.name, **asdict(sent), "files": " ".join(sent.files)})
                 bar.update()
-        return self.frame("quantize")
+        return self._save("push", pd.DataFrame(rows, columns=["precision", *hub.Push.__slots__]))
 
     def checkpoint(self, precision: Precision, say: bool = False) -> Path:
         """Return the folder of a precision's checkpoint, made now if it is not there."""
