@@ -138,7 +138,10 @@ def refuse_missing(name: str, folder: Path) -> None:
             "*.pt) can run code; give a model saved as safetensors"
         )
     index = folder / "model.safetensors.index.json"
-    named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else present
+    try:
+        named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else present
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"model {name!r} has a {index.name} that lists no weights; give a saved model") from None
     if named - present:
         raise InputError(
             f"model {name!r} is not whole: {', '.join(sorted(named - present))} of its index is missing; fetch it "
@@ -177,7 +180,7 @@ def check_push(repository: str, dry_run: bool = True) -> None:
 
 
 def push(folder: Path, repository: str, private: bool = True, dry_run: bool = True) -> Push:
-    """Upload every file in a checkpoint's folder to the hub, in one commit; again, only what is missing there.
+    """Upload every file in a checkpoint's folder to the hub; again, only what is missing there.
 
     Parameters
     ----------

@@ -467,6 +467,9 @@ def test_a_quantized_model_or_half_of_one_is_no_source(server, client, tiny, tmp
     lost.unlink()
     with pytest.raises(InputError, match=f"is not whole: {lost.name}"):
         model.resolve(str(half), "cpu")
+    (half / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(InputError, match=r"index\.json that lists no weights"):
+        model.resolve(str(half), "cpu")
 
 
 @pytest.mark.parametrize("settings", ["[]", "{", "null"])
