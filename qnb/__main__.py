@@ -105,23 +105,29 @@ def parameters(profile: str, given: Sequence[Sequence[str]], known: set[str]) ->
     InputError
         There is no such profile, or a parameter is not one of `known`.
     """
-    import yaml
-
     profiles = {path.stem: path for path in sorted((NOTEBOOKS / "profiles").glob("*.yaml"))}
     if profile not in profiles:
         raise InputError(f"profile {profile!r} is unknown; choose from {', '.join(profiles)}")
-    values: dict[str, Any] = yaml.safe_load(profiles[profile].read_text())
-    for name, text in given:
-        try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"parameter {name} has the value {text!r}, which is not a plain value") from error
+    values = _plain(f"profile {profiles[profile]}", profiles[profile].read_bytes())
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise InputError(f"profile {profiles[profile]} is no list of names and values; give lines such as 'limit: 40'")
+    values |= {name: _plain(f"parameter {name}", text) for name, text in given}
     for name in values:
         if name not in known:
             near = get_close_matches(name, sorted(known), 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(f"parameter {name!r} is unknown; choose from {', '.join(sorted(known))}{hint}")
     return values
+
+
+def _plain(what: str, text: str | bytes) -> Any:
+    """Return the plain value that YAML reads in `text`."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
+        raise InputError(f"{what} holds {text[:40]!r}, which is not a plain value") from error
 
 
 def validate(values: dict[str, Any], names: Sequence[str]) -> Study:

@@ -92,11 +92,12 @@ class Study:
         seed: int = 0,
         overwrite: bool = False,
     ) -> None:
-        for name, value in (("model", model), ("output", output), ("precisions", precisions)):
-            if not value or not isinstance(value, str | Path | list | tuple):
+        kinds = {"model": (model, str), "output": (output, str | Path), "precisions": (precisions, str | list | tuple)}
+        for name, (value, kind) in kinds.items():
+            if not value or not isinstance(value, kind):
                 raise InputError(f"{name} is {value!r}; give a name")
-        if not isinstance(model, str):
-            raise InputError(f"model is {model!r}; give one name")
+        if not isinstance(data_dir, str | Path) or "\0" in f"{output}{data_dir}{model}":
+            raise InputError(f"output is {str(output)!r} and data_dir {data_dir!r}; give folders, or no data_dir")
         if not isinstance(overwrite, bool) or isinstance(seed, bool) or not isinstance(seed, int):
             raise InputError(f"overwrite is {overwrite!r} and seed {seed!r}; give true or false, and a whole number")
         self.precisions = parse(precisions)

@@ -4,14 +4,12 @@ import ast
 import csv
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tomllib
 
 import pytest
 import yaml
+from conftest import command
 
 from qnb.__main__ import NAMES, NOTEBOOKS, ROOT
 from qnb.ledger import checked
@@ -92,23 +90,6 @@ def test_profiles_set_only_what_a_notebook_has(profile):
         for target in statement.targets
     }
     assert set(yaml.safe_load(profile.read_text())) <= known
-
-
-def command(*arguments, cwd=None, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "qnb", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd or ROOT,
-        env={**os.environ, **environment},
-    )
-
-
-@pytest.fixture(scope="session")
-def smoke(source, tmp_path_factory):
-    """The whole path once, small."""
-    folder = tmp_path_factory.mktemp("smoke") / "study"
-    return folder, command("run", "--profile", "smoke", "--output", str(folder))
 
 
 @pytest.mark.slow
