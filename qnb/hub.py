@@ -230,24 +230,21 @@ def push(folder: Path, repository: str, private: bool = True, dry_run: bool = Tr
 def _patient() -> Iterator[None]:
     """For a while, bound the client's patience, which by itself has no end, and keep its log to itself.
 
-    The log names addresses that are signed for a while. Clients before 1.0 keep to no pause the hub asks for.
+    The log names addresses that are signed for a while.
     """
     from huggingface_hub.utils import get_session, logging
 
     level, session = logging.get_verbosity(), get_session()
     logging.set_verbosity(logging.CRITICAL)
-    bounded = hasattr(session, "event_hooks")
-    if bounded:
-        hooks, silence_s = session.event_hooks["response"], session.timeout
-        hooks.append(_keep_to_pause)
-        session.timeout = PATIENCE_S
+    hooks, silence_s = session.event_hooks["response"], session.timeout
+    hooks.append(_keep_to_pause)
+    session.timeout = PATIENCE_S
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if bounded:
-            hooks.remove(_keep_to_pause)
-            session.timeout = silence_s
+        hooks.remove(_keep_to_pause)
+        session.timeout = silence_s
 
 
 def _keep_to_pause(response: Any) -> None:
@@ -294,11 +291,10 @@ def _why(error: BaseException) -> str:
         reason = scrub(reasons[-1] if reasons else str(chain[-1]) or type(error).__name__)
         if any(isinstance(each, OfflineModeIsEnabled) for each in chain):
             return "it is not in the cache, and HF_HUB_OFFLINE forbids to ask; unset that"
-        transport: Any = HTTPError if HTTPError.__base__ is Exception else HTTPError.__base__  # requests', before 1.0
-        if any(isinstance(each, (transport, ConnectionError, TimeoutError)) for each in chain):
+        if any(isinstance(each, HTTPError | ConnectionError | TimeoutError) for each in chain):
             return f"no answer from {scrub(constants.ENDPOINT)} ({reason}); check the network and try again"
         return reason
-    status, words = cause.response.status_code, scrub(getattr(cause, "server_message", None) or "no reason given")
+    status, words = cause.response.status_code, scrub(cause.server_message or "no reason given")
     if status == 401:
         return "the hub refuses the token (401); set HF_TOKEN to a valid one, or unset it"
     if status == 403:

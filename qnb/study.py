@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from qnb import __version__, device, hub, model, table
@@ -25,10 +25,11 @@ from qnb.accuracy import Evaluator, wide_products
 from qnb.batch import is_out_of_memory
 from qnb.divergence import distances, summarize
 from qnb.error import InputError
-from qnb.ledger import Ledger, fingerprint
+from qnb.ledger import FAILED, Ledger, checked, fingerprint, unchecked
 from qnb.model import Source
 from qnb.monitor import sensor
 from qnb.precision import BASELINE, PRECISIONS, Precision, parse
+from qnb.provenance import ROOT, command, commit
 from qnb.workload import Workload, paragraphs
 from qnb.workload import load as load_workload
 
@@ -45,8 +46,6 @@ AUTO: dict[str, dict[str, int]] = {
     "cpu": {"bs1_requests": 4, "maxbatch_requests": 16, "prompt_tokens": 32, "new_tokens": 8, "limit": 12,
             "batch_size": 8, "max_batch": 16, "memory_mib": 400, "text_tokens": 1024, "context": 128},
 }  # fmt: skip
-
-ROOT = Path(__file__).resolve().parents[1]  # of the checkout the package runs from
 
 
 def locate(output: str | Path) -> Path:
@@ -93,11 +92,12 @@ class Study:
         seed: int = 0,
         overwrite: bool = False,
     ) -> None:
-        for name, value in (("model", model), ("output", output), ("precisions", precisions)):
-            if not value or not isinstance(value, str | Path | list | tuple):
+        kinds = {"model": (model, str), "output": (output, str | Path), "precisions": (precisions, str | list | tuple)}
+        for name, (value, kind) in kinds.items():
+            if not value or not isinstance(value, kind):
                 raise InputError(f"{name} is {value!r}; give a name")
-        if not isinstance(model, str):
-            raise InputError(f"model is {model!r}; give one name")
+        if not isinstance(data_dir, str | Path) or "\0" in f"{output}{data_dir}{model}":
+            raise InputError(f"output is {str(output)!r} and data_dir {data_dir!r}; give folders, or no data_dir")
         if not isinstance(overwrite, bool) or isinstance(seed, bool) or not isinstance(seed, int):
             raise InputError(f"overwrite is {overwrite!r} and seed {seed!r}; give true or false, and a whole number")
         self.precisions = parse(precisions)
@@ -106,6 +106,8 @@ class Study:
         self.seed, self.overwrite = seed, overwrite
         self._settled = False  # whether the libraries have made what they make at their first use
         self._made: set[str] = set()  # checkpoints made by this object: overwriting makes each once
+        self._sound: dict[Path, str] = {}  # checkpoints read whole and found unchanged, by their stamp then
+        self._lock = FileLock(self.folder / ".lock")
         if self.data_dir and not self.data_dir.is_dir():
             raise InputError(f"data_dir {data_dir} is not a folder; give one laid out like the hub, or leave it empty")
         self.ledger = Ledger(self.folder)
@@ -129,7 +131,14 @@ class Study:
     @property
     def _record(self) -> dict[str, Any]:
         path = self.folder / "study.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        if not path.exists():
+            return {}
+        try:
+            return dict(json.loads(unchecked(path.read_bytes())))
+        except ValueError as error:
+            raise InputError(
+                f"{path} was changed since it was written; remove it (what is measured stays) or give another output"
+            ) from error
 
     @cached_property
     def device(self) -> device.Device:
@@ -151,7 +160,7 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.folder / "study.json.draft"
         facts = {"asked": record.get("asked", self.model), **asdict(source), "stamp": model.stamp(Path(source.path))}
-        draft.write_text(json.dumps(facts, indent=1))
+        draft.write_bytes(checked({**facts, **self._context}))
         draft.replace(self.folder / "study.json")
         return source
 
@@ -167,7 +176,7 @@ class Study:
 
     def card(self) -> pd.DataFrame:
         """Return the study's card: what is measured, on what, with what, and what is done already."""
-        here, done = self.device, Counter(row["stage"] for row in self.ledger)
+        here, done = self.device, self.ledger.stages()
         facts = {
             "model": f"{self.source.name} ({self.source.why})",
             "weights": f"fingerprint {self.source.fingerprint}" + (", random" if self.source.random_weights else ""),
@@ -212,15 +221,60 @@ class Study:
     def _find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         return None if self.overwrite else self.ledger.find(**key)
 
-    def _append(self, key: dict[str, Any], asked: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-        context = {
-            "model": self.source.name,
-            "picked": self.source.why,
+    @cached_property
+    def _context(self) -> dict[str, Any]:
+        """What every row says of where it comes from."""
+        return {
             "device": self.device.name,
+            "driver": self.device.driver,
             "bf16": self.device.bf16,
             "versions": self.versions,
+            "seed": self.seed,
+            "command": command(),
+            "commit": commit(),
         }
-        return self.ledger.append({**key, **asked, **values, **context})
+
+    def _append(self, key: dict[str, Any], asked: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        source = {"model": self.source.name, "picked": self.source.why, "weights": self.source.fingerprint}
+        return self.ledger.append({**key, **asked, **values, **source, **self._context})
+
+    @contextmanager
+    def _failing(self, key: dict[str, Any], asked: dict[str, Any], measured: str) -> Iterator[None]:
+        """Keep a measurement that cannot be made as failed, with its reason, say so, and go on with the others.
+
+        It is tried again when it is asked for again. Input that cannot be used and a disk that cannot be written to
+        end the stage: they would fail the others too.
+        """
+        try:
+            yield
+        except (InputError, OSError):
+            raise
+        except Exception as error:  # whatever a library raises over one model, the other precisions are measured
+            text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            reason = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {text}"
+            self._append({**key, "stage": key["stage"] + FAILED}, asked, {"reason": reason, "detail": text})
+            tqdm.write(f"{measured} could not be measured ({reason}); kept as failed, asked again the next time")
+
+    def _measured(self, frame: pd.DataFrame, stage: str) -> pd.DataFrame:
+        """Return `frame`, or raise what stood against it where nothing of a stage could be measured."""
+        failed = [row for row in self.ledger.failures() if row["stage"] == stage + FAILED]
+        if frame.empty and failed:
+            raise RuntimeError(f"nothing of stage {stage} could be measured: {failed[-1]['reason']}")
+        return frame
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Measure while no other process measures into the same folder; wait for one that does, and say so."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0.5)
+        except Timeout:
+            tqdm.write(f"another process is measuring into {self.folder}; waiting for it")
+            self._lock.acquire(poll_interval=0.5)
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _bar(self, total: int, what: str) -> tqdm:
         return tqdm(total=total, desc=what, unit="step", leave=False)
@@ -235,12 +289,13 @@ class Study:
         InputError
             The model cannot be had.
         """
-        with self._bar(len(self.precisions), "quantize") as bar:
+        with self._alone(), self._bar(len(self.precisions), "quantize") as bar:
             for precision in self.precisions:
                 bar.set_postfix_str(precision.name)
-                self.checkpoint(precision)
+                with self._failing(self._key("quantize", precision, {}), {}, f"{precision.name}'s checkpoint"):
+                    self.checkpoint(precision)
                 bar.update()
-        return self.frame("quantize")
+        return self._measured(self.frame("quantize"), "quantize")
 
     def push(self, push_to: str, private: bool = True, dry_run: bool = True) -> pd.DataFrame:
         """Upload every precision's checkpoint to the hub, or show what would be; return a row each.
@@ -260,31 +315,52 @@ class Study:
             The model cannot be had, or the push is refused.
         """
         rows = []
-        precisions = self.precisions if push_to else ()
-        if push_to:
-            hub.check_push(push_to, dry_run)
-        with self._bar(len(precisions), "push") as bar:
-            for precision in precisions:
+        columns = ["precision", *hub.Push.__slots__]
+        if not push_to:
+            return pd.DataFrame(columns=columns)
+        hub.check_push(push_to, dry_run)
+        with self._alone(), self._bar(len(self.precisions), "push") as bar:
+            for precision in self.precisions:
                 bar.set_postfix_str(precision.name)
-                sent = hub.push(self.checkpoint(precision), f"{push_to}-{precision.name}", private, dry_run)
-                rows.append({"precision": precision.name, **asdict(sent), "files": " ".join(sent.files)})
+                with self._failing(self._key("quantize", precision, {}), {}, f"{precision.name}'s checkpoint"):
+                    sent = hub.push(self.checkpoint(precision), f"{push_to}-{precision.name}", private, dry_run)
+                    rows.append({"precision": precision.name, **asdict(sent), "files": " ".join(sent.files)})
                 bar.update()
-        return self._save("push", pd.DataFrame(rows, columns=["precision", *hub.Push.__slots__]))
+        return self._save("push", pd.DataFrame(rows, columns=columns))
 
     def checkpoint(self, precision: Precision, say: bool = False) -> Path:
         """Return the folder of a precision's checkpoint, made now if it is not there."""
         folder = self.folder / "checkpoints" / precision.name
         key = self._key("quantize", precision, {})
+        row = self.ledger.find(**key)
+        there = row is not None and folder.exists()
+        wrong = self._damage(folder, row) if row is not None and there else ""
         renew = self.overwrite and precision.name not in self._made
-        if not renew and model.intact(folder) and self.ledger.find(**key):
+        if there and not wrong and not renew:
             return folder
         self._made.add(precision.name)
-        if say and not model.intact(folder):
+        if wrong:
+            tqdm.write(f"{precision.name}: {wrong} in {folder} is not as it was saved, making the checkpoint again")
+        elif say and not folder.exists():
             tqdm.write(f"{precision.name}: no checkpoint in {folder.parent} yet, making it")
         made = model.convert(self.source, precision, folder, self.device.kind)
-        values = {**asdict(made), "weights_mib": made.weights_mib, "bits": precision.bits}
+        manifest = model.file_sha256(folder / "manifest.json")
+        values = {**asdict(made), "weights_mib": made.weights_mib, "bits": precision.bits, "manifest_sha256": manifest}
         self._append(key, {}, {name: value for name, value in values.items() if name != "precision"})
         return folder
+
+    def _damage(self, folder: Path, row: dict[str, Any]) -> str:
+        """Return the first file of a checkpoint that is not as its row and manifest say; its bytes are read once."""
+        stamp = model.stamp(folder)
+        if self._sound.get(folder) != stamp:
+            try:
+                sealed = model.file_sha256(folder / "manifest.json") == row["manifest_sha256"]
+            except OSError:
+                sealed = False
+            if wrong := model.damage(folder) if sealed else "manifest.json":
+                return wrong
+            self._sound[folder] = stamp
+        return ""
 
     def on(self, precision: Precision, measure: Callable[[PreTrainedModel, float], Result]) -> Result:
         """Load a precision's checkpoint, measure it, and give its memory back.

@@ -1,11 +1,16 @@
 """What tests share: a GPU or a skip, the real data folder or a skip, the embedded model's checkpoints."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from qnb import model, precision
+from qnb.provenance import ROOT
 
+SECRET = "hf_" + "PlantedSecretToken" * 2  # shaped as a hub token is; nothing anywhere may show it
 HUB = Path(__file__).parents[2] / "shared" / "hub"
 
 
@@ -43,3 +48,21 @@ def checkpoint(source, tmp_path_factory):
         return made[name]
 
     return make
+
+
+def command(*arguments, cwd=None, **environment):
+    """Run the command line to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "qnb", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd or ROOT,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture(scope="session")
+def smoke(source, tmp_path_factory):
+    """The whole path once, small, with a hub token about: its folder, and how the run ended."""
+    folder = tmp_path_factory.mktemp("smoke") / "study"
+    return folder, command("run", "--profile", "smoke", "--output", str(folder), HF_TOKEN=SECRET)

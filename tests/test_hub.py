@@ -14,18 +14,13 @@ import zipfile
 from hashlib import sha256
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from hub_server import Fault, Hub
-from packaging.version import Version
 
 from qnb import InputError, Study, hub, model
 from qnb.__main__ import validate
 
 MINE, OTHER = "hf_" + "planted" * 4, "hf_" + "somebodyelse" * 2
-patient = pytest.mark.skipif(
-    Version(huggingface_hub.__version__) < Version("1"), reason="clients before 1.0 give up at once, or never"
-)
 LOOP = """
 import json, os, sys, time, traceback
 from pathlib import Path
@@ -277,7 +272,6 @@ def test_an_interrupted_download_is_never_used(server, client, start, nowhere, t
     assert model.digest(Path(folder), sealed=False) == model.digest(tiny, sealed=False)
 
 
-@patient
 def test_a_cut_connection_is_taken_up_again(server, client, tiny):
     server.publish("me/flaky", contents(tiny))
     server.faults = [Fault("GET", "/store/", times=1), Fault("GET", "/resolve/.*tokenizer", times=1)]
@@ -295,7 +289,6 @@ def test_a_cut_connection_is_taken_up_again(server, client, tiny):
         (Fault("GET", "/api/models/[^/]*/[^/]*$", 503, times=1), []),
     ],
 )
-@patient
 def test_what_passes_is_waited_for(server, client, tiny, fault, waits):
     name = f"me/waited{len(server.repositories)}"
     server.publish(name, contents(tiny))
@@ -358,7 +351,6 @@ def test_without_a_network_that_is_said_at_once(start, nowhere, tiny):
     assert alone.ask(f"hub.push(Path({str(tiny)!r}), 'me/kept').commit", token="")["result"] == ""
 
 
-@patient
 def test_a_silent_hub_is_not_waited_for_without_end(client, tiny):
     """It takes the connection and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -4,16 +4,15 @@ import ast
 import csv
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tomllib
 
 import pytest
 import yaml
+from conftest import command
 
 from qnb.__main__ import NAMES, NOTEBOOKS, ROOT
+from qnb.ledger import checked
 
 ALL = [pytest.param(NOTEBOOKS / f"{name}.ipynb", id=name) for name in NAMES]
 PROFILES = sorted((NOTEBOOKS / "profiles").glob("*.yaml"))
@@ -91,23 +90,6 @@ def test_profiles_set_only_what_a_notebook_has(profile):
         for target in statement.targets
     }
     assert set(yaml.safe_load(profile.read_text())) <= known
-
-
-def command(*arguments, cwd=None, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "qnb", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd or ROOT,
-        env={**os.environ, **environment},
-    )
-
-
-@pytest.fixture(scope="session")
-def smoke(source, tmp_path_factory):
-    """The whole path once, small."""
-    folder = tmp_path_factory.mktemp("smoke") / "study"
-    return folder, command("run", "--profile", "smoke", "--output", str(folder))
 
 
 @pytest.mark.slow
@@ -200,7 +182,7 @@ def test_an_output_that_cannot_be_made_is_refused():
 
 
 def test_an_output_of_another_model_is_refused(tmp_path):
-    (tmp_path / "study.json").write_text(json.dumps({"asked": "a/b", "name": "a/b", "path": "", "why": "named"}))
+    (tmp_path / "study.json").write_bytes(checked({"asked": "a/b", "name": "a/b", "path": "", "why": "named"}))
     done = command("run", "--profile", "smoke", "--output", str(tmp_path))
     assert done.returncode == 2 and "a/b" in done.stderr and "smollm2-135m" in done.stderr
 
