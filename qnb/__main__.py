@@ -1,4 +1,4 @@
-"""``python -m qnb run | audit | doctor``: the five notebooks without a browser, and two questions answered.
+"""``python -m qnb run | verify | audit | doctor``: the five notebooks without a browser, and three questions answered.
 
 Exit codes: 0 done, 1 something failed on the way, 2 the input cannot be used, 130 interrupted or told to end.
 """
@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = _Parser(prog="python -m qnb", description="What does quantizing this model cost, and what does it give?")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | audit | doctor")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | verify | audit | doctor")
     run = commands.add_parser("run", help="execute the notebooks, in order, into one study")
     run.add_argument("--profile", default="demo", help="a parameter file in notebooks/profiles (default: demo)")
     run.add_argument("--output", help="the study's folder (default: the profile's)")
@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter, over the profile's",
     )  # fmt: skip
+    check = commands.add_parser("verify", help="read a study's every byte again and build its tables anew")
+    check.add_argument("folder", help="the study's folder")
     commands.add_parser("audit", help="check the paper's own arithmetic")
     commands.add_parser("doctor", help="say what this machine can run")
     options = parser.parse_args(arguments)
@@ -65,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return audit()
         if options.command == "doctor":
             return doctor()
+        if options.command == "verify":
+            return verify(options.folder)
         return execute(options.profile, options.output, options.only, options.parameters)
     except InputError as error:
         print(f"qnb: {error}", file=sys.stderr)
@@ -251,6 +255,18 @@ def _results(study: Study) -> list[str]:
         if files:
             lines.append(f"{kind} in {study.folder / kind}: {', '.join(path.name for path in files)}")
     return lines
+
+
+def verify(folder: str) -> int:
+    """Print what is no longer as it was measured; 1 where anything is."""
+    from qnb.verify import verify as check
+
+    findings = list(check(folder))
+    wrong = [finding for finding in findings if finding.wrong]
+    for finding in wrong:
+        print(f"FAILS  {finding.part}: {finding.wrong}")
+    print(f"{len(findings) - len(wrong)} of {len(findings)} parts are as they were measured")
+    return 1 if wrong else 0
 
 
 def audit() -> int:

@@ -481,7 +481,7 @@ class Study:
                     tokens = self.on(precision, partial(self._distances, precision, ids, width))
                     self._append(key, asked, {name: asdict(found) for name, found in summarize(tokens).items()})
                 bar.update()
-        return self._save("divergence", table.divergence(self.frame("divergence")))
+        return self._save("divergence")
 
     def _distances(
         self, precision: Precision, ids: list[int], context: int, network: PreTrainedModel, _: float
@@ -518,7 +518,7 @@ class Study:
         return model.file_sha256(path)
 
     def _items_path(self, row: Mapping[str, Any]) -> Path:
-        return self.folder / "items" / f"{row['task']}.{row['precision']}.{row['fingerprint']}.parquet"
+        return self.folder / items_name(row)
 
     def _scored(self, key: dict[str, Any]) -> bool:
         """Return whether a row answers and its items are those it was counted from."""
@@ -745,26 +745,46 @@ class Study:
 
     def table1(self) -> pd.DataFrame:
         """Accuracy with standard errors, the aggregate, and the published values beside."""
-        return self._save("table1_accuracy", table.accuracy(self.scores()))
+        return self._save("table1_accuracy")
 
     def table2(self) -> pd.DataFrame:
         """Change against BF16 in points and relative, with a paired test, and the published values beside."""
-        return self._save("table2_change", table.change(self.frame("accuracy"), self.items))
+        return self._save("table2_change")
 
     def table3(self) -> pd.DataFrame:
         """Performance at batch size 1, and the published values beside."""
-        return self._save("table3_bs1", table.performance(self.frame("perf", "bs1"), 3))
+        return self._save("table3_bs1")
 
     def table4(self) -> pd.DataFrame:
         """Performance at the largest batch, and the published values beside."""
-        return self._save("table4_maxbatch", table.performance(self.frame("perf", "maxbatch"), 4))
+        return self._save("table4_maxbatch")
 
-    def _save(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
+    def build(self, name: str) -> pd.DataFrame:
+        """Make a table from the ledger's rows without keeping it; `name` is its file's."""
+        makers: dict[str, Callable[[], pd.DataFrame]] = {
+            "table1_accuracy": lambda: table.accuracy(self.scores()),
+            "table2_change": lambda: table.change(self.frame("accuracy"), self.items),
+            "table3_bs1": lambda: table.performance(self.frame("perf", "bs1"), 3),
+            "table4_maxbatch": lambda: table.performance(self.frame("perf", "maxbatch"), 4),
+            "divergence": lambda: table.divergence(self.frame("divergence")),
+        }
+        return makers[name]()
+
+    def _save(self, name: str) -> pd.DataFrame:
+        """Build a table and keep it, with the precisions it was built for."""
+        frame = self.build(name)
         if not frame.empty:
             folder = self.folder / "tables"
             folder.mkdir(parents=True, exist_ok=True)
             frame.to_csv(folder / f"{name}.csv", index=False)
+            made = {"precisions": [precision.name for precision in self.precisions]}
+            (folder / f".{name}.json").write_bytes(checked(made))
         return frame
+
+
+def items_name(row: Mapping[str, Any]) -> str:
+    """Return the file of an accuracy row's items, below the study's folder."""
+    return f"items/{row['task']}.{row['precision']}.{row['fingerprint']}.parquet"
 
 
 def _smaller(found: Mapping[str, Any]) -> dict[str, Any]:
