@@ -1,4 +1,4 @@
-"""``python -m qnb run | audit | doctor``: the five notebooks without a browser, and two questions answered.
+"""``python -m qnb run | verify | audit | doctor``: the five notebooks without a browser, and three questions answered.
 
 Exit codes: 0 done, 1 something failed on the way, 2 the input cannot be used, 130 interrupted or told to end.
 """
@@ -22,7 +22,7 @@ try:
     from filelock import FileLock, Timeout
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    from qnb import accuracy, model, workload
+    from qnb import accuracy, hub, model, workload
     from qnb.error import InputError
     from qnb.ledger import FAILED, KEY
     from qnb.provenance import COMMAND, ROOT
@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = _Parser(prog="python -m qnb", description="What does quantizing this model cost, and what does it give?")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | audit | doctor")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | verify | audit | doctor")
     run = commands.add_parser("run", help="execute the notebooks, in order, into one study")
     run.add_argument("--profile", default="demo", help="a parameter file in notebooks/profiles (default: demo)")
     run.add_argument("--output", help="the study's folder (default: the profile's)")
@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter, over the profile's",
     )  # fmt: skip
+    check = commands.add_parser("verify", help="read a study's every byte again and build its tables anew")
+    check.add_argument("folder", help="the study's folder")
     commands.add_parser("audit", help="check the paper's own arithmetic")
     commands.add_parser("doctor", help="say what this machine can run")
     options = parser.parse_args(arguments)
@@ -65,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return audit()
         if options.command == "doctor":
             return doctor()
+        if options.command == "verify":
+            return verify(options.folder)
         return execute(options.profile, options.output, options.only, options.parameters)
     except InputError as error:
         print(f"qnb: {error}", file=sys.stderr)
@@ -105,23 +109,29 @@ def parameters(profile: str, given: Sequence[Sequence[str]], known: set[str]) ->
     InputError
         There is no such profile, or a parameter is not one of `known`.
     """
-    import yaml
-
     profiles = {path.stem: path for path in sorted((NOTEBOOKS / "profiles").glob("*.yaml"))}
     if profile not in profiles:
         raise InputError(f"profile {profile!r} is unknown; choose from {', '.join(profiles)}")
-    values: dict[str, Any] = yaml.safe_load(profiles[profile].read_text())
-    for name, text in given:
-        try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"parameter {name} has the value {text!r}, which is not a plain value") from error
+    values = _plain(f"profile {profiles[profile]}", profiles[profile].read_bytes())
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise InputError(f"profile {profiles[profile]} is no list of names and values; give lines such as 'limit: 40'")
+    values |= {name: _plain(f"parameter {name}", text) for name, text in given}
     for name in values:
         if name not in known:
             near = get_close_matches(name, sorted(known), 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise InputError(f"parameter {name!r} is unknown; choose from {', '.join(sorted(known))}{hint}")
     return values
+
+
+def _plain(what: str, text: str | bytes) -> Any:
+    """Return the plain value that YAML reads in `text`."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
+        raise InputError(f"{what} holds {text[:40]!r}, which is not a plain value") from error
 
 
 def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
@@ -131,9 +141,9 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
         if name in ("tasks", "prompts", "push_to", "scorer", "engines"):
             if not isinstance(value, str):
                 raise InputError(f"{name} is {value!r}; give names in one text")
-        elif name == "private":
+        elif name in ("private", "dry_run"):
             if not isinstance(value, bool):
-                raise InputError(f"private is {value!r}; give true or false")
+                raise InputError(f"{name} is {value!r}; give true or false")
         elif name not in PARAMETERS and (name, value) not in (("limit", "all"), ("text_tokens", "all")):
             study.count(name, value)
     if "02_accuracy" in names:
@@ -142,7 +152,7 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
         accuracy.check_scorer(values.get("scorer", accuracy.SCORERS[0]))
         study.check_weights()
     if "01_quantize" in names and values.get("push_to"):
-        model.check_push(values["push_to"])
+        hub.check_push(values["push_to"], values.get("dry_run", True))
     if values.get("engines", "auto") != "auto":
         from qnb import decode  # torch with it, which takes seconds
 
@@ -199,6 +209,8 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
                 return _failed(name, type(error).__name__, str(error), study)
             bar.update()
     print("\n".join(_results(study)))
+    if "01_quantize" in names and values.get("push_to") and values.get("dry_run", True):
+        print("nothing was uploaded: tables/push.csv says what would be, -p dry_run false does it")
     failures = study.ledger.failures()
     for row in failures:
         what = " ".join(str(row[name]) for name in KEY if row[name] != "").replace(FAILED, "")
@@ -247,6 +259,18 @@ def _results(study: Study) -> list[str]:
         if files:
             lines.append(f"{kind} in {study.folder / kind}: {', '.join(path.name for path in files)}")
     return lines
+
+
+def verify(folder: str) -> int:
+    """Print what is no longer as it was measured; 1 where anything is."""
+    from qnb.verify import verify as check
+
+    findings = list(check(folder))
+    wrong = [finding for finding in findings if finding.wrong]
+    for finding in wrong:
+        print(f"FAILS  {finding.part}: {finding.wrong}")
+    print(f"{len(findings) - len(wrong)} of {len(findings)} parts are as they were measured")
+    return 1 if wrong else 0
 
 
 def audit() -> int:

@@ -21,7 +21,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from qnb import __version__, cause, device, model, table
+from qnb import __version__, cause, device, hub, model, table
 from qnb.accuracy import Evaluator, wide_products
 from qnb.batch import is_out_of_memory
 from qnb.divergence import distances, summarize
@@ -49,9 +49,6 @@ AUTO: dict[str, dict[str, int]] = {
             "batch_size": 8, "max_batch": 16, "memory_mib": 400, "text_tokens": 1024, "context": 128,
             "sweep_batch": 0},  # no sweep
 }  # fmt: skip
-
-
-SETTINGS = {3: "bs1", 4: "maxbatch"}  # of the paper's tables
 
 
 def locate(output: str | Path) -> Path:
@@ -98,11 +95,12 @@ class Study:
         seed: int = 0,
         overwrite: bool = False,
     ) -> None:
-        for name, value in (("model", model), ("output", output), ("precisions", precisions)):
-            if not value or not isinstance(value, str | Path | list | tuple):
+        kinds = {"model": (model, str), "output": (output, str | Path), "precisions": (precisions, str | list | tuple)}
+        for name, (value, kind) in kinds.items():
+            if not value or not isinstance(value, kind):
                 raise InputError(f"{name} is {value!r}; give a name")
-        if not isinstance(model, str):
-            raise InputError(f"model is {model!r}; give one name")
+        if not isinstance(data_dir, str | Path) or "\0" in f"{output}{data_dir}{model}":
+            raise InputError(f"output is {str(output)!r} and data_dir {data_dir!r}; give folders, or no data_dir")
         if not isinstance(overwrite, bool) or isinstance(seed, bool) or not isinstance(seed, int):
             raise InputError(f"overwrite is {overwrite!r} and seed {seed!r}; give true or false, and a whole number")
         self.precisions = parse(precisions)
@@ -124,7 +122,8 @@ class Study:
 
     def _check_model(self) -> None:
         record = self._record
-        known = {record.get("asked"), record.get("name")}
+        name = str(record.get("name"))
+        known = {record.get("asked"), name, name.partition("@")[0]}
         if record and self.model not in known | {"auto"}:
             raise InputError(
                 f"output {self.folder} holds a study of {record['name']}, not of {self.model}; give another output "
@@ -285,32 +284,52 @@ class Study:
 
     # 01: checkpoints
 
-    def quantize(self, push_to: str = "", private: bool = True) -> pd.DataFrame:
+    def quantize(self) -> pd.DataFrame:
         """Make, save, reload and prove every precision's checkpoint; return a row each.
+
+        Raises
+        ------
+        InputError
+            The model cannot be had.
+        """
+        with self._alone(), self._bar(len(self.precisions), "quantize") as bar:
+            for precision in self.precisions:
+                bar.set_postfix_str(precision.name)
+                with self._failing(self._key("quantize", precision, {}), {}, f"{precision.name}'s checkpoint"):
+                    self.checkpoint(precision)
+                bar.update()
+        return self._measured(self.frame("quantize"), "quantize")
+
+    def push(self, push_to: str, private: bool = True, dry_run: bool = True) -> pd.DataFrame:
+        """Upload every precision's checkpoint to the hub, or show what would be; return a row each.
 
         Parameters
         ----------
         push_to
-            A hub name such as ``you/llama-3.2-1b``; each checkpoint is uploaded to ``<push_to>-<precision>``.
+            A hub name such as ``you/llama-3.2-1b``; each checkpoint goes to ``<push_to>-<precision>``. Empty: none.
         private
-            Whether repositories made for that are private.
+            Whether the repositories are private.
+        dry_run
+            Upload nothing; needs neither token nor network.
 
         Raises
         ------
         InputError
             The model cannot be had, or the push is refused.
         """
-        if push_to:
-            model.check_push(push_to)
-        with self._alone(), self._bar(len(self.precisions), "quantize") as bar:
+        rows = []
+        columns = ["precision", *hub.Push.__slots__]
+        if not push_to:
+            return pd.DataFrame(columns=columns)
+        hub.check_push(push_to, dry_run)
+        with self._alone(), self._bar(len(self.precisions), "push") as bar:
             for precision in self.precisions:
                 bar.set_postfix_str(precision.name)
                 with self._failing(self._key("quantize", precision, {}), {}, f"{precision.name}'s checkpoint"):
-                    folder = self.checkpoint(precision)
-                    if push_to:
-                        model.push(folder, f"{push_to}-{precision.name}", private)
+                    sent = hub.push(self.checkpoint(precision), f"{push_to}-{precision.name}", private, dry_run)
+                    rows.append({"precision": precision.name, **asdict(sent), "files": " ".join(sent.files)})
                 bar.update()
-        return self._measured(self.frame("quantize"), "quantize")
+        return self._save("push", pd.DataFrame(rows, columns=columns))
 
     def checkpoint(self, precision: Precision, say: bool = False) -> Path:
         """Return the folder of a precision's checkpoint, made now if it is not there."""
@@ -465,7 +484,7 @@ class Study:
                     tokens = self.on(precision, partial(self._distances, precision, ids, width))
                     self._append(key, asked, {name: asdict(found) for name, found in summarize(tokens).items()})
                 bar.update()
-        return self._save("divergence", table.divergence(self.frame("divergence")))
+        return self._save("divergence")
 
     def _distances(
         self, precision: Precision, ids: list[int], context: int, network: PreTrainedModel, _: float
@@ -502,7 +521,7 @@ class Study:
         return model.file_sha256(path)
 
     def _items_path(self, row: Mapping[str, Any]) -> Path:
-        return self.folder / "items" / f"{row['task']}.{row['precision']}.{row['fingerprint']}.parquet"
+        return self.folder / items_name(row)
 
     def _scored(self, key: dict[str, Any]) -> bool:
         """Return whether a row answers and its items are those it was counted from."""
@@ -733,7 +752,7 @@ class Study:
                     with self._failing(missing[0], asked, f"{precision.name}'s batch sizes"):
                         self.on(precision, partial(self._sweep, missing, workload, asked))
                 bar.update()
-        return self._save("sweep", table.sweep(self.frame("sweep")))
+        return self._save("sweep")
 
     def _sweep(
         self,
@@ -908,35 +927,59 @@ class Study:
 
     def table1(self) -> pd.DataFrame:
         """Accuracy with standard errors, the aggregate, and the published values beside."""
-        return self._save("table1_accuracy", table.accuracy(self.scores()))
+        return self._save("table1_accuracy")
 
     def table2(self) -> pd.DataFrame:
         """Change against BF16 in points and relative, with a paired test, and the published values beside."""
-        return self._save("table2_change", table.change(self.frame("accuracy"), self.items))
+        return self._save("table2_change")
 
     def table3(self) -> pd.DataFrame:
         """Performance at batch size 1, and the published values beside."""
-        return self._save("table3_bs1", table.performance(self.frame("perf", SETTINGS[3]), 3))
+        return self._save("table3_bs1")
 
     def table4(self) -> pd.DataFrame:
         """Performance at the largest batch, and the published values beside."""
-        return self._save("table4_maxbatch", table.performance(self.frame("perf", SETTINGS[4]), 4))
+        return self._save("table4_maxbatch")
 
     def causes(self, number: int) -> pd.DataFrame:
         """Set rows of Table 3 or 4 that differ in one choice of the harness against each other."""
-        rows = self.table3() if number == 3 else self.table4()
-        return self._save(f"causes_table{number}", cause.causes(rows, number))
+        return self._save(f"table{number}_causes")
 
     def t4_estimate(self, number: int) -> pd.DataFrame:
         """Estimate from its datasheet the least time that a T4 needs for the work of Table 3 or 4."""
-        return self._save(f"t4_estimate_table{number}", cause.t4(self.frame("perf", SETTINGS[number]), number))
+        return self._save(f"table{number}_t4_estimate")
 
-    def _save(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
+    def build(self, name: str) -> pd.DataFrame:
+        """Make a table from the ledger's rows without keeping it; `name` is its file's."""
+        makers: dict[str, Callable[[], pd.DataFrame]] = {
+            "table1_accuracy": lambda: table.accuracy(self.scores()),
+            "table2_change": lambda: table.change(self.frame("accuracy"), self.items),
+            "table3_bs1": lambda: table.performance(self.frame("perf", "bs1"), 3),
+            "table3_causes": lambda: cause.causes(self.build("table3_bs1"), 3),
+            "table3_t4_estimate": lambda: cause.t4(self.frame("perf", "bs1"), 3),
+            "table4_maxbatch": lambda: table.performance(self.frame("perf", "maxbatch"), 4),
+            "table4_causes": lambda: cause.causes(self.build("table4_maxbatch"), 4),
+            "table4_t4_estimate": lambda: cause.t4(self.frame("perf", "maxbatch"), 4),
+            "sweep": lambda: table.sweep(self.frame("sweep")),
+            "divergence": lambda: table.divergence(self.frame("divergence")),
+        }
+        return makers[name]()
+
+    def _save(self, name: str) -> pd.DataFrame:
+        """Build a table and keep it, with the precisions it was built for."""
+        frame = self.build(name)
         if not frame.empty:
             folder = self.folder / "tables"
             folder.mkdir(parents=True, exist_ok=True)
             frame.to_csv(folder / f"{name}.csv", index=False)
+            made = {"precisions": [precision.name for precision in self.precisions]}
+            (folder / f".{name}.json").write_bytes(checked(made))
         return frame
+
+
+def items_name(row: Mapping[str, Any]) -> str:
+    """Return the file of an accuracy row's items, below the study's folder."""
+    return f"items/{row['task']}.{row['precision']}.{row['fingerprint']}.parquet"
 
 
 def _smaller(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,14 +4,12 @@ import ast
 import csv
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tomllib
 
 import pytest
 import yaml
+from conftest import command
 
 from qnb.__main__ import NAMES, NOTEBOOKS, ROOT
 from qnb.ledger import checked
@@ -94,23 +92,6 @@ def test_profiles_set_only_what_a_notebook_has(profile):
     assert set(yaml.safe_load(profile.read_text())) <= known
 
 
-def command(*arguments, cwd=None, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "qnb", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd or ROOT,
-        env={**os.environ, **environment},
-    )
-
-
-@pytest.fixture(scope="session")
-def smoke(source, tmp_path_factory):
-    """The whole path once, small."""
-    folder = tmp_path_factory.mktemp("smoke") / "study"
-    return folder, command("run", "--profile", "smoke", "--output", str(folder))
-
-
 @pytest.mark.slow
 def test_smoke_leaves_rows_tables_figures_and_notebooks(smoke):
     folder, done = smoke
@@ -121,12 +102,17 @@ def test_smoke_leaves_rows_tables_figures_and_notebooks(smoke):
         assert sorted(mine) == [
             ("accuracy", ""),
             ("batch", ""),
+            ("divergence", ""),
             ("perf", "bs1"),
             ("perf", "maxbatch"),
             ("quantize", ""),
         ]
     tables = {path.stem for path in (folder / "tables").glob("*.csv")}
-    assert tables == {"table1_accuracy", "table2_change", "table3_bs1", "table4_maxbatch"}
+    assert tables == {
+        "table1_accuracy", "table2_change", "divergence",
+        "table3_bs1", "table3_causes", "table3_t4_estimate",
+        "table4_maxbatch", "table4_causes", "table4_t4_estimate",
+    }  # fmt: skip
     assert len(list((folder / "figures").glob("fig[1-6]_*.html"))) == 6
     for name in NAMES:
         for cell in cells(folder / "notebooks" / f"{name}.ipynb", "code"):
