@@ -199,7 +199,7 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
                     {key: value for key, value in values.items() if key in known[name]},
                     progress_bar=False,
                     execution_timeout=CELL_TIMEOUT_S,
-                    extra_arguments=["--log-level=ERROR"],  # the kernel's own remarks would break the line
+                    extra_arguments=["--log-level=CRITICAL"],  # the kernel's own remarks would break the line
                 )
             except papermill.PapermillExecutionError as error:
                 bar.close()
