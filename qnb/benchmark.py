@@ -111,8 +111,8 @@ class Run:
 
     @property
     def memory_mib(self) -> float | None:
-        """Peak memory: the torch allocator's on a GPU, the process's growth since before loading on a CPU."""
-        return self.peak_allocated_mib if self.peak_allocated_mib is not None else self.usage.peak_memory_mib
+        """Peak memory: the torch allocator's on a GPU, where it was read; on a CPU the process's growth."""
+        return self.usage.peak_memory_mib if self.usage.source == "process" else self.peak_allocated_mib
 
     @property
     def ttft_s(self) -> float | None:

@@ -4,7 +4,7 @@ Fixed lengths make throughput comparable between precisions, whose texts differ:
 which is barred from being chosen. `eager` is transformers' ``generate`` with its defaults, one Python launch a kernel;
 at batch size 1 that is what most of its time goes to. `graphed` records one decode step as a CUDA graph and replays it
 for every token, so that what is timed is the model. Continuous batching (transformers' ``generate_batch``) is left
-out: it pays where lengths are mixed, and here every request has as many new tokens.
+out: it fills the places of requests that end early, and here all of a batch end together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteriaList
 
 from qnb.error import InputError
 from qnb.step import Lean, narrow, unknown
@@ -147,7 +147,7 @@ class Eager:
                 top_p=None,
                 top_k=None,
                 pad_token_id=pad_id,
-                stopping_criteria=[tick] if clock else None,
+                stopping_criteria=StoppingCriteriaList([tick] if clock else []),
             )
         return out[:, ids.shape[1] :]  # (B, N)
 
@@ -201,7 +201,7 @@ class Decoder:
 
     @torch.no_grad()
     def prefill(self, prompts: Prompts) -> torch.Tensor:
-        """Read the prompts and choose their first new tokens; returns those's logits, (B, V).
+        """Read the prompts and choose their first new tokens; returns its logits, (B, V).
 
         Rows are read in chunks that are enough to keep a device busy: what a chunk needs besides its keys and values
         is given back before the next.

@@ -740,8 +740,11 @@ class Study:
         names, largest = self._engines(engines), self.count("sweep_batch", most)
         sizes = sorted({*(2**power for power in range(largest.bit_length())), largest} - {0})
         asked = {"workload": workload.fingerprint, "prompts": workload.source}
+        if not sizes:
+            return self.build("sweep")
         with self._alone(), self._bar(len(self.precisions), "batch sizes") as bar:
-            for precision in self.precisions if sizes else ():
+            self.limits()
+            for precision in self.precisions:
                 bar.set_postfix_str(precision.name)
                 keys = [
                     self._key("sweep", precision, asked, engine=engine, setting=str(size))
@@ -786,6 +789,7 @@ class Study:
 
     def _repeat(self, asked: _Asked, engines: Sequence[str], bar: tqdm) -> None:
         """Time precisions and engines in turn, each until it has settled or all repeats are done."""
+        self.limits()  # measured before a model is loaded, and power while nothing runs
         rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
         order = count()
         for repeat, precision in self._turns(asked.repeats):

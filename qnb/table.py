@@ -280,6 +280,13 @@ def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
     return result[order + [name for name in result if name not in order]].round(6)
 
 
+# what a notebook shows of Tables 3 and 4; their files have all columns
+MAIN = (
+    "precision", "engine", "batch_size", "throughput_rps", "seconds_per_request", "batch_latency_s", "utilization_pct",
+    "weights_mib", "memory_mib", "energy_j_per_request", "energy_above_idle_j_per_request", "speedup",
+    "engine_speedup", "note", "published_throughput_rps", "published_seconds_per_request",
+    "published_utilization_pct", "published_vram_mib", "published_speedup",
+)  # fmt: skip
 MEDIANS = (
     "throughput_rps", "throughput_tps", "total_s", "seconds_per_request", "batch_latency_s", "ttft_s", "tpot_s",
     "itl_p50_s", "itl_p95_s", "itl_p99_s", "latency_p50_s", "latency_p95_s", "latency_p99_s", "kernel_s_per_token",

@@ -118,6 +118,15 @@ def test_what_bounds_a_step_is_named():
     assert made(0.0015).bound == "bandwidth" and made(0.010).bound is None  # far from every roof, and nothing traced
 
 
+def test_memory_of_a_gpu_is_the_allocators_or_unknown():
+    """The device's own reading counts other things: it never stands in for a pass that was not made."""
+    from dataclasses import replace
+
+    device = replace(made(0.01), usage=Usage("nvml", 9, 2.0, peak_memory_mib=900.0))
+    assert device.memory_mib is None and replace(device, peak_allocated_mib=700.0).memory_mib == 700
+    assert replace(device, usage=Usage("process", 9, 2.0, peak_memory_mib=300.0)).memory_mib == 300
+
+
 def test_energy_is_given_whole_and_above_idle():
     row = made(0.05, energy_j=120.0).row()
     assert (row["energy_j_per_request"], row["energy_j_per_token"]) == (12, 3)

@@ -1,6 +1,8 @@
 """Engines against the model's own forward: the same logits to rounding, the same tokens but after a near tie."""
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -280,6 +282,31 @@ def test_graphed_is_absent_without_a_gpu_not_faked():
     for wrong, said in (("graphed", "NVIDIA GPU"), ("fast", "eager, graphed"), ("", "eager, graphed")):
         with pytest.raises(InputError, match=said):
             decode.parse(wrong, "cpu")
+
+
+class Repeated(decode.Graphed):
+    """Graphed with its work done again where a GPU replays it."""
+
+    def _record(self, work, rows):
+        for _ in range(decode.WARM_UPS):
+            work(rows)
+        return SimpleNamespace(replay=lambda: work(rows)), None
+
+
+@pytest.mark.parametrize("recorded_tokens", [0, 4096], ids=["prompts launched", "prompts recorded"])
+def test_batches_of_any_size_and_length_follow_each_other(recorded_tokens, monkeypatch):
+    """The order of loading, recording and replaying, on a CPU; that a GPU replays what was recorded is its test's."""
+    monkeypatch.setattr(decode, "RECORDED_TOKENS", recorded_tokens)
+    monkeypatch.setattr(decode, "absent", lambda *_: "")
+    monkeypatch.setattr(decode, "COMPILE", None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    network = tiny(LlamaConfig, {})
+    made = Repeated(network, 3, 6, 8)
+    for prompts, new_tokens in ((THREE, 8), (ONE, 3), (THREE, 1), ([[3, 4], [9]], 8), (ONE, 8)):
+        clock = Clock(network.device)
+        assert torch.equal(made.generate(prompts, new_tokens, clock), Eager(network).generate(prompts, new_tokens))
+        assert len(clock.seconds()) == new_tokens
 
 
 def test_llm_int8_with_outliers_cannot_be_recorded():
