@@ -222,8 +222,6 @@ class Evaluator:
         ``"qnb"`` reads a context once for all its choices (`qnb.scorer`); ``"hf"`` is lm-eval's own.
     requests
         A folder in which what tasks ask is kept, tokenized, for later runs; see `qnb.questions`.
-    alone
-        Whether ``"qnb"`` computes every row in a batch of its own.
 
     Raises
     ------
@@ -239,7 +237,6 @@ class Evaluator:
         data_dir: str | Path | None = None,
         scorer: str = "qnb",
         requests: Path | None = None,
-        alone: bool = False,
     ) -> None:
         check_scorer(scorer)
         if limit is not None and limit < 1:
@@ -251,7 +248,7 @@ class Evaluator:
         self.tasks = check(tasks)
         self.limit, self.batch_size, self.scorer = limit, batch_size, scorer
         self.data_dir = Path(data_dir).resolve() if data_dir else None
-        self.requests, self.alone = requests, alone
+        self.requests, self.alone = requests, False
         self._built: dict[str, Any] = {}
         self._asked: dict[str, Questions] = {}
         self._encoded: Encoded = {}  # all precisions have one tokenizer
@@ -261,6 +258,17 @@ class Evaluator:
         other = copy(self)
         other.limit, other._asked = limit, {}
         return other
+
+    def scored_by(self, scorer: str, alone: bool = False) -> Evaluator:
+        """Return an evaluator of another scorer, with the tasks built already; `alone`, with one row a batch."""
+        other = copy(self)
+        other.scorer, other.alone = scorer, alone
+        other.batch_size = 1 if alone else self.batch_size
+        return other
+
+    def chooses(self, task: str) -> bool:
+        """Return whether all of a task's items are choices."""
+        return all(part.OUTPUT_TYPE == "multiple_choice" for part in self.build(task)["tasks"].values())
 
     def build(self, task: str) -> dict[str, Any]:
         """Return lm-eval's tasks and groups by name, loaded; their data are read here, from the folder they are in.
@@ -476,6 +484,34 @@ def _beliefs(results: dict[str, Any], items: pd.DataFrame, sizes: Mapping[str, i
 
 def _by_item(results: dict[str, Any]) -> dict[str, set[int]]:
     return {name: {sample["doc_id"] for sample in samples} for name, samples in results["samples"].items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far scores of the same choices moved between two batchings."""
+
+    items: int
+    choices: int
+    mean_nats: float  # of the differences' sizes
+    largest_nats: float
+    other_picks: int  # items whose likeliest choice is another
+    accuracy_change_pp: float
+
+
+def moved(usual: pd.DataFrame, alone: pd.DataFrame) -> Drift:
+    """Compare the items of one task of choices, scored twice by one model."""
+    both = usual.merge(alone, on=["task", "doc_id", "filter"], suffixes=("", "_alone"), validate="one_to_one")
+    assert len(both) == len(usual) == len(alone)
+    pairs = zip(both.loglikelihoods, both.loglikelihoods_alone, strict=True)
+    gaps = [abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)]
+    return Drift(
+        items=len(both),
+        choices=len(gaps),
+        mean_nats=sum(gaps) / len(gaps),
+        largest_nats=max(gaps),
+        other_picks=int((both.picked != both.picked_alone).sum()),
+        accuracy_change_pp=100 * float(both.correct_alone.mean() - both.correct.mean()),
+    )
 
 
 def _items(results: dict[str, Any]) -> pd.DataFrame:

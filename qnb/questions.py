@@ -115,10 +115,14 @@ class Questions:
     def _key(self, lm: SharedContextLM) -> str:
         import lm_eval
 
+        def named(function: Any) -> str:
+            return str(getattr(function, "__qualname__", function))  # as text it is where it lies in memory
+
+        configs = {name: task.dump_config() for name, task in self.tasks.items()}
         return fingerprint(
             {
                 "data": self.data_sha256,
-                "tasks": {name: task.dump_config() for name, task in self.tasks.items()},
+                "tasks": json.dumps(configs, sort_keys=True, default=named),
                 "lm_eval": lm_eval.__version__,
                 "tokenizer": tokenizer_sha256(lm.tokenizer),
                 "special": [lm.add_bos_token, lm.prefix_token_id],

@@ -69,9 +69,12 @@ def test_a_group_is_the_items_of_what_is_in_it():
 def test_the_mean_is_over_tasks_that_all_answered():
     rows = [row("bf16", "easy", [score("easy", 0.5)]), row("int8", "easy", [score("easy", 0.3)]),
             row("bf16", "hard", [score("hard", 0.1)])]  # fmt: skip
-    made = table.accuracy(table.scores(pd.DataFrame(rows))).set_index("task")
+    made = table.accuracy(table.scores(pd.DataFrame(rows))).set_index(["task", "metric"]).sort_index()
     mean = made.loc[f"{table.AGGREGATE} (1)"]
-    assert (mean.bf16_pct, mean.int8_pct) == (50, 30)
+    assert (mean.bf16_pct["mean"], mean.int8_pct["mean"]) == (50, 30)
+    # one task with a standard error of 10 points
+    assert mean.bf16_pct["mean, 95 % low"] == pytest.approx(50 - 19.6)
+    assert mean.int8_pct["mean, 95 % high"] == pytest.approx(30 + 19.6)
 
 
 def test_gsm8ks_average_is_of_the_strict_readings():
