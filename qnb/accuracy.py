@@ -110,6 +110,18 @@ def check_scorer(name: str) -> None:
         raise InputError(f"scorer {name!r} is unknown; choose from {', '.join(SCORERS)}")
 
 
+def check_minutes(minutes: float) -> None:
+    """Refuse a time budget that is none.
+
+    Raises
+    ------
+    InputError
+        `minutes` is no number, or below 0.
+    """
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 <= minutes < math.inf:
+        raise InputError(f"minutes is {minutes!r}; give a number, or 0 for no budget")
+
+
 def _manager(task: str) -> Any:
     """Return an index of lm-eval's tasks with `task` in it, if any has it: the smallest, for the whole takes long."""
     import lm_eval.tasks

@@ -144,10 +144,8 @@ def _local(folder: Path) -> Source:
 
 
 def stamp(folder: Path) -> str:
-    """Return 16 hexadecimal digits that change when a file of weights in `folder` is written again."""
-    files = [
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.safetensors"))
-    ]
+    """Return 16 hexadecimal digits that change when a file in `folder` is written again."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*"))]
     return sha256(repr(files).encode()).hexdigest()[:16]
 
 
@@ -180,7 +178,7 @@ def _hub(name: str, why: str) -> Source:
 
 def _embedded(why: str) -> Source:
     folder = cache() / f"{EMBEDDED}-bf16"
-    if not intact(folder):
+    if damage(folder):
         gguf = fetch_gguf()
         with quiet(), replacing(folder) as draft:
             _dequantize(gguf, draft)
@@ -238,7 +236,7 @@ def _dequantize(gguf: Path, folder: Path) -> None:
 
 def _shape() -> Source:
     folder = cache() / "shape-llama-3.2-1b-bf16"
-    if not intact(folder):
+    if damage(folder):
         with quiet(), replacing(folder) as draft:
             _random_llama(draft)
     return Source(SHAPE, "named: random weights, for speed and memory only", str(folder), digest(folder), True)
@@ -308,12 +306,26 @@ def replacing(folder: Path) -> Iterator[Path]:
                 for path in sorted(draft.iterdir())
             }
             (draft / "manifest.json").write_text(json.dumps(files, indent=1))
+            for path in (*draft.iterdir(), draft):
+                _flush(path)
             if folder.exists():
                 folder.rename(before)
             draft.rename(folder)
+            _flush(folder.parent)
         finally:
             for left in (draft, before):
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Bring a file or a folder's entries to the disk: a rename must not get there before what it names."""
+    if os.name == "nt":  # Windows flushes what is open for writing only
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def intact(folder: Path) -> bool:
@@ -321,8 +333,20 @@ def intact(folder: Path) -> bool:
     try:
         files = json.loads((folder / "manifest.json").read_text())
         return all((folder / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
+
+
+def damage(folder: Path) -> str:
+    """Return the first file of a sealed checkpoint that is not as it was written; empty where all are.
+
+    Every byte is read: about a second a GiB.
+    """
+    try:
+        files = json.loads((folder / "manifest.json").read_text())
+        return next((name for name, entry in files.items() if file_sha256(folder / name) != entry["sha256"]), "")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Path(error.filename).name if isinstance(error, OSError) and error.filename else "manifest.json"
 
 
 def digest(folder: Path, sealed: bool = True) -> str:
@@ -381,7 +405,8 @@ def load(folder: str | Path, precision: Precision | None, device: str) -> PreTra
     from transformers import AutoModelForCausalLM
 
     precision = precision or PRECISIONS["bf16"]
-    options: dict[str, Any] = {"dtype": precision.torch_dtype, "device_map": device, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": precision.torch_dtype, "device_map": device}
+    options |= {"trust_remote_code": False, "use_safetensors": True}  # no code and no pickle from anywhere
     if _is_plain(Path(folder)) and precision.quantized:
         options["quantization_config"] = precision.config()
     try:
@@ -499,8 +524,10 @@ def convert(source: Source, precision: Precision, folder: Path, device: str) -> 
     started = perf_counter()
     model = load(source.path, precision, device)
     quantize_s = perf_counter() - started
-    weights, expected = weigh(model), logits(model, tokenizer)
+    weights = weigh(model)
     with replacing(folder) as draft:
+        # saved before its first product: on CPUs with bfloat16 units bitsandbytes then lays 4-bit weights out anew
+        # and rounds their block maxima to bfloat16, and what it saves afterwards is another model
         started = perf_counter()
         with quiet():
             model.save_pretrained(draft)
@@ -508,6 +535,7 @@ def convert(source: Source, precision: Precision, folder: Path, device: str) -> 
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(draft)
         save_s = perf_counter() - started
+        expected = logits(model, tokenizer)
         del model
         release()
         started = perf_counter()

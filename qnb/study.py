@@ -7,10 +7,8 @@ made. Precisions take turns within a repeat, so that a machine that slows down s
 from __future__ import annotations
 
 import json
-import math
 import os
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,18 +19,20 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from qnb import __version__, device, model, table
-from qnb.accuracy import SCORERS, Evaluator, moved, wide_products
+from qnb.accuracy import SCORERS, Evaluator, check_minutes, moved, wide_products
 from qnb.batch import is_out_of_memory
 from qnb.device import MIB
 from qnb.divergence import distances, summarize
 from qnb.error import InputError
-from qnb.ledger import Ledger, fingerprint
+from qnb.ledger import FAILED, Ledger, checked, fingerprint, unchecked
 from qnb.model import Source
 from qnb.monitor import sensor
 from qnb.precision import BASELINE, PRECISIONS, Precision, parse
+from qnb.provenance import ROOT, command, commit
 from qnb.workload import Workload, paragraphs
 from qnb.workload import load as load_workload
 
@@ -55,8 +55,6 @@ AUTO: dict[str, dict[str, int]] = {
 FIRST_ROUND = {"cuda": 32, "cpu": 4}  # items a task, to learn a pace from
 SAFE = 0.9  # of the time left that a round is planned for
 WORTHWHILE = 1.5  # times as many items, or a round is not worth its time
-
-ROOT = Path(__file__).resolve().parents[1]  # of the checkout the package runs from
 
 
 def locate(output: str | Path) -> Path:
@@ -103,11 +101,12 @@ class Study:
         seed: int = 0,
         overwrite: bool = False,
     ) -> None:
-        for name, value in (("model", model), ("output", output), ("precisions", precisions)):
-            if not value or not isinstance(value, str | Path | list | tuple):
+        kinds = {"model": (model, str), "output": (output, str | Path), "precisions": (precisions, str | list | tuple)}
+        for name, (value, kind) in kinds.items():
+            if not value or not isinstance(value, kind):
                 raise InputError(f"{name} is {value!r}; give a name")
-        if not isinstance(model, str):
-            raise InputError(f"model is {model!r}; give one name")
+        if not isinstance(data_dir, str | Path) or "\0" in f"{output}{data_dir}{model}":
+            raise InputError(f"output is {str(output)!r} and data_dir {data_dir!r}; give folders, or no data_dir")
         if not isinstance(overwrite, bool) or isinstance(seed, bool) or not isinstance(seed, int):
             raise InputError(f"overwrite is {overwrite!r} and seed {seed!r}; give true or false, and a whole number")
         self.precisions = parse(precisions)
@@ -116,6 +115,8 @@ class Study:
         self.seed, self.overwrite = seed, overwrite
         self._settled = False  # whether the libraries have made what they make at their first use
         self._made: set[str] = set()  # checkpoints made by this object: overwriting makes each once
+        self._sound: dict[Path, str] = {}  # checkpoints read whole and found unchanged, by their stamp then
+        self._lock = FileLock(self.folder / ".lock")
         if self.data_dir and not self.data_dir.is_dir():
             raise InputError(f"data_dir {data_dir} is not a folder; give one laid out like the hub, or leave it empty")
         self.ledger = Ledger(self.folder)
@@ -138,7 +139,14 @@ class Study:
     @property
     def _record(self) -> dict[str, Any]:
         path = self.folder / "study.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        if not path.exists():
+            return {}
+        try:
+            return dict(json.loads(unchecked(path.read_bytes())))
+        except ValueError as error:
+            raise InputError(
+                f"{path} was changed since it was written; remove it (what is measured stays) or give another output"
+            ) from error
 
     @cached_property
     def device(self) -> device.Device:
@@ -160,7 +168,7 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.folder / "study.json.draft"
         facts = {"asked": record.get("asked", self.model), **asdict(source), "stamp": model.stamp(Path(source.path))}
-        draft.write_text(json.dumps(facts, indent=1))
+        draft.write_bytes(checked({**facts, **self._context}))
         draft.replace(self.folder / "study.json")
         return source
 
@@ -176,7 +184,7 @@ class Study:
 
     def card(self) -> pd.DataFrame:
         """Return the study's card: what is measured, on what, with what, and what is done already."""
-        here, done = self.device, Counter(row["stage"] for row in self.ledger)
+        here, done = self.device, self.ledger.stages()
         facts = {
             "model": f"{self.source.name} ({self.source.why})",
             "weights": f"fingerprint {self.source.fingerprint}" + (", random" if self.source.random_weights else ""),
@@ -221,15 +229,60 @@ class Study:
     def _find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         return None if self.overwrite else self.ledger.find(**key)
 
-    def _append(self, key: dict[str, Any], asked: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-        context = {
-            "model": self.source.name,
-            "picked": self.source.why,
+    @cached_property
+    def _context(self) -> dict[str, Any]:
+        """What every row says of where it comes from."""
+        return {
             "device": self.device.name,
+            "driver": self.device.driver,
             "bf16": self.device.bf16,
             "versions": self.versions,
+            "seed": self.seed,
+            "command": command(),
+            "commit": commit(),
         }
-        return self.ledger.append({**key, **asked, **values, **context})
+
+    def _append(self, key: dict[str, Any], asked: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        source = {"model": self.source.name, "picked": self.source.why, "weights": self.source.fingerprint}
+        return self.ledger.append({**key, **asked, **values, **source, **self._context})
+
+    @contextmanager
+    def _failing(self, key: dict[str, Any], asked: dict[str, Any], measured: str) -> Iterator[None]:
+        """Keep a measurement that cannot be made as failed, with its reason, say so, and go on with the others.
+
+        It is tried again when it is asked for again. Input that cannot be used and a disk that cannot be written to
+        end the stage: they would fail the others too.
+        """
+        try:
+            yield
+        except (InputError, OSError):
+            raise
+        except Exception as error:  # whatever a library raises over one model, the other precisions are measured
+            text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            reason = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {text}"
+            self._append({**key, "stage": key["stage"] + FAILED}, asked, {"reason": reason, "detail": text})
+            tqdm.write(f"{measured} could not be measured ({reason}); kept as failed, asked again the next time")
+
+    def _measured(self, frame: pd.DataFrame, stage: str) -> pd.DataFrame:
+        """Return `frame`, or raise what stood against it where nothing of a stage could be measured."""
+        failed = [row for row in self.ledger.failures() if row["stage"] == stage + FAILED]
+        if frame.empty and failed:
+            raise RuntimeError(f"nothing of stage {stage} could be measured: {failed[-1]['reason']}")
+        return frame
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Measure while no other process measures into the same folder; wait for one that does, and say so."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0.5)
+        except Timeout:
+            tqdm.write(f"another process is measuring into {self.folder}; waiting for it")
+            self._lock.acquire(poll_interval=0.5)
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _bar(self, total: int, what: str) -> tqdm:
         return tqdm(total=total, desc=what, unit="step", leave=False)
@@ -253,29 +306,49 @@ class Study:
         """
         if push_to:
             model.check_push(push_to)
-        with self._bar(len(self.precisions), "quantize") as bar:
+        with self._alone(), self._bar(len(self.precisions), "quantize") as bar:
             for precision in self.precisions:
                 bar.set_postfix_str(precision.name)
-                folder = self.checkpoint(precision)
-                if push_to:
-                    model.push(folder, f"{push_to}-{precision.name}", private)
+                with self._failing(self._key("quantize", precision, {}), {}, f"{precision.name}'s checkpoint"):
+                    folder = self.checkpoint(precision)
+                    if push_to:
+                        model.push(folder, f"{push_to}-{precision.name}", private)
                 bar.update()
-        return self.frame("quantize")
+        return self._measured(self.frame("quantize"), "quantize")
 
     def checkpoint(self, precision: Precision, say: bool = False) -> Path:
         """Return the folder of a precision's checkpoint, made now if it is not there."""
         folder = self.folder / "checkpoints" / precision.name
         key = self._key("quantize", precision, {})
+        row = self.ledger.find(**key)
+        there = row is not None and folder.exists()
+        wrong = self._damage(folder, row) if row is not None and there else ""
         renew = self.overwrite and precision.name not in self._made
-        if not renew and model.intact(folder) and self.ledger.find(**key):
+        if there and not wrong and not renew:
             return folder
         self._made.add(precision.name)
-        if say and not model.intact(folder):
+        if wrong:
+            tqdm.write(f"{precision.name}: {wrong} in {folder} is not as it was saved, making the checkpoint again")
+        elif say and not folder.exists():
             tqdm.write(f"{precision.name}: no checkpoint in {folder.parent} yet, making it")
         made = model.convert(self.source, precision, folder, self.device.kind)
-        values = {**asdict(made), "weights_mib": made.weights_mib, "bits": precision.bits}
+        manifest = model.file_sha256(folder / "manifest.json")
+        values = {**asdict(made), "weights_mib": made.weights_mib, "bits": precision.bits, "manifest_sha256": manifest}
         self._append(key, {}, {name: value for name, value in values.items() if name != "precision"})
         return folder
+
+    def _damage(self, folder: Path, row: dict[str, Any]) -> str:
+        """Return the first file of a checkpoint that is not as its row and manifest say; its bytes are read once."""
+        stamp = model.stamp(folder)
+        if self._sound.get(folder) != stamp:
+            try:
+                sealed = model.file_sha256(folder / "manifest.json") == row["manifest_sha256"]
+            except OSError:
+                sealed = False
+            if wrong := model.damage(folder) if sealed else "manifest.json":
+                return wrong
+            self._sound[folder] = stamp
+        return ""
 
     def on(self, precision: Precision, measure: Callable[[PreTrainedModel, float], Result]) -> Result:
         """Load a precision's checkpoint, measure it, and give its memory back.
@@ -336,8 +409,7 @@ class Study:
             A task is unknown, its data cannot be read, a count is not positive, the model has no tokenizer, or its
             weights are random.
         """
-        if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 <= minutes < math.inf:
-            raise InputError(f"minutes is {minutes!r}; give a number, or 0 for no budget")
+        check_minutes(minutes)
         every = limit == "all" or (limit == "auto" and minutes > 0)
         most = None if every else self.count("limit", limit)
         evaluator = self._evaluator(tasks, most, self.count("batch_size", batch_size), scorer)
@@ -345,7 +417,7 @@ class Study:
             self._spend(evaluator, minutes)
         else:
             self._evaluate(evaluator)
-        return self.scores()
+        return self._measured(self.scores(), "accuracy")
 
     def _evaluator(self, tasks: str, limit: int | None, batch_size: int, scorer: str = "qnb") -> Evaluator:
         """Return an evaluator whose tasks are known and whose model can be asked."""
@@ -371,7 +443,7 @@ class Study:
         rows = {pair: row for pair, key in keys.items() if (row := self._scored(key))}
         for task in {task for pair in keys if pair not in rows for task in pair[1:]}:
             evaluator.asked(task)  # data that cannot be read end this before a checkpoint is made
-        with self._bar(len(keys), "accuracy") as bar:
+        with self._alone(), self._bar(len(keys), "accuracy") as bar:
             bar.update(len(rows))
             for precision in self.precisions:
                 todo = [task for task in evaluator.tasks if (precision.name, task) not in rows]
@@ -381,20 +453,22 @@ class Study:
                         bar.set_postfix_str(f"{name} {task}")
                         key, started = keys[name, task], perf_counter()
                         kept = self._items_path(key).with_suffix(".answers")
-                        result = evaluator.evaluate(network, self.tokenizer, task, kept)
-                        values = {
-                            "scores": [asdict(score) for score in result.scores],
-                            "items_sha256": self._keep_items(key, result.items),
-                            "data_sha256": result.data_sha256,
-                            "evaluate_s": perf_counter() - started,
-                            **(more or {}),
-                        }
-                        rows[name, task] = self._append(key, asked, values)
-                        kept.unlink(missing_ok=True)
+                        with self._failing(key, asked, f"{name} on {task}"):
+                            result = evaluator.evaluate(network, self.tokenizer, task, kept)
+                            values = {
+                                "scores": [asdict(score) for score in result.scores],
+                                "items_sha256": self._write(self._items_path(key), result.items),
+                                "data_sha256": result.data_sha256,
+                                "evaluate_s": perf_counter() - started,
+                                **(more or {}),
+                            }
+                            rows[name, task] = self._append(key, asked, values)
+                            kept.unlink(missing_ok=True)
                         bar.update()
 
                 if todo:
-                    self.on(precision, answer)
+                    with self._failing(keys[precision.name, todo[0]], asked, f"{precision.name}'s accuracy"):
+                        self.on(precision, answer)
         return list(rows.values())
 
     def _spend(self, evaluator: Evaluator, minutes: float) -> None:
@@ -455,7 +529,7 @@ class Study:
         if task is None:
             raise InputError(f"tasks {tasks!r} names none of choices; give one such as sample_easy or arc_easy")
         asked = {"limit": usual.limit}
-        with self._bar(len(self.precisions), "drift") as bar:
+        with self._alone(), self._bar(len(self.precisions), "drift") as bar:
             for precision in self.precisions:
                 keys = {name: self._key("drift", precision, asked, engine=name, task=task) for name in SCORERS}
                 missing = [name for name, key in keys.items() if not self._find(key)]
@@ -470,9 +544,10 @@ class Study:
 
                 bar.set_postfix_str(precision.name)
                 if missing:
-                    self.on(precision, compare)
+                    with self._failing(keys[missing[0]], asked, f"{precision.name}'s drift"):
+                        self.on(precision, compare)
                 bar.update()
-        return self._save("drift", table.drift(self.frame("drift")))
+        return self._save("drift")
 
     def divergence(self, prompts: str = "auto", text_tokens: Count = "auto", context: Count = "auto") -> pd.DataFrame:
         """Measure perplexity on running text, and how far each precision's predictions are from BF16's.
@@ -499,20 +574,23 @@ class Study:
         ids = self.tokenizer(text, verbose=False)["input_ids"][:most]
         asked = {"text": source, "text_sha256": fingerprint({"ids": ids}), "tokens": len(ids), "context": width,
                  "stride": width // 2}  # fmt: skip
-        with self._bar(len(self.precisions), "divergence") as bar:
+        with self._alone(), self._bar(len(self.precisions), "divergence") as bar:
             for precision in self.precisions:
                 bar.set_postfix_str(precision.name)
                 key = self._key("divergence", precision, asked)
                 if not self._find(key):
-                    tokens = self.on(precision, partial(self._distances, precision, ids, width))
-                    kept = self.folder / "samples" / f"divergence.{precision.name}.{key['fingerprint']}.parquet"
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    tokens.to_parquet(kept)
-                    disk_mib = kept.stat().st_size / MIB  # all that is written: BF16's logits are computed again
-                    found = {name: asdict(estimate) for name, estimate in summarize(tokens).items()}
-                    self._append(key, asked, {**found, "samples": kept.name, "disk_mib": disk_mib})
+                    with self._failing(key, asked, f"{precision.name}'s divergence"):
+                        tokens = self.on(precision, partial(self._distances, precision, ids, width))
+                        found = {name: asdict(estimate) for name, estimate in summarize(tokens).items()}
+                        self._append(key, asked, {**found, **self._keep_tokens(key, tokens)})
                 bar.update()
-        return self._save("divergence", table.divergence(self.frame("divergence")))
+        return self._measured(self._save("divergence"), "divergence")
+
+    def _keep_tokens(self, key: dict[str, Any], tokens: pd.DataFrame) -> dict[str, Any]:
+        """Write a row's tokens; return what the row says of them. Nothing else of a divergence is ever on the disk."""
+        name = f"samples/divergence.{key['precision']}.{key['fingerprint']}.parquet"
+        sha256 = self._write(self.folder / name, tokens)
+        return {"samples": name, "samples_sha256": sha256, "disk_mib": (self.folder / name).stat().st_size / MIB}
 
     def _distances(
         self, precision: Precision, ids: list[int], context: int, network: PreTrainedModel, _: float
@@ -539,17 +617,16 @@ class Study:
                 "leave 02_accuracy out, or take smollm2-135m or a model from the hub"
             )
 
-    def _keep_items(self, key: dict[str, Any], items: pd.DataFrame) -> str:
-        """Write a task's items, whole or not at all, and return the file's sha256."""
-        path = self._items_path(key)
+    def _write(self, path: Path, frame: pd.DataFrame) -> str:
+        """Write a file, whole or not at all, and return its sha256."""
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".draft")
-        items.to_parquet(draft)
+        frame.to_parquet(draft)
         draft.replace(path)
         return model.file_sha256(path)
 
     def _items_path(self, row: Mapping[str, Any]) -> Path:
-        return self.folder / "items" / f"{row['task']}.{row['precision']}.{row['fingerprint']}.parquet"
+        return self.folder / items_name(row)
 
     def _scored(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """Return the row that answers, if its items are those it was counted from."""
@@ -776,31 +853,52 @@ class Study:
 
     def table1(self) -> pd.DataFrame:
         """Accuracy with standard errors, the aggregate, and the published values beside."""
-        return self._save("table1_accuracy", table.accuracy(self.scores()))
+        return self._save("table1_accuracy")
 
     def table2(self) -> pd.DataFrame:
         """Change against BF16 in points and relative, with a paired test, and the published values beside."""
-        return self._save("table2_change", table.change(self.frame("accuracy"), self.items))
+        return self._save("table2_change")
 
     def table3(self) -> pd.DataFrame:
         """Performance at batch size 1, and the published values beside."""
-        return self._save("table3_bs1", table.performance(self.frame("perf", "bs1"), 3))
+        return self._save("table3_bs1")
 
     def table4(self) -> pd.DataFrame:
         """Performance at the largest batch, and the published values beside."""
-        return self._save("table4_maxbatch", table.performance(self.frame("perf", "maxbatch"), 4))
+        return self._save("table4_maxbatch")
 
-    def _save(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
+    def build(self, name: str) -> pd.DataFrame:
+        """Make a table from the ledger's rows without keeping it; `name` is its file's."""
+        makers: dict[str, Callable[[], pd.DataFrame]] = {
+            "table1_accuracy": lambda: table.accuracy(self.scores()),
+            "table2_change": lambda: table.change(self.frame("accuracy"), self.items),
+            "table3_bs1": lambda: table.performance(self.frame("perf", "bs1"), 3),
+            "table4_maxbatch": lambda: table.performance(self.frame("perf", "maxbatch"), 4),
+            "divergence": lambda: table.divergence(self.frame("divergence")),
+            "drift": lambda: table.drift(self.frame("drift")),
+        }
+        return makers[name]()
+
+    def _save(self, name: str) -> pd.DataFrame:
+        """Build a table and keep it, with the precisions it was built for."""
+        frame = self.build(name)
         if not frame.empty:
             folder = self.folder / "tables"
             folder.mkdir(parents=True, exist_ok=True)
             frame.to_csv(folder / f"{name}.csv", index=False)
+            made = {"precisions": [precision.name for precision in self.precisions]}
+            (folder / f".{name}.json").write_bytes(checked(made))
         return frame
 
 
 def _items_of(sizes: Mapping[str, int], limit: int) -> int:
     """Return the items a task and its subtasks have with a limit each."""
     return sum(min(limit, size) for size in sizes.values())
+
+
+def items_name(row: Mapping[str, Any]) -> str:
+    """Return the file of an accuracy row's items, below the study's folder."""
+    return f"items/{row['task']}.{row['precision']}.{row['fingerprint']}.parquet"
 
 
 def _smaller(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,10 +85,10 @@ def test_gsm8ks_average_is_of_the_strict_readings():
                       score(task, 0.9, "exact_match", kind="flexible-extract")]  # fmt: skip
             rows.append(row(precision, task, scores))
     frame = pd.DataFrame(rows)
-    made = table.accuracy(table.scores(frame)).set_index(["task", "filter"]).sort_index()
-    average = made.loc[("gsm8k_average", "none")]
+    made = table.accuracy(table.scores(frame)).set_index(["task", "metric", "filter"]).sort_index()
+    average = made.loc["gsm8k_average", "mean", "none"]
     assert average.bf16_pct == pytest.approx(30) and average.published_bf16_pct == pytest.approx(5.84)
-    assert made.loc[("gsm8k", "flexible-extract")].bf16_pct == 90
+    assert made.loc["gsm8k", "exact_match", "flexible-extract"].bf16_pct == 90
     right = {("bf16", "gsm8k"): [1, 0], ("bf16", "gsm8k_cot"): [1, 1], ("int8", "gsm8k"): [0, 0],
              ("int8", "gsm8k_cot"): [1, 0]}  # fmt: skip
 
