@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from qnb.error import InputError
+from qnb.ledger import fingerprint
+from qnb.model import cache as cache_folder
 from qnb.model import quiet
 from qnb.questions import Questions
 from qnb.stats import agresti_coull
@@ -63,6 +65,7 @@ class Result:
     scores: tuple[Score, ...]
     items: pd.DataFrame  # a row an item and filter; see `_items`
     data_sha256: str  # of the documents that were asked about, and of those shown as examples
+    groups: dict[str, tuple[str, ...]]  # the tasks in each group, those in its groups with them
 
 
 def names(tasks: str) -> tuple[str, ...]:
@@ -373,7 +376,8 @@ class Evaluator:
         assert task in results["results"], f"asked for {task}, lm-eval answered {list(results['results'])}"
         items = _items(results)
         scores = (*_scores(results, asked.sizes), *_beliefs(results, items, asked.sizes))
-        return Result(scores, items, asked.data_sha256)
+        groups = {name: tuple(_leaves(results, name)) for name in results.get("group_subtasks", {})}
+        return Result(scores, items, asked.data_sha256, groups)
 
     def _lm(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept: str | Path | None) -> Any:
         options: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer, "batch_size": self.batch_size}
@@ -411,6 +415,14 @@ def _hold(task: Any) -> None:
         task.set_config("num_fewshot", 0)  # as lm-eval's `simple_evaluate` does
 
 
+def _stamp(folder: str) -> str:
+    """Return what changes when a file below `folder` does: names, sizes, times."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return fingerprint({"folder": Path(folder).resolve(), "files": [
+        (path, path.stat().st_size, path.stat().st_mtime_ns) for path in files
+    ]})  # fmt: skip
+
+
 @contextlib.contextmanager
 def _only_from(folder: Path | None, splits: dict[str, list[str]] | None = None) -> Iterator[None]:
     """Let `datasets` read from `folder` alone, where one is given: what is not there is not looked for on the hub.
@@ -420,10 +432,14 @@ def _only_from(folder: Path | None, splits: dict[str, list[str]] | None = None) 
     import datasets
 
     load = datasets.load_dataset
+    stamps = cache(_stamp)  # MMLU's is asked for 57 times
 
     def load_here(path: str, *arguments: Any, **options: Any) -> Any:
-        if folder and "/" in path and not Path(path).is_dir():
-            raise FileNotFoundError(f"no folder {path} there")
+        if folder and "/" in path:
+            if not Path(path).is_dir():
+                raise FileNotFoundError(f"no folder {path} there")
+            # by itself it knows a folder by its name, and gives what was in it the first time
+            options["cache_dir"] = str(cache_folder() / "datasets" / stamps(path))
         found = load(path, *arguments, **options)
         if splits is not None and isinstance(found, dict):
             splits[path] = list(found)
@@ -437,20 +453,22 @@ def _only_from(folder: Path | None, splits: dict[str, list[str]] | None = None) 
         datasets.load_dataset = load
 
 
-def _sized(results: dict[str, Any], counts: Mapping[str, int]) -> Callable[[str], int]:
-    """Return a function that gives a task's count, a group's as the sum of its members'."""
-    members = results.get("group_subtasks", {})
-
-    def size(task: str) -> int:
-        return counts[task] if task in counts else sum(size(member) for member in members.get(task, []))
-
-    return size
+def _leaves(results: dict[str, Any], task: str) -> Iterator[str]:
+    """Yield a task itself, or the tasks in a group and in its groups."""
+    members = results.get("group_subtasks", {}).get(task, [])
+    if not members:
+        yield task
+    for member in members:
+        yield from _leaves(results, member)
 
 
 def _scores(results: dict[str, Any], sizes: Mapping[str, int]) -> Iterator[Score]:
     groups = set(results.get("groups", {}))
-    size = _sized(results, {name: len(samples) for name, samples in _by_item(results).items()})
-    there = _sized(results, sizes)
+    counts = {name: len(samples) for name, samples in _by_item(results).items()}
+
+    def size(task: str) -> int:
+        return sum(counts[name] for name in _leaves(results, task))
+
     for task, metrics in results["results"].items():
         for key, value in metrics.items():
             metric, _, filter_name = key.partition(",")
@@ -468,7 +486,7 @@ def _scores(results: dict[str, Any], sizes: Mapping[str, int]) -> Iterator[Score
                 value=float(value),
                 stderr=float(stderr) if known else None,
                 items=size(task),
-                of=there(task),
+                of=sum(sizes[name] for name in _leaves(results, task)),
                 shots=int(shots) if isinstance(shots, int) else 0,
                 group=task in groups,
             )
@@ -480,17 +498,14 @@ def _beliefs(results: dict[str, Any], items: pd.DataFrame, sizes: Mapping[str, i
         return
     shares = items.dropna(subset="p_right")
     members, shots = results.get("group_subtasks", {}), results.get("n-shot", {})
-    there = _sized(results, sizes)
-
-    def below(task: str) -> set[str]:
-        return {task}.union(*(below(member) for member in members.get(task, [])))
-
     for task in results["results"]:
-        values = shares[shares.task.isin(below(task))].p_right
+        leaves = set(_leaves(results, task))
+        values = shares[shares.task.isin(leaves)].p_right
         if len(values):
             error = float(values.sem()) if len(values) > 1 else None
             count = shots.get(task, 0)
-            yield Score(task, "p_right", "none", float(values.mean()), error, len(values), there(task),
+            of = sum(sizes[name] for name in leaves)
+            yield Score(task, "p_right", "none", float(values.mean()), error, len(values), of,
                         count if isinstance(count, int) else 0, bool(members.get(task)))  # fmt: skip
 
 

@@ -459,6 +459,7 @@ class Study:
                                 "scores": [asdict(score) for score in result.scores],
                                 "items_sha256": self._write(self._items_path(key), result.items),
                                 "data_sha256": result.data_sha256,
+                                "groups": result.groups,
                                 "evaluate_s": perf_counter() - started,
                                 **(more or {}),
                             }

@@ -7,7 +7,7 @@ was measured, under their own name, never in its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import Any
 
@@ -158,7 +158,8 @@ def change(frame: pd.DataFrame, items: Callable[[dict[str, Any]], pd.DataFrame |
                 note = f"not compared: the items are others than {BASELINE}'s"
             else:
                 pairs[str(asked), precision] = both
-                rows += _paired(str(asked), precision, mine, both)
+                groups = row.get("groups")
+                rows += _paired(str(asked), precision, mine, both, groups if isinstance(groups, dict) else {})
                 continue
             rows.append({"task": asked, "precision": precision, "note": note})
     if not rows:
@@ -174,11 +175,13 @@ def change(frame: pd.DataFrame, items: Callable[[dict[str, Any]], pd.DataFrame |
     return table.round(6)
 
 
-def _paired(asked: str, precision: str, mine: pd.DataFrame, pairs: pd.DataFrame) -> Iterator[dict[str, Any]]:
+def _paired(
+    asked: str, precision: str, mine: pd.DataFrame, pairs: pd.DataFrame, groups: dict[str, Sequence[str]]
+) -> Iterator[dict[str, Any]]:
     """Compare one task's items, and those of each group in it, which lm-eval weighs by their items."""
     kept = mine[mine.metric.isin(HEADLINE) & ((mine.task == asked) | mine.group.astype(bool))]
     for task in kept.task.unique():
-        part = pairs if task == asked else pairs[pairs.task.isin(_members(task, mine, pairs))]
+        part = pairs if task == asked else pairs[pairs.task.isin(groups.get(task, ()))]
         if part.empty or part[["correct_base", "correct"]].isna().any(axis=None):
             continue  # right and wrong are what is paired; a task that gives shares has neither
         paired = compare(list(part.correct_base), list(part.correct))
@@ -240,23 +243,6 @@ def _averaged(pairs: dict[tuple[str, str], pd.DataFrame]) -> Iterator[dict[str, 
 def _pairs(before: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
     """Return a row an item that both answered, with ``_base`` columns of the first."""
     return _correct(before).join(_correct(now), lsuffix="_base", how="inner", validate="one_to_one").reset_index()
-
-
-def _members(task: str, scores: pd.DataFrame, pairs: pd.DataFrame) -> set[str]:
-    """Return the leaf tasks below `task`; lm-eval's rows come in tree order, a group before what is in it."""
-    if task in set(pairs.task):
-        return {task}
-    order = scores.drop_duplicates("task")[["task", "group"]].itertuples(index=False)
-    leaves: set[str] = set()
-    inside = False
-    for name, group in order:
-        if name == task:
-            inside = True
-        elif inside and group:
-            break
-        elif inside:
-            leaves.add(name)
-    return leaves
 
 
 def _correct(items: pd.DataFrame) -> pd.DataFrame:
