@@ -144,6 +144,8 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
         elif name in ("private", "dry_run"):
             if not isinstance(value, bool):
                 raise InputError(f"{name} is {value!r}; give true or false")
+        elif name == "minutes":
+            accuracy.check_minutes(value)
         elif name not in PARAMETERS and (name, value) not in (("limit", "all"), ("text_tokens", "all")):
             study.count(name, value)
     if "02_accuracy" in names:

@@ -70,6 +70,29 @@ def checkpoint(source, shared):
     return make
 
 
+def tiny_model(folder):
+    """A random Llama of two layers, the same in every process, and the tokenizer in `folder`."""
+    import torch
+    import transformers
+
+    tokenizer = model.load_tokenizer(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+    network = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    for weight in network.parameters():  # as drawn, logits are all but equal
+        weight.data *= 4 if weight.dim() > 1 else 1
+    return network, tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny(source):
+    """A random model with the embedded one's tokenizer."""
+    return tiny_model(source.path)
+
+
 def command(*arguments, cwd=None, **environment):
     """Run the command line to its end."""
     return subprocess.run(
