@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from inspect import signature
-from itertools import count, cycle, islice
+from itertools import count, cycle, islice, pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,9 +23,10 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from qnb import __version__, cause, device, hub, model, table
+from qnb import __version__, cause, colab, device, hub, model, table
 from qnb.accuracy import SCORERS, Evaluator, check_minutes, moved, wide_products
 from qnb.batch import is_out_of_memory
+from qnb.batch import sweep as batch_sizes
 from qnb.device import MIB
 from qnb.divergence import distances, summarize
 from qnb.error import InputError
@@ -34,6 +35,7 @@ from qnb.model import Source
 from qnb.monitor import sensor
 from qnb.precision import BASELINE, PRECISIONS, Precision, parse
 from qnb.provenance import ROOT, command, commit
+from qnb.results import Results, medians, readings
 from qnb.workload import Workload, paragraphs
 from qnb.workload import load as load_workload
 
@@ -61,8 +63,11 @@ WORTHWHILE = 1.5  # times as many items, or a round is not worth its time
 def locate(output: str | Path) -> Path:
     """Return the study's folder: a relative path is taken from the checkout, or from where one is if there is none.
 
-    So the five notebooks meet in one folder, from whichever folder each is opened.
+    So the five notebooks meet in one folder, from whichever folder each is opened. ``drive:name`` is a folder of the
+    user's Google Drive, on Colab.
     """
+    if str(output).startswith(colab.DRIVE):
+        return colab.folder(str(output))
     path = Path(output).expanduser()
     base = ROOT if (ROOT / "notebooks").is_dir() else Path.cwd()
     return path if path.is_absolute() else base / path
@@ -78,7 +83,7 @@ class Study:
     precisions
         Names separated by commas; ``"study"`` is bf16, fp16, int8, int4, nf4.
     output
-        The study's folder, relative to the checkout.
+        The study's folder, relative to the checkout; on Colab ``drive:name`` is one on Google Drive.
     data_dir
         A folder laid out like the hub's dataset repositories; empty reads the hub.
     seed
@@ -118,6 +123,7 @@ class Study:
         self._made: set[str] = set()  # checkpoints made by this object: overwriting makes each once
         self._sound: dict[Path, str] = {}  # checkpoints read whole and found unchanged, by their stamp then
         self._lock = FileLock(self.folder / ".lock")
+        self._read: tuple[int, Results] | None = None  # the ledger's bytes, and what was read from them
         if self.data_dir and not self.data_dir.is_dir():
             raise InputError(f"data_dir {data_dir} is not a folder; give one laid out like the hub, or leave it empty")
         self.ledger = Ledger(self.folder)
@@ -187,9 +193,10 @@ class Study:
     def card(self) -> pd.DataFrame:
         """Return the study's card: what is measured, on what, with what, and what is done already."""
         here, done = self.device, self.ledger.stages()
+        known = self._record or asdict(self.source)  # a study that was copied here shows without its model
         facts = {
-            "model": f"{self.source.name} ({self.source.why})",
-            "weights": f"fingerprint {self.source.fingerprint}" + (", random" if self.source.random_weights else ""),
+            "model": f"{known['name']} ({known['why']})",
+            "weights": f"fingerprint {known['fingerprint']}" + (", random" if known["random_weights"] else ""),
             "precisions": ", ".join(precision.name for precision in self.precisions),
             "device": f"{here.name}, {here.memory_mib / 1024:.1f} GiB"
             + (f", driver {here.driver}" if here.driver else ""),
@@ -868,7 +875,7 @@ class Study:
             `most` is not positive, or an engine is unknown or cannot run here.
         """
         names, largest = self._engines(engines), self.count("sweep_batch", most)
-        sizes = sorted({*(2**power for power in range(largest.bit_length())), largest} - {0})
+        sizes = batch_sizes(largest) if largest else ()
         asked = {"workload": workload.fingerprint, "prompts": workload.source}
         if not sizes:
             return self.build("sweep")
@@ -1001,11 +1008,12 @@ class Study:
     def _keep_samples(self, key: Mapping[str, Any], timed: Run) -> dict[str, Any]:
         """Write what a row was counted from, the monitor's readings and each token's time; return the files' names."""
         parts = [key["stage"], key["setting"], key["precision"], key["engine"], key.get("repeat", 0)]
-        stem, folder = ".".join(map(str, [*parts, key["fingerprint"]])), self.folder / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(timed.readings).to_parquet(folder / f"{stem}.parquet")
-        pd.DataFrame(timed.tokens()).to_parquet(folder / f"{stem}.tokens.parquet")
-        return {"samples": f"{stem}.parquet", "token_samples": f"{stem}.tokens.parquet"}
+        stem = f"samples/{'.'.join(map(str, [*parts, key['fingerprint']]))}"
+        frames = {"samples": timed.readings, "token_samples": timed.tokens()}
+        names = {field: f"{stem}{'.tokens' * (field == 'token_samples')}.parquet" for field in frames}
+        hashes = {f"{field}_sha256": self._write(self.folder / names[field], pd.DataFrame(frames[field]))
+                  for field in frames}  # fmt: skip
+        return {**names, **hashes}
 
     def _turns(self, repeats: int) -> Iterator[tuple[int, Precision]]:
         """Let precisions take turns, each repeat beginning with another one."""
@@ -1045,15 +1053,86 @@ class Study:
         rows = rows.sort_values("precision", key=lambda names: names.map(order), kind="stable")
         return rows.dropna(axis="columns", how="all").reset_index(drop=True)
 
-    def figures(self) -> dict[str, Any]:
-        """Draw the paper's six figures, save them below ``figures/``, and return them by name."""
-        from qnb import figure
+    def results(self) -> Results:
+        """Return everything measured, as frames: what figures, panels and the report are made of."""
+        size = self.ledger.path.stat().st_size if self.ledger.path.exists() else 0
+        if self._read is None or self._read[0] != size:
+            self._read = size, self._results()
+        return self._read[1]
 
-        tables = {2: self.table2(), 3: self.table3(), 4: self.table4()}
-        self.table1()
-        drawn = figure.draw_all(self.scores(), tables)
-        figure.save(drawn, self.folder / "figures")
+    def _results(self) -> Results:
+        rows = tuple(self.ledger)
+        runs = {setting: self.frame("perf", setting) for setting in ("bs1", "maxbatch")}
+        timed = [row for frame in runs.values() for row in frame.to_dict("records")]
+        return Results(
+            name=self.folder.name,
+            model=self._record.get("name", self.model),
+            device=rows[-1].get("device", "") if rows else "",
+            tables={1: self.table1(), 2: self.table2(), 3: self.table3(), 4: self.table4()},
+            scores=self.scores(),
+            bs1=medians(runs["bs1"]),
+            maxbatch=medians(runs["maxbatch"]),
+            sweep=medians(self.frame("sweep")),
+            samples=readings(self.folder, timed),
+            checkpoints=self.frame("quantize"),
+            divergence=table.divergence(self.frame("divergence")),
+            rows=rows,
+        )
+
+    def figures(self, pictures: bool = True) -> dict[str, Any]:
+        """Draw every figure, save them below ``figures/``, and return them by name.
+
+        Parameters
+        ----------
+        pictures
+            Whether to save PNG and SVG beside HTML; that takes a browser and some seconds.
+        """
+        from qnb import export, figure
+
+        drawn = figure.draw_all(self.results())
+        export.pages(drawn, self.folder / "figures")
+        if pictures and (problem := export.pictures(drawn, self.folder / "figures")):
+            tqdm.write(problem)
         return drawn
+
+    def report(self) -> Path:
+        """Write ``report.html``, one page that needs no network, and a model card a checkpoint; return the page."""
+        from qnb import modelcard, report
+
+        results = self.results()
+        path = self.folder / "report.html"
+        draft = path.with_suffix(".draft")
+        draft.write_text(report.page(results, self.ledger.path), encoding="utf-8")
+        draft.replace(path)
+        for precision in self.precisions:
+            if precision.name in set(results.checkpoints.get("precision", ())):
+                modelcard.write(results, precision, self.folder / "cards")
+        return path
+
+    def continuation(self, prompt: str, precision: str, new_tokens: int = 24) -> list[str]:
+        """Return what a precision's checkpoint writes after a prompt, greedily, token by token as text.
+
+        Raises
+        ------
+        InputError
+            The prompt is empty, the precision unknown, or `new_tokens` below 1.
+        """
+        from qnb.decode import ENGINES
+
+        (asked,) = parse(precision)
+        self.count("new_tokens", new_tokens)
+        ids = self.tokenizer(prompt, verbose=False)["input_ids"] if prompt.strip() else []
+        if not ids:
+            raise InputError("the prompt is empty; give some words to go on from")
+
+        def generate(network: PreTrainedModel, _: float) -> list[int]:
+            with model.quiet():
+                return ENGINES["eager"](network, [ids], new_tokens)[0].tolist()  # (N,)
+
+        made = self.on(asked, generate)
+        # a character may take several tokens: a piece is what its token adds to the text
+        texts = [str(self.tokenizer.decode(made[:count])).rstrip("\ufffd") for count in range(len(made) + 1)]
+        return [now.removeprefix(before) for before, now in pairwise(texts)]
 
     def scores(self) -> pd.DataFrame:
         """Return a row a task, metric, filter and precision."""
@@ -1109,6 +1188,7 @@ class Study:
             frame.to_csv(folder / f"{name}.csv", index=False)
             made = {"precisions": [precision.name for precision in self.precisions]}
             (folder / f".{name}.json").write_bytes(checked(made))
+            (folder / f"{name}.md").write_text(table.markdown(frame), encoding="utf-8")
         return frame
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import pandas as pd
 
 from qnb import paper
+from qnb.batch import knee
 from qnb.precision import BASELINE
 from qnb.stats import compare, holm, mean_interval
 
@@ -52,12 +54,14 @@ def headline(frame: pd.DataFrame) -> pd.DataFrame:
     parts = [kept]
     for name, tasks in AVERAGED.items():
         parts.append(_means(whole[whole.task.isin(tasks)], name, len(tasks)))
-    # alike are tasks that every precision answered, on as many items
-    common = whole.groupby("task").filter(
-        lambda rows: set(rows.precision) == set(whole.precision) and rows["items"].nunique() == 1
-    )
+    common = whole.groupby("task").filter(lambda rows: alike(rows, whole))
     parts.append(_means(common, AGGREGATE, 1))
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+
+def alike(rows: pd.DataFrame, every: pd.DataFrame) -> bool:
+    """Return whether a task's rows are of every precision there is, on as many items each."""
+    return set(rows.precision) == set(every.precision) and rows["items"].nunique() == 1
 
 
 def _means(whole: pd.DataFrame, name: str, least: int) -> pd.DataFrame:
@@ -357,13 +361,10 @@ def _performance(runs: pd.DataFrame) -> dict[str, Any]:
     return row
 
 
-KNEE_PCT = 80  # of the best throughput; beyond the smallest batch that gives it, latency buys little
-
-
 def sweep(frame: pd.DataFrame) -> pd.DataFrame:
     """Throughput, latency and memory by batch size, a row a precision, engine and size.
 
-    ``knee`` marks the smallest batch with 80 % of the best throughput of its precision and engine.
+    ``knee`` marks the batch size with the most throughput a second of latency; see `qnb.batch.knee`.
     """
     columns = ["precision", "engine", "batch_size", "throughput_rps", "throughput_tps", "batch_latency_s", "ttft_s",
                "tpot_s", "memory_mib", "cache_mib", "bound", "knee", "note"]  # fmt: skip
@@ -372,12 +373,62 @@ def sweep(frame: pd.DataFrame) -> pd.DataFrame:
     frame = frame.reindex(columns=list(dict.fromkeys([*columns, *frame]))).sort_values("batch_size", kind="stable")
     parts = []
     for _, rows in frame.groupby(["precision", "engine"], sort=False):
-        rates = rows.throughput_rps.astype(float)
-        good = rows.index[rates >= rates.max() * KNEE_PCT / 100]
-        parts.append(rows.assign(knee=rows.index == good[0] if len(good) else False))
+        timed = rows.dropna(subset=["throughput_rps", "batch_latency_s"])
+        at = knee(*(list(timed[name]) for name in ("batch_size", "throughput_rps", "batch_latency_s"))) if len(
+            timed) else None  # fmt: skip
+        parts.append(rows.assign(knee=rows.batch_size == at))
     return pd.concat(parts, ignore_index=True)[columns]
 
 
 def _median(runs: pd.DataFrame, name: str) -> float | None:
     values = runs[name].dropna().astype(float) if name in runs else pd.Series(dtype=float)
     return float(values.median()) if len(values) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table as text."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def grid(frame: pd.DataFrame, caption: str = "") -> Grid:
+    """Return a frame as text: empty columns left out, numbers in the digits that carry them.
+
+    Percents and points have two decimals, as in the paper.
+    """
+    frame = frame.dropna(axis="columns", how="all")
+    rows = [[_cell(str(name), row[name]) for name in frame] for row in frame.to_dict("records")]
+    return Grid(caption, [str(name) for name in frame], rows)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None or (not isinstance(value, str | list) and pd.isna(value)):
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if name.endswith("_p") and value < 1e-6:  # tables are rounded to six places
+            return "< 0.000001"
+        if name.endswith(("_pct", "_pp")):
+            return f"{value:.2f}"
+        return f"{value:,.0f}" if value == round(value) and abs(value) >= 100 else f"{value:,.4g}"
+    return str(value)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Return a frame as a Markdown table for pasting; a cell can neither end itself nor carry a tag."""
+    made = grid(frame)
+
+    def line(cells: list[str]) -> str:
+        kept = (
+            cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for cell in cells
+        )
+        return f"| {' | '.join(kept)} |"
+
+    rule = "|" + "|".join("---" if place == 0 else "---:" for place in range(len(made.columns))) + "|"
+    return "\n".join([line(made.columns), rule, *map(line, made.rows)]) + "\n"
