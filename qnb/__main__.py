@@ -1,11 +1,14 @@
-"""``python -m qnb run | report | audit | doctor``: the five notebooks without a browser, and three questions answered.
+"""``python -m qnb run | report | verify | audit | doctor``: the five notebooks without a browser, and what follows.
 
-Exit codes: 0 done, 1 something failed on the way, 2 the input cannot be used, 130 interrupted.
+Exit codes: 0 done, 1 something failed on the way, 2 the input cannot be used, 130 interrupted or told to end.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import signal
 import sys
 import textwrap
 import threading
@@ -16,9 +19,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 try:
-    from qnb import accuracy, colab, model, workload
+    from filelock import FileLock, Timeout
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    from qnb import accuracy, colab, hub, model, workload
     from qnb.error import InputError
-    from qnb.study import PARAMETERS, ROOT, Study
+    from qnb.ledger import FAILED, KEY
+    from qnb.provenance import COMMAND, ROOT
+    from qnb.study import PARAMETERS, Study
 except ModuleNotFoundError as missing:
     raise SystemExit(f"qnb: {missing.name} is not installed; pip install -r requirements.txt") from None
 
@@ -38,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = _Parser(prog="python -m qnb", description="What does quantizing this model cost, and what does it give?")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | report | audit | doctor")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | report | verify | audit | doctor")
     run = commands.add_parser("run", help="execute the notebooks, in order, into one study")
     run.add_argument("--profile", default="demo", help="a parameter file in notebooks/profiles (default: demo)")
     run.add_argument("--output", help="the study's folder (default: the profile's)")
@@ -49,9 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     page = commands.add_parser("report", help="write a study's report, tables and figures from its ledger")
     page.add_argument("folder", metavar="DIR", help="the study's folder, such as outputs/demo")
+    check = commands.add_parser("verify", help="read a study's every byte again and build its tables anew")
+    check.add_argument("folder", help="the study's folder")
     commands.add_parser("audit", help="check the paper's own arithmetic")
     commands.add_parser("doctor", help="say what this machine can run")
     options = parser.parse_args(arguments)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         if options.command == "audit":
             return audit()
@@ -59,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return doctor()
         if options.command == "report":
             return report(options.folder)
+        if options.command == "verify":
+            return verify(options.folder)
         return execute(options.profile, options.output, options.only, options.parameters)
     except InputError as error:
         print(f"qnb: {error}", file=sys.stderr)
@@ -66,6 +80,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("qnb: interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
         return 130
+    except Exception as error:  # the last resort: nobody is shown a traceback, nothing measured is lost
+        print(f"qnb: {_one_line(error)}; what was measured is kept", file=sys.stderr)
+        return 1
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """End as Ctrl-C does: the notebook's kernel is stopped, locks are given back."""
+    raise KeyboardInterrupt
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
 
 
 def chosen(only: str) -> list[str]:
@@ -87,17 +113,13 @@ def parameters(profile: str, given: Sequence[Sequence[str]], known: set[str]) ->
     InputError
         There is no such profile, or a parameter is not one of `known`.
     """
-    import yaml
-
     profiles = {path.stem: path for path in sorted((NOTEBOOKS / "profiles").glob("*.yaml"))}
     if profile not in profiles:
         raise InputError(f"profile {profile!r} is unknown; choose from {', '.join(profiles)}")
-    values: dict[str, Any] = yaml.safe_load(profiles[profile].read_text())
-    for name, text in given:
-        try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"parameter {name} has the value {text!r}, which is not a plain value") from error
+    values = _plain(f"profile {profiles[profile]}", profiles[profile].read_bytes())
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise InputError(f"profile {profiles[profile]} is no list of names and values; give lines such as 'limit: 40'")
+    values |= {name: _plain(f"parameter {name}", text) for name, text in given}
     for name in values:
         if name not in known:
             near = get_close_matches(name, sorted(known), 1)
@@ -106,16 +128,28 @@ def parameters(profile: str, given: Sequence[Sequence[str]], known: set[str]) ->
     return values
 
 
+def _plain(what: str, text: str | bytes) -> Any:
+    """Return the plain value that YAML reads in `text`."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
+        raise InputError(f"{what} holds {text[:40]!r}, which is not a plain value") from error
+
+
 def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
     """Refuse what no notebook could use, before any of them runs; return the study they will share."""
     study = Study(**{name: values[name] for name in PARAMETERS if name in values})
     for name, value in values.items():
-        if name in ("tasks", "prompts", "push_to", "scorer"):
+        if name in ("tasks", "prompts", "push_to", "scorer", "engines"):
             if not isinstance(value, str):
                 raise InputError(f"{name} is {value!r}; give names in one text")
-        elif name in ("private", "pictures"):
+        elif name in ("private", "dry_run", "pictures"):
             if not isinstance(value, bool):
                 raise InputError(f"{name} is {value!r}; give true or false")
+        elif name == "minutes":
+            accuracy.check_minutes(value)
         elif name not in PARAMETERS and (name, value) not in (("limit", "all"), ("text_tokens", "all")):
             study.count(name, value)
     if "02_accuracy" in names:
@@ -124,7 +158,11 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
         accuracy.check_scorer(values.get("scorer", accuracy.SCORERS[0]))
         study.check_weights()
     if "01_quantize" in names and values.get("push_to"):
-        model.check_push(values["push_to"])
+        hub.check_push(values["push_to"], values.get("dry_run", True))
+    if values.get("engines", "auto") != "auto":
+        from qnb import decode  # torch with it, which takes seconds
+
+        decode.parse(values["engines"], study.device.kind)
     if values.get("prompts", "auto") != "auto":
         workload.check(str(values["prompts"]))
     return study
@@ -149,9 +187,16 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
     executed = study.folder / "notebooks"
     try:
         executed.mkdir(parents=True, exist_ok=True)
+        alone = FileLock(study.folder / ".run.lock", timeout=0)
+        alone.acquire()
+    except Timeout:
+        raise InputError(
+            f"output {study.folder} is in use by another run; let it end, or give another --output"
+        ) from None
     except OSError as error:
         raise InputError(f"output {study.folder} cannot be written ({error.strerror}); give another") from error
-    with _progress(study, len(names)) as bar:
+    os.environ[COMMAND] = shlex.join(["python", "-m", "qnb", *sys.argv[1:]])
+    with alone, _progress(study, len(names)) as bar:
         for name in names:
             bar.set_description_str(name)
             try:
@@ -161,14 +206,23 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
                     {key: value for key, value in values.items() if key in known[name]},
                     progress_bar=False,
                     execution_timeout=CELL_TIMEOUT_S,
-                    extra_arguments=["--log-level=ERROR"],  # the kernel's own remarks would break the line
+                    extra_arguments=["--log-level=CRITICAL"],  # the kernel's own remarks would break the line
                 )
             except papermill.PapermillExecutionError as error:
                 bar.close()
-                return _failed(name, error, study)
+                return _failed(f"{name}, cell {error.cell_index + 1}", error.ename, error.evalue, study)
+            except (CellTimeoutError, DeadKernelError, OSError) as error:
+                bar.close()
+                return _failed(name, type(error).__name__, str(error), study)
             bar.update()
     print("\n".join(_results(study)))
-    return 0
+    if "01_quantize" in names and values.get("push_to") and values.get("dry_run", True):
+        print(f"nothing was uploaded: {study.folder / 'push.csv'} says what would be, -p dry_run false does it")
+    failures = study.ledger.failures()
+    for row in failures:
+        what = " ".join(str(row[name]) for name in KEY if row[name] != "").replace(FAILED, "")
+        print(f"qnb: {what} could not be measured: {row['reason']}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 @contextmanager
@@ -193,14 +247,14 @@ def _progress(study: Study, total: int) -> Iterator[Any]:
             watcher.join()
 
 
-def _failed(name: str, error: Any, study: Study) -> int:
+def _failed(place: str, kind: str, text: str, study: Study) -> int:
     """Say in one line what stopped the run; 2 when the input was at fault, else 1."""
-    text = (str(error.evalue).strip() or error.ename).splitlines()[-1]
-    if error.ename == InputError.__name__:
-        print(f"qnb: {text}", file=sys.stderr)
+    lines = text.strip().splitlines()
+    if kind == InputError.__name__:
+        print(f"qnb: {lines[-1]}", file=sys.stderr)
         return 2
-    place = f"{name}, cell {error.cell_index + 1}"
-    print(f"qnb: {place}: {error.ename}: {text}; what was measured is kept in {study.folder}", file=sys.stderr)
+    why = f"{kind}: {lines[0 if kind == CellTimeoutError.__name__ else -1]}" if lines else kind
+    print(f"qnb: {place}: {why}; what was measured is kept in {study.folder}", file=sys.stderr)
     return 1
 
 
@@ -245,6 +299,18 @@ def _gallery(folder: Path) -> int:
         )
     print("\n".join(map(str, pictures)))
     return 0
+
+
+def verify(folder: str) -> int:
+    """Print what is no longer as it was measured; 1 where anything is."""
+    from qnb.verify import verify as check
+
+    findings = list(check(folder))
+    wrong = [finding for finding in findings if finding.wrong]
+    for finding in wrong:
+        print(f"FAILS  {finding.part}: {finding.wrong}")
+    print(f"{len(findings) - len(wrong)} of {len(findings)} parts are as they were measured")
+    return 1 if wrong else 0
 
 
 def audit() -> int:

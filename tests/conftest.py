@@ -1,12 +1,28 @@
-"""What tests share: a GPU or a skip, the real data folder or a skip, the embedded model's checkpoints."""
+"""What tests share: a GPU or a skip, the real data or a skip, the embedded model's checkpoints, one small study.
 
+Two workers share two cores: each computes in one thread, since threads of both would wait for each other's turns, and
+what takes long to make is made by the first that needs it and found by the other.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, which reads it once
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import example
 import pytest
+from filelock import FileLock
 
 from qnb import model, precision
+from qnb.provenance import ROOT
 
+SECRET = "hf_" + "PlantedSecretToken" * 2  # shaped as a hub token is; nothing anywhere may show it
 HUB = Path(__file__).parents[2] / "shared" / "hub"
 
 
@@ -34,16 +50,71 @@ def source():
 
 
 @pytest.fixture(scope="session")
-def checkpoint(source, tmp_path_factory):
+def shared(tmp_path_factory):
+    """A folder that all workers of this session share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def checkpoint(source, shared):
     """Returns a function that makes a precision's checkpoint once a session: (folder, record)."""
-    folder, made = tmp_path_factory.mktemp("checkpoints"), {}
 
     def make(name):
-        if name not in made:
-            made[name] = folder / name, model.convert(source, precision.PRECISIONS[name], folder / name, "cpu")
-        return made[name]
+        folder, record = shared / "checkpoints" / name, shared / f"{name}.json"
+        with FileLock(shared / f"{name}.lock"):
+            if not record.exists():
+                made = model.convert(source, precision.PRECISIONS[name], folder, "cpu")
+                record.write_text(json.dumps(asdict(made)))
+        return folder, model.Checkpoint(**json.loads(record.read_text()))
 
     return make
+
+
+def tiny_model(folder):
+    """A random Llama of two layers, the same in every process, and the tokenizer in `folder`."""
+    import torch
+    import transformers
+
+    tokenizer = model.load_tokenizer(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+    network = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    for weight in network.parameters():  # as drawn, logits are all but equal
+        weight.data *= 4 if weight.dim() > 1 else 1
+    return network, tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny(source):
+    """A random model with the embedded one's tokenizer."""
+    return tiny_model(source.path)
+
+
+def command(*arguments, cwd=None, **environment):
+    """Run the command line to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "qnb", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd or ROOT,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.fixture(scope="session")
+def smoke(source, shared):
+    """The whole path once, small, with a hub token about: its folder, and how the run ended."""
+    folder, record = shared / "smoke" / "study", shared / "smoke.json"
+    with FileLock(shared / "smoke.lock"):
+        if not record.exists():
+            done = command("run", "--profile", "smoke", "--output", str(folder), HF_TOKEN=SECRET)
+            ended = {"returncode": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
+            record.write_text(json.dumps(ended))
+    return folder, SimpleNamespace(**json.loads(record.read_text()))
 
 
 @pytest.fixture(scope="session")

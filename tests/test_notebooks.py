@@ -4,16 +4,15 @@ import ast
 import csv
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tomllib
 
 import pytest
 import yaml
+from conftest import command
 
 from qnb.__main__ import NAMES, NOTEBOOKS, ROOT
+from qnb.ledger import checked
 
 ALL = [pytest.param(NOTEBOOKS / f"{name}.ipynb", id=name) for name in NAMES]
 PROFILES = sorted((NOTEBOOKS / "profiles").glob("*.yaml"))
@@ -93,23 +92,6 @@ def test_profiles_set_only_what_a_notebook_has(profile):
     assert set(yaml.safe_load(profile.read_text())) <= known
 
 
-def command(*arguments, cwd=None, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "qnb", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd or ROOT,
-        env={**os.environ, **environment},
-    )
-
-
-@pytest.fixture(scope="session")
-def smoke(source, tmp_path_factory):
-    """The whole path once, small."""
-    folder = tmp_path_factory.mktemp("smoke") / "study"
-    return folder, command("run", "--profile", "smoke", "--output", str(folder))
-
-
 @pytest.mark.slow
 def test_smoke_leaves_rows_tables_figures_and_notebooks(smoke):
     folder, done = smoke
@@ -120,12 +102,19 @@ def test_smoke_leaves_rows_tables_figures_and_notebooks(smoke):
         assert sorted(mine) == [
             ("accuracy", ""),
             ("batch", ""),
+            ("divergence", ""),
+            ("drift", ""),
+            ("drift", ""),
             ("perf", "bs1"),
             ("perf", "maxbatch"),
             ("quantize", ""),
         ]
     tables = {path.stem for path in (folder / "tables").glob("*.csv")}
-    assert tables == {"table1_accuracy", "table2_change", "table3_bs1", "table4_maxbatch"}
+    assert tables == {
+        "table1_accuracy", "table2_change", "divergence", "drift",
+        "table3_bs1", "table3_causes", "table3_t4_estimate",
+        "table4_maxbatch", "table4_causes", "table4_t4_estimate",
+    }  # fmt: skip
     assert len(list((folder / "figures").glob("fig[1-6]_*.html"))) == 6
     for name in NAMES:
         for cell in cells(folder / "notebooks" / f"{name}.ipynb", "code"):
@@ -154,7 +143,7 @@ def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(source, tmp_path):
         progress_bar=False, execution_timeout=300,
     )  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "study" / "ledger.jsonl").read_text().splitlines()]
-    assert [row["stage"] for row in rows] == ["quantize", "perf"]
+    assert [row["stage"] for row in rows] == ["limits", "quantize", "perf"]
     assert "no checkpoint" in (tmp_path / "out.ipynb").read_text()
 
 
@@ -166,6 +155,7 @@ def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(source, tmp_path):
         (["-p", "tasks", "arc_eazy"], ["arc_eazy", "arc_easy"]),
         (["-p", "limt", "3"], ["limt", "limit"]),
         (["-p", "limit", "-3"], ["-3", "at least 1"]),
+        (["-p", "minutes", "-1"], ["-1", "minutes"]),
         (["-p", "bs1_requests", "0"], ["0", "at least 1"]),
         (["-p", "bs1_requests", "all"], ["all", "at least 1"]),
         (["-p", "bs1_repeats", "auto"], ["bs1_repeats", "at least 1"]),
@@ -200,7 +190,7 @@ def test_an_output_that_cannot_be_made_is_refused():
 
 
 def test_an_output_of_another_model_is_refused(tmp_path):
-    (tmp_path / "study.json").write_text(json.dumps({"asked": "a/b", "name": "a/b", "path": "", "why": "named"}))
+    (tmp_path / "study.json").write_bytes(checked({"asked": "a/b", "name": "a/b", "path": "", "why": "named"}))
     done = command("run", "--profile", "smoke", "--output", str(tmp_path))
     assert done.returncode == 2 and "a/b" in done.stderr and "smollm2-135m" in done.stderr
 

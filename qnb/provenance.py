@@ -1,0 +1,47 @@
+"""Where a number comes from: the command that asked for it and the commit of the code that measured it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]  # of the checkout the package runs from
+COMMAND = "QNB_COMMAND"  # the environment variable by which a run tells its notebooks what was asked
+
+
+def command() -> str:
+    """Return the command line that asked for what is measured; empty for a notebook that somebody has open."""
+    if asked := os.environ.get(COMMAND):
+        return asked
+    program = Path(sys.argv[0]).name
+    return "" if program.startswith("ipykernel") else shlex.join([program, *sys.argv[1:]])
+
+
+@cache
+def commit() -> str:
+    """Return the commit of the package's source, with ``+changes`` where files differ from it; empty if unknown.
+
+    Asked of the checkout, else of what pip recorded when it installed from a repository (PEP 610).
+    """
+    if (ROOT / ".git").exists():
+        try:
+            head = _git("rev-parse", "HEAD")
+            return head + "+changes" * bool(_git("status", "--porcelain", "--untracked-files=no"))
+        except (OSError, subprocess.SubprocessError):
+            return ""
+    try:
+        origin = json.loads(metadata.distribution("qnb").read_text("direct_url.json") or "{}")
+        return str(origin.get("vcs_info", {}).get("commit_id", ""))
+    except (metadata.PackageNotFoundError, ValueError):
+        return ""
+
+
+def _git(*words: str) -> str:
+    git = ["git", "-C", str(ROOT), *words]
+    return subprocess.run(git, capture_output=True, text=True, check=True, timeout=30).stdout.strip()  # noqa: S603

@@ -1,0 +1,94 @@
+"""Is a study still what was measured? Every byte that has a check is read, every table is built again.
+
+The ledger's lines check themselves; its rows hold the sha256 of the files they were counted from and of each
+checkpoint's manifest, which holds that of the weights. Tables are nothing but the ledger seen again, so they are built
+again and compared. Figures and the report are drawn from the same tables and are not read.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qnb import model
+from qnb.error import InputError
+from qnb.ledger import Ledger, unchecked
+from qnb.study import Study, items_name
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found of one part of a study."""
+
+    part: str  # a path below the study's folder
+    wrong: str  # empty where it is as it was measured
+
+
+def verify(folder: str | Path) -> Iterator[Finding]:
+    """Yield a finding for each part of the study in `folder`.
+
+    Raises
+    ------
+    InputError
+        There is no study in `folder`.
+    """
+    folder = Path(folder).expanduser().resolve()
+    ledger = Ledger(folder)
+    if not ledger.path.exists():
+        raise InputError(f"{folder} holds no study (no ledger.jsonl); give the output folder of one")
+    torn = ledger.path.read_bytes().rpartition(b"\n")[2]
+    for wrong in ledger.damaged or [f"{len(torn)} bytes of a torn line at its end"] * bool(torn) or [""]:
+        yield Finding("ledger.jsonl", wrong.removeprefix(f"{ledger.path}, "))
+    record = _record(folder)
+    yield Finding("study.json", "" if record else "missing, or changed since it was written")
+    rows = list(ledger)
+    yield from _files(folder, rows)
+    yield from _checkpoints(folder, rows)
+    if record:
+        yield from _tables(folder, str(record["name"]))
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(unchecked((folder / "study.json").read_bytes())))
+    except (OSError, ValueError):
+        return {}
+
+
+def _files(folder: Path, rows: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Read the files that rows were counted from."""
+    kept = [(items_name(row), row["items_sha256"]) for row in rows if "items_sha256" in row]
+    samples = ("samples", "token_samples")
+    kept += [(row[name], row[f"{name}_sha256"]) for row in rows for name in samples if f"{name}_sha256" in row]
+    for name, sha256 in kept:
+        same = (folder / name).is_file() and model.file_sha256(folder / name) == sha256
+        yield Finding(name, "" if same else "missing, or not the file its row was made of")
+
+
+def _checkpoints(folder: Path, rows: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Read every checkpoint whole."""
+    sealed = {row["precision"]: row["manifest_sha256"] for row in rows if row["stage"] == "quantize"}
+    for checkpoint in sorted((folder / "checkpoints").glob("[!.]*")):
+        manifest = checkpoint / "manifest.json"
+        whole = manifest.is_file() and model.file_sha256(manifest) == sealed.get(checkpoint.name)
+        wrong = model.damage(checkpoint) if whole else "manifest.json"
+        yield Finding(f"checkpoints/{checkpoint.name}", f"{wrong} is not as it was saved" if wrong else "")
+
+
+def _tables(folder: Path, name: str) -> Iterator[Finding]:
+    """Build every table again from the ledger's rows."""
+    for path in sorted((folder / "tables").glob("*.csv")):
+        part = f"tables/{path.name}"
+        try:
+            made = json.loads(unchecked((path.parent / f".{path.stem}.json").read_bytes()))
+        except (OSError, ValueError):
+            yield Finding(part, "what it was built for is missing, or changed since it was written")
+            continue
+        again = io.StringIO(newline="")
+        Study(name, made["precisions"], folder).build(path.stem).to_csv(again, index=False)
+        same = path.read_bytes().decode(errors="replace") == again.getvalue()
+        yield Finding(part, "" if same else "not what the ledger's rows give; build it again with 05_figures")

@@ -1,0 +1,132 @@
+"""Whatever is given, the answer is a study, or one line and exit code 2; never a traceback, never a lost row."""
+
+import shutil
+
+import papermill
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as some
+
+from qnb import __main__
+from qnb.__main__ import NOTEBOOKS
+from qnb.ledger import Ledger
+
+calm = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+PARAMETERS = sorted(set().union(*(papermill.inspect_notebook(str(path)) for path in NOTEBOOKS.glob("*.ipynb"))))
+words = some.text(max_size=30) | some.sampled_from(["auto", "all", "bf16,int8", "0", "-1", "1e9", "nan", "~", "[1]"])
+plain = some.recursive(
+    some.none() | some.booleans() | some.integers() | some.floats() | some.text(max_size=20),
+    lambda inner: some.lists(inner, max_size=3) | some.dictionaries(some.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.fixture
+def ask(tmp_path, monkeypatch, capfd):
+    """Returns a function that gives words to the command line, notebooks not executed: its code and what it said."""
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: None)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*given_words):
+        try:
+            code = __main__.main([str(word) for word in given_words])
+        except SystemExit as end:
+            code = end.code
+        said = capfd.readouterr().err
+        assert code in (0, 2), said
+        lines = [line for line in said.splitlines() if line.startswith("qnb: ")]
+        assert len(lines) == (code == 2) and "Traceback" not in said, said
+        return code
+
+    return run
+
+
+@calm
+@given(some.lists(some.binary(max_size=60) | some.just(b'{"stage": "perf"}'), max_size=5))
+def test_any_ledger_opens_and_takes_a_row(tmp_path_factory, lines):
+    folder = tmp_path_factory.mktemp("ledger")
+    (folder / "ledger.jsonl").write_bytes(b"\n".join(lines))
+    before = Ledger(folder)
+    after = before.append({"stage": "perf", "fingerprint": "a"})
+    again = Ledger(folder)
+    assert list(before) == list(again) == [after] and again.damaged == before.damaged
+
+
+@calm
+@given(some.sampled_from(PARAMETERS) | words, words)
+@example("output", "\0")
+@example("data_dir", "\0")
+@example("model", "\ud800")
+@example("limit", "9" * 5000)
+@example("precisions", "bf16: [")
+def test_any_parameter_is_taken_or_refused(ask, tmp_path, name, text):
+    code = ask("run", "--profile", "smoke", "--output", tmp_path / "study", "-p", name, text)
+    assert code == 2 or name in PARAMETERS
+    assert not (tmp_path / "study" / "ledger.jsonl").exists()
+
+
+@calm
+@given(
+    some.binary(max_size=80)
+    | some.builds(lambda value: yaml.safe_dump(value).encode(), plain)
+    | some.dictionaries(some.sampled_from(PARAMETERS), plain, max_size=6).map(lambda v: yaml.safe_dump(v).encode())
+)
+@example(b"- a\n- b")
+@example(b"just text")
+@example(b"")
+@example(b"\xff")
+def test_any_profile_is_taken_or_refused(ask, tmp_path, monkeypatch, content):
+    folder = tmp_path / "notebooks"
+    if not folder.exists():
+        shutil.copytree(NOTEBOOKS, folder)
+    (folder / "profiles" / "mine.yaml").write_bytes(content)
+    monkeypatch.setattr(__main__, "NOTEBOOKS", folder)
+    ask("run", "--profile", "mine", "--output", tmp_path / "study")
+
+
+@calm
+@given(
+    some.lists(
+        some.sampled_from(
+            [
+                "run",
+                "audit",
+                "--profile",
+                "smoke",
+                "--only",
+                "05",
+                "-p",
+                "limit",
+                "--output",
+                "report",
+                "verify",
+                "--help",
+                "x",
+                "",
+            ]
+        )
+        | some.text(max_size=8),
+        max_size=6,
+    )
+)
+def test_any_command_line_is_taken_or_refused(ask, tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(__main__.Study, "__init__", _into(tmp_path, __main__.Study.__init__))
+    try:
+        ask(*line)
+    except AssertionError as error:  # --help and usage go elsewhere
+        assert "usage" in str(error) or "lines" in str(error)
+
+
+def _into(folder, init):
+    """Keep a study that the words ask for out of the project's own folders."""
+
+    def inside(self, *values, **named):
+        if isinstance(named.get("output"), str) and not named["output"].startswith("/"):
+            named["output"] = str(folder / "relative")
+        init(self, *values, **named)
+
+    return inside
