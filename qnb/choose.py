@@ -164,13 +164,18 @@ def accuracies(results: Results, task: str) -> dict[str, dict[str, Any]]:
 
 
 def _change(changes: pd.DataFrame, precision: str, wanted: list[str]) -> dict[str, float]:
-    """Return the mean change over tasks with its interval, the tasks taken as independent; nothing if none is known.
+    """Return the mean change over tasks with its interval; nothing if none is known.
 
-    A task on which nothing flipped has no bootstrap interval; there it is that of Agresti and Min.
+    Table 2's own interval is taken where it has one. Tables kept before it had, and tasks on which nothing flipped,
+    get one from the parts: each task's own, or that of Agresti and Min, the tasks taken as independent.
     """
     if changes.empty or "change_pp" not in changes:
         return {}
-    rows = changes[(changes.precision == precision) & changes.task.isin(wanted)].dropna(subset=["change_pp", "gained"])
+    mine = changes[changes.precision == precision].dropna(subset=["change_pp"])
+    means = mine[mine.task.str.startswith(table.AGGREGATE)].dropna(subset=["low_pp"])
+    if len(wanted) > 1 and len(means):
+        return {name: float(means[name].iloc[0]) for name in ("change_pp", "low_pp", "high_pp")}
+    rows = mine[mine.task.isin(wanted)].dropna(subset=["gained"])
     if rows.empty:
         return {}
     below, above = [], []

@@ -117,6 +117,11 @@ def change(table: pd.DataFrame) -> go.Figure:
     return _by_task(figure, list(dict.fromkeys(table.task)), title, KEY if published else "against BF16")
 
 
+def _timed(table: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the engines that could not run: their rows say why, and have no number to draw."""
+    return table.dropna(subset=["throughput_rps"]) if "throughput_rps" in table else table[:0]
+
+
 def rows_of(table: pd.DataFrame) -> list[str]:
     """Name each row of Table 3 or 4 by its precision, and by its engine where there is more than one."""
     return cost.names(table) if "engine" in table else list(table.precision)
@@ -132,42 +137,44 @@ def metrics(table: pd.DataFrame, title: str) -> go.Figure:
     title
         What was run.
     """
+    table = _timed(table)
     if table.empty:
         return look.nothing(title)
-    names = rows_of(table)
+    named = table.assign(label=rows_of(table))
     height = 170 + 4 * (look.GAP_PX + 2 * (BAR_PX + 3) * len(table))
     figure = look.panels(height, [f"{text}, {unit}" for text, unit, _ in METRICS.values()])
     for place, (name, (_, unit, _)) in enumerate(METRICS.items(), 1):
         published = {"memory_mib": "published_vram_mib"}.get(name, f"published_{name}")
+        mine = named.dropna(subset=[name])
         # the paper has one row a precision, whatever engines there are here
-        once = table.assign(label=names).drop_duplicates("precision")
-        hover = [
-            f"{label}: {look.number(row[name])} {unit}<br>n = {row['requests']:,} requests"
-            + (f", {row['repeats']} passes, range {row['throughput_spread_pct']:.1f} %" if place == 1 else "")
-            for label, row in zip(names, table.to_dict("records"), strict=True)
-            if pd.notna(row[name])
-        ]
-        told = [
-            f"{label}: {look.number(value)} {unit} as published"
-            for label, value in zip(once.label, once[published], strict=True)
-        ]
-        for source, rows, column, text in (
-            ("measured", table.assign(label=names).dropna(subset=[name]), name, hover),
-            (PUBLISHED, once, published, told),
+        papers = named.dropna(subset=[published]).drop_duplicates("precision") if published in named else named[:0]
+        counts = [_passes(row, place == 1) for row in mine.to_dict("records")]
+        for source, rows, column, notes in (
+            ("measured", mine, name, counts),
+            (PUBLISHED, papers, published, ["as published"] * len(papers)),
         ):
-            values = rows[column].astype(float)
+            values = [float(value) for value in rows.get(column, ())]
+            texts = [look.number(value) for value in values]
             figure.add_bar(
                 orientation="h", name=source, y=rows.label, x=values, offsetgroup=source, showlegend=False,
-                marker=look.bars(list(rows.precision), filled=source == "measured"),
-                text=[look.number(value) if pd.notna(value) else "" for value in values],
+                marker=look.bars(list(rows.precision), filled=source == "measured"), text=texts,
                 textposition="outside", textfont={"size": 11}, constraintext="none", cliponaxis=False,
-                hovertext=text, hoverinfo="text", row=place, col=1,
+                hoverinfo="text",
+                hovertext=[f"{label}: {text} {unit}<br>{note}"
+                           for label, text, note in zip(rows.label, texts, notes, strict=True)],
+                row=place, col=1,
             )  # fmt: skip
-        most = table[[name, published]].astype(float).max(axis=None)
-        figure.update_xaxes(range=[0, 1.18 * most if most > 0 else 1], row=place)
+        most = max((*mine[name], *papers.get(published, ())), default=1.0)
+        figure.update_xaxes(range=[0, 1.18 * most], row=place)
     figure.update_yaxes(autorange="reversed")
     figure.update_layout(bargap=0.2)
     return look.layout(figure, title, height, KEY)
+
+
+def _passes(row: dict[str, Any], spread: bool) -> str:
+    """Say what a row of Table 3 or 4 is the median of."""
+    text = f"n = {row['requests']:,.0f} requests, {row['repeats']:.0f} passes"
+    return f"{text}, range {row['throughput_spread_pct']:.1f} %" if spread else text
 
 
 def heatmap(table: pd.DataFrame, title: str) -> go.Figure:
@@ -175,6 +182,7 @@ def heatmap(table: pd.DataFrame, title: str) -> go.Figure:
 
     Utilization is scaled by its size: more of it is neither better nor worse.
     """
+    table = _timed(table)
     if table.empty:
         return look.nothing(title)
     shown = [name for name in METRICS if name in table and table[name].notna().any()]
@@ -185,7 +193,8 @@ def heatmap(table: pd.DataFrame, title: str) -> go.Figure:
         span = values.max() - values.min()
         scaled = (values - values.min()) / span if span else values * 0 + 1
         shades[name] = list(1 - scaled if METRICS[name][2] is False else scaled)
-    texts = [[look.number(value) for value in values] for values in table[shown].astype(float).to_numpy()]
+    values = table[shown].astype(float).to_numpy()
+    texts = [["" if pd.isna(value) else look.number(value) for value in row] for row in values]
     told = [
         [f"{name}, {METRICS[metric][0]}: {text} {METRICS[metric][1]}" for metric, text in zip(shown, row, strict=True)]
         for name, row in zip(names, texts, strict=True)

@@ -193,6 +193,9 @@ def limits(results: Results) -> list[str]:
             if isinstance(row["flags"], list) and row["flags"]:
                 what = f"{row['precision']}, {row['engine']}, batch {row['batch_size']}"
                 found.append(f"{what}: {', '.join(map(str, row['flags']))}.")
+    for row in results.failures:
+        what = ", ".join(str(row[key]) for key in ("precision", "engine", "setting", "task") if row.get(key))
+        found.append(f"Could not be measured: {what} ({row['reason']}).")
     notes = dict.fromkeys(
         f"{row.get('precision')}, {row.get('engine')}: {row['note']}." for row in results.rows if row.get("note")
     )

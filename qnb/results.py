@@ -37,7 +37,8 @@ class Results:
     samples: pd.DataFrame = field(default_factory=pd.DataFrame)  # the monitor's readings: setting, precision, t_s, ...
     checkpoints: pd.DataFrame = field(default_factory=pd.DataFrame)  # rows of stage quantize
     divergence: pd.DataFrame = field(default_factory=pd.DataFrame)
-    rows: tuple[Mapping[str, Any], ...] = ()  # every ledger row; none where tables were read
+    rows: tuple[Mapping[str, Any], ...] = ()  # what was measured; none where tables were read
+    failures: tuple[Mapping[str, Any], ...] = ()  # what could not be, each with its reason
 
     @property
     def speed(self) -> pd.DataFrame:
@@ -119,11 +120,16 @@ def _unfold(table: pd.DataFrame) -> pd.DataFrame:
     """Return Table 1 as scores: a row a task, metric, filter and precision."""
     rows = []
     for row in table.to_dict("records"):
-        if row["metric"] == "mean":  # computed anew from the others
+        if row["metric"].startswith("mean"):  # computed anew from the others
             continue
         asked = next((group for group in GROUPS if row["task"].startswith(f"{group}_")), row["task"])
         about = {name: row[name] for name in ("task", "metric", "filter", "items")}
-        about |= {"asked": asked, "limit": row["items"], "group": row["task"] in GROUPS or asked != row["task"]}
+        about |= {
+            "of": row.get("of"),
+            "asked": asked,
+            "limit": row["items"],
+            "group": row["task"] in GROUPS or asked != row["task"],
+        }
         for precision in PRECISIONS:
             value = row.get(f"{precision}_pct")
             if value is not None and pd.notna(value):

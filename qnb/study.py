@@ -1061,7 +1061,7 @@ class Study:
         return self._read[1]
 
     def _results(self) -> Results:
-        rows = tuple(self.ledger)
+        rows = tuple(row for row in self.ledger if not row["stage"].endswith(FAILED))
         runs = {setting: self.frame("perf", setting) for setting in ("bs1", "maxbatch")}
         timed = [row for frame in runs.values() for row in frame.to_dict("records")]
         return Results(
@@ -1077,6 +1077,7 @@ class Study:
             checkpoints=self.frame("quantize"),
             divergence=table.divergence(self.frame("divergence")),
             rows=rows,
+            failures=tuple(self.ledger.failures()),
         )
 
     def figures(self, pictures: bool = True) -> dict[str, Any]:
@@ -1117,7 +1118,7 @@ class Study:
         InputError
             The prompt is empty, the precision unknown, or `new_tokens` below 1.
         """
-        from qnb.decode import ENGINES
+        from qnb.decode import Eager
 
         (asked,) = parse(precision)
         self.count("new_tokens", new_tokens)
@@ -1127,9 +1128,10 @@ class Study:
 
         def generate(network: PreTrainedModel, _: float) -> list[int]:
             with model.quiet():
-                return ENGINES["eager"](network, [ids], new_tokens)[0].tolist()  # (N,)
+                return Eager(network).generate([ids], new_tokens)[0].tolist()  # (N,)
 
-        made = self.on(asked, generate)
+        with self._alone():  # what another process times meanwhile would notice
+            made = self.on(asked, generate)
         # a character may take several tokens: a piece is what its token adds to the text
         texts = [str(self.tokenizer.decode(made[:count])).rstrip("\ufffd") for count in range(len(made) + 1)]
         return [now.removeprefix(before) for before, now in pairwise(texts)]

@@ -6,13 +6,12 @@ that figures have something to bend around; they say nothing about any real one.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 
 import pandas as pd
 
-from qnb.ledger import Ledger
+from qnb.ledger import Ledger, checked
 from qnb.model import file_sha256, stamp
 
 DEVICE, BYTES_S, FLOP_S = "Example GPU", 2.0e12, 2.0e14
@@ -31,7 +30,7 @@ def write(folder, model="example/one-billion", precisions=tuple(WEIGHTS_MIB), en
     (source / "model.safetensors").write_bytes(b"no weights")
     about = {"asked": model, "name": model, "why": "named", "path": str(source), "fingerprint": "0" * 16,
              "random_weights": False, "stamp": stamp(source)}  # fmt: skip
-    (folder / "study.json").write_text(json.dumps(about))
+    (folder / "study.json").write_bytes(checked(about))
     ledger = Ledger(folder)
     common = {"model": model, "picked": "named", "device": DEVICE, "bf16": "native", "versions": {"torch": "2.11.0"}}
     for precision in precisions:
