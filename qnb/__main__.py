@@ -206,7 +206,7 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
             bar.update()
     print("\n".join(_results(study)))
     if "01_quantize" in names and values.get("push_to") and values.get("dry_run", True):
-        print("nothing was uploaded: tables/push.csv says what would be, -p dry_run false does it")
+        print(f"nothing was uploaded: {study.folder / 'push.csv'} says what would be, -p dry_run false does it")
     failures = study.ledger.failures()
     for row in failures:
         what = " ".join(str(row[name]) for name in KEY if row[name] != "").replace(FAILED, "")

@@ -298,7 +298,7 @@ class Study:
         return self._measured(self.frame("quantize"), "quantize")
 
     def push(self, push_to: str, private: bool = True, dry_run: bool = True) -> pd.DataFrame:
-        """Upload every precision's checkpoint to the hub, or show what would be; return a row each.
+        """Upload every precision's checkpoint to the hub, or show what would be; return a row each, kept in push.csv.
 
         Parameters
         ----------
@@ -326,7 +326,9 @@ class Study:
                     sent = hub.push(self.checkpoint(precision), f"{push_to}-{precision.name}", private, dry_run)
                     rows.append({"precision": precision.name, **asdict(sent), "files": " ".join(sent.files)})
                 bar.update()
-        return self._save("push", pd.DataFrame(rows, columns=columns))
+        frame = pd.DataFrame(rows, columns=columns)
+        frame.to_csv(self.folder / "push.csv", index=False)
+        return frame
 
     def checkpoint(self, precision: Precision, say: bool = False) -> Path:
         """Return the folder of a precision's checkpoint, made now if it is not there."""
