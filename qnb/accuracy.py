@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -22,12 +22,17 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from qnb.error import InputError
+from qnb.ledger import fingerprint
+from qnb.model import cache as cache_folder
 from qnb.model import quiet
+from qnb.questions import Questions
 from qnb.stats import agresti_coull
 from qnb.workload import DATA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qnb.scorer import Encoded
 
 TASKS = {
     "sample": ("sample_easy", "sample_hard", "sample_completion", "sample_arithmetic", "sample_exam"),
@@ -35,6 +40,7 @@ TASKS = {
 }
 
 SCORERS = ("qnb", "hf")
+FOLDERS = ("arc", "gsm8k", "hellaswag", "mmlu")  # of lm-eval's, that hold the paper's tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,7 @@ class Score:
     value: float  # 0..1
     stderr: float | None  # where all are right or all wrong, after Agresti and Coull
     items: int
+    of: int  # items there are
     shots: int
     group: bool  # a weighted mean of other tasks
 
@@ -57,6 +64,8 @@ class Result:
 
     scores: tuple[Score, ...]
     items: pd.DataFrame  # a row an item and filter; see `_items`
+    data_sha256: str  # of the documents that were asked about, and of those shown as examples
+    groups: dict[str, tuple[str, ...]]  # the tasks in each group, those in its groups with them
 
 
 def names(tasks: str) -> tuple[str, ...]:
@@ -84,9 +93,8 @@ def check(tasks: str) -> tuple[str, ...]:
     wanted = names(tasks)
     if set(wanted) <= {name for group in TASKS.values() for name in group}:
         return wanted
-    known = _manager().all_tasks
     for name in wanted:
-        if name not in known:
+        if name not in (known := _manager(name).all_tasks):
             near = get_close_matches(name, known, 3, 0.5)
             hint = f"; did you mean {', '.join(near)}?" if near else "; `lm_eval ls tasks` lists them"
             raise InputError(f"task {name!r} is unknown to lm-eval{hint}")
@@ -105,13 +113,37 @@ def check_scorer(name: str) -> None:
         raise InputError(f"scorer {name!r} is unknown; choose from {', '.join(SCORERS)}")
 
 
+def check_minutes(minutes: float) -> None:
+    """Refuse a time budget that is none.
+
+    Raises
+    ------
+    InputError
+        `minutes` is no number, or below 0.
+    """
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 <= minutes < math.inf:
+        raise InputError(f"minutes is {minutes!r}; give a number, or 0 for no budget")
+
+
+def _manager(task: str) -> Any:
+    """Return an index of lm-eval's tasks with `task` in it, if any has it: the smallest, for the whole takes long."""
+    import lm_eval.tasks
+
+    theirs = Path(lm_eval.tasks.__file__).parent
+    for folders in ((DATA / "tasks",), tuple(theirs / name for name in FOLDERS)):
+        if task in (index := _index(folders)).all_tasks:
+            return index
+    return _index((DATA / "tasks",), whole=True)
+
+
 @cache
-def _manager(sample_only: bool = False) -> Any:
-    """Return lm-eval's index of tasks; reading all of them takes seconds, ours alone none."""
+def _index(folders: tuple[Path, ...], whole: bool = False) -> Any:
+    """Return lm-eval's index of the tasks in `folders`, or of its own as well."""
     with _hushed():
         from lm_eval.tasks import TaskManager
 
-        return TaskManager(include_path=str(DATA / "tasks"), include_defaults=not sample_only)
+        present = [str(folder) for folder in folders if folder.is_dir()]
+        return TaskManager(include_path=present, include_defaults=whole)
 
 
 @contextlib.contextmanager
@@ -203,6 +235,8 @@ class Evaluator:
         A folder laid out like the hub's dataset repositories, read instead of the hub.
     scorer
         ``"qnb"`` reads a context once for all its choices (`qnb.scorer`); ``"hf"`` is lm-eval's own.
+    requests
+        A folder in which what tasks ask is kept, tokenized, for later runs; see `qnb.questions`.
 
     Raises
     ------
@@ -217,6 +251,7 @@ class Evaluator:
         batch_size: int = 8,
         data_dir: str | Path | None = None,
         scorer: str = "qnb",
+        requests: Path | None = None,
     ) -> None:
         check_scorer(scorer)
         if limit is not None and limit < 1:
@@ -228,11 +263,30 @@ class Evaluator:
         self.tasks = check(tasks)
         self.limit, self.batch_size, self.scorer = limit, batch_size, scorer
         self.data_dir = Path(data_dir).resolve() if data_dir else None
+        self.requests, self.alone = requests, False
         self._built: dict[str, Any] = {}
-        self._encoded: dict[str, list[int]] = {}  # token ids by text; all precisions have one tokenizer
+        self._asked: dict[str, Questions] = {}
+        self._encoded: Encoded = {}  # all precisions have one tokenizer
 
-    def build(self, task: str) -> Any:
-        """Return a task manager that holds `task` ready built; its data are read here, from the folder they are in.
+    def limited(self, limit: int | None) -> Evaluator:
+        """Return an evaluator of another limit, with the tasks that are built already."""
+        other = copy(self)
+        other.limit, other._asked = limit, {}
+        return other
+
+    def scored_by(self, scorer: str, alone: bool = False) -> Evaluator:
+        """Return an evaluator of another scorer, with the tasks built already; `alone`, with one row a batch."""
+        other = copy(self)
+        other.scorer, other.alone = scorer, alone
+        other.batch_size = 1 if alone else self.batch_size
+        return other
+
+    def chooses(self, task: str) -> bool:
+        """Return whether all of a task's items are choices."""
+        return all(part.OUTPUT_TYPE == "multiple_choice" for part in self.build(task)["tasks"].values())
+
+    def build(self, task: str) -> dict[str, Any]:
+        """Return lm-eval's tasks and groups by name, loaded; their data are read here, from the folder they are in.
 
         `datasets` takes a name such as ``allenai/ai2_arc`` for a folder where there is one below the working
         directory: that is how the built-in tasks and `data_dir` are found without touching the tasks.
@@ -240,33 +294,53 @@ class Evaluator:
         Raises
         ------
         InputError
-            The task's data cannot be read.
+            The task's data cannot be read, lack a split, or are not text alone; or it runs what a model writes.
         """
         if task not in self._built:
-            sample = task in TASKS["sample"]
-            folder = DATA / "tasks" if sample else self.data_dir
-            manager = copy(_manager(sample_only=sample))
+            folder = DATA / "tasks" if task in TASKS["sample"] else self.data_dir
+            splits: dict[str, list[str]] = {}
             try:
-                with _hushed(), _only_from(folder):
-                    loaded = manager.load([task])
-                    for part in loaded["tasks"].values():
-                        len(part.eval_docs)  # a split that is missing is missed here
+                with _hushed(), _only_from(folder, splits):
+                    loaded = _manager(task).load([task])
+                    for name, part in loaded["tasks"].items():
+                        _check_kind(name, part)
+                        _hold(part)
+            except InputError:
+                raise
             except Exception as error:  # whatever a task's loader raises, the data is what is missing
+                place = self.data_dir or "the hub"
+                path, there = next(reversed(splits.items()), ("", []))
+                if isinstance(error, KeyError) and there and error.args[0] not in there:
+                    raise InputError(
+                        f"task {task!r} needs the split {error.args[0]!r}, which {path} in {place} does not have "
+                        f"(there: {', '.join(there)}); add it, read the hub instead, or leave the task out"
+                    ) from error
                 text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                 raise InputError(
-                    f"the data of task {task!r} could not be read from {self.data_dir or 'the hub'} ({text}); "
+                    f"the data of task {task!r} could not be read from {place} ({text}); "
                     "check the network, give data_dir, or take tasks='sample'"
                 ) from error
-            manager.load = lambda _: loaded
-            self._built[task] = manager
+            self._built[task] = loaded
         return self._built[task]
 
     def drawn(self, task: str) -> dict[str, list[int]] | None:
         """Return the items taken of `task` (of each of its subtasks), ascending; None where all are."""
         if self.limit is None:
             return None
-        parts = self.build(task).load([task])["tasks"]
+        parts = self.build(task)["tasks"]
         return {name: sorted(draw(name, len(part.eval_docs), self.limit)) for name, part in parts.items()}
+
+    def asked(self, task: str) -> Questions:
+        """Return what is asked of every model for `task`.
+
+        Raises
+        ------
+        InputError
+            As for `build`.
+        """
+        if task not in self._asked:
+            self._asked[task] = Questions(self.build(task)["tasks"], self.drawn(task))
+        return self._asked[task]
 
     def evaluate(
         self,
@@ -284,28 +358,26 @@ class Evaluator:
         task
             One of `tasks`.
         kept
-            A file in which answers are kept block by block, and found again by a later call.
+            A file in which answers are kept while they are given, and found again by a later call.
 
         Raises
         ------
         InputError
-            The task's data cannot be read.
+            As for `build`.
         """
-        manager = self.build(task)
+        asked, loaded = self.asked(task), self.build(task)
         with _hushed(), quiet(), _templates_read_once(), wide_products(model.device.type):
-            import lm_eval
+            from lm_eval.evaluator import evaluate
 
-            results = lm_eval.simple_evaluate(
-                self._lm(model, tokenizer, kept),
-                tasks=[task],
-                task_manager=manager,
-                samples=self.drawn(task),
-                bootstrap_iters=100,
-                log_samples=True,
-            )
+            lm = self._lm(model, tokenizer, kept)
+            asked.prepare(lm, self.requests if self.scorer == "qnb" else None, task)
+            # `simple_evaluate` would ask the system for its libraries each time, which takes a second
+            results = evaluate(lm, loaded, samples=asked.samples, bootstrap_iters=100, log_samples=True)
         assert task in results["results"], f"asked for {task}, lm-eval answered {list(results['results'])}"
         items = _items(results)
-        return Result((*_scores(results), *_beliefs(results, items)), items)
+        scores = (*_scores(results, asked.sizes), *_beliefs(results, items, asked.sizes))
+        groups = {name: tuple(_leaves(results, name)) for name in results.get("group_subtasks", {})}
+        return Result(scores, items, asked.data_sha256, groups)
 
     def _lm(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept: str | Path | None) -> Any:
         options: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer, "batch_size": self.batch_size}
@@ -315,7 +387,7 @@ class Evaluator:
             return HFLM(**options)
         from qnb.scorer import SharedContextLM
 
-        return SharedContextLM(**options, encoded=self._encoded, kept=kept)
+        return SharedContextLM(**options, encoded=self._encoded, kept=kept, alone=self.alone)
 
 
 def draw(name: str, count: int, limit: int) -> list[int]:
@@ -324,36 +396,78 @@ def draw(name: str, count: int, limit: int) -> list[int]:
     return order[:limit]
 
 
+def _check_kind(name: str, task: Any) -> None:
+    """Refuse what cannot be asked here, before a model is made for it."""
+    if getattr(task, "MULTIMODAL", False):
+        raise InputError(f"task {name!r} shows images or plays sounds, which is not done here; leave it out")
+    if getattr(task, "UNSAFE_CODE", False):
+        raise InputError(f"task {name!r} runs the programs a model writes, which is not done here; leave it out")
+
+
+def _hold(task: Any) -> None:
+    """Read a task's documents once: lm-eval reads, and some tasks rewrite, all of them each time it looks.
+
+    Also where it is seen that a split is missing.
+    """
+    documents = list(task.eval_docs)
+    setattr(task, "test_docs" if task.has_test_docs() else "validation_docs", lambda: documents)
+    if task.get_config("num_fewshot") is None:
+        task.set_config("num_fewshot", 0)  # as lm-eval's `simple_evaluate` does
+
+
+def _stamp(folder: str) -> str:
+    """Return what changes when a file below `folder` does: names, sizes, times."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return fingerprint({"folder": Path(folder).resolve(), "files": [
+        (path, path.stat().st_size, path.stat().st_mtime_ns) for path in files
+    ]})  # fmt: skip
+
+
 @contextlib.contextmanager
-def _only_from(folder: Path | None) -> Iterator[None]:
-    """Let `datasets` read from `folder` alone, where one is given: what is not there is not looked for on the hub."""
+def _only_from(folder: Path | None, splits: dict[str, list[str]] | None = None) -> Iterator[None]:
+    """Let `datasets` read from `folder` alone, where one is given: what is not there is not looked for on the hub.
+
+    The splits of what is read are written into `splits`, by path.
+    """
     import datasets
 
-    if folder is None:
-        yield
-        return
     load = datasets.load_dataset
+    stamps = cache(_stamp)  # MMLU's is asked for 57 times
 
     def load_here(path: str, *arguments: Any, **options: Any) -> Any:
-        if "/" in path and not Path(path).is_dir():
-            raise FileNotFoundError(f"no folder {path} there")
-        return load(path, *arguments, **options)
+        if folder and "/" in path:
+            if not Path(path).is_dir():
+                raise FileNotFoundError(f"no folder {path} there")
+            # by itself it knows a folder by its name, and gives what was in it the first time
+            options["cache_dir"] = str(cache_folder() / "datasets" / stamps(path))
+        found = load(path, *arguments, **options)
+        if splits is not None and isinstance(found, dict):
+            splits[path] = list(found)
+        return found
 
     datasets.load_dataset = load_here
     try:
-        with contextlib.chdir(folder):
+        with contextlib.chdir(folder or Path.cwd()):
             yield
     finally:
         datasets.load_dataset = load
 
 
-def _scores(results: dict[str, Any]) -> Iterator[Score]:
+def _leaves(results: dict[str, Any], task: str) -> Iterator[str]:
+    """Yield a task itself, or the tasks in a group and in its groups."""
+    members = results.get("group_subtasks", {}).get(task, [])
+    if not members:
+        yield task
+    for member in members:
+        yield from _leaves(results, member)
+
+
+def _scores(results: dict[str, Any], sizes: Mapping[str, int]) -> Iterator[Score]:
     groups = set(results.get("groups", {}))
     counts = {name: len(samples) for name, samples in _by_item(results).items()}
-    members = results.get("group_subtasks", {})
 
     def size(task: str) -> int:
-        return counts[task] if task in counts else sum(size(member) for member in members.get(task, []))
+        return sum(counts[name] for name in _leaves(results, task))
 
     for task, metrics in results["results"].items():
         for key, value in metrics.items():
@@ -372,32 +486,59 @@ def _scores(results: dict[str, Any]) -> Iterator[Score]:
                 value=float(value),
                 stderr=float(stderr) if known else None,
                 items=size(task),
+                of=sum(sizes[name] for name in _leaves(results, task)),
                 shots=int(shots) if isinstance(shots, int) else 0,
                 group=task in groups,
             )
 
 
-def _beliefs(results: dict[str, Any], items: pd.DataFrame) -> Iterator[Score]:
+def _beliefs(results: dict[str, Any], items: pd.DataFrame, sizes: Mapping[str, int]) -> Iterator[Score]:
     """Yield the mean probability of the right choice, a task and group of choices."""
     if "probabilities" not in items:
         return
     shares = items.dropna(subset="p_right")
     members, shots = results.get("group_subtasks", {}), results.get("n-shot", {})
-
-    def below(task: str) -> set[str]:
-        return {task}.union(*(below(member) for member in members.get(task, [])))
-
     for task in results["results"]:
-        values = shares[shares.task.isin(below(task))].p_right
+        leaves = set(_leaves(results, task))
+        values = shares[shares.task.isin(leaves)].p_right
         if len(values):
             error = float(values.sem()) if len(values) > 1 else None
             count = shots.get(task, 0)
-            yield Score(task, "p_right", "none", float(values.mean()), error, len(values),
+            of = sum(sizes[name] for name in leaves)
+            yield Score(task, "p_right", "none", float(values.mean()), error, len(values), of,
                         count if isinstance(count, int) else 0, bool(members.get(task)))  # fmt: skip
 
 
 def _by_item(results: dict[str, Any]) -> dict[str, set[int]]:
     return {name: {sample["doc_id"] for sample in samples} for name, samples in results["samples"].items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far scores of the same choices moved between two batchings."""
+
+    items: int
+    choices: int
+    mean_nats: float  # of the differences' sizes
+    largest_nats: float
+    other_picks: int  # items whose likeliest choice is another
+    accuracy_change_pp: float
+
+
+def moved(usual: pd.DataFrame, alone: pd.DataFrame) -> Drift:
+    """Compare the items of one task of choices, scored twice by one model."""
+    both = usual.merge(alone, on=["task", "doc_id", "filter"], suffixes=("", "_alone"), validate="one_to_one")
+    assert len(both) == len(usual) == len(alone)
+    pairs = zip(both.loglikelihoods, both.loglikelihoods_alone, strict=True)
+    gaps = [abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)]
+    return Drift(
+        items=len(both),
+        choices=len(gaps),
+        mean_nats=sum(gaps) / len(gaps),
+        largest_nats=max(gaps),
+        other_picks=int((both.picked != both.picked_alone).sum()),
+        accuracy_change_pp=100 * float(both.correct_alone.mean() - both.correct.mean()),
+    )
 
 
 def _items(results: dict[str, Any]) -> pd.DataFrame:

@@ -15,17 +15,19 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qnb.batch import Largest, is_out_of_memory, largest
+from qnb.batch import OUT_OF_MEMORY, Apart, Largest, Probe, is_out_of_memory, largest
 from qnb.decode import ENGINES, FACTORIES, Agreement, Clock, Eager, Engine, Prompts, agreement, check_window
 from qnb.device import MIB
-from qnb.model import quiet, release, weigh
+from qnb.model import load, quiet, release, weigh
 from qnb.monitor import ProcessSensor, Sample, Usage, Window, sensor
+from qnb.precision import Precision
 from qnb.workload import Workload
 
 if TYPE_CHECKING:
@@ -476,33 +478,109 @@ def largest_batch(
 ) -> Largest:
     """Find the largest batch of the workload's longest prompt, with all its new tokens, that fits.
 
-    On a GPU a batch fits when it runs; the reading is the allocator's peak. On a CPU, where memory does not run out
-    but swaps, it fits when the process stays within `limit_mib` above `baseline_mib`.
+    On a GPU a batch fits when it runs. On a CPU, where memory does not run out but swaps, it fits when the process
+    stays within `limit_mib` above `baseline_mib`.
 
     Raises
     ------
     InputError
         Not even one request fits.
     """
-    generate, device = ENGINES[engine], model.device
+    return largest(trial(model, workload, limit_mib, engine, baseline_mib), limit_mib, cap)
 
-    def try_batch(batch_size: int) -> float | None:
-        prompts = [workload.longest] * batch_size
+
+def largest_batch_apart(
+    folder: str | Path,
+    precision: Precision,
+    device: str,
+    workload: Workload,
+    limit_mib: float,
+    cap: int,
+    engine: str = "eager",
+) -> Largest:
+    """Find the largest batch as `largest_batch` does, in a process of its own that loads the model from `folder`.
+
+    A batch that ends that process counts as one that does not fit. The caller should hold no model on the device.
+
+    Raises
+    ------
+    InputError
+        Not even one request fits, or the model cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    # where INT8 is expected to fail: a layer's outputs no longer counted by 32 bits
+    widest = getattr(AutoConfig.from_pretrained(folder), "intermediate_size", None)
+    cliff = (2**31 - 1) // (len(workload.longest) * widest) if widest else 0
+    longest = Workload((workload.longest,), workload.new_tokens, workload.source)
+    with Apart(trial_of, folder, precision, device, longest, limit_mib, engine) as try_batch:
+        return largest(try_batch, limit_mib, cap, cliff)
+
+
+def trial_of(
+    folder: str | Path, precision: Precision, device: str, workload: Workload, limit_mib: float, engine: str = "eager"
+) -> Callable[[int], Probe]:
+    """Load the model from `folder`, hold a GPU's allocator to `limit_mib`, and return the model's `trial`."""
+    baseline_mib = 0.0
+    if device == "cuda":
+        total_mib = torch.cuda.get_device_properties(device).total_memory / MIB
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib / total_mib))
+    else:
+        release()
+        baseline_mib = ProcessSensor().sample()["memory_mib"]
+    return trial(load(folder, precision, device), workload, limit_mib, engine, baseline_mib)
+
+
+def trial(
+    model: PreTrainedModel, workload: Workload, limit_mib: float, engine: str = "eager", baseline_mib: float = 0.0
+) -> Callable[[int], Probe]:
+    """Return what tries a batch of the workload's longest prompt, and leaves memory as it found it.
+
+    A few tokens are generated first, so that kernels and workspaces loaded once are no batch's.
+    """
+    generate, device = ENGINES[engine], model.device
+    on_gpu = device.type == "cuda"
+
+    def run_out(batch_size: int, new_tokens: int) -> bool:
         try:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-                with quiet():
-                    generate(model, prompts, workload.new_tokens)
-                return torch.cuda.max_memory_allocated(device) / MIB
-            sense = ProcessSensor()
-            with quiet(), Window(sense.sample, sense.source, 0.01, baseline_mib) as window:
-                generate(model, prompts, workload.new_tokens)
-            return window.usage.peak_memory_mib
+            with quiet():
+                generate(model, [workload.longest] * batch_size, new_tokens)
+            _synchronize(device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return None
-        finally:
-            release()
+            return True
+        return False
 
-    return largest(try_batch, limit_mib, cap)
+    def on_device(batch_size: int) -> Probe:
+        release()
+        idle_mib = torch.cuda.memory_allocated(device) / MIB
+        room_mib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / MIB
+        retries = torch.cuda.memory_stats(device)["num_alloc_retries"]
+        torch.cuda.reset_peak_memory_stats(device)
+        started = perf_counter()
+        if run_out(batch_size, workload.new_tokens):
+            seen: dict[str, Any] = {"ended": OUT_OF_MEMORY}
+        else:
+            seen = {
+                "memory_mib": torch.cuda.max_memory_reserved(device) / MIB,
+                "live_mib": torch.cuda.max_memory_allocated(device) / MIB,
+                "squeezed": torch.cuda.memory_stats(device)["num_alloc_retries"] > retries,
+            }
+        took_s = perf_counter() - started
+        release()
+        return Probe(batch_size, "ended" not in seen, idle_mib=idle_mib, room_mib=room_mib, took_s=took_s, **seen)
+
+    def on_cpu(batch_size: int) -> Probe:
+        release()
+        sense, started = ProcessSensor(), perf_counter()
+        with Window(sense.sample, sense.source, 0.01, baseline_mib) as window:
+            out = run_out(batch_size, workload.new_tokens)
+        took_s, memory_mib = perf_counter() - started, window.usage.peak_memory_mib
+        release()
+        if out:
+            return Probe(batch_size, False, took_s=took_s, ended=OUT_OF_MEMORY)
+        return Probe(batch_size, memory_mib is None or memory_mib <= limit_mib, memory_mib, took_s=took_s)
+
+    run_out(1, min(WARM_UP_TOKENS, workload.new_tokens))
+    return on_device if on_gpu else on_cpu

@@ -8,14 +8,12 @@ chunks, with the softmax in float32. Work is bounded by matrix products over tok
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from hashlib import sha256
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -25,7 +23,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
+from transformers.cache_utils import DynamicLayer
 
+from qnb.answers import Answers
 from qnb.batch import is_out_of_memory
 from qnb.model import release
 
@@ -35,10 +35,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Request = tuple[Any, list[int], list[int]]  # what it is cached under, context, continuation
+Encoded = dict[tuple[str, ...], tuple[list[int], ...]]  # by (context, continuation), or (context,) to be continued
+_Asked = tuple[list[int], int, list[str], int]  # context, place, stop sequences, most new tokens
 TOKENS = {"cuda": 16384, "cpu": 2048}  # a forward pass; more no longer helps
 LOGITS_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}  # of a chunk: in the model's type, in float32, and the softmax's
 PREFIX = 32  # a shared beginning of fewer tokens is not worth a cache
-BLOCK, GENERATED_BLOCK = 16384, 512  # requests between two moments at which answers are kept
+STOCK_BLOCK = 256  # requests that stock scoring gets at once, so that their answers can be kept
 CHECK_STEPS = 8  # new tokens between two looks for stop sequences
 PEERS = 4  # rows that must share a beginning
 
@@ -79,106 +81,107 @@ class SharedContextLM(HFLM):
     Parameters
     ----------
     encoded
-        Token ids by text, filled and reused; share one between models with one tokenizer.
+        Token ids by what was asked, filled and reused; share one between models with one tokenizer.
     kept
-        A file in which answers are kept block by block, so that a later run of the same requests goes on from there;
-        one file a model and task.
+        A file in which answers are kept while they are given, so that a later run of the same requests goes on from
+        there; one file a model and task.
+    alone
+        Whether every row is a batch of its own, for LLM.int8 free of neighbours; slow.
     """
 
     def __init__(
         self,
         *args: Any,
-        encoded: dict[str, list[int]] | None = None,
+        encoded: Encoded | None = None,
         kept: str | Path | None = None,
+        alone: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self._encoded = {} if encoded is None else encoded
+        self.encoded = {} if encoded is None else encoded
         self._kept = Path(kept) if kept else None
-        self._budget = self._tokens()
+        self._answers: Answers | None = None
+        self._alone, self._budget = alone, 1 if alone else self._tokens()
+        # transformers 5.24 renames the argument, and warns
+        renamed = hasattr(self.model, "base_model") and "cache" in signature(self.model.base_model.forward).parameters
+        self._cache_name = "cache" if renamed else "past_key_values"
         if self.model not in self._proved:
             self._proved[self.model] = self._prove()
         self.shared = self._proved[self.model]
 
     # What is scored
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """Return a text's token ids, from those encoded together where it is one of them."""
-        if add_special_tokens is None and not options and string in self._encoded:
-            return self._encoded[string]
-        return super().tok_encode(string, add_special_tokens, **options)
+    def encode_pairs(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Encode (context, continuation) in one call, which fast tokenizers spread over the cores.
 
-    def _encode_together(self, requests: list[Instance]) -> None:
-        """Encode what `loglikelihood` is going to ask for in one call, which fast tokenizers spread over the cores."""
+        As lm-eval's ``_encode_pair`` does it: a context's trailing spaces belong to the continuation.
+        """
+        asked = [pair for pair in dict.fromkeys(pairs) if pair[0] and pair not in self.encoded]
+        if self.backend != "causal":
+            return
+        ids = self._encode_together({text for pair in asked for text in (pair[0].rstrip(), "".join(pair))})
+        for pair in asked:
+            context = ids[pair[0].rstrip()]
+            self.encoded[pair] = (context, ids["".join(pair)][len(context) :])
+
+    def encode_contexts(self, contexts: Iterable[str]) -> None:
+        """Encode what is to be continued, in one call."""
+        ids = self._encode_together({text for text in contexts if (text,) not in self.encoded})
+        self.encoded |= {(text,): (found,) for text, found in ids.items()}
+
+    def _encode_together(self, texts: set[str]) -> dict[str, list[int]]:
         bos = self.tokenizer.decode(self.prefix_token_id)
-        texts: dict[str, None] = {}
-        for context, continuation in (request.args for request in requests):
-            texts |= {context.rstrip(): None, context + continuation: None}
-        texts = {text: None for text in texts if text and text not in self._encoded and not text.startswith(bos)}
-        if texts and self.backend == "causal":
-            special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
-            self._encoded |= zip(texts, self.tokenizer(list(texts), **special)["input_ids"], strict=True)
+        alone = {text for text in texts if not text or text.startswith(bos)}  # they get no second one
+        together = sorted(texts - alone)
+        special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        ids = self.tokenizer(together, **special)["input_ids"] if together else []
+        return dict(zip(together, ids, strict=True)) | {text: self.tok_encode(text) for text in alone}
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the token ids of a pair, from those encoded together where it is one of them."""
+        found = self.encoded.get((context, continuation))
+        return (found[0], found[1]) if found else super()._encode_pair(context, continuation)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether greedy) a request (context, continuation), in order."""
-        self._encode_together(requests)
-        score = super().loglikelihood
-        return [(value, greedy) for value, greedy in
-                self._resumed(requests, BLOCK, lambda block: score(block, disable_tqdm))]  # fmt: skip
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context greedily up to a stop sequence; sampled requests go to stock generation.
-
-        Rows that are done leave the batch, and a beginning that all contexts share is computed once.
-        """
-        return self._resumed(requests, GENERATED_BLOCK, lambda block: self._generate_until(block, disable_tqdm))
-
-    def _resumed(
-        self, requests: list[Instance], size: int, answer: Callable[[list[Instance]], list[Any]]
-    ) -> list[Any]:
-        """Answer requests block by block; each block is kept as soon as it is answered, and found when asked again."""
-        if self._kept is None:
-            return answer(requests)
-        known: dict[str, list[Any]] = {}
-        if self._kept.exists():
-            for line in self._kept.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # torn by a kill
-                    known |= json.loads(line)
-        answers: list[Any] = []
-        self._kept.parent.mkdir(parents=True, exist_ok=True)
-        with self._kept.open("a") as file:
-            for start in range(0, len(requests), size):
-                block = requests[start : start + size]
-                key = sha256(repr([request.args for request in block]).encode()).hexdigest()
-                if key not in known:
-                    known[key] = answer(block)
-                    file.write("\n" + json.dumps({key: known[key]}) + "\n")
-                    file.flush()
-                answers += known[key]
-        return answers
+        self._answers = Answers(self._kept, [request.args for request in requests])
+        try:
+            if len(self._answers.known) < len(requests):
+                self.encode_pairs(request.args for request in requests)
+                return super().loglikelihood(requests, disable_tqdm)
+            return [tuple(self._answers.known[place]) for place in range(len(requests))]
+        finally:
+            self._answers = None
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether greedy) a request, in order.
 
-        Too long a request loses tokens from its left, as in stock.
+        Too long a request loses tokens from its left, as in stock. Batches are those of all requests, also where some
+        are answered already: what was interrupted ends as if it had not been.
         """
-        if not self.shared or not requests:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        # sums live on the device and are read once at the end: no batch waits for the one before
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.zeros(len(requests), dtype=wide, device=self.device)
-        wrong = torch.zeros(len(requests), dtype=torch.long, device=self.device)
+        answers = self._answers or Answers(None, ())  # none where the requests are windows of longer texts
+        if not requests:
+            return []
         with tqdm(total=len(requests), desc="scoring", disable=disable_tqdm or self.rank != 0) as bar:
-            for prefix, rows in _alike(self._rows(requests), self._window):
-                for plain in (False, True):  # where causal attention is enough, faster kernels know it
-                    self._score(prefix, [row for row in rows if row.plain is plain], total, wrong, bar)
-        answers = list(zip(total.tolist(), (wrong == 0).tolist(), strict=True))
-        for (asked, *_), answer in zip(requests, answers, strict=True):
-            if asked is not None:  # a window of a longer text has no key
+            if self.shared:
+                tally = _Tally(len(requests), self.device, answers, bar)
+                for prefix, rows in _alike(self._rows(requests), self._window):
+                    for plain in (False, True):  # where causal attention is enough, faster kernels know it
+                        self._score(prefix, [row for row in rows if row.plain is plain], tally)
+                tally.keep()
+            else:
+                for start in range(0, len(requests), STOCK_BLOCK):
+                    block = requests[start : start + STOCK_BLOCK]
+                    if not all(start + place in answers.known for place in range(len(block))):
+                        answers.keep(dict(enumerate(super()._loglikelihood_tokens(block, True, override_bs), start)))
+                    bar.update(len(block))
+        found: list[tuple[float, bool]] = [tuple(answers.known[place]) for place in range(len(requests))]
+        for (asked, *_), answer in zip(requests, found, strict=True):
+            if asked is not None and self.shared:  # a window of a longer text has no key; stock adds its own
                 self.cache_hook.add_partial("loglikelihood", asked, answer)
-        return answers
+        return found
 
     def _rows(self, requests: list[Request]) -> list[_Row]:
         """Group requests by context."""
@@ -201,34 +204,40 @@ class SharedContextLM(HFLM):
         windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
         return min([self.max_length, *(window for window in windows if isinstance(window, int) and window > 0)])
 
-    def _score(self, prefix: tuple[int, ...], rows: list[_Row], total: Any, wrong: Any, bar: Any) -> None:
+    def _score(self, prefix: tuple[int, ...], rows: list[_Row], tally: _Tally) -> None:
         """Score rows with one beginning, longest first; a batch that does not fit is halved and tried again."""
         rows = sorted(rows, key=lambda row: -row.width)
         cache, done = None, 0
         while done < len(rows):
             widest = rows[done].width - len(prefix) + len(prefix) // 4  # kept keys and values weigh less than work
             batch = rows[done : done + max(1, self._budget // widest)]
-            try:
-                if prefix and cache is None:
-                    cache = self._read(prefix)
-                places, likelihoods, misses = self._forward(batch, len(prefix), cache)
-            except Exception as error:
-                if not is_out_of_memory(error) or len(batch) == 1:
-                    raise
-                self._budget = max(1, min(self._budget, len(batch) * widest) // 2)
-                del error
-                release()
-                continue
-            total.index_add_(0, places, likelihoods.to(total.dtype))
-            wrong.index_add_(0, places, misses)
+            asked = [place for row in batch for _, places in row.branches for place in places]
+            if not tally.knows(asked):
+                try:
+                    if prefix and cache is None:
+                        cache = self._read(prefix)
+                    scored = self._forward(batch, len(prefix), cache)
+                except Exception as error:
+                    if not is_out_of_memory(error) or len(batch) == 1:
+                        raise
+                    self._budget = max(1, min(self._budget, len(batch) * widest) // 2)
+                    del error
+                    release()
+                    continue
+                tally.add(asked, *scored)
             done += len(batch)
-            bar.update(sum(len(asked) for row in batch for _, asked in row.branches))
+            tally.bar.update(len(asked))
 
     @torch.inference_mode()
     def _read(self, prefix: tuple[int, ...]) -> Any:
         """Return the keys and values of a beginning, of one row."""
         ids = torch.tensor([prefix], device=self.device)  # (1, P)
-        return self.model.base_model(input_ids=ids, use_cache=True).past_key_values
+        return self._run(input_ids=ids, use_cache=True).past_key_values
+
+    def _run(self, cache: Any = None, **options: Any) -> Any:
+        """Run the model without its output head."""
+        given = {} if cache is None else {self._cache_name: cache}
+        return self.model.base_model(**given, **options)
 
     @torch.inference_mode()
     def _forward(self, batch: list[_Row], skip: int, cache: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -299,15 +308,15 @@ class SharedContextLM(HFLM):
             segments.append(segment + [-1] * rest)
         options: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
-            options["past_key_values"] = deepcopy(cache)
-            options["past_key_values"].batch_repeat_interleave(len(batch))
+            cache = deepcopy(cache)
+            cache.batch_repeat_interleave(len(batch))
         if batch[0].plain:  # nothing to keep apart, padding after all that is scored: causal attention is enough
             if skip:
                 options["position_ids"] = torch.arange(skip, skip + width, device=self.device).expand(len(batch), -1)
         else:
             options["position_ids"] = self._there(positions)  # (B, L)
             options["attention_mask"] = self._mask(self._there(segments), skip)
-        hidden = self.model.base_model(input_ids=self._there(tokens), **options).last_hidden_state  # (B, L, D)
+        hidden = self._run(cache, input_ids=self._there(tokens), **options).last_hidden_state  # (B, L, D)
         return hidden.flatten(0, 1), where, targets, owners
 
     def _mask(self, segments: torch.Tensor, skip: int) -> torch.Tensor:
@@ -317,7 +326,10 @@ class SharedContextLM(HFLM):
         earlier = order[:, None] >= order  # (L, L)
         related = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # (B, L, L)
         mask = earlier & related | torch.eye(count, dtype=torch.bool, device=segments.device)
-        mask = torch.nn.functional.pad(mask, (skip, 0), value=True)[:, None]
+        return self._given(torch.nn.functional.pad(mask, (skip, 0), value=True)[:, None])
+
+    def _given(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return a mask of who sees whom, (B, 1, L, P+L), in the form the model's attention takes it."""
         if self.model.config._attn_implementation == "sdpa":
             return mask
         dtype = self.model.dtype  # other implementations add the mask to the scores
@@ -325,92 +337,139 @@ class SharedContextLM(HFLM):
 
     # What is generated
 
-    def _generate_until(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue each context greedily up to a stop sequence; sampled requests go to stock generation.
+
+        Rows that are done leave the batch, and a beginning that all contexts share is computed once.
+        """
+        answers = Answers(self._kept, [request.args for request in requests])
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         mine: list[tuple[int, list[str], int]] = []
-        rest: list[tuple[int, list[str], int]] = []
+        rest: list[int] = []
         for place, request in enumerate(requests):
             options = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
             until = handle_stop_sequences(options.pop("until", None), eos=eos)
             most = options.pop("max_gen_toks")
             sampled = options.pop("do_sample", False) or options.pop("temperature", 0.0) or options
-            (rest if sampled or not self.shared or self.think_end_token else mine).append((place, until, most))
-        answers: list[str] = [""] * len(requests)
-        if rest:
-            texts = super().generate_until([requests[place] for place, *_ in rest], disable_tqdm)
-            for (place, *_), text in zip(rest, texts, strict=True):
-                answers[place] = text
-        asked: list[tuple[list[int], int, list[str], int]] = []
+            if sampled or not self.shared or self.think_end_token:
+                rest.append(place)
+            else:
+                mine.append((place, until, most))
+        for start in range(0, len(rest), STOCK_BLOCK):
+            places = rest[start : start + STOCK_BLOCK]
+            if not all(place in answers.known for place in places):
+                texts = super().generate_until([requests[place] for place in places], disable_tqdm)
+                answers.keep(dict(zip(places, texts, strict=True)))
+        self.encode_contexts(requests[place].args[0] for place, *_ in mine)
+        asked: list[_Asked] = []
         for place, until, most in mine:
-            ids = self.tok_encode(requests[place].args[0])[-(self.max_length - most) :]
+            ids = self.encoded[(requests[place].args[0],)][0][-(self.max_length - most) :]
             asked.append((ids, place, until, most))
         asked.sort(key=lambda one: -(len(one[0]) + one[3]))
         shared = _common([ids for ids, *_ in asked]) if len(asked) >= PEERS else 0
         shared = shared if shared >= PREFIX else 0
-        cache, done = self._read(tuple(asked[0][0][:shared])) if shared else None, 0
-        rows = self._generated_rows(len(asked[0][0]) + asked[0][3]) if asked else 1
+        cache, done = None, 0
+        rows = self._generated_rows(len(asked[0][0]) + asked[0][3]) if asked and not self._alone else 1
         with tqdm(total=len(asked), desc="generating", disable=disable_tqdm or self.rank != 0) as bar:
             while done < len(asked):
                 batch = asked[done : done + rows]
-                try:
-                    texts = self._generate(batch, shared, cache)
-                except Exception as error:
-                    if not is_out_of_memory(error) or len(batch) == 1:
-                        raise
-                    rows = len(batch) // 2
-                    del error
-                    release()
-                    continue
-                for (_, place, until, _), text in zip(batch, texts, strict=True):
-                    answers[place] = postprocess_generated_text(text, until, None)
-                    self.cache_hook.add_partial("generate_until", requests[place].args, answers[place])
+                if not all(place in answers.known for _, place, *_ in batch):
+                    try:
+                        if shared and cache is None:
+                            cache = self._read(tuple(asked[0][0][:shared]))
+                        texts = self._generate(batch, shared, cache)
+                    except Exception as error:
+                        if not is_out_of_memory(error) or len(batch) == 1:
+                            raise
+                        rows = len(batch) // 2
+                        del error
+                        release()
+                        continue
+                    cut = [postprocess_generated_text(text, until, None)
+                           for (_, _, until, _), text in zip(batch, texts, strict=True)]  # fmt: skip
+                    answers.keep({place: text for (_, place, *_), text in zip(batch, cut, strict=True)})
                 done += len(batch)
                 bar.update(len(batch))
-        return answers
+        for place, *_ in mine:
+            self.cache_hook.add_partial("generate_until", requests[place].args, answers.known[place])
+        return [answers.known[place] for place in range(len(requests))]
 
     @torch.inference_mode()
-    def _generate(self, batch: list[tuple[list[int], int, list[str], int]], skip: int, cache: Any) -> list[str]:
+    def _generate(self, batch: list[_Asked], skip: int, cache: Any) -> list[str]:
         """Return each context's continuation as text, uncut after its stop sequence."""
         count, width = len(batch), max(len(ids) for ids, *_ in batch) - skip
-        padded = [[0] * (width + skip - len(ids)) + ids[skip:] for ids, *_ in batch]
-        ids = torch.tensor(padded, device=self.device)  # (B, L)
-        pads = torch.tensor([width + skip - len(row) for row, *_ in batch], device=self.device)
-        mask = torch.arange(width, device=self.device) >= pads[:, None]  # (B, L)
-        mask = torch.nn.functional.pad(mask, (skip, 0), value=True)
-        positions = (skip + torch.arange(width, device=self.device) - pads[:, None]).clamp(min=0)
-        if cache is not None:
-            cache = deepcopy(cache)
-            cache.batch_repeat_interleave(count)
-        written: list[list[int]] = [[] for _ in batch]
-        alive, fresh = list(range(count)), []  # fresh: tokens not yet read back, (B,) each
         steps = max(most for *_, most in batch)
+        ids = self._there([[0] * (width + skip - len(ids)) + ids[skip:] for ids, *_ in batch])  # (B, L)
+        pads = self._there([width + skip - len(ids) for ids, *_ in batch])  # (B,)
+        order = torch.arange(width, device=self.device)
+        mask = torch.nn.functional.pad(order >= pads[:, None], (skip, 0), value=True)  # (B, P+L)
+        positions = (skip + order - pads[:, None]).clamp(min=0)  # (B, L)
+        cache, last = self._begin(ids, mask, positions, cache, skip + width + steps)
+        positions = positions[:, -1:]
+        mask = torch.nn.functional.pad(mask, (0, steps), value=True)
+        windowed = self._window < self.max_length  # then the model itself makes a mask for each kind of layer
+        written: list[list[int]] = [[] for _ in batch]
+        alive, fresh = list(range(count)), []  # fresh: tokens not yet read back, (B, 1) each
         for step in range(1, steps + 1):
-            past = self.model.base_model(
+            ids = self._project(last).argmax(-1, keepdim=True)  # (B, 1)
+            fresh.append(ids)
+            if step % CHECK_STEPS == 0 or step == steps:
+                for row, new in zip(alive, torch.cat(fresh, 1).tolist(), strict=True):
+                    written[row] += new
+                fresh = []
+                going = [place for place, row in enumerate(alive) if not self._stopped(written[row], *batch[row][2:])]
+                if not going:
+                    break
+                if len(going) < len(alive):
+                    kept = self._there(going)
+                    cache.batch_select_indices(kept)
+                    ids, positions, mask = ids[kept], positions[kept], mask[kept]
+                    alive = [alive[place] for place in going]
+            positions = positions + 1
+            seen = mask[:, : skip + width + step]
+            past = self._run(
+                cache,
                 input_ids=ids,
-                attention_mask=mask.long(),
+                attention_mask=seen.long() if windowed else self._given(seen[:, None, None]),
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
             )
-            cache = past.past_key_values
-            ids = self._project(past.last_hidden_state[:, -1]).argmax(-1, keepdim=True)  # (B, 1)
-            fresh.append(ids)
-            positions = positions[:, -1:] + 1
-            mask = torch.nn.functional.pad(mask, (0, 1), value=True)
-            if step % CHECK_STEPS and step < steps:
-                continue
-            for row, new in zip(alive, torch.cat(fresh, 1).tolist(), strict=True):
-                written[row] += new
-            fresh = []
-            going = [place for place, row in enumerate(alive) if not self._stopped(written[row], *batch[row][2:])]
-            if not going:
-                break
-            if len(going) < len(alive):
-                kept = torch.tensor(going, device=self.device)
-                cache.batch_select_indices(kept)
-                ids, positions, mask = ids[kept], positions[kept], mask[kept]
-                alive = [alive[place] for place in going]
+            cache, last = past.past_key_values, past.last_hidden_state[:, -1]  # (B, D)
         return [self.tok_decode(tokens[:most]) for tokens, (*_, most) in zip(written, batch, strict=True)]
+
+    def _begin(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any, room: int
+    ) -> tuple[Any, torch.Tensor]:
+        """Read contexts (B, L), a budget's tokens at a time; return their cache and last hidden states (B, D).
+
+        The cache has room for all that is to come, so that a step copies none of what is there.
+        """
+        count, width = ids.shape
+        size = max(1, self._budget // width)
+        parts, last = [], []
+        for at in range(0, count, size):
+            rows = slice(at, at + size)
+            part = deepcopy(cache)
+            if part is not None:
+                part.batch_repeat_interleave(len(ids[rows]))
+            past = self._run(
+                part, input_ids=ids[rows], attention_mask=mask[rows].long(), position_ids=positions[rows],
+                use_cache=True,
+            )  # fmt: skip
+            parts.append(past.past_key_values)
+            last.append(past.last_hidden_state[:, -1])
+        joined = parts[0]
+        for number, layer in enumerate(joined.layers):
+            those = [part.layers[number] for part in parts]
+            if type(layer) is DynamicLayer:
+                joined.layers[number] = _Roomy(those, room)
+            elif len(parts) > 1:  # a sliding window's: it stays as long as it is
+                layer.keys, layer.values = (
+                    torch.cat([getattr(one, name) for one in those]) for name in ("keys", "values")
+                )
+            for one in those[1:]:
+                one.keys = one.values = None
+        return joined, torch.cat(last)
 
     def _stopped(self, tokens: list[int], until: list[str], most: int) -> bool:
         text = self.tok_decode(tokens, skip_special_tokens=False)
@@ -422,8 +481,11 @@ class SharedContextLM(HFLM):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         a_token = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
-        # growing a cache holds an old and a new copy of a layer; keys and values are twice as large for a moment
-        fitting = self._free_bytes() // 2 // (a_token * length)
+        # attention reads keys and values of one layer at a time, repeated for each of its queries' heads
+        more = (1 + config.num_attention_heads / heads) / config.num_hidden_layers
+        fitting = (
+            (self._free_bytes() - self._budget * self._activation_bytes()) * 0.9 // (a_token * length * (1 + more))
+        )
         return int(max(1, min(fitting, 512 if self.device.type == "cuda" else 16)))
 
     # What fits
@@ -438,11 +500,14 @@ class SharedContextLM(HFLM):
 
     def _tokens(self) -> int:
         """Return the tokens a forward pass may hold: what fits in half of the free memory, and no more than helps."""
+        room = self._free_bytes() // 2 - LOGITS_BYTES[self._memory]
+        return int(max(256, min(TOKENS[self._memory], room // self._activation_bytes())))
+
+    def _activation_bytes(self) -> int:
+        """Return what a token's activations take that are alive at once, in float32."""
         config = self.model.config.get_text_config()
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        a_token = 4 * (10 * config.hidden_size + 4 * inner)  # activations alive at once, in float32
-        room = self._free_bytes() // 2 - LOGITS_BYTES[self._memory]
-        return int(max(256, min(TOKENS[self._memory], room // a_token)))
+        return int(4 * (10 * config.hidden_size + 4 * inner))
 
     def _free_bytes(self) -> int:
         """Return what may still be allocated, with what the allocator holds unused and its limit counted."""
@@ -505,13 +570,84 @@ class SharedContextLM(HFLM):
         restarted, apart = [*range(15), *range(8, 15)], [0] * 8 + [1] * 7 + [2] * 7
         faults = []
         for positions, segments in ((restarted, [0] * 22), (list(range(22)), apart)):
-            hidden = self.model.base_model(
+            hidden = self._run(
                 input_ids=joined,
                 position_ids=torch.tensor([positions], device=self.device),
                 attention_mask=self._mask(torch.tensor([segments], device=self.device), 0),
             ).last_hidden_state
             faults.append(far(hidden[0, 15:]))
         return worst, max(0.1, min(faults) / 2)
+
+
+class _Tally:
+    """A log-likelihood a request, and how many of its tokens were not the likeliest.
+
+    Sums live on the device and are read where answers are due to be kept, and at the end: no batch waits for the one
+    before.
+    """
+
+    def __init__(self, count: int, device: torch.device, answers: Answers, bar: Any) -> None:
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.total = torch.zeros(count, dtype=wide, device=device)
+        self.wrong = torch.zeros(count, dtype=torch.long, device=device)
+        self.answers, self.bar = answers, bar
+        self.fresh: list[int] = []  # answered, and not kept yet
+
+    def knows(self, asked: Sequence[int]) -> bool:
+        """Whether all these requests are answered already."""
+        return all(place in self.answers.known for place in asked)
+
+    def add(self, asked: list[int], places: torch.Tensor, likelihoods: torch.Tensor, misses: torch.Tensor) -> None:
+        """Count a batch's positions, (N,) each, for the requests they belong to."""
+        self.total.index_add_(0, places, likelihoods.to(self.total.dtype))
+        self.wrong.index_add_(0, places, misses)
+        self.fresh += asked
+        if self.answers.due:
+            self.keep()
+
+    def keep(self) -> None:
+        """Read the sums of what was answered since the last time, and keep them."""
+        at = torch.tensor(self.fresh, device=self.total.device, dtype=torch.long)
+        values, greedy = self.total[at].tolist(), (self.wrong[at] == 0).tolist()
+        self.answers.keep(dict(zip(self.fresh, zip(values, greedy, strict=True), strict=True)))
+        self.fresh = []
+
+
+class _Roomy(DynamicLayer):
+    """A layer's keys and values with room for tokens to come: a step writes its own and copies none."""
+
+    def __init__(self, parts: Sequence[DynamicLayer], room: int) -> None:
+        """Join layers of some rows each, in order."""
+        super().__init__()
+        first = parts[0].keys
+        assert first is not None
+        self.dtype, self.device, self.is_initialized = first.dtype, first.device, True
+        self._length = first.shape[-2]
+        self._held = [self._joined([getattr(part, name) for part in parts], room) for name in ("keys", "values")]
+        self._show()
+
+    def _joined(self, parts: list[torch.Tensor], room: int) -> torch.Tensor:
+        _, heads, length, size = parts[0].shape
+        held = parts[0].new_empty((sum(len(part) for part in parts), heads, room, size))  # (B, H, room, D)
+        torch.cat(parts, out=held[:, :, :length]) if len(parts) > 1 else held[:, :, :length].copy_(parts[0])
+        return held
+
+    def _show(self) -> None:
+        self.keys, self.values = (held[:, :, : self._length] for held in self._held)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """Write new keys and values (B, H, L, D) behind those there are; return all."""
+        end = self._length + key_states.shape[-2]
+        for held, new in zip(self._held, (key_states, value_states), strict=True):
+            held[:, :, self._length : end] = new
+        self._length = end
+        self._show()
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows."""
+        self._held = [held[indices] for held in self._held]
+        self._show()
 
 
 def _common(lists: Sequence[list[int]] | Sequence[tuple[int, ...]]) -> int:

@@ -76,21 +76,39 @@ def compare(baseline: Sequence[bool], other: Sequence[bool]) -> Change:
     )
 
 
-def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean of `values`, (n,), by the bias-corrected accelerated bootstrap.
+def mean_interval(*strata: Sequence[float] | np.ndarray) -> tuple[float, float] | None:
+    """Return the 95 % interval of a mean, by the bias-corrected accelerated bootstrap (Efron 1987).
 
-    None where it is not defined: fewer than two values, or all alike. Source: Efron 1987, as scipy has it.
+    None where it is not defined: no values, or none that differ. ``scipy.stats.bootstrap`` gives the same, but leaves
+    every value out in turn, which for the 14,042 items of MMLU takes seconds; a mean's jackknife is known.
+
+    Parameters
+    ----------
+    strata
+        Values (n,), resampled; of several lists each is resampled by itself, and the mean is that of their means.
     """
     import numpy as np
-    from scipy.stats import bootstrap
+    from scipy.special import ndtr, ndtri
 
-    data = np.asarray(values, float)
-    if len(data) < 2 or np.ptp(data) == 0:
+    draw, data = np.random.default_rng(0), [np.asarray(values, float) for values in strata]
+    off = [(values - values.mean()) / len(data) for values in data if len(values)]
+    spread = sum(float((one**2).sum()) / len(one) ** 2 for one in off)
+    if len(off) < len(data) or not spread:
         return None
-    batch = max(1, CHUNK // len(data))
-    found = bootstrap((data,), np.mean, n_resamples=RESAMPLES, batch=batch, method="BCa", rng=np.random.default_rng(0))
-    low, high = (float(end) for end in found.confidence_interval)
-    return (low, high) if math.isfinite(low) and math.isfinite(high) else None
+    estimate = sum(values.mean() for values in data) / len(data)
+    means = np.zeros(RESAMPLES)
+    for values in data:
+        at = max(1, CHUNK // len(values))
+        for start in range(0, RESAMPLES, at):
+            rows = draw.integers(0, len(values), (min(at, RESAMPLES - start), len(values)))  # (r, n)
+            means[start : start + at] += values[rows].mean(1) / len(data)
+    below = ((means < estimate).mean() + (means <= estimate).mean()) / 2
+    if not 0 < below < 1:
+        return None
+    bias, z = ndtri(below), ndtri([0.025, 0.975])
+    skew = sum(float((one**3).sum()) / len(one) ** 3 for one in off) / (6 * spread**1.5)
+    low, high = np.quantile(means, ndtr(bias + (bias + z) / (1 - skew * (bias + z))))
+    return float(low), float(high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -110,3 +128,14 @@ def agresti_coull(right: int, items: int) -> float:
     """
     share = (right + 2) / (items + 4)
     return math.sqrt(share * (1 - share) / (items + 4))
+
+
+def agresti_min(gained: int, lost: int, items: int) -> tuple[float, float]:
+    """Return the 95 % interval in points of a paired change, from how many items flipped each way.
+
+    Half an item is added to each of the four cells before Wald's formula (Agresti and Min 2005), so the interval is
+    not empty where nothing flipped.
+    """
+    total, difference = items + 2, gained - lost
+    error = math.sqrt(gained + lost + 1 - difference**2 / total) / total
+    return 100 * (difference / total - 1.96 * error), 100 * (difference / total + 1.96 * error)

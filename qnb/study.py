@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from inspect import signature
-from itertools import count, cycle, islice
+from itertools import count, cycle, islice, pairwise
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from qnb import __version__, cause, device, hub, model, table
-from qnb.accuracy import Evaluator, wide_products
+from qnb import __version__, cause, colab, device, hub, model, table
+from qnb.accuracy import SCORERS, Evaluator, check_minutes, moved, wide_products
 from qnb.batch import is_out_of_memory
+from qnb.batch import sweep as batch_sizes
+from qnb.device import MIB
 from qnb.divergence import distances, summarize
 from qnb.error import InputError
 from qnb.ledger import FAILED, Ledger, checked, fingerprint, unchecked
@@ -31,6 +35,7 @@ from qnb.model import Source
 from qnb.monitor import sensor
 from qnb.precision import BASELINE, PRECISIONS, Precision, parse
 from qnb.provenance import ROOT, command, commit
+from qnb.results import Results, medians, readings
 from qnb.workload import Workload, paragraphs
 from qnb.workload import load as load_workload
 
@@ -44,18 +49,25 @@ Count = int | str  # a number, or "auto": what the device allows in minutes
 AUTO: dict[str, dict[str, int]] = {
     "cuda": {"bs1_requests": 20, "maxbatch_requests": 512, "prompt_tokens": 128, "new_tokens": 100, "limit": 200,
              "batch_size": 32, "max_batch": 512, "memory_mib": 0, "text_tokens": 65536, "context": 512,
-             "sweep_batch": 256},
+             "sweep_batch": 256, "drift_limit": 100},
     "cpu": {"bs1_requests": 4, "maxbatch_requests": 16, "prompt_tokens": 32, "new_tokens": 8, "limit": 12,
             "batch_size": 8, "max_batch": 16, "memory_mib": 400, "text_tokens": 1024, "context": 128,
-            "sweep_batch": 0},  # no sweep
+            "sweep_batch": 0, "drift_limit": 4},  # no sweep
 }  # fmt: skip
+
+FIRST_ROUND = {"cuda": 32, "cpu": 4}  # items a task, to learn a pace from
+SAFE = 0.9  # of the time left that a round is planned for
+WORTHWHILE = 1.5  # times as many items, or a round is not worth its time
 
 
 def locate(output: str | Path) -> Path:
     """Return the study's folder: a relative path is taken from the checkout, or from where one is if there is none.
 
-    So the five notebooks meet in one folder, from whichever folder each is opened.
+    So the five notebooks meet in one folder, from whichever folder each is opened. ``drive:name`` is a folder of the
+    user's Google Drive, on Colab.
     """
+    if str(output).startswith(colab.DRIVE):
+        return colab.folder(str(output))
     path = Path(output).expanduser()
     base = ROOT if (ROOT / "notebooks").is_dir() else Path.cwd()
     return path if path.is_absolute() else base / path
@@ -71,7 +83,7 @@ class Study:
     precisions
         Names separated by commas; ``"study"`` is bf16, fp16, int8, int4, nf4.
     output
-        The study's folder, relative to the checkout.
+        The study's folder, relative to the checkout; on Colab ``drive:name`` is one on Google Drive.
     data_dir
         A folder laid out like the hub's dataset repositories; empty reads the hub.
     seed
@@ -111,6 +123,7 @@ class Study:
         self._made: set[str] = set()  # checkpoints made by this object: overwriting makes each once
         self._sound: dict[Path, str] = {}  # checkpoints read whole and found unchanged, by their stamp then
         self._lock = FileLock(self.folder / ".lock")
+        self._read: tuple[int, Results] | None = None  # the ledger's bytes, and what was read from them
         if self.data_dir and not self.data_dir.is_dir():
             raise InputError(f"data_dir {data_dir} is not a folder; give one laid out like the hub, or leave it empty")
         self.ledger = Ledger(self.folder)
@@ -180,9 +193,10 @@ class Study:
     def card(self) -> pd.DataFrame:
         """Return the study's card: what is measured, on what, with what, and what is done already."""
         here, done = self.device, self.ledger.stages()
+        known = self._record or asdict(self.source)  # a study that was copied here shows without its model
         facts = {
-            "model": f"{self.source.name} ({self.source.why})",
-            "weights": f"fingerprint {self.source.fingerprint}" + (", random" if self.source.random_weights else ""),
+            "model": f"{known['name']} ({known['why']})",
+            "weights": f"fingerprint {known['fingerprint']}" + (", random" if known["random_weights"] else ""),
             "precisions": ", ".join(precision.name for precision in self.precisions),
             "device": f"{here.name}, {here.memory_mib / 1024:.1f} GiB"
             + (f", driver {here.driver}" if here.driver else ""),
@@ -301,7 +315,7 @@ class Study:
         return self._measured(self.frame("quantize"), "quantize")
 
     def push(self, push_to: str, private: bool = True, dry_run: bool = True) -> pd.DataFrame:
-        """Upload every precision's checkpoint to the hub, or show what would be; return a row each.
+        """Upload every precision's checkpoint to the hub, or show what would be; return a row each, kept in push.csv.
 
         Parameters
         ----------
@@ -329,7 +343,9 @@ class Study:
                     sent = hub.push(self.checkpoint(precision), f"{push_to}-{precision.name}", private, dry_run)
                     rows.append({"precision": precision.name, **asdict(sent), "files": " ".join(sent.files)})
                 bar.update()
-        return self._save("push", pd.DataFrame(rows, columns=columns))
+        frame = pd.DataFrame(rows, columns=columns)
+        frame.to_csv(self.folder / "push.csv", index=False)
+        return frame
 
     def checkpoint(self, precision: Precision, say: bool = False) -> Path:
         """Return the folder of a precision's checkpoint, made now if it is not there."""
@@ -395,7 +411,12 @@ class Study:
     # 02: accuracy
 
     def accuracy(
-        self, tasks: str = "auto", limit: Count = "auto", batch_size: Count = "auto", scorer: str = "qnb"
+        self,
+        tasks: str = "auto",
+        limit: Count = "auto",
+        batch_size: Count = "auto",
+        scorer: str = "qnb",
+        minutes: float = 0,
     ) -> pd.DataFrame:
         """Evaluate every precision on every task; return a row a task, metric and precision.
 
@@ -409,48 +430,156 @@ class Study:
             Rows a forward pass, where stock scoring is used.
         scorer
             ``"qnb"``, or ``"hf"`` for lm-eval's own.
+        minutes
+            A budget for all precisions and tasks together; 0 sets none. Then `limit` follows from it, the same for
+            every precision, and what was given as `limit` is the most there may be (``"auto"`` is all).
 
         Raises
         ------
         InputError
-            A task is unknown, its data cannot be read, a count is not positive, or the weights are random.
+            A task is unknown, its data cannot be read, a count is not positive, the model has no tokenizer, or its
+            weights are random.
         """
-        most = None if limit == "all" else self.count("limit", limit)
-        rows = self.count("batch_size", batch_size)
+        check_minutes(minutes)
+        every = limit == "all" or (limit == "auto" and minutes > 0)
+        most = None if every else self.count("limit", limit)
+        evaluator = self._evaluator(tasks, most, self.count("batch_size", batch_size), scorer)
+        if minutes:
+            self._spend(evaluator, minutes)
+        else:
+            self._evaluate(evaluator)
+        return self._measured(self.scores(), "accuracy")
+
+    def _evaluator(self, tasks: str, limit: int | None, batch_size: int, scorer: str = "qnb") -> Evaluator:
+        """Return an evaluator whose tasks are known and whose model can be asked."""
         self.check_weights()
         if tasks == "auto":
             tasks = "sample" if self.device.kind == "cpu" else "paper"
-        evaluator = Evaluator(tasks, most, rows, self.data_dir, scorer)
-        asked = {"limit": most or "all", "scorer": scorer, "batch_size": rows if scorer == "hf" else None}
+        evaluator = Evaluator(tasks, limit, batch_size, self.data_dir, scorer, self.folder / "requests")
+        _ = self.tokenizer  # a model without one ends this before a checkpoint is made
+        return evaluator
+
+    def _evaluate(self, evaluator: Evaluator, more: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Return a row a precision and task; what is missing is measured, and gets the fields `more` as well."""
+        asked = {
+            "limit": evaluator.limit or "all",
+            "scorer": evaluator.scorer,
+            "batch_size": evaluator.batch_size if evaluator.scorer == "hf" else None,
+        }
         keys = {
             (precision.name, task): self._key("accuracy", precision, asked, task=task)
             for precision in self.precisions
             for task in evaluator.tasks
         }
-        missing = {pair for pair, key in keys.items() if not self._scored(key)}
-        for task in {task for _, task in missing}:
-            evaluator.build(task)  # data that cannot be read end this before a checkpoint is made
-        with self._bar(len(keys), "accuracy") as bar:
-            bar.update(len(keys) - len(missing))
+        rows = {pair: row for pair, key in keys.items() if (row := self._scored(key))}
+        for task in {task for pair in keys if pair not in rows for task in pair[1:]}:
+            evaluator.asked(task)  # data that cannot be read end this before a checkpoint is made
+        with self._alone(), self._bar(len(keys), "accuracy") as bar:
+            bar.update(len(rows))
             for precision in self.precisions:
-                todo = [task for task in evaluator.tasks if (precision.name, task) in missing]
+                todo = [task for task in evaluator.tasks if (precision.name, task) not in rows]
 
                 def answer(network: PreTrainedModel, _: float, name: str = precision.name, todo: list = todo) -> None:
                     for task in todo:
                         bar.set_postfix_str(f"{name} {task}")
-                        kept = self._items_path(keys[name, task]).with_suffix(".answers")
-                        result = evaluator.evaluate(network, self.tokenizer, task, kept)
-                        values = {
-                            "scores": [asdict(score) for score in result.scores],
-                            "items_sha256": self._keep_items(keys[name, task], result.items),
-                        }
-                        self._append(keys[name, task], asked, values)
-                        kept.unlink(missing_ok=True)
+                        key, started = keys[name, task], perf_counter()
+                        kept = self._items_path(key).with_suffix(".answers")
+                        with self._failing(key, asked, f"{name} on {task}"):
+                            result = evaluator.evaluate(network, self.tokenizer, task, kept)
+                            values = {
+                                "scores": [asdict(score) for score in result.scores],
+                                "items_sha256": self._write(self._items_path(key), result.items),
+                                "data_sha256": result.data_sha256,
+                                "groups": result.groups,
+                                "evaluate_s": perf_counter() - started,
+                                **(more or {}),
+                            }
+                            rows[name, task] = self._append(key, asked, values)
+                            kept.unlink(missing_ok=True)
                         bar.update()
 
                 if todo:
-                    self.on(precision, answer)
-        return self.scores()
+                    with self._failing(keys[precision.name, todo[0]], asked, f"{precision.name}'s accuracy"):
+                        self.on(precision, answer)
+        return list(rows.values())
+
+    def _spend(self, evaluator: Evaluator, minutes: float) -> None:
+        """Evaluate rounds of more and more items, every precision the same ones, until the budget is spent.
+
+        A round's pace says how many items the next may have. Small rounds are slow a item, so the first guesses are
+        low; each round is whole for every precision before the next begins, and an interrupted one goes on.
+        """
+        tasks, cap = ", ".join(evaluator.tasks), evaluator.limit
+        asked = {"minutes": minutes, "scorer": evaluator.scorer, "cap": cap or "all"}
+        parts = {"weights": self.source.fingerprint, "device": self.device.name, "versions": self.versions}
+        key = {"stage": "budget", "task": tasks, "setting": f"{minutes:g} min",
+               "fingerprint": fingerprint({**parts, **asked, "tasks": tasks})}  # fmt: skip
+        sizes = {task: evaluator.asked(task).sizes for task in evaluator.tasks}
+        largest = max(size for parts in sizes.values() for size in parts.values())
+        cap = min(cap or largest, largest)
+        first = {"limit": min(FIRST_ROUND[self.device.kind], cap), "spent_s": 0.0, "done": False}
+        plan = self._find(key) or self._append(key, asked, first)
+        while True:
+            started, limit = perf_counter(), int(plan["limit"])
+            rows = self._evaluate(evaluator.limited(limit), {"minutes": minutes})
+            if plan["done"]:
+                return
+            spent_s = plan["spent_s"] + max(perf_counter() - started, sum(row["evaluate_s"] for row in rows))
+            overhead_s = spent_s - plan["spent_s"] - sum(row["evaluate_s"] for row in rows)
+            left_s = 60 * minutes - spent_s - overhead_s
+
+            def cost_s(items: int, rows: list = rows, limit: int = limit) -> float:
+                return sum(row["evaluate_s"] * _items_of(sizes[row["task"]], items)
+                           / _items_of(sizes[row["task"]], limit) for row in rows)  # fmt: skip
+
+            more = bisect_right(range(1, cap + 1), SAFE * left_s, key=cost_s)  # the most items that still fit
+            if more < WORTHWHILE * limit:
+                self._append(key, asked, {"limit": limit, "spent_s": spent_s, "done": True})
+                return
+            plan = self._append(key, asked, {"limit": more, "spent_s": spent_s, "done": False})
+
+    def drift(self, tasks: str = "auto", limit: Count = "auto") -> pd.DataFrame:
+        """Measure what a choice's score owes to its neighbours in a batch; return a row a precision and scorer.
+
+        The same items are scored in the usual batches and each row alone, by this project's scorer and by lm-eval's.
+        In 16 bit the difference is rounding; LLM.int8 chooses its outlier columns over the whole batch.
+
+        Parameters
+        ----------
+        tasks
+            As for `accuracy`; the first task of choices among them is asked.
+        limit
+            Items of it.
+
+        Raises
+        ------
+        InputError
+            As for `accuracy`; or there is no task of choices among `tasks`.
+        """
+        usual = self._evaluator(tasks, self.count("limit", limit, "drift_limit"), 32)
+        task = next((task for task in usual.tasks if usual.chooses(task)), None)
+        if task is None:
+            raise InputError(f"tasks {tasks!r} names none of choices; give one such as sample_easy or arc_easy")
+        asked = {"limit": usual.limit}
+        with self._alone(), self._bar(len(self.precisions), "drift") as bar:
+            for precision in self.precisions:
+                keys = {name: self._key("drift", precision, asked, engine=name, task=task) for name in SCORERS}
+                missing = [name for name, key in keys.items() if not self._find(key)]
+
+                def compare(network: PreTrainedModel, _: float, missing: list = missing, keys: dict = keys) -> None:
+                    for name in missing:
+                        found = [
+                            each.evaluate(network, self.tokenizer, task).items
+                            for each in (usual.scored_by(name), usual.scored_by(name, alone=True))
+                        ]
+                        self._append(keys[name], asked, asdict(moved(*found)))
+
+                bar.set_postfix_str(precision.name)
+                if missing:
+                    with self._failing(keys[missing[0]], asked, f"{precision.name}'s drift"):
+                        self.on(precision, compare)
+                bar.update()
+        return self._save("drift")
 
     def divergence(self, prompts: str = "auto", text_tokens: Count = "auto", context: Count = "auto") -> pd.DataFrame:
         """Measure perplexity on running text, and how far each precision's predictions are from BF16's.
@@ -475,16 +604,25 @@ class Study:
         source = self._prompts(prompts)
         text = "\n\n".join(paragraphs(source, self.data_dir))
         ids = self.tokenizer(text, verbose=False)["input_ids"][:most]
-        asked = {"text": source, "text_sha256": fingerprint({"ids": ids}), "tokens": len(ids), "context": width}
-        with self._bar(len(self.precisions), "divergence") as bar:
+        asked = {"text": source, "text_sha256": fingerprint({"ids": ids}), "tokens": len(ids), "context": width,
+                 "stride": width // 2}  # fmt: skip
+        with self._alone(), self._bar(len(self.precisions), "divergence") as bar:
             for precision in self.precisions:
                 bar.set_postfix_str(precision.name)
                 key = self._key("divergence", precision, asked)
                 if not self._find(key):
-                    tokens = self.on(precision, partial(self._distances, precision, ids, width))
-                    self._append(key, asked, {name: asdict(found) for name, found in summarize(tokens).items()})
+                    with self._failing(key, asked, f"{precision.name}'s divergence"):
+                        tokens = self.on(precision, partial(self._distances, precision, ids, width))
+                        found = {name: asdict(estimate) for name, estimate in summarize(tokens).items()}
+                        self._append(key, asked, {**found, **self._keep_tokens(key, tokens)})
                 bar.update()
-        return self._save("divergence")
+        return self._measured(self._save("divergence"), "divergence")
+
+    def _keep_tokens(self, key: dict[str, Any], tokens: pd.DataFrame) -> dict[str, Any]:
+        """Write a row's tokens; return what the row says of them. Nothing else of a divergence is ever on the disk."""
+        name = f"samples/divergence.{key['precision']}.{key['fingerprint']}.parquet"
+        sha256 = self._write(self.folder / name, tokens)
+        return {"samples": name, "samples_sha256": sha256, "disk_mib": (self.folder / name).stat().st_size / MIB}
 
     def _distances(
         self, precision: Precision, ids: list[int], context: int, network: PreTrainedModel, _: float
@@ -511,22 +649,21 @@ class Study:
                 "leave 02_accuracy out, or take smollm2-135m or a model from the hub"
             )
 
-    def _keep_items(self, key: dict[str, Any], items: pd.DataFrame) -> str:
-        """Write a task's items, whole or not at all, and return the file's sha256."""
-        path = self._items_path(key)
+    def _write(self, path: Path, frame: pd.DataFrame) -> str:
+        """Write a file, whole or not at all, and return its sha256."""
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".draft")
-        items.to_parquet(draft)
+        frame.to_parquet(draft)
         draft.replace(path)
         return model.file_sha256(path)
 
     def _items_path(self, row: Mapping[str, Any]) -> Path:
         return self.folder / items_name(row)
 
-    def _scored(self, key: dict[str, Any]) -> bool:
-        """Return whether a row answers and its items are those it was counted from."""
+    def _scored(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the row that answers, if its items are those it was counted from."""
         row = self._find(key)
-        return row is not None and self.items(row) is not None
+        return row if row is not None and self.items(row) is not None else None
 
     def items(self, row: dict[str, Any]) -> pd.DataFrame | None:
         """Return every item that an accuracy row was counted from: gold, picked, correct, log-likelihoods.
@@ -738,7 +875,7 @@ class Study:
             `most` is not positive, or an engine is unknown or cannot run here.
         """
         names, largest = self._engines(engines), self.count("sweep_batch", most)
-        sizes = sorted({*(2**power for power in range(largest.bit_length())), largest} - {0})
+        sizes = batch_sizes(largest) if largest else ()
         asked = {"workload": workload.fingerprint, "prompts": workload.source}
         if not sizes:
             return self.build("sweep")
@@ -871,11 +1008,12 @@ class Study:
     def _keep_samples(self, key: Mapping[str, Any], timed: Run) -> dict[str, Any]:
         """Write what a row was counted from, the monitor's readings and each token's time; return the files' names."""
         parts = [key["stage"], key["setting"], key["precision"], key["engine"], key.get("repeat", 0)]
-        stem, folder = ".".join(map(str, [*parts, key["fingerprint"]])), self.folder / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(timed.readings).to_parquet(folder / f"{stem}.parquet")
-        pd.DataFrame(timed.tokens()).to_parquet(folder / f"{stem}.tokens.parquet")
-        return {"samples": f"{stem}.parquet", "token_samples": f"{stem}.tokens.parquet"}
+        stem = f"samples/{'.'.join(map(str, [*parts, key['fingerprint']]))}"
+        frames = {"samples": timed.readings, "token_samples": timed.tokens()}
+        names = {field: f"{stem}{'.tokens' * (field == 'token_samples')}.parquet" for field in frames}
+        hashes = {f"{field}_sha256": self._write(self.folder / names[field], pd.DataFrame(frames[field]))
+                  for field in frames}  # fmt: skip
+        return {**names, **hashes}
 
     def _turns(self, repeats: int) -> Iterator[tuple[int, Precision]]:
         """Let precisions take turns, each repeat beginning with another one."""
@@ -915,15 +1053,86 @@ class Study:
         rows = rows.sort_values("precision", key=lambda names: names.map(order), kind="stable")
         return rows.dropna(axis="columns", how="all").reset_index(drop=True)
 
-    def figures(self) -> dict[str, Any]:
-        """Draw the paper's six figures, save them below ``figures/``, and return them by name."""
-        from qnb import figure
+    def results(self) -> Results:
+        """Return everything measured, as frames: what figures, panels and the report are made of."""
+        size = self.ledger.path.stat().st_size if self.ledger.path.exists() else 0
+        if self._read is None or self._read[0] != size:
+            self._read = size, self._results()
+        return self._read[1]
 
-        tables = {2: self.table2(), 3: self.table3(), 4: self.table4()}
-        self.table1()
-        drawn = figure.draw_all(self.scores(), tables)
-        figure.save(drawn, self.folder / "figures")
+    def _results(self) -> Results:
+        rows = tuple(self.ledger)
+        runs = {setting: self.frame("perf", setting) for setting in ("bs1", "maxbatch")}
+        timed = [row for frame in runs.values() for row in frame.to_dict("records")]
+        return Results(
+            name=self.folder.name,
+            model=self._record.get("name", self.model),
+            device=rows[-1].get("device", "") if rows else "",
+            tables={1: self.table1(), 2: self.table2(), 3: self.table3(), 4: self.table4()},
+            scores=self.scores(),
+            bs1=medians(runs["bs1"]),
+            maxbatch=medians(runs["maxbatch"]),
+            sweep=medians(self.frame("sweep")),
+            samples=readings(self.folder, timed),
+            checkpoints=self.frame("quantize"),
+            divergence=table.divergence(self.frame("divergence")),
+            rows=rows,
+        )
+
+    def figures(self, pictures: bool = True) -> dict[str, Any]:
+        """Draw every figure, save them below ``figures/``, and return them by name.
+
+        Parameters
+        ----------
+        pictures
+            Whether to save PNG and SVG beside HTML; that takes a browser and some seconds.
+        """
+        from qnb import export, figure
+
+        drawn = figure.draw_all(self.results())
+        export.pages(drawn, self.folder / "figures")
+        if pictures and (problem := export.pictures(drawn, self.folder / "figures")):
+            tqdm.write(problem)
         return drawn
+
+    def report(self) -> Path:
+        """Write ``report.html``, one page that needs no network, and a model card a checkpoint; return the page."""
+        from qnb import modelcard, report
+
+        results = self.results()
+        path = self.folder / "report.html"
+        draft = path.with_suffix(".draft")
+        draft.write_text(report.page(results, self.ledger.path), encoding="utf-8")
+        draft.replace(path)
+        for precision in self.precisions:
+            if precision.name in set(results.checkpoints.get("precision", ())):
+                modelcard.write(results, precision, self.folder / "cards")
+        return path
+
+    def continuation(self, prompt: str, precision: str, new_tokens: int = 24) -> list[str]:
+        """Return what a precision's checkpoint writes after a prompt, greedily, token by token as text.
+
+        Raises
+        ------
+        InputError
+            The prompt is empty, the precision unknown, or `new_tokens` below 1.
+        """
+        from qnb.decode import ENGINES
+
+        (asked,) = parse(precision)
+        self.count("new_tokens", new_tokens)
+        ids = self.tokenizer(prompt, verbose=False)["input_ids"] if prompt.strip() else []
+        if not ids:
+            raise InputError("the prompt is empty; give some words to go on from")
+
+        def generate(network: PreTrainedModel, _: float) -> list[int]:
+            with model.quiet():
+                return ENGINES["eager"](network, [ids], new_tokens)[0].tolist()  # (N,)
+
+        made = self.on(asked, generate)
+        # a character may take several tokens: a piece is what its token adds to the text
+        texts = [str(self.tokenizer.decode(made[:count])).rstrip("\ufffd") for count in range(len(made) + 1)]
+        return [now.removeprefix(before) for before, now in pairwise(texts)]
 
     def scores(self) -> pd.DataFrame:
         """Return a row a task, metric, filter and precision."""
@@ -966,6 +1175,7 @@ class Study:
             "table4_t4_estimate": lambda: cause.t4(self.frame("perf", "maxbatch"), 4),
             "sweep": lambda: table.sweep(self.frame("sweep")),
             "divergence": lambda: table.divergence(self.frame("divergence")),
+            "drift": lambda: table.drift(self.frame("drift")),
         }
         return makers[name]()
 
@@ -978,7 +1188,13 @@ class Study:
             frame.to_csv(folder / f"{name}.csv", index=False)
             made = {"precisions": [precision.name for precision in self.precisions]}
             (folder / f".{name}.json").write_bytes(checked(made))
+            (folder / f"{name}.md").write_text(table.markdown(frame), encoding="utf-8")
         return frame
+
+
+def _items_of(sizes: Mapping[str, int], limit: int) -> int:
+    """Return the items a task and its subtasks have with a limit each."""
+    return sum(min(limit, size) for size in sizes.values())
 
 
 def items_name(row: Mapping[str, Any]) -> str:

@@ -7,29 +7,33 @@ was measured, under their own name, never in its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import pandas as pd
 
 from qnb import paper
+from qnb.batch import knee
 from qnb.precision import BASELINE
-from qnb.stats import compare, holm
+from qnb.stats import compare, holm, mean_interval
 
 # the metric a task is known by: accuracy for choices, strict exact match for generated answers
 HEADLINE = ("acc", "exact_match")
 AGGREGATE = "mean over tasks"
-# what the paper calls "GSM8K (average of strict and CoT)": the mean of the two strict readings, 5-shot and
-# chain-of-thought; the flexible readings stand beside it
+# GSM8K has four readings: the 5-shot task and the 8-shot chain-of-thought one, each with the answer read strictly
+# (the number after "####", or after "The answer is") and flexibly (the last number there is). What the paper calls
+# "GSM8K (average of strict and CoT)" is the mean of the two strict ones
 AVERAGED = {"gsm8k_average": ("gsm8k", "gsm8k_cot")}
 SIGNIFICANT = 0.05
+Z95 = 1.96  # standard errors each way
 
 
 def scores(frame: pd.DataFrame) -> pd.DataFrame:
     """Unfold accuracy rows to a row a task, metric, filter and precision; ``asked`` is the task that was asked for."""
     rows = [
-        {"precision": row["precision"], "asked": row["task"], "limit": row["limit"], **score}
+        {"precision": row["precision"], "asked": row["task"], "limit": row["limit"], "of": None, **score}
         for row in frame.to_dict("records")
         for score in row["scores"]
     ]
@@ -50,12 +54,14 @@ def headline(frame: pd.DataFrame) -> pd.DataFrame:
     parts = [kept]
     for name, tasks in AVERAGED.items():
         parts.append(_means(whole[whole.task.isin(tasks)], name, len(tasks)))
-    # alike are tasks that every precision answered, on as many items
-    common = whole.groupby("task").filter(
-        lambda rows: set(rows.precision) == set(whole.precision) and rows["items"].nunique() == 1
-    )
+    common = whole.groupby("task").filter(lambda rows: alike(rows, whole))
     parts.append(_means(common, AGGREGATE, 1))
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+
+def alike(rows: pd.DataFrame, every: pd.DataFrame) -> bool:
+    """Return whether a task's rows are of every precision there is, on as many items each."""
+    return set(rows.precision) == set(every.precision) and rows["items"].nunique() == 1
 
 
 def _means(whole: pd.DataFrame, name: str, least: int) -> pd.DataFrame:
@@ -76,6 +82,7 @@ def _means(whole: pd.DataFrame, name: str, least: int) -> pd.DataFrame:
                 "value": group.value.mean(),
                 "stderr": math.sqrt((group.stderr**2).sum()) / len(group) if known else None,
                 "items": int(group["items"].sum()),
+                "of": group["of"].sum() if group["of"].notna().all() else None,
                 "shots": 0,
                 "group": True,
             }
@@ -87,16 +94,17 @@ def accuracy(frame: pd.DataFrame) -> pd.DataFrame:
     """Table 1: a row a task, metric and number of items; a column a precision in percent and its error in points.
 
     Metrics are lm-eval's, with the mean probability of the right choice (``p_right``) beside them; ``mean`` rows are
-    averages of others. Rows of a sample never share a cell with rows of a whole task: ``items`` is part of the key.
+    averages of others, followed by their 95 % intervals, 1.96 standard errors each way. Rows of a sample never share
+    a cell with rows of a whole task: ``items``, and ``of`` how many there are, are part of the key.
     """
     if frame.empty:
         return frame
     published = paper.accuracy().set_index(["task", "precision"]).acc
     every = headline(frame)
-    frame = pd.concat([frame, every[every.metric == "mean"]], ignore_index=True)
-    keys = ["task", "metric", "filter", "items"]
+    frame = pd.concat([frame, *_ends(every[every.metric == "mean"])], ignore_index=True)
+    keys = ["task", "metric", "filter", "items", "of"]
     rows = []
-    for key, group in frame.groupby(keys, sort=False):
+    for key, group in frame.groupby(keys, sort=False, dropna=False):
         row = dict(zip(keys, key, strict=True))
         for score in group.itertuples():
             row[f"{score.precision}_pct"] = 100 * score.value
@@ -108,11 +116,22 @@ def accuracy(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).round(4)
 
 
+def _ends(means: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """Yield rows of means, and of the ends of their 95 % intervals."""
+    if len(means):
+        yield means
+        for end, sign in (("low", -1), ("high", 1)):
+            value = means.value + sign * Z95 * means.stderr.astype(float)
+            yield means.assign(metric=f"mean, 95 % {end}", value=value.clip(0, 1), stderr=None)
+
+
 def change(frame: pd.DataFrame, items: Callable[[dict[str, Any]], pd.DataFrame | None]) -> pd.DataFrame:
     """Table 2: a row a task and precision, the change against BF16 with its interval and paired test.
 
     Only answers to the same items are compared; where there are none, ``note`` says why. ``holm_p`` is McNemar's p
-    corrected for all cells of the table, and ``significant`` whether it is below 0.05.
+    corrected for all cells of the table, and ``significant`` whether it is below 0.05. ``p_right`` columns are the
+    change of the mean probability of the right choice, on the same items. Means over tasks have an interval, for which
+    each task's items are resampled by themselves; their parts are tested, they are not.
 
     Parameters
     ----------
@@ -126,6 +145,7 @@ def change(frame: pd.DataFrame, items: Callable[[dict[str, Any]], pd.DataFrame |
     published = paper.change().set_index(["task", "precision"]).change_pct
     all_scores = scores(frame)
     rows: list[dict[str, Any]] = []
+    pairs: dict[tuple[str, str], pd.DataFrame] = {}  # by task and precision
     for asked, group in frame.groupby("task", sort=False):
         measured = {row["precision"]: row for row in group.to_dict("records")}
         base = measured.pop(BASELINE, None)
@@ -138,13 +158,17 @@ def change(frame: pd.DataFrame, items: Callable[[dict[str, Any]], pd.DataFrame |
                 note = f"not compared: limit {row['limit']}, {BASELINE} has {base['limit']}"
             elif before is None or (now := items(row)) is None:
                 note = "not compared: the items' file is gone or was changed"
+            elif len(both := _pairs(before, now)) != len(_correct(before)):
+                note = f"not compared: the items are others than {BASELINE}'s"
             else:
-                rows += _paired(str(asked), precision, mine, _correct(before), _correct(now))
+                pairs[str(asked), precision] = both
+                groups = row.get("groups")
+                rows += _paired(str(asked), precision, mine, both, groups if isinstance(groups, dict) else {})
                 continue
             rows.append({"task": asked, "precision": precision, "note": note})
     if not rows:
         return pd.DataFrame()
-    table = pd.DataFrame([*rows, *_averaged(rows)])
+    table = pd.DataFrame([*rows, *_averaged(pairs)])
     if "mcnemar_p" in table:
         tested = table.mcnemar_p.notna()
         table.loc[tested, "holm_p"] = holm(list(table.mcnemar_p[tested]))
@@ -156,85 +180,87 @@ def change(frame: pd.DataFrame, items: Callable[[dict[str, Any]], pd.DataFrame |
 
 
 def _paired(
-    asked: str, precision: str, mine: pd.DataFrame, before: pd.DataFrame, now: pd.DataFrame
-) -> list[dict[str, Any]]:
-    """Compare one task's items, and those of each group in it."""
-    pairs = before.join(now, lsuffix="_base", how="inner", validate="one_to_one").reset_index()
-    groups = mine[mine.metric.isin(HEADLINE) & ((mine.task == asked) | mine.group.astype(bool))].task.unique()
-    rows = []
-    for task in groups:
-        part = pairs if task == asked else pairs[pairs.task.isin(_members(task, mine, pairs))]
+    asked: str, precision: str, mine: pd.DataFrame, pairs: pd.DataFrame, groups: dict[str, Sequence[str]]
+) -> Iterator[dict[str, Any]]:
+    """Compare one task's items, and those of each group in it, which lm-eval weighs by their items."""
+    kept = mine[mine.metric.isin(HEADLINE) & ((mine.task == asked) | mine.group.astype(bool))]
+    for task in kept.task.unique():
+        part = pairs if task == asked else pairs[pairs.task.isin(groups.get(task, ()))]
         if part.empty or part[["correct_base", "correct"]].isna().any(axis=None):
             continue  # right and wrong are what is paired; a task that gives shares has neither
         paired = compare(list(part.correct_base), list(part.correct))
-        rows.append(
-            {
-                "task": task,
+        yield {
+            "task": task,
+            "precision": precision,
+            "items": paired.items,
+            "baseline_pct": 100 * paired.baseline,
+            "accuracy_pct": 100 * paired.accuracy,
+            "change_pp": paired.change_pp,
+            "low_pp": paired.low_pp,
+            "high_pp": paired.high_pp,
+            "change_pct": paired.change_pct,
+            "gained": paired.gained,
+            "lost": paired.lost,
+            "mcnemar_p": paired.p_value,
+            **_belief(part),
+        }
+
+
+def _belief(pairs: pd.DataFrame) -> dict[str, float | None]:
+    """Return how the mean probability of the right choice changed, where all items are choices."""
+    if "p_right" not in pairs or pairs[["p_right_base", "p_right"]].isna().any(axis=None):
+        return {}
+    moved = 100 * (pairs.p_right - pairs.p_right_base)
+    low, high = mean_interval(moved.to_numpy()) or (None, None)
+    return {"p_right_change_pp": float(moved.mean()), "p_right_low_pp": low, "p_right_high_pp": high}
+
+
+def _averaged(pairs: dict[tuple[str, str], pd.DataFrame]) -> Iterator[dict[str, Any]]:
+    """Yield the means' changes: of GSM8K's strict readings, and over the tasks compared for every precision."""
+    precisions = list(dict.fromkeys(precision for _, precision in pairs))
+    whole = {key: both for key, both in pairs.items() if not both[["correct_base", "correct"]].isna().any(axis=None)}
+    common = [task for task in dict.fromkeys(task for task, _ in whole)
+              if all((task, precision) in whole for precision in precisions)]  # fmt: skip
+    for name, tasks in {**AVERAGED, f"{AGGREGATE} ({len(common)})": tuple(common)}.items():
+        for precision in precisions:
+            parts = [whole[task, precision] for task in tasks if (task, precision) in whole]
+            if len(parts) < max(2, len(tasks)):
+                continue  # one task is its own mean
+            before, now = (sum(100 * part[column].mean() for part in parts) / len(parts)
+                           for column in ("correct_base", "correct"))  # fmt: skip
+            flips = [100 * (part.correct.astype(float) - part.correct_base.astype(float)).to_numpy() for part in parts]
+            low, high = mean_interval(*flips) or (None, None)
+            yield {
+                "task": name,
                 "precision": precision,
-                "items": paired.items,
-                "baseline_pct": 100 * paired.baseline,
-                "accuracy_pct": 100 * paired.accuracy,
-                "change_pp": paired.change_pp,
-                "low_pp": paired.low_pp,
-                "high_pp": paired.high_pp,
-                "change_pct": paired.change_pct,
-                "gained": paired.gained,
-                "lost": paired.lost,
-                "mcnemar_p": paired.p_value,
+                "items": sum(map(len, parts)),
+                "baseline_pct": before,
+                "accuracy_pct": now,
+                "change_pp": now - before,
+                "low_pp": low,
+                "high_pp": high,
+                "change_pct": 100 * (now / before - 1) if before else None,
+                "note": f"mean of {', '.join(tasks)}, which are tested each",
             }
-        )
-    return rows
 
 
-def _averaged(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the averages' changes; their parts are tested, they are not."""
-    for name, tasks in AVERAGED.items():
-        for precision in dict.fromkeys(row["precision"] for row in rows):
-            parts = [row for row in rows if row["task"] in tasks and row["precision"] == precision and "items" in row]
-            if len(parts) == len(tasks):
-                before, now = (
-                    sum(row[f"{kind}_pct"] for row in parts) / len(parts) for kind in ("baseline", "accuracy")
-                )
-                yield {
-                    "task": name,
-                    "precision": precision,
-                    "items": sum(row["items"] for row in parts),
-                    "baseline_pct": before,
-                    "accuracy_pct": now,
-                    "change_pp": now - before,
-                    "change_pct": 100 * (now / before - 1) if before else None,
-                    "note": f"mean of {' and '.join(tasks)}, which are tested each",
-                }
-
-
-def _members(task: str, scores: pd.DataFrame, pairs: pd.DataFrame) -> set[str]:
-    """Return the leaf tasks below `task`; lm-eval's rows come in tree order, a group before what is in it."""
-    if task in set(pairs.task):
-        return {task}
-    order = scores.drop_duplicates("task")[["task", "group"]].itertuples(index=False)
-    leaves: set[str] = set()
-    inside = False
-    for name, group in order:
-        if name == task:
-            inside = True
-        elif inside and group:
-            break
-        elif inside:
-            leaves.add(name)
-    return leaves
+def _pairs(before: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
+    """Return a row an item that both answered, with ``_base`` columns of the first."""
+    return _correct(before).join(_correct(now), lsuffix="_base", how="inner", validate="one_to_one").reset_index()
 
 
 def _correct(items: pd.DataFrame) -> pd.DataFrame:
     """Return right or wrong by (task, doc_id), generated answers as strictly read."""
     kept = items[items["filter"].isin(["none", "strict-match"])]
-    return kept.set_index(["task", "doc_id"])[["correct"]]
+    return kept.set_index(["task", "doc_id"])[[name for name in ("correct", "p_right") if name in kept]]
 
 
 def divergence(frame: pd.DataFrame) -> pd.DataFrame:
     """Perplexity and divergence from BF16, a row a precision, each with its 95 % interval."""
     rows = []
     for row in frame.to_dict("records"):
-        found: dict[str, Any] = {name: row[name] for name in ("precision", "text", "tokens", "context")}
+        told = ("precision", "text", "tokens", "context", "stride", "disk_mib")
+        found: dict[str, Any] = {name: row.get(name) for name in told}
         for name in ("perplexity", "perplexity_change_pct", "kl_mean_nats", "kl_p99_nats", "same_top1_pct"):
             estimate = row.get(name)
             estimate = estimate if isinstance(estimate, dict) else {}
@@ -242,6 +268,13 @@ def divergence(frame: pd.DataFrame) -> pd.DataFrame:
                       f"{name}_high": estimate.get("high")}  # fmt: skip
         rows.append(found)
     return pd.DataFrame(rows)
+
+
+def drift(frame: pd.DataFrame) -> pd.DataFrame:
+    """How far scores moved between the usual batches and each row alone, a row a precision and scorer."""
+    names = ["precision", "engine", "task", "items", "choices", "mean_nats", "largest_nats", "other_picks",
+             "accuracy_change_pp"]  # fmt: skip
+    return frame[names].rename(columns={"engine": "scorer"}) if len(frame) else frame
 
 
 def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
@@ -328,13 +361,10 @@ def _performance(runs: pd.DataFrame) -> dict[str, Any]:
     return row
 
 
-KNEE_PCT = 80  # of the best throughput; beyond the smallest batch that gives it, latency buys little
-
-
 def sweep(frame: pd.DataFrame) -> pd.DataFrame:
     """Throughput, latency and memory by batch size, a row a precision, engine and size.
 
-    ``knee`` marks the smallest batch with 80 % of the best throughput of its precision and engine.
+    ``knee`` marks the batch size with the most throughput a second of latency; see `qnb.batch.knee`.
     """
     columns = ["precision", "engine", "batch_size", "throughput_rps", "throughput_tps", "batch_latency_s", "ttft_s",
                "tpot_s", "memory_mib", "cache_mib", "bound", "knee", "note"]  # fmt: skip
@@ -343,12 +373,62 @@ def sweep(frame: pd.DataFrame) -> pd.DataFrame:
     frame = frame.reindex(columns=list(dict.fromkeys([*columns, *frame]))).sort_values("batch_size", kind="stable")
     parts = []
     for _, rows in frame.groupby(["precision", "engine"], sort=False):
-        rates = rows.throughput_rps.astype(float)
-        good = rows.index[rates >= rates.max() * KNEE_PCT / 100]
-        parts.append(rows.assign(knee=rows.index == good[0] if len(good) else False))
+        timed = rows.dropna(subset=["throughput_rps", "batch_latency_s"])
+        at = knee(*(list(timed[name]) for name in ("batch_size", "throughput_rps", "batch_latency_s"))) if len(
+            timed) else None  # fmt: skip
+        parts.append(rows.assign(knee=rows.batch_size == at))
     return pd.concat(parts, ignore_index=True)[columns]
 
 
 def _median(runs: pd.DataFrame, name: str) -> float | None:
     values = runs[name].dropna().astype(float) if name in runs else pd.Series(dtype=float)
     return float(values.median()) if len(values) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table as text."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def grid(frame: pd.DataFrame, caption: str = "") -> Grid:
+    """Return a frame as text: empty columns left out, numbers in the digits that carry them.
+
+    Percents and points have two decimals, as in the paper.
+    """
+    frame = frame.dropna(axis="columns", how="all")
+    rows = [[_cell(str(name), row[name]) for name in frame] for row in frame.to_dict("records")]
+    return Grid(caption, [str(name) for name in frame], rows)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None or (not isinstance(value, str | list) and pd.isna(value)):
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if name.endswith("_p") and value < 1e-6:  # tables are rounded to six places
+            return "< 0.000001"
+        if name.endswith(("_pct", "_pp")):
+            return f"{value:.2f}"
+        return f"{value:,.0f}" if value == round(value) and abs(value) >= 100 else f"{value:,.4g}"
+    return str(value)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Return a frame as a Markdown table for pasting; a cell can neither end itself nor carry a tag."""
+    made = grid(frame)
+
+    def line(cells: list[str]) -> str:
+        kept = (
+            cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for cell in cells
+        )
+        return f"| {' | '.join(kept)} |"
+
+    rule = "|" + "|".join("---" if place == 0 else "---:" for place in range(len(made.columns))) + "|"
+    return "\n".join([line(made.columns), rule, *map(line, made.rows)]) + "\n"

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, which reads it once
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import example
 import pytest
 from filelock import FileLock
 
@@ -70,6 +71,29 @@ def checkpoint(source, shared):
     return make
 
 
+def tiny_model(folder):
+    """A random Llama of two layers, the same in every process, and the tokenizer in `folder`."""
+    import torch
+    import transformers
+
+    tokenizer = model.load_tokenizer(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+    network = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    for weight in network.parameters():  # as drawn, logits are all but equal
+        weight.data *= 4 if weight.dim() > 1 else 1
+    return network, tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny(source):
+    """A random model with the embedded one's tokenizer."""
+    return tiny_model(source.path)
+
+
 def command(*arguments, cwd=None, **environment):
     """Run the command line to its end."""
     return subprocess.run(
@@ -91,3 +115,17 @@ def smoke(source, shared):
             ended = {"returncode": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
             record.write_text(json.dumps(ended))
     return folder, SimpleNamespace(**json.loads(record.read_text()))
+
+
+@pytest.fixture(scope="session")
+def studied(tmp_path_factory):
+    """A study with a ledger of every stage and nothing measured; read it, never write to it."""
+    from qnb import Study
+
+    return Study(precisions="study", output=example.write(tmp_path_factory.mktemp("example") / "study"))
+
+
+@pytest.fixture(scope="session")
+def report_page(studied):
+    """The example's report, written once."""
+    return studied.report()

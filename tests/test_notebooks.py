@@ -103,13 +103,15 @@ def test_smoke_leaves_rows_tables_figures_and_notebooks(smoke):
             ("accuracy", ""),
             ("batch", ""),
             ("divergence", ""),
+            ("drift", ""),
+            ("drift", ""),
             ("perf", "bs1"),
             ("perf", "maxbatch"),
             ("quantize", ""),
         ]
     tables = {path.stem for path in (folder / "tables").glob("*.csv")}
     assert tables == {
-        "table1_accuracy", "table2_change", "divergence",
+        "table1_accuracy", "table2_change", "divergence", "drift",
         "table3_bs1", "table3_causes", "table3_t4_estimate",
         "table4_maxbatch", "table4_causes", "table4_t4_estimate",
     }  # fmt: skip
@@ -153,6 +155,7 @@ def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(source, tmp_path):
         (["-p", "tasks", "arc_eazy"], ["arc_eazy", "arc_easy"]),
         (["-p", "limt", "3"], ["limt", "limit"]),
         (["-p", "limit", "-3"], ["-3", "at least 1"]),
+        (["-p", "minutes", "-1"], ["-1", "minutes"]),
         (["-p", "bs1_requests", "0"], ["0", "at least 1"]),
         (["-p", "bs1_requests", "all"], ["all", "at least 1"]),
         (["-p", "bs1_repeats", "auto"], ["bs1_repeats", "at least 1"]),

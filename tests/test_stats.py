@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 
+from qnb import stats
 from qnb.stats import agresti_coull, compare, holm, mean_interval
 
 
@@ -58,3 +60,40 @@ def test_holm_by_hand():
 def test_all_wrong_still_has_an_error():
     """0 of 10: 2 of 14 with two right and two wrong added."""
     assert agresti_coull(0, 10) == pytest.approx(math.sqrt(2 / 14 * 12 / 14 / 14))
+
+
+@pytest.mark.parametrize("sizes", [(60,), (40, 15), (30, 80, 20)])
+def test_the_bootstrap_is_scipys(sizes, monkeypatch):
+    """The same method over the same strata; the draws differ, so the ends may by a fraction of a standard error."""
+    from scipy.stats import bootstrap
+
+    monkeypatch.setattr(stats, "RESAMPLES", 20_000)
+    draw = np.random.default_rng(1)
+    strata = [draw.exponential(size=size) + place for place, size in enumerate(sizes)]
+
+    def mean_of_means(*parts, axis):
+        return sum(part.mean(axis) for part in parts) / len(parts)
+
+    theirs = bootstrap(strata, mean_of_means, n_resamples=20_000, method="BCa", vectorized=True, rng=draw)
+    low, high = mean_interval(*strata)
+    ends = theirs.confidence_interval
+    assert (low, high) == pytest.approx((ends.low, ends.high), abs=0.15 * theirs.standard_error)
+
+
+def test_the_interval_covers_as_often_as_it_says():
+    """200 samples of a skewed distribution whose mean is known: about 95 % of the intervals hold it."""
+    draw, held = np.random.default_rng(2), 0
+    for _ in range(200):
+        low, high = mean_interval(draw.exponential(size=60))
+        held += low < 1 < high
+    assert 0.89 <= held / 200 <= 0.98
+
+
+def test_mcnemar_is_the_exact_permutation_test():
+    """Under no change each pair may as well be swapped: scipy turns every one of the 2^n ways."""
+    from scipy.stats import permutation_test
+
+    before = np.array([1, 1, 1, 0, 1, 0, 1, 1, 1, 0, 1])
+    now = np.array([1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 1])
+    exact = permutation_test((before, now), lambda a, b: (b - a).sum(), permutation_type="samples", n_resamples=10**4)
+    assert compare(list(before), list(now)).p_value == pytest.approx(exact.pvalue)

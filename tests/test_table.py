@@ -54,7 +54,8 @@ def test_a_share_instead_of_right_or_wrong_is_left_out():
 def test_a_group_is_the_items_of_what_is_in_it():
     tree = [score("all", 0.5, group=True), score("left", 0.5, group=True), score("l1", 1), score("l2", 0),
             score("right", 0.5, group=True), score("r1", 0.5)]  # fmt: skip
-    frame = pd.DataFrame([row("bf16", "all", tree), row("int8", "all", tree)])
+    groups = {"all": ["l1", "l2", "r1"], "left": ["l1", "l2"], "right": ["r1"]}
+    frame = pd.DataFrame([{**row(name, "all", tree), "groups": groups} for name in ("bf16", "int8")])
     parts = {"bf16": {"l1": [1, 1], "l2": [0, 0], "r1": [1, 0]}, "int8": {"l1": [1, 0], "l2": [0, 0], "r1": [1, 1]}}
 
     def found(asked):
@@ -69,9 +70,53 @@ def test_a_group_is_the_items_of_what_is_in_it():
 def test_the_mean_is_over_tasks_that_all_answered():
     rows = [row("bf16", "easy", [score("easy", 0.5)]), row("int8", "easy", [score("easy", 0.3)]),
             row("bf16", "hard", [score("hard", 0.1)])]  # fmt: skip
-    made = table.accuracy(table.scores(pd.DataFrame(rows))).set_index("task")
+    made = table.accuracy(table.scores(pd.DataFrame(rows))).set_index(["task", "metric"]).sort_index()
     mean = made.loc[f"{table.AGGREGATE} (1)"]
-    assert (mean.bf16_pct, mean.int8_pct) == (50, 30)
+    assert (mean.bf16_pct["mean"], mean.int8_pct["mean"]) == (50, 30)
+    # one task with a standard error of 10 points
+    assert mean.bf16_pct["mean, 95 % low"] == pytest.approx(50 - 19.6)
+    assert mean.int8_pct["mean, 95 % high"] == pytest.approx(30 + 19.6)
+
+
+def test_the_change_of_the_mean_has_an_interval_and_each_task_counts_once():
+    rows = [row(name, task, [score(task, 0.5)]) for name in ("bf16", "int8") for task in ("easy", "hard")]
+    right = {("bf16", "easy"): [1, 1, 1, 1, 1, 0, 0, 1], ("int8", "easy"): [1, 0, 1, 0, 1, 0, 0, 0],
+             ("bf16", "hard"): [0, 1, 1, 0], ("int8", "hard"): [0, 1, 0, 1]}  # fmt: skip
+
+    def found(asked):
+        return pd.DataFrame(items(asked["task"], right[asked["precision"], asked["task"]]))
+
+    made = table.change(pd.DataFrame(rows), found).set_index("task")
+    mean = made.loc[f"{table.AGGREGATE} (2)"]
+    assert mean.change_pp == pytest.approx((made.change_pp["easy"] + made.change_pp["hard"]) / 2) == -18.75
+    assert mean.low_pp < -18.75 < mean.high_pp and mean["items"] == 12 and pd.isna(mean.holm_p)
+
+
+def test_the_probability_of_the_right_choice_is_paired():
+    frame = pd.DataFrame([row("bf16", "easy", [score("easy", 1)]), row("int8", "easy", [score("easy", 1)])])
+    shares = {"bf16": [0.9, 0.8, 0.7, 0.9], "int8": [0.8, 0.8, 0.4, 0.85]}
+
+    def found(asked):
+        return pd.DataFrame(items("easy", [1, 1, 1, 1])).assign(p_right=shares[asked["precision"]])
+
+    made = table.change(frame, found).iloc[0]
+    assert made.p_right_change_pp == pytest.approx(-11.25)
+    assert made.p_right_low_pp < -11.25 < made.p_right_high_pp < 0 and made.change_pp == 0
+
+
+def test_other_items_are_not_compared():
+    frame = pd.DataFrame([row("bf16", "easy", [score("easy", 1)]), row("int8", "easy", [score("easy", 1)])])
+    made = table.change(frame, answered(bf16=[1, 1, 1, 1], int8=[1, 1]))
+    assert "others" in made.note[0] and "change_pp" not in made
+
+
+def test_a_sample_and_a_whole_task_share_no_cell():
+    """Also where both have as many items: of how many is part of the key."""
+    rows = [row("bf16", "easy", [{**score("easy", 0.5), "of": 4}]),
+            row("int8", "easy", [{**score("easy", 0.5), "of": 2376}])]  # fmt: skip
+    made = table.accuracy(table.scores(pd.DataFrame(rows)))
+    cells = made[made.metric == "acc"].set_index("of")
+    assert pd.isna(cells.int8_pct[4]) and pd.isna(cells.bf16_pct[2376])
 
 
 def test_gsm8ks_average_is_of_the_strict_readings():
@@ -82,10 +127,10 @@ def test_gsm8ks_average_is_of_the_strict_readings():
                       score(task, 0.9, "exact_match", kind="flexible-extract")]  # fmt: skip
             rows.append(row(precision, task, scores))
     frame = pd.DataFrame(rows)
-    made = table.accuracy(table.scores(frame)).set_index(["task", "filter"]).sort_index()
-    average = made.loc[("gsm8k_average", "none")]
+    made = table.accuracy(table.scores(frame)).set_index(["task", "metric", "filter"]).sort_index()
+    average = made.loc["gsm8k_average", "mean", "none"]
     assert average.bf16_pct == pytest.approx(30) and average.published_bf16_pct == pytest.approx(5.84)
-    assert made.loc[("gsm8k", "flexible-extract")].bf16_pct == 90
+    assert made.loc["gsm8k", "exact_match", "flexible-extract"].bf16_pct == 90
     right = {("bf16", "gsm8k"): [1, 0], ("bf16", "gsm8k_cot"): [1, 1], ("int8", "gsm8k"): [0, 0],
              ("int8", "gsm8k_cot"): [1, 0]}  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 ``python tests/bench/scorer.py synthetic``: choices and generation on Llama-3.2-1B's shape, 16 bit, 15 GiB of a GPU
 ``python tests/bench/scorer.py study --data-dir HUB --tasks T --precisions P --limit N``: real tasks, start to end
-``python tests/bench/scorer.py drift --data-dir HUB --tasks T --precisions P --limit N``: the same items, batched twice
+``python -m qnb run --only 02`` measures what a score owes to its batch (stage *drift*).
 """
 
 from __future__ import annotations
@@ -119,15 +119,21 @@ def study(data_dir: Path, tasks: str, names: str, limit: int | None) -> Iterator
         made = Study(model.EMBEDDED, names, folder, data_dir)
         for precision in made.precisions:
             made.checkpoint(precision)
-        evaluator, total = accuracy.Evaluator(tasks, limit, 8, data_dir), [0.0, 0.0]
+        import lm_eval.evaluator  # noqa: F401  # neither is charged for what both import
+
+        evaluator, total = (
+            accuracy.Evaluator(tasks, limit, 8, data_dir, requests=Path(folder) / "requests"),
+            [0.0, 0.0],
+        )
         for precision in made.precisions:
             network = model.load(made.checkpoint(precision), precision, made.device.kind)
 
-            def score(evaluator: accuracy.Evaluator, network: Any = network) -> pd.DataFrame:
+            def score(network: Any = network) -> pd.DataFrame:
                 return pd.concat(evaluator.evaluate(network, made.tokenizer, task).items for task in evaluator.tasks)
 
-            mine = timed(lambda score=score: score(evaluator))
-            theirs = timed(lambda network=network: _stock(network, made.tokenizer, evaluator))
+            mine = timed(score)
+            drawn = {name: these for task in evaluator.tasks for name, these in (evaluator.drawn(task) or {}).items()}
+            theirs = timed(lambda network=network, drawn=drawn: _stock(network, made.tokenizer, evaluator, drawn))
             keys = ["task", "doc_id", "filter"]
             both = mine[0].merge(theirs[0], on=keys, suffixes=("", "_stock"), validate="one_to_one")
             assert len(both) == len(mine[0]) == len(theirs[0])
@@ -137,65 +143,20 @@ def study(data_dir: Path, tasks: str, names: str, limit: int | None) -> Iterator
         yield {"work": f"{tasks}, all", "stock_s": total[0], "ours_s": total[1], "ratio": total[0] / total[1]}
 
 
-def _stock(network: Any, tokenizer: Any, evaluator: accuracy.Evaluator) -> pd.DataFrame:
+def _stock(network: Any, tokenizer: Any, evaluator: accuracy.Evaluator, drawn: dict[str, list[int]]) -> pd.DataFrame:
     """Evaluate as ``lm_eval --model hf --batch_size auto`` does, on the items that `evaluator` draws."""
     import lm_eval
 
-    parts = []
-    for task in evaluator.tasks:
-        with accuracy._hushed(), model.quiet(), accuracy._only_from(evaluator.data_dir):
-            lm = HFLM(pretrained=network, tokenizer=tokenizer, batch_size="auto")
-            results = lm_eval.simple_evaluate(lm, tasks=[task], samples=evaluator.drawn(task), bootstrap_iters=0)
-        parts.append(accuracy._items(results))
-    return pd.concat(parts)
-
-
-def drift(data_dir: Path, tasks: str, names: str, limit: int | None) -> Iterator[dict[str, Any]]:
-    """Score the same items in two batchings by each scorer: what an LLM.int8 score owes to its neighbours."""
-    with tempfile.TemporaryDirectory() as folder:
-        made = Study(model.EMBEDDED, names, folder, data_dir)
-        for precision in made.precisions:
-            network = model.load(made.checkpoint(precision), precision, made.device.kind)
-            for scorer in accuracy.SCORERS:
-                items = []
-                for size in (1, 0.25):  # of the usual batch
-                    evaluator = accuracy.Evaluator(tasks, limit, int(32 * size), data_dir, scorer)
-                    items.append(_batched(evaluator, network, made.tokenizer, size))
-                both = items[0].merge(items[1], on=["task", "doc_id", "filter"], suffixes=("", "_other"))
-                yield {
-                    "precision": precision.name,
-                    "scorer": scorer,
-                    "items": len(both),
-                    "largest_difference_nats": max(
-                        abs(a - b)
-                        for mine, other in zip(both.loglikelihoods, both.loglikelihoods_other, strict=True)
-                        for a, b in zip(mine, other, strict=True)
-                    ),
-                    "other_picks": int((both.picked != both.picked_other).sum()),
-                    "accuracy_pct": 100 * both.correct.mean(),
-                    "accuracy_other_pct": 100 * both.correct_other.mean(),
-                }
-            del network
-
-
-def _batched(evaluator: accuracy.Evaluator, network: Any, tokenizer: Any, share: float) -> pd.DataFrame:
-    """Evaluate with `share` of the usual tokens a batch."""
-    usual = SharedContextLM._tokens
-
-    def fewer(self: SharedContextLM) -> int:
-        return int(usual(self) * share)
-
-    SharedContextLM._tokens = fewer  # type: ignore[method-assign]
-    try:
-        return pd.concat(evaluator.evaluate(network, tokenizer, task).items for task in evaluator.tasks)
-    finally:
-        SharedContextLM._tokens = usual  # type: ignore[method-assign]
+    with accuracy._hushed(), model.quiet(), accuracy._only_from(evaluator.data_dir):
+        lm = HFLM(pretrained=network, tokenizer=tokenizer, batch_size="auto")
+        results = lm_eval.simple_evaluate(lm, tasks=[*evaluator.tasks], samples=drawn or None, bootstrap_iters=0)
+    return accuracy._items(results)
 
 
 def main() -> None:
     """Print the table as it grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("synthetic", "study", "drift"))
+    parser.add_argument("what", choices=("synthetic", "study"))
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--tasks", default="arc_challenge,arc_easy,hellaswag,mmlu")
     parser.add_argument("--precisions", default="study")
@@ -207,7 +168,7 @@ def main() -> None:
     options = parser.parse_args()
     real = (options.data_dir, options.tasks, options.precisions, options.limit)
     drawn = (tuple(options.work.split(",")), options.generated, options.generated_stock)
-    parts = synthetic(*drawn) if options.what == "synthetic" else {"study": study, "drift": drift}[options.what](*real)
+    parts = synthetic(*drawn) if options.what == "synthetic" else study(*real)
     rows = []
     for made in parts:
         rows.append(made)
