@@ -159,6 +159,7 @@ def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(source, tmp_path):
         (["-p", "bs1_requests", "0"], ["0", "at least 1"]),
         (["-p", "bs1_requests", "all"], ["all", "at least 1"]),
         (["-p", "bs1_repeats", "auto"], ["bs1_repeats", "at least 1"]),
+        (["-p", "engines", "fast"], ["fast", "eager, graphed"]),
         (["-p", "model", "5"], ["5", "name"]),
         (["-p", "overwrite", "maybe"], ["maybe", "true or false"]),
         (["-p", "tasks", "[sample_easy]"], ["tasks", "one text"]),
