@@ -146,12 +146,12 @@ def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolera
         return middle if failed else 4 * good
     if not failed and 8 * doubt > aim and min(aim, bad) > 4 * good:  # probes too small for their readings' grain
         return int(min(aim, bad) / 2)
-    stride = max(int(aim * tolerance), int(doubt), 1)
+    stride = max(int(aim * tolerance), 1)
     if closing <= aim < bad:
         return int(min(aim, bad / (1 + tolerance))) if failed else int(aim)  # what fits there ends the search as well
     if aim >= bad:  # the line was too hopeful, or reaches beyond the cap
         over = sum(probe.batch_size <= aim for probe in failed)
-        return max(middle, bad - stride * 4 ** (over - 1)) if over else bad - 1
+        return max(middle, bad - max(stride, int(doubt)) * 4 ** (over - 1)) if over else bad - 1
     beyond = sum(probe.batch_size * (1 + tolerance) >= aim for probe in fits)  # the line ends here
     further = good + int(stride * _BEYOND[min(beyond, 3)]) + 1
     return min(middle, further) if failed else further
@@ -169,7 +169,7 @@ def _even(batch_size: int, good: int, tolerance: float) -> int:
 
 
 def _second(first: Probe, limit_mib: float, cap: int) -> int:
-    """Choose the second batch size from one row's memory: about half of what fits, and sure to fit.
+    """Choose the second batch size from one row's memory: at most half of what fits, but 8 where that is less.
 
     What one row adds to the idle memory holds everything a run needs once, so it is at least what a further row adds.
     """
@@ -348,7 +348,7 @@ def plans(prompt_tokens: Sequence[int], new_tokens: int, line: Line, limit_mib: 
     The number of requests does not enter the largest batch: it follows from the longest prompt. What the order
     changes is what the other batches can be. *unsorted* takes requests as they come; a batch's longest prompt is not
     known before, so all have the size that the longest of all admits. *bucketed* puts prompts of up to `bucket`,
-    2 `bucket` ... tokens together and pads to the bucket's longest. *sorted* goes from the longest to the shortest.
+    2 `bucket` ... tokens together, in batches that the bucket's longest admits. *sorted* goes from the longest down.
 
     Parameters
     ----------

@@ -478,8 +478,9 @@ def largest_batch(
 ) -> Largest:
     """Find the largest batch of the workload's longest prompt, with all its new tokens, that fits.
 
-    On a GPU a batch fits when it runs. On a CPU, where memory does not run out but swaps, it fits when the process
-    stays within `limit_mib` above `baseline_mib`.
+    On a GPU a batch fits when it runs and the allocator reserves no more than `limit_mib`, to which the caller holds
+    it. On a CPU, where memory does not run out but swaps, it fits when the process stays within `limit_mib` above
+    `baseline_mib`.
 
     Raises
     ------
@@ -507,14 +508,20 @@ def largest_batch_apart(
     InputError
         Not even one request fits, or the model cannot be loaded.
     """
-    from transformers import AutoConfig
-
-    # where INT8 is expected to fail: a layer's outputs no longer counted by 32 bits
-    widest = getattr(AutoConfig.from_pretrained(folder), "intermediate_size", None)
-    cliff = (2**31 - 1) // (len(workload.longest) * widest) if widest else 0
     longest = Workload((workload.longest,), workload.new_tokens, workload.source)
     with Apart(trial_of, folder, precision, device, longest, limit_mib, engine) as try_batch:
-        return largest(try_batch, limit_mib, cap, cliff)
+        return largest(try_batch, limit_mib, cap, counted(folder, len(workload.longest)))
+
+
+def counted(folder: str | Path, prompt_tokens: int) -> int:
+    """Return how many prompts a model's widest layer turns into outputs that 32 bits count; 0 where it is not known.
+
+    INT8 is expected to end its process beyond (`batch.Apart`).
+    """
+    from transformers import AutoConfig
+
+    width = getattr(AutoConfig.from_pretrained(folder), "intermediate_size", None)
+    return (2**31 - 1) // (prompt_tokens * width) if width else 0
 
 
 def trial_of(
@@ -559,17 +566,15 @@ def trial(
         retries = torch.cuda.memory_stats(device)["num_alloc_retries"]
         torch.cuda.reset_peak_memory_stats(device)
         started = perf_counter()
-        if run_out(batch_size, workload.new_tokens):
-            seen: dict[str, Any] = {"ended": OUT_OF_MEMORY}
-        else:
-            seen = {
-                "memory_mib": torch.cuda.max_memory_reserved(device) / MIB,
-                "live_mib": torch.cuda.max_memory_allocated(device) / MIB,
-                "squeezed": torch.cuda.memory_stats(device)["num_alloc_retries"] > retries,
-            }
-        took_s = perf_counter() - started
+        out = run_out(batch_size, workload.new_tokens)
+        read: dict[str, Any] = {"idle_mib": idle_mib, "room_mib": room_mib, "took_s": perf_counter() - started}
+        memory_mib = torch.cuda.max_memory_reserved(device) / MIB
+        live_mib = torch.cuda.max_memory_allocated(device) / MIB
+        squeezed = torch.cuda.memory_stats(device)["num_alloc_retries"] > retries
         release()
-        return Probe(batch_size, "ended" not in seen, idle_mib=idle_mib, room_mib=room_mib, took_s=took_s, **seen)
+        if out:
+            return Probe(batch_size, False, **read, ended=OUT_OF_MEMORY)
+        return Probe(batch_size, memory_mib <= limit_mib, memory_mib, live_mib, squeezed, **read)
 
     def on_cpu(batch_size: int) -> Probe:
         release()

@@ -629,7 +629,10 @@ class _Roomy(DynamicLayer):
     def _joined(self, parts: list[torch.Tensor], room: int) -> torch.Tensor:
         _, heads, length, size = parts[0].shape
         held = parts[0].new_empty((sum(len(part) for part in parts), heads, room, size))  # (B, H, room, D)
-        torch.cat(parts, out=held[:, :, :length]) if len(parts) > 1 else held[:, :, :length].copy_(parts[0])
+        at = 0
+        for part in parts:
+            held[at : at + len(part), :, :length] = part
+            at += len(part)
         return held
 
     def _show(self) -> None:

@@ -472,7 +472,7 @@ class Study:
             for task in evaluator.tasks
         }
         rows = {pair: row for pair, key in keys.items() if (row := self._scored(key))}
-        for task in {task for pair in keys if pair not in rows for task in pair[1:]}:
+        for task in {task for name, task in keys if (name, task) not in rows}:
             evaluator.asked(task)  # data that cannot be read end this before a checkpoint is made
         with self._alone(), self._bar(len(keys), "accuracy") as bar:
             bar.update(len(rows))
@@ -506,8 +506,9 @@ class Study:
     def _spend(self, evaluator: Evaluator, minutes: float) -> None:
         """Evaluate rounds of more and more items, every precision the same ones, until the budget is spent.
 
-        A round's pace says how many items the next may have. Small rounds are slow a item, so the first guesses are
-        low; each round is whole for every precision before the next begins, and an interrupted one goes on.
+        A round's pace says how many items the next may have; of few items each takes longer, so first guesses are low.
+        The number of items is in the ledger before a round begins: an interrupted one goes on with it, and so do
+        precisions that are added later.
         """
         tasks, cap = ", ".join(evaluator.tasks), evaluator.limit
         asked = {"minutes": minutes, "scorer": evaluator.scorer, "cap": cap or "all"}
@@ -579,7 +580,7 @@ class Study:
                     with self._failing(keys[missing[0]], asked, f"{precision.name}'s drift"):
                         self.on(precision, compare)
                 bar.update()
-        return self._save("drift")
+        return self._measured(self._save("drift"), "drift")
 
     def divergence(self, prompts: str = "auto", text_tokens: Count = "auto", context: Count = "auto") -> pd.DataFrame:
         """Measure perplexity on running text, and how far each precision's predictions are from BF16's.

@@ -144,6 +144,12 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def forget(server, folder):
+    """Let the hub have none of a folder's large files, whoever brought them."""
+    for path in folder.glob("*.safetensors"):
+        (server.folder / sha256(path.read_bytes()).hexdigest()).unlink(missing_ok=True)
+
+
 def names(folder):
     return {path.name for path in Path(folder).iterdir()}
 
@@ -176,6 +182,7 @@ def test_a_real_checkpoint_comes_back_in_another_process_with_equal_logits(check
 
 
 def test_a_push_is_private_whole_and_true_to_its_manifest(server, client, tiny):
+    forget(server, tiny)
     planned = client.ask(f"hub.push(Path({str(tiny)!r}), 'me/whole').files")["result"]
     assert not server.asked, "a dry run asks nobody"
     done = client.ask(f"hub.push(Path({str(tiny)!r}), 'me/whole', dry_run=False)")
@@ -196,7 +203,7 @@ def test_a_push_is_private_whole_and_true_to_its_manifest(server, client, tiny):
 def test_an_interrupted_push_goes_on_with_what_is_missing(server, client, tiny):
     last = max(tiny.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     oid = sha256(last.read_bytes()).hexdigest()
-    (server.folder / oid).unlink(missing_ok=True)
+    forget(server, tiny)
     push = f"hub.push(Path({str(tiny)!r}), 'me/resumed', dry_run=False)"
     server.faults = [Fault("PUT", f"/store/{oid}")]
     broken = client.ask(push)
@@ -351,18 +358,13 @@ def test_without_a_network_that_is_said_at_once(start, nowhere, tiny):
     assert alone.ask(f"hub.push(Path({str(tiny)!r}), 'me/kept').commit", token="")["result"] == ""
 
 
-def test_a_silent_hub_is_not_waited_for_without_end(client, tiny):
+def test_a_silent_hub_is_not_waited_for_without_end(start, tiny):
     """It takes the connection and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        client = start(f"http://127.0.0.1:{silent.getsockname()[1]}")
         client.ask("[setattr(hub, 'PATIENCE_S', 0.3), setattr(hub, 'ANSWER_S', 0.3)]")
-        moved = "setattr(__import__('huggingface_hub').constants, 'ENDPOINT', {!r})"
-        before = client.ask("__import__('huggingface_hub').constants.ENDPOINT")["result"]
-        client.ask(moved.format(address))
         for call in ("hub.fetch('me/silent')", f"hub.push(Path({str(tiny)!r}), 'me/silent', dry_run=False)"):
             assert re.search(r"no answer from .* \(timed out\)", client.ask(call)["error"])
-        client.ask(moved.format(before))
-        client.ask("[setattr(hub, 'PATIENCE_S', 300), setattr(hub, 'ANSWER_S', 10)]")
 
 
 # faults on the way up
@@ -500,7 +502,7 @@ def test_a_dry_run_shows_repository_files_and_size(tiny, tmp_path, monkeypatch):
     assert list(shown.repository) == ["me/llama-bf16", "me/llama-int8"] and shown.private.all()
     assert set(shown.files[0].split()) == names(tiny) and set(shown.commit) == {""}
     assert shown.total_mib[0] == pytest.approx(sum(path.stat().st_size for path in tiny.iterdir()) / 2**20)
-    assert (tmp_path / "study" / "tables" / "push.csv").exists()
+    assert (tmp_path / "study" / "push.csv").exists()
     assert made.push("").empty
 
 

@@ -82,7 +82,7 @@ def test_passes_end_when_the_median_has_settled_or_at_the_limit(source, tmp_path
             "fp16": ["interval"],
         }
     assert measured == ["bf16", "fp16", "bf16", "bf16"] and sorted(rows.order) == [0, 1, 2, 3]
-    assert all((tmp_path / "samples" / name).exists() for name in rows.samples)
+    assert all((tmp_path / name).exists() for name in (*rows.samples, *rows.token_samples))
 
 
 def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(source, tmp_path, monkeypatch):

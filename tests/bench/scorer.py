@@ -17,6 +17,7 @@ from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
+import lm_eval.evaluator  # at the top: neither side is charged for what both import
 import pandas as pd
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -145,8 +146,6 @@ def study(data_dir: Path, tasks: str, names: str, limit: int | None) -> Iterator
 
 def _stock(network: Any, tokenizer: Any, evaluator: accuracy.Evaluator, drawn: dict[str, list[int]]) -> pd.DataFrame:
     """Evaluate as ``lm_eval --model hf --batch_size auto`` does, on the items that `evaluator` draws."""
-    import lm_eval
-
     with accuracy._hushed(), model.quiet(), accuracy._only_from(evaluator.data_dir):
         lm = HFLM(pretrained=network, tokenizer=tokenizer, batch_size="auto")
         results = lm_eval.simple_evaluate(lm, tasks=[*evaluator.tasks], samples=drawn or None, bootstrap_iters=0)
