@@ -6,6 +6,7 @@ word. Bars lie down and figures grow downwards: at a phone's 390 pixels width is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -24,8 +25,8 @@ DASHES = dict(
 SIDES = dict(
     zip(
         PRECISIONS,
-        ("top center", "top left", "bottom left", "top right", "bottom center", "bottom right", "middle left",
-         "middle right", "middle right"), strict=True,
+        ("top center", "top left", "bottom left", "top right", "bottom center", "middle left", "bottom right",
+         "middle right", "top right"), strict=True,
     )
 )  # fmt: skip
 MARKERS = {"eager": "circle", "graphed": "diamond", "continuous": "square"}
@@ -55,6 +56,13 @@ def label(task: str) -> str:
 def number(value: float) -> str:
     """Return a value in the digits that carry it: three, or all before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def ticks(low: float, high: float) -> dict[str, Any]:
+    """Return the ticks of a logarithmic axis, each written out: Plotly's own leave a lone 2 for 200."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    values = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
+    return {"type": "log", "tickvals": values, "ticktext": [number(value) for value in values]}
 
 
 def bars(precisions: Sequence[str], filled: bool = True, hatch: str | None = None) -> dict[str, Any]:

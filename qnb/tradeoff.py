@@ -132,10 +132,9 @@ def front(found: Iterable[Candidate], cost: str, task: str = "mean over tasks") 
         look.key(figure, str(engine))
     low, high = math.log10(frame.cost.min()), math.log10(frame.cost.max())
     room = (high - low) or 1.0
-    ticks = [digit * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for digit in (1, 2, 5)]
     figure.update_xaxes(
-        type="log", title=f"{words} (log)", range=[low - 0.12 * room, high + 0.25 * room],
-        tickvals=ticks, ticktext=[look.number(tick) for tick in ticks],
+        title=f"{words} (log)", range=[low - 0.12 * room, high + 0.25 * room],
+        **look.ticks(frame.cost.min(), frame.cost.max()),
     )  # fmt: skip
     figure.update_yaxes(title="accuracy, %")
     return look.layout(figure, title, 430, f"{look.label(task)}; bars: 95 % intervals of the change")
@@ -181,7 +180,7 @@ def decision(advice: Advice) -> go.Figure:
                 figure.add_scatter(**place, mode="markers", marker=ring, hoverinfo="skip", showlegend=False)
             told = (f"{candidate.name}: {state}", facts(candidate, demand), *one.against, *one.unknown)
             figure.add_scatter(
-                **place, mode="markers+text", text=[f" {candidate.name} "],
+                **place, mode="markers+text", text=[f" {candidate.precision} "],
                 textposition=look.SIDES[candidate.precision], marker=marker,
                 showlegend=False, cliponaxis=False, hoverinfo="text",
                 hovertext="<br>".join(told),
@@ -191,8 +190,11 @@ def decision(advice: Advice) -> go.Figure:
     limit = {"line_color": "#555555", "line_dash": "dash", "line_width": 1.5}
     if demand.memory_mib is not None:
         figure.add_vline(x=demand.memory_mib, **limit)
-    if demand.speed_limit is not None:
+    if demand.speed_limit:  # a rate of nothing asks for nothing, and has no place on a logarithmic axis
         figure.add_hline(y=demand.speed_limit * factor, **limit)
     figure.update_xaxes(title="peak memory, MiB", rangemode="tozero")
-    figure.update_yaxes(title=f"{words}, {unit}", rangemode="tozero")
-    return look.layout(figure, title, 400, "ring: recommended; filled: fits; hollow: may; crossed: does not")
+    speeds = [point.y[0] for point in figure.data]
+    figure.update_yaxes(title=f"{words}, {unit} (log)", **look.ticks(min(speeds), max(speeds)))
+    for engine in dict.fromkeys(one.candidate.engine for _, judged in groups for one in judged):
+        look.key(figure, engine)
+    return look.layout(figure, title, 430, "ring: recommended; filled: fits; hollow: may; crossed: does not")
