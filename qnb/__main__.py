@@ -1,4 +1,4 @@
-"""``python -m qnb run | verify | audit | doctor``: the five notebooks without a browser, and three questions answered.
+"""``python -m qnb run | report | verify | audit | doctor``: the five notebooks without a browser, and what follows.
 
 Exit codes: 0 done, 1 something failed on the way, 2 the input cannot be used, 130 interrupted or told to end.
 """
@@ -22,7 +22,7 @@ try:
     from filelock import FileLock, Timeout
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    from qnb import accuracy, model, workload
+    from qnb import accuracy, colab, hub, model, workload
     from qnb.error import InputError
     from qnb.ledger import FAILED, KEY
     from qnb.provenance import COMMAND, ROOT
@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = _Parser(prog="python -m qnb", description="What does quantizing this model cost, and what does it give?")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | verify | audit | doctor")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | report | verify | audit | doctor")
     run = commands.add_parser("run", help="execute the notebooks, in order, into one study")
     run.add_argument("--profile", default="demo", help="a parameter file in notebooks/profiles (default: demo)")
     run.add_argument("--output", help="the study's folder (default: the profile's)")
@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a parameter, over the profile's",
     )  # fmt: skip
+    page = commands.add_parser("report", help="write a study's report, tables and figures from its ledger")
+    page.add_argument("folder", metavar="DIR", help="the study's folder, such as outputs/demo")
     check = commands.add_parser("verify", help="read a study's every byte again and build its tables anew")
     check.add_argument("folder", help="the study's folder")
     commands.add_parser("audit", help="check the paper's own arithmetic")
@@ -67,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return audit()
         if options.command == "doctor":
             return doctor()
+        if options.command == "report":
+            return report(options.folder)
         if options.command == "verify":
             return verify(options.folder)
         return execute(options.profile, options.output, options.only, options.parameters)
@@ -138,12 +142,12 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
     """Refuse what no notebook could use, before any of them runs; return the study they will share."""
     study = Study(**{name: values[name] for name in PARAMETERS if name in values})
     for name, value in values.items():
-        if name in ("tasks", "prompts", "push_to", "scorer"):
+        if name in ("tasks", "prompts", "push_to", "scorer", "engines"):
             if not isinstance(value, str):
                 raise InputError(f"{name} is {value!r}; give names in one text")
-        elif name == "private":
+        elif name in ("private", "dry_run", "pictures"):
             if not isinstance(value, bool):
-                raise InputError(f"private is {value!r}; give true or false")
+                raise InputError(f"{name} is {value!r}; give true or false")
         elif name == "minutes":
             accuracy.check_minutes(value)
         elif name not in PARAMETERS and (name, value) not in (("limit", "all"), ("text_tokens", "all")):
@@ -154,7 +158,11 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
         accuracy.check_scorer(values.get("scorer", accuracy.SCORERS[0]))
         study.check_weights()
     if "01_quantize" in names and values.get("push_to"):
-        model.check_push(values["push_to"])
+        hub.check_push(values["push_to"], values.get("dry_run", True))
+    if values.get("engines", "auto") != "auto":
+        from qnb import decode  # torch with it, which takes seconds
+
+        decode.parse(values["engines"], study.device.kind)
     if values.get("prompts", "auto") != "auto":
         workload.check(str(values["prompts"]))
     return study
@@ -170,7 +178,8 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
     known = {name: set(papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb")) for name in NAMES}
     values = parameters(profile, given, set().union(*known.values()))
     if output:
-        values["output"] = str(Path(output).expanduser().resolve())
+        here = not output.startswith(colab.DRIVE)
+        values["output"] = str(Path(output).expanduser().resolve()) if here else output
     if values.get("data_dir"):
         values["data_dir"] = str(Path(str(values["data_dir"])).expanduser().resolve())
     study = validate(values, names)
@@ -197,7 +206,7 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
                     {key: value for key, value in values.items() if key in known[name]},
                     progress_bar=False,
                     execution_timeout=CELL_TIMEOUT_S,
-                    extra_arguments=["--log-level=ERROR"],  # the kernel's own remarks would break the line
+                    extra_arguments=["--log-level=CRITICAL"],  # the kernel's own remarks would break the line
                 )
             except papermill.PapermillExecutionError as error:
                 bar.close()
@@ -207,6 +216,8 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
                 return _failed(name, type(error).__name__, str(error), study)
             bar.update()
     print("\n".join(_results(study)))
+    if "01_quantize" in names and values.get("push_to") and values.get("dry_run", True):
+        print(f"nothing was uploaded: {study.folder / 'push.csv'} says what would be, -p dry_run false does it")
     failures = study.ledger.failures()
     for row in failures:
         what = " ".join(str(row[name]) for name in KEY if row[name] != "").replace(FAILED, "")
@@ -254,7 +265,40 @@ def _results(study: Study) -> list[str]:
         files = sorted((study.folder / kind).glob(pattern))
         if files:
             lines.append(f"{kind} in {study.folder / kind}: {', '.join(path.name for path in files)}")
-    return lines
+    page = study.folder / "report.html"
+    return [*lines, f"report: {page}"] if page.exists() else lines
+
+
+def report(folder: str) -> int:
+    """Write a study's report, tables and figures from its ledger, or a gallery of kept tables; say where they are.
+
+    Raises
+    ------
+    InputError
+        `folder` holds no study.
+    """
+    path = Path(folder).expanduser().resolve()
+    if not (path / "ledger.jsonl").is_file():
+        return _gallery(path)
+    study = Study(precisions="all", output=path)
+    study.figures()
+    study.report()
+    print("\n".join(_results(study)))
+    return 0
+
+
+def _gallery(folder: Path) -> int:
+    from qnb.report import gallery
+
+    pictures, problem = gallery(folder)
+    if problem:
+        raise InputError(problem)
+    if not pictures:
+        raise InputError(
+            f"{folder} holds no study (there is no ledger.jsonl in it); give a folder such as outputs/demo"
+        )
+    print("\n".join(map(str, pictures)))
+    return 0
 
 
 def verify(folder: str) -> int:

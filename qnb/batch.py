@@ -1,19 +1,34 @@
-"""The largest batch that fits.
+"""The largest batch that fits, and what a batch size costs and gives.
 
-Memory grows as a line in the batch size: weights and workspace, plus cache and activations for each row. Two small
-probes find the line, the third goes near where it meets the limit, and the bracket between the largest batch that
-fitted and the smallest that did not closes from there. A probe is a real run; nothing is taken on trust.
+A batch fits when torch's allocator can serve it, and the allocator counts what it *reserved*: whole segments of 2 or
+20 MiB or more, also where a live tensor holds only a part of one. So the line through two small probes is fitted to
+the peak it reserved, which meets the limit where the batch stops fitting. Past that point the allocator gives back
+the segments that are wholly free and tries again; how far that carries is not on any line. It never carries to where
+the live tensors alone would fill the memory: that line is the ceiling. A probe is a real run; no line is believed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cache, partial
+from math import inf, sqrt
+from multiprocessing import get_context
+from time import perf_counter
+from typing import Any
 
 from qnb.error import InputError
 
 # torch's own class, the driver's text, and cuBLAS's: the three names of one event
 _OUT_OF_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cublas_status_not_initialized")
+OUT_OF_MEMORY, DIED = "out of memory", "its process died"
+GRAIN_MIB = 20  # of a reading: the segment torch reserves for a tensor of 1 to 10 MiB
+# Steps past the line's end, in tolerances: segments given back carry up to some 4 % further, and three close in on it.
+_BEYOND = (1.0, 2.0, 1.5, 1.0)
+FRAGMENTED = 1.5  # live tensors leave room for so many times the rows: most of what is reserved can be given back
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -27,11 +42,17 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One trial: whether the batch fitted and the memory it took."""
+    """One trial of a batch: whether it fitted, and what was read."""
 
     batch_size: int
     fits: bool
-    memory_mib: float | None  # None where memory ran out before it could be read
+    memory_mib: float | None = None  # what the limit is for: the allocator's peak reserved, or the process's growth
+    live_mib: float | None = None  # the tensors' own peak; less than this can never do
+    squeezed: bool = False  # the allocator gave cached memory back to go on, so `memory_mib` says only that it fitted
+    idle_mib: float = 0.0  # live before the run: the weights
+    room_mib: float | None = None  # all there was for the run, what was held included
+    took_s: float | None = None
+    ended: str = ""  # why it did not run: out of memory, or its process died
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +64,40 @@ class Largest:
     capped: bool  # the cap, not the memory, ended the search
     probes: tuple[Probe, ...]
 
+    @property
+    def open_pct(self) -> float:
+        """By how many percent the true maximum may be larger: up to the smallest batch that did not fit."""
+        if self.capped:
+            return 0.0
+        bad = min((probe.batch_size for probe in self.probes if not probe.fits), default=inf)
+        return 100 * ((bad - 1) / self.batch_size - 1)
+
 
 def largest(
-    try_batch: Callable[[int], float | None],
+    try_batch: Callable[[int], Probe],
     limit_mib: float,
     cap: int,
-    tolerance: float = 0.02,
-    most_probes: int = 12,
+    cliff: int = 0,
+    tolerance: float = 0.01,
+    most_probes: int = 6,
 ) -> Largest:
-    """Find the largest batch size in 1..`cap` whose memory stays within `limit_mib`.
+    """Find the largest batch size in 1..`cap` that fits.
 
     Parameters
     ----------
     try_batch
-        Runs one batch and returns the memory it took in MiB, or None when memory ran out.
+        Runs one batch, leaves memory as it found it, and says what it took.
     limit_mib
-        The memory there is.
+        The memory there is; a probe that finds less room than that lowers it.
     cap
         The largest batch worth having, such as the number of requests.
+    cliff
+        The last batch size before something other than memory is expected to fail; tried after a probe that died.
     tolerance
-        The search ends when the bracket is narrower than this share of the batch that fits.
+        The search ends when the true maximum can be larger than what is found by no more than this share.
     most_probes
-        The search ends after so many probes with the largest batch that did fit.
+        The search ends after so many probes with the largest batch that did fit; `Largest.open_pct` says how much is
+        left open.
 
     Raises
     ------
@@ -73,44 +106,295 @@ def largest(
     """
     if cap < 1:
         raise InputError(f"the largest batch to try is {cap}; give at least 1")
-    probes: list[Probe] = []
-    good, bad = 0, cap + 1
-
-    def probe(batch_size: int) -> None:
-        nonlocal good, bad
-        memory_mib = try_batch(batch_size)
-        fits = memory_mib is not None and memory_mib <= limit_mib
-        probes.append(Probe(batch_size, fits, memory_mib))
-        if fits:
-            good = max(good, batch_size)
-        else:
-            bad = min(bad, batch_size)
-
-    probe(1)
-    if good == 0:
-        needed = probes[0].memory_mib
-        took = "more than there is" if needed is None else f"{needed:,.0f} MiB"
+    probes = [try_batch(1)]
+    limit_mib = min(limit_mib, probes[0].room_mib or limit_mib)
+    if not probes[0].fits:
+        took = probes[0].memory_mib
+        needs = f"takes {took:,.0f} MiB" if took is not None else "takes more than there is"
         raise InputError(
-            f"one request takes {took} where {limit_mib:,.0f} MiB are allowed; shorten the prompts, "
-            "ask for fewer new tokens, or raise the limit"
+            f"one request {'did not run: ' + DIED if probes[0].ended == DIED else needs} where {limit_mib:,.0f} MiB "
+            "are allowed; shorten the prompts, ask for fewer new tokens, or raise the limit"
         )
-    while bad - good > (step := max(1, int(good * tolerance))) and len(probes) < most_probes:
-        probe(_next(probes, limit_mib, good, bad, step))
+    good, bad = 1, cap + 1
+    while bad - 1 - good > int(good * tolerance) and len(probes) < most_probes:
+        aim = _next(probes, limit_mib, good, bad, tolerance, cliff)
+        probe = try_batch(_even(max(good + 1, min(aim, bad - 1)), good, tolerance) if aim not in (cap, cliff) else aim)
+        probes.append(probe)
+        limit_mib = min(limit_mib, probe.room_mib or limit_mib)
+        good = max(good, probe.batch_size) if probe.fits else good
+        bad = bad if probe.fits else min(bad, probe.batch_size)
     return Largest(good, limit_mib, good == cap, tuple(probes))
 
 
-def _next(probes: list[Probe], limit_mib: float, good: int, bad: int, step: int) -> int:
-    """Choose the next batch size strictly inside the bracket."""
-    known = sorted((p.batch_size, p.memory_mib) for p in probes if p.memory_mib is not None)
+def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolerance: float, cliff: int) -> int:
+    """Choose the next batch size; the caller keeps it strictly inside the bracket."""
+    fits = sorted((probe for probe in probes if probe.fits), key=lambda probe: probe.batch_size)
+    clean = [probe for probe in fits if not probe.squeezed and probe.memory_mib is not None]
+    failed = [probe for probe in probes if not probe.fits]
+    middle, closing = (good + bad) // 2, good + int(good * tolerance) + 1  # what does not fit there ends the search
+    if probes[-1].ended == DIED and good < cliff < bad:
+        return cliff
+    if failed and good == cliff:
+        return closing
+    if len(probes) == 1:
+        return _second(probes[0], limit_mib, bad - 1)
+    ceiling, _ = _meets(fits, "live_mib", limit_mib)
+    aim, doubt = _meets(clean, "memory_mib", limit_mib) if len(clean) > 1 else (0.0, 0.0)
+    if FRAGMENTED * aim < ceiling < inf:  # a line says little here: halve the ratio between what fits and what cannot
+        return int(sqrt(max(good, aim) * min(bad, ceiling)))
+    if not aim:
+        return middle if failed else 4 * good
+    if not failed and 8 * doubt > aim and min(aim, bad) > 4 * good:  # probes too small for their readings' grain
+        return int(min(aim, bad) / 2)
+    stride = max(int(aim * tolerance), 1)
+    if closing <= aim < bad:
+        return int(min(aim, bad / (1 + tolerance))) if failed else int(aim)  # what fits there ends the search as well
+    if aim >= bad:  # the line was too hopeful, or reaches beyond the cap
+        over = sum(probe.batch_size <= aim for probe in failed)
+        return max(middle, bad - max(stride, int(doubt)) * 4 ** (over - 1)) if over else bad - 1
+    beyond = sum(probe.batch_size * (1 + tolerance) >= aim for probe in fits)  # the line ends here
+    further = good + int(stride * _BEYOND[min(beyond, 3)]) + 1
+    return min(middle, further) if failed else further
+
+
+def _even(batch_size: int, good: int, tolerance: float) -> int:
+    """Round down to a multiple of the largest power of two within the tolerance, where that stays above `good`.
+
+    Tensors of such batches fill whole segments, and segments given back serve the next one: by the allocator's rules
+    they fit up to some 3 % beyond the first odd batch that does not.
+    """
+    grain = 2 ** max(0, int(batch_size * tolerance).bit_length() - 1)
+    even = batch_size - batch_size % grain
+    return even if even > good else batch_size
+
+
+def _second(first: Probe, limit_mib: float, cap: int) -> int:
+    """Choose the second batch size from one row's memory: at most half of what fits, but 8 where that is less.
+
+    What one row adds to the idle memory holds everything a run needs once, so it is at least what a further row adds.
+    """
+    assert first.memory_mib is not None
+    row_mib = first.memory_mib - first.idle_mib
+    rows = (limit_mib - first.memory_mib) / row_mib if row_mib > 0 else inf
+    return cap if rows >= cap - 1 else max(8, int(1 + rows / 2))
+
+
+def _meets(probes: Sequence[Probe], reading: str, limit_mib: float) -> tuple[float, float]:
+    """Return where the line through the two largest probes meets the limit, and the rows by which it may be wrong."""
+    known = [(probe.batch_size, getattr(probe, reading)) for probe in probes if getattr(probe, reading) is not None]
     if len(known) < 2:
-        aim = min(8, (good + bad) // 2)
-    else:
-        (low, low_mib), (high, high_mib) = known[-2:]
-        slope = (high_mib - low_mib) / (high - low)
-        # a reading coarser than a row has no slope: double; two small probes are not trusted further than 64-fold
-        aim = int(min(high + (limit_mib - high_mib) / slope, 64 * good)) if slope > 0 else 2 * good
-        if aim <= good:  # the line ends here: one step up closes the bracket
-            aim = good + step
-        elif aim >= bad:  # nothing failed yet: the whole of what was asked; else the line is no help in the bracket
-            aim = (good + bad) // 2 if any(not p.fits for p in probes) else bad - 1
-    return max(good + 1, min(aim, bad - 1))
+        return inf, 0.0
+    (low, low_mib), (high, high_mib) = known[-2:]
+    rise_mib = high_mib - low_mib
+    if rise_mib <= 0:  # a reading coarser than a row
+        return 8.0 * high, float(high)
+    further = (limit_mib - high_mib) * (high - low) / rise_mib
+    return high + further, abs(further) * GRAIN_MIB / rise_mib
+
+
+class Apart:
+    """A `try_batch` in a process of its own, for batches that may end it; a new process takes the next batch.
+
+    Running out of memory kills nothing. What does: bitsandbytes leaves by ``exit(1)`` when a launch fails, and its
+    INT8 kernels count a layer's outputs in 32 bits (csrc/cuda/int8.cu), so 2**31 of them, which fit a large GPU, end
+    the process; and after an illegal access a CUDA context never works again.
+
+    Parameters
+    ----------
+    begin
+        Called once in the new process, with `arguments`; returns the `try_batch`. Both must be picklable.
+    """
+
+    def __init__(self, begin: Callable[..., Callable[[int], Probe]], *arguments: Any) -> None:
+        self._begin = begin
+        self._arguments = arguments
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __call__(self, batch_size: int) -> Probe:
+        """Run one batch there; what it raises is raised here."""
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (self._begin, self._arguments))
+        started = perf_counter()
+        try:
+            return self._pool.submit(_serve, batch_size).result()
+        except BrokenProcessPool:
+            self.close()
+            return Probe(batch_size, False, took_s=perf_counter() - started, ended=DIED)
+
+    def close(self) -> None:
+        """End the process, and with it give back all its memory."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def __enter__(self) -> Apart:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
+_try_here: Callable[[], Callable[[int], Probe]]  # in an `Apart`'s process alone
+
+
+def _prepare(begin: Callable[..., Callable[[int], Probe]], arguments: tuple[Any, ...]) -> None:
+    """Keep what to begin with until the first batch: an error then is raised to the caller, here it would be lost."""
+    global _try_here
+    _try_here = cache(partial(begin, *arguments))
+
+
+def _serve(batch_size: int) -> Probe:
+    try:
+        return _try_here()(batch_size)
+    except RuntimeError:
+        if not _works():
+            os._exit(1)
+        raise
+
+
+def _works() -> bool:
+    """Return whether this process's CUDA context, if it has one, still answers."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def sweep(largest_batch: int) -> tuple[int, ...]:
+    """Return the batch sizes 1, 2, 4 ... and `largest_batch`.
+
+    Raises
+    ------
+    InputError
+        `largest_batch` is below 1.
+    """
+    if largest_batch < 1:
+        raise InputError(f"the largest batch of a sweep is {largest_batch}; give at least 1")
+    return (*(2**power for power in range((largest_batch - 1).bit_length())), largest_batch)
+
+
+def knee(batch_sizes: Sequence[int], throughput_rps: Sequence[float], batch_latency_s: Sequence[float]) -> int:
+    """Return the batch size with the most throughput a second of latency, the smallest of equals.
+
+    This is the knee after Kleinrock ("Power and deterministic rules of thumb for probabilistic problems in computer
+    communications", ICC 1979): below it a larger batch raises throughput by a greater share than latency, above it
+    latency by the greater one. Where a batch takes a fixed time and a time a row, it is where the two are equal.
+
+    Raises
+    ------
+    InputError
+        There is no batch size, or not a throughput and a latency for each.
+    """
+    if not len(batch_sizes) == len(throughput_rps) == len(batch_latency_s) or not batch_sizes:
+        raise InputError(
+            f"{len(batch_sizes)} batch sizes, {len(throughput_rps)} throughputs and {len(batch_latency_s)} latencies; "
+            "give one of each for at least one batch size"
+        )
+    rows = sorted(zip(batch_sizes, throughput_rps, batch_latency_s, strict=True))
+    return max(rows, key=lambda row: row[1] / row[2])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Memory as a line in the batch size, for rows of one length."""
+
+    fixed_mib: float
+    row_mib: float
+    row_tokens: int  # prompt and new tokens of the rows it was fitted to
+
+    def largest(self, tokens: int, limit_mib: float) -> int:
+        """Return how many rows of `tokens` tokens fit, a row's memory being taken as proportional to its tokens."""
+        return int((limit_mib - self.fixed_mib) / (self.row_mib * tokens / self.row_tokens))
+
+
+def fit(probes: Sequence[Probe], row_tokens: int) -> Line:
+    """Return the line through the two largest probes whose reading is the run's own.
+
+    Raises
+    ------
+    InputError
+        There are not two such probes, or the larger batch took no more memory.
+    """
+    read = [(p.batch_size, p.memory_mib) for p in probes if p.fits and not p.squeezed and p.memory_mib is not None]
+    if len(read) > 1:
+        (low, low_mib), (high, high_mib) = sorted(read)[-2:]
+        row_mib = (high_mib - low_mib) / (high - low)
+        if row_mib > 0:
+            return Line(high_mib - row_mib * high, row_mib, row_tokens)
+    raise InputError(f"{len(read)} of {len(probes)} probes give no line; search with a cap of at least 8")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Requests cut into batches that fit: how many, how large, and how much of them is padding."""
+
+    order: str
+    examples: int
+    longest_tokens: int  # of the prompts
+    largest_batch: int  # of the longest prompt: the one size that every batch may have
+    batches: int
+    mean_batch: float
+    padding_pct: float  # of the prompt tokens processed
+
+
+def plans(prompt_tokens: Sequence[int], new_tokens: int, line: Line, limit_mib: float, bucket: int = 64) -> list[Plan]:
+    """Cut requests into batches in three orders, each batch as large as its longest prompt admits.
+
+    The number of requests does not enter the largest batch: it follows from the longest prompt. What the order
+    changes is what the other batches can be. *unsorted* takes requests as they come; a batch's longest prompt is not
+    known before, so all have the size that the longest of all admits. *bucketed* puts prompts of up to `bucket`,
+    2 `bucket` ... tokens together, in batches that the bucket's longest admits. *sorted* goes from the longest down.
+
+    Parameters
+    ----------
+    prompt_tokens
+        Each prompt's length in tokens, in the order of arrival.
+    new_tokens
+        Asked of every request.
+    line
+        The memory of a batch.
+    limit_mib
+        The memory there is.
+    bucket
+        The width of a bucket in tokens.
+
+    Raises
+    ------
+    InputError
+        There is no prompt, `bucket` is below 1, or the longest prompt does not fit.
+    """
+    if not prompt_tokens or bucket < 1:
+        raise InputError(f"{len(prompt_tokens)} prompts in buckets of {bucket} tokens; give at least one of each")
+    longest = max(prompt_tokens)
+    size = line.largest(longest + new_tokens, limit_mib)
+    if size < 1:
+        raise InputError(f"a prompt of {longest} tokens needs more than {limit_mib:,.0f} MiB; shorten it")
+    buckets: dict[int, list[int]] = {}
+    for tokens in prompt_tokens:
+        buckets.setdefault(-(-tokens // bucket), []).append(tokens)
+
+    def cut(rows: Sequence[int], widest: int | None = None) -> list[Sequence[int]]:
+        made, at = [], 0
+        while at < len(rows):
+            made.append(rows[at : at + line.largest((widest or rows[at]) + new_tokens, limit_mib)])
+            at += len(made[-1])
+        return made
+
+    orders = {
+        "unsorted": cut(prompt_tokens, longest),
+        "bucketed": [batch for _, rows in sorted(buckets.items()) for batch in cut(rows, max(rows))],
+        "sorted": cut(sorted(prompt_tokens, reverse=True)),
+    }
+    return [_plan(order, batches, longest, size) for order, batches in orders.items()]
+
+
+def _plan(order: str, batches: Sequence[Sequence[int]], longest: int, size: int) -> Plan:
+    examples = sum(map(len, batches))
+    padded = sum(len(batch) * max(batch) for batch in batches)
+    padding_pct = 100 * (1 - sum(map(sum, batches)) / padded)
+    return Plan(order, examples, longest, size, len(batches), examples / len(batches), padding_pct)

@@ -2,30 +2,71 @@
 
 At batch size 1 a small model is bound by how fast Python launches kernels, then by reading the weights once a token;
 large batches share that reading and are bound by arithmetic and by the cache's memory. Wall clock is taken between
-device synchronizations; warm-up is apart. "Seconds per request" is total time over requests, what the paper calls
-average latency; a request really waits for its whole batch, so the batch's latency stands beside it.
+device synchronizations; warm-up is apart, and so are the passes that read memory, trace kernels and compare tokens.
+"Seconds per request" is total time over requests, what the paper calls average latency; a request really waits for
+its whole batch, so the batch's latency stands beside it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from statistics import median
-from time import perf_counter
-from typing import TYPE_CHECKING
+from time import perf_counter, sleep
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qnb.batch import Largest, is_out_of_memory, largest
-from qnb.decode import ENGINES
+from qnb.batch import OUT_OF_MEMORY, Apart, Largest, Probe, is_out_of_memory, largest
+from qnb.decode import ENGINES, FACTORIES, Agreement, Clock, Eager, Engine, Prompts, agreement, check_window
 from qnb.device import MIB
-from qnb.model import quiet, release
-from qnb.monitor import ProcessSensor, Usage, Window, sensor
+from qnb.model import load, quiet, release, weigh
+from qnb.monitor import ProcessSensor, Sample, Usage, Window, sensor
+from qnb.precision import Precision
 from qnb.workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WARM_UP_TOKENS = 4
+TRACED_STEPS = 8  # decode steps in the profiled pass
+BUSY = 0.75  # a decode step whose kernels ran for less than this share of it waited for launches
+NEAR = 0.5  # where kernels cannot be timed, a roof is named from this share of it on
+WIDTH = 0.05  # of the median's 95 % interval, relative to the median, at which repeating may end
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a device reaches on the simplest work there is: the roofs that a decode step is held against."""
+
+    copy_bytes_per_s: float  # read and written, by a copy larger than any cache
+    matmul_flop_per_s: dict[str, float]  # a square product by type; int8 counts operations
+    idle_power_w: float | None  # of a GPU that waits with a context on it
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one decode step has to do at least, counted from shapes, and the memory that takes."""
+
+    weights_mib: float
+    cache_mib: float  # keys and values of the whole batch at its end
+    bytes_per_step: float  # every weight once, keys and values of half the new tokens
+    flops_per_step: float
+    multiplies_in: str  # type of the products, which decides their roof
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Kernels of one decode step, from a profiled pass: its wall clock carries the profiler's own cost."""
+
+    kernel_s: float
+    kernels: float
+    wall_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +83,13 @@ class Run:
     peak_allocated_mib: float | None  # torch allocator's peak, weights included; None on a CPU
     peak_reserved_mib: float | None
     usage: Usage  # of the device or of the process
+    token_s: tuple[tuple[float, ...], ...] = ()  # a batch's new tokens, seconds since it was given
+    readings: tuple[Sample, ...] = ()  # the monitor's
+    work: Work | None = None
+    trace: Trace | None = None  # None where it was not taken, or kernels cannot be seen
+    limits: Limits | None = None
+    agreement: Agreement | None = None  # with eager
+    note: str = ""
 
     @property
     def throughput_rps(self) -> float:
@@ -65,8 +113,130 @@ class Run:
 
     @property
     def memory_mib(self) -> float | None:
-        """Peak memory: the torch allocator's on a GPU, the process's growth since before loading on a CPU."""
-        return self.peak_allocated_mib if self.peak_allocated_mib is not None else self.usage.peak_memory_mib
+        """Peak memory: the torch allocator's on a GPU, where it was read; on a CPU the process's growth."""
+        return self.usage.peak_memory_mib if self.usage.source == "process" else self.peak_allocated_mib
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Median seconds to a batch's first new token."""
+        return median(times[0] for times in self.token_s) if self.token_s else None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Median seconds a new token after the first; None where there is only one."""
+        means = [(times[-1] - times[0]) / (len(times) - 1) for times in self.token_s if len(times) > 1]
+        return median(means) if means else None
+
+    def percentiles(self) -> dict[str, float]:
+        """Return percentiles of the time between tokens and of a request's latency, in seconds."""
+        import numpy as np
+
+        gaps = [after - before for times in self.token_s for before, after in pairwise(times)]
+        whole = [seconds for place, seconds in enumerate(self.batch_s) for _ in range(self._rows(place))]
+        found: dict[str, float] = {}
+        for name, values in (("itl", gaps), ("latency", whole)):
+            if values:
+                found |= {f"{name}_p{share}_s": float(np.percentile(values, share)) for share in (50, 95, 99)}
+        return found
+
+    def _rows(self, place: int) -> int:
+        return min(self.batch_size, self.requests - place * self.batch_size)
+
+    @property
+    def bound(self) -> str | None:
+        """What a decode step waits for; None where that cannot be told.
+
+        ``"launch"``: its kernels ran for less than three quarters of it. Else the nearer of two roofs:
+        ``"bandwidth"``, the bytes it must move against a copy's, or ``"compute"``, its operations against a large
+        product's. Where kernels cannot be timed, as on a CPU, a roof is named only from half of it on.
+        """
+        if self.tpot_s is None or self.work is None or self.limits is None:
+            return None
+        if self.trace is not None and self.trace.kernel_s < BUSY * self.tpot_s:
+            return "launch"
+        shares = {"bandwidth": self.work.bytes_per_step / self.tpot_s / self.limits.copy_bytes_per_s}
+        if roof := self.limits.matmul_flop_per_s.get(self.work.multiplies_in):
+            shares["compute"] = self.work.flops_per_step / self.tpot_s / roof
+        nearest = max(shares, key=lambda name: shares[name])
+        return nearest if self.trace is not None or shares[nearest] >= NEAR else None
+
+    @property
+    def flags(self) -> list[str]:
+        """What makes this run unlike an undisturbed one."""
+        short = self.usage.source == "nvml" and self.usage.energy_j is None
+        return self.usage.flags + (["too short for the energy counter"] if short else [])
+
+    def energy(self) -> dict[str, float]:
+        """Return joules a request and a token, whole and above what the device takes idle; empty where unknown."""
+        joules, seconds = self.usage.energy_j, self.usage.energy_s
+        if joules is None or seconds is None:
+            return {}
+        tokens = self.requests * self.new_tokens
+        found = {"energy_j_per_request": joules / self.requests, "energy_j_per_token": joules / tokens}
+        if self.limits is not None and self.limits.idle_power_w is not None:
+            above = joules - self.limits.idle_power_w * seconds
+            found |= {
+                "energy_above_idle_j_per_request": above / self.requests,
+                "energy_above_idle_j_per_token": above / tokens,
+            }
+        return found
+
+    def row(self) -> dict[str, Any]:
+        """Return everything measured, flat, as the ledger keeps it: what was not measured is None."""
+        usage, work, trace, limits = self.usage, self.work, self.trace, self.limits
+        step_s, parted = self.tpot_s, self.agreement
+        return {
+            "batch_size": self.batch_size,
+            "requests": self.requests,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "total_s": self.total_s,
+            "batch_s": list(self.batch_s),
+            "throughput_rps": self.throughput_rps,
+            "throughput_tps": self.throughput_tps,
+            "seconds_per_request": self.seconds_per_request,
+            "batch_latency_s": self.batch_latency_s,
+            "ttft_s": self.ttft_s,
+            "tpot_s": step_s,
+            **self.percentiles(),
+            "kernel_s_per_token": trace and trace.kernel_s,
+            "kernels_per_token": trace and trace.kernels,
+            "wall_s_per_token": trace and trace.wall_s,
+            "bytes_per_step": work and work.bytes_per_step,
+            "flops_per_step": work and work.flops_per_step,
+            "multiplies_in": work and work.multiplies_in,
+            "achieved_bytes_per_s": work.bytes_per_step / step_s if work and step_s else None,
+            "achieved_flop_per_s": work.flops_per_step / step_s if work and step_s else None,
+            "limit_bytes_per_s": limits and limits.copy_bytes_per_s,
+            "limit_flop_per_s": limits.matmul_flop_per_s.get(work.multiplies_in) if limits and work else None,
+            "bound": self.bound,
+            "weights_mib": work and work.weights_mib,
+            "cache_mib": work and work.cache_mib,
+            "peak_allocated_mib": self.peak_allocated_mib,
+            "peak_reserved_mib": self.peak_reserved_mib,
+            "memory_mib": self.memory_mib,
+            **{
+                f"monitor_{name}": getattr(usage, name)
+                for name in ("source", "samples", "duration_s", "utilization_pct", "memory_mib", "peak_memory_mib",
+                             "baseline_mib", "power_w", "clock_mhz", "energy_j", "failures", "missing")
+            },
+            "monitor_idle_power_w": limits and limits.idle_power_w,
+            "monitor_throttle": list(usage.throttle),
+            **self.energy(),
+            "compared_tokens": parted and parted.tokens,
+            "first_difference": parted and parted.first_difference,
+            "difference_margin": parted and parted.margin,
+            "flags": self.flags,
+            "note": self.note,
+        }  # fmt: skip
+
+    def tokens(self) -> list[dict[str, float]]:
+        """Return a row a batch and new token: when it was there, in seconds since the batch was given."""
+        return [
+            {"batch": batch, "requests": self._rows(batch), "token": token, "t_s": seconds}
+            for batch, times in enumerate(self.token_s)
+            for token, seconds in enumerate(times)
+        ]
 
 
 def _synchronize(device: torch.device) -> None:
@@ -81,6 +251,8 @@ def run(
     engine: str = "eager",
     baseline_mib: float = 0.0,
     period_s: float = 0.1,
+    limits: Limits | None = None,
+    passes: Sequence[str] = ("memory", "trace", "agreement"),
 ) -> Run:
     """Generate for every prompt of `workload`, `batch_size` at a time, and time it.
 
@@ -98,43 +270,202 @@ def run(
         What the sensor read before the model was loaded.
     period_s
         Seconds between two samples of the monitor.
+    limits
+        The device's, for what bounds the run and for energy above idle.
+    passes
+        Passes beside the timed one: ``"memory"`` (the allocator's peak over the longest prompts) and ``"trace"``
+        (kernels), both on a GPU only; ``"agreement"`` with eager, for other engines.
 
     Raises
     ------
+    InputError
+        The engine cannot run this model here, or a request is longer than the context window.
     torch.cuda.OutOfMemoryError
         The batch does not fit.
     """
-    generate, device = ENGINES[engine], model.device
-    prompts = workload.prompts
+    device, prompts, new_tokens = model.device, workload.prompts, workload.new_tokens
+    longest, on_gpu = workload.longest, device.type == "cuda"
+    check_window(model, len(longest), new_tokens)
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     with quiet():
-        generate(model, batches[0], min(WARM_UP_TOKENS, workload.new_tokens))
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)  # recording a graph takes what replaying it will need
+        made = FACTORIES[engine](model, batch_size, len(longest), new_tokens)
+        sizes = {len(batch): batch for batch in (batches if on_gpu else batches[:1])}
+        for batch in sizes.values():  # each size has shapes of its own to be prepared for
+            made.generate(batch, min(WARM_UP_TOKENS, new_tokens))
         _synchronize(device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        sense, batch_s = sensor(device), []
+        peaks = None
+        if on_gpu and "memory" in passes:
+            made.generate([longest] * batch_size, new_tokens)
+            _synchronize(device)
+            peaks = torch.cuda.max_memory_allocated(device) / MIB, torch.cuda.max_memory_reserved(device) / MIB
+        sense, batch_s, clocks = sensor(device), [], []
+        first = torch.empty(0)
         with Window(sense.sample, sense.source, period_s, baseline_mib) as window:
             started = before = perf_counter()
             for batch in batches:
-                generate(model, batch, workload.new_tokens)
+                clocks.append(Clock(device))
+                new = made.generate(batch, new_tokens, clocks[-1])
                 _synchronize(device)
                 now = perf_counter()
                 batch_s.append(now - before)
+                first = first if len(first) else new[:1]
                 before = now
             total_s = before - started
-    on_gpu = device.type == "cuda"
-    return Run(
-        engine=engine,
-        batch_size=batch_size,
-        requests=len(prompts),
-        prompt_tokens=len(workload.longest),
-        new_tokens=workload.new_tokens,
-        total_s=total_s,
-        batch_s=tuple(batch_s),
-        peak_allocated_mib=torch.cuda.max_memory_allocated(device) / MIB if on_gpu else None,
-        peak_reserved_mib=torch.cuda.max_memory_reserved(device) / MIB if on_gpu else None,
-        usage=window.usage,
+        timed = Run(
+            engine=engine,
+            batch_size=batch_size,
+            requests=len(prompts),
+            prompt_tokens=len(longest),
+            new_tokens=new_tokens,
+            total_s=total_s,
+            batch_s=tuple(batch_s),
+            peak_allocated_mib=peaks and peaks[0],
+            peak_reserved_mib=peaks and peaks[1],
+            usage=window.usage,
+            token_s=tuple(tuple(clock.seconds()) for clock in clocks),
+            readings=tuple(window.readings),
+            work=count_work(model, len(longest), new_tokens, batch_size),
+            limits=limits,
+            note=made.note,
+        )
+        trace = parted = None
+        if on_gpu and "trace" in passes and new_tokens > 1:
+            trace = _trace(made, batches[0], min(TRACED_STEPS, new_tokens - 1), device)
+        if engine != "eager" and "agreement" in passes:
+            parted = agreement(model, prompts[:1], Eager(model).generate(prompts[:1], new_tokens), first)
+    return replace(timed, trace=trace, agreement=parted)
+
+
+def _trace(engine: Engine, prompts: Prompts, steps: int, device: torch.device) -> Trace:
+    """Trace two generations, of one new token and of `steps` more; their difference is decoding alone."""
+    short, long = (_kernels(engine, prompts, count, device) for count in (1, 1 + steps))
+    return Trace(*((after - before) / steps for before, after in zip(short, long, strict=True)))
+
+
+def _kernels(engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> tuple[float, int, float]:
+    """Return one generation's kernel seconds, number of kernels, and wall seconds."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        started = perf_counter()
+        engine.generate(prompts, new_tokens)
+        _synchronize(device)
+        wall_s = perf_counter() - started
+    ran = [
+        event.time_range.elapsed_us() / 1e6
+        for event in trace.events() or ()
+        if event.device_type == DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)
+        and not event.name.startswith(("Memcpy", "Memset"))
+    ]
+    return sum(ran), len(ran), wall_s
+
+
+def count_work(model: PreTrainedModel, prompt_tokens: int, new_tokens: int, batch_size: int) -> Work:
+    """Count a decode step's bytes and operations from the model's tensors and shapes.
+
+    Weights are read once whatever the batch, but for the embedding, of which a row a request is read, unless it is
+    the output head too. Keys and values are those of half the new tokens. A product of (B, K) and (K, N) counts 2BNK.
+    """
+    config, weights = model.config.get_text_config(), weigh(model)
+    embedding, head = (part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()))
+    assert isinstance(embedding, torch.Tensor) and isinstance(head, torch.Tensor)
+    tied = embedding.data_ptr() == head.data_ptr()
+    products = sum(module.in_features * module.out_features for module in model.modules()
+                   if isinstance(module, torch.nn.Linear))  # fmt: skip
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    cache_bytes = 2 * layers * kv_heads * size * embedding.element_size()  # of one token
+    seen = prompt_tokens + new_tokens / 2
+    rows = 0 if tied else batch_size * embedding.shape[1] * embedding.element_size()
+    read = weights.linear_bytes + weights.other_bytes + (weights.embedding_bytes if tied else rows)
+    return Work(
+        weights_mib=weights.total_mib,
+        cache_mib=batch_size * (prompt_tokens + new_tokens) * cache_bytes / MIB,
+        bytes_per_step=read + batch_size * seen * cache_bytes,
+        flops_per_step=2.0 * batch_size * (products + 2 * layers * heads * size * seen),
+        multiplies_in=_multiplies_in(model),
     )
+
+
+def _multiplies_in(model: PreTrainedModel) -> str:
+    """Return the type in which a model's linear layers multiply."""
+    for module in model.modules():
+        if getattr(module, "state", None) is not None and module.weight.dtype == torch.int8:
+            return "int8"
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+            return str(module.compute_dtype or model.dtype).removeprefix("torch.")
+    return str(model.dtype).removeprefix("torch.")
+
+
+# sizes that fill a device without taking long: MiB copied, rows of a square product
+SIZES = {"cuda": (1024, 8192), "cpu": (64, 512)}
+TYPES = ("float32", "float16", "bfloat16", "int8")
+IDLE_S = 1.0
+
+
+def measure_limits(device: torch.device | str) -> Limits:
+    """Measure a device's memory bandwidth, the rate of its products by type, and a GPU's power when idle.
+
+    The copy counts bytes read and bytes written. Products are square; float32 is what PyTorch does by default.
+    """
+    device = torch.device(device)
+    copied_mib, side = SIZES[device.type]
+    idle_power_w = None
+    if device.type == "cuda":
+        torch.zeros(1, device=device)  # a context keeps the clocks of a GPU that nobody uses from falling
+        _synchronize(device)
+        sense, read = sensor(device), []
+        for _ in range(10):
+            sleep(IDLE_S / 10)
+            read.append(sense.sample().get("power_w"))
+        idle_power_w = None if None in read else median(power for power in read if power is not None)
+    source = torch.ones(copied_mib * MIB, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_s = _fastest_s(partial(target.copy_, source), device)
+    rates = {}
+    for name in TYPES:
+        matrix = torch.ones(side, side, device=device, dtype=getattr(torch, name))
+        multiply = torch._int_mm if name == "int8" else torch.mm
+        with suppress(RuntimeError, NotImplementedError):  # the device has no such product
+            rates[name] = 2 * side**3 / _fastest_s(partial(multiply, matrix, matrix), device)
+    return Limits(2 * copied_mib * MIB / copy_s, rates, idle_power_w)
+
+
+def _fastest_s(work: Callable[[], Any], device: torch.device, least: int = 3, most_s: float = 0.2) -> float:
+    """Return the fastest of several runs, in seconds."""
+    work()
+    seconds: list[float] = []
+    while len(seconds) < least or sum(seconds) < most_s:
+        _synchronize(device)
+        clock = Clock(device)
+        work()
+        clock.tick()
+        seconds += clock.seconds()
+    return min(seconds)
+
+
+def median_interval(values: Iterable[float]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the median from order statistics, whatever the distribution.
+
+    None below six values, where even the extremes do not hold it so surely (Conover 1999, section 3.2).
+    """
+    ranked = sorted(values)
+    count, chance, outside = len(ranked), 0.0, -1
+    while chance <= 0.025 and outside < count // 2:
+        outside += 1
+        chance += math.comb(count, outside) * 0.5**count
+    return (ranked[outside - 1], ranked[-outside]) if outside >= 1 else None
+
+
+def settled(values: Sequence[float]) -> bool:
+    """Return whether the median of `values` is known to `WIDTH`: more of them would not change what is reported."""
+    interval = median_interval(values)
+    return interval is not None and interval[1] - interval[0] <= WIDTH * median(values)
 
 
 def largest_batch(
@@ -147,33 +478,114 @@ def largest_batch(
 ) -> Largest:
     """Find the largest batch of the workload's longest prompt, with all its new tokens, that fits.
 
-    On a GPU a batch fits when it runs; the reading is the allocator's peak. On a CPU, where memory does not run out
-    but swaps, it fits when the process stays within `limit_mib` above `baseline_mib`.
+    On a GPU a batch fits when it runs and the allocator reserves no more than `limit_mib`, to which the caller holds
+    it. On a CPU, where memory does not run out but swaps, it fits when the process stays within `limit_mib` above
+    `baseline_mib`.
 
     Raises
     ------
     InputError
         Not even one request fits.
     """
-    generate, device = ENGINES[engine], model.device
+    return largest(trial(model, workload, limit_mib, engine, baseline_mib), limit_mib, cap)
 
-    def try_batch(batch_size: int) -> float | None:
-        prompts = [workload.longest] * batch_size
+
+def largest_batch_apart(
+    folder: str | Path,
+    precision: Precision,
+    device: str,
+    workload: Workload,
+    limit_mib: float,
+    cap: int,
+    engine: str = "eager",
+) -> Largest:
+    """Find the largest batch as `largest_batch` does, in a process of its own that loads the model from `folder`.
+
+    A batch that ends that process counts as one that does not fit. The caller should hold no model on the device.
+
+    Raises
+    ------
+    InputError
+        Not even one request fits, or the model cannot be loaded.
+    """
+    longest = Workload((workload.longest,), workload.new_tokens, workload.source)
+    with Apart(trial_of, folder, precision, device, longest, limit_mib, engine) as try_batch:
+        return largest(try_batch, limit_mib, cap, counted(folder, len(workload.longest)))
+
+
+def counted(folder: str | Path, prompt_tokens: int) -> int:
+    """Return how many prompts a model's widest layer turns into outputs that 32 bits count; 0 where it is not known.
+
+    INT8 is expected to end its process beyond (`batch.Apart`).
+    """
+    from transformers import AutoConfig
+
+    width = getattr(AutoConfig.from_pretrained(folder), "intermediate_size", None)
+    return (2**31 - 1) // (prompt_tokens * width) if width else 0
+
+
+def trial_of(
+    folder: str | Path, precision: Precision, device: str, workload: Workload, limit_mib: float, engine: str = "eager"
+) -> Callable[[int], Probe]:
+    """Load the model from `folder`, hold a GPU's allocator to `limit_mib`, and return the model's `trial`."""
+    baseline_mib = 0.0
+    if device == "cuda":
+        total_mib = torch.cuda.get_device_properties(device).total_memory / MIB
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib / total_mib))
+    else:
+        release()
+        baseline_mib = ProcessSensor().sample()["memory_mib"]
+    return trial(load(folder, precision, device), workload, limit_mib, engine, baseline_mib)
+
+
+def trial(
+    model: PreTrainedModel, workload: Workload, limit_mib: float, engine: str = "eager", baseline_mib: float = 0.0
+) -> Callable[[int], Probe]:
+    """Return what tries a batch of the workload's longest prompt, and leaves memory as it found it.
+
+    A few tokens are generated first, so that kernels and workspaces loaded once are no batch's.
+    """
+    generate, device = ENGINES[engine], model.device
+    on_gpu = device.type == "cuda"
+
+    def run_out(batch_size: int, new_tokens: int) -> bool:
         try:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-                with quiet():
-                    generate(model, prompts, workload.new_tokens)
-                return torch.cuda.max_memory_allocated(device) / MIB
-            sense = ProcessSensor()
-            with quiet(), Window(sense.sample, sense.source, 0.01, baseline_mib) as window:
-                generate(model, prompts, workload.new_tokens)
-            return window.usage.peak_memory_mib
+            with quiet():
+                generate(model, [workload.longest] * batch_size, new_tokens)
+            _synchronize(device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return None
-        finally:
-            release()
+            return True
+        return False
 
-    return largest(try_batch, limit_mib, cap)
+    def on_device(batch_size: int) -> Probe:
+        release()
+        idle_mib = torch.cuda.memory_allocated(device) / MIB
+        room_mib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / MIB
+        retries = torch.cuda.memory_stats(device)["num_alloc_retries"]
+        torch.cuda.reset_peak_memory_stats(device)
+        started = perf_counter()
+        out = run_out(batch_size, workload.new_tokens)
+        read: dict[str, Any] = {"idle_mib": idle_mib, "room_mib": room_mib, "took_s": perf_counter() - started}
+        memory_mib = torch.cuda.max_memory_reserved(device) / MIB
+        live_mib = torch.cuda.max_memory_allocated(device) / MIB
+        squeezed = torch.cuda.memory_stats(device)["num_alloc_retries"] > retries
+        release()
+        if out:
+            return Probe(batch_size, False, **read, ended=OUT_OF_MEMORY)
+        return Probe(batch_size, memory_mib <= limit_mib, memory_mib, live_mib, squeezed, **read)
+
+    def on_cpu(batch_size: int) -> Probe:
+        release()
+        sense, started = ProcessSensor(), perf_counter()
+        with Window(sense.sample, sense.source, 0.01, baseline_mib) as window:
+            out = run_out(batch_size, workload.new_tokens)
+        took_s, memory_mib = perf_counter() - started, window.usage.peak_memory_mib
+        release()
+        if out:
+            return Probe(batch_size, False, took_s=took_s, ended=OUT_OF_MEMORY)
+        return Probe(batch_size, memory_mib is None or memory_mib <= limit_mib, memory_mib, took_s=took_s)
+
+    run_out(1, min(WARM_UP_TOKENS, workload.new_tokens))
+    return on_device if on_gpu else on_cpu

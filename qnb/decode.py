@@ -1,20 +1,83 @@
 """Ways to generate: greedy, a fixed number of new tokens for every row.
 
-Fixed lengths make throughput comparable between precisions, whose texts differ: nothing stops at an end of sequence.
+Fixed lengths make throughput comparable between precisions, whose texts differ: nothing stops at an end of sequence,
+which is barred from being chosen. `eager` is transformers' ``generate`` with its defaults, one Python launch a kernel;
+at batch size 1 that is what most of its time goes to. `graphed` records one decode step as a CUDA graph and replays it
+for every token, so that what is timed is the model. Continuous batching (transformers' ``generate_batch``) is left
+out: it fills the places of requests that end early, and here all of a batch end together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
+from transformers import DynamicCache, StoppingCriteriaList
+
+from qnb.error import InputError
+from qnb.step import Lean, narrow, unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Prompts = Sequence[Sequence[int]]
 
-def pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+PREFILL_TOKENS = 16384  # read at once; more no longer helps, and takes memory that rows could have
+RECORDED_TOKENS = 4096  # of prompts read by a recorded graph; more keep the GPU busy longer than launching takes
+ALIGNMENT = 16  # the cache's length is a multiple of this, as the attention kernel wants its mask
+# what torch.compile is given: shapes that vary, above all the batch, are compiled for any size once they have
+COMPILE: dict[str, Any] | None = {}
+WARM_UPS = 2  # steps run before one is recorded; there is room for them
+
+
+class Clock:
+    """Notes when each new token was there, without waiting for it.
+
+    On a GPU a tick is an event in the stream, read after the last: the host runs ahead as it would untimed. On a CPU
+    it is the time of day.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._cuda = device, device.type == "cuda"
+        self._ticks: list[Any] = []
+        self.tick()  # the start
+
+    def tick(self) -> None:
+        """Note that one more token a row is there, once what was launched before is done."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._ticks.append(event)
+        else:
+            self._ticks.append(perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Return seconds from the start to each tick."""
+        first, *rest = self._ticks
+        if self._cuda:
+            self._ticks[-1].synchronize()
+            return [first.elapsed_time(tick) / 1000 for tick in rest]
+        return [tick - first for tick in rest]
+
+
+class Engine(Protocol):
+    """A loaded model made ready to generate for batches up to a size; kept for as long as batches come."""
+
+    @property
+    def note(self) -> str:
+        """What is to be known of how it runs; "" where nothing is."""
+
+    def generate(self, prompts: Prompts, new_tokens: int, clock: Clock | None = None) -> torch.Tensor:
+        """Return new ids, (batch, new_tokens); `clock` ticks at each token."""
+
+
+def pad(prompts: Prompts, pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad prompts on the left to the longest; returns ids and attention mask, both (batch, tokens)."""
     width = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
@@ -22,27 +85,417 @@ def pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> 
     return ids, mask
 
 
-def eager(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> torch.Tensor:
-    """Generate with transformers' own ``generate`` as most people call it; returns new ids, (batch, new_tokens)."""
+def _ends(model: PreTrainedModel) -> list[int]:
+    """Return the ids that end a text; ``min_new_tokens`` bars them."""
+    eos = model.generation_config.eos_token_id
+    return [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
+
+
+def _pad_id(model: PreTrainedModel) -> int:
     pad_id = model.generation_config.pad_token_id
-    if pad_id is None:
-        eos = model.generation_config.eos_token_id
-        pad_id = eos[0] if isinstance(eos, list) else eos or 0
-    ids, mask = pad(prompts, pad_id, model.device)
-    with torch.inference_mode():
-        out = model.generate(  # type: ignore[operator]  # transformers types the mixin loosely
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=pad_id,
+    return pad_id if pad_id is not None else (*_ends(model), 0)[0]
+
+
+def check_window(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
+    """Refuse a request longer than the model's context window.
+
+    Raises
+    ------
+    InputError
+        Prompt and new tokens together are more than the model has positions for.
+    """
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window and prompt_tokens + new_tokens > window:
+        raise InputError(
+            f"{prompt_tokens} prompt and {new_tokens} new tokens are more than the model's context window of {window} "
+            "tokens; ask for shorter prompts or fewer new tokens"
         )
-    return out[:, ids.shape[1] :]  # (B, N)
 
 
-Engine = Callable[["PreTrainedModel", Sequence[Sequence[int]], int], torch.Tensor]
-ENGINES: dict[str, Engine] = {"eager": eager}
+class Eager:
+    """Transformers' own ``generate`` as most people call it."""
+
+    note = ""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def generate(self, prompts: Prompts, new_tokens: int, clock: Clock | None = None) -> torch.Tensor:
+        """Return new ids, (batch, new_tokens).
+
+        `clock` ticks where ``generate`` asks whether to stop, once a token, just before it waits for the device
+        itself: nothing is waited for that would not be.
+        """
+        model = self._model
+        check_window(model, max(map(len, prompts)), new_tokens)
+        pad_id = _pad_id(model)
+        ids, mask = pad(prompts, pad_id, model.device)
+        never = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+
+        def tick(*_: Any, **__: Any) -> torch.Tensor:
+            clock.tick()  # type: ignore[union-attr]  # called only where there is one
+            return never
+
+        with torch.inference_mode():
+            out = model.generate(  # type: ignore[operator]  # transformers types the mixin loosely
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=pad_id,
+                stopping_criteria=StoppingCriteriaList([tick] if clock else []),
+            )
+        return out[:, ids.shape[1] :]  # (B, N)
+
+
+class Decoder:
+    """A prompt read by the model's own forward into fixed memory, then steps over that memory, one token a row each.
+
+    Every shape and address stays, so that a step can be recorded once and replayed; run without recording it is the
+    same arithmetic on any device. Rows are padded on the left: all write to the same slot.
+
+    Parameters
+    ----------
+    model
+        A loaded model.
+    rows
+        The largest batch.
+    width
+        Tokens of the longest prompt.
+    new_tokens
+        The most new tokens a row.
+    options
+        For torch.compile; None runs the step uncompiled.
+
+    Raises
+    ------
+    InputError
+        The request is longer than the context window, or the model keeps something else than keys and values of
+        every token.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, rows: int, width: int, new_tokens: int, options: dict[str, Any] | None = None
+    ) -> None:
+        check_window(model, width, new_tokens)
+        device, most = model.device, width + new_tokens + WARM_UPS
+        self._model, self._rows, self.width, self._length = model, rows, width, -(-most // ALIGNMENT) * ALIGNMENT
+        self._caches: list[tuple[torch.Tensor, torch.Tensor]] = []  # made by the first prompt, whose shapes they take
+        self._barred = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=model.dtype, device=device)
+        self._barred[_ends(model)] = float("-inf")  # (V,)
+        self._ids = torch.zeros(rows, width, dtype=torch.long, device=device)  # (B, T)
+        self.token = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
+        self._slot, self._place = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
+        self._start = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
+        self._chosen = torch.zeros(rows, new_tokens + WARM_UPS, dtype=torch.long, device=device)  # (B, N)
+        if why := narrow(model, width + new_tokens):
+            raise InputError(f"keys and values of every token are not kept by this model: {why}; take engine 'eager'")
+        why = unknown(model)
+        self.note = f"the model's own forward, recorded: {why}" if why else ""
+        self._lean = None if why else _lean(model, options)
+        self._angles = self._lean.angles(self._length) if self._lean else None
+
+    @torch.no_grad()
+    def prefill(self, prompts: Prompts) -> torch.Tensor:
+        """Read the prompts and choose their first new tokens; returns its logits, (B, V).
+
+        Rows are read in chunks that are enough to keep a device busy: what a chunk needs besides its keys and values
+        is given back before the next.
+        """
+        ids, mask = pad(prompts, _pad_id(self._model), self._model.device)  # (B, T)
+        rows, width = ids.shape
+        chunk = max(1, PREFILL_TOKENS // width)
+        padded = min(map(len, prompts)) < width
+        logits = torch.cat([
+            self._read(ids[at : at + chunk], mask[at : at + chunk] if padded else None, at)
+            for at in range(0, rows, chunk)
+        ])  # fmt: skip
+        self._start[:rows] = width - mask.sum(1)
+        self._begin(rows, width, logits)
+        return logits
+
+    def load(self, prompts: Prompts) -> None:
+        """Put prompts where `read` finds them, padded to the longest there may be."""
+        longest = [0] * self.width
+        ids, mask = pad([*prompts, longest], _pad_id(self._model), self._ids.device)  # (B + 1, T)
+        self._ids[: len(prompts)] = ids[:-1]
+        self._start[: len(prompts)] = self.width - mask[:-1].sum(1)
+
+    @torch.no_grad()
+    def read(self, rows: int) -> torch.Tensor:
+        """Do what `prefill` does with the first `rows` prompts given to `load`, in shapes that never change."""
+        start = self._start[:rows, None]  # (B, 1)
+        places = torch.arange(self.width, device=start.device)
+        seen = (places <= places[:, None]) & (places >= start[:, None])  # (B, T, T)
+        seen |= places == places[:, None]  # padding sees itself: nothing to attend to would be no number
+        positions = (places - start).clamp(min=0)
+        logits = _forward(self._model, self._filling(rows, 0, self.width), input_ids=self._ids[:rows],
+                          attention_mask=seen[:, None], position_ids=positions)  # fmt: skip
+        self._begin(rows, self.width, logits)
+        return logits
+
+    def _begin(self, rows: int, width: int, logits: torch.Tensor) -> None:
+        """Choose the first new token from `logits`, (B, V); its keys will follow those of `width` slots."""
+        self._slot.fill_(width)
+        self._place.zero_()
+        self._keep(rows, (logits + self._barred).argmax(-1))
+
+    def _read(self, ids: torch.Tensor, mask: torch.Tensor | None, first: int) -> torch.Tensor:
+        """Run some rows' prompts, (b, T), and return their last positions' logits, (b, V)."""
+        rows, width = ids.shape
+        positions = torch.arange(width, device=ids.device).expand(rows, -1)  # (b, T)
+        if mask is not None:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+        keep = self._filling(rows, first, width)
+        return _forward(self._model, keep, input_ids=ids, attention_mask=mask, position_ids=positions)
+
+    def _filling(self, rows: int, first: int, width: int) -> Keep:
+        """Return what writes keys and values of `rows` rows into the caches from row `first` on."""
+
+        def keep(place: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            if place == len(self._caches):
+                kept = (new.new_zeros(self._rows, new.shape[1], self._length, new.shape[3]) for new in (keys, values))
+                self._caches.append((next(kept), next(kept)))
+            for cache, new in zip(self._caches[place], (keys, values), strict=True):
+                cache[first : first + rows, :, :width] = new
+            return keys, values
+
+        return keep
+
+    @torch.no_grad()
+    def step(self, rows: int) -> torch.Tensor:
+        """Read the last token of the first `rows` rows and choose the next; returns its logits, (B, V)."""
+        caches = [(keys[:rows], values[:rows]) for keys, values in self._caches]
+        token, start = self.token[:rows], self._start[:rows]
+        if self._lean and self._angles:
+            logits, chosen = self._lean.step(token, self._slot, start, caches, self._angles, self._barred)
+        else:
+            logits = self._own(token, start, caches)
+            chosen = (logits + self._barred).argmax(-1)
+        self._slot.add_(1)
+        self._keep(rows, chosen)
+        return logits
+
+    def warm_up(self, rows: int) -> torch.Tensor:
+        """Run a step as `step` does; where torch.compile cannot build it, this and all later ones uncompiled."""
+        try:
+            return self.step(rows)
+        except TorchDynamoException as error:
+            assert self._lean is not None  # nothing else is compiled
+            self._lean.uncompile()
+            reason = " ".join(str(error).split())[:200]
+            self.note = f"its small kernels are not fused, as torch.compile failed: {reason}"
+            return self.step(rows)
+
+    def _own(self, token: torch.Tensor, start: torch.Tensor, caches: list[Any]) -> torch.Tensor:
+        """Run the model's own forward for one token a row; returns logits, (B, V)."""
+
+        def keep(place: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            for cache, new in zip(caches[place], (keys, values), strict=True):
+                cache.index_copy_(2, self._slot, new)
+            return caches[place]
+
+        slots = torch.arange(self._length, device=token.device)
+        seen = (slots <= self._slot) & (slots >= start[:, None])  # (B, L)
+        positions = (self._slot - start)[:, None]  # (B, 1)
+        ids, mask = token[:, None], seen[:, None, None]
+        return _forward(self._model, keep, input_ids=ids, attention_mask=mask, position_ids=positions)
+
+    def _keep(self, rows: int, chosen: torch.Tensor) -> None:
+        self.token[:rows] = chosen
+        self._chosen[:rows].index_copy_(1, self._place, chosen[:, None])
+        self._place.add_(1)
+
+    def tokens(self, rows: int, new_tokens: int) -> torch.Tensor:
+        """Return what was chosen since the prompts were read, (B, N)."""
+        return self._chosen[:rows, :new_tokens].clone()
+
+
+Keep = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class _Keeping(DynamicCache):
+    """A cache that gives each layer's new keys and values to a function and attends to what that returns.
+
+    It has no layers of its own, so transformers takes it for an empty one.
+    """
+
+    def __init__(self, keep: Keep) -> None:
+        super().__init__()
+        self._keep = keep
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._keep(layer_idx, key_states, value_states)
+
+
+def _forward(model: PreTrainedModel, keep: Keep, **given: Any) -> torch.Tensor:
+    """Run the model, its keys and values given to `keep`; returns the last position's logits, (B, V)."""
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # renamed in 5.24
+    return model(**given, **{name: _Keeping(keep)}, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+_leans: WeakKeyDictionary[PreTrainedModel, Lean] = WeakKeyDictionary()
+
+
+def _lean(model: PreTrainedModel, options: dict[str, Any] | None) -> Lean:
+    """Return a model's lean step, made once: it moves the weights."""
+    if model not in _leans:
+        if options is not None:
+            torch.compiler.reset()  # another model's step is no use, and only so many may be kept
+        _leans[model] = Lean(model, options)
+    return _leans[model]
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Drop a model's lean step, so that the next engine builds it anew; its weights stay joined."""
+    _leans.pop(model, None)
+
+
+class Graphed:
+    """One decode step recorded as a CUDA graph and replayed for every token; short prompts are read so too.
+
+    Both are recorded at the first batch of each size, in memory that all sizes share: run a batch of a size once
+    before timing it.
+
+    Raises
+    ------
+    InputError
+        There is no GPU, or the step cannot be recorded; see `absent`.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: int, width: int, new_tokens: int) -> None:
+        if why := absent("graphed", model.device.type, model):
+            raise InputError(f"engine 'graphed' cannot run: {why}; take engine 'eager'")
+        self._device = model.device
+        self._decoder = Decoder(model, rows, width, new_tokens, COMPILE)
+        self._prompts: dict[int, torch.cuda.CUDAGraph] = {}  # by rows
+        self._steps: dict[int, torch.cuda.CUDAGraph] = {}
+        self.logits: dict[int, torch.Tensor] = {}  # (B, V), where a step leaves them
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def note(self) -> str:
+        """What is to be known of how it runs."""
+        return self._decoder.note
+
+    def generate(self, prompts: Prompts, new_tokens: int, clock: Clock | None = None) -> torch.Tensor:
+        """Return new ids, (batch, new_tokens); `clock` ticks at each token."""
+        decoder, rows = self._decoder, len(prompts)
+        few = rows * decoder.width <= RECORDED_TOKENS
+        with torch.cuda.device(self._device):
+            decoder.load(prompts)
+            if rows not in self._steps:
+                decoder.prefill(prompts)  # makes the caches
+                if few:
+                    self._prompts[rows], _ = self._record(decoder.read, rows)
+                self._steps[rows], self.logits[rows] = self._record(decoder.warm_up, rows)
+                decoder.load(prompts)
+            if few:
+                self._prompts[rows].replay()
+            else:
+                decoder.prefill(prompts)
+            if clock:
+                clock.tick()
+            for _ in range(new_tokens - 1):
+                self._steps[rows].replay()
+                if clock:
+                    clock.tick()
+            return decoder.tokens(rows, new_tokens)
+
+    def _record(self, work: Callable[[int], torch.Tensor], rows: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Record `work`, run before so that kernels are compiled and libraries have their workspaces."""
+        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                work(rows)
+        main.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits = work(rows)
+        return graph, logits
+
+
+def absent(engine: str, device: str, model: PreTrainedModel | None = None) -> str:
+    """Return why an engine cannot run on a kind of device, or not with this model; nothing where it can."""
+    if engine != "graphed":
+        return ""
+    if device != "cuda":
+        return "it replays CUDA graphs, and there is no NVIDIA GPU here"
+    if model is not None:
+        states = (getattr(module, "state", None) for module in model.modules())
+        if any(getattr(state, "threshold", 0.0) > 0 for state in states):
+            return (
+                "LLM.int8 with an outlier threshold reads the outlier columns back to the host in every product, "
+                "which no graph can record (int8-t0 has no threshold)"
+            )
+    return ""
+
+
+Factory = Callable[["PreTrainedModel", int, int, int], Engine]
+FACTORIES: dict[str, Factory] = {"eager": lambda model, *_: Eager(model), "graphed": Graphed}
+Generate = Callable[["PreTrainedModel", Prompts, int], torch.Tensor]
+
+
+def _once(make: Factory) -> Generate:
+    def generate(model: PreTrainedModel, prompts: Prompts, new_tokens: int) -> torch.Tensor:
+        return make(model, len(prompts), max(map(len, prompts)), new_tokens).generate(prompts, new_tokens)
+
+    return generate
+
+
+# generate one batch and keep nothing: (model, prompts, new tokens) -> new ids, (batch, new tokens)
+ENGINES: dict[str, Generate] = {name: _once(make) for name, make in FACTORIES.items()}
+
+
+def parse(engines: str | Iterable[str], device: str) -> tuple[str, ...]:
+    """Return the engines named, once each; ``"auto"`` is eager, and graphed too where there is a GPU.
+
+    Raises
+    ------
+    InputError
+        A name is unknown, or that engine cannot run on this kind of device.
+    """
+    names = engines.replace(",", " ").split() if isinstance(engines, str) else [str(name) for name in engines]
+    if names == ["auto"]:
+        return tuple(name for name in FACTORIES if not absent(name, device))
+    if not names or not set(names) <= set(FACTORIES):
+        raise InputError(f"engines is {engines!r}; give 'auto' or names of {', '.join(FACTORIES)}")
+    for name in names:
+        if why := absent(name, device):
+            raise InputError(f"engine {name!r} cannot run: {why}; take engines 'auto'")
+    return tuple(dict.fromkeys(names))
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How far two engines' tokens are the same, and how near a tie was where they first part.
+
+    Each engine rounds in its own order, so where two tokens are as good as equal either may come; from there on the
+    texts are different ones.
+    """
+
+    tokens: int  # compared, of each row
+    first_difference: int | None  # place of the earliest new token that differs in any row; None if none does
+    margin: float | None  # by how much the model's logits prefer the first engine's token there
+
+
+def agreement(model: PreTrainedModel, prompts: Prompts, first: torch.Tensor, second: torch.Tensor) -> Agreement:
+    """Compare two engines' new ids, (B, N) each, of the same prompts."""
+    differ = (first != second).long()  # (B, N)
+    if not differ.any():
+        return Agreement(first.shape[1], None, None)
+    places = torch.where(differ.any(1), differ.argmax(1), first.shape[1])  # (B,)
+    row = int(places.argmin())
+    place = int(places[row])
+    ids = torch.tensor([[*prompts[row], *first[row, :place].tolist()]], device=model.device)  # (1, T)
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()  # (V,)
+    return Agreement(first.shape[1], place, float(logits[first[row, place]] - logits[second[row, place]]))

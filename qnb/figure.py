@@ -1,86 +1,29 @@
-"""Frame in, Plotly figure out: the paper's six figures, measured beside published.
+"""Frame in, Plotly figure out: the paper's six figures, measured beside published, and the list of all there are.
 
-One colour a precision everywhere. What was measured here is a filled bar; what the paper published is a hollow one
-with a dotted edge and says so in its name. Axes carry units; each bar's text can be read without its colour.
+What was measured here is a filled bar; what the paper published is a hollow one and says so in its name. What the
+paper lacks is drawn by `tradeoff` and `cost`.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from qnb import paper
-from qnb.precision import PRECISIONS
+from qnb import choose, cost, look, paper, tradeoff
+from qnb.results import Results
 from qnb.table import headline
 
 PUBLISHED = "published, Llama-3.2-1B"
-KEY = f"<br><sup>filled: measured here; hollow: {PUBLISHED} on a T4</sup>"
-SCALED = ", scaled over the precisions<br><sup>1 is the best of them, of utilization the highest</sup>"
+KEY = "filled: measured; hollow: published (Llama-3.2-1B, T4)"
 METRICS = {
     "throughput_rps": ("throughput", "requests/s", True),
     "seconds_per_request": ("seconds per request", "s", False),
     "utilization_pct": ("utilization", "%", None),
     "memory_mib": ("peak memory", "MiB", False),
 }  # name: title, unit, whether more is better (None: neither)
-LABELS = {
-    "arc_challenge": "ARC Challenge", "arc_easy": "ARC Easy", "gsm8k": "GSM8K", "gsm8k_cot": "GSM8K CoT",
-    "gsm8k_average": "GSM8K average",
-    "hellaswag": "HellaSwag", "mmlu": "MMLU", "mmlu_humanities": "MMLU humanities", "mmlu_other": "MMLU other",
-    "mmlu_social_sciences": "MMLU social sciences", "mmlu_stem": "MMLU STEM", "sample_easy": "easy questions",
-    "sample_hard": "hard questions", "sample_completion": "completion", "sample_arithmetic": "arithmetic",
-    "sample_exam": "exam", "sample_exam_humanities": "exam humanities", "sample_exam_other": "exam other",
-    "sample_exam_social_sciences": "exam social sciences", "sample_exam_stem": "exam STEM",
-}  # fmt: skip
-
-
-def label(task: str) -> str:
-    """Return a task's name as people read it."""
-    return LABELS.get(task, task)
-
-
-def _layout(figure: go.Figure, title: str, height: int = 460) -> go.Figure:
-    figure.update_layout(
-        title={"text": title, "x": 0.01, "xanchor": "left", "font": {"size": 17}},
-        template="plotly_white",
-        font={"size": 13},
-        height=height,
-        margin={"l": 60, "r": 20, "t": 80, "b": 60},
-        legend={"orientation": "h", "y": -0.2, "yanchor": "top"},
-        bargap=0.18,
-    )
-    return figure
-
-
-def _nothing(title: str) -> go.Figure:
-    figure = _layout(go.Figure(), title, 240)
-    figure.add_annotation(text="nothing measured yet", showarrow=False, font={"size": 15})
-    return figure.update_xaxes(visible=False).update_yaxes(visible=False)
-
-
-def _solid(precision: str) -> dict[str, Any]:
-    return {"color": PRECISIONS[precision].color}
-
-
-def _hollow(precision: str) -> dict[str, Any]:
-    color = PRECISIONS[precision].color
-    dots = {"shape": ".", "size": 4, "solidity": 0.15, "bgcolor": "rgba(255,255,255,0)", "fgcolor": color}
-    return {"color": "rgba(255,255,255,0)", "line": {"color": color, "width": 1.6}, "pattern": dots}
-
-
-def _measured(figure: go.Figure, precision: str, tasks: pd.Series, values: pd.Series, hover: str, **more: Any) -> None:
-    """Add a precision's bars, a task each, as measured here."""
-    names, text = tasks.map(label), f"%{{x}}: {hover}"
-    figure.add_bar(name=precision, x=names, y=values, marker=_solid(precision), hovertemplate=text, **more)
-
-
-def _published(figure: go.Figure, precision: str, tasks: pd.Series, values: pd.Series) -> None:
-    """Add a precision's bars, a task each, as the paper gives them."""
-    name, text = f"{precision} ({PUBLISHED})", "%{x}: %{y:.2f} % as published"
-    figure.add_bar(name=name, x=tasks.map(label), y=values, marker=_hollow(precision), hovertemplate=text)
+BAR_PX = 12  # height of one lying bar
 
 
 def accuracy(scores: pd.DataFrame) -> go.Figure:
@@ -93,23 +36,55 @@ def accuracy(scores: pd.DataFrame) -> go.Figure:
     """
     title = "Accuracy by task"
     if scores.empty:
-        return _nothing(title)
+        return look.nothing(title)
     frame = headline(scores)
     # subjects of a group come to dozens; a group and its groups are what a figure can show
-    tops = set(frame.asked) | set(frame[frame.group.astype(bool)].task)
+    tops = list(dict.fromkeys(frame[frame.group.astype(bool) | (frame.task == frame.asked)].task))
     frame = frame[frame.task.isin(tops)]
     figure = go.Figure()
     for precision, rows in frame.groupby("precision", sort=False):
-        error = {"type": "data", "array": 100 * rows.stderr.astype(float), "thickness": 1.2, "width": 3}
-        hover = "%{y:.2f} % ± %{error_y.array:.2f}, n = %{customdata}"
-        more = {"error_y": error, "customdata": rows["items"]}
-        _measured(figure, str(precision), rows.task, 100 * rows.value, hover, **more)
+        hover = [
+            f"{precision}, {look.label(row.task)}: {100 * row.value:.2f} %"
+            + (f" ± {100 * row.stderr:.2f} (one standard error)" if pd.notna(row.stderr) else "")
+            + f"<br>n = {row.n:,}"
+            for row in rows.rename(columns={"items": "n"}).itertuples()
+        ]
+        error = {"type": "data", "array": 100 * rows.stderr.astype(float), "thickness": 1.2, "width": 2}
+        _measured(figure, str(precision), rows.task, 100 * rows.value, hover, error_x=error)
     published = paper.accuracy()
     published = published[published.task.isin(tops)]
     for precision, rows in published.groupby("precision", sort=False):
         _published(figure, str(precision), rows.task, 100 * rows.acc)
-    figure.update_yaxes(title="accuracy, %", rangemode="tozero")
-    return _layout(figure, f"{title}, with one standard error")
+    figure.update_xaxes(title="accuracy, % ± one standard error", rangemode="tozero")
+    return _by_task(figure, tops, title, KEY if len(published) else "")
+
+
+def _measured(
+    figure: go.Figure, precision: str, tasks: pd.Series, values: pd.Series, hover: list, **more: Any
+) -> None:
+    """Add a precision's bars, a task each, as measured here."""
+    figure.add_bar(
+        orientation="h", name=precision, legendgroup=precision, y=tasks.map(look.label), x=values,
+        marker=look.bars([precision] * len(values)), hovertext=hover, hoverinfo="text", **more,
+    )  # fmt: skip
+
+
+def _published(figure: go.Figure, precision: str, tasks: pd.Series, values: pd.Series) -> None:
+    """Add a precision's bars, a task each, as the paper gives them."""
+    figure.add_bar(
+        orientation="h", name=f"{precision} ({PUBLISHED})", legendgroup=precision, showlegend=False,
+        y=tasks.map(look.label), x=values, marker=look.bars([precision] * len(values), filled=False),
+        hovertemplate=f"{precision}, %{{y}}: %{{x:.2f}} % as published<extra></extra>",
+    )  # fmt: skip
+
+
+def _by_task(figure: go.Figure, tasks: list[str], title: str, note: str) -> go.Figure:
+    """Lay out bars that lie in groups, a group a task, the first on top."""
+    figure.update_yaxes(
+        autorange="reversed", categoryorder="array", categoryarray=[look.label(task) for task in tasks]
+    )
+    figure.update_layout(bargap=0.25, bargroupgap=0.05)
+    return look.layout(figure, title, 170 + len(tasks) * (BAR_PX * len(figure.data) + 14), note)
 
 
 def change(table: pd.DataFrame) -> go.Figure:
@@ -120,49 +95,36 @@ def change(table: pd.DataFrame) -> go.Figure:
     table
         Table 2, as `qnb.Study.table2` returns.
     """
-    title = "Relative change in accuracy against BF16"
+    title = "Relative change in accuracy"
     if table.empty or "change_pct" not in table:
-        return _nothing(title)
-    table = table.dropna(subset="change_pct")
+        return look.nothing(title)
+    table = table.dropna(subset=["change_pct"])
     figure = go.Figure()
     for precision, rows in table.groupby("precision", sort=False):
-        hover = "%{y:.2f} % (%{customdata[0]:.2f} points), McNemar p = %{customdata[1]:.3f}, n = %{customdata[2]}"
-        paired = rows[["change_pp", "mcnemar_p", "items"]]
-        _measured(figure, str(precision), rows.task, rows.change_pct, hover, customdata=paired)
-        known = rows.dropna(subset="published_change_pct")
+        hover = [
+            f"{precision}, {look.label(row['task'])}: {row['change_pct']:+.2f} % ({row['change_pp']:+.2f} points)"
+            + (f"<br>McNemar p = {row['mcnemar_p']:.3g}" if pd.notna(row["mcnemar_p"]) else "")
+            + f"<br>n = {row['items']:,.0f}"
+            for row in rows.to_dict("records")
+        ]
+        _measured(figure, str(precision), rows.task, rows.change_pct, hover)
+        known = rows.dropna(subset=["published_change_pct"])
         if len(known):
             _published(figure, str(precision), known.task, known.published_change_pct)
-    figure.add_hline(y=0, line_width=1, line_color="#444")
-    figure.update_yaxes(title="change, % of BF16's accuracy")
-    return _layout(figure, title)
+    figure.add_vline(x=0, line_width=1, line_color=look.INK)
+    figure.update_xaxes(title="change, % of BF16's accuracy")
+    published = any(PUBLISHED in bar.name for bar in figure.data)
+    return _by_task(figure, list(dict.fromkeys(table.task)), title, KEY if published else "against BF16")
 
 
-def metric(table: pd.DataFrame, name: str, figure: go.Figure | None = None, **place: int) -> go.Figure:
-    """Draw one metric of Table 3 or 4 as a bar a precision, published hollow beside it."""
-    title, unit, _ = METRICS[name]
-    figure = figure if figure is not None else _layout(go.Figure(), title + KEY)
-    published = {"memory_mib": "published_vram_mib"}.get(name, f"published_{name}")
-    for column, marker, source in ((name, _solid, "measured"), (published, _hollow, PUBLISHED)):
-        rows = table.dropna(subset=column) if column in table else table[:0]
-        for precision, value in zip(rows.precision, rows.get(column, ()), strict=True):
-            figure.add_bar(
-                name=f"{precision}, {source}",
-                x=[precision],
-                y=[value],
-                offsetgroup=source,
-                marker=marker(precision),
-                showlegend=False,
-                text=[f"{value:,.0f}" if value >= 100 else f"{value:.3g}"],
-                textposition="outside",
-                textfont={"size": 11},
-                textangle=0,
-                constraintext="none",
-                cliponaxis=False,
-                hovertemplate=f"{precision}, {source}: %{{y:.4g}} {unit}<extra></extra>",
-                **place,
-            )
-    figure.update_yaxes(title=unit, rangemode="tozero", **place)
-    return figure
+def _timed(table: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the engines that could not run: their rows say why, and have no number to draw."""
+    return table.dropna(subset=["throughput_rps"]) if "throughput_rps" in table else table[:0]
+
+
+def rows_of(table: pd.DataFrame) -> list[str]:
+    """Name each row of Table 3 or 4 by its precision, and by its engine where there is more than one."""
+    return cost.names(table) if "engine" in table else list(table.precision)
 
 
 def metrics(table: pd.DataFrame, title: str) -> go.Figure:
@@ -175,12 +137,44 @@ def metrics(table: pd.DataFrame, title: str) -> go.Figure:
     title
         What was run.
     """
+    table = _timed(table)
     if table.empty:
-        return _nothing(title)
-    figure = make_subplots(2, 2, subplot_titles=[text for text, _, _ in METRICS.values()], vertical_spacing=0.2)
-    for place, name in enumerate(METRICS):
-        metric(table, name, figure, row=place // 2 + 1, col=place % 2 + 1)
-    return _layout(figure, title + KEY, 720)
+        return look.nothing(title)
+    named = table.assign(label=rows_of(table))
+    height = 170 + 4 * (look.GAP_PX + 2 * (BAR_PX + 3) * len(table))
+    figure = look.panels(height, [f"{text}, {unit}" for text, unit, _ in METRICS.values()])
+    for place, (name, (_, unit, _)) in enumerate(METRICS.items(), 1):
+        published = {"memory_mib": "published_vram_mib"}.get(name, f"published_{name}")
+        mine = named.dropna(subset=[name])
+        # the paper has one row a precision, whatever engines there are here
+        papers = named.dropna(subset=[published]).drop_duplicates("precision") if published in named else named[:0]
+        counts = [_passes(row, place == 1) for row in mine.to_dict("records")]
+        for source, rows, column, notes in (
+            ("measured", mine, name, counts),
+            (PUBLISHED, papers, published, ["as published"] * len(papers)),
+        ):
+            values = [float(value) for value in rows.get(column, ())]
+            texts = [look.number(value) for value in values]
+            figure.add_bar(
+                orientation="h", name=source, y=rows.label, x=values, offsetgroup=source, showlegend=False,
+                marker=look.bars(list(rows.precision), filled=source == "measured"), text=texts,
+                textposition="outside", textfont={"size": 11}, constraintext="none", cliponaxis=False,
+                hoverinfo="text",
+                hovertext=[f"{label}: {text} {unit}<br>{note}"
+                           for label, text, note in zip(rows.label, texts, notes, strict=True)],
+                row=place, col=1,
+            )  # fmt: skip
+        most = max((*mine[name], *papers.get(published, ())), default=1.0)
+        figure.update_xaxes(range=[0, 1.18 * most], row=place)
+    figure.update_yaxes(autorange="reversed")
+    figure.update_layout(bargap=0.2)
+    return look.layout(figure, title, height, KEY)
+
+
+def _passes(row: dict[str, Any], spread: bool) -> str:
+    """Say what a row of Table 3 or 4 is the median of."""
+    text = f"n = {row['requests']:,.0f} requests, {row['repeats']:.0f} passes"
+    return f"{text}, range {row['throughput_spread_pct']:.1f} %" if spread else text
 
 
 def heatmap(table: pd.DataFrame, title: str) -> go.Figure:
@@ -188,55 +182,92 @@ def heatmap(table: pd.DataFrame, title: str) -> go.Figure:
 
     Utilization is scaled by its size: more of it is neither better nor worse.
     """
+    table = _timed(table)
     if table.empty:
-        return _nothing(title)
-    shown = [name for name in METRICS if table[name].notna().any()]
-    shades, texts = [], []
+        return look.nothing(title)
+    shown = [name for name in METRICS if name in table and table[name].notna().any()]
+    names = rows_of(table)
+    shades = pd.DataFrame(index=names)
     for name in shown:
         values = table[name].astype(float)
         span = values.max() - values.min()
         scaled = (values - values.min()) / span if span else values * 0 + 1
-        shades.append(list(1 - scaled if METRICS[name][2] is False else scaled))
-        texts.append([f"{value:.4g} {METRICS[name][1]}" for value in values])
+        shades[name] = list(1 - scaled if METRICS[name][2] is False else scaled)
+    values = table[shown].astype(float).to_numpy()
+    texts = [["" if pd.isna(value) else look.number(value) for value in row] for row in values]
+    told = [
+        [f"{name}, {METRICS[metric][0]}: {text} {METRICS[metric][1]}" for metric, text in zip(shown, row, strict=True)]
+        for name, row in zip(names, texts, strict=True)
+    ]
+    columns = [f"{METRICS[name][0].replace(' ', '<br>')}<br>{METRICS[name][1]}" for name in shown]
     figure = go.Figure(
         go.Heatmap(
-            z=shades, x=list(table.precision), y=[METRICS[name][0] for name in shown], text=texts,
-            texttemplate="%{text}", colorscale="Blues", zmin=0, zmax=1.25, xgap=3, ygap=3,
-            colorbar={"title": "scaled", "tickvals": [0, 1]},
-            hovertemplate="%{y}, %{x}: %{text}<extra></extra>",
+            z=shades.to_numpy(), y=names, x=columns, text=texts, texttemplate="%{text}", colorscale="Blues",
+            zmin=0, zmax=1.25, xgap=3, ygap=3, showscale=False, hovertext=told, hoverinfo="text",
         )
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed")
-    return _layout(figure, title, 400)
+    figure.update_xaxes(tickangle=0, tickfont_size=11)
+    return look.layout(figure, f"{title}, scaled", 190 + 36 * len(table), "dark is better; of utilization, more")
 
 
-def draw_all(scores: pd.DataFrame, tables: dict[int, pd.DataFrame]) -> dict[str, go.Figure]:
-    """Return the paper's six figures by file name.
+def compare(frame: pd.DataFrame, title: str, unit: str) -> go.Figure:
+    """One quantity, a lying bar a precision and engine, with its interval or range where there is one.
 
     Parameters
     ----------
-    scores
-        As for `accuracy`.
-    tables
-        Tables 2, 3 and 4 by number.
+    frame
+        Columns precision, engine and value; low, high and n (a text) where they are known.
+    title, unit
+        What the quantity is, and the axis's unit.
     """
+    frame = frame.dropna(subset=["value"]) if "value" in frame else frame[:0]
+    if frame.empty:
+        return look.nothing(title)
+    above = (frame.high - frame.value).fillna(0) if "high" in frame else 0 * frame.value
+    below = (frame.value - frame.low).fillna(0) if "low" in frame else 0 * frame.value
+    hover = [
+        f"{name}: {look.number(row['value'])} {unit}"
+        + (f"<br>{look.number(row['low'])} to {look.number(row['high'])}" if pd.notna(row.get("low")) else "")
+        + (f"<br>n = {row['n']}" if row.get("n") else "")
+        for name, row in zip(cost.names(frame), frame.to_dict("records"), strict=True)
+    ]
+    figure = go.Figure()
+    figure.add_bar(
+        orientation="h", y=cost.names(frame), x=frame.value, marker=look.bars(list(frame.precision)),
+        error_x={"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.2},
+        hovertext=hover, hoverinfo="text", showlegend=False,
+    )  # fmt: skip
+    figure.add_scatter(
+        x=(frame.value + above).clip(lower=0), y=cost.names(frame), mode="text", hoverinfo="skip", showlegend=False,
+        text=[f" {look.number(value)}" for value in frame.value], textposition="middle right", cliponaxis=False,
+    )  # fmt: skip
+    low, high = min(0.0, (frame.value - below).min()), max(0.0, (frame.value + above).max())
+    figure.update_xaxes(title=unit, range=[low - 0.04 * (high - low) * (low < 0), high + 0.2 * (high - low or 1)])
+    figure.update_yaxes(autorange="reversed")
+    figure.update_layout(bargap=0.3)
+    return look.layout(figure, title, 150 + 34 * len(frame))
+
+
+def draw_all(results: Results) -> dict[str, go.Figure]:
+    """Return every figure by file name, the paper's six first."""
     small, large = "Batch size 1", "Largest batch"
+    found = choose.candidates(results, "bs1")
     return {
-        "fig1_accuracy": accuracy(scores),
-        "fig2_change": change(tables[2]),
-        "fig3_bs1_metrics": metrics(tables[3], small),
-        "fig4_bs1_heatmap": heatmap(tables[3], f"{small}{SCALED}"),
-        "fig5_maxbatch_metrics": metrics(tables[4], large),
-        "fig6_maxbatch_heatmap": heatmap(tables[4], f"{large}{SCALED}"),
+        "fig1_accuracy": accuracy(results.scores),
+        "fig2_change": change(results.tables[2]),
+        "fig3_bs1_metrics": metrics(results.tables[3], small),
+        "fig4_bs1_heatmap": heatmap(results.tables[3], small),
+        "fig5_maxbatch_metrics": metrics(results.tables[4], large),
+        "fig6_maxbatch_heatmap": heatmap(results.tables[4], large),
+        "forest": tradeoff.forest(results.tables[2]),
+        "front_memory": tradeoff.front(found, "memory_mib"),
+        "front_tpot": tradeoff.front(found, "tpot_s"),
+        "sweep": cost.sweep(results.sweep, results.maxbatch),
+        "roofline": cost.roofline(results.speed),
+        "token_time": cost.token_time(results.bs1),
+        "energy": cost.energy(results.speed),
+        "memory": cost.memory(results.speed),
+        "timeline_bs1": cost.timeline(results.samples, "bs1"),
+        "timeline_maxbatch": cost.timeline(results.samples, "maxbatch"),
     }
-
-
-def save(figures: dict[str, go.Figure], folder: Path) -> list[Path]:
-    """Write each figure as HTML; plotly.js lies once beside them, so no network is needed to look."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, figure in figures.items():
-        path = folder / f"{name}.html"
-        figure.write_html(path, include_plotlyjs="directory", full_html=True)
-        paths.append(path)
-    return paths

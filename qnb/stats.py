@@ -128,3 +128,14 @@ def agresti_coull(right: int, items: int) -> float:
     """
     share = (right + 2) / (items + 4)
     return math.sqrt(share * (1 - share) / (items + 4))
+
+
+def agresti_min(gained: int, lost: int, items: int) -> tuple[float, float]:
+    """Return the 95 % interval in points of a paired change, from how many items flipped each way.
+
+    Half an item is added to each of the four cells before Wald's formula (Agresti and Min 2005), so the interval is
+    not empty where nothing flipped.
+    """
+    total, difference = items + 2, gained - lost
+    error = math.sqrt(gained + lost + 1 - difference**2 / total) / total
+    return 100 * (difference / total - 1.96 * error), 100 * (difference / total + 1.96 * error)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from inspect import signature
+from itertools import count, cycle, islice, pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,9 +23,10 @@ import pandas as pd
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from qnb import __version__, device, model, table
+from qnb import __version__, cause, colab, device, hub, model, table
 from qnb.accuracy import SCORERS, Evaluator, check_minutes, moved, wide_products
 from qnb.batch import is_out_of_memory
+from qnb.batch import sweep as batch_sizes
 from qnb.device import MIB
 from qnb.divergence import distances, summarize
 from qnb.error import InputError
@@ -33,23 +35,24 @@ from qnb.model import Source
 from qnb.monitor import sensor
 from qnb.precision import BASELINE, PRECISIONS, Precision, parse
 from qnb.provenance import ROOT, command, commit
+from qnb.results import Results, medians, readings
 from qnb.workload import Workload, paragraphs
 from qnb.workload import load as load_workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qnb.benchmark import Run
+    from qnb.benchmark import Limits, Run
 
 Result = TypeVar("Result")
 Count = int | str  # a number, or "auto": what the device allows in minutes
 AUTO: dict[str, dict[str, int]] = {
     "cuda": {"bs1_requests": 20, "maxbatch_requests": 512, "prompt_tokens": 128, "new_tokens": 100, "limit": 200,
              "batch_size": 32, "max_batch": 512, "memory_mib": 0, "text_tokens": 65536, "context": 512,
-             "drift_limit": 100},
+             "sweep_batch": 256, "drift_limit": 100},
     "cpu": {"bs1_requests": 4, "maxbatch_requests": 16, "prompt_tokens": 32, "new_tokens": 8, "limit": 12,
             "batch_size": 8, "max_batch": 16, "memory_mib": 400, "text_tokens": 1024, "context": 128,
-            "drift_limit": 4},
+            "sweep_batch": 0, "drift_limit": 4},  # no sweep
 }  # fmt: skip
 
 FIRST_ROUND = {"cuda": 32, "cpu": 4}  # items a task, to learn a pace from
@@ -60,8 +63,11 @@ WORTHWHILE = 1.5  # times as many items, or a round is not worth its time
 def locate(output: str | Path) -> Path:
     """Return the study's folder: a relative path is taken from the checkout, or from where one is if there is none.
 
-    So the five notebooks meet in one folder, from whichever folder each is opened.
+    So the five notebooks meet in one folder, from whichever folder each is opened. ``drive:name`` is a folder of the
+    user's Google Drive, on Colab.
     """
+    if str(output).startswith(colab.DRIVE):
+        return colab.folder(str(output))
     path = Path(output).expanduser()
     base = ROOT if (ROOT / "notebooks").is_dir() else Path.cwd()
     return path if path.is_absolute() else base / path
@@ -77,7 +83,7 @@ class Study:
     precisions
         Names separated by commas; ``"study"`` is bf16, fp16, int8, int4, nf4.
     output
-        The study's folder, relative to the checkout.
+        The study's folder, relative to the checkout; on Colab ``drive:name`` is one on Google Drive.
     data_dir
         A folder laid out like the hub's dataset repositories; empty reads the hub.
     seed
@@ -117,6 +123,7 @@ class Study:
         self._made: set[str] = set()  # checkpoints made by this object: overwriting makes each once
         self._sound: dict[Path, str] = {}  # checkpoints read whole and found unchanged, by their stamp then
         self._lock = FileLock(self.folder / ".lock")
+        self._read: tuple[int, Results] | None = None  # the ledger's bytes, and what was read from them
         if self.data_dir and not self.data_dir.is_dir():
             raise InputError(f"data_dir {data_dir} is not a folder; give one laid out like the hub, or leave it empty")
         self.ledger = Ledger(self.folder)
@@ -128,7 +135,8 @@ class Study:
 
     def _check_model(self) -> None:
         record = self._record
-        known = {record.get("asked"), record.get("name")}
+        name = str(record.get("name"))
+        known = {record.get("asked"), name, name.partition("@")[0]}
         if record and self.model not in known | {"auto"}:
             raise InputError(
                 f"output {self.folder} holds a study of {record['name']}, not of {self.model}; give another output "
@@ -185,9 +193,10 @@ class Study:
     def card(self) -> pd.DataFrame:
         """Return the study's card: what is measured, on what, with what, and what is done already."""
         here, done = self.device, self.ledger.stages()
+        known = self._record or asdict(self.source)  # a study that was copied here shows without its model
         facts = {
-            "model": f"{self.source.name} ({self.source.why})",
-            "weights": f"fingerprint {self.source.fingerprint}" + (", random" if self.source.random_weights else ""),
+            "model": f"{known['name']} ({known['why']})",
+            "weights": f"fingerprint {known['fingerprint']}" + (", random" if known["random_weights"] else ""),
             "precisions": ", ".join(precision.name for precision in self.precisions),
             "device": f"{here.name}, {here.memory_mib / 1024:.1f} GiB"
             + (f", driver {here.driver}" if here.driver else ""),
@@ -289,32 +298,54 @@ class Study:
 
     # 01: checkpoints
 
-    def quantize(self, push_to: str = "", private: bool = True) -> pd.DataFrame:
+    def quantize(self) -> pd.DataFrame:
         """Make, save, reload and prove every precision's checkpoint; return a row each.
+
+        Raises
+        ------
+        InputError
+            The model cannot be had.
+        """
+        with self._alone(), self._bar(len(self.precisions), "quantize") as bar:
+            for precision in self.precisions:
+                bar.set_postfix_str(precision.name)
+                with self._failing(self._key("quantize", precision, {}), {}, f"{precision.name}'s checkpoint"):
+                    self.checkpoint(precision)
+                bar.update()
+        return self._measured(self.frame("quantize"), "quantize")
+
+    def push(self, push_to: str, private: bool = True, dry_run: bool = True) -> pd.DataFrame:
+        """Upload every precision's checkpoint to the hub, or show what would be; return a row each, kept in push.csv.
 
         Parameters
         ----------
         push_to
-            A hub name such as ``you/llama-3.2-1b``; each checkpoint is uploaded to ``<push_to>-<precision>``.
+            A hub name such as ``you/llama-3.2-1b``; each checkpoint goes to ``<push_to>-<precision>``. Empty: none.
         private
-            Whether repositories made for that are private.
+            Whether the repositories are private.
+        dry_run
+            Upload nothing; needs neither token nor network.
 
         Raises
         ------
         InputError
             The model cannot be had, or the push is refused.
         """
-        if push_to:
-            model.check_push(push_to)
-        with self._alone(), self._bar(len(self.precisions), "quantize") as bar:
+        rows = []
+        columns = ["precision", *hub.Push.__slots__]
+        if not push_to:
+            return pd.DataFrame(columns=columns)
+        hub.check_push(push_to, dry_run)
+        with self._alone(), self._bar(len(self.precisions), "push") as bar:
             for precision in self.precisions:
                 bar.set_postfix_str(precision.name)
                 with self._failing(self._key("quantize", precision, {}), {}, f"{precision.name}'s checkpoint"):
-                    folder = self.checkpoint(precision)
-                    if push_to:
-                        model.push(folder, f"{push_to}-{precision.name}", private)
+                    sent = hub.push(self.checkpoint(precision), f"{push_to}-{precision.name}", private, dry_run)
+                    rows.append({"precision": precision.name, **asdict(sent), "files": " ".join(sent.files)})
                 bar.update()
-        return self._measured(self.frame("quantize"), "quantize")
+        frame = pd.DataFrame(rows, columns=columns)
+        frame.to_csv(self.folder / "push.csv", index=False)
+        return frame
 
     def checkpoint(self, precision: Precision, say: bool = False) -> Path:
         """Return the folder of a precision's checkpoint, made now if it is not there."""
@@ -370,12 +401,12 @@ class Study:
         """Once, load a model for nothing: what the libraries allocate at their first use is no precision's memory."""
         if self._settled or self.device.kind != "cpu":
             return
-        from qnb.decode import eager
+        from qnb.decode import Eager
 
         self._settled = True
         network = model.load(self.checkpoint(precision, say=True), precision, self.device.kind)
         with model.quiet():
-            eager(network, [[1, 2, 3, 4]], 2)
+            Eager(network).generate([[1, 2, 3, 4]], 2)
 
     # 02: accuracy
 
@@ -695,41 +726,51 @@ class Study:
             return "wikitext" if self.device.kind == "cuda" or self.data_dir else "sample"
         return source
 
-    def perf_bs1(self, workload: Workload, repeats: int = 1, engine: str = "eager") -> pd.DataFrame:
-        """Time the workload one request at a time; return a row a precision and repeat (Table 3).
+    def limits(self) -> pd.DataFrame:
+        """Measure the device's bandwidth and products once; return a row a limit.
+
+        Every performance row is held against these.
+        """
+        found = self._limits
+        rows = [("copy", found.copy_bytes_per_s / 1e9, "GB/s")]
+        rows += [(f"product in {name}", rate / 1e12, "Top/s" if name == "int8" else "TFLOP/s")
+                 for name, rate in found.matmul_flop_per_s.items()]  # fmt: skip
+        if found.idle_power_w is not None:
+            rows.append(("power when idle", found.idle_power_w, "W"))
+        return pd.DataFrame(rows, columns=["limit", "measured", "unit"])
+
+    @cached_property
+    def _limits(self) -> Limits:
+        from qnb.benchmark import Limits, measure_limits
+
+        parts = {"device": self.device.name, "versions": self.versions}
+        key = {"stage": "limits", "fingerprint": fingerprint(parts)}
+        row = self._find(key) or self._append(key, {}, asdict(measure_limits(self.device.kind)))
+        return Limits(**{name: row[name] for name in Limits.__slots__})
+
+    def perf_bs1(self, workload: Workload, repeats: int = 1, engines: str | Iterable[str] = "auto") -> pd.DataFrame:
+        """Time the workload one request at a time; return a row a precision, engine and repeat (Table 3).
+
+        Parameters
+        ----------
+        workload
+            The requests.
+        repeats
+            The most passes; what has settled is not repeated (see `qnb.benchmark.settled`).
+        engines
+            Names in `qnb.decode.ENGINES`, or ``"auto"``: eager, and graphed where there is a GPU.
 
         Raises
         ------
         InputError
-            `repeats` is below 1.
+            `repeats` is below 1, or an engine is unknown or cannot run here.
         """
         self.count("repeats", repeats)
         asked = {"workload": workload.fingerprint, "prompts": workload.source}
-        with self._bar(repeats * len(self.precisions), "batch size 1") as bar:
-            for repeat, precision in self._turns(repeats):
-                bar.set_postfix_str(precision.name)
-                self._time("bs1", precision, repeat, workload, 1, engine, asked)
-                bar.update()
-        return self.frame("perf", "bs1")
-
-    def _time(
-        self,
-        setting: str,
-        precision: Precision,
-        repeat: int,
-        workload: Workload,
-        batch_size: int,
-        engine: str,
-        asked: dict[str, Any],
-    ) -> None:
-        """Run the workload once at a batch size and keep the row, unless there is one."""
-        from qnb.benchmark import run
-
-        key = self._key("perf", precision, asked, engine=engine, setting=setting, repeat=repeat)
-        if not self._find(key):
-            self._settle(precision)
-            timed = self.on(precision, lambda network, base_mib: run(network, workload, batch_size, engine, base_mib))
-            self._append(key, asked, _values(timed))
+        names = self._engines(engines)
+        with self._alone(), self._bar(repeats * len(self.precisions), "batch size 1") as bar:
+            self._repeat(_Asked("bs1", workload, repeats, lambda *_: (1, asked)), names, bar)
+        return self._measured(self.frame("perf", "bs1"), "perf")
 
     def perf_maxbatch(
         self,
@@ -737,9 +778,9 @@ class Study:
         max_batch: Count = "auto",
         memory_mib: Count = "auto",
         repeats: int = 1,
-        engine: str = "eager",
+        engines: str | Iterable[str] = "auto",
     ) -> pd.DataFrame:
-        """Find each precision's largest batch, then time the workload at it; return a row each (Table 4).
+        """Find the largest batch of each precision and engine, then time the workload at it (Table 4).
 
         Parameters
         ----------
@@ -749,19 +790,16 @@ class Study:
             The largest batch worth trying.
         memory_mib
             The memory allowed; ``"auto"`` is a whole GPU. On a CPU it is how much the process may grow.
-        repeats
-            Timed passes, precisions taking turns.
-        engine
-            A name in `decode.ENGINES`.
+        repeats, engines
+            As for `perf_bs1`.
 
         Raises
         ------
         InputError
-            A count is not positive, or not even one request fits.
+            A count is not positive, not even one request fits, or an engine is unknown or cannot run here.
         """
-        from qnb.benchmark import largest_batch
-
         self.count("repeats", repeats)
+        names = self._engines(engines)
         allowed_mib = self.count("memory_mib", memory_mib)
         limit_mib = float(allowed_mib or self.device.memory_mib)
         cap = min(self.count("max_batch", max_batch), len(workload.prompts))
@@ -771,36 +809,212 @@ class Study:
             "memory_limit_mib": limit_mib,
             "cap": cap,
         }
-        with self._bar((1 + repeats) * len(self.precisions), "largest batch") as bar, self._limited(allowed_mib):
-            searched = {}
+        searched: dict[tuple[str, str], Mapping[str, Any]] = {}
+
+        def size(precision: Precision, engine: str) -> tuple[int, dict[str, Any]] | None:
+            found = searched.get((precision.name, engine))
+            if found is None:
+                return None
+            return found["batch_size"], {**wanted, "batch_size": found["batch_size"], "capped": found["capped"]}
+
+        def smaller(precision: Precision, engine: str) -> bool:
+            found = searched[precision.name, engine]
+            if found["batch_size"] == 1:
+                return False
+            key = self._key("batch", precision, wanted, engine=engine)
+            searched[precision.name, engine] = self._append(key, wanted, _smaller(found))
+            return True
+
+        steps = (1 + repeats) * len(self.precisions)
+        with self._alone(), self._bar(steps, "largest batch") as bar, self._limited(allowed_mib):
             for precision in self.precisions:
                 bar.set_postfix_str(f"search {precision.name}")
-                key = self._key("batch", precision, wanted, engine=engine)
-                row = self._find(key)
-                if row is None:
-                    self._settle(precision)
-                    largest = self.on(
-                        precision,
-                        lambda network, base_mib: largest_batch(network, workload, limit_mib, cap, engine, base_mib),
-                    )
-                    row = self._append(key, wanted, asdict(largest))
-                searched[precision.name] = row
-                bar.update()
-            for repeat, precision in self._turns(repeats):
-                bar.set_postfix_str(precision.name)
-                while True:
-                    found = searched[precision.name]
-                    asked = {**wanted, "batch_size": found["batch_size"], "capped": found["capped"]}
-                    try:
-                        self._time("maxbatch", precision, repeat, workload, found["batch_size"], engine, asked)
-                        break
-                    except (RuntimeError, MemoryError) as error:
-                        if found["batch_size"] == 1 or not is_out_of_memory(error):
-                            raise
+                for engine in names:
                     key = self._key("batch", precision, wanted, engine=engine)
-                    searched[precision.name] = self._append(key, wanted, _smaller(found))
+                    with self._failing(key, wanted, f"{precision.name}'s largest batch with engine {engine}"):
+                        row = self._find(key) or self._search(precision, key, workload, wanted)
+                        searched[precision.name, engine] = row
                 bar.update()
-        return self.frame("perf", "maxbatch")
+            self._repeat(_Asked("maxbatch", workload, repeats, size, smaller), names, bar)
+        return self._measured(self.frame("perf", "maxbatch"), "perf")
+
+    def _search(
+        self, precision: Precision, key: dict[str, Any], workload: Workload, wanted: dict[str, Any]
+    ) -> Mapping[str, Any]:
+        """Search the largest batch and return its row; where the engine cannot run there is none, and it is 1."""
+        from qnb.benchmark import largest_batch
+        from qnb.decode import absent
+
+        engine, limit_mib, cap = key["engine"], wanted["memory_limit_mib"], wanted["cap"]
+
+        def measure(network: PreTrainedModel, base_mib: float) -> dict[str, Any] | None:
+            if absent(engine, self.device.kind, network):
+                return None
+            return asdict(largest_batch(network, workload, limit_mib, cap, engine, base_mib))
+
+        self._settle(precision)
+        found = self.on(precision, measure)
+        return self._append(key, wanted, found) if found else {"batch_size": 1, "capped": False}
+
+    def sweep(self, workload: Workload, most: Count = "auto", engines: str | Iterable[str] = "auto") -> pd.DataFrame:
+        """Time one batch of 1, 2, 4 … `most` requests; return a row a precision, engine and batch size, with the knee.
+
+        A size that does not fit ends its precision's and engine's row of sizes, with a note.
+
+        Parameters
+        ----------
+        workload
+            Its prompts are gone round as often as a batch needs.
+        most
+            The largest batch; ``"auto"`` sweeps where there is a GPU.
+        engines
+            As for `perf_bs1`.
+
+        Raises
+        ------
+        InputError
+            `most` is not positive, or an engine is unknown or cannot run here.
+        """
+        names, largest = self._engines(engines), self.count("sweep_batch", most)
+        sizes = batch_sizes(largest) if largest else ()
+        asked = {"workload": workload.fingerprint, "prompts": workload.source}
+        if not sizes:
+            return self.build("sweep")
+        with self._alone(), self._bar(len(self.precisions), "batch sizes") as bar:
+            self.limits()
+            for precision in self.precisions:
+                bar.set_postfix_str(precision.name)
+                keys = [
+                    self._key("sweep", precision, asked, engine=engine, setting=str(size))
+                    for engine in names
+                    for size in sizes
+                ]
+                if missing := [key for key in keys if not self._find(key)]:
+                    with self._failing(missing[0], asked, f"{precision.name}'s batch sizes"):
+                        self.on(precision, partial(self._sweep, missing, workload, asked))
+                bar.update()
+        return self._save("sweep")
+
+    def _sweep(
+        self,
+        keys: Sequence[dict[str, Any]],
+        workload: Workload,
+        asked: dict[str, Any],
+        network: PreTrainedModel,
+        base_mib: float,
+    ) -> None:
+        """Time a batch of each key's size with a loaded precision, and keep the rows."""
+        full: set[str] = set()
+        for key in keys:
+            size = int(key["setting"])
+            batch = replace(workload, prompts=tuple(islice(cycle(workload.prompts), size)))
+            values: dict[str, Any] = {"note": "a smaller batch did not fit"}
+            try:
+                if key["engine"] not in full:
+                    values = self._time(network, base_mib, key, batch, size, ("memory",))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                full.add(key["engine"])
+                values = {"note": "out of memory"}
+            self._append(key, asked, {"batch_size": size, **values})
+            model.release()
+
+    def _engines(self, names: str | Iterable[str]) -> tuple[str, ...]:
+        from qnb.decode import parse as parse_engines
+
+        return parse_engines(names, self.device.kind)
+
+    def _repeat(self, asked: _Asked, engines: Sequence[str], bar: tqdm) -> None:
+        """Time precisions and engines in turn, each until it has settled or all repeats are done."""
+        self.limits()  # measured before a model is loaded, and power while nothing runs
+        rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        order = count()
+        for repeat, precision in self._turns(asked.repeats):
+            bar.set_postfix_str(precision.name)
+            turn = engines if repeat % 2 == 0 else engines[::-1]
+            mine = {engine: rows.setdefault((precision.name, engine), []) for engine in turn
+                    if asked.size(precision, engine)}  # fmt: skip
+            mine = {engine: before for engine, before in mine.items() if not _settled(before)}
+            for engine, row in self._turn(asked, precision, repeat, mine, order).items():
+                mine[engine].append(row)
+            bar.update()
+
+    def _turn(
+        self,
+        asked: _Asked,
+        precision: Precision,
+        repeat: int,
+        before: Mapping[str, Sequence[dict[str, Any]]],
+        order: Iterator[int],
+    ) -> dict[str, dict[str, Any]]:
+        """Return one pass of a precision with each engine of `before`, measured now where the ledger has none."""
+
+        def sized(engine: str) -> tuple[int, dict[str, Any], dict[str, Any]]:
+            found = asked.size(precision, engine)
+            assert found is not None
+            key = self._key("perf", precision, found[1], engine=engine, setting=asked.setting, repeat=repeat)
+            return *found, key
+
+        def fit(engine: str, network: PreTrainedModel, base_mib: float) -> dict[str, Any]:
+            passes = () if repeat else ("memory", "trace", "agreement")
+            while True:
+                batch_size, wanted, key = sized(engine)
+                try:
+                    values = self._time(network, base_mib, key, asked.workload, batch_size, passes)
+                    break
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error) or not asked.smaller(precision, engine):
+                        raise
+                model.release()
+            stopped = asked.stopped(repeat, [row["batch_s"] for row in before[engine]], values)
+            return self._append(key, wanted, {**values, "order": next(order), "stopped": stopped})
+
+        def measure(network: PreTrainedModel, base_mib: float) -> None:
+            for engine in missing:
+                _, wanted, key = sized(engine)
+                with self._failing(key, wanted, f"{precision.name} with engine {engine}"):
+                    rows[engine] = fit(engine, network, base_mib)
+                model.release()
+
+        found = {engine: self._find(sized(engine)[2]) for engine in before}
+        rows = {engine: row for engine, row in found.items() if row}
+        missing = [engine for engine in found if engine not in rows]
+        if missing:
+            _, wanted, key = sized(missing[0])
+            with self._failing(key, wanted, precision.name):
+                self._settle(precision)
+                self.on(precision, measure)
+        return {engine: rows.get(engine, {"stopped": "failed"}) for engine in before}
+
+    def _time(
+        self,
+        network: PreTrainedModel,
+        base_mib: float,
+        key: dict[str, Any],
+        workload: Workload,
+        batch_size: int,
+        passes: Sequence[str],
+    ) -> dict[str, Any]:
+        """Run the workload once and return the row's values; where the engine cannot run, why not."""
+        from qnb.benchmark import run
+        from qnb.decode import absent
+
+        engine = key["engine"]
+        if why := absent(engine, self.device.kind, network):
+            return {"batch_size": batch_size, "note": why}
+        timed = run(network, workload, batch_size, engine, base_mib, limits=self._limits, passes=passes)
+        return {**timed.row(), **self._keep_samples(key, timed)}
+
+    def _keep_samples(self, key: Mapping[str, Any], timed: Run) -> dict[str, Any]:
+        """Write what a row was counted from, the monitor's readings and each token's time; return the files' names."""
+        parts = [key["stage"], key["setting"], key["precision"], key["engine"], key.get("repeat", 0)]
+        stem = f"samples/{'.'.join(map(str, [*parts, key['fingerprint']]))}"
+        frames = {"samples": timed.readings, "token_samples": timed.tokens()}
+        names = {field: f"{stem}{'.tokens' * (field == 'token_samples')}.parquet" for field in frames}
+        hashes = {f"{field}_sha256": self._write(self.folder / names[field], pd.DataFrame(frames[field]))
+                  for field in frames}  # fmt: skip
+        return {**names, **hashes}
 
     def _turns(self, repeats: int) -> Iterator[tuple[int, Precision]]:
         """Let precisions take turns, each repeat beginning with another one."""
@@ -832,6 +1046,7 @@ class Study:
             return rows
         if setting:
             rows = rows[rows.setting == setting]
+        if setting or stage == "sweep":
             newest = rows.groupby(["precision", "engine"]).fingerprint.transform("last")
             rows = rows[rows.fingerprint == newest]  # repeats of another workload are another measurement
         order = {precision.name: place for place, precision in enumerate(self.precisions)}
@@ -839,15 +1054,88 @@ class Study:
         rows = rows.sort_values("precision", key=lambda names: names.map(order), kind="stable")
         return rows.dropna(axis="columns", how="all").reset_index(drop=True)
 
-    def figures(self) -> dict[str, Any]:
-        """Draw the paper's six figures, save them below ``figures/``, and return them by name."""
-        from qnb import figure
+    def results(self) -> Results:
+        """Return everything measured, as frames: what figures, panels and the report are made of."""
+        size = self.ledger.path.stat().st_size if self.ledger.path.exists() else 0
+        if self._read is None or self._read[0] != size:
+            self._read = size, self._results()
+        return self._read[1]
 
-        tables = {2: self.table2(), 3: self.table3(), 4: self.table4()}
-        self.table1()
-        drawn = figure.draw_all(self.scores(), tables)
-        figure.save(drawn, self.folder / "figures")
+    def _results(self) -> Results:
+        rows = tuple(row for row in self.ledger if not row["stage"].endswith(FAILED))
+        runs = {setting: self.frame("perf", setting) for setting in ("bs1", "maxbatch")}
+        timed = [row for frame in runs.values() for row in frame.to_dict("records")]
+        return Results(
+            name=self.folder.name,
+            model=self._record.get("name", self.model),
+            device=rows[-1].get("device", "") if rows else "",
+            tables={1: self.table1(), 2: self.table2(), 3: self.table3(), 4: self.table4()},
+            scores=self.scores(),
+            bs1=medians(runs["bs1"]),
+            maxbatch=medians(runs["maxbatch"]),
+            sweep=medians(self.frame("sweep")),
+            samples=readings(self.folder, timed),
+            checkpoints=self.frame("quantize"),
+            divergence=table.divergence(self.frame("divergence")),
+            rows=rows,
+            failures=tuple(self.ledger.failures()),
+        )
+
+    def figures(self, pictures: bool = True) -> dict[str, Any]:
+        """Draw every figure, save them below ``figures/``, and return them by name.
+
+        Parameters
+        ----------
+        pictures
+            Whether to save PNG and SVG beside HTML; that takes a browser and some seconds.
+        """
+        from qnb import export, figure
+
+        drawn = figure.draw_all(self.results())
+        export.pages(drawn, self.folder / "figures")
+        if pictures and (problem := export.pictures(drawn, self.folder / "figures")):
+            tqdm.write(problem)
         return drawn
+
+    def report(self) -> Path:
+        """Write ``report.html``, one page that needs no network, and a model card a checkpoint; return the page."""
+        from qnb import modelcard, report
+
+        results = self.results()
+        path = self.folder / "report.html"
+        draft = path.with_suffix(".draft")
+        draft.write_text(report.page(results, self.ledger.path), encoding="utf-8")
+        draft.replace(path)
+        for precision in self.precisions:
+            if precision.name in set(results.checkpoints.get("precision", ())):
+                modelcard.write(results, precision, self.folder / "cards")
+        return path
+
+    def continuation(self, prompt: str, precision: str, new_tokens: int = 24) -> list[str]:
+        """Return what a precision's checkpoint writes after a prompt, greedily, token by token as text.
+
+        Raises
+        ------
+        InputError
+            The prompt is empty, the precision unknown, or `new_tokens` below 1.
+        """
+        from qnb.decode import Eager
+
+        (asked,) = parse(precision)
+        self.count("new_tokens", new_tokens)
+        ids = self.tokenizer(prompt, verbose=False)["input_ids"] if prompt.strip() else []
+        if not ids:
+            raise InputError("the prompt is empty; give some words to go on from")
+
+        def generate(network: PreTrainedModel, _: float) -> list[int]:
+            with model.quiet():
+                return Eager(network).generate([ids], new_tokens)[0].tolist()  # (N,)
+
+        with self._alone():  # what another process times meanwhile would notice
+            made = self.on(asked, generate)
+        # a character may take several tokens: a piece is what its token adds to the text
+        texts = [str(self.tokenizer.decode(made[:count])).rstrip("\ufffd") for count in range(len(made) + 1)]
+        return [now.removeprefix(before) for before, now in pairwise(texts)]
 
     def scores(self) -> pd.DataFrame:
         """Return a row a task, metric, filter and precision."""
@@ -869,13 +1157,26 @@ class Study:
         """Performance at the largest batch, and the published values beside."""
         return self._save("table4_maxbatch")
 
+    def causes(self, number: int) -> pd.DataFrame:
+        """Set rows of Table 3 or 4 that differ in one choice of the harness against each other."""
+        return self._save(f"table{number}_causes")
+
+    def t4_estimate(self, number: int) -> pd.DataFrame:
+        """Estimate from its datasheet the least time that a T4 needs for the work of Table 3 or 4."""
+        return self._save(f"table{number}_t4_estimate")
+
     def build(self, name: str) -> pd.DataFrame:
         """Make a table from the ledger's rows without keeping it; `name` is its file's."""
         makers: dict[str, Callable[[], pd.DataFrame]] = {
             "table1_accuracy": lambda: table.accuracy(self.scores()),
             "table2_change": lambda: table.change(self.frame("accuracy"), self.items),
             "table3_bs1": lambda: table.performance(self.frame("perf", "bs1"), 3),
+            "table3_causes": lambda: cause.causes(self.build("table3_bs1"), 3),
+            "table3_t4_estimate": lambda: cause.t4(self.frame("perf", "bs1"), 3),
             "table4_maxbatch": lambda: table.performance(self.frame("perf", "maxbatch"), 4),
+            "table4_causes": lambda: cause.causes(self.build("table4_maxbatch"), 4),
+            "table4_t4_estimate": lambda: cause.t4(self.frame("perf", "maxbatch"), 4),
+            "sweep": lambda: table.sweep(self.frame("sweep")),
             "divergence": lambda: table.divergence(self.frame("divergence")),
             "drift": lambda: table.drift(self.frame("drift")),
         }
@@ -890,6 +1191,7 @@ class Study:
             frame.to_csv(folder / f"{name}.csv", index=False)
             made = {"precisions": [precision.name for precision in self.precisions]}
             (folder / f".{name}.json").write_bytes(checked(made))
+            (folder / f"{name}.md").write_text(table.markdown(frame), encoding="utf-8")
         return frame
 
 
@@ -914,14 +1216,31 @@ def _smaller(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _values(timed: Run) -> dict[str, Any]:
-    """Return a run's measured fields, flat: the usage's beside the run's own."""
-    values = asdict(timed)
-    usage = values.pop("usage")
-    values.pop("engine")  # part of the row's key
-    derived = ("throughput_rps", "throughput_tps", "seconds_per_request", "batch_latency_s", "memory_mib")
-    values |= {name: getattr(timed, name) for name in derived}
-    return {**values, **{f"monitor_{name}": value for name, value in usage.items()}}
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is timed in turn: the batch size of a precision and engine, and what makes it less when memory runs out."""
+
+    setting: str
+    workload: Workload
+    repeats: int
+    size: Callable[[Precision, str], tuple[int, dict[str, Any]] | None]  # None where none was found
+    smaller: Callable[[Precision, str], bool] = lambda *_: False
+
+    def stopped(self, repeat: int, earlier: Sequence[list[float]], values: Mapping[str, Any]) -> str:
+        """Return why a pass is the last: the median has settled, or the limit of passes is hit; "" where it is not."""
+        from qnb.benchmark import settled
+
+        if "batch_s" not in values:
+            return "limit"  # what cannot run need not be tried again
+        whole = values["requests"] // values["batch_size"]  # a smaller last batch takes another time
+        if settled([seconds for batch_s in (*earlier, values["batch_s"]) for seconds in batch_s[:whole]]):
+            return "interval"
+        return "limit" if repeat + 1 == self.repeats else ""
+
+
+def _settled(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether passes of one precision and engine need no further one."""
+    return any(row["stopped"] == "interval" or "batch_s" not in row for row in rows)
 
 
 PARAMETERS = tuple(signature(Study).parameters)  # what every notebook gives to its study

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import pandas as pd
 
 from qnb import paper
+from qnb.batch import knee
 from qnb.precision import BASELINE
 from qnb.stats import compare, holm, mean_interval
 
@@ -52,12 +54,14 @@ def headline(frame: pd.DataFrame) -> pd.DataFrame:
     parts = [kept]
     for name, tasks in AVERAGED.items():
         parts.append(_means(whole[whole.task.isin(tasks)], name, len(tasks)))
-    # alike are tasks that every precision answered, on as many items
-    common = whole.groupby("task").filter(
-        lambda rows: set(rows.precision) == set(whole.precision) and rows["items"].nunique() == 1
-    )
+    common = whole.groupby("task").filter(lambda rows: alike(rows, whole))
     parts.append(_means(common, AGGREGATE, 1))
     return pd.concat([part for part in parts if len(part)], ignore_index=True)
+
+
+def alike(rows: pd.DataFrame, every: pd.DataFrame) -> bool:
+    """Return whether a task's rows are of every precision there is, on as many items each."""
+    return set(rows.precision) == set(every.precision) and rows["items"].nunique() == 1
 
 
 def _means(whole: pd.DataFrame, name: str, least: int) -> pd.DataFrame:
@@ -274,53 +278,157 @@ def drift(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
-    """Tables 3 and 4: a row a precision, medians over repeats with the spread of throughput, published columns last.
+    """Tables 3 and 4: a row a precision and engine, medians over passes, published columns last.
 
     ``seconds_per_request`` is total time over requests (the paper's "average latency"); ``batch_latency_s`` is what a
-    request really waits for. ``speedup`` is throughput over BF16's on the same workload, device and memory; empty
-    where BF16 was not measured so.
+    request really waits for. ``speedup`` is throughput over BF16's with the same engine on the same workload, device
+    and memory, ``engine_speedup`` over eager's of the same precision; empty where that was not measured so. Where an
+    engine could not run, ``note`` says why. Published values stand beside eager alone, the engine they are of.
     """
     if frame.empty:
         return frame
     published = paper.performance(number).set_index("precision")
+    alike = [name for name in ("workload", "device", "memory_limit_mib", "cap") if name in frame]
     rows: list[dict[str, Any]] = []
-    alike = [name for name in ("engine", "workload", "device", "memory_limit_mib", "cap") if name in frame]
-    base = {}
+    rates: dict[tuple[Any, ...], float] = {}
     for (precision, engine), runs in frame.groupby(["precision", "engine"], sort=False):
         first = runs.iloc[-1]
-        if precision == BASELINE:
-            base[engine] = tuple(first[alike]), median(runs.throughput_rps)
-        row = {
-            "precision": precision,
-            "engine": engine,
-            "batch_size": int(first.batch_size),
-            "capped": bool(first.get("capped", False)),
-            "requests": int(first.requests),
-            "prompt_tokens": int(first.prompt_tokens),
-            "new_tokens": int(first.new_tokens),
-            "repeats": len(runs),
-        }
-        for name in ("throughput_rps", "throughput_tps", "total_s", "seconds_per_request", "batch_latency_s"):
-            row[name] = median(runs[name])
-        row["throughput_spread_pct"] = 100 * (runs.throughput_rps.max() / runs.throughput_rps.min() - 1)
-        row["monitor"] = first.monitor_source
-        row["utilization_pct"] = _median(runs, "monitor_utilization_pct")
-        row["memory_mib"] = _median(runs, "memory_mib")
-        on_gpu = first.monitor_source != "process"  # a process's memory is the column before
-        row["device_memory_mib"] = _median(runs, "monitor_peak_memory_mib") if on_gpu else None
-        row["power_w"] = _median(runs, "monitor_power_w")
-        for name in ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_mib", "speedup"):
-            row[f"published_{name}"] = published[name].get(precision)
-        row["measured"] = tuple(first[alike])
-        rows.append(row)
+        like = tuple(first[alike])
+        row: dict[str, Any] = {"precision": precision, "engine": engine, "batch_size": int(first.batch_size)}
+        if pd.notna(first.get("throughput_rps")):
+            rates[precision, engine, like] = median(runs.throughput_rps)
+            row |= _performance(runs)
+        row["note"] = first.get("note") or ""
+        if engine == "eager":
+            for name in ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_mib", "speedup"):
+                row[f"published_{name}"] = published[name].get(precision)
+        rows.append({**row, "like": like})
     for row in rows:
-        measured, (like, rate) = row.pop("measured"), base.get(row["engine"], ((), 0.0))
-        row["speedup"] = row["throughput_rps"] / rate if measured == like else None
+        precision, engine, like = row["precision"], row["engine"], row.pop("like")
+        mine = rates.get((precision, engine, like))
+        for name, other in (("speedup", (BASELINE, engine, like)), ("engine_speedup", (precision, "eager", like))):
+            row[name] = mine / rates[other] if mine and other in rates else None
     result = pd.DataFrame(rows)
     order = [name for name in result if not str(name).startswith("published_")]
     return result[order + [name for name in result if name not in order]].round(6)
 
 
+# what a notebook shows of Tables 3 and 4; their files have all columns
+MAIN = (
+    "precision", "engine", "batch_size", "throughput_rps", "seconds_per_request", "batch_latency_s", "utilization_pct",
+    "weights_mib", "memory_mib", "energy_j_per_request", "energy_above_idle_j_per_request", "speedup",
+    "engine_speedup", "note", "published_throughput_rps", "published_seconds_per_request",
+    "published_utilization_pct", "published_vram_mib", "published_speedup",
+)  # fmt: skip
+MEDIANS = (
+    "throughput_rps", "throughput_tps", "total_s", "seconds_per_request", "batch_latency_s", "ttft_s", "tpot_s",
+    "itl_p50_s", "itl_p95_s", "itl_p99_s", "latency_p50_s", "latency_p95_s", "latency_p99_s", "kernel_s_per_token",
+    "kernels_per_token", "weights_mib", "cache_mib", "peak_reserved_mib", "energy_j_per_request",
+    "energy_above_idle_j_per_request", "energy_j_per_token", "energy_above_idle_j_per_token",
+)  # fmt: skip
+
+
+def _performance(runs: pd.DataFrame) -> dict[str, Any]:
+    """Return what the passes of one precision and engine come to."""
+    first = runs.iloc[-1]
+    row: dict[str, Any] = {
+        "capped": first.get("capped") is True or first.get("capped") == 1,
+        "requests": int(first.requests),
+        "prompt_tokens": int(first.prompt_tokens),
+        "new_tokens": int(first.new_tokens),
+        "repeats": len(runs),
+        "stopped": first.get("stopped") or "",
+    }
+    row |= {name: _median(runs, name) for name in MEDIANS}
+    row["throughput_spread_pct"] = 100 * (runs.throughput_rps.max() / runs.throughput_rps.min() - 1)
+    step_s = row["tpot_s"]
+    for name, done, limit in (
+        ("kernel_share_pct", row["kernel_s_per_token"], step_s),  # of a decode step, the GPU's own part
+        ("bandwidth_share_pct", _median(runs, "achieved_bytes_per_s"), _median(runs, "limit_bytes_per_s")),
+        ("compute_share_pct", _median(runs, "achieved_flop_per_s"), _median(runs, "limit_flop_per_s")),
+    ):
+        row[name] = 100 * done / limit if done is not None and limit else None
+    row["bound"] = next((bound for bound in runs.get("bound", []) if isinstance(bound, str)), None)
+    row["monitor"] = first.monitor_source
+    row["utilization_pct"] = _median(runs, "monitor_utilization_pct")
+    row["memory_mib"] = _median(runs, "memory_mib")
+    on_gpu = first.monitor_source != "process"  # a process's memory is the column before
+    row["device_memory_mib"] = _median(runs, "monitor_peak_memory_mib") if on_gpu else None
+    row["power_w"] = _median(runs, "monitor_power_w")
+    row["clock_mhz"] = _median(runs, "monitor_clock_mhz")
+    flags = {flag for found in runs.get("flags", []) if isinstance(found, list) for flag in found}
+    row["flags"] = "; ".join(sorted(flags))
+    return row
+
+
+def sweep(frame: pd.DataFrame) -> pd.DataFrame:
+    """Throughput, latency and memory by batch size, a row a precision, engine and size.
+
+    ``knee`` marks the batch size with the most throughput a second of latency; see `qnb.batch.knee`.
+    """
+    columns = ["precision", "engine", "batch_size", "throughput_rps", "throughput_tps", "batch_latency_s", "ttft_s",
+               "tpot_s", "memory_mib", "cache_mib", "bound", "knee", "note"]  # fmt: skip
+    if frame.empty:
+        return pd.DataFrame(columns=columns)
+    frame = frame.reindex(columns=list(dict.fromkeys([*columns, *frame]))).sort_values("batch_size", kind="stable")
+    parts = []
+    for _, rows in frame.groupby(["precision", "engine"], sort=False):
+        timed = rows.dropna(subset=["throughput_rps", "batch_latency_s"])
+        at = knee(*(list(timed[name]) for name in ("batch_size", "throughput_rps", "batch_latency_s"))) if len(
+            timed) else None  # fmt: skip
+        parts.append(rows.assign(knee=rows.batch_size == at))
+    return pd.concat(parts, ignore_index=True)[columns]
+
+
 def _median(runs: pd.DataFrame, name: str) -> float | None:
-    values = runs[name].dropna() if name in runs else pd.Series(dtype=float)
+    values = runs[name].dropna().astype(float) if name in runs else pd.Series(dtype=float)
     return float(values.median()) if len(values) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table as text."""
+
+    caption: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def grid(frame: pd.DataFrame, caption: str = "") -> Grid:
+    """Return a frame as text: empty columns left out, numbers in the digits that carry them.
+
+    Percents and points have two decimals, as in the paper.
+    """
+    frame = frame.dropna(axis="columns", how="all")
+    rows = [[_cell(str(name), row[name]) for name in frame] for row in frame.to_dict("records")]
+    return Grid(caption, [str(name) for name in frame], rows)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None or (not isinstance(value, str | list) and pd.isna(value)):
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if name.endswith("_p") and value < 1e-6:  # tables are rounded to six places
+            return "< 0.000001"
+        if name.endswith(("_pct", "_pp")):
+            return f"{value:.2f}"
+        return f"{value:,.0f}" if value == round(value) and abs(value) >= 100 else f"{value:,.4g}"
+    return str(value)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Return a frame as a Markdown table for pasting; a cell can neither end itself nor carry a tag."""
+    made = grid(frame)
+
+    def line(cells: list[str]) -> str:
+        kept = (
+            cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for cell in cells
+        )
+        return f"| {' | '.join(kept)} |"
+
+    rule = "|" + "|".join("---" if place == 0 else "---:" for place in range(len(made.columns))) + "|"
+    return "\n".join([line(made.columns), rule, *map(line, made.rows)]) + "\n"

@@ -62,7 +62,8 @@ def _record(folder: Path) -> dict[str, Any]:
 def _files(folder: Path, rows: list[dict[str, Any]]) -> Iterator[Finding]:
     """Read the files that rows were counted from."""
     kept = [(items_name(row), row["items_sha256"]) for row in rows if "items_sha256" in row]
-    kept += [(row["samples"], row["samples_sha256"]) for row in rows if "samples_sha256" in row]
+    samples = ("samples", "token_samples")
+    kept += [(row[name], row[f"{name}_sha256"]) for row in rows for name in samples if f"{name}_sha256" in row]
     for name, sha256 in kept:
         same = (folder / name).is_file() and model.file_sha256(folder / name) == sha256
         yield Finding(name, "" if same else "missing, or not the file its row was made of")

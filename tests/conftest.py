@@ -15,6 +15,7 @@ from types import SimpleNamespace
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, which reads it once
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import example
 import pytest
 from filelock import FileLock
 
@@ -114,3 +115,17 @@ def smoke(source, shared):
             ended = {"returncode": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
             record.write_text(json.dumps(ended))
     return folder, SimpleNamespace(**json.loads(record.read_text()))
+
+
+@pytest.fixture(scope="session")
+def studied(tmp_path_factory):
+    """A study with a ledger of every stage and nothing measured; read it, never write to it."""
+    from qnb import Study
+
+    return Study(precisions="study", output=example.write(tmp_path_factory.mktemp("example") / "study"))
+
+
+@pytest.fixture(scope="session")
+def report_page(studied):
+    """The example's report, written once."""
+    return studied.report()

@@ -4,9 +4,21 @@ import pytest
 import torch
 
 from qnb import model
-from qnb.benchmark import largest_batch, run
+from qnb.benchmark import (
+    Limits,
+    Run,
+    Trace,
+    Work,
+    count_work,
+    largest_batch,
+    measure_limits,
+    median_interval,
+    run,
+    settled,
+)
 from qnb.decode import ENGINES
 from qnb.error import InputError
+from qnb.monitor import Usage
 from qnb.precision import PRECISIONS
 from qnb.workload import load
 
@@ -49,3 +61,108 @@ def test_the_search_runs_batches_until_the_cap(network, prompts):
 def test_no_room_for_one_request_is_an_error(network, prompts):
     with pytest.raises(InputError, match="one request takes"):
         largest_batch(network, prompts, 1.0, 3)
+
+
+def test_each_tokens_time_adds_up_to_the_batch(network, prompts):
+    timed = run(network, prompts, batch_size=2)
+    row = timed.row()
+    assert [len(times) for times in timed.token_s] == [4, 4]
+    for times, batch_s in zip(timed.token_s, timed.batch_s, strict=True):
+        assert 0 < times[0] < times[-1] <= batch_s
+    assert row["ttft_s"] == pytest.approx(sum(times[0] for times in timed.token_s) / 2)
+    steps = [(times[-1] - times[0]) / 3 for times in timed.token_s]
+    assert row["tpot_s"] == pytest.approx(sum(steps) / 2) and row["itl_p50_s"] <= row["itl_p95_s"] <= row["itl_p99_s"]
+    assert row["latency_p50_s"] == pytest.approx(timed.batch_s[0])  # two of the three requests
+    assert len(timed.tokens()) == 8 and [token["requests"] for token in timed.tokens()] == [2] * 4 + [1] * 4
+    assert row["kernels_per_token"] is None and row["flags"] == [] and row["note"] == ""
+
+
+def test_work_is_counted_as_by_hand():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    layer = 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 48  # head size 8
+    norms, cache = 3 * 2 * 32 + 32, 3 * 2 * 2 * 8  # numbers
+    seen = 10 + 6 / 2
+    tied = count_work(LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)), 10, 6, 5)
+    assert tied.bytes_per_step == 4 * (3 * layer + norms + 100 * 32 + 5 * seen * cache)
+    assert tied.flops_per_step == 2 * 5 * (3 * layer + 100 * 32 + 2 * 3 * 32 * seen)
+    assert tied.cache_mib == 4 * 5 * 16 * cache / 2**20 and tied.multiplies_in == "float32"
+    apart = count_work(LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)), 10, 6, 5)
+    assert apart.bytes_per_step == tied.bytes_per_step + 4 * 5 * 32  # the rows looked up
+    assert apart.weights_mib - tied.weights_mib == pytest.approx(4 * 100 * 32 / 2**20)
+
+
+def test_products_of_4_bit_weights_are_of_their_compute_type(network):
+    assert count_work(network, 8, 2, 1).multiplies_in == "float32"  # int4 as load_in_4bit=True alone means it
+
+
+def made(step_s, kernel_s=None, read=1e9, computed=1e9, energy_j=None):
+    """A run of ten batches of one request, four tokens each."""
+    times = tuple(step_s * token for token in range(1, 5))
+    return Run(
+        engine="eager", batch_size=1, requests=10, prompt_tokens=8, new_tokens=4, total_s=40 * step_s,
+        batch_s=(4 * step_s,) * 10, peak_allocated_mib=None, peak_reserved_mib=None,
+        usage=Usage("nvml", 9, 2.0, energy_j=energy_j, energy_s=energy_j and 2.0), token_s=(times,) * 10,
+        work=Work(1.0, 1.0, read, computed, "float16"), trace=kernel_s and Trace(kernel_s, 100, step_s),
+        limits=Limits(1e12, {"float16": 1e14}, 10.0),
+    )  # fmt: skip
+
+
+def test_what_bounds_a_step_is_named():
+    assert made(0.010, kernel_s=0.002).bound == "launch"
+    assert made(0.002, kernel_s=0.0018).bound == "bandwidth"
+    assert made(0.002, kernel_s=0.0018, computed=1e11).bound == "bandwidth"  # half the bandwidth, half the compute
+    assert made(0.002, kernel_s=0.0018, computed=1.5e11).bound == "compute"
+    assert made(0.0015).bound == "bandwidth" and made(0.010).bound is None  # far from every roof, and nothing traced
+
+
+def test_memory_of_a_gpu_is_the_allocators_or_unknown():
+    """The device's own reading counts other things: it never stands in for a pass that was not made."""
+    from dataclasses import replace
+
+    device = replace(made(0.01), usage=Usage("nvml", 9, 2.0, peak_memory_mib=900.0))
+    assert device.memory_mib is None and replace(device, peak_allocated_mib=700.0).memory_mib == 700
+    assert replace(device, usage=Usage("process", 9, 2.0, peak_memory_mib=300.0)).memory_mib == 300
+
+
+def test_energy_is_given_whole_and_above_idle():
+    row = made(0.05, energy_j=120.0).row()
+    assert (row["energy_j_per_request"], row["energy_j_per_token"]) == (12, 3)
+    assert (row["energy_above_idle_j_per_request"], row["energy_above_idle_j_per_token"]) == (10, 2.5)
+    assert made(0.05).flags == ["too short for the energy counter"]
+    assert made(0.05).energy() == {} and made(0.05, energy_j=1.0).flags == []
+
+
+def test_the_medians_interval_is_the_order_statistics_one():
+    """Ranks from Conover 1999, table A3: 1 and 6 of 6, 6 and 15 of 20, 40 and 61 of 100."""
+    assert median_interval(range(1, 6)) is None
+    assert [median_interval(range(1, n + 1)) for n in (6, 20, 100)] == [(1, 6), (6, 15), (40, 61)]
+    assert settled([1.0] * 6) and not settled([1.0] * 5) and not settled([1.0, 1.1] * 10)
+
+
+def test_a_devices_limits_are_above_what_a_model_does(network, prompts):
+    found = measure_limits("cpu")
+    assert found.copy_bytes_per_s > 1e8 and found.matmul_flop_per_s["float32"] > 1e8 and found.idle_power_w is None
+    row = run(network, prompts, batch_size=3, limits=found).row()
+    assert row["achieved_bytes_per_s"] < row["limit_bytes_per_s"]
+    assert row["limit_flop_per_s"] == found.matmul_flop_per_s["float32"]
+
+
+def test_longer_than_the_context_window_is_refused(network, prompts):
+    from dataclasses import replace
+
+    with pytest.raises(InputError, match="context window"):
+        run(network, replace(prompts, new_tokens=10**6))
+
+
+@pytest.mark.gpu
+def test_a_traced_run_on_a_gpu_says_what_bounds_it(source):
+    network = model.load(source.path, PRECISIONS["bf16"], "cuda")
+    work, found = load(model.load_tokenizer(source.path), "sample", 20, 32, 32), measure_limits("cuda")
+    eager, graphed = (run(network, work, 1, engine, limits=found) for engine in ("eager", "graphed"))
+    assert eager.bound == "launch" and eager.trace.kernels > 2 * graphed.trace.kernels > 100
+    assert graphed.trace.kernel_s < 1.2 * graphed.tpot_s and graphed.tpot_s < eager.tpot_s / 4
+    assert eager.peak_allocated_mib > eager.work.weights_mib and graphed.agreement.tokens == 32
+    assert found.copy_bytes_per_s > 1e11 and 0 < graphed.work.bytes_per_step / graphed.tpot_s < found.copy_bytes_per_s

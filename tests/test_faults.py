@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 
-from qnb import InputError, Study, __main__, model
+from qnb import InputError, Study, __main__, benchmark, model
 from qnb.__main__ import NOTEBOOKS, ROOT
 from qnb.ledger import Line
 
@@ -217,3 +218,81 @@ def test_a_changed_study_file_is_refused(source, tmp_path):
     flip(tmp_path / "study.json", 30)
     with pytest.raises(InputError, match="was changed since it was written"):
         Study("smollm2-135m", "bf16", tmp_path)
+
+
+# A GPU's memory, simulated: the error is torch's own
+
+
+def full(*_, **__):
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.fixture
+def tight(smoke, tmp_path):
+    """A study whose int8 runs out of memory where the test says; its bf16 does not. Its checkpoints are made."""
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "checkpoints").symlink_to(smoke[0] / "checkpoints")
+    shutil.copy(smoke[0] / "study.json", folder)
+    lines = (smoke[0] / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    made = [line for line in lines if Line(line).stage == "quantize"]
+    assert len(made) == 2
+    (folder / "ledger.jsonl").write_bytes(b"".join(made))
+    return Study("smollm2-135m", "bf16,int8", folder)
+
+
+def tried_again(study, measure, stage, capsys):
+    """Only int8 failed, with its reason, in one line; asked again with room it is measured, and nothing else is."""
+    failed = study.ledger.failures()
+    assert {(row["stage"], row["precision"], row["reason"]) for row in failed} == {
+        (f"{stage}.failed", "int8", "out of memory")
+    }
+    assert "int8" in (said := capsys.readouterr().out) and "could not be measured (out of memory)" in said
+    assert set(study.ledger.frame(stage).precision) == {"bf16"}
+    count = len(rows(study.folder))
+    again = Study("smollm2-135m", "bf16,int8", study.folder)
+    measure(again)
+    assert again.ledger.failures() == [] and set(again.ledger.frame(stage).precision) == {"bf16", "int8"}
+    new = rows(study.folder)[count:]
+    assert {row["precision"] for row in new} == {"int8"}
+
+
+def test_out_of_memory_when_loading(tight, monkeypatch, capsys):
+    def measure(study):
+        study.accuracy("sample_easy", 2)
+
+    load = model.load
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "load", lambda folder, precision, *rest: (
+            full() if precision.name == "int8" else load(folder, precision, *rest)))  # fmt: skip
+        measure(tight)
+    tried_again(tight, measure, "accuracy", capsys)
+
+
+def test_out_of_memory_in_the_scorer(tight, monkeypatch, capsys):
+    """Not even one row fits: there is no smaller batch left to try."""
+    from qnb.scorer import SharedContextLM
+
+    def measure(study):
+        study.accuracy("sample_easy", 2)
+
+    forward = SharedContextLM._forward
+    with monkeypatch.context() as patch:
+        patch.setattr(SharedContextLM, "_forward", lambda lm, *rest: (
+            full() if getattr(lm.model, "is_quantized", False) else forward(lm, *rest)))  # fmt: skip
+        measure(tight)
+    tried_again(tight, measure, "accuracy", capsys)
+
+
+@pytest.mark.parametrize(("stage", "where"), [("batch", "largest_batch"), ("perf", "run")])
+def test_out_of_memory_in_a_probe_and_in_a_timed_run(tight, monkeypatch, capsys, stage, where):
+    def measure(study):
+        work = study.workload("maxbatch", 2, 8, 2, "sample")
+        study.perf_maxbatch(work, 2, 2000) if stage == "batch" else study.perf_bs1(work)
+
+    work = getattr(benchmark, where)
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, where, lambda network, *rest, **more: (
+            full() if getattr(network, "is_quantized", False) else work(network, *rest, **more)))  # fmt: skip
+        measure(tight)
+    tried_again(tight, measure, stage, capsys)

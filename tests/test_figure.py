@@ -1,9 +1,16 @@
-"""Figures and the panel draw what the tables say, and nothing else."""
+"""Figures draw what the frames say, and nothing else; pictures are saved where there is a browser."""
 
+import example
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 
-from qnb import figure, paper, table, widget
+from qnb import choose, cost, export, figure, look, paper, table, tradeoff
+from qnb.precision import PRECISIONS
+
+EMPTY = pd.DataFrame()
+PAPERS = ["fig1_accuracy", "fig2_change", "fig3_bs1_metrics", "fig4_bs1_heatmap", "fig5_maxbatch_metrics",
+          "fig6_maxbatch_heatmap"]  # fmt: skip
 
 
 @pytest.fixture
@@ -17,6 +24,10 @@ def runs():
         times |= {"seconds_per_request": total_s / 4, "batch_latency_s": total_s / 4}
         rows.append({**row, **times, "precision": precision})
     return pd.DataFrame(rows)
+
+
+def drawn_values(drawn):
+    return [value for trace in drawn.data if trace.x is not None for value in trace.x]
 
 
 def test_speedup_is_throughput_over_bf16s(runs):
@@ -33,47 +44,133 @@ def test_published_values_stand_in_their_own_columns(runs):
 
 def test_a_figure_draws_measured_and_published(runs):
     made = table.performance(runs, 3)
-    drawn = figure.metrics(made, "Batch size 1")
-    values = [value for trace in drawn.data if trace.y is not None for value in trace.y]
+    values = drawn_values(figure.metrics(made, "Batch size 1"))
     assert 4.0 in values and 2.0 in values
     assert made.published_throughput_rps.iloc[0] in values
 
 
-def test_six_figures_are_saved_and_share_one_library(runs, tmp_path):
-    empty = pd.DataFrame()
-    drawn = figure.draw_all(empty, {2: empty, 3: table.performance(runs, 3), 4: empty})
-    figure.save(drawn, tmp_path)
-    pages = sorted(tmp_path.glob("fig*.html"))
-    assert [page.name[:4] for page in pages] == [f"fig{number}" for number in range(1, 7)]
-    assert all(page.stat().st_size < 500_000 for page in pages)
+@pytest.fixture(scope="module")
+def drawn(studied):
+    return figure.draw_all(studied.results())
+
+
+def test_every_figure_of_a_study_draws_something_and_the_papers_six_come_first(drawn):
+    assert list(drawn)[:6] == PAPERS and len(drawn) == 16
+    assert not [name for name, one in drawn.items() if look.is_empty(one)]
+
+
+def test_axes_carry_units_and_hovers_their_n(drawn):
+    for name, one in drawn.items():
+        texts = [axis.title.text or "" for axis in (*one.select_xaxes(), *one.select_yaxes())]
+        texts += [note.text or "" for note in one.layout.annotations]
+        texts += list(map(str, one.data[0].x)) if "heatmap" in name else []
+        units = ("%", "points", "requests/s", "MiB", "ms", "s", "J", "W", "FLOP", "batch size")
+        assert any(unit in text for unit in units for text in texts), name
+        hovers = [str(trace.hovertext) for trace in one.data if trace.hovertext is not None]
+        hovers += [trace.hovertemplate for trace in one.data if trace.hovertemplate]
+        assert "heatmap" in name or any("n = " in text for text in hovers), name
+
+
+def test_a_study_without_new_columns_still_has_its_old_figures(runs):
+    """Rows of an earlier version, or of a CPU: what they lack is said, not guessed."""
+    one = [cost.roofline(runs), cost.token_time(runs), cost.memory(runs), cost.energy(runs), tradeoff.forest(EMPTY)]
+    for drawn in (*one, cost.sweep(EMPTY, runs), cost.timeline(EMPTY, "bs1"), tradeoff.front([], "tpot_s")):
+        assert look.is_empty(drawn) and drawn.layout.annotations[0].text == "nothing measured yet"
+
+
+def test_no_precision_shares_colour_and_hatch_with_another():
+    looks = [(one.color, look.HATCHES[name]) for name, one in PRECISIONS.items()]
+    assert len({color for color, _ in looks}) == len(set(looks)) == len(PRECISIONS)
+    assert len({look.HATCHES[name] for name in ("bf16", "fp16", "int8", "int4", "nf4")}) == 5
+
+
+def test_a_change_is_drawn_with_its_interval_and_marked_only_if_significant():
+    changes = pd.DataFrame([
+        {"task": "arc_easy", "precision": "int4", "change_pp": -9.0, "low_pp": -13.0, "high_pp": -5.0, "items": 400,
+         "mcnemar_p": 1e-5, "holm_p": 1e-4, "significant": True},
+        {"task": "hellaswag", "precision": "int4", "change_pp": -1.0, "low_pp": -3.0, "high_pp": 1.0, "items": 500,
+         "mcnemar_p": 0.4, "holm_p": 0.4, "significant": False},
+    ])  # fmt: skip
+    (points,) = tradeoff.forest(changes).data
+    assert list(points.x) == [-9, -1] and list(points.error_x.arrayminus) == [4, 2]
+    assert ["✱" in text for text in points.text] == [True, False]
+    assert points.marker.color[0] == PRECISIONS["int4"].color and points.marker.color[1] == "white"
+    assert "n = 400" in points.hovertext[0] and "-13.00 to -5.00" in points.hovertext[0]
+
+
+def test_the_front_holds_what_no_other_beats_in_both():
+    frame = pd.DataFrame({"cost": [1, 2, 3, 4, 4], "accuracy_pct": [40, 39, 45, 45, 50]}, index=list("abcde"))
+    assert list(tradeoff.pareto(frame).index) == ["a", "c", "e"]
+
+
+def test_memory_by_part_adds_up_to_what_the_allocator_reserved(studied):
+    rows = studied.results().speed
+    drawn = cost.memory(rows)
+    bars = [trace for trace in drawn.data if isinstance(trace, go.Bar) and trace.y[0] is not None]
+    at_one = rows[rows.setting == "bs1"]
+    total = sum(sum(bar.x) for bar in bars[:4])
+    assert total == pytest.approx(at_one.peak_reserved_mib.sum())
+
+
+def test_kernels_and_gaps_add_up_to_a_tokens_time(studied):
+    rows = studied.results().bs1
+    kernels, gaps = cost.token_time(rows).data[:2]
+    assert sum(kernels.x) + sum(gaps.x) == pytest.approx(1e3 * rows.wall_s_per_token.sum())
+
+
+def test_no_point_lies_above_the_measured_roof(studied):
+    rows = studied.results().speed
+    drawn = cost.roofline(rows)
+    points = [trace for trace in drawn.data if trace.mode == "markers+text"]
+    assert sum(len(trace.x) for trace in points) == len(rows)
+    for trace in points:
+        for intensity, tflops in zip(trace.x, trace.y, strict=True):
+            assert tflops <= min(intensity * example.BYTES_S, example.FLOP_S) / 1e12
+
+
+def test_repeats_become_their_median_with_their_range(studied):
+    one = studied.results().bs1.iloc[0]
+    passes = [row for row in studied.ledger if row["stage"] == "perf" and row["setting"] == "bs1"]
+    passes = [
+        row["throughput_rps"] for row in passes if (row["precision"], row["engine"]) == (one.precision, one.engine)
+    ]
+    assert one.repeats == 3 and one.throughput_rps == sorted(passes)[1]
+    assert (one.low_rps, one.high_rps) == (min(passes), max(passes))
+
+
+def test_a_name_from_a_data_set_is_text_not_markup():
+    assert look.label("<img src=x onerror=alert(1)>") == "&lt;img src=x onerror=alert(1)&gt;"
+
+
+def test_pages_share_one_library(runs, tmp_path):
+    empty = {number: EMPTY for number in range(1, 5)}
+    drawn = {"a": figure.metrics(table.performance(runs, 3), "Batch size 1"), "b": figure.change(empty[2])}
+    export.pages(drawn, tmp_path)
+    assert sorted(page.name for page in tmp_path.glob("*.html")) == ["a.html", "b.html"]
+    assert all(page.stat().st_size < 500_000 for page in tmp_path.glob("*.html"))
     assert len(list(tmp_path.glob("plotly*.js"))) == 1
 
 
-def test_the_panel_redraws_when_a_choice_changes(runs, monkeypatch):
-    import ipywidgets
-    import plotly.io
+def test_without_a_browser_pictures_say_so_and_what_to_do(runs, tmp_path, monkeypatch):
+    from choreographer.browsers.chromium import Chromium
 
-    monkeypatch.setattr(plotly.io.renderers, "default", "plotly_mimetype")  # as a notebook has it
+    monkeypatch.setattr(Chromium, "find_browser", lambda **_: None)
+    drawn = {"a": figure.metrics(table.performance(runs, 3), "Batch size 1")}
+    assert "kaleido_get_chrome" in export.pictures(drawn, tmp_path) and not list(tmp_path.iterdir())
+    assert export.pictures({"b": figure.change(EMPTY)}, tmp_path) == ""  # nothing to draw needs no browser
 
-    class Measured:
-        """What the panel reads of a study."""
 
-        def table3(self):
-            return table.performance(runs, 3)
+def test_a_browser_that_fails_costs_the_pictures_and_not_the_run(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("BROWSER_PATH", "/bin/false")
+    drawn = {"a": figure.metrics(table.performance(runs, 3), "Batch size 1")}
+    assert "did not draw" in export.pictures(drawn, tmp_path)
 
-        def table4(self):
-            return pd.DataFrame()
 
-    panel = widget.explorer(Measured())
-
-    def walk(box):
-        for child in getattr(box, "children", ()):
-            yield child
-            yield from walk(child)
-
-    parts = list(walk(panel))
-    (output,) = (part for part in parts if isinstance(part, ipywidgets.Output))
-    before = output.outputs
-    metric = next(part for part in parts if "throughput_rps" in str(getattr(part, "options", "")))
-    metric.index = (metric.index + 1) % len(metric.options)
-    assert before and output.outputs != before
+def test_candidates_join_speed_and_accuracy(studied):
+    found = {one.name: one for one in choose.candidates(studied.results(), "bs1")}
+    assert len(found) == 10 and found["bf16 (eager)"].change_pp == 0
+    int4 = found["int4 (graphed)"]
+    assert int4.items == sum(count for count, _ in example.TASKS.values())
+    assert int4.low_pp < int4.change_pp < int4.high_pp < 0
+    changes = studied.results().tables[2]
+    assert int4.change_pp == pytest.approx(changes[changes.precision == "int4"].change_pp.mean())

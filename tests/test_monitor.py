@@ -2,10 +2,11 @@
 
 import gc
 import time
+from statistics import median
 
 import pytest
 
-from qnb.monitor import ProcessSensor, Window, sensor
+from qnb.monitor import NvmlSensor, ProcessSensor, Window, sensor
 
 
 def test_means_and_peaks_are_those_of_the_readings():
@@ -49,6 +50,65 @@ def test_without_a_gpu_the_process_is_watched():
     assert sensor("cpu").source == "process"
 
 
+def window_over(readings):
+    """A closed window that saw `readings`, a second apart."""
+    window = Window(lambda: {}, "fake")
+    window.readings = [{"t_s": float(place), **reading} for place, reading in enumerate(readings)]
+    return window.usage
+
+
+def test_energy_is_the_counters_difference_where_it_moved_often_enough():
+    steps = window_over([{"energy_j": 100.0 + 10 * place} for place in range(7)])
+    assert (steps.energy_j, steps.energy_s) == (60, 6)
+    still = window_over([{"energy_j": 100.0 + 10 * (place // 3)} for place in range(7)])
+    assert (still.energy_j, still.energy_s) == (None, None)
+    broken = window_over([{"energy_j": 10.0 * place} if place % 2 else {} for place in range(14)])
+    assert (broken.energy_j, broken.energy_s) == (120, 12)  # between the first and last reading that have it
+
+
+def test_what_disturbed_a_window_is_flagged():
+    calm = window_over([{"throttle": 1.0, "processes": 1.0, "power_w": 50.0}] * 3)  # 1: idle, no throttling
+    assert calm.flags == [] and calm.throttle == () and calm.processes == 1
+    usage = window_over([{"throttle": 4.0, "processes": 2.0}, {"throttle": 64.0}, {"processes": 1.0}])
+    assert usage.throttle == ("software power cap", "hardware thermal slowdown")
+    assert usage.missing == {"processes": 1, "throttle": 1}
+    assert usage.flags == [
+        "throttled: software power cap, hardware thermal slowdown",
+        "another process used the GPU",
+        "samples missing: processes in 1 of 3, throttle in 1 of 3",
+    ]
+
+
+def test_a_metric_that_fails_midway_is_missing_alone(monkeypatch):
+    import pynvml
+
+    class Gone(pynvml.NVMLError):
+        def __new__(cls):
+            return Exception.__new__(cls)
+
+        def __init__(self):
+            Exception.__init__(self)
+
+    def refuse():
+        raise Gone
+
+    sense = object.__new__(NvmlSensor)
+    sense.probes = {"memory_mib": lambda: 5.0, "power_w": refuse}
+    assert sense.sample() == {"memory_mib": 5}
+    sense.probes["memory_mib"] = refuse
+    with pytest.raises(OSError, match="no more"):
+        sense.sample()
+
+
+def test_a_reading_of_the_process_costs_less_than_half_a_percent():
+    sense, seconds = ProcessSensor(), []
+    for _ in range(50):
+        before = time.thread_time()
+        sense.sample()
+        seconds.append(time.thread_time() - before)
+    assert median(seconds) < 0.005 * Window(lambda: {}, "fake")._period_s
+
+
 @pytest.mark.gpu
 def test_nvml_reads_the_device_torch_uses():
     import torch
@@ -58,3 +118,19 @@ def test_nvml_reads_the_device_torch_uses():
     before = sense.sample()["memory_mib"]
     ballast = torch.zeros(512 * 2**20, dtype=torch.uint8, device="cuda")
     assert len(ballast) and sense.sample()["memory_mib"] - before >= 512
+
+
+@pytest.mark.gpu
+def test_nvml_counts_energy_and_this_process():
+    import torch
+
+    matrix, sense = torch.randn(8192, 8192, device="cuda"), sensor("cuda")
+    with Window(sense.sample, sense.source, 0.05) as window:
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            matrix @ matrix
+            torch.cuda.synchronize()
+    usage = window.usage
+    assert usage.failures == 0 and usage.missing == {} and (usage.processes or 1) >= 1
+    if "energy_j" in sense.probes:
+        assert usage.energy_j == pytest.approx(usage.power_w * usage.energy_s, rel=0.5)

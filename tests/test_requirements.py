@@ -30,7 +30,7 @@ def test_each_has_a_floor_and_the_next_major_release_for_a_ceiling():
 def test_pyproject_says_the_same():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert {str(Requirement(text)) for text in declared} == {str(requirement) for requirement in bounds()}
-    assert "-e ." in (ROOT / "requirements.txt").read_text().splitlines()
+    assert "-e .[pictures]" in (ROOT / "requirements.txt").read_text().splitlines()
 
 
 def test_colab_keeps_what_it_brings():

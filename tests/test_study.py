@@ -40,18 +40,92 @@ def test_a_batch_that_runs_out_of_memory_when_timed_is_made_smaller(source, tmp_
     monkeypatch.setattr(made, "_settle", lambda precision: None)
     monkeypatch.setattr(benchmark, "largest_batch", lambda *rest: batch.Largest(32, 100.0, True, ()))
 
-    def run(network, workload, batch_size, engine, base_mib):
+    def run(network, workload, batch_size, engine, base_mib, **_):
         if batch_size > 30:
             raise torch.cuda.OutOfMemoryError("simulated")
         from qnb.monitor import Usage
 
-        usage = Usage(**{name: None for name in Usage.__slots__} | {"source": "process"})
+        usage = Usage("process", 0, 1.0)
         return benchmark.Run(engine, batch_size, 32, 4, 2, 1.0, (1.0,), 1.0, 1.0, usage)
 
     monkeypatch.setattr(benchmark, "run", run)
+    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
     workload = made.workload("maxbatch", 32, 4, 2, "sample")
     (row,) = made.perf_maxbatch(workload, 32).to_dict("records")
     assert row["batch_size"] == 30 and not row["capped"]
     (found,) = made.frame("batch").to_dict("records")
     assert found["batch_size"] == 30
     assert [(probe["batch_size"], probe["fits"]) for probe in found["probes"]] == [(32, False), (31, False)]
+
+
+def test_passes_end_when_the_median_has_settled_or_at_the_limit(source, tmp_path, monkeypatch):
+    """Steady latencies need one pass; unsteady ones all of them; both are asked again without measuring."""
+    from qnb import benchmark
+    from qnb.monitor import Usage
+
+    made, measured = Study("smollm2-135m", "bf16,fp16", tmp_path), []
+    monkeypatch.setattr(made, "on", lambda precision, measure: measured.append(precision.name) or measure(None, 0.0))
+    monkeypatch.setattr(made, "_settle", lambda precision: None)
+    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
+
+    def run(network, workload, batch_size, engine, base_mib, **_):
+        spread = 0.5 if measured[-1] == "bf16" else 0.001
+        times = tuple(1 + spread * (place % 3) for place in range(8))
+        return benchmark.Run(engine, 1, 8, 4, 2, sum(times), times, None, None, Usage("process", 0, 1.0))
+
+    monkeypatch.setattr(benchmark, "run", run)
+    workload = made.workload("bs1", 8, 4, 2, "sample")
+    for _ in range(2):
+        rows = made.perf_bs1(workload, 3)
+        assert rows.groupby("precision").stopped.agg(list).to_dict() == {
+            "bf16": ["", "", "limit"],
+            "fp16": ["interval"],
+        }
+    assert measured == ["bf16", "fp16", "bf16", "bf16"] and sorted(rows.order) == [0, 1, 2, 3]
+    assert all((tmp_path / name).exists() for name in (*rows.samples, *rows.token_samples))
+
+
+def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(source, tmp_path, monkeypatch):
+    from qnb import benchmark
+    from qnb.monitor import Usage
+
+    made = Study("smollm2-135m", "bf16", tmp_path)
+    monkeypatch.setattr(made, "on", lambda precision, measure: measure(None, 0.0))
+    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
+
+    def run(network, workload, batch_size, engine, base_mib, **_):
+        assert len(workload.prompts) == batch_size
+        if batch_size > 4:
+            raise torch.cuda.OutOfMemoryError("simulated")
+        total_s = {1: 1.0, 2: 1.0, 4: 1.9}[batch_size]
+        return benchmark.Run(engine, batch_size, batch_size, 4, 2, total_s, (total_s,), None, None,
+                             Usage("process", 0, 1.0))  # fmt: skip
+
+    monkeypatch.setattr(benchmark, "run", run)
+    workload = made.workload("maxbatch", 3, 4, 2, "sample")
+    swept = made.sweep(workload, 12)
+    assert swept.batch_size.tolist() == [1, 2, 4, 8, 12] and swept.knee.tolist() == [False, True, False, False, False]
+    assert swept.note.tolist() == ["", "", "", "out of memory", "a smaller batch did not fit"]
+    other = Study("smollm2-135m", "bf16", tmp_path / "other")
+    other.device = Device("cpu", "a machine", 1024, "native", "")
+    assert other.sweep(workload).empty  # without a GPU none is made unless it is asked for
+
+
+def test_an_engine_that_cannot_run_a_precision_leaves_a_row_that_says_why(source, tmp_path, monkeypatch):
+    from qnb import benchmark, decode
+    from qnb.monitor import Usage
+
+    made = Study("smollm2-135m", "bf16", tmp_path)
+    monkeypatch.setattr(made, "on", lambda precision, measure: measure(None, 0.0))
+    monkeypatch.setattr(made, "_settle", lambda precision: None)
+    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
+    monkeypatch.setattr(decode, "parse", lambda names, device: ("eager", "graphed"))
+
+    def run(network, workload, batch_size, engine, base_mib, **_):
+        return benchmark.Run(engine, 1, 8, 4, 2, 8.0, (1.0,) * 8, None, None, Usage("process", 0, 1.0))
+
+    monkeypatch.setattr(benchmark, "run", run)
+    made.perf_bs1(made.workload("bs1", 8, 4, 2, "sample"), 2)
+    table = made.table3().set_index("engine")
+    assert table.throughput_rps["eager"] == 1 and table.note["eager"] == ""
+    assert "GPU" in table.note["graphed"] and table.throughput_rps.isna()["graphed"]

@@ -1,0 +1,52 @@
+"""What a Colab runtime needs beyond a notebook server; nothing happens anywhere else.
+
+The hub token needs nothing here: `huggingface_hub.get_token` asks Colab's secrets for ``HF_TOKEN`` itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from qnb.error import InputError
+
+DRIVE = "drive:"
+MOUNT = Path("/content/drive")
+
+
+def hosted() -> bool:
+    """Return whether this is a Colab runtime: its kernel has imported ``google.colab`` before any cell runs."""
+    return "google.colab" in sys.modules
+
+
+def prepare() -> None:
+    """Let widgets be drawn that Colab does not bring itself."""
+    if hosted():
+        from google.colab import output
+
+        output.enable_custom_widget_manager()
+
+
+def folder(output: str) -> Path:
+    """Return the folder that ``drive:name`` is on the user's Google Drive, which is mounted if it is not yet.
+
+    Raises
+    ------
+    InputError
+        This is no Colab runtime, the name is empty or leaves the drive, or the drive cannot be mounted.
+    """
+    name = Path(output.removeprefix(DRIVE).strip("/"))
+    if not name.parts or ".." in name.parts:
+        raise InputError(f"output {output!r} names no folder on the drive; give one such as {DRIVE}qnb/study")
+    if not hosted():
+        raise InputError(f"output {output!r} is on Google Drive, which only Colab has; give a folder of this machine")
+    from google.colab import drive
+
+    if not (MOUNT / "MyDrive").is_dir():
+        try:
+            drive.mount(str(MOUNT))
+        except (NotImplementedError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"Google Drive was not mounted ({error}); allow it, or give a folder of the VM"
+            ) from error
+    return MOUNT / "MyDrive" / name

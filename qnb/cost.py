@@ -1,0 +1,305 @@
+"""Where time, memory and energy go: what bounds a step, and what a token is charged.
+
+A step of decoding reads all weights once and multiplies them by as many rows as the batch has, so its arithmetic a
+byte grows with the batch: small batches end at the memory's roof, large ones at the arithmetic units', and a step
+whose kernels wait for their launches ends below both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from qnb import look
+from qnb.precision import PRECISIONS
+
+SETTINGS = {"bs1": "batch size 1", "sweep": "batch sizes between", "maxbatch": "largest batch"}
+TIMELINE = {
+    "utilization_pct": "utilization, %",
+    "memory_mib": "memory, MiB",
+    "power_w": "power, W",
+    "clock_mhz": "clock, MHz",
+}
+GREY = "#777777"
+
+
+def _have(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """Return the rows that have all of `names`; none where a column is missing."""
+    return frame.dropna(subset=list(names)) if set(names) <= set(frame) else frame[:0]
+
+
+def names(frame: pd.DataFrame) -> list[str]:
+    """Name each row by its precision, and by its engine where there is more than one."""
+    several = frame.engine.nunique() > 1
+    pairs = zip(frame.precision, frame.engine, strict=True)
+    return [f"{precision} · {engine}" if several and engine else str(precision) for precision, engine in pairs]
+
+
+def _repeats(row: dict[str, Any]) -> str:
+    count = int(row.get("repeats") or 1)
+    return f"<br>n = {row.get('requests', 0):,.0f} requests, {count} {'pass' if count == 1 else 'passes'}"
+
+
+def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
+    """Throughput and batch latency over batch size, a line a precision and engine, a star at the largest batch.
+
+    Parameters
+    ----------
+    steps
+        Rows of stage *sweep*, as `qnb.results.medians` returns.
+    largest
+        Those of the largest batch.
+    """
+    title = "Throughput and latency by batch"
+    needed = ("batch_size", "throughput_rps", "batch_latency_s")
+    steps, largest = _have(steps, *needed), _have(largest, *needed)
+    if steps.empty:
+        return look.nothing(title)
+    figure = look.panels(640, ["throughput, requests/s", "batch latency, s"], shared_xaxes=True)
+    for (precision, engine), rows in steps.groupby(["precision", "engine"], sort=False):
+        end = largest[(largest.precision == precision) & (largest.engine == engine)]
+        rows = pd.concat([rows, end]).sort_values("batch_size")
+        color = PRECISIONS[str(precision)].color
+        for row, name in enumerate(needed[1:], 1):
+            unit = ("requests/s", "s a batch")[row - 1]
+            hover = [
+                f"{precision}, {engine}, batch {one['batch_size']}: {look.number(one[name])} {unit}"
+                + (f"<br>{look.number(one['low_rps'])} to {look.number(one['high_rps'])}" if row == 1 else "")
+                + _repeats(one)
+                for one in rows.to_dict("records")
+            ]
+            figure.add_scatter(
+                x=rows.batch_size, y=rows[name], mode="lines+markers", row=row, col=1,
+                name=f"{precision}, {engine}", legendgroup=f"{precision} {engine}", showlegend=row == 1,
+                line={"color": color, "dash": look.DASHES[str(precision)], "width": 1.8},
+                marker=look.marker(str(precision), str(engine), 8), hovertext=hover, hoverinfo="text",
+            )  # fmt: skip
+            for one in end.to_dict("records"):
+                figure.add_scatter(
+                    x=[one["batch_size"]], y=[one[name]], mode="markers", row=row, col=1, showlegend=False,
+                    legendgroup=f"{precision} {engine}", hoverinfo="text",
+                    marker={"symbol": "star", "size": 14, "color": color, "line": {"color": look.INK, "width": 1}},
+                    hovertext=f"{precision}, {engine}, largest batch {one['batch_size']}: "
+                    f"{look.number(one[name])} {unit}{_repeats(one)}",
+                )  # fmt: skip
+    sizes = sorted({*steps.batch_size, *largest.batch_size})
+    shown = [size for size in sizes if size & (size - 1) == 0] or sizes
+    shown = shown[:: max(1, len(shown) // 6)]
+    figure.update_xaxes(type="log", tickvals=shown, ticktext=[str(int(size)) for size in shown])
+    figure.update_xaxes(title="batch size", row=2)
+    figure.update_yaxes(type="log", dtick=1)
+    return look.layout(figure, title, 640, "both axes logarithmic; star: the largest batch that fits")
+
+
+def roofline(runs: pd.DataFrame) -> go.Figure:
+    """Achieved FLOP/s over FLOP a byte, below the device's measured roofs; a point a precision, engine and batch.
+
+    Parameters
+    ----------
+    runs
+        `qnb.results.Results.speed`.
+    """
+    title = "Roofline of a decoding step"
+    runs = _have(
+        runs, "bytes_per_step", "flops_per_step", "achieved_flop_per_s", "limit_bytes_per_s", "limit_flop_per_s"
+    )
+    if runs.empty:
+        return look.nothing(title)
+    runs = runs.assign(intensity=runs.flops_per_step / runs.bytes_per_step)
+    bandwidth, peak = runs.limit_bytes_per_s.max(), runs.limit_flop_per_s.max()
+    left, right = runs.intensity.min() / 2, max(runs.intensity.max() * 2, 3 * peak / bandwidth)
+    figure = go.Figure()
+    for limit, rows in runs.groupby("limit_flop_per_s"):
+        ridge = limit / bandwidth
+        figure.add_scatter(
+            x=[left, ridge, right], y=[left * bandwidth / 1e12, limit / 1e12, limit / 1e12], mode="lines",
+            line={"color": GREY, "width": 1.6}, showlegend=False, hoverinfo="text",
+            hovertext=f"limits: {bandwidth / 1e12:.3g} TB/s, {limit / 1e12:.4g} TFLOP/s for "
+            f"{', '.join(dict.fromkeys(rows.precision))}",
+        )  # fmt: skip
+    named: set[str] = set()
+    for engine, some in runs.groupby("engine", sort=False):
+        for precision, rows in some.groupby("precision", sort=False):
+            figure.add_scatter(
+                x=rows.intensity, y=rows.achieved_flop_per_s / 1e12, mode="markers+text", name=str(precision),
+                text=[str(precision)] + [""] * (len(rows) - 1), textposition=look.SIDES[str(precision)],
+                textfont={"size": 10},
+                legendgroup=str(precision), showlegend=precision not in named,
+                marker=look.marker(str(precision), str(engine)), hoverinfo="text",
+                hovertext=[_roof_hover(row) for row in rows.to_dict("records")],
+            )  # fmt: skip
+            named.add(str(precision))
+        look.key(figure, str(engine))
+    figure.update_xaxes(type="log", title="arithmetic a byte, FLOP/byte (log)", dtick=1)
+    figure.update_yaxes(type="log", title="achieved, TFLOP/s (log)", dtick=1)
+    note = f"lines: measured limits; slope {bandwidth / 1e12:.3g} TB/s, roof {peak / 1e12:.3g} TFLOP/s"
+    return look.layout(figure, title, 480, note)
+
+
+def _roof_hover(row: dict[str, Any]) -> str:
+    text = f"{row['precision']}, {row['engine']}, batch {row['batch_size']}"
+    share = 100 * row["achieved_flop_per_s"] / row["limit_flop_per_s"]
+    text += f"<br>{row['achieved_flop_per_s'] / 1e12:.3g} TFLOP/s, {share:.1f} % of the limit"
+    if pd.notna(row.get("achieved_bytes_per_s")):
+        share = 100 * row["achieved_bytes_per_s"] / row["limit_bytes_per_s"]
+        text += f"<br>{row['achieved_bytes_per_s'] / 1e9:,.3g} GB/s, {share:.1f} % of the limit"
+    return text + (f"<br>bound by {row['bound']}" if row.get("bound") else "") + _repeats(row)
+
+
+def _stacked(
+    panels: list[tuple[str, pd.DataFrame]], parts: dict[str, tuple[str, bool]], title: str, unit: str, note: str = ""
+) -> go.Figure:
+    """Draw lying bars, a panel a setting, a bar a row, the parts one after the other.
+
+    `parts` names columns, each with its hatch and whether it is filled; ``hover`` and ``total`` are columns too.
+    """
+    panels = [(name, frame) for name, frame in panels if len(frame)]
+    if not panels:
+        return look.nothing(title)
+    counts = [len(frame) for _, frame in panels]
+    height = 150 + (look.GAP_PX + 20) * (len(panels) - 1) + 34 * sum(counts)
+    figure = look.panels(height, [SETTINGS[name] for name, _ in panels], row_heights=counts)
+    for place, (_, frame) in enumerate(panels, 1):
+        for part, (hatch, filled) in parts.items():
+            figure.add_bar(
+                orientation="h", y=names(frame), x=frame[part], showlegend=False, hovertext=frame.hover,
+                marker=look.bars(list(frame.precision), filled, hatch), hoverinfo="text", row=place, col=1,
+            )  # fmt: skip
+        figure.add_scatter(
+            x=frame.total, y=names(frame), mode="text", text=[f" {look.number(value)}" for value in frame.total],
+            textposition="middle right", showlegend=False, hoverinfo="skip", cliponaxis=False, row=place, col=1,
+        )  # fmt: skip
+        figure.update_xaxes(range=[0, 1.18 * frame.total.max()], row=place)
+        figure.update_yaxes(autorange="reversed", row=place)
+    for part, (hatch, filled) in parts.items():
+        pattern = {
+            "shape": hatch,
+            "size": 6,
+            "bgcolor": GREY if filled else "white",
+            "fgcolor": "white" if filled else GREY,
+        }
+        marker = {"color": GREY if filled else "white", "line": {"color": GREY, "width": 1}, "pattern": pattern}
+        figure.add_bar(x=[None], y=[None], name=part, marker=marker)
+    figure.update_xaxes(tickformat="~r", separatethousands=True)
+    figure.update_xaxes(title=unit, row=len(panels))
+    figure.update_layout(barmode="stack", bargap=0.3)
+    return look.layout(figure, title, height, note)
+
+
+def token_time(runs: pd.DataFrame) -> go.Figure:
+    """Where a token's time goes at batch size 1: kernels at work, and the gaps in which the GPU waits for a launch.
+
+    Parameters
+    ----------
+    runs
+        `qnb.results.Results.bs1`.
+    """
+    runs = _have(runs, "kernel_s_per_token", "wall_s_per_token")
+    if runs.empty:
+        return look.nothing("Where a token's time goes")
+    gap = (runs.wall_s_per_token - runs.kernel_s_per_token).clip(lower=0)
+    hover = [
+        f"{row['precision']}, {row['engine']}: {1e3 * row['wall_s_per_token']:.2f} ms a token"
+        f"<br>kernels {1e3 * row['kernel_s_per_token']:.2f} ms"
+        + (f", {row['kernels_per_token']:,.0f} of them" if pd.notna(row.get("kernels_per_token")) else "")
+        + f"<br>waiting {100 * max(0, 1 - row['kernel_s_per_token'] / row['wall_s_per_token']):.0f} %"
+        + _repeats(row)
+        for row in runs.to_dict("records")
+    ]
+    parts = {"kernels at work": 1e3 * runs.kernel_s_per_token, "waiting for a launch": 1e3 * gap}
+    frame = runs.assign(**parts, total=1e3 * runs.wall_s_per_token, hover=hover)
+    looks = {"kernels at work": ("", True), "waiting for a launch": ("/", False)}
+    return _stacked([("bs1", frame)], looks, "Where a token's time goes", "ms a token, batch size 1")
+
+
+def energy(runs: pd.DataFrame) -> go.Figure:
+    """Energy a generated token, above idle and the idle device's share, at batch size 1 and the largest batch.
+
+    Parameters
+    ----------
+    runs
+        `qnb.results.Results.speed`.
+    """
+    runs = _have(runs, "energy_j_per_token")
+    if runs.empty:
+        return look.nothing("Energy a token")
+    if "energy_above_idle_j_per_token" not in runs:
+        runs = runs.assign(energy_above_idle_j_per_token=float("nan"))
+    above = runs.energy_above_idle_j_per_token
+    total = runs.energy_j_per_token
+    hover = [
+        f"{row['precision']}, {row['engine']}, batch {row['batch_size']}: {look.number(row['energy_j_per_token'])} J"
+        + (f"<br>above idle {look.number(value)} J" if pd.notna(value) else "")
+        + _repeats(row)
+        for row, value in zip(runs.to_dict("records"), above, strict=True)
+    ]
+    parts = {"above idle": above.fillna(total), "the idle device's share": (total - above).fillna(0).clip(lower=0)}
+    frame = runs.assign(**parts, total=total, hover=hover)
+    panels = [(name, frame[frame.setting == name]) for name in ("bs1", "maxbatch")]
+    looks = {"above idle": ("", True), "the idle device's share": (".", False)}
+    return _stacked(panels, looks, "Energy a token", "J a token")
+
+
+def memory(runs: pd.DataFrame) -> go.Figure:
+    """GPU memory by part: weights, cache, activations, and what the allocator holds beyond them.
+
+    Weights and cache are computed, the rest follows from the allocator's two peaks.
+
+    Parameters
+    ----------
+    runs
+        `qnb.results.Results.speed`.
+    """
+    runs = _have(runs, "weights_mib", "cache_mib", "peak_allocated_mib", "peak_reserved_mib")
+    if runs.empty:
+        return look.nothing("GPU memory by part")
+    rest = (runs.peak_allocated_mib - runs.weights_mib - runs.cache_mib).clip(lower=0)
+    slack = (runs.peak_reserved_mib - runs.peak_allocated_mib).clip(lower=0)
+    parts = {"weights": runs.weights_mib, "cache": runs.cache_mib, "activations": rest, "allocator slack": slack}
+    hover = [
+        f"{row['precision']}, {row['engine']}, batch {row['batch_size']}: {row['peak_reserved_mib']:,.0f} MiB"
+        + "".join(f"<br>{name} {values[place]:,.0f}" for name, values in parts.items())
+        + _repeats(row)
+        for place, row in zip(runs.index, runs.to_dict("records"), strict=True)
+    ]
+    frame = runs.assign(**parts, total=sum(parts.values()), hover=hover)
+    panels = [(name, frame[frame.setting == name]) for name in ("bs1", "maxbatch")]
+    looks = {"weights": ("", True), "cache": ("/", True), "activations": ("x", False), "allocator slack": (".", False)}
+    return _stacked(panels, looks, "GPU memory by part", "MiB")
+
+
+def timeline(samples: pd.DataFrame, setting: str) -> go.Figure:
+    """The monitor's readings during the first pass: a panel a quantity, a line a precision and engine.
+
+    Parameters
+    ----------
+    samples
+        `qnb.results.Results.samples`.
+    setting
+        ``"bs1"`` or ``"maxbatch"``.
+    """
+    title = f"The monitor, {SETTINGS[setting]}"
+    shown = [name for name in TIMELINE if name in samples and samples[name].notna().any()]
+    samples = samples[samples.setting == setting] if shown else samples
+    if samples.empty:
+        return look.nothing(title)
+    height = 150 + 170 * len(shown)
+    figure = look.panels(height, [TIMELINE[name] for name in shown], shared_xaxes=True)
+    runs = samples.groupby(["precision", "engine"], sort=False)
+    several = samples.engine.nunique() > 1
+    for (precision, engine), rows in runs:
+        name = f"{precision}, {engine}" if several else str(precision)
+        end = look.marker(str(precision), str(engine))
+        for place, column in enumerate(shown, 1):
+            figure.add_scatter(
+                x=rows.t_s, y=rows[column], mode="lines+markers", row=place, col=1, name=name, legendgroup=name,
+                showlegend=place == 1, marker={**end, "size": [0] * (len(rows) - 1) + [9]},
+                line={"color": PRECISIONS[str(precision)].color, "dash": look.DASHES[str(precision)], "width": 1.6},
+                hovertemplate=f"{name}, %{{x:.1f}} s: %{{y:,.4g}} {TIMELINE[column].rsplit(' ', 1)[1]}"
+                f"<br>n = {len(rows)} readings<extra></extra>",
+            )  # fmt: skip
+            figure.update_yaxes(rangemode="tozero", row=place)
+    figure.update_xaxes(title="seconds since the run began", row=len(shown))
+    return look.layout(figure, title, height)

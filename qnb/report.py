@@ -1,0 +1,217 @@
+"""One HTML page of a study, to send to somebody, and the README's pictures; nothing is fetched or measured.
+
+plotly.js is in it once. What came from a model, a data set or a parameter is text: the template escapes it, Plotly's
+JSON escapes it in scripts, and the page forbids itself every address.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from qnb import __version__, export, figure, look, paper, summary
+from qnb.results import Results, reference
+from qnb.table import grid
+
+TEMPLATE = Path(__file__).parent / "data" / "report.html"
+# section: title, words, tables with their captions, figures with how to read them
+SECTIONS: dict[str, tuple[str, str, dict[int, str], dict[str, str]]] = {
+    "accuracy": (
+        "Accuracy",
+        "What the lost bits cost. A change is real when the same items, asked twice, say so.",
+        {1: "Table 1: accuracy in percent, with one standard error in points", 2: "Table 2: change against BF16"},
+        {
+            "fig1_accuracy": "Bars are one standard error of each precision alone; differences are the next figures'.",
+            "forest": "Left of the line is a loss. An interval that crosses it is no proof of a change, nor of none.",
+            "fig2_change": "The paper's way to show a change: relative to BF16's accuracy, without an interval.",
+        },
+    ),
+    "bs1": (
+        "One request at a time",
+        "What they buy for a single user, where each token waits for all weights, or for Python, once.",
+        {3: "Table 3: batch size 1"},
+        {
+            "fig3_bs1_metrics": "Each panel has its own unit. Published bars are a T4's.",
+            "fig4_bs1_heatmap": "Shades compare precisions within a column; the numbers are the values.",
+            "token_time": "A long hatched part is a GPU that waits: the ranking is then the harness's.",
+        },
+    ),
+    "maxbatch": (
+        "The largest batch",
+        "What the freed memory buys, where rows share the reading of the weights.",
+        {4: "Table 4: largest batch"},
+        {
+            "fig5_maxbatch_metrics": "Each panel has its own unit. Published bars are a T4's.",
+            "fig6_maxbatch_heatmap": "Shades compare precisions within a column; the numbers are the values.",
+            "sweep": "Where a line bends, rows stop being free. The star is the largest batch that fits.",
+        },
+    ),
+    "tradeoff": (
+        "What is lost against what is gained",
+        "A precision on the dotted line is beaten by no other in both. Overlapping intervals leave that open.",
+        {},
+        {
+            "front_memory": "Up and left is better.",
+            "front_tpot": "Up and left is better; one engine's points are compared with its own first.",
+        },
+    ),
+    "cost": (
+        "Where memory, time and energy go",
+        "Bytes, arithmetic and joules of a step, beside what the device can do.",
+        {},
+        {
+            "roofline": "Far below both lines a step waits for something that is neither memory nor arithmetic.",
+            "memory": "Quantization shrinks the first part only; the cache stays in 16 bit.",
+            "energy": "The idle share is what the device would have drawn anyway in that time.",
+            "timeline_bs1": "Utilization counts moments with any kernel running, not how much of the device worked.",
+            "timeline_maxbatch": "The same at the largest batch; a line ends with its engine's marker.",
+        },
+    ),
+}
+GALLERY = ("fig1_accuracy", "forest", "fig3_bs1_metrics", "fig5_maxbatch_metrics", "front_memory", "front_tpot",
+           "sweep", "roofline", "token_time", "memory", "energy")  # fmt: skip
+LIMITS = (
+    "The published columns are Llama-3.2-1B's, on the paper's own hardware.",
+    "LLM.int8 picks its outlier columns over a whole batch, so its scores move a little with the batch size.",
+    "Speeds are of this device, these library versions and these prompts.",
+)
+
+
+def gallery(folder: Path) -> tuple[list[Path], str]:
+    """Draw the README's pictures from the tables kept in `folder`, into ``folder/gallery/<study>/``.
+
+    Returns
+    -------
+    tuple
+        The pictures that are there, and what kept others from being drawn.
+    """
+    problems = {}
+    for name, kept in reference(folder).items():
+        drawn = figure.draw_all(kept)
+        wanted = {key: drawn[key] for key in GALLERY if key in drawn}
+        problems[name] = export.pictures(wanted, folder / "gallery" / name, kinds=("png",))
+    return sorted((folder / "gallery").glob("*/*.png")), next(filter(None, problems.values()), "")
+
+
+def page(results: Results, ledger: Path | None = None) -> str:
+    """Return the report as one HTML text.
+
+    Parameters
+    ----------
+    results
+        A study's frames.
+    ledger
+        The file they were read from, for the provenance.
+    """
+    from jinja2 import Environment
+    from plotly.offline import get_plotlyjs
+
+    drawn = figure.draw_all(results)
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
+    stamps = sorted(str(row["measured_at"])[:10] for row in results.rows if row.get("measured_at"))
+    return template.render(
+        results=results,
+        plotly=get_plotlyjs(),
+        measured=" to ".join(dict.fromkeys((stamps[0], stamps[-1]))) if stamps else "",
+        opening=summary.opening(results),
+        summary=summary.findings(results),
+        sections=[_section(name, results, drawn) for name in SECTIONS],
+        card=card(results),
+        findings=paper.audit(),
+        provenance=_provenance(results, ledger),
+        limits=limits(results),
+    )
+
+
+def _section(name: str, results: Results, drawn: dict[str, go.Figure]) -> dict[str, Any]:
+    title, words, tables, figures = SECTIONS[name]
+    shown = [key for key in figures if not look.is_empty(drawn[key])]
+    return {
+        "id": name,
+        "title": title,
+        "words": words,
+        "tables": [grid(results.tables[key], text) for key, text in tables.items() if len(results.tables[key])],
+        "figures": [
+            {"html": _html(drawn[key], key), "title": drawn[key].layout.title.text, "how": figures[key]}
+            for key in shown
+        ],
+        "missing": [drawn[key].layout.title.text for key in figures if key not in shown],
+    }
+
+
+def _html(drawn: go.Figure, name: str) -> str:
+    return drawn.to_html(include_plotlyjs=False, full_html=False, div_id=name, config={"responsive": True})
+
+
+def card(results: Results) -> dict[str, str]:
+    """Return what was measured, on what and with what, as the rows say it."""
+    facts: dict[str, Counter[str]] = {}
+    for row in results.rows:
+        known = {
+            "model": row.get("model"),
+            "why this one": row.get("picked"),
+            "device": row.get("device"),
+            "bfloat16": row.get("bf16"),
+            "versions": ", ".join(f"{name} {version}" for name, version in (row.get("versions") or {}).items()),
+        }
+        for name, value in known.items():
+            if value:
+                facts.setdefault(name, Counter())[str(value)] += 1
+    shown = {name: "; ".join(f"{value}" for value, _ in values.most_common()) for name, values in facts.items()}
+    stages = Counter(str(row["stage"]) for row in results.rows)
+    return {**shown, "measured": ", ".join(f"{count} {stage} rows" for stage, count in stages.items()) or "nothing"}
+
+
+def _provenance(results: Results, ledger: Path | None) -> dict[str, str]:
+    stamps = sorted(str(row["measured_at"]) for row in results.rows if row.get("measured_at"))
+    weights = results.checkpoints.get("fingerprint", pd.Series(dtype=str))
+    facts = {
+        "rows": f"{len(results.rows)}, the newest of each key",
+        "measured": f"{stamps[0]} to {stamps[-1]}" if stamps else "",
+        "checkpoint rows": ", ".join(map(str, weights)),
+        "written by": f"qnb {__version__}",
+    }
+    if ledger is not None and ledger.exists():
+        facts["ledger"] = f"{ledger.name}, sha256 {sha256(ledger.read_bytes()).hexdigest()}"
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def limits(results: Results) -> list[str]:
+    """Return what these numbers do not say: what the rows themselves flag, then what always holds."""
+    found = []
+    speed = results.speed
+    if "repeats" in speed and (speed.repeats < 2).any():
+        once = sorted({summary.SETTINGS.get(name, "batch sizes between") for name in speed[speed.repeats < 2].setting})
+        found.append(f"One pass only, so no spread is known: {', '.join(once)}.")
+    if "flags" in speed:
+        for row in speed.to_dict("records"):
+            if isinstance(row["flags"], list) and row["flags"]:
+                what = f"{row['precision']}, {row['engine']}, batch {row['batch_size']}"
+                found.append(f"{what}: {', '.join(map(str, row['flags']))}.")
+    for row in results.failures:
+        what = ", ".join(str(row[key]) for key in ("precision", "engine", "setting", "task") if row.get(key))
+        found.append(f"Could not be measured: {what} ({row['reason']}).")
+    notes = dict.fromkeys(
+        f"{row.get('precision')}, {row.get('engine')}: {row['note']}." for row in results.rows if row.get("note")
+    )
+    capped = [str(row["precision"]) for row in results.rows if row["stage"] == "batch" and row.get("capped")]
+    if capped:
+        found.append(
+            f"The search for the largest batch ended at its cap, not at the memory's end: {', '.join(capped)}."
+        )
+    if any(row.get("bf16") == "emulated" for row in results.rows):
+        found.append("BF16 was emulated: the device has no units for it, and runs it slower than it would with them.")
+    asked = {str(row.get("limit")) for row in results.rows if row["stage"] == "accuracy"} - {"all", "None"}
+    if asked:
+        found.append(f"Accuracy is of a sample of each task: at most {', '.join(sorted(asked))} items.")
+    devices = {row.get("device") for row in results.rows if row.get("device")}
+    if len(devices) > 1:
+        found.append(f"Rows come from {len(devices)} devices; speeds are comparable only within one.")
+    if results.scores.empty:
+        found.append("No accuracy was measured, so nothing here says what quantization costs.")
+    return [*found, *notes, *LIMITS]

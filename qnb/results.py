@@ -1,0 +1,138 @@
+"""What a study measured, as frames: read from its ledger, or from the tables that were kept of one.
+
+Figures, panels and the report take these and nothing else, so they draw a study on a machine that has neither its
+GPU nor its model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
+from qnb.precision import PRECISIONS
+from qnb.stats import agresti_min
+
+ALIKE = ["precision", "engine", "batch_size"]  # runs that are repeats of one another
+GROUPS = ("mmlu", "sample_exam")  # tasks whose parts stand in Table 1 beside them
+TABLES = {1: "table1_accuracy", 2: "table2_change", 3: "table3_bs1", 4: "table4_maxbatch"}
+
+
+@dataclass(frozen=True)
+class Results:
+    """One study's frames; an empty frame where nothing was measured."""
+
+    name: str  # of the study
+    model: str
+    device: str
+    tables: Mapping[int, pd.DataFrame]  # the paper's four, by number
+    scores: pd.DataFrame = field(default_factory=pd.DataFrame)  # a row a task, metric, filter and precision
+    bs1: pd.DataFrame = field(default_factory=pd.DataFrame)  # a row a precision, engine and batch size, as `medians`
+    maxbatch: pd.DataFrame = field(default_factory=pd.DataFrame)  # the same
+    sweep: pd.DataFrame = field(default_factory=pd.DataFrame)  # the same
+    samples: pd.DataFrame = field(default_factory=pd.DataFrame)  # the monitor's readings: setting, precision, t_s, ...
+    checkpoints: pd.DataFrame = field(default_factory=pd.DataFrame)  # rows of stage quantize
+    divergence: pd.DataFrame = field(default_factory=pd.DataFrame)
+    rows: tuple[Mapping[str, Any], ...] = ()  # what was measured; none where tables were read
+    failures: tuple[Mapping[str, Any], ...] = ()  # what could not be, each with its reason
+
+    @property
+    def speed(self) -> pd.DataFrame:
+        """Batch size 1, the sweep and the largest batch, one below the other; ``setting`` tells them apart."""
+        named = (("bs1", self.bs1), ("sweep", self.sweep), ("maxbatch", self.maxbatch))
+        parts = [frame.assign(setting=setting) for setting, frame in named if len(frame)]
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def medians(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return performance rows with repeats made one: medians, how many, and the throughput's range.
+
+    Texts are the last row's, flags are those of all. An engine that could not run has a row without a speed: it is
+    left out.
+    """
+    if not {*ALIKE, "throughput_rps"} <= set(rows):
+        return pd.DataFrame()
+    rows = rows.dropna(subset=["batch_size", "throughput_rps"]).astype({"batch_size": int})
+    made = []
+    for key, runs in rows.groupby(ALIKE, sort=False):
+        row = dict(zip(ALIKE, key, strict=True))
+        for name in runs.columns.difference(ALIKE, sort=False):
+            values = runs[name].dropna()
+            if is_numeric_dtype(runs[name]) and not is_bool_dtype(runs[name]):
+                row[name] = values.median()
+            else:
+                row[name] = values.iloc[-1] if len(values) else None
+        row |= {"repeats": len(runs), "low_rps": runs.throughput_rps.min(), "high_rps": runs.throughput_rps.max()}
+        if "flags" in runs:
+            row["flags"] = list(dict.fromkeys(flag for flags in runs["flags"].dropna() for flag in flags))
+        made.append(row)
+    return pd.DataFrame(made)
+
+
+def readings(folder: Path, rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return the monitor's readings during the first pass of each row that has any, one below the other."""
+    parts = []
+    for row in rows:
+        name = row.get("samples")
+        path = folder / "samples" / Path(name).name if isinstance(name, str) and name else None
+        if path and path.exists() and not row.get("repeat"):
+            about = {key: row[key] for key in ("setting", "precision", "engine")}
+            parts.append(pd.read_parquet(path).assign(**about))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def reference(folder: Path) -> dict[str, Results]:
+    """Return the studies whose tables were kept in `folder`, by the name before ``_table1_accuracy.csv`` and so on."""
+    found: dict[str, dict[int, pd.DataFrame]] = {}
+    for number, ending in TABLES.items():
+        for path in sorted(folder.glob(f"*_{ending}.csv")):
+            found.setdefault(path.stem.removesuffix(f"_{ending}"), {})[number] = pd.read_csv(path)
+    return {name: _of_tables(name, tables) for name, tables in sorted(found.items())}
+
+
+def _of_tables(name: str, tables: dict[int, pd.DataFrame]) -> Results:
+    device, _, model = name.partition("_")
+    tables = {number: tables.get(number, pd.DataFrame()) for number in TABLES}
+    change = tables[2]
+    if len(change) and "low_pp" not in change:  # tables kept before intervals were computed
+        counts = zip(change.gained, change.lost, change["items"], strict=True)
+        bounds = [agresti_min(*count) for count in counts]
+        tables[2] = change.assign(low_pp=[low for low, _ in bounds], high_pp=[high for _, high in bounds])
+    speed = {number: _as_measured(tables[number]) for number in (3, 4)}
+    return Results(name, model, device, tables, _unfold(tables[1]), speed[3], speed[4])
+
+
+def _as_measured(table: pd.DataFrame) -> pd.DataFrame:
+    """Return Table 3 or 4 under the names that performance rows have."""
+    if table.empty:
+        return table
+    renamed = {"utilization_pct": "monitor_utilization_pct", "power_w": "monitor_power_w"}
+    table = table[[name for name in table if not name.startswith("published_")]].rename(columns=renamed)
+    half = 1 + table.throughput_spread_pct / 200  # the spread is the range over the lowest
+    return table.assign(low_rps=table.throughput_rps / half, high_rps=table.throughput_rps * half)
+
+
+def _unfold(table: pd.DataFrame) -> pd.DataFrame:
+    """Return Table 1 as scores: a row a task, metric, filter and precision."""
+    rows = []
+    for row in table.to_dict("records"):
+        if row["metric"].startswith("mean"):  # computed anew from the others
+            continue
+        asked = next((group for group in GROUPS if row["task"].startswith(f"{group}_")), row["task"])
+        about = {name: row[name] for name in ("task", "metric", "filter", "items")}
+        about |= {
+            "of": row.get("of"),
+            "asked": asked,
+            "limit": row["items"],
+            "group": row["task"] in GROUPS or asked != row["task"],
+        }
+        for precision in PRECISIONS:
+            value = row.get(f"{precision}_pct")
+            if value is not None and pd.notna(value):
+                error = row[f"{precision}_stderr_pp"] / 100
+                rows.append({**about, "precision": precision, "value": value / 100, "stderr": error})
+    return pd.DataFrame(rows)

@@ -1,0 +1,375 @@
+"""One decode step of a Llama-like model, written lean enough to be bound by memory.
+
+A token's step reads every weight once; all else should cost nothing beside it. The model's own forward runs about 700
+kernels, most of them tiny. Here projections of one input are one product, the residual, norm, rotary and activation
+work between two products is left to torch.compile as one kernel each, query heads that share keys are attended to
+together without repeating those, and only the last position meets the output head. Quantized products stay
+bitsandbytes' own kernels: their blocks (4 bit) and rows (INT8) run along the input, so rows of several matrices laid
+below each other give bit for bit what each gives alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # one block: RMS norm, rotary grouped attention, gated SiLU
+ROTARIES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long the text is
+# an additive mask keeps the flash kernels away; cuDNN's would plan anew for every length
+ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+CPU_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+
+class Plain(NamedTuple):
+    """An unquantized linear layer, or several of one input with their rows below each other."""
+
+    weight: torch.Tensor  # (N, K)
+    bias: torch.Tensor | None  # (N,)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W' + b, (B, K) -> (B, N)."""
+        return functional.linear(x, self.weight, self.bias)
+
+
+class FourBit(NamedTuple):
+    """The same, packed by bitsandbytes: two weights a byte and a maximum a block of one row's inputs."""
+
+    packed: torch.Tensor  # (N*K/2, 1), uint8
+    absmax: torch.Tensor  # (N*K/blocksize,), float32; of the maxima's own blocks where those are quantized
+    bias: torch.Tensor | None
+    shape: tuple[int, int]  # (N, K)
+    blocksize: int
+    kind: str  # "nf4" or "fp4"
+    compute: torch.dtype | None  # what is multiplied in; None is the input's type
+    nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None  # maxima in 8 bit, their code, their offset
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W' + b, (B, K) -> (B, N), as `bitsandbytes.nn.Linear4bit` computes it."""
+        wide = x if self.compute is None else x.to(self.compute)
+        codes, code, offset = self.nested or (None, None, None)
+        bias = None if self.bias is None else self.bias.to(wide.dtype)
+        out = torch.ops.bitsandbytes.gemm_4bit.default(
+            wide, self.packed, self.shape, self.absmax, self.blocksize, self.kind,
+            bias=bias, absmax_8bit=codes, absmax_code=code, absmax_offset=offset,
+        )  # fmt: skip
+        return out.to(x.dtype)
+
+
+class EightBit(NamedTuple):
+    """The same as LLM.int8 without the outlier path: int8 rows, each with its maximum."""
+
+    rows: torch.Tensor  # (N, K), int8
+    scale: torch.Tensor  # (N,), float32
+    bias: torch.Tensor | None
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x W' + b, (B, K) -> (B, N), as `bitsandbytes.nn.Linear8bitLt` computes it at threshold 0."""
+        codes, maxima, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(x.to(torch.float16), 0.0)
+        # on CUDA the kernel writes float16 and casts afterwards: leave that cast to be fused with what follows
+        dtype = torch.float16 if x.is_cuda else x.dtype
+        out = torch.ops.bitsandbytes.int8_scaled_mm.default(
+            codes, self.rows, maxima, self.scale, bias=self.bias, dtype=dtype
+        )
+        return out.to(x.dtype)
+
+
+Product = Plain | FourBit | EightBit
+
+
+class Layer(NamedTuple):
+    """A decoder layer's weights; products of one input stand together, joined into one where that is exact."""
+
+    before: torch.Tensor  # norm, (D,)
+    qkv: tuple[Product, ...]
+    query_norm: torch.Tensor | None  # (head size,), Qwen 3
+    key_norm: torch.Tensor | None
+    output: Product
+    after: torch.Tensor  # norm, (D,)
+    gate_up: tuple[Product, ...]
+    down: Product
+
+
+class Shape(NamedTuple):
+    """What a layer must know of the configuration."""
+
+    kv_heads: int
+    groups: int  # query heads that share one key head
+    head_size: int
+    scaling: float
+    epsilon: float
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Normalize the last axis in float32, as the model's own norms do."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn heads (B, heads, size) by their row's angles, (B, 1, size)."""
+    low, high = x.chunk(2, -1)
+    return x * cos + torch.cat((-high, low), -1) * sin
+
+
+def together(products: tuple[Product, ...], x: torch.Tensor) -> torch.Tensor:
+    """Return the outputs of products of one input beside each other, (B, K) -> (B, all rows)."""
+    parts = [product.multiply(x) for product in products]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def layer(
+    hidden: torch.Tensor,  # (B, D), before the last product's output is added
+    delta: torch.Tensor,  # (B, D), that output
+    weights: Layer,
+    keys: torch.Tensor,  # (B, key heads, L, size), written at `slot`
+    values: torch.Tensor,
+    cos: torch.Tensor,  # (B, 1, size)
+    sin: torch.Tensor,
+    slot: torch.Tensor,  # (1,)
+    mask: torch.Tensor,  # (B, 1, 1, L), 0 or -inf
+    shape: Shape,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run one decoder layer for one token a row; returns hidden states and what is still to be added to them."""
+    hidden = hidden + delta
+    flat = together(weights.qkv, rms_norm(hidden, weights.before, shape.epsilon))  # (B, (query + 2 key heads) * size)
+    heads = flat.view(len(hidden), -1, shape.head_size)  # (B, heads, size)
+    query, key, value = heads.split((shape.kv_heads * shape.groups, shape.kv_heads, shape.kv_heads), 1)
+    if weights.query_norm is not None and weights.key_norm is not None:
+        query = rms_norm(query, weights.query_norm, shape.epsilon)
+        key = rms_norm(key, weights.key_norm, shape.epsilon)
+    keys.index_copy_(2, slot, rotate(key, cos, sin)[:, :, None])
+    values.index_copy_(2, slot, value[:, :, None])
+    grouped = rotate(query, cos, sin).view(len(hidden), shape.kv_heads, shape.groups, shape.head_size)
+    # queries of one key head stand where a sequence's would: no key is repeated, in memory or in reading
+    seen = functional.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=shape.scaling)
+    hidden = hidden + weights.output.multiply(seen.reshape(len(hidden), -1))
+    gate, up = together(weights.gate_up, rms_norm(hidden, weights.after, shape.epsilon)).chunk(2, -1)
+    return hidden, weights.down.multiply(functional.silu(gate) * up)
+
+
+def begin(
+    embedding: torch.Tensor,  # (V, D)
+    angles: tuple[torch.Tensor, torch.Tensor],  # cosines and sines by position, (L, size) each
+    token: torch.Tensor,  # (B,)
+    slot: torch.Tensor,  # (1,), where the token's keys go
+    start: torch.Tensor,  # (B,), slots of padding before a row
+    length: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return hidden states (B, D), the rows' cosines and sines (B, 1, size), and the mask (B, 1, 1, L)."""
+    position = slot - start  # (B,)
+    slots = torch.arange(length, device=token.device)
+    seen = (slots <= slot) & (slots >= start[:, None])  # (B, L)
+    mask = torch.zeros(seen.shape, dtype=embedding.dtype, device=token.device).masked_fill(~seen, float("-inf"))
+    cos, sin = (angle[position][:, None] for angle in angles)
+    return embedding[token], cos, sin, mask[:, None, None]
+
+
+def finish(
+    hidden: torch.Tensor,
+    delta: torch.Tensor,
+    norm: torch.Tensor,  # (D,)
+    head: Product,
+    barred: torch.Tensor,  # (V,), 0, or -inf for an end of sequence
+    epsilon: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits, (B, V), and the likeliest token that may come, (B,)."""
+    logits = head.multiply(rms_norm(hidden + delta, norm, epsilon))
+    return logits, (logits + barred).argmax(-1)
+
+
+PARTS = (begin, layer, finish)  # what is compiled, each once
+
+
+class Lean:
+    """A model's weights as the lean step wants them; its own layers go on working, on the same memory.
+
+    Parameters
+    ----------
+    model
+        A loaded model that `unknown` has nothing against.
+    options
+        What torch.compile is given for the work between products; None leaves it uncompiled.
+    """
+
+    def __init__(self, model: PreTrainedModel, options: dict[str, Any] | None = None) -> None:
+        inner: Any = model.base_model
+        config = model.config
+        first = inner.layers[0].self_attn
+        kv_heads = config.num_key_value_heads
+        self.shape = Shape(
+            kv_heads, config.num_attention_heads // kv_heads, first.head_dim, first.scaling, config.rms_norm_eps
+        )
+        self.embedding = inner.embed_tokens.weight.detach()
+        self.norm = inner.norm.weight.detach()
+        self.layers = [_layer(block) for block in inner.layers]
+        self.head = join([model.get_output_embeddings()])[0]
+        self._rotary = inner.rotary_emb
+        on_gpu = self.embedding.is_cuda
+        self._attention = ATTENTION if on_gpu else CPU_ATTENTION
+        self._begin, self._layer, self._finish = (_compiled(part, options) for part in PARTS)
+
+    def uncompile(self) -> None:
+        """Run each operation by itself from now on."""
+        self._begin, self._layer, self._finish = PARTS
+
+    def angles(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rotary cosines and sines of positions up to `length`, (L, head size) each."""
+        positions = torch.arange(length, device=self.embedding.device)[None]
+        cos, sin = self._rotary(self.embedding[:1, None], positions)  # (1, L, size)
+        return cos[0], sin[0]
+
+    def step(
+        self,
+        token: torch.Tensor,
+        slot: torch.Tensor,
+        start: torch.Tensor,
+        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        angles: tuple[torch.Tensor, torch.Tensor],
+        barred: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read one token a row; return the next one's logits, (B, V), and the token itself, (B,).
+
+        Parameters
+        ----------
+        token
+            (B,), the last token of each row.
+        slot
+            (1,), where its keys and values go, the same for every row.
+        start
+            (B,), the slots of padding before each row.
+        caches
+            A layer's keys and values, (B, key heads, L, head size) each, written in place.
+        angles
+            From `angles`, for at least L positions.
+        barred
+            (V,), added to the logits before the token is chosen.
+        """
+        length = caches[0][0].shape[2]
+        with sdpa_kernel(self._attention):
+            hidden, cos, sin, mask = self._begin(self.embedding, angles, token, slot, start, length)
+            delta = torch.zeros_like(hidden)
+            for weights, (keys, values) in zip(self.layers, caches, strict=True):
+                hidden, delta = self._layer(hidden, delta, weights, keys, values, cos, sin, slot, mask, self.shape)
+            return self._finish(hidden, delta, self.norm, self.head, barred, self.shape.epsilon)
+
+
+def _compiled(part: Callable[..., Any], options: dict[str, Any] | None) -> Callable[..., Any]:
+    return part if options is None else torch.compile(part, fullgraph=True, **options)
+
+
+def _layer(block: Any) -> Layer:
+    attention, mlp = block.self_attn, block.mlp
+    query_norm, key_norm = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+    return Layer(
+        before=block.input_layernorm.weight.detach(),
+        qkv=join([attention.q_proj, attention.k_proj, attention.v_proj]),
+        query_norm=None if query_norm is None else query_norm.weight.detach(),
+        key_norm=None if key_norm is None else key_norm.weight.detach(),
+        output=join([attention.o_proj])[0],
+        after=block.post_attention_layernorm.weight.detach(),
+        gate_up=join([mlp.gate_proj, mlp.up_proj]),
+        down=join([mlp.down_proj])[0],
+    )
+
+
+def join(modules: Sequence[Any]) -> tuple[Product, ...]:
+    """Return linear layers of one input as one product, or one each where joining would change a bit of the result.
+
+    The layers keep working: their weights become views of the joined ones, so nothing is held twice. Doubly quantized
+    4-bit layers stay apart: their maxima are relative to a mean that each matrix has of its own.
+    """
+    if all(type(module) is torch.nn.Linear for module in modules):
+        return (Plain(_rows([module.weight for module in modules]), _biases(modules)),)
+    from bitsandbytes.nn import Linear4bit
+
+    if isinstance(modules[0], Linear4bit):
+        states = [module.weight.quant_state for module in modules]
+        alike = {(s.shape[1], s.blocksize, s.quant_type, s.nested, s.shape[1] % s.blocksize) for s in states}
+        if len(modules) > 1 and (len(alike) > 1 or states[0].nested or states[0].shape[1] % states[0].blocksize):
+            return tuple(product for module in modules for product in join([module]))
+        return (_four_bit(modules, states),)
+    for module in modules:
+        if module.weight.CB is not None:  # what the layer itself does before its first product
+            module.init_8bit_state()
+    rows = _rows([module.weight for module in modules])
+    scale = _rows([module.state.SCB for module in modules])
+    for module, weight, maxima in zip(modules, *(_parts(tensor, modules) for tensor in (rows, scale)), strict=True):
+        module.state.CB, module.state.SCB = weight, maxima
+    return (EightBit(rows, scale, _biases(modules)),)
+
+
+def _four_bit(modules: Sequence[Any], states: Sequence[Any]) -> FourBit:
+    state, rows = states[0], sum(each.shape[0] for each in states)
+    packed = _rows([module.weight for module in modules])
+    nested = None
+    if state.nested:
+        nested, absmax = (state.absmax, state.state2.code, state.offset), state.state2.absmax
+    else:
+        absmax, done = torch.cat([each.absmax for each in states]), 0
+        for each in states:
+            each.absmax = absmax[done : done + len(each.absmax)]
+            done += len(each.absmax)
+    return FourBit(packed.view(-1, 1), absmax, _biases(modules), (rows, state.shape[1]), state.blocksize,
+                   state.quant_type, modules[0].compute_dtype, nested)  # fmt: skip
+
+
+def _rows(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Lay tensors below each other; parameters among them become views of the result."""
+    if len(tensors) == 1:
+        return tensors[0].detach()
+    joined, done = torch.cat([tensor.detach() for tensor in tensors]), 0
+    for tensor in tensors:
+        if isinstance(tensor, torch.nn.Parameter):
+            tensor.data = joined[done : done + len(tensor)]
+        done += len(tensor)
+    return joined
+
+
+def _parts(joined: torch.Tensor, modules: Sequence[Any]) -> list[torch.Tensor]:
+    return list(joined.split([module.out_features for module in modules]))
+
+
+def _biases(modules: Sequence[Any]) -> torch.Tensor | None:
+    found = [module.bias for module in modules]
+    if all(bias is None for bias in found):
+        return None
+    like = next(bias for bias in found if bias is not None)
+    return torch.cat([like.new_zeros(module.out_features) if bias is None else bias.detach()
+                      for module, bias in zip(modules, found, strict=True)])  # fmt: skip
+
+
+def narrow(model: PreTrainedModel, length: int) -> str:
+    """Return why not every token attends to all before it in a text of `length` tokens; nothing where each does."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of {', '.join(sorted(kinds))}"
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True) and window < length:
+        return f"attention is limited to the last {window} tokens"
+    return ""
+
+
+def unknown(model: PreTrainedModel) -> str:
+    """Return why the lean step cannot stand for this model's own forward; nothing where it can."""
+    config = model.config
+    if config.model_type not in FAMILIES:
+        return f"the lean step knows {', '.join(FAMILIES)}, not {config.model_type}"
+    rotary = getattr(getattr(model.base_model, "rotary_emb", None), "rope_type", "")
+    if rotary not in ROTARIES:
+        return f"rotary angles of type {rotary!r} depend on the text's length"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"the lean step computes silu, not {config.hidden_act}"
+    states = [state for weight in model.parameters() if (state := getattr(weight, "quant_state", None)) is not None]
+    if states and not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+        return "4-bit products need bitsandbytes 0.50 or newer"
+    if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+        return "the 4-bit weights were packed anew for this CPU"
+    return ""

@@ -1,0 +1,118 @@
+"""What the rows say, in sentences: computed, never typed in.
+
+A sentence names its number, what it is compared with, and n. A difference the sample cannot tell from none is called
+that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from qnb import choose, look
+from qnb.precision import BASELINE
+from qnb.results import Results
+
+SETTINGS = {"bs1": "batch size 1", "maxbatch": "its largest batch"}
+BOUNDS = {"launch": "launch-bound", "bandwidth": "bound by memory bandwidth", "compute": "bound by arithmetic"}
+
+
+def opening(results: Results) -> str:
+    """Say what was measured, of what, and on what."""
+    names = _precisions(results)
+    if not names:
+        return "Nothing was measured yet."
+    parts = []
+    if len(results.scores):
+        whole = results.scores[results.scores.task == results.scores.asked]
+        each = whole.drop_duplicates(["precision", "task"]).groupby("precision")["items"].sum()
+        parts.append(f"{len(set(whole.task))} tasks of {int(each.max()):,} items together")
+    for setting, words in SETTINGS.items():
+        frame = results.bs1 if setting == "bs1" else results.maxbatch
+        if len(frame):
+            parts.append(f"{words} with {_listed(sorted(set(map(str, frame.engine))))}")
+    where = f" on {results.device}" if results.device else ""
+    what = f": {'; '.join(parts)}" if parts else ""
+    return f"{len(names)} precisions of {results.model} were measured{where}{what}."
+
+
+def findings(results: Results) -> dict[str, list[str]]:
+    """Return sentences about each precision but BF16, which the others are compared with."""
+    found = {name: about(results, name) for name in _precisions(results) if name != BASELINE}
+    return {name: lines for name, lines in found.items() if lines}
+
+
+def _precisions(results: Results) -> list[str]:
+    frames = (results.checkpoints, results.scores, results.bs1, results.maxbatch)
+    return list(dict.fromkeys(str(name) for frame in frames if "precision" in frame for name in frame.precision))
+
+
+def _listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def about(results: Results, precision: str) -> list[str]:
+    """Return what is known of one precision beside BF16, a sentence each on accuracy, its tests, and each setting."""
+    parts = [*_accuracy(results, precision), *(_speed(results, precision, setting) for setting in SETTINGS)]
+    return [part for part in parts if part]
+
+
+def _accuracy(results: Results, precision: str) -> Iterator[str]:
+    known = choose.accuracies(results, choose.OVERALL)
+    mine, base = known.get(precision), known.get(BASELINE)
+    if not mine or not base or not base["accuracy_pct"]:
+        return
+    share = 100 * mine["accuracy_pct"] / base["accuracy_pct"]
+    text = (
+        f"{precision.upper()} keeps {share:.1f} % of {BASELINE.upper()}'s mean accuracy: {mine['accuracy_pct']:.1f} "
+        f"against {base['accuracy_pct']:.1f} %"
+    )
+    if "low_pp" in mine:
+        low, high = mine["low_pp"], mine["high_pp"]
+        text += (
+            f", a change of {mine['change_pp']:+.1f} points (95 % {low:+.1f} to {high:+.1f}, n = {mine['items']:,})"
+        )
+        text += ", which this sample cannot tell from none" if low <= 0 <= high else ""
+    yield f"{text}."
+    changes = results.tables[2]
+    if "significant" in changes:
+        rows = changes[(changes.precision == precision) & changes.significant.fillna(False).astype(bool)]
+        found = [
+            f"{look.name(row.task)} ({row.change_pp:+.1f} points, p = {row.holm_p:.2g})" for row in rows.itertuples()
+        ]
+        if found:
+            yield f"After Holm's correction the change is significant on {_listed(found)}."
+
+
+def _speed(results: Results, precision: str, setting: str) -> str:
+    """Compare with BF16 in the same setting, an engine with itself."""
+    frame = results.bs1 if setting == "bs1" else results.maxbatch
+    if frame.empty:
+        return ""
+    pairs = []
+    for row in frame[frame.precision == precision].to_dict("records"):
+        base = frame[(frame.precision == BASELINE) & (frame.engine == row["engine"])].to_dict("records")
+        pairs += [(row, base[0])] if base else []
+    if not pairs:
+        return ""
+    shares = [100 * row["memory_mib"] / base["memory_mib"] for row, base in pairs if _known("memory_mib", row, base)]
+    room = f" takes {shares[0]:.0f} % of {BASELINE.upper()}'s memory and" if shares and setting == "bs1" else ""
+    rates = [_rate(row, base, setting) for row, base in pairs]
+    return f"At {SETTINGS[setting]} {precision.upper()}{room} gives {_listed(rates)}."
+
+
+def _known(name: str, *rows: dict[str, Any]) -> bool:
+    return all(pd.notna(row.get(name)) for row in rows)
+
+
+def _rate(row: dict[str, Any], base: dict[str, Any], setting: str) -> str:
+    """Say a speed beside BF16's: milliseconds a token for one user where measured, else requests a second."""
+    if setting == "bs1" and _known("tpot_s", row, base):
+        rate = f"{1e3 * row['tpot_s']:.2f} ms a token against {1e3 * base['tpot_s']:.2f}"
+    else:
+        rate = f"{look.number(row['throughput_rps'])} requests/s against {look.number(base['throughput_rps'])}"
+    batch = f"batch {row['batch_size']} against {base['batch_size']}" if setting == "maxbatch" else ""
+    detail = [part for part in (str(row["engine"]), BOUNDS.get(str(row.get("bound")), ""), batch) if part]
+    return f"{rate} ({', '.join(detail)})"

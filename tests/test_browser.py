@@ -1,0 +1,233 @@
+"""What a person sees, in a real Chromium: JupyterLab, Voila, and the report opened from the disk without a network."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from qnb.__main__ import NOTEBOOKS
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'")
+CHROMIUM = os.environ.get("BROWSER_PATH") or shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium here: install the package chromium, or set BROWSER_PATH"),
+]
+SHOTS = os.environ.get("QNB_SHOTS")  # a folder to leave pictures in, for a person to look at
+IDLE = "() => document.querySelector('.jp-Notebook-ExecutionIndicator')?.dataset.status === 'idle'"
+OUTSIDE = """() => [...document.querySelectorAll('.js-plotly-plot text')].filter(text => {
+  const box = text.getBoundingClientRect();
+  return box.width && (box.right > innerWidth + 1 || box.left < -1);
+}).map(text => text.textContent)"""
+LIMIT = "figure => figure.layout.shapes[0].x0"  # where the chooser's figure draws the memory allowed
+AT_ZERO = """() => [...document.querySelectorAll('.js-plotly-plot')].some(
+  one => one.layout.shapes?.length === 2 && one.layout.shapes[0].x0 === 0)"""
+DRAWN = """() => [...document.querySelectorAll('.js-plotly-plot')].filter(
+  one => one.querySelector('.cartesianlayer path, .cartesianlayer image')).length === 16"""
+SECOND = 1000  # milliseconds
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as control:
+        running = control.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@contextlib.contextmanager
+def served(command, folder, path=""):
+    """Run a server on a free port of the loopback until the block ends; gives its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", *command, f"--port={port}"], stdout=log, stderr=subprocess.STDOUT, cwd=folder
+        )
+        try:
+            for _ in range(240):
+                try:
+                    urllib.request.urlopen(address + path, timeout=2)
+                    break
+                except urllib.error.HTTPError:  # an answer of any kind: it is there
+                    break
+                except (urllib.error.URLError, ConnectionError, TimeoutError):
+                    pass
+                assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
+                time.sleep(0.25)
+            yield address
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+def prepared(name, folder, **values):
+    """Copy a notebook with other values in its parameters cell, as a person would type them."""
+    notebook = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())
+    (cell,) = (cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
+    text = "".join(cell["source"])
+    for parameter, value in values.items():
+        text, count = re.subn(rf"(?m)^{parameter} = .*$", lambda _, line=f"{parameter} = {value!r}": line, text)
+        assert count == 1, parameter
+    cell["source"] = text.splitlines(keepends=True)
+    path = folder / f"{name}.ipynb"
+    path.write_text(json.dumps(notebook))
+    return path
+
+
+def keep(page, name):
+    if SHOTS:
+        page.screenshot(path=str(Path(SHOTS) / f"{name}.png"))
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, studied):
+    """JupyterLab over a folder of two notebooks: 05 of a study that is there, 01 of one that is not."""
+    folder = tmp_path_factory.mktemp("lab")
+    shutil.copytree(studied.folder, folder / "study")
+    prepared("05_figures", folder, output=str(folder / "study"), pictures=False)
+    prepared("01_quantize", folder, output=str(folder / "new"), model="smollm2-135m", precisions="bf16, int8")
+    settings = folder / "settings"
+    settings.mkdir()
+    overrides = {
+        "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
+        "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
+    }
+    (settings / "overrides.json").write_text(json.dumps(overrides))
+    command = [
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        "--IdentityProvider.token=",
+        f"--notebook-dir={folder}",
+        "--ServerApp.password=",
+        f"--LabApp.app_settings_dir={settings}",
+        "--LabApp.extension_manager=readonly",
+    ]
+    with served(command, folder, "/api/status") as address:
+        yield address
+
+
+def run_all(page, address, notebook):
+    page.goto(f"{address}/lab/tree/{notebook}.ipynb?reset")
+    page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60 * SECOND)
+    page.wait_for_function(IDLE, timeout=60 * SECOND)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+
+@pytest.fixture
+def page(browser):
+    context = browser.new_context(viewport={"width": 1280, "height": 1000})
+    yield context.new_page()
+    context.close()
+
+
+def chooser(page):
+    """Return the chooser's panel: the one that has a recommendation."""
+    return page.locator(".widget-vbox", has=page.get_by_role("status").filter(has_text="Recommended")).last.locator(
+        ".."
+    )
+
+
+def use_chooser(page):
+    """Move its sliders with the keyboard; the recommendation and the figure must follow."""
+    told = page.get_by_role("status").filter(has_text="Recommended")
+    told.wait_for(timeout=90 * SECOND)
+    told.scroll_into_view_if_needed()
+    panel = page.locator(".widget-vbox", has=told).last
+    figure = panel.locator(".js-plotly-plot")
+    figure.wait_for(timeout=30 * SECOND)
+    assert "Recommended: nf4 (graphed)" in told.inner_text()
+    before = figure.evaluate(LIMIT)
+    handles = panel.get_by_role("slider")
+    assert handles.count() == 3
+    handles.nth(0).focus()
+    page.keyboard.press("Home")  # no memory at all
+    told.filter(has_text="Recommended: nothing").wait_for(timeout=20 * SECOND)
+    assert "Ruled out" in told.inner_text() and "0 are allowed" in told.inner_text()
+    page.wait_for_function(AT_ZERO, timeout=20 * SECOND)
+    assert before > 0 == figure.evaluate(LIMIT)
+    handles.nth(0).focus()
+    page.keyboard.press("End")
+    told.filter(has_text="nf4 (graphed)").wait_for(timeout=20 * SECOND)
+    handles.nth(2).focus()
+    page.keyboard.press("Home")  # no loss tolerated: only the baseline is sure
+    told.filter(has_text="cannot tell").wait_for(timeout=20 * SECOND)
+    assert "Recommended: bf16 (graphed)" in told.inner_text()
+    return told
+
+
+def test_05_in_jupyterlab_runs_and_its_chooser_follows_the_sliders(page, lab):
+    run_all(page, lab, "05_figures")
+    use_chooser(page)
+    keep(page, "lab_chooser")
+    page.wait_for_function(IDLE, timeout=60 * SECOND)
+    assert page.locator("[data-mime-type='application/vnd.jupyter.stderr'], [data-mime-type*='error']").count() == 0
+    drawn = page.locator(".jp-OutputArea .js-plotly-plot")
+    assert drawn.count() == 17  # fifteen figures and a panel's each
+    quantity = page.get_by_label("quantity")
+    quantity.scroll_into_view_if_needed()
+    title = page.locator(".widget-vbox", has=quantity).last.locator("..").locator(".gtitle").first
+    was = title.text_content()
+    quantity.select_option(label="peak memory, MiB")
+    page.wait_for_function(
+        "was => ![...document.querySelectorAll('.gtitle')].some(one => one.textContent === was)", arg=was
+    )
+    keep(page, "lab_explorer")
+
+
+def test_the_playground_in_01_continues_a_prompt_in_both_precisions(page, lab, source):
+    run_all(page, lab, "01_quantize")
+    button = page.get_by_role("button", name="Continue")
+    button.wait_for(timeout=180 * SECOND)
+    page.get_by_label("prompt").fill("<b>Once</b> upon a time")
+    button.click()
+    columns = page.locator("section[aria-label=int8]")
+    columns.filter(has_text=re.compile("as BF16|parts at token")).wait_for(timeout=120 * SECOND)
+    button.scroll_into_view_if_needed()
+    keep(page, "lab_playground")
+    assert len(page.locator("section[aria-label=bf16]").inner_text()) > 20
+
+
+def test_voila_serves_05_as_an_app(page, studied, tmp_path):
+    pytest.importorskip("voila", reason="voila is an extra: pip install -e '.[app]'")
+    path = prepared("05_figures", tmp_path, output=str(studied.folder), pictures=False)
+    with served(["voila", str(path), "--no-browser"], tmp_path, "/voila/static/") as address:
+        page.goto(address, timeout=120 * SECOND)
+        use_chooser(page)
+        keep(page, "voila_chooser")
+        assert page.locator("pre", has_text="import qnb").count() == 0  # an app shows no code
+
+
+def test_the_report_draws_every_figure_without_a_network(browser, report_page):
+    """On a wide screen, then on a phone's 390 pixels."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True)
+    page, said, asked = context.new_page(), [], []
+    page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: asked.append(request.url))
+    for width_px in (1280, 390):
+        page.set_viewport_size({"width": width_px, "height": 900})
+        page.goto(report_page.as_uri())
+        page.wait_for_function(DRAWN, timeout=30 * SECOND)
+        assert page.locator(".figure").count() == page.locator(".js-plotly-plot").count() == 16
+        assert page.evaluate("document.documentElement.scrollWidth") <= width_px  # nothing is cut off at the side
+        assert page.evaluate(OUTSIDE) == []
+        keep(page, f"report_{width_px}")
+    assert not said and set(asked) == {report_page.as_uri()}
+    context.close()

@@ -1,0 +1,129 @@
+"""Colab, by a stand-in for google.colab that records what it is asked; nothing here was run on Colab itself."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from qnb import InputError, colab, study
+from qnb.__main__ import NOTEBOOKS
+
+SHELL = '''
+"""Run the notebooks' setup cells in an IPython shell that takes itself for Colab's, and say what they asked for."""
+import builtins, contextlib, importlib.util, io, json, sys, types
+from IPython.core.interactiveshell import InteractiveShell
+
+calls = []
+google = types.ModuleType("google")
+google.colab = types.ModuleType("google.colab")
+errors = types.ModuleType("google.colab.errors")
+errors.Error = type("Error", (Exception,), {})
+class userdata:
+    NotebookAccessError = type("NotebookAccessError", (errors.Error,), {})
+    SecretNotFoundError = type("SecretNotFoundError", (errors.Error,), {})
+    @staticmethod
+    def get(name):
+        calls.append(["secret", name])
+        return "hf_from_the_secrets"
+class output:
+    @staticmethod
+    def enable_custom_widget_manager():
+        calls.append(["widgets"])
+google.colab.userdata, google.colab.output, google.colab.errors = userdata, output, errors
+sys.modules |= {"google": google, "google.colab": google.colab, "google.colab.errors": errors}
+
+shell = InteractiveShell.instance()
+class Shell:
+    def __str__(self):
+        return "<google.colab._shell.Shell object>"
+builtins.get_ipython = lambda: Shell()  # what huggingface_hub knows Colab by
+shell.register_magic_function(lambda line: calls.append(["pip", line]), magic_name="pip")
+printed = io.StringIO()
+cells = json.loads(sys.argv[1])
+with contextlib.redirect_stdout(printed):
+    for cell in cells:
+        shell.run_cell(cell).raise_error()
+    found = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *rest: None if name == "qnb" else found(name, *rest)
+    shell.run_cell(cells[0]).raise_error()
+from huggingface_hub import get_token
+print(json.dumps({"calls": calls, "printed": printed.getvalue(), "token": get_token()}))
+'''
+
+
+def setup_cells():
+    cells = []
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        notebook = json.loads(path.read_text())
+        cells.append("".join(next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")["source"]))
+    return cells
+
+
+def test_all_notebooks_have_the_same_setup_cell():
+    assert len(set(setup_cells())) == 1
+
+
+def test_the_setup_cell_installs_only_what_is_missing_and_lets_panels_be_drawn(tmp_path):
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    environment.pop("HF_TOKEN", None)
+    run = [sys.executable, "-c", SHELL, json.dumps(setup_cells())]
+    done = subprocess.run(run, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    installed = [line for kind, *rest in said["calls"] if kind == "pip" for line in rest]
+    assert said["printed"] == ""  # silent where all is there
+    assert len(installed) == 2  # by the one cell that did not find qnb
+    assert installed[0].startswith("list --format=freeze >") and "torch" not in installed[1]
+    kept = installed[0].split(">")[1].strip()
+    assert f"--constraint {kept}" in installed[1]  # nothing that Colab brings is replaced
+    assert said["calls"].count(["widgets"]) == 6
+    assert said["token"] == "hf_from_the_secrets" and ["secret", "HF_TOKEN"] in said["calls"]
+
+
+def test_elsewhere_nothing_happens():
+    assert not colab.hosted()
+    colab.prepare()
+    with pytest.raises(InputError, match="only Colab has"):
+        colab.folder("drive:study")
+
+
+@pytest.fixture
+def drive(tmp_path, monkeypatch):
+    """Google Drive as Colab offers it, in a folder; gives the calls of mount."""
+    calls = []
+
+    def mount(path):
+        calls.append(path)
+        (tmp_path / "MyDrive").mkdir()
+
+    module = types.ModuleType("google.colab")
+    module.drive = types.SimpleNamespace(mount=mount)
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", module)
+    monkeypatch.setattr(colab, "MOUNT", tmp_path)
+    return calls
+
+
+def test_an_output_on_the_drive_mounts_it_once(drive, tmp_path):
+    for _ in range(2):
+        assert study.locate("drive:qnb/study") == tmp_path / "MyDrive" / "qnb" / "study"
+    assert drive == [str(tmp_path)]
+    assert study.Study(output="drive:qnb/study").folder == tmp_path / "MyDrive" / "qnb" / "study"
+
+
+@pytest.mark.parametrize("output", ["drive:", "drive:/", "drive:../elsewhere"])
+def test_an_output_that_names_no_folder_on_the_drive_is_refused(drive, output):
+    with pytest.raises(InputError, match="names no folder"):
+        colab.folder(output)
+
+
+def test_a_drive_that_is_not_given_is_one_error_that_says_what_to_do(drive, monkeypatch):
+    def refuse(path):
+        raise NotImplementedError("google.colab.drive is unsupported in this environment.")
+
+    monkeypatch.setattr(sys.modules["google.colab"].drive, "mount", refuse)
+    with pytest.raises(InputError, match="allow it, or give a folder of the VM"):
+        colab.folder("drive:study")

@@ -1,0 +1,380 @@
+"""Engines against the model's own forward: the same logits to rounding, the same tokens but after a near tie."""
+
+import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    StableLmConfig,
+)
+
+from qnb import decode, model
+from qnb.decode import Clock, Decoder, Eager, agreement, pad
+from qnb.error import InputError
+from qnb.precision import PRECISIONS
+from qnb.step import EightBit, FourBit, join
+
+TINY = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1,
+        "eos_token_id": 7, "pad_token_id": 0}  # fmt: skip
+FAMILIES = [
+    pytest.param(LlamaConfig, {"tie_word_embeddings": True}, id="llama, tied"),
+    pytest.param(LlamaConfig, {"attention_bias": True}, id="llama, own head and biases"),
+    pytest.param(MistralConfig, {}, id="mistral"),
+    pytest.param(Qwen2Config, {}, id="qwen2"),
+    pytest.param(Qwen3Config, {"head_dim": 32}, id="qwen3"),
+]
+ONE, THREE = [[5, 6, 8, 9, 10]], [[5, 6, 8, 9, 10], [4, 3], [11, 12, 13]]
+ROUNDING = 1.25  # the step's error against float32 may be so many times that of the model's own forward
+
+
+def tiny(config, more, dtype=torch.float32, device="cpu"):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(**TINY, **more)).to(device, dtype).eval()
+
+
+def stepped(decoder, prompts, forced):
+    """Logits of every new token, (B, N, V), reading the tokens of `forced` whatever the decoder chose."""
+    logits = [decoder.prefill(prompts).float()]
+    for tokens in forced.T:
+        decoder.token[: len(prompts)] = tokens
+        logits.append(decoder.step(len(prompts)).float())
+    return torch.stack(logits, 1)
+
+
+@torch.no_grad()
+def stock(network, prompts, forced):
+    """The same from the model's own forward and growing cache."""
+    ids, mask = pad(prompts, 0, network.device)
+    cache, logits = None, []
+    for step in range(forced.shape[1] + 1):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        out = network(
+            input_ids=forced[:, step - 1 : step] if step else ids,
+            position_ids=positions[:, -1:] if step else positions,
+            attention_mask=mask, past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        cache = out.past_key_values
+        logits.append(out.logits[:, -1].float())
+        mask = torch.cat((mask, mask.new_ones(len(prompts), 1)), 1)
+    return torch.stack(logits, 1)
+
+
+def rms(difference):
+    return difference.pow(2).mean().sqrt().item()
+
+
+# The lean step
+
+
+@pytest.mark.parametrize("prompts", [ONE, THREE], ids=["one", "three, padded"])
+@pytest.mark.parametrize(("config", "more"), FAMILIES)
+def test_the_lean_step_is_the_models_forward(config, more, prompts):
+    network = tiny(config, more)
+    forced = torch.randint(0, 300, (len(prompts), 9))
+    decoder = Decoder(network, len(prompts) + 1, 6, 9)
+    assert decoder.note == ""
+    expected = stock(network, prompts, forced)
+    assert (stepped(decoder, prompts, forced) - expected).abs().max() < 1e-4
+    half = copy.deepcopy(network).bfloat16()
+    truth = stock(copy.deepcopy(half).float(), prompts, forced)
+    ours, theirs = stepped(Decoder(half, 3, 6, 9), prompts, forced), stock(half, prompts, forced)
+    assert rms(ours - truth) <= ROUNDING * rms(theirs - truth)
+
+
+def test_buffers_serve_smaller_batches_and_shorter_prompts_one_after_the_other():
+    network = tiny(LlamaConfig, {})
+    decoder = Decoder(network, 3, 6, 9)
+    for prompts in (THREE, ONE, [[3, 4], [9, 8]]):
+        forced = torch.randint(0, 300, (len(prompts), 4))
+        assert (stepped(decoder, prompts, forced) - stock(network, prompts, forced)).abs().max() < 1e-4
+
+
+def test_prompts_are_read_in_chunks_of_rows(monkeypatch):
+    network = tiny(LlamaConfig, {})
+    whole = Decoder(network, 3, 6, 4).prefill(THREE)
+    monkeypatch.setattr(decode, "PREFILL_TOKENS", 5)
+    assert torch.allclose(Decoder(network, 3, 6, 4).prefill(THREE), whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompts", [ONE, THREE], ids=["one", "three, padded"])
+def test_prompts_read_in_fixed_shapes_give_the_same(prompts):
+    """What a GPU records: padded to the longest there may be, whatever this batch's longest is."""
+    network = tiny(LlamaConfig, {})
+    forced = torch.randint(0, 300, (len(prompts), 3))
+    decoder, expected = Decoder(network, 4, 9, 6), stock(network, prompts, forced)
+    decoder.load(prompts)
+    logits = [decoder.read(len(prompts))]
+    for tokens in forced.T:
+        decoder.token[: len(prompts)] = tokens
+        logits.append(decoder.step(len(prompts)))
+    assert (torch.stack(logits, 1) - expected).abs().max() < 1e-4
+
+
+def test_compiled_the_step_is_the_same_and_built_once_for_all_layers():
+    network = tiny(LlamaConfig, {})
+    forced = torch.randint(0, 300, (1, 4))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        logits = stepped(Decoder(network, 1, 6, 9, {}), ONE, forced)
+    assert (logits - stock(network, ONE, forced)).abs().max() < 1e-4
+
+
+def test_a_step_that_cannot_be_compiled_runs_uncompiled_and_says_so():
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    network = tiny(LlamaConfig, {})
+    decoder = Decoder(network, 1, 6, 9, {"backend": broken})
+    decoder.prefill(ONE)
+    decoder.warm_up(1)
+    assert "no compiler here" in decoder.note
+    forced = torch.randint(0, 300, (1, 4))
+    assert (stepped(decoder, ONE, forced) - stock(network, ONE, forced)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("prompts", [ONE, THREE], ids=["one", "three, padded"])
+def test_a_family_the_step_does_not_know_runs_its_own_forward_and_says_so(prompts):
+    network = tiny(StableLmConfig, {})
+    decoder = Decoder(network, len(prompts), 6, 9)
+    assert "stablelm" in decoder.note
+    forced = torch.randint(0, 300, (len(prompts), 5))
+    assert (stepped(decoder, prompts, forced) - stock(network, prompts, forced)).abs().max() < 1e-4
+
+
+def test_a_window_narrower_than_the_text_is_left_to_the_models_own_forward():
+    network = tiny(MistralConfig, {"sliding_window": 8})
+    assert Decoder(network, 1, 4, 4).note == ""
+    with pytest.raises(InputError, match="last 8 tokens"):
+        Decoder(network, 1, 8, 8)
+
+
+# Joined products
+
+
+def four_bit(rows, kind, nested):
+    from bitsandbytes import nn
+
+    made = nn.Linear4bit(
+        128, rows, bias=True, compute_dtype=torch.float32, quant_type=kind, compress_statistics=nested
+    )
+    return made.to("cpu").requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_joined_4_bit_layers_give_each_layers_bits(kind):
+    layers, x = [four_bit(rows, kind, False) for rows in (64, 32, 96)], torch.randn(3, 128)
+    alone = torch.cat([join([layer])[0].multiply(x) for layer in layers], 1)
+    (joined,) = join(layers)
+    assert isinstance(joined, FourBit) and torch.equal(joined.multiply(x), alone)
+    assert all(torch.equal(join([layer])[0].multiply(x), part) for layer, part in
+               zip(layers, alone.split([64, 32, 96], 1), strict=True))  # fmt: skip  # on the joined memory
+    assert layers[1].weight.data_ptr() == joined.packed.data_ptr() + layers[0].weight.numel()
+
+
+def test_doubly_quantized_layers_stay_apart():
+    layers, x = [four_bit(rows, "nf4", True) for rows in (64, 32)], torch.randn(3, 128)
+    expected = [layer(x) for layer in copy.deepcopy(layers)]
+    products = join(layers)
+    assert len(products) == 2 and all(product.nested for product in products)
+    for product, want in zip(products, expected, strict=True):
+        assert torch.allclose(product.multiply(x), want, atol=0.05)  # the CPU's own kernel keeps maxima in 16 bit
+
+
+def test_joined_8_bit_layers_give_each_layers_bits():
+    from bitsandbytes import nn
+
+    layers = [nn.Linear8bitLt(128, rows, bias=False, has_fp16_weights=False).to("cpu").eval() for rows in (64, 32)]
+    x = torch.randn(3, 128).bfloat16()
+    with torch.no_grad():
+        expected = torch.cat([layer(x) for layer in layers], 1)
+        (joined,) = join(layers)
+        assert isinstance(joined, EightBit) and torch.equal(joined.multiply(x), expected)
+        assert torch.equal(torch.cat([layer(x) for layer in layers], 1), expected)
+    assert layers[1].weight.data_ptr() == joined.rows.data_ptr() + layers[0].weight.numel()
+
+
+# The embedded model
+
+
+@pytest.fixture(scope="module")
+def texts(source):
+    tokenizer = model.load_tokenizer(source.path)
+    return [
+        tokenizer(text)["input_ids"] for text in ("The capital of France is", "Once upon a time, by the sea,", "Oh")
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(source, texts):
+    """Tokens that are read, and the float32 model's logits on them."""
+    network = model.load(source.path, PRECISIONS["fp32"], "cpu")
+    forced = Eager(network).generate(texts, 8)
+    return forced, stock(network, texts, forced)
+
+
+@pytest.mark.parametrize("name", ["bf16", "nf4", "int8-t0"])
+def test_tokens_are_eagers_but_after_a_near_tie(name, source, texts, reference):
+    """Fed the same tokens the step is as far from float32 as eager is; where free tokens part, it was a near tie."""
+    forced, truth = reference
+    with model.quiet():
+        network = model.load(source.path, PRECISIONS[name], "cpu")
+        decoder = Decoder(network, 3, max(map(len, texts)), 24)
+        ours = stepped(decoder, texts, forced)
+        theirs = stock(network, texts, forced)
+        assert rms(ours - truth) <= ROUNDING * rms(theirs - truth)
+        decoder.prefill(texts)
+        for _ in range(7):
+            decoder.step(3)
+        parted = agreement(network, texts, Eager(network).generate(texts, 8), decoder.tokens(3, 8))
+    assert parted.tokens == 8
+    assert parted.margin is None or parted.margin <= 2 * (ours - theirs).abs().max()
+
+
+# Engines
+
+
+def test_eager_ticks_once_a_token_and_changes_none():
+    network = tiny(LlamaConfig, {})
+    clock = Clock(network.device)
+    timed = Eager(network).generate(THREE, 6, clock)
+    seconds = clock.seconds()
+    assert len(seconds) == 6 and sorted(seconds) == seconds and seconds[0] > 0
+    assert torch.equal(timed, Eager(network).generate(THREE, 6)) and timed.shape == (3, 6)
+
+
+def test_an_end_of_sequence_is_barred_as_generate_bars_it():
+    network = tiny(LlamaConfig, {})
+    network.lm_head.weight.data[7] = 40 * network.lm_head.weight.data[7].sign()  # often the likeliest token
+    expected = Eager(network).generate(THREE, 6)
+    decoder = Decoder(network, 3, 5, 6)
+    decoder.prefill(THREE)
+    for _ in range(5):
+        decoder.step(3)
+    assert torch.equal(decoder.tokens(3, 6), expected) and not (expected == 7).any()
+
+
+def test_where_tokens_part_is_found_with_its_margin():
+    network = tiny(LlamaConfig, {})
+    first = Eager(network).generate(THREE, 5)
+    assert agreement(network, THREE, first, first.clone()) == decode.Agreement(5, None, None)
+    second = first.clone()
+    second[1, 3:] = (second[1, 3:] + 1) % 300
+    found = agreement(network, THREE, first, second)
+    ids = torch.tensor([THREE[1] + first[1, :3].tolist()])
+    logits = network(ids).logits[0, -1].detach()
+    assert found.first_difference == 3
+    assert (
+        found.margin == pytest.approx(float(logits[first[1, 3]] - logits[second[1, 3]]), abs=1e-5) and found.margin > 0
+    )
+
+
+def test_graphed_is_absent_without_a_gpu_not_faked():
+    with pytest.raises(InputError, match="GPU"):
+        decode.ENGINES["graphed"](tiny(LlamaConfig, {}), ONE, 4)
+    assert decode.parse("auto", "cpu") == ("eager",) and decode.parse("auto", "cuda") == ("eager", "graphed")
+    for wrong, said in (("graphed", "NVIDIA GPU"), ("fast", "eager, graphed"), ("", "eager, graphed")):
+        with pytest.raises(InputError, match=said):
+            decode.parse(wrong, "cpu")
+
+
+class Repeated(decode.Graphed):
+    """Graphed with its work done again where a GPU replays it."""
+
+    def _record(self, work, rows):
+        for _ in range(decode.WARM_UPS):
+            work(rows)
+        return SimpleNamespace(replay=lambda: work(rows)), None
+
+
+@pytest.mark.parametrize("recorded_tokens", [0, 4096], ids=["prompts launched", "prompts recorded"])
+def test_batches_of_any_size_and_length_follow_each_other(recorded_tokens, monkeypatch):
+    """The order of loading, recording and replaying, on a CPU; that a GPU replays what was recorded is its test's."""
+    monkeypatch.setattr(decode, "RECORDED_TOKENS", recorded_tokens)
+    monkeypatch.setattr(decode, "absent", lambda *_: "")
+    monkeypatch.setattr(decode, "COMPILE", None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    network = tiny(LlamaConfig, {})
+    made = Repeated(network, 3, 6, 8)
+    for prompts, new_tokens in ((THREE, 8), (ONE, 3), (THREE, 1), ([[3, 4], [9]], 8), (ONE, 8)):
+        clock = Clock(network.device)
+        assert torch.equal(made.generate(prompts, new_tokens, clock), Eager(network).generate(prompts, new_tokens))
+        assert len(clock.seconds()) == new_tokens
+
+
+def test_llm_int8_with_outliers_cannot_be_recorded():
+    from bitsandbytes import nn
+
+    network = torch.nn.Sequential(nn.Linear8bitLt(64, 64, has_fp16_weights=False, threshold=6.0))
+    assert "outlier" in decode.absent("graphed", "cuda", network)
+    network[0].state.threshold = 0.0
+    assert decode.absent("graphed", "cuda", network) == ""
+
+
+def test_more_than_the_context_window_is_refused():
+    network = tiny(LlamaConfig, {})
+    with pytest.raises(InputError, match="context window of 64"):
+        Eager(network).generate(ONE, 60)
+    with pytest.raises(InputError, match="context window of 64"):
+        Decoder(network, 1, 5, 60)
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "int8-t0", "int4", "fp4", "nf4", "nf4-dq"])
+def test_a_recorded_step_is_as_near_float32_as_eager(name, source, texts):
+    """Fed the same tokens; the float32 model multiplies the same stored weights only where these are plain."""
+    exact = model.load(source.path, PRECISIONS["fp32"], "cuda")
+    forced = Eager(exact).generate(texts, 8)
+    truth = stock(exact, texts, forced)
+    with model.quiet():
+        network = model.load(source.path, PRECISIONS[name], "cuda")
+        graphed = decode.Graphed(network, 3, max(map(len, texts)), 24)
+        tokens = graphed.generate(texts, 24)
+        decoder, graph = graphed._decoder, graphed._steps[3]
+        logits = [decoder.prefill(texts).float()]
+        for place in range(8):
+            decoder.token[:3] = forced[:, place]
+            graph.replay()
+            logits.append(graphed.logits[3].float())
+        ours, theirs = torch.stack(logits, 1), stock(network, texts, forced)
+        parted = agreement(network, texts, Eager(network).generate(texts, 24), tokens)
+    assert graphed.note == ""
+    if name == "fp32":
+        assert (ours - truth).abs().max() < 1e-2
+    else:
+        assert rms(ours - truth) <= ROUNDING * rms(theirs - truth)
+    assert parted.margin is None or parted.margin <= 2 * (ours - theirs).abs().max()
+
+
+@pytest.mark.gpu
+def test_recorded_sizes_share_memory_and_each_gives_its_tokens(source, texts):
+    network = model.load(source.path, PRECISIONS["fp32"], "cuda")
+    graphed = decode.Graphed(network, 3, max(map(len, texts)), 12)
+    for rows in (3, 1, 2, 3):
+        expected = Eager(network).generate(texts[:rows], 12)
+        clock = Clock(network.device)
+        found = graphed.generate(texts[:rows], 12, clock)
+        parted = agreement(network, texts[:rows], expected, found)
+        assert parted.margin is None or abs(parted.margin) < 1e-2
+        assert len(clock.seconds()) == 12 and sorted(clock.seconds()) == clock.seconds()
+
+
+@pytest.mark.gpu
+def test_memory_comes_back_when_an_engine_goes(source, texts):
+    network = model.load(source.path, PRECISIONS["bf16"], "cuda")
+    decode.ENGINES["graphed"](network, texts, 4)  # the step is built and libraries have what they keep
+    model.release()
+    before = torch.cuda.memory_allocated()
+    decode.ENGINES["graphed"](network, texts * 8, 64)
+    model.release()
+    assert torch.cuda.memory_allocated() - before < 2**20

@@ -1,0 +1,136 @@
+"""The report is one page, computed from rows, and what it was given stays text."""
+
+import csv
+import json
+import re
+
+import example
+import pytest
+import yaml
+
+from qnb import Study, modelcard, report, results, summary, table
+from qnb.precision import PRECISIONS
+from qnb.study import ROOT
+
+EVIL = "<script>alert(1)</script>/x\"onload='alert(2)"
+
+
+@pytest.fixture(scope="module")
+def page(report_page):
+    return report_page.read_text()
+
+
+def body(page):
+    """Return what follows plotly.js, which has strings of its own that look like markup."""
+    return page.split("</head>")[-1]
+
+
+def test_the_page_is_one_small_file_with_plotly_in_it_once(page, report_page):
+    assert report_page.stat().st_size < 8e6
+    assert page.count("* plotly.js v") == 1
+    assert not re.search(r'(src|href|action)="(?!#)', body(page))  # the browser's test sees that nothing is asked for
+
+
+def test_the_page_holds_every_table_and_figure_the_card_the_audit_and_limits(page):
+    for text in ("Table 1", "Table 2", "Table 3", "Table 4", "The study's card", "Provenance", "Limits",
+                 "2,000 requests were run", "Example GPU", "throttled"):  # fmt: skip
+        assert text in page, text
+    assert len(re.findall(r'<div class="figure"', page)) == 16
+
+
+def test_what_a_model_or_a_row_says_stays_text(tmp_path):
+    """A model's name, a note and a task that carry tags reach the page, cards and tables as text."""
+    study = Study(
+        precisions="bf16, int8", output=example.write(tmp_path / "study", EVIL, ("bf16", "int8"), ("eager",))
+    )
+    study.ledger.append({"stage": "perf", "precision": "int8", "engine": EVIL, "note": EVIL})
+    text = body(study.report().read_text())
+    assert "alert(1)" in text and "&lt;script&gt;alert(1)" in text
+    assert not re.search(r"<script>alert|<[^>]*onload=", text)
+    card = (study.folder / "cards" / "int8" / "README.md").read_text()
+    assert "alert(1)" in card and "<script" not in card.split("---\n", 2)[2]
+    assert "base_model" not in yaml.safe_load(card.split("---\n")[1])  # it is no name on the hub
+
+
+def test_generated_text_and_a_tasks_name_stay_text_in_figures_and_markdown():
+    from qnb import widget
+
+    assert "<script>" not in widget.side_by_side({"bf16": ["<script>", "x"], "int8": ["<script>", "</mark><img>"]})
+    frame = table.pd.DataFrame({"task": ["a|b<script>\n| c"], "change_pp": [-1.0]})
+    (row,) = table.markdown(frame).splitlines()[2:]
+    assert row == "| a\\|b&lt;script> \\| c | -1.00 |"
+
+
+def test_sentences_are_the_rows_arithmetic(studied):
+    found = studied.results()
+    (first, *rest) = summary.about(found, "int4")
+    values = table.headline(found.scores).set_index(["task", "precision"]).value
+    mean, base = (100 * values[f"{table.AGGREGATE} (3)", name] for name in ("int4", "bf16"))
+    assert f"keeps {100 * mean / base:.1f} % of BF16's mean accuracy: {mean:.1f} against {base:.1f} %" in first
+    assert "n = 1,200" in first and "cannot tell" not in first and "ARC Easy" in rest[0]
+    rows = found.bs1.set_index(["precision", "engine"])
+    share = rows.memory_mib["int4", "eager"] / rows.memory_mib["bf16", "eager"]
+    assert f"takes {100 * share:.0f} % of BF16's memory" in rest[1] and "(eager, launch-bound)" in rest[1]
+    assert f"{1e3 * rows.tpot_s['int4', 'eager']:.2f} ms a token" in rest[1]
+    assert "cannot tell from none" in summary.about(found, "fp16")[0]
+
+
+def test_an_empty_study_says_so_and_still_makes_a_page(tmp_path):
+    text = Study(output=tmp_path).report().read_text()
+    assert "Nothing was measured yet." in text and "No accuracy was measured" in text
+
+
+def test_kept_tables_give_the_same_frames(studied, tmp_path):
+    for path in (studied.folder / "tables").glob("*.csv"):
+        (tmp_path / f"gpu_example_{path.name}").write_bytes(path.read_bytes())
+    (kept,) = results.reference(tmp_path).values()
+    mine = studied.results()
+    assert (kept.device, kept.model) == ("gpu", "example")
+    assert summary.about(kept, "int4")[0] == summary.about(mine, "int4")[0]
+    assert kept.bs1.throughput_rps.tolist() == pytest.approx(mine.bs1.throughput_rps.tolist(), rel=1e-4)
+
+
+def test_the_repositorys_kept_runs_can_be_read():
+    kept = results.reference(ROOT / "outputs" / "reference")
+    assert kept and all(summary.findings(one) for one in kept.values())
+
+
+def test_tables_are_kept_as_csv_and_markdown(studied):
+    studied.results()
+    for path in (studied.folder / "tables").glob("*.csv"):
+        with path.open() as file:
+            rows = list(csv.DictReader(file))
+        lines = path.with_suffix(".md").read_text().splitlines()
+        assert len(lines) == len(rows) + 2 and all(line.startswith("|") and line.endswith("|") for line in lines)
+
+
+def test_a_card_holds_scores_as_the_hub_reads_them_and_leaves_the_checkpoint_sealed(studied, tmp_path):
+    path = modelcard.write(studied.results(), PRECISIONS["int4"], tmp_path / "cards")
+    assert path == tmp_path / "cards" / "int4" / "README.md"
+    head = yaml.safe_load(path.read_text().split("---\n")[1])
+    assert head["base_model"] == "example/one-billion" and "bitsandbytes" in head["tags"]
+    (index,) = head["model-index"]
+    scores = {one["dataset"]["config"]: one["metrics"][0]["value"] for one in index["results"][:2]}
+    shown = studied.table1().set_index("task").int4_pct
+    assert scores == pytest.approx(
+        {"ARC-Easy": shown["arc_easy"] / 100, "ARC-Challenge": shown["arc_challenge"] / 100}
+    )
+
+
+def test_a_model_card_is_one_the_hub_can_load(studied):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(modelcard.card(studied.results(), PRECISIONS["nf4"]))
+    assert card.data.eval_results and json.dumps(card.data.to_dict())
+
+
+def test_provenance_names_the_ledger_by_its_bytes(page, studied):
+    from hashlib import sha256
+
+    assert sha256(studied.ledger.path.read_bytes()).hexdigest() in page
+
+
+def test_limits_name_what_rows_flag(studied):
+    found = report.limits(studied.results())
+    assert any("int4, eager, batch 384: throttled" in text for text in found)
+    assert any("One pass only" in text and "batch sizes between" in text for text in found)
