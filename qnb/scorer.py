@@ -472,20 +472,30 @@ class SharedContextLM(HFLM):
         return joined, torch.cat(last)
 
     def _stopped(self, tokens: list[int], until: list[str], most: int) -> bool:
-        text = self.tok_decode(tokens, skip_special_tokens=False)
-        return len(tokens) >= most or self.eot_token_id in tokens or any(stop in text for stop in until)
+        """Return whether a row needs no more tokens, given all it has: only what is new since the last look is read.
+
+        A stop sequence found there is looked for in the whole text, which is cut at it; one missed where the texts
+        meet costs further tokens, no answer.
+        """
+        tail = tokens[-(CHECK_STEPS + max(map(len, until), default=0)) :]
+        if len(tokens) >= most or self.eot_token_id in tail:
+            return True
+        for part in (tail, tokens):
+            text = self.tok_decode(part, skip_special_tokens=False)
+            if not any(stop in text for stop in until):
+                return False
+        return True
 
     def _generated_rows(self, length: int) -> int:
-        """Return how many rows of `length` tokens fit, their keys and values in half of what is free."""
+        """Return how many rows of `length` tokens fit with their keys and values, beside a pass over contexts."""
         config = self.model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         a_token = 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
         # attention reads keys and values of one layer at a time, repeated for each of its queries' heads
         more = (1 + config.num_attention_heads / heads) / config.num_hidden_layers
-        fitting = (
-            (self._free_bytes() - self._budget * self._activation_bytes()) * 0.9 // (a_token * length * (1 + more))
-        )
+        room = self._free_bytes() - self._budget * self._activation_bytes()
+        fitting = 0.9 * room // (a_token * length * (1 + more))
         return int(max(1, min(fitting, 512 if self.device.type == "cuda" else 16)))
 
     # What fits
