@@ -158,7 +158,7 @@ def _hub(name: str, why: str) -> Source:
     folder, commit = hub.fetch(name)
     if not _is_plain(folder):
         raise InputError(f"model {name!r} is quantized already; give the model it was made from")
-    return Source(f"{name.partition('@')[0]}@{commit}", why, str(folder), commit)
+    return Source(f"{name.partition('@')[0]}@{commit}", why, str(folder), digest(folder, sealed=False))
 
 
 def _embedded(why: str) -> Source:

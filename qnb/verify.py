@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from qnb import model
+from qnb.asking import items_name
 from qnb.error import InputError
 from qnb.ledger import Ledger, unchecked
-from qnb.study import Study, items_name
+from qnb.study import Study
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,9 @@ import plotly.graph_objects as go
 from qnb import choose, explore, figure, look, results, tradeoff
 from qnb.error import InputError
 from qnb.precision import BASELINE, PRECISIONS
+from qnb.provenance import ROOT
 from qnb.results import Results
-from qnb.study import ROOT, Study
+from qnb.study import Study
 
 REFERENCE = ROOT / "outputs" / "reference"
 WIDE = {"description_width": "9rem"}

@@ -4,8 +4,8 @@ import pytest
 
 from qnb import choose, explore, results
 from qnb.choose import Advice, Candidate, Demand, explain
+from qnb.provenance import ROOT
 from qnb.stats import agresti_min
-from qnb.study import ROOT
 
 BASE = Candidate("bf16", "graphed", memory_mib=2000, tpot_s=0.003, repeats=3, change_pp=0, low_pp=0, high_pp=0)
 SAFE = Candidate("int8", "graphed", memory_mib=1200, tpot_s=0.004, repeats=3, items=900,

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from qnb import InputError, colab, study
+from qnb import InputError, colab, study, workbench
 from qnb.__main__ import NOTEBOOKS
 
 SHELL = '''
@@ -109,7 +109,7 @@ def drive(tmp_path, monkeypatch):
 
 def test_an_output_on_the_drive_mounts_it_once(drive, tmp_path):
     for _ in range(2):
-        assert study.locate("drive:qnb/study") == tmp_path / "MyDrive" / "qnb" / "study"
+        assert workbench.locate("drive:qnb/study") == tmp_path / "MyDrive" / "qnb" / "study"
     assert drive == [str(tmp_path)]
     assert study.Study(output="drive:qnb/study").folder == tmp_path / "MyDrive" / "qnb" / "study"
 

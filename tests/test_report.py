@@ -10,7 +10,7 @@ import yaml
 
 from qnb import Study, modelcard, report, results, summary, table
 from qnb.precision import PRECISIONS
-from qnb.study import ROOT
+from qnb.provenance import ROOT
 
 EVIL = "<script>alert(1)</script>/x\"onload='alert(2)"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qnb import InputError, Study, study
+from qnb import InputError, Study, workbench
 from qnb.device import Device
 
 
@@ -25,7 +25,7 @@ def test_a_model_changed_in_place_is_noticed(source, tmp_path):
 def test_counts(tmp_path):
     made = Study("smollm2-135m", output=tmp_path)
     made.device = Device("cpu", "a machine", 1024, "emulated", "")
-    assert made.count("limit", "auto") == study.AUTO["cpu"]["limit"] and made.count("limit", "7") == 7
+    assert made.count("limit", "auto") == workbench.AUTO["cpu"]["limit"] and made.count("limit", "7") == 7
     for wrong in (0, -1, "many", 1.5, True):
         with pytest.raises(InputError, match="limit"):
             made.count("limit", wrong)

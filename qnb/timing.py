@@ -1,0 +1,442 @@
+"""How every precision is timed: one request at a time, the largest batch, and the batches between.
+
+Precisions and engines take turns within a repeat, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from itertools import count, cycle, islice
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from qnb import cause, model, table
+from qnb.batch import is_out_of_memory
+from qnb.batch import sweep as batch_sizes
+from qnb.ledger import fingerprint
+from qnb.precision import Precision
+from qnb.workbench import Count, Workbench
+from qnb.workload import Workload
+from qnb.workload import load as load_workload
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qnb.benchmark import Limits, Run
+
+
+class Timing(Workbench):
+    """The stages of performance: the device's limits, batch size 1, the largest batch, a sweep over batch sizes."""
+
+    def workload(
+        self,
+        setting: str,
+        requests: Count = "auto",
+        prompt_tokens: Count = "auto",
+        new_tokens: Count = "auto",
+        prompts: str = "auto",
+    ) -> Workload:
+        """Return the prompts every precision gets.
+
+        Parameters
+        ----------
+        setting
+            ``"bs1"`` or ``"maxbatch"``, for the number of requests that suits it.
+        requests, prompt_tokens, new_tokens
+            How many prompts, of at most how many tokens, and the new tokens asked of each.
+        prompts
+            ``"wikitext"``, ``"sample"``, or ``"auto"``: WikiText-2 where there is a GPU or a `data_dir`.
+
+        Raises
+        ------
+        InputError
+            A count is not positive, or the prompts cannot be had.
+        """
+        counts = (
+            self.count("requests", requests, f"{setting}_requests"),
+            self.count("prompt_tokens", prompt_tokens),
+            self.count("new_tokens", new_tokens),
+        )
+        return load_workload(self.tokenizer, self._prompts(prompts), *counts, self.data_dir, self.seed)
+
+    def limits(self) -> pd.DataFrame:
+        """Measure the device's bandwidth and products once; return a row a limit.
+
+        Every performance row is held against these.
+        """
+        found = self._limits
+        rows = [("copy", found.copy_bytes_per_s / 1e9, "GB/s")]
+        rows += [(f"product in {name}", rate / 1e12, "Top/s" if name == "int8" else "TFLOP/s")
+                 for name, rate in found.matmul_flop_per_s.items()]  # fmt: skip
+        if found.idle_power_w is not None:
+            rows.append(("power when idle", found.idle_power_w, "W"))
+        return pd.DataFrame(rows, columns=["limit", "measured", "unit"])
+
+    @cached_property
+    def _limits(self) -> Limits:
+        from qnb.benchmark import Limits, measure_limits
+
+        parts = {"device": self.device.name, "versions": self.versions}
+        key = {"stage": "limits", "fingerprint": fingerprint(parts)}
+        row = self._find(key) or self._append(key, {}, asdict(measure_limits(self.device.kind)))
+        return Limits(**{name: row[name] for name in Limits.__slots__})
+
+    def perf_bs1(self, workload: Workload, repeats: int = 1, engines: str | Iterable[str] = "auto") -> pd.DataFrame:
+        """Time the workload one request at a time; return a row a precision, engine and repeat (Table 3).
+
+        Parameters
+        ----------
+        workload
+            The requests.
+        repeats
+            The most passes; what has settled is not repeated (see `qnb.benchmark.settled`).
+        engines
+            Names in `qnb.decode.ENGINES`, or ``"auto"``: eager, and graphed where there is a GPU.
+
+        Raises
+        ------
+        InputError
+            `repeats` is below 1, or an engine is unknown or cannot run here.
+        """
+        self.count("repeats", repeats)
+        asked = {"workload": workload.fingerprint, "prompts": workload.source}
+        names = self._engines(engines)
+        with self._alone(), self._bar(repeats * len(self.precisions), "batch size 1") as bar:
+            self._repeat(_Asked("bs1", workload, repeats, lambda *_: (1, asked)), names, bar)
+        return self._measured(self.frame("perf", "bs1"), "perf")
+
+    def perf_maxbatch(
+        self,
+        workload: Workload,
+        max_batch: Count = "auto",
+        memory_mib: Count = "auto",
+        repeats: int = 1,
+        engines: str | Iterable[str] = "auto",
+    ) -> pd.DataFrame:
+        """Find the largest batch of each precision and engine, then time the workload at it (Table 4).
+
+        Parameters
+        ----------
+        workload
+            The requests; the search takes the longest of them with all its new tokens.
+        max_batch
+            The largest batch worth trying.
+        memory_mib
+            The memory allowed; ``"auto"`` is a whole GPU. On a CPU it is how much the process may grow.
+        repeats, engines
+            As for `perf_bs1`.
+
+        Raises
+        ------
+        InputError
+            A count is not positive, not even one request fits, or an engine is unknown or cannot run here.
+        """
+        self.count("repeats", repeats)
+        names = self._engines(engines)
+        allowed_mib = self.count("memory_mib", memory_mib)
+        limit_mib = float(allowed_mib or self.device.memory_mib)
+        cap = min(self.count("max_batch", max_batch), len(workload.prompts))
+        wanted = {
+            "workload": workload.fingerprint,
+            "prompts": workload.source,
+            "memory_limit_mib": limit_mib,
+            "cap": cap,
+        }
+        searched: dict[tuple[str, str], Mapping[str, Any]] = {}
+
+        def size(precision: Precision, engine: str) -> tuple[int, dict[str, Any]] | None:
+            found = searched.get((precision.name, engine))
+            if found is None:
+                return None
+            return found["batch_size"], {**wanted, "batch_size": found["batch_size"], "capped": found["capped"]}
+
+        def smaller(precision: Precision, engine: str) -> bool:
+            found = searched[precision.name, engine]
+            if found["batch_size"] == 1:
+                return False
+            key = self._key("batch", precision, wanted, engine=engine)
+            searched[precision.name, engine] = self._append(key, wanted, _smaller(found))
+            return True
+
+        steps = (1 + repeats) * len(self.precisions)
+        with self._alone(), self._bar(steps, "largest batch") as bar, self._limited(allowed_mib):
+            for precision in self.precisions:
+                bar.set_postfix_str(f"search {precision.name}")
+                for engine in names:
+                    key = self._key("batch", precision, wanted, engine=engine)
+                    with self._failing(key, wanted, f"{precision.name}'s largest batch with engine {engine}"):
+                        row = self._find(key) or self._search(precision, key, workload, wanted)
+                        searched[precision.name, engine] = row
+                bar.update()
+            self._repeat(_Asked("maxbatch", workload, repeats, size, smaller), names, bar)
+        return self._measured(self.frame("perf", "maxbatch"), "perf")
+
+    def _search(
+        self, precision: Precision, key: dict[str, Any], workload: Workload, wanted: dict[str, Any]
+    ) -> Mapping[str, Any]:
+        """Search the largest batch and return its row; where the engine cannot run there is none, and it is 1."""
+        from qnb.benchmark import largest_batch
+        from qnb.decode import absent
+
+        engine, limit_mib, cap = key["engine"], wanted["memory_limit_mib"], wanted["cap"]
+
+        def measure(network: PreTrainedModel, base_mib: float) -> dict[str, Any] | None:
+            if absent(engine, self.device.kind, network):
+                return None
+            return asdict(largest_batch(network, workload, limit_mib, cap, engine, base_mib))
+
+        self._settle(precision)
+        found = self.on(precision, measure)
+        return self._append(key, wanted, found) if found else {"batch_size": 1, "capped": False}
+
+    def sweep(self, workload: Workload, most: Count = "auto", engines: str | Iterable[str] = "auto") -> pd.DataFrame:
+        """Time one batch of 1, 2, 4 … `most` requests; return a row a precision, engine and batch size, with the knee.
+
+        A size that does not fit ends its precision's and engine's row of sizes, with a note.
+
+        Parameters
+        ----------
+        workload
+            Its prompts are gone round as often as a batch needs.
+        most
+            The largest batch; ``"auto"`` sweeps where there is a GPU.
+        engines
+            As for `perf_bs1`.
+
+        Raises
+        ------
+        InputError
+            `most` is not positive, or an engine is unknown or cannot run here.
+        """
+        names, largest = self._engines(engines), self.count("sweep_batch", most)
+        sizes = batch_sizes(largest) if largest else ()
+        asked = {"workload": workload.fingerprint, "prompts": workload.source}
+        if not sizes:
+            return self.build("sweep")
+        with self._alone(), self._bar(len(self.precisions), "batch sizes") as bar:
+            self.limits()
+            for precision in self.precisions:
+                bar.set_postfix_str(precision.name)
+                keys = [
+                    self._key("sweep", precision, asked, engine=engine, setting=str(size))
+                    for engine in names
+                    for size in sizes
+                ]
+                if missing := [key for key in keys if not self._find(key)]:
+                    with self._failing(missing[0], asked, f"{precision.name}'s batch sizes"):
+                        self.on(precision, partial(self._sweep, missing, workload, asked))
+                bar.update()
+        return self._save("sweep")
+
+    def _sweep(
+        self,
+        keys: Sequence[dict[str, Any]],
+        workload: Workload,
+        asked: dict[str, Any],
+        network: PreTrainedModel,
+        base_mib: float,
+    ) -> None:
+        """Time a batch of each key's size with a loaded precision, and keep the rows."""
+        full: set[str] = set()
+        for key in keys:
+            size = int(key["setting"])
+            batch = replace(workload, prompts=tuple(islice(cycle(workload.prompts), size)))
+            values: dict[str, Any] = {"note": "a smaller batch did not fit"}
+            try:
+                if key["engine"] not in full:
+                    values = self._time(network, base_mib, key, batch, size, ("memory",))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                full.add(key["engine"])
+                values = {"note": "out of memory"}
+            self._append(key, asked, {"batch_size": size, **values})
+            model.release()
+
+    def _engines(self, names: str | Iterable[str]) -> tuple[str, ...]:
+        from qnb.decode import parse as parse_engines
+
+        return parse_engines(names, self.device.kind)
+
+    def _repeat(self, asked: _Asked, engines: Sequence[str], bar: tqdm) -> None:
+        """Time precisions and engines in turn, each until it has settled or all repeats are done."""
+        self.limits()  # measured before a model is loaded, and power while nothing runs
+        rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        order = count()
+        for repeat, precision in self._turns(asked.repeats):
+            bar.set_postfix_str(precision.name)
+            turn = engines if repeat % 2 == 0 else engines[::-1]
+            mine = {engine: rows.setdefault((precision.name, engine), []) for engine in turn
+                    if asked.size(precision, engine)}  # fmt: skip
+            mine = {engine: before for engine, before in mine.items() if not _settled(before)}
+            for engine, row in self._turn(asked, precision, repeat, mine, order).items():
+                mine[engine].append(row)
+            bar.update()
+
+    def _turn(
+        self,
+        asked: _Asked,
+        precision: Precision,
+        repeat: int,
+        before: Mapping[str, Sequence[dict[str, Any]]],
+        order: Iterator[int],
+    ) -> dict[str, dict[str, Any]]:
+        """Return one pass of a precision with each engine of `before`, measured now where the ledger has none."""
+
+        def sized(engine: str) -> tuple[int, dict[str, Any], dict[str, Any]]:
+            found = asked.size(precision, engine)
+            assert found is not None
+            key = self._key("perf", precision, found[1], engine=engine, setting=asked.setting, repeat=repeat)
+            return *found, key
+
+        def fit(engine: str, network: PreTrainedModel, base_mib: float) -> dict[str, Any]:
+            passes = () if repeat else ("memory", "trace", "agreement")
+            while True:
+                batch_size, wanted, key = sized(engine)
+                try:
+                    values = self._time(network, base_mib, key, asked.workload, batch_size, passes)
+                    break
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error) or not asked.smaller(precision, engine):
+                        raise
+                model.release()
+            stopped = asked.stopped(repeat, [row["batch_s"] for row in before[engine]], values)
+            return self._append(key, wanted, {**values, "order": next(order), "stopped": stopped})
+
+        def measure(network: PreTrainedModel, base_mib: float) -> None:
+            for engine in missing:
+                _, wanted, key = sized(engine)
+                with self._failing(key, wanted, f"{precision.name} with engine {engine}"):
+                    rows[engine] = fit(engine, network, base_mib)
+                model.release()
+
+        found = {engine: self._find(sized(engine)[2]) for engine in before}
+        rows = {engine: row for engine, row in found.items() if row}
+        missing = [engine for engine in found if engine not in rows]
+        if missing:
+            _, wanted, key = sized(missing[0])
+            with self._failing(key, wanted, precision.name):
+                self._settle(precision)
+                self.on(precision, measure)
+        return {engine: rows.get(engine, {"stopped": "failed"}) for engine in before}
+
+    def _time(
+        self,
+        network: PreTrainedModel,
+        base_mib: float,
+        key: dict[str, Any],
+        workload: Workload,
+        batch_size: int,
+        passes: Sequence[str],
+    ) -> dict[str, Any]:
+        """Run the workload once and return the row's values; where the engine cannot run, why not."""
+        from qnb.benchmark import run
+        from qnb.decode import absent
+
+        engine = key["engine"]
+        if why := absent(engine, self.device.kind, network):
+            return {"batch_size": batch_size, "note": why}
+        timed = run(network, workload, batch_size, engine, base_mib, limits=self._limits, passes=passes)
+        return {**timed.row(), **self._keep_samples(key, timed)}
+
+    def _keep_samples(self, key: Mapping[str, Any], timed: Run) -> dict[str, Any]:
+        """Write what a row was counted from, the monitor's readings and each token's time; return the files' names."""
+        parts = [key["stage"], key["setting"], key["precision"], key["engine"], key.get("repeat", 0)]
+        stem = f"samples/{'.'.join(map(str, [*parts, key['fingerprint']]))}"
+        frames = {"samples": timed.readings, "token_samples": timed.tokens()}
+        names = {field: f"{stem}{'.tokens' * (field == 'token_samples')}.parquet" for field in frames}
+        hashes = {f"{field}_sha256": self._write(self.folder / names[field], pd.DataFrame(frames[field]))
+                  for field in frames}  # fmt: skip
+        return {**names, **hashes}
+
+    def _turns(self, repeats: int) -> Iterator[tuple[int, Precision]]:
+        """Let precisions take turns, each repeat beginning with another one."""
+        count = len(self.precisions)
+        for repeat in range(repeats):
+            for place in range(count):
+                yield repeat, self.precisions[(place + repeat) % count]
+
+    @contextmanager
+    def _limited(self, allowed_mib: int) -> Iterator[None]:
+        """Hold a GPU's allocator to `allowed_mib` for a while; 0 leaves it the whole device."""
+        if self.device.kind != "cuda" or not allowed_mib:
+            yield
+            return
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_mib / self.device.memory_mib))
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+
+    def table3(self) -> pd.DataFrame:
+        """Performance at batch size 1, and the published values beside."""
+        return self._save("table3_bs1")
+
+    def table4(self) -> pd.DataFrame:
+        """Performance at the largest batch, and the published values beside."""
+        return self._save("table4_maxbatch")
+
+    def causes(self, number: int) -> pd.DataFrame:
+        """Set rows of Table 3 or 4 that differ in one choice of the harness against each other."""
+        return self._save(f"table{number}_causes")
+
+    def t4_estimate(self, number: int) -> pd.DataFrame:
+        """Estimate from its datasheet the least time that a T4 needs for the work of Table 3 or 4."""
+        return self._save(f"table{number}_t4_estimate")
+
+    def _makers(self) -> dict[str, Callable[[], pd.DataFrame]]:
+        return {
+            **super()._makers(),
+            "table3_bs1": lambda: table.performance(self.frame("perf", "bs1"), 3),
+            "table3_causes": lambda: cause.causes(self.build("table3_bs1"), 3),
+            "table3_t4_estimate": lambda: cause.t4(self.frame("perf", "bs1"), 3),
+            "table4_maxbatch": lambda: table.performance(self.frame("perf", "maxbatch"), 4),
+            "table4_causes": lambda: cause.causes(self.build("table4_maxbatch"), 4),
+            "table4_t4_estimate": lambda: cause.t4(self.frame("perf", "maxbatch"), 4),
+            "sweep": lambda: table.sweep(self.frame("sweep")),
+        }
+
+
+def _smaller(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a search's result after its batch ran out of memory when timed: a twentieth smaller, no longer capped."""
+    failed = {"batch_size": found["batch_size"], "fits": False, "memory_mib": None}
+    return {
+        "batch_size": found["batch_size"] - max(1, found["batch_size"] // 20),
+        "limit_mib": found["limit_mib"],
+        "capped": False,
+        "probes": [*found["probes"], failed],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is timed in turn: the batch size of a precision and engine, and what makes it less when memory runs out."""
+
+    setting: str
+    workload: Workload
+    repeats: int
+    size: Callable[[Precision, str], tuple[int, dict[str, Any]] | None]  # None where none was found
+    smaller: Callable[[Precision, str], bool] = lambda *_: False
+
+    def stopped(self, repeat: int, earlier: Sequence[list[float]], values: Mapping[str, Any]) -> str:
+        """Return why a pass is the last: the median has settled, or the limit of passes is hit; "" where it is not."""
+        from qnb.benchmark import settled
+
+        if "batch_s" not in values:
+            return "limit"  # what cannot run need not be tried again
+        whole = values["requests"] // values["batch_size"]  # a smaller last batch takes another time
+        if settled([seconds for batch_s in (*earlier, values["batch_s"]) for seconds in batch_s[:whole]]):
+            return "interval"
+        return "limit" if repeat + 1 == self.repeats else ""
+
+
+def _settled(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether passes of one precision and engine need no further one."""
+    return any(row["stopped"] == "interval" or "batch_s" not in row for row in rows)

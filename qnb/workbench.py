@@ -1,0 +1,378 @@
+"""What every stage of a study stands on: one model, one folder, one ledger, and checkpoints that are proved.
+
+Every stage asks the ledger first and measures what is missing; a checkpoint that a stage needs and does not find is
+made. One process at a time measures into a folder, and what cannot be measured is kept as failed and asked again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pandas as pd
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from qnb import __version__, colab, device, model, table
+from qnb.batch import is_out_of_memory
+from qnb.error import InputError
+from qnb.ledger import FAILED, Ledger, checked, fingerprint, unchecked
+from qnb.model import Source
+from qnb.monitor import sensor
+from qnb.precision import Precision, parse
+from qnb.provenance import ROOT, command, commit
+from qnb.results import Results
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Result = TypeVar("Result")
+Count = int | str  # a number, or "auto": what the device allows in minutes
+AUTO: dict[str, dict[str, int]] = {
+    "cuda": {"bs1_requests": 20, "maxbatch_requests": 512, "prompt_tokens": 128, "new_tokens": 100, "limit": 200,
+             "batch_size": 32, "max_batch": 512, "memory_mib": 0, "text_tokens": 65536, "context": 512,
+             "sweep_batch": 256, "drift_limit": 100},
+    "cpu": {"bs1_requests": 4, "maxbatch_requests": 16, "prompt_tokens": 32, "new_tokens": 8, "limit": 12,
+            "batch_size": 8, "max_batch": 16, "memory_mib": 400, "text_tokens": 1024, "context": 128,
+            "sweep_batch": 0, "drift_limit": 4},  # no sweep
+}  # fmt: skip
+
+
+def locate(output: str | Path) -> Path:
+    """Return the study's folder: a relative path is taken from the checkout, or from where one is if there is none.
+
+    So the five notebooks meet in one folder, from whichever folder each is opened. ``drive:name`` is a folder of the
+    user's Google Drive, on Colab.
+    """
+    if str(output).startswith(colab.DRIVE):
+        return colab.folder(str(output))
+    path = Path(output).expanduser()
+    base = ROOT if (ROOT / "notebooks").is_dir() else Path.cwd()
+    return path if path.is_absolute() else base / path
+
+
+class Workbench:
+    """A model, precisions, and the folder in which everything measured of them lies.
+
+    Parameters
+    ----------
+    model
+        ``auto``, ``smollm2-135m``, ``shape:llama-3.2-1b``, a hub id or a local folder; see `qnb.model.resolve`.
+    precisions
+        Names separated by commas; ``"study"`` is bf16, fp16, int8, int4, nf4.
+    output
+        The study's folder, relative to the checkout; on Colab ``drive:name`` is one on Google Drive.
+    data_dir
+        A folder laid out like the hub's dataset repositories; empty reads the hub.
+    seed
+        Decides which prompts are drawn, and their order.
+    overwrite
+        Measure again what is there already.
+
+    Raises
+    ------
+    InputError
+        A precision or model is unknown, `output` cannot be written or holds another model's study, or `data_dir` is
+        no folder.
+    """
+
+    def __init__(
+        self,
+        model: str = "auto",
+        precisions: str | Iterable[str] = "study",
+        output: str | Path = "outputs/demo",
+        data_dir: str | Path = "",
+        seed: int = 0,
+        overwrite: bool = False,
+    ) -> None:
+        kinds = {"model": (model, str), "output": (output, str | Path), "precisions": (precisions, str | list | tuple)}
+        for name, (value, kind) in kinds.items():
+            if not value or not isinstance(value, kind):
+                raise InputError(f"{name} is {value!r}; give a name")
+        if not isinstance(data_dir, str | Path) or "\0" in f"{output}{data_dir}{model}":
+            raise InputError(f"output is {str(output)!r} and data_dir {data_dir!r}; give folders, or no data_dir")
+        if not isinstance(overwrite, bool) or isinstance(seed, bool) or not isinstance(seed, int):
+            raise InputError(f"overwrite is {overwrite!r} and seed {seed!r}; give true or false, and a whole number")
+        self.precisions = parse(precisions)
+        self.folder = locate(output)
+        self.data_dir = Path(data_dir).expanduser().resolve() if str(data_dir) else None
+        self.seed, self.overwrite = seed, overwrite
+        self._settled = False  # whether the libraries have made what they make at their first use
+        self._made: set[str] = set()  # checkpoints made by this object: overwriting makes each once
+        self._sound: dict[Path, str] = {}  # checkpoints read whole and found unchanged, by their stamp then
+        self._lock = FileLock(self.folder / ".lock")
+        self._read: tuple[int, Results] | None = None  # the ledger's bytes, and what was read from them
+        if self.data_dir and not self.data_dir.is_dir():
+            raise InputError(f"data_dir {data_dir} is not a folder; give one laid out like the hub, or leave it empty")
+        self.ledger = Ledger(self.folder)
+        parent = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        if not os.access(parent, os.W_OK):
+            raise InputError(f"output {self.folder} cannot be written (no right to write in {parent}); give another")
+        self.model = model
+        self._check_model()
+
+    def _check_model(self) -> None:
+        record = self._record
+        name = str(record.get("name"))
+        known = {record.get("asked"), name, name.partition("@")[0]}
+        if record and self.model not in known | {"auto"}:
+            raise InputError(
+                f"output {self.folder} holds a study of {record['name']}, not of {self.model}; give another output "
+                "folder, or remove this one"
+            )
+        model.check(self.model)
+
+    @property
+    def _record(self) -> dict[str, Any]:
+        path = self.folder / "study.json"
+        if not path.exists():
+            return {}
+        try:
+            return dict(json.loads(unchecked(path.read_bytes())))
+        except ValueError as error:
+            raise InputError(
+                f"{path} was changed since it was written; remove it (what is measured stays) or give another output"
+            ) from error
+
+    @cached_property
+    def device(self) -> device.Device:
+        """The device everything is measured on."""
+        return device.detect()
+
+    @cached_property
+    def source(self) -> Source:
+        """The model as released; fetched on first use and then remembered in study.json."""
+        record = self._record
+        if record and Path(record["path"]).is_dir() and model.stamp(Path(record["path"])) == record.get("stamp"):
+            return Source(**{name: record[name] for name in Source.__slots__})
+        source = model.resolve(record.get("name", self.model), self.device.kind)
+        if record.get("fingerprint", source.fingerprint) != source.fingerprint:
+            raise InputError(
+                f"model {source.name} is not the one that output {self.folder} was measured with (its weights have "
+                "changed since); give another output folder"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.folder / "study.json.draft"
+        facts = {"asked": record.get("asked", self.model), **asdict(source), "stamp": model.stamp(Path(source.path))}
+        draft.write_bytes(checked({**facts, **self._context}))
+        draft.replace(self.folder / "study.json")
+        return source
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, padding on the left; every checkpoint has the same."""
+        return model.load_tokenizer(self.source.path)
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """Versions of the libraries that decide what is measured."""
+        return {"qnb": __version__, **device.versions()}
+
+    def count(self, name: str, value: Count, auto: str = "") -> int:
+        """Return a count as a number: what was given, or for ``"auto"`` what suits the device.
+
+        Raises
+        ------
+        InputError
+            `value` is neither ``"auto"`` nor a whole number of at least 1.
+        """
+        if value == "auto" and (auto or name) in (known := AUTO[self.device.kind]):
+            return known[auto or name]
+        if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
+            raise InputError(f"{name} is {value!r}; give a whole number of at least 1, or 'auto'")
+        return int(value)
+
+    # What is asked and found is not measured again.
+
+    def _key(self, stage: str, precision: Precision, asked: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """Return a row's key and fingerprint: weights, precision, parameters, versions, device."""
+        parts = {
+            "weights": self.source.fingerprint,
+            "quantization": precision.quantization,
+            "dtype": precision.dtype,
+            "device": self.device.name,
+            "versions": self.versions,
+            "asked": asked,
+        }
+        return {"stage": stage, "precision": precision.name, **more, "fingerprint": fingerprint(parts)}
+
+    def _find(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        return None if self.overwrite else self.ledger.find(**key)
+
+    @cached_property
+    def _context(self) -> dict[str, Any]:
+        """What every row says of where it comes from."""
+        return {
+            "device": self.device.name,
+            "driver": self.device.driver,
+            "bf16": self.device.bf16,
+            "versions": self.versions,
+            "seed": self.seed,
+            "command": command(),
+            "commit": commit(),
+        }
+
+    def _append(self, key: dict[str, Any], asked: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+        source = {"model": self.source.name, "picked": self.source.why, "weights": self.source.fingerprint}
+        return self.ledger.append({**key, **asked, **values, **source, **self._context})
+
+    @contextmanager
+    def _failing(self, key: dict[str, Any], asked: dict[str, Any], measured: str) -> Iterator[None]:
+        """Keep a measurement that cannot be made as failed, with its reason, say so, and go on with the others.
+
+        It is tried again when it is asked for again. Input that cannot be used and a disk that cannot be written to
+        end the stage: they would fail the others too.
+        """
+        try:
+            yield
+        except (InputError, OSError):
+            raise
+        except Exception as error:  # whatever a library raises over one model, the other precisions are measured
+            text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            reason = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {text}"
+            self._append({**key, "stage": key["stage"] + FAILED}, asked, {"reason": reason, "detail": text})
+            tqdm.write(f"{measured} could not be measured ({reason}); kept as failed, asked again the next time")
+
+    def _measured(self, frame: pd.DataFrame, stage: str) -> pd.DataFrame:
+        """Return `frame`, or raise what stood against it where nothing of a stage could be measured."""
+        failed = [row for row in self.ledger.failures() if row["stage"] == stage + FAILED]
+        if frame.empty and failed:
+            raise RuntimeError(f"nothing of stage {stage} could be measured: {failed[-1]['reason']}")
+        return frame
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Measure while no other process measures into the same folder; wait for one that does, and say so."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0.5)
+        except Timeout:
+            tqdm.write(f"another process is measuring into {self.folder}; waiting for it")
+            self._lock.acquire(poll_interval=0.5)
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _bar(self, total: int, what: str) -> tqdm:
+        return tqdm(total=total, desc=what, unit="step", leave=False)
+
+    # Checkpoints, and models loaded from them
+
+    def checkpoint(self, precision: Precision, say: bool = False) -> Path:
+        """Return the folder of a precision's checkpoint, made now if it is not there."""
+        folder = self.folder / "checkpoints" / precision.name
+        key = self._key("quantize", precision, {})
+        row = self.ledger.find(**key)
+        there = row is not None and folder.exists()
+        wrong = self._damage(folder, row) if row is not None and there else ""
+        renew = self.overwrite and precision.name not in self._made
+        if there and not wrong and not renew:
+            return folder
+        self._made.add(precision.name)
+        if wrong:
+            tqdm.write(f"{precision.name}: {wrong} in {folder} is not as it was saved, making the checkpoint again")
+        elif say and not folder.exists():
+            tqdm.write(f"{precision.name}: no checkpoint in {folder.parent} yet, making it")
+        made = model.convert(self.source, precision, folder, self.device.kind)
+        manifest = model.file_sha256(folder / "manifest.json")
+        values = {**asdict(made), "weights_mib": made.weights_mib, "bits": precision.bits, "manifest_sha256": manifest}
+        self._append(key, {}, {name: value for name, value in values.items() if name != "precision"})
+        return folder
+
+    def _damage(self, folder: Path, row: dict[str, Any]) -> str:
+        """Return the first file of a checkpoint that is not as its row and manifest say; its bytes are read once."""
+        stamp = model.stamp(folder)
+        if self._sound.get(folder) != stamp:
+            try:
+                sealed = model.file_sha256(folder / "manifest.json") == row["manifest_sha256"]
+            except OSError:
+                sealed = False
+            if wrong := model.damage(folder) if sealed else "manifest.json":
+                return wrong
+            self._sound[folder] = stamp
+        return ""
+
+    def on(self, precision: Precision, measure: Callable[[PreTrainedModel, float], Result]) -> Result:
+        """Load a precision's checkpoint, measure it, and give its memory back.
+
+        `measure` is called with the model, and the memory in MiB in use before it was loaded. It must not keep the
+        model: the next precision needs the room.
+        """
+        folder = self.checkpoint(precision, say=True)
+        model.release()
+        baseline_mib = sensor(self.device.kind).sample().get("memory_mib", 0.0)
+        network = model.load(folder, precision, self.device.kind)
+        try:
+            return measure(network, baseline_mib)
+        finally:
+            del network
+            model.release()
+
+    def _settle(self, precision: Precision) -> None:
+        """Once, load a model for nothing: what the libraries allocate at their first use is no precision's memory."""
+        if self._settled or self.device.kind != "cpu":
+            return
+        from qnb.decode import Eager
+
+        self._settled = True
+        network = model.load(self.checkpoint(precision, say=True), precision, self.device.kind)
+        with model.quiet():
+            Eager(network).generate([[1, 2, 3, 4]], 2)
+
+    # What was measured
+
+    def frame(self, stage: str, setting: str = "") -> pd.DataFrame:
+        """Return the newest rows of a stage for this study's precisions, in their order."""
+        rows = self.ledger.frame(stage)
+        if rows.empty:
+            return rows
+        if setting:
+            rows = rows[rows.setting == setting]
+        if setting or stage == "sweep":
+            newest = rows.groupby(["precision", "engine"]).fingerprint.transform("last")
+            rows = rows[rows.fingerprint == newest]  # repeats of another workload are another measurement
+        order = {precision.name: place for place, precision in enumerate(self.precisions)}
+        rows = rows[rows.precision.isin(order)]
+        rows = rows.sort_values("precision", key=lambda names: names.map(order), kind="stable")
+        return rows.dropna(axis="columns", how="all").reset_index(drop=True)
+
+    def _prompts(self, source: str) -> str:
+        if source == "auto":
+            return "wikitext" if self.device.kind == "cuda" or self.data_dir else "sample"
+        return source
+
+    def _write(self, path: Path, frame: pd.DataFrame) -> str:
+        """Write a file, whole or not at all, and return its sha256."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".draft")
+        frame.to_parquet(draft)
+        draft.replace(path)
+        return model.file_sha256(path)
+
+    def build(self, name: str) -> pd.DataFrame:
+        """Make a table from the ledger's rows without keeping it; `name` is its file's."""
+        return self._makers()[name]()
+
+    def _makers(self) -> dict[str, Callable[[], pd.DataFrame]]:
+        """Return what makes each table."""
+        return {}
+
+    def _save(self, name: str) -> pd.DataFrame:
+        """Build a table and keep it, with the precisions it was built for."""
+        frame = self.build(name)
+        if not frame.empty:
+            folder = self.folder / "tables"
+            folder.mkdir(parents=True, exist_ok=True)
+            frame.to_csv(folder / f"{name}.csv", index=False)
+            made = {"precisions": [precision.name for precision in self.precisions]}
+            (folder / f".{name}.json").write_bytes(checked(made))
+            (folder / f"{name}.md").write_text(table.markdown(frame), encoding="utf-8")
+        return frame
