@@ -41,10 +41,16 @@ def detect() -> Device:
             )
     import psutil
 
-    flags = _cpu_field("flags").split()
-    native = bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+    native = "bfloat16" in cpu_types()
     name = f"{_cpu_field('model name') or platform.machine()}, {os.cpu_count()} cores"
     return Device("cpu", name, psutil.virtual_memory().total / MIB, "native" if native else "emulated", "")
+
+
+def cpu_types() -> set[str]:
+    """Return the 16-bit types that the CPU has units for."""
+    flags = set(_cpu_field("flags").split())
+    units = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}, "float16": {"avx512_fp16", "amx_fp16"}}
+    return {name for name, known in units.items() if known & flags}
 
 
 def _cpu_field(name: str) -> str:

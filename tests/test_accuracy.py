@@ -241,3 +241,20 @@ def test_what_cannot_be_asked_here_is_refused(kind, monkeypatch):
 def test_a_budget_that_is_none_is_refused(minutes, tmp_path):
     with pytest.raises(InputError, match="minutes"):
         Study("smollm2-135m", "bf16", tmp_path).accuracy("sample_easy", minutes=minutes)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_products_without_units_are_formed_wide_and_rounded_once(dtype, monkeypatch):
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(size, generator=draw).to(getattr(torch, dtype)) for size in ((16, 64), (32, 64)))
+    exact = (rows.double() @ weight.double().T).to(rows.dtype)
+    monkeypatch.setattr(accuracy, "cpu_types", lambda: set())
+    with accuracy.wide_products("cpu"):
+        found = torch.nn.functional.linear(rows, weight)
+    assert found.dtype == rows.dtype and (found != exact).float().mean() < 0.01  # a sum in float32 turns a near tie
+    native = torch.nn.functional.linear
+    monkeypatch.setattr(accuracy, "cpu_types", lambda: {dtype})
+    with accuracy.wide_products("cpu"):
+        assert torch.equal(torch.nn.functional.linear(rows, weight), native(rows, weight))
