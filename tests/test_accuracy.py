@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from qnb import Study, accuracy, model, study, table
+from qnb import Study, accuracy, asking, model, table
 from qnb.accuracy import Evaluator, Result, Score
 from qnb.error import InputError
 from qnb.precision import PRECISIONS
@@ -133,7 +133,7 @@ def test_groups_weigh_their_items_as_lm_eval_weighs_them(hub, monkeypatch):
 def paced(source, tmp_path, monkeypatch):
     """Returns a function that makes a study whose models take so many seconds an item, by a clock that is moved."""
     now = [0.0]
-    monkeypatch.setattr(study, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(asking, "perf_counter", lambda: now[0])
 
     def make(**seconds):
         made, loaded = Study("smollm2-135m", list(seconds), tmp_path), []
