@@ -133,6 +133,7 @@ class Ledger:
     def _forget(self) -> None:
         self._newest: dict[tuple[bytes, ...], Line] = {}
         self._by_fingerprint: dict[bytes, list[Line]] = {}
+        self._frames: dict[str, pd.DataFrame] = {}  # by stage, as long as no row is added
         self._end = self._lines = 0  # bytes and lines read
         self.damaged: list[str] = []  # a text for each line that is no row
 
@@ -161,6 +162,7 @@ class Ledger:
     def _add(self, line: Line) -> None:
         self._newest.pop(line.key, None)  # so that keys stand in the order in which they were last asked
         self._newest[line.key] = line
+        self._frames.clear()
         self._by_fingerprint.setdefault(line.fingerprint, []).append(line)
 
     def append(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,8 +225,10 @@ class Ledger:
     def frame(self, stage: str) -> pd.DataFrame:
         """Return the newest rows of one stage, a column a field; empty if nothing was measured."""
         self.refresh()
-        wanted = json.dumps(stage).encode()
-        return pd.DataFrame([line.row for line in self._newest.values() if line.key[0] == wanted])
+        if stage not in self._frames:
+            wanted = json.dumps(stage).encode()
+            self._frames[stage] = pd.DataFrame([line.row for line in self._newest.values() if line.key[0] == wanted])
+        return self._frames[stage].copy(deep=False)
 
     def failures(self) -> list[dict[str, Any]]:
         """Return the rows that say what could not be measured and was not measured since."""

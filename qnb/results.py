@@ -74,12 +74,12 @@ def medians(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def readings(folder: Path, rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return the monitor's readings during the first pass of each row that has any, one below the other."""
+    """Return the monitor's readings during each row that has any, one below the other."""
     parts = []
     for row in rows:
         name = row.get("samples")
         path = folder / "samples" / Path(name).name if isinstance(name, str) and name else None
-        if path and path.exists() and not row.get("repeat"):
+        if path and path.exists():
             about = {key: row[key] for key in ("setting", "precision", "engine")}
             parts.append(pd.read_parquet(path).assign(**about))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
