@@ -34,6 +34,7 @@ AT_ZERO = """() => [...document.querySelectorAll('.js-plotly-plot')].some(
   one => one.layout.shapes?.length === 2 && one.layout.shapes[0].x0 === 0)"""
 DRAWN = """() => [...document.querySelectorAll('.js-plotly-plot')].filter(
   one => one.querySelector('.cartesianlayer path, .cartesianlayer image')).length === 16"""
+BEGUN = "() => /\\[[*1]\\]/.test(document.querySelector('.jp-CodeCell .jp-InputPrompt')?.textContent)"
 SECOND = 1000  # milliseconds
 
 
@@ -125,14 +126,21 @@ def run_all(page, address, notebook):
     page.goto(f"{address}/lab/tree/{notebook}.ipynb?reset")
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60 * SECOND)
     page.wait_for_function(IDLE, timeout=60 * SECOND)
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    for _ in range(5):  # a click that comes before the kernel is connected is lost
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        with contextlib.suppress(playwright.TimeoutError):
+            page.wait_for_function(BEGUN, timeout=10 * SECOND)
+            return
+    pytest.fail("no cell began to run")
 
 
 @pytest.fixture
 def page(browser):
     context = browser.new_context(viewport={"width": 1280, "height": 1000})
-    yield context.new_page()
+    page = context.new_page()
+    yield page
+    keep(page, "last")  # where a failure left it
     context.close()
 
 
