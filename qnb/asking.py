@@ -106,7 +106,9 @@ class Asking(Workbench):
             for precision in self.precisions:
                 todo = [task for task in evaluator.tasks if (precision.name, task) not in rows]
 
-                def answer(network: PreTrainedModel, _: float, name: str = precision.name, todo: list = todo) -> None:
+                def answer(
+                    network: PreTrainedModel, _: float | None, name: str = precision.name, todo: list = todo
+                ) -> None:
                     for task in todo:
                         bar.set_postfix_str(f"{name} {task}")
                         key, started = keys[name, task], perf_counter()
@@ -194,7 +196,9 @@ class Asking(Workbench):
                 keys = {name: self._key("drift", precision, asked, engine=name, task=task) for name in SCORERS}
                 missing = [name for name, key in keys.items() if not self._find(key)]
 
-                def compare(network: PreTrainedModel, _: float, missing: list = missing, keys: dict = keys) -> None:
+                def compare(
+                    network: PreTrainedModel, _: float | None, missing: list = missing, keys: dict = keys
+                ) -> None:
                     for name in missing:
                         found = [
                             each.evaluate(network, self.tokenizer, task).items
@@ -253,7 +257,7 @@ class Asking(Workbench):
         return {"samples": name, "samples_sha256": sha256, "disk_mib": (self.folder / name).stat().st_size / MIB}
 
     def _distances(
-        self, precision: Precision, ids: list[int], context: int, network: PreTrainedModel, _: float
+        self, precision: Precision, ids: list[int], context: int, network: PreTrainedModel, _: float | None
     ) -> pd.DataFrame:
         """Compare a loaded precision with BF16, loaded beside it."""
         base = PRECISIONS[BASELINE]

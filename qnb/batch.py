@@ -102,7 +102,9 @@ def largest(
     Raises
     ------
     InputError
-        `cap` is below 1, or not even one row fits.
+        `cap` is below 1.
+    MemoryError
+        Not even one row fits.
     """
     if cap < 1:
         raise InputError(f"the largest batch to try is {cap}; give at least 1")
@@ -111,7 +113,7 @@ def largest(
     if not probes[0].fits:
         took = probes[0].memory_mib
         needs = f"takes {took:,.0f} MiB" if took is not None else "takes more than there is"
-        raise InputError(
+        raise MemoryError(
             f"one request {'did not run: ' + DIED if probes[0].ended == DIED else needs} where {limit_mib:,.0f} MiB "
             "are allowed; shorten the prompts, ask for fewer new tokens, or raise the limit"
         )

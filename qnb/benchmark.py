@@ -114,7 +114,8 @@ class Run:
     @property
     def memory_mib(self) -> float | None:
         """Peak memory: the torch allocator's on a GPU, where it was read; on a CPU the process's growth."""
-        return self.usage.peak_memory_mib if self.usage.source == "process" else self.peak_allocated_mib
+        on_gpu = self.peak_allocated_mib is not None or self.usage.source != "process"
+        return self.peak_allocated_mib if on_gpu else self.usage.peak_memory_mib
 
     @property
     def ttft_s(self) -> float | None:
@@ -249,7 +250,7 @@ def run(
     workload: Workload,
     batch_size: int = 1,
     engine: str = "eager",
-    baseline_mib: float = 0.0,
+    baseline_mib: float | None = 0.0,
     period_s: float = 0.1,
     limits: Limits | None = None,
     passes: Sequence[str] = ("memory", "trace", "agreement"),
@@ -422,8 +423,9 @@ def measure_limits(device: torch.device | str) -> Limits:
         sense, read = sensor(device), []
         for _ in range(10):
             sleep(IDLE_S / 10)
-            read.append(sense.sample().get("power_w"))
-        idle_power_w = None if None in read else median(power for power in read if power is not None)
+            with suppress(OSError):  # a sensor that answers no more costs its own number alone
+                read.append(sense.sample().get("power_w"))
+        idle_power_w = median(power for power in read if power is not None) if any(read) else None
     source = torch.ones(copied_mib * MIB, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copy_s = _fastest_s(partial(target.copy_, source), device)
@@ -474,7 +476,7 @@ def largest_batch(
     limit_mib: float,
     cap: int,
     engine: str = "eager",
-    baseline_mib: float = 0.0,
+    baseline_mib: float | None = 0.0,
 ) -> Largest:
     """Find the largest batch of the workload's longest prompt, with all its new tokens, that fits.
 
@@ -484,7 +486,7 @@ def largest_batch(
 
     Raises
     ------
-    InputError
+    MemoryError
         Not even one request fits.
     """
     return largest(trial(model, workload, limit_mib, engine, baseline_mib), limit_mib, cap)
@@ -505,8 +507,10 @@ def largest_batch_apart(
 
     Raises
     ------
+    MemoryError
+        Not even one request fits.
     InputError
-        Not even one request fits, or the model cannot be loaded.
+        The model cannot be loaded.
     """
     longest = Workload((workload.longest,), workload.new_tokens, workload.source)
     with Apart(trial_of, folder, precision, device, longest, limit_mib, engine) as try_batch:
@@ -539,7 +543,11 @@ def trial_of(
 
 
 def trial(
-    model: PreTrainedModel, workload: Workload, limit_mib: float, engine: str = "eager", baseline_mib: float = 0.0
+    model: PreTrainedModel,
+    workload: Workload,
+    limit_mib: float,
+    engine: str = "eager",
+    baseline_mib: float | None = 0.0,
 ) -> Callable[[int], Probe]:
     """Return what tries a batch of the workload's longest prompt, and leaves memory as it found it.
 

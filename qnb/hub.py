@@ -179,32 +179,38 @@ def check_push(repository: str, dry_run: bool = True) -> None:
         raise InputError(f"pushing to {repository!r} needs a hub token with write access; set HF_TOKEN")
 
 
-def push(folder: Path, repository: str, private: bool = True, dry_run: bool = True) -> Push:
-    """Upload every file in a checkpoint's folder to the hub; again, only what is missing there.
+def push(folder: Path, repository: str, private: bool = True, dry_run: bool = True, card: str = "") -> Push:
+    """Upload every file in a checkpoint's folder to the hub in one commit; again, only what is missing there.
 
     Parameters
     ----------
     folder
-        The checkpoint, with its model card where it has one.
+        The checkpoint.
     repository
         ``you/model``, or ``model`` for the token's owner; made if it is not there.
     private
         Whether only its owner sees the repository. One that is public already is refused then.
     dry_run
         Only say what would be uploaded, which needs neither token nor network.
+    card
+        The repository's README.md; empty where it gets none.
 
     Raises
     ------
     InputError
         No token, no right to write, a public repository where a private one was asked for, or no network.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HTTPError
 
     check_push(repository, dry_run)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = tuple(path.relative_to(folder).as_posix() for path in paths)
-    total_mib = sum(path.stat().st_size for path in paths) / MIB
+    contents: dict[str, Path | bytes] = {
+        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    if card:
+        contents["README.md"] = card.encode()
+    size = sum(len(content) if isinstance(content, bytes) else content.stat().st_size for content in contents.values())
+    files, total_mib = tuple(contents), size / MIB
     if dry_run:
         return Push(repository, private, files, total_mib)
     with _patient():
@@ -213,7 +219,8 @@ def push(folder: Path, repository: str, private: bool = True, dry_run: bool = Tr
             repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
             open_to_all = private and not api.model_info(repository, timeout=ANSWER_S).private
             if not open_to_all:
-                done = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Add {folder.name}")
+                added = [CommitOperationAdd(name, content) for name, content in contents.items()]
+                done = api.create_commit(repository, added, commit_message=f"Add {folder.name}")
         except (HTTPError, OSError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"pushing to {repository!r} failed: {_why(error)}; files that arrived whole are not sent again"

@@ -174,7 +174,7 @@ class Ledger:
             It cannot be written; nothing of it stays.
         """
         stamp = datetime.now(UTC).isoformat(timespec="seconds")
-        line = seal({**dict.fromkeys((*KEY, "fingerprint"), ""), "measured_at": stamp, **row})
+        line = seal({"measured_at": stamp, **row})
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path.touch()
         with self.path.open("r+b", buffering=0) as file, _alone(file):  # a buffer would be written again when closed
@@ -198,14 +198,21 @@ class Ledger:
     def find(self, fingerprint: str, **wanted: Any) -> dict[str, Any] | None:
         """Return the newest row with this fingerprint whose other fields equal those given; None if there is none.
 
-        A row that answers but is not the newest of its key is appended again, so that what was asked last is what
-        is shown.
+        A row that answers but is not the newest of its key, or was followed by a failure, is appended again, so that
+        what was asked last is what is shown.
         """
         self.refresh()
         for line in reversed(self._by_fingerprint.get(json.dumps(fingerprint).encode(), [])):
             if all(line.row.get(name) == value for name, value in wanted.items()):
-                return line.row if line is self._newest[line.key] else self.append(line.row)
+                shown = line is self._newest[line.key] and not self._failed_since(line)
+                return line.row if shown else self.append(line.row)
         return None
+
+    def _failed_since(self, line: Line) -> bool:
+        """Return whether a failure of the same key stands after a row."""
+        failed = (json.dumps(line.stage + FAILED).encode(), *line.key[1:])
+        return failed in self._newest and next(
+            key for key in reversed(self._newest) if key in (failed, line.key)) == failed  # fmt: skip
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Iterate over the newest row of each key, in the order in which these were appended."""

@@ -88,7 +88,7 @@ class Window:
     """
 
     def __init__(
-        self, sample: Callable[[], Sample], source: str, period_s: float = 0.1, baseline_mib: float = 0.0
+        self, sample: Callable[[], Sample], source: str, period_s: float = 0.1, baseline_mib: float | None = 0.0
     ) -> None:
         self._sample, self._source, self._period_s = sample, source, period_s
         self._baseline_mib = baseline_mib
@@ -133,7 +133,8 @@ class Window:
 
         # the first reading of a rate looks back to before the window
         rates = [reading["utilization_pct"] for reading in self.readings[1:] if "utilization_pct" in reading]
-        memory = [value - self._baseline_mib for value in column("memory_mib")]
+        base_mib = self._baseline_mib  # unknown: nothing can be said of what is above it
+        memory = [] if base_mib is None else [value - base_mib for value in column("memory_mib")]
         energy_j, energy_s = self._energy()
         return Usage(
             source=self._source,

@@ -64,7 +64,9 @@ class Study(Asking, Timing):
         return self._measured(self.frame("quantize"), "quantize")
 
     def push(self, push_to: str, private: bool = True, dry_run: bool = True) -> pd.DataFrame:
-        """Upload every precision's checkpoint to the hub, or show what would be; return a row each, kept in push.csv.
+        """Upload every precision's checkpoint and model card to the hub, or show what would be; return a row each.
+
+        The rows are kept in push.csv.
 
         Parameters
         ----------
@@ -80,6 +82,8 @@ class Study(Asking, Timing):
         InputError
             The model cannot be had, or the push is refused.
         """
+        from qnb import modelcard
+
         rows = []
         columns = ["precision", *hub.Push.__slots__]
         if not push_to:
@@ -88,9 +92,10 @@ class Study(Asking, Timing):
         with self._alone(), self._bar(len(self.precisions), "push") as bar:
             for precision in self.precisions:
                 bar.set_postfix_str(precision.name)
-                with self._failing(self._key("quantize", precision, {}), {}, f"{precision.name}'s checkpoint"):
-                    sent = hub.push(self.checkpoint(precision), f"{push_to}-{precision.name}", private, dry_run)
-                    rows.append({"precision": precision.name, **asdict(sent), "files": " ".join(sent.files)})
+                folder = self.checkpoint(precision)
+                card = modelcard.card(self.results(), precision)
+                sent = hub.push(folder, f"{push_to}-{precision.name}", private, dry_run, card)
+                rows.append({"precision": precision.name, **asdict(sent), "files": " ".join(sent.files)})
                 bar.update()
         frame = pd.DataFrame(rows, columns=columns)
         frame.to_csv(self.folder / "push.csv", index=False)
@@ -112,7 +117,7 @@ class Study(Asking, Timing):
         if not ids:
             raise InputError("the prompt is empty; give some words to go on from")
 
-        def generate(network: PreTrainedModel, _: float) -> list[int]:
+        def generate(network: PreTrainedModel, _: float | None) -> list[int]:
             with model.quiet():
                 return Eager(network).generate([ids], new_tokens)[0].tolist()  # (N,)
 

@@ -185,7 +185,7 @@ class Timing(Workbench):
 
         engine, limit_mib, cap = key["engine"], wanted["memory_limit_mib"], wanted["cap"]
 
-        def measure(network: PreTrainedModel, base_mib: float) -> dict[str, Any] | None:
+        def measure(network: PreTrainedModel, base_mib: float | None) -> dict[str, Any] | None:
             if absent(engine, self.device.kind, network):
                 return None
             return asdict(largest_batch(network, workload, limit_mib, cap, engine, base_mib))
@@ -239,7 +239,7 @@ class Timing(Workbench):
         workload: Workload,
         asked: dict[str, Any],
         network: PreTrainedModel,
-        base_mib: float,
+        base_mib: float | None,
     ) -> None:
         """Time a batch of each key's size with a loaded precision, and keep the rows."""
         full: set[str] = set()
@@ -294,7 +294,7 @@ class Timing(Workbench):
             key = self._key("perf", precision, found[1], engine=engine, setting=asked.setting, repeat=repeat)
             return *found, key
 
-        def fit(engine: str, network: PreTrainedModel, base_mib: float) -> dict[str, Any]:
+        def fit(engine: str, network: PreTrainedModel, base_mib: float | None) -> dict[str, Any]:
             passes = () if repeat else ("memory", "trace", "agreement")
             while True:
                 batch_size, wanted, key = sized(engine)
@@ -308,7 +308,7 @@ class Timing(Workbench):
             stopped = asked.stopped(repeat, [row["batch_s"] for row in before[engine]], values)
             return self._append(key, wanted, {**values, "order": next(order), "stopped": stopped})
 
-        def measure(network: PreTrainedModel, base_mib: float) -> None:
+        def measure(network: PreTrainedModel, base_mib: float | None) -> None:
             for engine in missing:
                 _, wanted, key = sized(engine)
                 with self._failing(key, wanted, f"{precision.name} with engine {engine}"):
@@ -328,7 +328,7 @@ class Timing(Workbench):
     def _time(
         self,
         network: PreTrainedModel,
-        base_mib: float,
+        base_mib: float | None,
         key: dict[str, Any],
         workload: Workload,
         batch_size: int,

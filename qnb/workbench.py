@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from qnb import __version__, colab, device, model, table
 from qnb.batch import is_out_of_memory
 from qnb.error import InputError
+from qnb.hub import scrub
 from qnb.ledger import FAILED, Ledger, checked, fingerprint, unchecked
 from qnb.model import Source
 from qnb.monitor import sensor
@@ -112,6 +113,8 @@ class Workbench:
         if self.data_dir and not self.data_dir.is_dir():
             raise InputError(f"data_dir {data_dir} is not a folder; give one laid out like the hub, or leave it empty")
         self.ledger = Ledger(self.folder)
+        for damage in self.ledger.damaged:
+            tqdm.write(f"{damage}; it is passed over, and measured again where it is asked for")
         parent = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         if not os.access(parent, os.W_OK):
             raise InputError(f"output {self.folder} cannot be written (no right to write in {parent}); give another")
@@ -158,12 +161,21 @@ class Workbench:
                 f"model {source.name} is not the one that output {self.folder} was measured with (its weights have "
                 "changed since); give another output folder"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.folder / "study.json.draft"
         facts = {"asked": record.get("asked", self.model), **asdict(source), "stamp": model.stamp(Path(source.path))}
-        draft.write_bytes(checked({**facts, **self._context}))
-        draft.replace(self.folder / "study.json")
+        asked = {"precisions": [precision.name for precision in self.precisions], "data_dir": str(self.data_dir or "")}
+        self._replace("study.json", checked({**facts, **asked, **self._context}))
         return source
+
+    def _replace(self, name: str, content: bytes) -> None:
+        """Write a file below the study's folder, whole or not at all."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -185,9 +197,12 @@ class Workbench:
         """
         if value == "auto" and (auto or name) in (known := AUTO[self.device.kind]):
             return known[auto or name]
-        if isinstance(value, bool) or not str(value).isdecimal() or int(value) < 1:
-            raise InputError(f"{name} is {value!r}; give a whole number of at least 1, or 'auto'")
-        return int(value)
+        try:
+            if not isinstance(value, bool) and str(value).isdecimal() and int(value) >= 1:
+                return int(value)
+        except ValueError:  # thousands of digits
+            value = "a number of thousands of digits"
+        raise InputError(f"{name} is {value!r}; give a whole number of at least 1, or 'auto'")
 
     # What is asked and found is not measured again.
 
@@ -235,7 +250,7 @@ class Workbench:
         except (InputError, OSError):
             raise
         except Exception as error:  # whatever a library raises over one model, the other precisions are measured
-            text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            text = scrub(str(error)) or type(error).__name__
             reason = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {text}"
             self._append({**key, "stage": key["stage"] + FAILED}, asked, {"reason": reason, "detail": text})
             tqdm.write(f"{measured} could not be measured ({reason}); kept as failed, asked again the next time")
@@ -300,15 +315,17 @@ class Workbench:
             self._sound[folder] = stamp
         return ""
 
-    def on(self, precision: Precision, measure: Callable[[PreTrainedModel, float], Result]) -> Result:
+    def on(self, precision: Precision, measure: Callable[[PreTrainedModel, float | None], Result]) -> Result:
         """Load a precision's checkpoint, measure it, and give its memory back.
 
-        `measure` is called with the model, and the memory in MiB in use before it was loaded. It must not keep the
-        model: the next precision needs the room.
+        `measure` is called with the model, and the memory in MiB in use before it was loaded, None where that could
+        not be read. It must not keep the model: the next precision needs the room.
         """
         folder = self.checkpoint(precision, say=True)
         model.release()
-        baseline_mib = sensor(self.device.kind).sample().get("memory_mib", 0.0)
+        baseline_mib = None
+        with suppress(OSError):  # a sensor that answers no more costs its own numbers alone
+            baseline_mib = sensor(self.device.kind).sample().get("memory_mib")
         network = model.load(folder, precision, self.device.kind)
         try:
             return measure(network, baseline_mib)
@@ -369,10 +386,8 @@ class Workbench:
         """Build a table and keep it, with the precisions it was built for."""
         frame = self.build(name)
         if not frame.empty:
-            folder = self.folder / "tables"
-            folder.mkdir(parents=True, exist_ok=True)
-            frame.to_csv(folder / f"{name}.csv", index=False)
+            self._replace(f"tables/{name}.csv", frame.to_csv(index=False).encode())
             made = {"precisions": [precision.name for precision in self.precisions]}
-            (folder / f".{name}.json").write_bytes(checked(made))
-            (folder / f"{name}.md").write_text(table.markdown(frame), encoding="utf-8")
+            self._replace(f"tables/.{name}.json", checked(made))
+            self._replace(f"tables/{name}.md", table.markdown(frame).encode())
         return frame
