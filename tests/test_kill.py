@@ -18,7 +18,7 @@ from qnb.provenance import ROOT
 
 # what a clock or a sensor read; everything else of a row is the same in every run
 MEASURED = re.compile(
-    r"seconds_.*|.*_(s|mib|rps|tps|pct|w|mhz|j)|monitor_.*|measured_at|command|probes|samples.*|stopped|flags"
+    r"seconds_.*|.*_(s|mib|rps|tps|pct|w|mhz|j)|monitor_.*|measured_at|command|probes|(token_)?samples.*|stopped|flags"
 )
 EXACT = ("accuracy", "divergence", "drift")  # stages in which nothing that counts is read off a clock
 
