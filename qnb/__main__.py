@@ -12,7 +12,7 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -91,7 +91,12 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+    return f"{type(error).__name__}: {hub.scrub(' '.join(str(error).split()))}".rstrip(": ")
+
+
+def _failure(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what tells one failure from another, and from the same at another time."""
+    return (*(row[name] for name in KEY), row["measured_at"])
 
 
 def chosen(only: str) -> list[str]:
@@ -195,6 +200,7 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
         ) from None
     except OSError as error:
         raise InputError(f"output {study.folder} cannot be written ({error.strerror}); give another") from error
+    before = set(map(_failure, study.ledger.failures()))  # of measurements that this run may not ask for
     os.environ[COMMAND] = shlex.join(["python", "-m", "qnb", *sys.argv[1:]])
     with alone, _progress(study, len(names)) as bar:
         for name in names:
@@ -218,7 +224,7 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
     print("\n".join(_results(study)))
     if "01_quantize" in names and values.get("push_to") and values.get("dry_run", True):
         print(f"nothing was uploaded: {study.folder / 'push.csv'} says what would be, -p dry_run false does it")
-    failures = study.ledger.failures()
+    failures = [row for row in study.ledger.failures() if _failure(row) not in before]
     for row in failures:
         what = " ".join(str(row[name]) for name in KEY if row[name] != "").replace(FAILED, "")
         print(f"qnb: {what} could not be measured: {row['reason']}", file=sys.stderr)
@@ -234,8 +240,7 @@ def _progress(study: Study, total: int) -> Iterator[Any]:
 
     def watch() -> None:
         while not stop.wait(1):
-            rows = study.ledger.path.read_bytes().count(b"\n") if study.ledger.path.exists() else 0
-            bar.set_postfix_str(f"{rows} rows")
+            bar.set_postfix_str(f"{len(study.ledger)} rows")
 
     with tqdm(total=total, unit="notebook", bar_format="{desc} {bar:20} {n}/{total}, {elapsed} gone{postfix}") as bar:
         watcher = threading.Thread(target=watch, daemon=True)
@@ -253,7 +258,7 @@ def _failed(place: str, kind: str, text: str, study: Study) -> int:
     if kind == InputError.__name__:
         print(f"qnb: {lines[-1]}", file=sys.stderr)
         return 2
-    why = f"{kind}: {lines[0 if kind == CellTimeoutError.__name__ else -1]}" if lines else kind
+    why = f"{kind}: {hub.scrub(lines[0 if kind == CellTimeoutError.__name__ else -1])}" if lines else kind
     print(f"qnb: {place}: {why}; what was measured is kept in {study.folder}", file=sys.stderr)
     return 1
 

@@ -23,6 +23,7 @@ import pandas as pd
 
 from qnb.device import cpu_types
 from qnb.error import InputError
+from qnb.hub import scrub
 from qnb.ledger import fingerprint
 from qnb.model import cache as cache_folder
 from qnb.model import quiet
@@ -317,12 +318,12 @@ class Evaluator:
                     raise InputError(
                         f"task {task!r} needs the split {error.args[0]!r}, which {path} in {place} does not have "
                         f"(there: {', '.join(there)}); add it, read the hub instead, or leave the task out"
-                    ) from error
-                text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+                    ) from None
+                text = scrub(str(error)) or type(error).__name__
                 raise InputError(
                     f"the data of task {task!r} could not be read from {place} ({text}); "
                     "check the network, give data_dir, or take tasks='sample'"
-                ) from error
+                ) from None  # the cause's own words may hold a signed address
             self._built[task] = loaded
         return self._built[task]
 

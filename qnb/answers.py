@@ -14,6 +14,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from qnb.ledger import checked, unchecked
+
 KEEP_S = 10.0  # what an interrupted run may lose, besides the batch it is at
 
 
@@ -34,9 +36,9 @@ class Answers:
         self._of = "" if path is None else sha256(repr(requests).encode()).hexdigest()[:16]
         self._last = monotonic()
         if path is not None and path.exists():
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # torn by a kill
-                    kept = json.loads(line)
+            for line in path.read_bytes().splitlines(keepends=True):
+                with contextlib.suppress(ValueError):  # torn by a kill, or changed since: asked again
+                    kept = json.loads(unchecked(line))
                     if kept["of"] == self._of:
                         self.known |= zip(kept["places"], kept["answers"], strict=True)
 
@@ -50,8 +52,8 @@ class Answers:
         self.known |= found
         if self.path is None or not found:
             return
-        line = json.dumps({"of": self._of, "places": list(found), "answers": list(found.values())})
+        line = checked({"of": self._of, "places": list(found), "answers": list(found.values())})
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(f"\n{line}\n")
+        with self.path.open("ab") as file:
+            file.write(b"\n" + line)
         self._last = monotonic()

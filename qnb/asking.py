@@ -72,7 +72,8 @@ class Asking(Workbench):
         most = None if every else self.count("limit", limit)
         evaluator = self._evaluator(tasks, most, self.count("batch_size", batch_size), scorer)
         if minutes:
-            self._spend(evaluator, minutes)
+            with self._alone():
+                self._spend(evaluator, minutes)
         else:
             self._evaluate(evaluator)
         return self._measured(self.scores(), "accuracy")
@@ -93,15 +94,15 @@ class Asking(Workbench):
             "scorer": evaluator.scorer,
             "batch_size": evaluator.batch_size if evaluator.scorer == "hf" else None,
         }
+        # data that cannot be read end this before a checkpoint is made; other data are another measurement
+        data = {task: evaluator.asked(task).data_sha256 for task in evaluator.tasks}
         keys = {
-            (precision.name, task): self._key("accuracy", precision, asked, task=task)
+            (precision.name, task): self._key("accuracy", precision, {**asked, "data": data[task]}, task=task)
             for precision in self.precisions
             for task in evaluator.tasks
         }
-        rows = {pair: row for pair, key in keys.items() if (row := self._scored(key))}
-        for task in {task for name, task in keys if (name, task) not in rows}:
-            evaluator.asked(task)  # data that cannot be read end this before a checkpoint is made
         with self._alone(), self._bar(len(keys), "accuracy") as bar:
+            rows = {pair: row for pair, key in keys.items() if (row := self._scored(key))}
             bar.update(len(rows))
             for precision in self.precisions:
                 todo = [task for task in evaluator.tasks if (precision.name, task) not in rows]
@@ -113,6 +114,8 @@ class Asking(Workbench):
                         bar.set_postfix_str(f"{name} {task}")
                         key, started = keys[name, task], perf_counter()
                         kept = self._items_path(key).with_suffix(".answers")
+                        if self.overwrite:
+                            kept.unlink(missing_ok=True)
                         with self._failing(key, asked, f"{name} on {task}"):
                             result = evaluator.evaluate(network, self.tokenizer, task, kept)
                             values = {
@@ -152,8 +155,8 @@ class Asking(Workbench):
         while True:
             started, limit = perf_counter(), int(plan["limit"])
             rows = self._evaluate(evaluator.limited(limit), {"minutes": minutes})
-            if plan["done"]:
-                return
+            if plan["done"] or len(rows) < len(self.precisions) * len(evaluator.tasks):
+                return  # what failed has no pace: the round is asked again the next time
             spent_s = plan["spent_s"] + max(perf_counter() - started, sum(row["evaluate_s"] for row in rows))
             overhead_s = spent_s - plan["spent_s"] - sum(row["evaluate_s"] for row in rows)
             left_s = 60 * minutes - spent_s - overhead_s
@@ -200,11 +203,12 @@ class Asking(Workbench):
                     network: PreTrainedModel, _: float | None, missing: list = missing, keys: dict = keys
                 ) -> None:
                     for name in missing:
-                        found = [
-                            each.evaluate(network, self.tokenizer, task).items
-                            for each in (usual.scored_by(name), usual.scored_by(name, alone=True))
-                        ]
-                        self._append(keys[name], asked, asdict(moved(*found)))
+                        with self._failing(keys[name], asked, f"drift by scorer {name}"):
+                            found = [
+                                each.evaluate(network, self.tokenizer, task).items
+                                for each in (usual.scored_by(name), usual.scored_by(name, alone=True))
+                            ]
+                            self._append(keys[name], asked, asdict(moved(*found)))
 
                 bar.set_postfix_str(precision.name)
                 if missing:

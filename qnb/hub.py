@@ -23,7 +23,7 @@ from qnb.error import InputError
 GATED, MIRROR = "meta-llama/Llama-3.2-1B", "unsloth/Llama-3.2-1B"
 ANSWER_S = 10  # for the first sign that there is a hub
 PATIENCE_S = 300  # the longest silence borne and pause kept to: the hub counts requests over five minutes
-FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
 BESIDE = ["original/*", "onnx/*"]  # the same weights once more
 
 
@@ -314,7 +314,7 @@ def _why(error: BaseException) -> str:
     return f"the hub answers {status}: {words}"
 
 
-def scrub(text: str) -> str:
+def scrub(text: str, most: int = 200) -> str:
     """Return the first line of a text from elsewhere, shortened, with what may be a secret in it blotted out."""
     from huggingface_hub import get_token
 
@@ -322,4 +322,4 @@ def scrub(text: str) -> str:
     if token := get_token():
         line = line.replace(token, "***")
     line = re.sub(r"hf_\w+|(?<=://)[^/\s@]+(?=@)|(?i:(?<=bearer )\S+)", "***", line)
-    return re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", line)[:200]  # an address's signature stands in its query
+    return re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", line)[:most]  # an address's signature stands in its query

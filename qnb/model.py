@@ -386,7 +386,9 @@ def load(folder: str | Path, precision: Precision | None, device: str) -> PreTra
     Raises
     ------
     InputError
-        transformers cannot load the folder, for instance because the model needs code of its own.
+        transformers cannot load the source, for instance because the model needs code of its own.
+    RuntimeError
+        It cannot convert the source to `precision`, or load a checkpoint made here.
     """
     from transformers import AutoModelForCausalLM
 
@@ -399,8 +401,10 @@ def load(folder: str | Path, precision: Precision | None, device: str) -> PreTra
         with quiet():
             return AutoModelForCausalLM.from_pretrained(str(folder), **options).eval()
     except (OSError, ValueError, KeyError) as error:
-        text = str(error).strip().splitlines()[0][:300]
-        raise InputError(f"{folder} could not be loaded as a causal language model: {text}") from error
+        text = f"{folder} could not be loaded as a causal language model: {hub.scrub(str(error))}"
+        if precision.quantized:  # the source may well load: one precision's failure
+            raise RuntimeError(text) from error
+        raise InputError(text) from error
 
 
 def _is_plain(folder: Path) -> bool:

@@ -11,16 +11,19 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from qnb.hub import scrub
+
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout the package runs from
+LONGEST = 2000  # characters of a command that are kept
 COMMAND = "QNB_COMMAND"  # the environment variable by which a run tells its notebooks what was asked
 
 
 def command() -> str:
-    """Return the command line that asked for what is measured; empty for a notebook that somebody has open."""
+    """Return the command line that asked for what is measured, secrets blotted out; empty for an open notebook."""
     if asked := os.environ.get(COMMAND):
-        return asked
+        return scrub(asked, LONGEST)
     program = Path(sys.argv[0]).name
-    return "" if program.startswith("ipykernel") else shlex.join([program, *sys.argv[1:]])
+    return "" if program.startswith("ipykernel") else scrub(shlex.join([program, *sys.argv[1:]]), LONGEST)
 
 
 @cache

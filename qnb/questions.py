@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qnb.ledger import fingerprint
+from qnb.ledger import checked, fingerprint, unchecked
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -138,18 +138,18 @@ class Questions:
         lm.encode_contexts(context for context, *_ in asked["generate_until"])
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".draft")
-        with draft.open("w") as file:
+        with draft.open("wb") as file:
             for name, question in every:
-                file.write(json.dumps(_line(name, question, lm.encoded), ensure_ascii=False) + "\n")
+                file.write(checked(_line(name, question, lm.encoded)))
         draft.replace(path)
 
     def _read(self, path: Path, lm: SharedContextLM) -> bool:
         """Take the requests and token ids from a file; return whether it holds a question a document."""
         built: dict[str, list[Question]] = {name: [] for name in self.tasks}
         try:
-            with path.open() as file:
+            with path.open("rb") as file:
                 for line in file:
-                    name, question, encoded = _question(json.loads(line))
+                    name, question, encoded = _question(json.loads(unchecked(line)))
                     built[name].append(question)
                     lm.encoded |= encoded
         except (ValueError, KeyError, TypeError):

@@ -156,6 +156,8 @@ def change(frame: pd.DataFrame, items: Callable[[dict[str, Any]], pd.DataFrame |
         for precision, row in measured.items():
             if row["limit"] != base["limit"]:
                 note = f"not compared: limit {row['limit']}, {BASELINE} has {base['limit']}"
+            elif row.get("data_sha256") != base.get("data_sha256"):
+                note = f"not compared: its questions are others than {BASELINE}'s"
             elif before is None or (now := items(row)) is None:
                 note = "not compared: the items' file is gone or was changed"
             elif len(both := _pairs(before, now)) != len(_correct(before)):

@@ -83,7 +83,8 @@ class Timing(Workbench):
 
         parts = {"device": self.device.name, "versions": self.versions}
         key = {"stage": "limits", "fingerprint": fingerprint(parts)}
-        row = self._find(key) or self._append(key, {}, asdict(measure_limits(self.device.kind)))
+        with self._alone():
+            row = self._find(key) or self._append(key, {}, asdict(measure_limits(self.device.kind)))
         return Limits(**{name: row[name] for name in Limits.__slots__})
 
     def perf_bs1(self, workload: Workload, repeats: int = 1, engines: str | Iterable[str] = "auto") -> pd.DataFrame:
@@ -173,6 +174,8 @@ class Timing(Workbench):
                         row = self._find(key) or self._search(precision, key, workload, wanted)
                         searched[precision.name, engine] = row
                 bar.update()
+            if not searched:
+                self._measured(pd.DataFrame(), "batch")
             self._repeat(_Asked("maxbatch", workload, repeats, size, smaller), names, bar)
         return self._measured(self.frame("perf", "maxbatch"), "perf")
 
@@ -247,15 +250,16 @@ class Timing(Workbench):
             size = int(key["setting"])
             batch = replace(workload, prompts=tuple(islice(cycle(workload.prompts), size)))
             values: dict[str, Any] = {"note": "a smaller batch did not fit"}
-            try:
-                if key["engine"] not in full:
-                    values = self._time(network, base_mib, key, batch, size, ("memory",))
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                full.add(key["engine"])
-                values = {"note": "out of memory"}
-            self._append(key, asked, {"batch_size": size, **values})
+            with self._failing(key, asked, f"{key['precision']}'s batch of {size} with engine {key['engine']}"):
+                try:
+                    if key["engine"] not in full:
+                        values = self._time(network, base_mib, key, batch, size, ("memory",))
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    full.add(key["engine"])
+                    values = {"note": "out of memory"}
+                self._append(key, asked, {"batch_size": size, **values})
             model.release()
 
     def _engines(self, names: str | Iterable[str]) -> tuple[str, ...]:

@@ -7,18 +7,20 @@ again and compared. Figures and the report are drawn from the same tables and ar
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from qnb import model
 from qnb.asking import items_name
 from qnb.error import InputError
 from qnb.ledger import Ledger, unchecked
 from qnb.study import Study
+from qnb.table import HEADLINE, markdown
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +50,11 @@ def verify(folder: str | Path) -> Iterator[Finding]:
     yield Finding("study.json", "" if record else "missing, or changed since it was written")
     rows = list(ledger)
     yield from _files(folder, rows)
+    yield from _counts(folder, rows)
+    yield from _requests(folder)
     yield from _checkpoints(folder, rows)
     if record:
-        yield from _tables(folder, str(record["name"]))
+        yield from _tables(folder)
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -70,6 +74,36 @@ def _files(folder: Path, rows: list[dict[str, Any]]) -> Iterator[Finding]:
         yield Finding(name, "" if same else "missing, or not the file its row was made of")
 
 
+def _counts(folder: Path, rows: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Count each task's right answers again, item by item."""
+    for row in rows:
+        path = folder / items_name(row) if "items_sha256" in row else None
+        if path is None or not path.is_file():
+            continue
+        try:
+            items = pd.read_parquet(path)
+        except (OSError, ValueError) as error:
+            yield Finding(f"scores of {row['task']}, {row['precision']}", f"its items cannot be read ({error})")
+            continue
+        for score in row["scores"]:
+            right = items[(items.task == score["task"]) & (items["filter"] == score["filter"])].correct
+            if score["metric"] in HEADLINE and len(right) and not right.isna().any():
+                same = abs(right.astype(float).mean() - score["value"]) < 1e-9
+                part = f"{score['metric']} of {score['task']}, {row['precision']}"
+                yield Finding(part, "" if same else "not what its items come to")
+
+
+def _requests(folder: Path) -> Iterator[Finding]:
+    """Read what tasks ask, line by line."""
+    for path in sorted((folder / "requests").glob("*.jsonl")):
+        try:
+            for line in path.read_bytes().splitlines(keepends=True):
+                unchecked(line)
+            yield Finding(f"requests/{path.name}", "")
+        except ValueError as error:
+            yield Finding(f"requests/{path.name}", str(error))
+
+
 def _checkpoints(folder: Path, rows: list[dict[str, Any]]) -> Iterator[Finding]:
     """Read every checkpoint whole."""
     sealed = {row["precision"]: row["manifest_sha256"] for row in rows if row["stage"] == "quantize"}
@@ -80,7 +114,7 @@ def _checkpoints(folder: Path, rows: list[dict[str, Any]]) -> Iterator[Finding]:
         yield Finding(f"checkpoints/{checkpoint.name}", f"{wrong} is not as it was saved" if wrong else "")
 
 
-def _tables(folder: Path, name: str) -> Iterator[Finding]:
+def _tables(folder: Path) -> Iterator[Finding]:
     """Build every table again from the ledger's rows."""
     for path in sorted((folder / "tables").glob("*.csv")):
         part = f"tables/{path.name}"
@@ -89,7 +123,7 @@ def _tables(folder: Path, name: str) -> Iterator[Finding]:
         except (OSError, ValueError):
             yield Finding(part, "what it was built for is missing, or changed since it was written")
             continue
-        again = io.StringIO(newline="")
-        Study(name, made["precisions"], folder).build(path.stem).to_csv(again, index=False)
-        same = path.read_bytes().decode(errors="replace") == again.getvalue()
-        yield Finding(part, "" if same else "not what the ledger's rows give; build it again with 05_figures")
+        frame = Study("auto", made["precisions"], folder).build(path.stem)
+        again = {path: frame.to_csv(index=False), path.with_suffix(".md"): markdown(frame)}
+        same = all(file.is_file() and file.read_bytes() == text.encode() for file, text in again.items())
+        yield Finding(part, "" if same else "not what the ledger's rows give; run the notebook that makes it again")

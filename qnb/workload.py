@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qnb.error import InputError
+from qnb.hub import scrub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,14 +90,11 @@ def _wikitext(data_dir: str | Path | None) -> list[str]:
     try:
         return list(datasets.load_dataset(path, subset, split="test")["text"])
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        text = scrub(str(error)) or type(error).__name__
         raise InputError(
-            f"{name} ({subset}) could not be read from {data_dir or 'the hub'}: {_first_line(error)}; "
+            f"{name} ({subset}) could not be read from {data_dir or 'the hub'}: {text}; "
             "check the network, give data_dir, or take prompts='sample'"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        ) from None  # the cause's own words may hold a signed address
 
 
 def load(

@@ -68,7 +68,7 @@ def holds(try_batch, limit_mib, cap, rows=0):
     """Check what always holds: few probes, the same every time, a result that ran and is within 1 % or `rows`."""
     true = true_maximum(try_batch, cap)
     if not true:
-        with pytest.raises(InputError, match="shorten the prompts"):
+        with pytest.raises(MemoryError, match="shorten the prompts"):
             largest(try_batch, limit_mib, cap)
         return
     found = largest(try_batch, limit_mib, cap)
@@ -185,9 +185,9 @@ def test_the_cap_ends_the_search_and_is_said():
 
 
 def test_one_row_too_many_and_a_cap_of_none_are_errors_that_say_what_to_do():
-    with pytest.raises(InputError, match="takes more than there is where 550 MiB are allowed; shorten"):
+    with pytest.raises(MemoryError, match="takes more than there is where 550 MiB are allowed; shorten"):
         largest(simulated(550, lambda b: 500 + 100 * b), 550, cap=8)
-    with pytest.raises(InputError, match="takes 600 MiB where 550 MiB"):
+    with pytest.raises(MemoryError, match="takes 600 MiB where 550 MiB"):
         largest(lambda b: Probe(b, False, 600.0), 550, cap=8)
     with pytest.raises(InputError, match="at least 1"):
         largest(simulated(5, lambda b: b), 5, cap=0)

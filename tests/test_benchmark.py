@@ -59,7 +59,7 @@ def test_the_search_runs_batches_until_the_cap(network, prompts):
 
 
 def test_no_room_for_one_request_is_an_error(network, prompts):
-    with pytest.raises(InputError, match="one request takes"):
+    with pytest.raises(MemoryError, match="one request takes"):
         largest_batch(network, prompts, 1.0, 3)
 
 

@@ -163,3 +163,13 @@ def test_a_folder_removed_meanwhile_begins_anew(tmp_path):
     book.path.unlink()
     book.append({"stage": "b"})
     assert [row["stage"] for row in Ledger(tmp_path)] == ["b"]
+
+
+def test_an_older_answer_settles_a_failure_that_came_after_it(tmp_path):
+    """Measured with a, failed with b, a asked again: what is shown is a, and nothing is open."""
+    ledger = Ledger(tmp_path)
+    ledger.append(row(print_="a", x=1))
+    ledger.append({**row(print_="b"), "stage": "perf" + FAILED, "reason": "no room"})
+    assert len(ledger.failures()) == 1
+    assert ledger.find(stage="perf", precision="bf16", fingerprint="a")["x"] == 1
+    assert ledger.failures() == [] == Ledger(tmp_path).failures()

@@ -3,8 +3,10 @@
 import gc
 import time
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from qnb.monitor import NvmlSensor, ProcessSensor, Window, sensor
 
@@ -134,3 +136,21 @@ def test_nvml_counts_energy_and_this_process():
     assert usage.failures == 0 and usage.missing == {} and (usage.processes or 1) >= 1
     if "energy_j" in sense.probes:
         assert usage.energy_j == pytest.approx(usage.power_w * usage.energy_s, rel=0.5)
+
+
+def test_nvml_failing_at_start_leaves_the_process_to_be_watched(monkeypatch):
+    """A driver is there and its library does not begin: what is watched is the process, and the source says so."""
+    import pynvml
+
+    def refuse():
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", refuse)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0"))
+    assert sensor("cuda").source == "process"
+
+
+def test_memory_above_an_unknown_baseline_is_not_known():
+    with Window(lambda: {"memory_mib": 5.0}, "nvml", 0.01, None) as window:
+        pass
+    assert window.usage.memory_mib is None and window.usage.peak_memory_mib is None
