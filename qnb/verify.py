@@ -124,6 +124,8 @@ def _tables(folder: Path) -> Iterator[Finding]:
             yield Finding(part, "what it was built for is missing, or changed since it was written")
             continue
         frame = Study("auto", made["precisions"], folder).build(path.stem)
-        again = {path: frame.to_csv(index=False), path.with_suffix(".md"): markdown(frame)}
-        same = all(file.is_file() and file.read_bytes() == text.encode() for file, text in again.items())
-        yield Finding(part, "" if same else "not what the ledger's rows give; run the notebook that makes it again")
+        for file, text in ((path, frame.to_csv(index=False)), (path.with_suffix(".md"), markdown(frame))):
+            same = file.is_file() and file.read_bytes() == text.encode()
+            yield Finding(
+                f"tables/{file.name}", "" if same else "not what the ledger's rows give; run its notebook again"
+            )
