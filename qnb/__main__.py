@@ -63,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help="say what this machine can run")
     options = parser.parse_args(arguments)
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
+        for told in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(told, _interrupt)
+    _interrupted.clear()
     try:
         if options.command == "audit":
             return audit()
@@ -85,8 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+_interrupted = threading.Event()  # an exception raised in a callback may be passed over; this is not
+
+
 def _interrupt(*_: object) -> NoReturn:
     """End as Ctrl-C does: the notebook's kernel is stopped, locks are given back."""
+    _interrupted.set()
     raise KeyboardInterrupt
 
 
@@ -220,6 +226,8 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
             except (CellTimeoutError, DeadKernelError, OSError) as error:
                 bar.close()
                 return _failed(name, type(error).__name__, str(error), study)
+            if _interrupted.is_set():
+                raise KeyboardInterrupt
             bar.update()
     print("\n".join(_results(study)))
     if "01_quantize" in names and values.get("push_to") and values.get("dry_run", True):
