@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from inspect import signature
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
@@ -358,6 +359,12 @@ def forget(model: PreTrainedModel) -> None:
     _leans.pop(model, None)
 
 
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream that steps are recorded on: cuBLAS keeps a workspace for every stream that it ever saw."""
+    return torch.cuda.Stream(device)
+
+
 class Graphed:
     """One decode step recorded as a CUDA graph and replayed for every token; short prompts are read so too.
 
@@ -411,14 +418,14 @@ class Graphed:
 
     def _record(self, work: Callable[[int], torch.Tensor], rows: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """Record `work`, run before so that kernels are compiled and libraries have their workspaces."""
-        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        main, side = torch.cuda.current_stream(), _side(self._device)
         side.wait_stream(main)
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
                 work(rows)
         main.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side):
             logits = work(rows)
         return graph, logits
 

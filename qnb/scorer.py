@@ -186,15 +186,16 @@ class SharedContextLM(HFLM):
     def _rows(self, requests: list[Request]) -> list[_Row]:
         """Group requests by context."""
         contexts: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
+        longest, window = self.max_length, self._window  # asked of the configuration each time
         for place, (_, context, continuation) in enumerate(requests):
-            assert 0 < len(continuation) <= self.max_length and context
-            kept = context[max(0, len(context) + len(continuation) - self.max_length - 1) :]
+            assert 0 < len(continuation) <= longest and context
+            kept = context[max(0, len(context) + len(continuation) - longest - 1) :]
             contexts.setdefault(tuple(kept), {}).setdefault(tuple(continuation), []).append(place)
         rows: list[_Row] = []
         for kept_context, branches in contexts.items():
             row = _Row(kept_context, tuple((branch, tuple(places)) for branch, places in branches.items()))
             # a window is measured from a position, not along the row: there a continuation needs its own
-            rows += [row] if row.width <= self._window else row.alone()
+            rows += [row] if row.width <= window else row.alone()
         return rows
 
     @property
