@@ -32,8 +32,9 @@ Prompts = Sequence[Sequence[int]]
 PREFILL_TOKENS = 16384  # read at once; more no longer helps, and takes memory that rows could have
 RECORDED_TOKENS = 4096  # of prompts read by a recorded graph; more keep the GPU busy longer than launching takes
 ALIGNMENT = 16  # the cache's length is a multiple of this, as the attention kernel wants its mask
-# what torch.compile is given: shapes that vary, above all the batch, are compiled for any size once they have
-COMPILE: dict[str, Any] | None = {}
+# What torch.compile is given: products of one row become reductions that it tunes, and kernels that do not depend on
+# each other one launch. Shapes that vary, above all the batch, are compiled for any size once they have.
+COMPILE: dict[str, Any] | None = {"options": {"coordinate_descent_tuning": True, "combo_kernels": True}}
 WARM_UPS = 2  # steps run before one is recorded; there is room for them
 
 

@@ -15,7 +15,7 @@ from transformers import (
     StableLmConfig,
 )
 
-from qnb import decode, model
+from qnb import decode, model, step
 from qnb.decode import Clock, Decoder, Eager, agreement, pad
 from qnb.error import InputError
 from qnb.precision import PRECISIONS
@@ -118,12 +118,15 @@ def test_prompts_read_in_fixed_shapes_give_the_same(prompts):
     assert (torch.stack(logits, 1) - expected).abs().max() < 1e-4
 
 
-def test_compiled_the_step_is_the_same_and_built_once_for_all_layers():
+@pytest.mark.parametrize("few", [0, step.FEW_ROWS], ids=["kernel", "reductions"])
+@pytest.mark.parametrize("prompts", [ONE, THREE], ids=["one", "three, padded"])
+def test_compiled_the_step_is_the_same_and_built_once_for_all_layers(prompts, few, monkeypatch):
+    monkeypatch.setattr(step, "FEW_ROWS", few)
     network = tiny(LlamaConfig, {})
-    forced = torch.randint(0, 300, (1, 4))
+    forced = torch.randint(0, 300, (len(prompts), 4))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        logits = stepped(Decoder(network, 1, 6, 9, {}), ONE, forced)
-    assert (logits - stock(network, ONE, forced)).abs().max() < 1e-4
+        logits = stepped(Decoder(network, len(prompts), 6, 9, decode.COMPILE), prompts, forced)
+    assert (logits - stock(network, prompts, forced)).abs().max() < 1e-4
 
 
 def test_a_step_that_cannot_be_compiled_runs_uncompiled_and_says_so():
@@ -345,7 +348,7 @@ def test_a_recorded_step_is_as_near_float32_as_eager(name, source, texts):
         for place in range(8):
             decoder.token[:3] = forced[:, place]
             graph.replay()
-            logits.append(graphed.logits[3].float())
+            logits.append(graphed.logits[3].float().clone())
         ours, theirs = torch.stack(logits, 1), stock(network, texts, forced)
         parted = agreement(network, texts, Eager(network).generate(texts, 24), tokens)
     assert graphed.note == ""
