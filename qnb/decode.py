@@ -263,8 +263,8 @@ class Decoder:
             if place == len(self._caches):
                 kept = (new.new_zeros(self._rows, new.shape[1], self._length, new.shape[3]) for new in (keys, values))
                 self._caches.append((next(kept), next(kept)))
-            for cache, new in zip(self._caches[place], (keys, values), strict=True):
-                cache[first : first + rows, :, :width] = new
+            for held, new in zip(self._caches[place], (keys, values), strict=True):
+                held[first : first + rows, :, :width] = new
             return keys, values
 
         return keep
@@ -298,8 +298,8 @@ class Decoder:
         """Run the model's own forward for one token a row; returns logits, (B, V)."""
 
         def keep(place: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            for cache, new in zip(caches[place], (keys, values), strict=True):
-                cache.index_copy_(2, self._slot, new)
+            for held, new in zip(caches[place], (keys, values), strict=True):
+                held.index_copy_(2, self._slot, new)
             return caches[place]
 
         slots = torch.arange(self._length, device=token.device)

@@ -137,7 +137,9 @@ def attend(
     For torch.compile alone, which spreads each of them over the whole GPU and keeps none of the products in memory:
     for one row on an H100 this takes a third of the time of PyTorch's kernel, which gives each key head one block.
     """
-    scores = (query[:, :, :, None].float() * keys[:, :, None].float()).sum(-1) * scaling + mask  # (B, heads, groups, L)
+    scores = (query[:, :, :, None].float() * keys[:, :, None].float()).sum(
+        -1
+    ) * scaling + mask  # (B, heads, groups, L)
     shares = torch.softmax(scores, -1)
     return (shares[..., None] * values[:, :, None].float()).sum(-2).to(query.dtype)
 

@@ -15,7 +15,8 @@ from transformers import (
     StableLmConfig,
 )
 
-from qnb import decode, model, step
+from qnb import decode, model
+from qnb import step as lean
 from qnb.decode import Clock, Decoder, Eager, agreement, pad
 from qnb.error import InputError
 from qnb.precision import PRECISIONS
@@ -118,10 +119,10 @@ def test_prompts_read_in_fixed_shapes_give_the_same(prompts):
     assert (torch.stack(logits, 1) - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("few", [0, step.FEW_ROWS], ids=["kernel", "reductions"])
+@pytest.mark.parametrize("few", [0, lean.FEW_ROWS], ids=["kernel", "reductions"])
 @pytest.mark.parametrize("prompts", [ONE, THREE], ids=["one", "three, padded"])
 def test_compiled_the_step_is_the_same_and_built_once_for_all_layers(prompts, few, monkeypatch):
-    monkeypatch.setattr(step, "FEW_ROWS", few)
+    monkeypatch.setattr(lean, "FEW_ROWS", few)
     network = tiny(LlamaConfig, {})
     forced = torch.randint(0, 300, (len(prompts), 4))
     with torch._dynamo.config.patch(error_on_recompile=True):
