@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -163,11 +163,18 @@ def _hub(name: str, why: str) -> Source:
 
 def _embedded(why: str) -> Source:
     folder = cache() / f"{EMBEDDED}-bf16"
-    if damage(folder):
-        gguf = fetch_gguf()
-        with quiet(), replacing(folder) as draft:
-            _dequantize(gguf, draft)
+    _made(folder, lambda draft: _dequantize(fetch_gguf(), draft))
     return Source(EMBEDDED, why, str(folder), digest(folder))
+
+
+def _made(folder: Path, make: Callable[[Path], None]) -> None:
+    """Make a folder that is not whole; of several processes that need it one does, and the others wait for it."""
+    if damage(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{folder.name}.making"):
+            if damage(folder):
+                with quiet(), replacing(folder) as draft:
+                    make(draft)
 
 
 def fetch_gguf() -> Path:
@@ -222,9 +229,7 @@ def _dequantize(gguf: Path, folder: Path) -> None:
 
 def _shape() -> Source:
     folder = cache() / "shape-llama-3.2-1b-bf16"
-    if damage(folder):
-        with quiet(), replacing(folder) as draft:
-            _random_llama(draft)
+    _made(folder, _random_llama)
     return Source(SHAPE, "named: random weights, for speed and memory only", str(folder), digest(folder), True)
 
 
@@ -233,13 +238,15 @@ def _random_llama(folder: Path) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        LlamaForCausalLM(shape_config()).save_pretrained(folder)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device("meta"):  # drawn once, and not for a model that is then initialized a second time
+        network = LlamaForCausalLM(shape_config()).bfloat16()
+    network.to_empty(device="cpu")
+    network.tie_weights()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.normal_(0, 0.02, generator=draw) if weight.dim() > 1 else weight.fill_(1)
+    network.save_pretrained(folder)
     save_byte_tokenizer(folder)
 
 
