@@ -1,7 +1,7 @@
 """Milliseconds a token by precision and engine, with the ratio to eager and to the device's limit, taken in one run.
 
 ``python tests/bench/decode.py``: nine precisions of Llama-3.2-1B's shape at batch size 1, six minutes on an H100
-``python tests/bench/decode.py --compile none,fused,descent,combo,both,autotune --precisions fp16,nf4,int8-t0``: what
+``python tests/bench/decode.py --compile none,fused,descent,combo,default,autotune --precisions fp16,nf4,int8-t0``: what
 torch.compile is asked for, graphed alone
 ``python tests/bench/decode.py --model smollm2-135m --precisions bf16 --prompt-tokens 16 --new-tokens 4``: on a CPU
 """
@@ -22,11 +22,11 @@ from qnb.workload import load
 
 # name: what torch.compile is given for the lean step
 VARIANTS: dict[str, dict[str, Any] | None] = {
+    "default": decode.COMPILE,
     "none": None,
     "fused": {},
     "descent": {"options": {"coordinate_descent_tuning": True}},  # products of one row as reductions of our own
     "combo": {"options": {"combo_kernels": True}},  # kernels that do not depend on each other in one launch
-    "both": {"options": {"coordinate_descent_tuning": True, "combo_kernels": True}},
     "autotune": {"mode": "max-autotune-no-cudagraphs"},
 }
 COLUMNS = (
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precisions", default="all")
     parser.add_argument("--engines", default="auto")
-    parser.add_argument("--compile", default="fused", type=lambda text: text.split(","))
+    parser.add_argument("--compile", default="default", type=lambda text: text.split(","))
     parser.add_argument("--batch-sizes", default=[1], type=lambda text: [int(size) for size in text.split(",")])
     parser.add_argument("--requests", default=2, type=int, help="batches timed with eager; graphed gets four times")
     parser.add_argument("--prompt-tokens", default=128, type=int)
