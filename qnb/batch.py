@@ -10,13 +10,14 @@ the live tensors alone would fill the memory: that line is the ceiling. A probe 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, partial
 from math import inf, sqrt
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from time import perf_counter
 from typing import Any
 
@@ -105,17 +106,21 @@ def largest(
         `cap` is below 1.
     MemoryError
         Not even one row fits.
+    RuntimeError
+        One row ends its process.
     """
     if cap < 1:
         raise InputError(f"the largest batch to try is {cap}; give at least 1")
     probes = [try_batch(1)]
+    if probes[0].ended == DIED:
+        raise RuntimeError(f"one request did not run: {DIED}")
     limit_mib = min(limit_mib, probes[0].room_mib or limit_mib)
     if not probes[0].fits:
         took = probes[0].memory_mib
         needs = f"takes {took:,.0f} MiB" if took is not None else "takes more than there is"
         raise MemoryError(
-            f"one request {'did not run: ' + DIED if probes[0].ended == DIED else needs} where {limit_mib:,.0f} MiB "
-            "are allowed; shorten the prompts, ask for fewer new tokens, or raise the limit"
+            f"one request {needs} where {limit_mib:,.0f} MiB are allowed; shorten the prompts, ask for fewer new "
+            "tokens, or raise the limit"
         )
     good, bad = 1, cap + 1
     while bad - 1 - good > int(good * tolerance) and len(probes) < most_probes:
@@ -242,7 +247,16 @@ _try_here: Callable[[], Callable[[int], Probe]]  # in an `Apart`'s process alone
 def _prepare(begin: Callable[..., Callable[[int], Probe]], arguments: tuple[Any, ...]) -> None:
     """Keep what to begin with until the first batch: an error then is raised to the caller, here it would be lost."""
     global _try_here
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _try_here = cache(partial(begin, *arguments))
+
+
+def _end_with_parent() -> None:
+    """Give the device's memory back where the process that asked was killed: it can no longer say so."""
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _serve(batch_size: int) -> Probe:

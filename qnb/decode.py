@@ -36,6 +36,10 @@ COMPILE: dict[str, Any] | None = {}
 WARM_UPS = 2  # steps run before one is recorded; there is room for them
 
 
+class Absent(InputError):
+    """An engine cannot run here, or not with this model; see `absent`."""
+
+
 class Clock:
     """Notes when each new token was there, without waiting for it.
 
@@ -366,13 +370,13 @@ class Graphed:
 
     Raises
     ------
-    InputError
-        There is no GPU, or the step cannot be recorded; see `absent`.
+    Absent
+        There is no GPU, or the step cannot be recorded.
     """
 
     def __init__(self, model: PreTrainedModel, rows: int, width: int, new_tokens: int) -> None:
         if why := absent("graphed", model.device.type, model):
-            raise InputError(f"engine 'graphed' cannot run: {why}; take engine 'eager'")
+            raise Absent(f"engine 'graphed' cannot run: {why}; take engine 'eager'")
         self._device = model.device
         self._decoder = Decoder(model, rows, width, new_tokens, COMPILE)
         self._prompts: dict[int, torch.cuda.CUDAGraph] = {}  # by rows

@@ -183,19 +183,25 @@ class Timing(Workbench):
         self, precision: Precision, key: dict[str, Any], workload: Workload, wanted: dict[str, Any]
     ) -> Mapping[str, Any]:
         """Search the largest batch and return its row; where the engine cannot run there is none, and it is 1."""
-        from qnb.benchmark import largest_batch
-        from qnb.decode import absent
+        from qnb.benchmark import largest_batch, largest_batch_apart
+        from qnb.decode import Absent
 
-        engine, limit_mib, cap = key["engine"], wanted["memory_limit_mib"], wanted["cap"]
-
-        def measure(network: PreTrainedModel, base_mib: float | None) -> dict[str, Any] | None:
-            if absent(engine, self.device.kind, network):
-                return None
-            return asdict(largest_batch(network, workload, limit_mib, cap, engine, base_mib))
-
+        asked = workload, wanted["memory_limit_mib"], wanted["cap"], key["engine"]
         self._settle(precision)
-        found = self.on(precision, measure)
-        return self._append(key, wanted, found) if found else {"batch_size": 1, "capped": False}
+        try:
+            if self._apart(precision):
+                folder = self.checkpoint(precision, say=True)
+                model.release()
+                found = largest_batch_apart(folder, precision, self.device.kind, *asked)
+            else:
+                found = self.on(precision, lambda network, base_mib: largest_batch(network, *asked, base_mib))
+        except Absent:
+            return {"batch_size": 1, "capped": False}
+        return self._append(key, wanted, asdict(found))
+
+    def _apart(self, precision: Precision) -> bool:
+        """Return whether a batch may end its process, as bitsandbytes' INT8 kernels do; see `qnb.batch.Apart`."""
+        return self.device.kind == "cuda" and precision.eight_bit
 
     def sweep(self, workload: Workload, most: Count = "auto", engines: str | Iterable[str] = "auto") -> pd.DataFrame:
         """Time one batch of 1, 2, 4 … `most` requests; return a row a precision, engine and batch size, with the knee.
