@@ -322,10 +322,17 @@ class Line:
     fixed_mib: float
     row_mib: float
     row_tokens: int  # prompt and new tokens of the rows it was fitted to
+    rows: int = 0  # of the larger batch it was fitted to
+    rise_mib: float = inf  # between the two
 
     def largest(self, tokens: int, limit_mib: float) -> int:
         """Return how many rows of `tokens` tokens fit, a row's memory being taken as proportional to its tokens."""
         return int((limit_mib - self.fixed_mib) / (self.row_mib * tokens / self.row_tokens))
+
+    def doubt_pct(self, limit_mib: float) -> float:
+        """Return by how many percent `largest` may be wrong for its readings' grain; 0 where one is at the limit."""
+        beyond = 1 - self.rows * self.row_mib / (limit_mib - self.fixed_mib)
+        return 100 * abs(beyond) * GRAIN_MIB / self.rise_mib
 
 
 def fit(probes: Sequence[Probe], row_tokens: int) -> Line:
@@ -334,15 +341,19 @@ def fit(probes: Sequence[Probe], row_tokens: int) -> Line:
     Raises
     ------
     InputError
-        There are not two such probes, or the larger batch took no more memory.
+        There are not two such probes, or they differ by no more than a reading's grain.
     """
     read = [(p.batch_size, p.memory_mib) for p in probes if p.fits and not p.squeezed and p.memory_mib is not None]
     if len(read) > 1:
         (low, low_mib), (high, high_mib) = sorted(read)[-2:]
-        row_mib = (high_mib - low_mib) / (high - low)
-        if row_mib > 0:
-            return Line(high_mib - row_mib * high, row_mib, row_tokens)
-    raise InputError(f"{len(read)} of {len(probes)} probes give no line; search with a cap of at least 8")
+        rise_mib = high_mib - low_mib
+        if rise_mib > GRAIN_MIB:
+            row_mib = rise_mib / (high - low)
+            return Line(high_mib - row_mib * high, row_mib, row_tokens, high, rise_mib)
+    raise InputError(
+        f"no line: {len(read)} of {len(probes)} probes tell their own memory, and two must be over {GRAIN_MIB} MiB "
+        "apart; search with a higher cap"
+    )
 
 
 @dataclass(frozen=True, slots=True)

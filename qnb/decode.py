@@ -24,7 +24,7 @@ from qnb.error import InputError
 from qnb.step import Lean, narrow, unknown
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Prompts = Sequence[Sequence[int]]
 
@@ -100,6 +100,11 @@ def _pad_id(model: PreTrainedModel) -> int:
     return pad_id if pad_id is not None else (*_ends(model), 0)[0]
 
 
+def window(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model has positions for, prompt and new ones together; None where it has no end."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_window(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
     """Refuse a request longer than the model's context window.
 
@@ -108,10 +113,10 @@ def check_window(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) ->
     InputError
         Prompt and new tokens together are more than the model has positions for.
     """
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window and prompt_tokens + new_tokens > window:
+    most = window(model.config)
+    if most and prompt_tokens + new_tokens > most:
         raise InputError(
-            f"{prompt_tokens} prompt and {new_tokens} new tokens are more than the model's context window of {window} "
+            f"{prompt_tokens} prompt and {new_tokens} new tokens are more than the model's context window of {most} "
             "tokens; ask for shorter prompts or fewer new tokens"
         )
 

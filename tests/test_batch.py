@@ -277,9 +277,13 @@ def test_the_line_goes_through_the_two_largest_readings_of_their_own():
         Probe(30, True, 500.0),
         Probe(40, True, 550.0, squeezed=True),
     ]
-    assert fit([*probes, Probe(50, False)], 12) == Line(200.0, 10.0, 12)
-    with pytest.raises(InputError, match="no line"):
-        fit(probes[:1], 12)
+    line = fit([*probes, Probe(50, False)], 12)
+    assert line == Line(200.0, 10.0, 12, rows=30, rise_mib=200.0)
+    assert line.doubt_pct(500) == 0  # read there
+    assert line.doubt_pct(800) == pytest.approx(5)  # half of the 60 rows are beyond, each 10 % more or less
+    for nothing in (probes[:1], probes[3:], [Probe(1, True, 500.0), Probe(2, True, 520.0)]):
+        with pytest.raises(InputError, match=r"no line: \d of \d probes"):
+            fit(nothing, 12)
 
 
 def test_plans_by_hand():

@@ -64,6 +64,7 @@ def test_a_batch_that_runs_out_of_memory_when_timed_is_made_smaller(source, tmp_
 def apart(source, tmp_path, monkeypatch):
     """A study of int8 that searches in a process of its own, by a trial that tests/falls.py begins there."""
     import falls
+
     from qnb import benchmark
     from qnb.monitor import Usage
 
@@ -189,3 +190,23 @@ def test_an_engine_that_cannot_run_a_precision_leaves_a_row_that_says_why(source
     table = made.table3().set_index("engine")
     assert table.throughput_rps["eager"] == 1 and table.note["eager"] == ""
     assert "GPU" in table.note["graphed"] and table.throughput_rps.isna()["graphed"]
+
+
+def test_plans_are_made_of_rows_alone(source, tmp_path):
+    """Lengths are counted once; then the table needs neither prompts nor model."""
+    made = Study("smollm2-135m", "bf16", tmp_path)
+    assert made.examples("sample").empty and not (tmp_path / "tables").exists()
+    probes = [{"batch_size": size, "fits": True, "memory_mib": 300.0 + 10 * size} for size in (1, 8)]
+    made.ledger.append({"stage": "batch", "precision": "bf16", "engine": "eager", "probes": probes, "limit_mib": 600.0,
+                        "prompt_tokens": 32, "new_tokens": 8})  # fmt: skip
+    before = len(made.ledger.path.read_bytes())
+    shown = made.examples("sample")
+    assert len(made.ledger.path.read_bytes()) == before and shown.examples.unique().tolist() == [20, 24]
+    assert shown.note.iloc[-1] == "sample has no more prompts; 2,000 and 5,000 were asked for"
+    (row,) = made.ledger.frame("lengths").to_dict("records")
+    assert row["window"] == 8192 and len(row["lengths"]) == 24 and max(row["lengths"]) == shown.longest_tokens.iloc[-1]
+    again = Study("auto", "bf16", tmp_path).build("examples")
+    assert again.equals(shown) and (tmp_path / "tables" / "examples.csv").read_text() == shown.to_csv(index=False)
+    for wrong in ((0,), ("many",)):
+        with pytest.raises(InputError, match="examples"):
+            made.examples("sample", wrong)
