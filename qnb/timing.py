@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from qnb import cause, model, table
 from qnb.batch import is_out_of_memory
 from qnb.batch import sweep as batch_sizes
+from qnb.error import InputError
 from qnb.ledger import fingerprint
 from qnb.precision import Precision
 from qnb.workbench import Count, Workbench
@@ -287,12 +288,14 @@ class Timing(Workbench):
         Raises
         ------
         InputError
-            A count is not positive, or the prompts cannot be had.
+            There is no count, one is not positive, or the prompts cannot be had.
         """
         from transformers import AutoConfig
 
         from qnb.decode import window
 
+        if not isinstance(counts, list | tuple) or not counts:
+            raise InputError(f"examples is {counts!r}; give numbers of prompts, such as (2000, 5000)")
         sizes = sorted({self.count("examples", count) for count in counts})
         source = self._prompts(prompts)
         asked = {

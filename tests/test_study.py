@@ -207,6 +207,6 @@ def test_plans_are_made_of_rows_alone(source, tmp_path):
     assert row["window"] == 8192 and len(row["lengths"]) == 24 and max(row["lengths"]) == shown.longest_tokens.iloc[-1]
     again = Study("auto", "bf16", tmp_path).build("examples")
     assert again.equals(shown) and (tmp_path / "tables" / "examples.csv").read_text() == shown.to_csv(index=False)
-    for wrong in ((0,), ("many",)):
+    for wrong in ((0,), ("many",), (), 2000):
         with pytest.raises(InputError, match="examples"):
             made.examples("sample", wrong)
