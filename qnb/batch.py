@@ -10,13 +10,14 @@ the live tensors alone would fill the memory: that line is the ceiling. A probe 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, partial
 from math import inf, sqrt
-from multiprocessing import get_context
+from multiprocessing import connection, get_context, parent_process
 from time import perf_counter
 from typing import Any
 
@@ -105,17 +106,21 @@ def largest(
         `cap` is below 1.
     MemoryError
         Not even one row fits.
+    RuntimeError
+        One row ends its process.
     """
     if cap < 1:
         raise InputError(f"the largest batch to try is {cap}; give at least 1")
     probes = [try_batch(1)]
+    if probes[0].ended == DIED:
+        raise RuntimeError(f"one request did not run: {DIED}")
     limit_mib = min(limit_mib, probes[0].room_mib or limit_mib)
     if not probes[0].fits:
         took = probes[0].memory_mib
         needs = f"takes {took:,.0f} MiB" if took is not None else "takes more than there is"
         raise MemoryError(
-            f"one request {'did not run: ' + DIED if probes[0].ended == DIED else needs} where {limit_mib:,.0f} MiB "
-            "are allowed; shorten the prompts, ask for fewer new tokens, or raise the limit"
+            f"one request {needs} where {limit_mib:,.0f} MiB are allowed; shorten the prompts, ask for fewer new "
+            "tokens, or raise the limit"
         )
     good, bad = 1, cap + 1
     while bad - 1 - good > int(good * tolerance) and len(probes) < most_probes:
@@ -242,7 +247,16 @@ _try_here: Callable[[], Callable[[int], Probe]]  # in an `Apart`'s process alone
 def _prepare(begin: Callable[..., Callable[[int], Probe]], arguments: tuple[Any, ...]) -> None:
     """Keep what to begin with until the first batch: an error then is raised to the caller, here it would be lost."""
     global _try_here
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _try_here = cache(partial(begin, *arguments))
+
+
+def _end_with_parent() -> None:
+    """Give the device's memory back where the process that asked was killed: it can no longer say so."""
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _serve(batch_size: int) -> Probe:
@@ -308,10 +322,17 @@ class Line:
     fixed_mib: float
     row_mib: float
     row_tokens: int  # prompt and new tokens of the rows it was fitted to
+    rows: int = 0  # of the larger batch it was fitted to
+    rise_mib: float = inf  # between the two
 
     def largest(self, tokens: int, limit_mib: float) -> int:
         """Return how many rows of `tokens` tokens fit, a row's memory being taken as proportional to its tokens."""
         return int((limit_mib - self.fixed_mib) / (self.row_mib * tokens / self.row_tokens))
+
+    def doubt_pct(self, limit_mib: float) -> float:
+        """Return by how many percent `largest` may be wrong for its readings' grain; 0 where one is at the limit."""
+        beyond = 1 - self.rows * self.row_mib / (limit_mib - self.fixed_mib)
+        return 100 * abs(beyond) * GRAIN_MIB / self.rise_mib
 
 
 def fit(probes: Sequence[Probe], row_tokens: int) -> Line:
@@ -320,15 +341,19 @@ def fit(probes: Sequence[Probe], row_tokens: int) -> Line:
     Raises
     ------
     InputError
-        There are not two such probes, or the larger batch took no more memory.
+        There are not two such probes, or they differ by no more than a reading's grain.
     """
     read = [(p.batch_size, p.memory_mib) for p in probes if p.fits and not p.squeezed and p.memory_mib is not None]
     if len(read) > 1:
         (low, low_mib), (high, high_mib) = sorted(read)[-2:]
-        row_mib = (high_mib - low_mib) / (high - low)
-        if row_mib > 0:
-            return Line(high_mib - row_mib * high, row_mib, row_tokens)
-    raise InputError(f"{len(read)} of {len(probes)} probes give no line; search with a cap of at least 8")
+        rise_mib = high_mib - low_mib
+        if rise_mib > GRAIN_MIB:
+            row_mib = rise_mib / (high - low)
+            return Line(high_mib - row_mib * high, row_mib, row_tokens, high, rise_mib)
+    raise InputError(
+        f"no line: {len(read)} of {len(probes)} probes tell their own memory, and two must be over {GRAIN_MIB} MiB "
+        "apart; search with a higher cap"
+    )
 
 
 @dataclass(frozen=True, slots=True)

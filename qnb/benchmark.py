@@ -488,6 +488,8 @@ def largest_batch(
     ------
     MemoryError
         Not even one request fits.
+    decode.Absent
+        The engine cannot run this model here.
     """
     return largest(trial(model, workload, limit_mib, engine, baseline_mib), limit_mib, cap)
 
@@ -509,8 +511,10 @@ def largest_batch_apart(
     ------
     MemoryError
         Not even one request fits.
-    InputError
-        The model cannot be loaded.
+    RuntimeError
+        The model cannot be loaded, or not even one request runs.
+    decode.Absent
+        The engine cannot run this model here.
     """
     longest = Workload((workload.longest,), workload.new_tokens, workload.source)
     with Apart(trial_of, folder, precision, device, longest, limit_mib, engine) as try_batch:

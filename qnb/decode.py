@@ -25,7 +25,7 @@ from qnb.error import InputError
 from qnb.step import Lean, narrow, unknown
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Prompts = Sequence[Sequence[int]]
 
@@ -36,6 +36,10 @@ ALIGNMENT = 16  # the cache's length is a multiple of this, as the attention ker
 # each other one launch. Shapes that vary, above all the batch, are compiled for any size once they have.
 COMPILE: dict[str, Any] | None = {"options": {"coordinate_descent_tuning": True, "combo_kernels": True}}
 WARM_UPS = 2  # steps run before one is recorded; there is room for them
+
+
+class Absent(InputError):
+    """An engine cannot run here, or not with this model; see `absent`."""
 
 
 class Clock:
@@ -98,6 +102,11 @@ def _pad_id(model: PreTrainedModel) -> int:
     return pad_id if pad_id is not None else (*_ends(model), 0)[0]
 
 
+def window(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model has positions for, prompt and new ones together; None where it has no end."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_window(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
     """Refuse a request longer than the model's context window.
 
@@ -106,10 +115,10 @@ def check_window(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) ->
     InputError
         Prompt and new tokens together are more than the model has positions for.
     """
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window and prompt_tokens + new_tokens > window:
+    most = window(model.config)
+    if most and prompt_tokens + new_tokens > most:
         raise InputError(
-            f"{prompt_tokens} prompt and {new_tokens} new tokens are more than the model's context window of {window} "
+            f"{prompt_tokens} prompt and {new_tokens} new tokens are more than the model's context window of {most} "
             "tokens; ask for shorter prompts or fewer new tokens"
         )
 
@@ -374,13 +383,13 @@ class Graphed:
 
     Raises
     ------
-    InputError
-        There is no GPU, or the step cannot be recorded; see `absent`.
+    Absent
+        There is no GPU, or the step cannot be recorded.
     """
 
     def __init__(self, model: PreTrainedModel, rows: int, width: int, new_tokens: int) -> None:
         if why := absent("graphed", model.device.type, model):
-            raise InputError(f"engine 'graphed' cannot run: {why}; take engine 'eager'")
+            raise Absent(f"engine 'graphed' cannot run: {why}; take engine 'eager'")
         self._device = model.device
         self._decoder = Decoder(model, rows, width, new_tokens, COMPILE)
         self._prompts: dict[int, torch.cuda.CUDAGraph] = {}  # by rows

@@ -37,6 +37,11 @@ class Precision:
         return bool(self.quantization)
 
     @property
+    def eight_bit(self) -> bool:
+        """Whether linear layers multiply int8 by int8."""
+        return bool(self.quantization.get("load_in_8bit"))
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The torch type of everything that is not quantized."""
         import torch

@@ -171,9 +171,11 @@ class Study(Asking, Timing):
         return drawn
 
     def report(self) -> Path:
-        """Write ``report.html``, one page that needs no network, and a model card a checkpoint; return the page."""
+        """Write ``report.html``, one page that needs no network, all tables and model cards; return the page."""
         from qnb import modelcard, report
 
+        for name in self._makers():
+            self._save(name)
         results = self.results()
         path = self.folder / "report.html"
         draft = path.with_suffix(".draft")

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 import pandas as pd
 
 from qnb import paper
-from qnb.batch import knee
+from qnb.batch import Probe, fit, knee, plans
+from qnb.error import InputError
 from qnb.precision import BASELINE
 from qnb.stats import compare, holm, mean_interval
 
@@ -380,6 +381,55 @@ def sweep(frame: pd.DataFrame) -> pd.DataFrame:
             timed) else None  # fmt: skip
         parts.append(rows.assign(knee=rows.batch_size == at))
     return pd.concat(parts, ignore_index=True)[columns]
+
+
+def examples(searches: pd.DataFrame, drawn: pd.DataFrame) -> pd.DataFrame:
+    """Plan batches for each number of prompts, a row a precision, engine, number and order; see `qnb.batch.plans`.
+
+    ``largest_batch`` is of the longest prompt, and ``doubt_pct`` by how much it may be off for the grain of memory
+    readings alone. Where there is no plan, ``note`` says why.
+
+    Parameters
+    ----------
+    searches
+        Rows of stage *batch*.
+    drawn
+        The row of stage *lengths*; empty where none was asked for.
+    """
+    columns = ["precision", "engine", "examples", "order", "longest_tokens", "largest_batch", "doubt_pct", "batches",
+               "mean_batch", "padding_pct", "limit_mib", "note"]  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for row in searches.to_dict("records"):
+        for prompts in drawn.to_dict("records"):
+            about = {"precision": row["precision"], "engine": row["engine"], "limit_mib": row["limit_mib"]}
+            rows += [{**about, **plan} for plan in _planned(row, prompts)]
+    whole = ["examples", "longest_tokens", "largest_batch", "batches"]
+    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(whole, "Int64")).round(6)
+
+
+def _planned(row: dict[str, Any], prompts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the plans that one search's line gives for each number of prompts."""
+    asked: dict[int, list[int]] = {}
+    for count in prompts["examples"]:
+        asked.setdefault(min(count, len(prompts["lengths"])), []).append(count)
+    for count, wanted in asked.items():
+        notes = []
+        if wanted != [count]:
+            numbers = " and ".join(f"{number:,}" for number in wanted)
+            notes.append(f"{prompts['prompts']} has no more prompts; {numbers} were asked for")
+        try:
+            if pd.isna(row.get("prompt_tokens")):
+                raise InputError("the search's row does not say how long its prompt was; search again")
+            new_tokens = int(row["new_tokens"])
+            line = fit([Probe(**probe) for probe in row["probes"]], int(row["prompt_tokens"]) + new_tokens)
+            most = math.inf if pd.isna(prompts["window"]) else int(prompts["window"]) - new_tokens
+            lengths = [int(min(tokens, most)) for tokens in prompts["lengths"][:count]]
+            if cut := sum(tokens > most for tokens in prompts["lengths"][:count]):
+                notes.append(f"cut to the context window: {cut:,}")
+            for plan in plans(lengths, new_tokens, line, row["limit_mib"]):
+                yield {**asdict(plan), "doubt_pct": line.doubt_pct(row["limit_mib"]), "note": "; ".join(notes)}
+        except InputError as error:
+            yield {"examples": count, "note": "; ".join([*notes, str(error)])}
 
 
 def _median(runs: pd.DataFrame, name: str) -> float | None:

@@ -18,10 +18,12 @@ from tqdm.auto import tqdm
 from qnb import cause, model, table
 from qnb.batch import is_out_of_memory
 from qnb.batch import sweep as batch_sizes
+from qnb.error import InputError
 from qnb.ledger import fingerprint
 from qnb.precision import Precision
 from qnb.workbench import Count, Workbench
 from qnb.workload import Workload
+from qnb.workload import lengths as load_lengths
 from qnb.workload import load as load_workload
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Timing(Workbench):
-    """The stages of performance: the device's limits, batch size 1, the largest batch, a sweep over batch sizes."""
+    """The stages of performance: the device's limits, batch size 1, the largest batch and its plans, a sweep."""
 
     def workload(
         self,
@@ -183,19 +185,26 @@ class Timing(Workbench):
         self, precision: Precision, key: dict[str, Any], workload: Workload, wanted: dict[str, Any]
     ) -> Mapping[str, Any]:
         """Search the largest batch and return its row; where the engine cannot run there is none, and it is 1."""
-        from qnb.benchmark import largest_batch
-        from qnb.decode import absent
+        from qnb.benchmark import largest_batch, largest_batch_apart
+        from qnb.decode import Absent
 
-        engine, limit_mib, cap = key["engine"], wanted["memory_limit_mib"], wanted["cap"]
-
-        def measure(network: PreTrainedModel, base_mib: float | None) -> dict[str, Any] | None:
-            if absent(engine, self.device.kind, network):
-                return None
-            return asdict(largest_batch(network, workload, limit_mib, cap, engine, base_mib))
-
+        asked = workload, wanted["memory_limit_mib"], wanted["cap"], key["engine"]
         self._settle(precision)
-        found = self.on(precision, measure)
-        return self._append(key, wanted, found) if found else {"batch_size": 1, "capped": False}
+        try:
+            if self._apart(precision):
+                folder = self.checkpoint(precision, say=True)
+                model.release()
+                found = largest_batch_apart(folder, precision, self.device.kind, *asked)
+            else:
+                found = self.on(precision, lambda network, base_mib: largest_batch(network, *asked, base_mib))
+        except Absent:
+            return {"batch_size": 1, "capped": False}
+        told = {"prompt_tokens": len(workload.longest), "new_tokens": workload.new_tokens}
+        return self._append(key, wanted, {**asdict(found), **told})
+
+    def _apart(self, precision: Precision) -> bool:
+        """Return whether a batch may end its process, as bitsandbytes' INT8 kernels do; see `qnb.batch.Apart`."""
+        return self.device.kind == "cuda" and precision.eight_bit
 
     def sweep(self, workload: Workload, most: Count = "auto", engines: str | Iterable[str] = "auto") -> pd.DataFrame:
         """Time one batch of 1, 2, 4 … `most` requests; return a row a precision, engine and batch size, with the knee.
@@ -261,6 +270,45 @@ class Timing(Workbench):
                     values = {"note": "out of memory"}
                 self._append(key, asked, {"batch_size": size, **values})
             model.release()
+
+    def examples(self, prompts: str = "auto", counts: Sequence[int] = (20, 2000, 5000)) -> pd.DataFrame:
+        """Plan the batches of so many prompts in three orders; return a row a precision, engine, count and order.
+
+        Computed, not run: a search's probes say what a token of a row takes (`qnb.batch.fit`), the prompts' lengths
+        the rest (`qnb.batch.plans`). Prompts are whole paragraphs, not cut to the length that the workloads have,
+        since what is asked is what their lengths do; only the model's context window cuts them.
+
+        Parameters
+        ----------
+        prompts
+            As for `workload`; of WikiText-2 every split is drawn from.
+        counts
+            Numbers of prompts, the smaller ones the beginning of the larger.
+
+        Raises
+        ------
+        InputError
+            There is no count, one is not positive, or the prompts cannot be had.
+        """
+        from transformers import AutoConfig
+
+        from qnb.decode import window
+
+        if not isinstance(counts, list | tuple) or not counts:
+            raise InputError(f"examples is {counts!r}; give numbers of prompts, such as (2000, 5000)")
+        sizes = sorted({self.count("examples", count) for count in counts})
+        source = self._prompts(prompts)
+        asked = {
+            "prompts": source,
+            "examples": sizes,
+            "lengths": load_lengths(self.tokenizer, source, max(sizes), self.data_dir, self.seed),
+            "window": window(AutoConfig.from_pretrained(self.source.path)),
+        }
+        key = {"stage": "lengths", "fingerprint": fingerprint({"weights": self.source.fingerprint, **asked})}
+        with self._alone():
+            if not self._find(key):
+                self._append(key, asked, {})
+        return self._save("examples")
 
     def _engines(self, names: str | Iterable[str]) -> tuple[str, ...]:
         from qnb.decode import parse as parse_engines
@@ -405,6 +453,7 @@ class Timing(Workbench):
             "table4_causes": lambda: cause.causes(self.build("table4_maxbatch"), 4),
             "table4_t4_estimate": lambda: cause.t4(self.frame("perf", "maxbatch"), 4),
             "sweep": lambda: table.sweep(self.frame("sweep")),
+            "examples": lambda: table.examples(self.frame("batch"), self.ledger.frame("lengths")),
         }
 
 
@@ -415,6 +464,8 @@ def _smaller(found: Mapping[str, Any]) -> dict[str, Any]:
         "batch_size": found["batch_size"] - max(1, found["batch_size"] // 20),
         "limit_mib": found["limit_mib"],
         "capped": False,
+        "prompt_tokens": found.get("prompt_tokens"),
+        "new_tokens": found.get("new_tokens"),
         "probes": [*found["probes"], failed],
     }
 

@@ -55,15 +55,17 @@ def check(source: str) -> None:
         raise InputError(f"prompts {source!r} are unknown; choose from {', '.join(SOURCES)}")
 
 
-def paragraphs(source: str, data_dir: str | Path | None = None) -> list[str]:
+def paragraphs(source: str, data_dir: str | Path | None = None, split: str | None = "test") -> list[str]:
     """Return the paragraphs of `source`, headings and blank lines left out.
 
     Parameters
     ----------
     source
-        ``"sample"``, the text that comes with the package, or ``"wikitext"``, the test split of WikiText-2 raw.
+        ``"sample"``, the text that comes with the package, or ``"wikitext"``, WikiText-2 raw.
     data_dir
         A folder laid out like the hub's dataset repositories, read instead of the hub.
+    split
+        Which part of WikiText-2; None takes all that are there.
 
     Raises
     ------
@@ -72,11 +74,11 @@ def paragraphs(source: str, data_dir: str | Path | None = None) -> list[str]:
     """
     check(source)
     text = DATA / "text.txt"
-    lines = text.read_text(encoding="utf-8").splitlines() if source == "sample" else _wikitext(data_dir)
+    lines = text.read_text(encoding="utf-8").splitlines() if source == "sample" else _wikitext(data_dir, split)
     return [line.strip() for line in lines if line.strip() and not line.strip().startswith("=")]
 
 
-def _wikitext(data_dir: str | Path | None) -> list[str]:
+def _wikitext(data_dir: str | Path | None, split: str | None) -> list[str]:
     import datasets
 
     name, subset = WIKITEXT
@@ -88,7 +90,8 @@ def _wikitext(data_dir: str | Path | None) -> list[str]:
     path = str(Path(data_dir).resolve() / name) if data_dir else name
     datasets.disable_progress_bars()
     try:
-        return list(datasets.load_dataset(path, subset, split="test")["text"])
+        found = datasets.load_dataset(path, subset, split=split)
+        return [text for part in ([found] if split else found.values()) for text in part["text"]]
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         text = scrub(str(error)) or type(error).__name__
         raise InputError(
@@ -125,3 +128,20 @@ def load(
     ids = [tuple(tokenizer(text)["input_ids"][:prompt_tokens]) for text in texts]
     ids = sorted(ids, key=lambda prompt: len(prompt) < prompt_tokens)
     return Workload(tuple(ids[i % len(ids)] for i in range(requests)), new_tokens, source)
+
+
+def lengths(
+    tokenizer: PreTrainedTokenizerBase, source: str, most: int, data_dir: str | Path | None = None, seed: int = 0
+) -> list[int]:
+    """Return the tokens of each of `most` paragraphs, uncut, in an order that the seed decides.
+
+    They are drawn from every split there is, and are fewer where these hold fewer: none is counted twice.
+
+    Raises
+    ------
+    InputError
+        The source is unknown, or its data cannot be had.
+    """
+    texts = paragraphs(source, data_dir, split=None)
+    random.Random(seed).shuffle(texts)  # noqa: S311
+    return [len(ids) for ids in tokenizer(texts[:most], verbose=False)["input_ids"]]

@@ -39,6 +39,8 @@ def write(folder, model="example/one-billion", precisions=tuple(WEIGHTS_MIB), en
             _accuracy(ledger, folder, precision, task, common)
         for engine in engines:
             _speed(ledger, folder, precision, engine, common)
+    ledger.append({"stage": "lengths", "fingerprint": "l", "prompts": "sample", "examples": [2, 9], "window": 512,
+                   "lengths": [30, 128, 700, 10], **common})  # fmt: skip
     return folder
 
 
@@ -86,9 +88,12 @@ def _speed(ledger, folder, precision, engine, common):
             ledger.append(
                 {**key, "fingerprint": f"p{precision}", "workload": "w", "prompts": "sample", **row, **common}
             )
+    probes = [{"batch_size": size, "fits": True, "memory_mib": WEIGHTS_MIB[precision] + 60 + 17.5 * size}
+              for size in (1, largest)]  # fmt: skip
     ledger.append(
-        {"stage": "batch", "precision": precision, "engine": engine, "fingerprint": f"b{precision}", "probes": [],
-         "batch_size": largest, "limit_mib": 15360.0, "capped": False, **common}
+        {"stage": "batch", "precision": precision, "engine": engine, "fingerprint": f"b{precision}", "probes": probes,
+         "prompt_tokens": 128, "new_tokens": 100, "batch_size": largest, "limit_mib": 15360.0, "capped": False,
+         **common}
     )  # fmt: skip
 
 

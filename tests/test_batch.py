@@ -1,14 +1,18 @@
 """The search against simulated memories whose true maximum is known; the knee and the plans against hand counts."""
 
 import os
+import subprocess
+import sys
 import weakref
 from math import ceil
 from random import Random
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from bench.allocator import Allocator, device
+from falls import __file__ as falls_file
 from falls import cannot_begin, falls
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,7 +33,7 @@ from qnb.batch import (
     sweep,
 )
 from qnb.benchmark import counted, largest_batch, largest_batch_apart, trial
-from qnb.decode import ENGINES
+from qnb.decode import ENGINES, Absent
 from qnb.device import MIB
 from qnb.error import InputError
 from qnb.precision import PRECISIONS
@@ -225,6 +229,19 @@ def test_a_batch_may_end_its_process_and_the_next_gets_a_new_one():
         try_batch(1)
 
 
+def test_a_process_of_its_own_does_not_outlive_a_killed_one():
+    run = subprocess.Popen([sys.executable, falls_file, "60"], stdout=subprocess.PIPE, text=True)
+    tries = psutil.Process(int(run.stdout.readline()))
+    run.kill()
+    run.communicate()
+    tries.wait(10)
+
+
+def test_one_row_that_ends_its_process_is_no_lack_of_memory():
+    with pytest.raises(RuntimeError, match="its process died"):
+        largest(lambda b: Probe(b, False, ended=DIED), 550, cap=8)
+
+
 def test_three_names_of_out_of_memory_are_recognised():
     errors = [
         torch.cuda.OutOfMemoryError("CUDA out of memory."),
@@ -260,9 +277,13 @@ def test_the_line_goes_through_the_two_largest_readings_of_their_own():
         Probe(30, True, 500.0),
         Probe(40, True, 550.0, squeezed=True),
     ]
-    assert fit([*probes, Probe(50, False)], 12) == Line(200.0, 10.0, 12)
-    with pytest.raises(InputError, match="no line"):
-        fit(probes[:1], 12)
+    line = fit([*probes, Probe(50, False)], 12)
+    assert line == Line(200.0, 10.0, 12, rows=30, rise_mib=200.0)
+    assert line.doubt_pct(500) == 0  # read there
+    assert line.doubt_pct(800) == pytest.approx(5)  # half of the 60 rows are beyond, each 10 % more or less
+    for nothing in (probes[:1], probes[3:], [Probe(1, True, 500.0), Probe(2, True, 520.0)]):
+        with pytest.raises(InputError, match=r"no line: \d of \d probes"):
+            fit(nothing, 12)
 
 
 def test_plans_by_hand():
@@ -326,6 +347,15 @@ def test_a_trial_that_runs_out_of_memory_keeps_nothing(monkeypatch, short):
 
 def test_where_a_layers_outputs_outgrow_32_bits(source):
     assert counted(source.path, 256) == (2**31 - 1) // (256 * 1536)
+
+
+def test_a_search_in_a_process_of_its_own_loads_the_checkpoint_there(checkpoint, short):
+    folder, _ = checkpoint("bf16")
+    found = largest_batch_apart(folder, PRECISIONS["bf16"], "cpu", short, 4000, 2)
+    assert (found.batch_size, found.capped) == (2, True) and len(found.probes) == 2
+    assert all(probe.fits and probe.memory_mib > 0 for probe in found.probes)
+    with pytest.raises(Absent, match="no NVIDIA GPU"):
+        largest_batch_apart(folder, PRECISIONS["bf16"], "cpu", short, 4000, 2, "graphed")
 
 
 @pytest.mark.gpu

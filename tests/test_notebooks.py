@@ -113,7 +113,7 @@ def test_smoke_leaves_rows_tables_figures_and_notebooks(smoke):
     assert tables == {
         "table1_accuracy", "table2_change", "divergence", "drift",
         "table3_bs1", "table3_causes", "table3_t4_estimate",
-        "table4_maxbatch", "table4_causes", "table4_t4_estimate",
+        "table4_maxbatch", "table4_causes", "table4_t4_estimate", "examples",
     }  # fmt: skip
     assert len(list((folder / "figures").glob("fig[1-6]_*.html"))) == 6
     for name in NAMES:

@@ -104,6 +104,11 @@ def test_tables_are_kept_as_csv_and_markdown(studied):
         assert len(lines) == len(rows) + 2 and all(line.startswith("|") and line.endswith("|") for line in lines)
 
 
+def test_a_report_builds_every_table_that_rows_give(studied, report_page):
+    kept = {path.stem for path in (studied.folder / "tables").glob("*.csv")}
+    assert {name for name in studied._makers() if len(studied.build(name))} == kept >= {"examples", "sweep"}
+
+
 def test_a_card_holds_scores_as_the_hub_reads_them_and_leaves_the_checkpoint_sealed(studied, tmp_path):
     path = modelcard.write(studied.results(), PRECISIONS["int4"], tmp_path / "cards")
     assert path == tmp_path / "cards" / "int4" / "README.md"

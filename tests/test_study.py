@@ -1,16 +1,18 @@
 """A study remembers its model, chooses counts, and shows what was asked last."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
 from qnb import InputError, Study, workbench
 from qnb.device import Device
+from qnb.precision import PRECISIONS
+from qnb.timing import Timing
 
 
 def test_a_model_changed_in_place_is_noticed(source, tmp_path):
-    import shutil
-    from pathlib import Path
-
     local, output = tmp_path / "model", tmp_path / "study"
     shutil.copytree(source.path, local)
     assert Study(str(local), output=output).source.fingerprint == Study(str(local), output=output).source.fingerprint
@@ -56,6 +58,65 @@ def test_a_batch_that_runs_out_of_memory_when_timed_is_made_smaller(source, tmp_
     (found,) = made.frame("batch").to_dict("records")
     assert found["batch_size"] == 30
     assert [(probe["batch_size"], probe["fits"]) for probe in found["probes"]] == [(32, False), (31, False)]
+
+
+@pytest.fixture
+def apart(source, tmp_path, monkeypatch):
+    """A study of int8 that searches in a process of its own, by a trial that tests/falls.py begins there."""
+    import falls
+
+    from qnb import benchmark
+    from qnb.monitor import Usage
+
+    made, loaded = Study("smollm2-135m", "int8", tmp_path), []
+
+    def run(network, workload, batch_size, engine, base_mib, **_):
+        return benchmark.Run(engine, batch_size, 8, 4, 2, 8.0, (1.0,) * 8, None, None, Usage("process", 0, 1.0))
+
+    def search(begin, cap=8):
+        monkeypatch.setattr(benchmark, "trial_of", getattr(falls, begin))
+        return made.perf_maxbatch(made.workload("maxbatch", 8, 4, 2, "sample"), cap)
+
+    monkeypatch.setattr(Timing, "_apart", lambda self, precision: precision.eight_bit)
+    monkeypatch.setattr(made, "on", lambda precision, measure: loaded.append(precision.name) or measure(None, 0.0))
+    monkeypatch.setattr(made, "_settle", lambda precision: None)
+    monkeypatch.setattr(benchmark, "run", run)
+    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").touch()
+    shutil.copy(Path(source.path) / "config.json", checkpoint)
+    monkeypatch.setattr(made, "checkpoint", lambda precision, say: checkpoint)
+    return made, search, loaded
+
+
+def test_a_batch_that_ends_its_process_costs_its_probe_alone(apart):
+    made, search, loaded = apart
+    (row,) = search("falls_above_five").to_dict("records")
+    (found,) = made.frame("batch").to_dict("records")
+    assert row["batch_size"] == found["batch_size"] == 5 and not found["capped"]
+    assert loaded == ["int8"]  # to be timed; while it was searched nothing was loaded here
+    ended = {probe["batch_size"]: probe["ended"] for probe in found["probes"]}
+    assert ended[1] == ended[5] == "" and ended[6] == "its process died"
+
+
+def test_what_is_raised_in_another_process_is_raised_here(apart):
+    made, search, _ = apart
+    with pytest.raises(InputError, match="context window"):
+        search("cannot_ask")
+    for begin, reason in (("holds_nothing", "out of memory"), ("ends_at_once", "its process died")):
+        with pytest.raises(RuntimeError, match=reason):
+            search(begin)
+        (failed,) = made.ledger.failures()
+        assert failed["stage"] == "batch.failed" and reason in failed["reason"]
+    assert search("cannot_record").batch_size.tolist() == [1]  # timed as one; its row says why it cannot run
+
+
+def test_int8_alone_is_searched_apart_and_on_a_gpu_alone(tmp_path):
+    made = Study(output=tmp_path)
+    for kind, names in (("cuda", {"int8", "int8-t0"}), ("cpu", set())):
+        made.device = Device(kind, "a machine", 1024, "native", "")
+        assert {name for name, precision in PRECISIONS.items() if made._apart(precision)} == names
 
 
 def test_passes_end_when_the_median_has_settled_or_at_the_limit(source, tmp_path, monkeypatch):
@@ -129,3 +190,23 @@ def test_an_engine_that_cannot_run_a_precision_leaves_a_row_that_says_why(source
     table = made.table3().set_index("engine")
     assert table.throughput_rps["eager"] == 1 and table.note["eager"] == ""
     assert "GPU" in table.note["graphed"] and table.throughput_rps.isna()["graphed"]
+
+
+def test_plans_are_made_of_rows_alone(source, tmp_path):
+    """Lengths are counted once; then the table needs neither prompts nor model."""
+    made = Study("smollm2-135m", "bf16", tmp_path)
+    assert made.examples("sample").empty and not (tmp_path / "tables").exists()
+    probes = [{"batch_size": size, "fits": True, "memory_mib": 300.0 + 10 * size} for size in (1, 8)]
+    made.ledger.append({"stage": "batch", "precision": "bf16", "engine": "eager", "probes": probes, "limit_mib": 600.0,
+                        "prompt_tokens": 32, "new_tokens": 8})  # fmt: skip
+    before = len(made.ledger.path.read_bytes())
+    shown = made.examples("sample")
+    assert len(made.ledger.path.read_bytes()) == before and shown.examples.unique().tolist() == [20, 24]
+    assert shown.note.iloc[-1] == "sample has no more prompts; 2,000 and 5,000 were asked for"
+    (row,) = made.ledger.frame("lengths").to_dict("records")
+    assert row["window"] == 8192 and len(row["lengths"]) == 24 and max(row["lengths"]) == shown.longest_tokens.iloc[-1]
+    again = Study("auto", "bf16", tmp_path).build("examples")
+    assert again.equals(shown) and (tmp_path / "tables" / "examples.csv").read_text() == shown.to_csv(index=False)
+    for wrong in ((0,), ("many",), (), 2000):
+        with pytest.raises(InputError, match="examples"):
+            made.examples("sample", wrong)

@@ -152,3 +152,46 @@ def test_speed_is_compared_on_one_workload():
     ])  # fmt: skip
     made = table.performance(frame, 3).set_index("precision").speedup
     assert made["fp16"] == 2 and pd.isna(made["int8"])
+
+
+def searched(probes, **more):
+    kept = [{"batch_size": size, "fits": True, "memory_mib": mib} for size, mib in probes]
+    return {"precision": "bf16", "engine": "eager", "limit_mib": 220.0, "probes": kept, "prompt_tokens": 8,
+            "new_tokens": 2, **more}  # fmt: skip
+
+
+def drawn(lengths, examples, window=None):
+    return pd.DataFrame([{"prompts": "sample", "lengths": lengths, "examples": examples, "window": window}])
+
+
+def test_the_largest_batch_follows_the_longest_prompt_not_their_number():
+    """A row of 8 + 2 tokens takes 10 MiB beside 100: 12 of them in 220 MiB, and 6 of 18 + 2."""
+    frame = pd.DataFrame([searched([(1, 110.0), (8, 180.0)])])
+    made = table.examples(frame, drawn([8, 2, 8, 2] * 6 + [18], [4, 24, 25])).set_index(["examples", "order"])
+    assert all(sizes.tolist() == [12, 12, 6] for _, sizes in made.largest_batch.groupby("order"))
+    assert made.longest_tokens.groupby("examples").first().tolist() == [8, 8, 18]
+    assert made.batches[24].to_dict() == {"unsorted": 2, "bucketed": 2, "sorted": 2}
+    assert (made.note == "").all() and made.doubt_pct.iloc[0] == pytest.approx(100 * (20 / 70) * (4 / 12))
+
+
+def test_what_there_is_no_plan_for_says_why():
+    rows = [
+        searched([(1, 110.0), (8, 180.0)]),
+        searched([(1, 110.0), (2, 120.0)], precision="int8"),
+        {**searched([(1, 110.0), (8, 180.0)], precision="nf4"), "prompt_tokens": None},
+        searched([], precision="int4"),
+    ]
+    made = table.examples(pd.DataFrame(rows), drawn([8, 400], [2, 9, 20], 120))
+    found = made.groupby("precision").note.first()
+    few = "sample has no more prompts; 2 and 9 and 20 were asked for"
+    assert found["bf16"] == f"{few}; cut to the context window: 1"
+    assert made.longest_tokens[made.precision == "bf16"].unique().tolist() == [118]
+    assert "no line: 2 of 2 probes" in found["int8"] and "search again" in found["nf4"] and "0 of 0" in found["int4"]
+    assert made.largest_batch.isna().sum() == 3
+    wide = table.examples(pd.DataFrame(rows[:1]), drawn([8, 4000], [1, 2]))
+    assert wide.largest_batch.tolist()[:3] == [12] * 3 and "4000 tokens needs more than 220 MiB" in wide.note[3]
+
+
+def test_plans_need_a_search_and_prompts():
+    assert table.examples(pd.DataFrame(), drawn([8], [1])).empty
+    assert table.examples(pd.DataFrame([searched([(1, 110.0), (8, 180.0)])]), pd.DataFrame()).empty

@@ -21,6 +21,7 @@ KINDS = {
     "change": "tables/table2_change.csv",
     "performance": "tables/table4_maxbatch.csv",
     "divergence": "tables/divergence.csv",
+    "plans": "tables/examples.csv",
     "what a table was built for": "tables/.table3_bs1.json",
 }
 

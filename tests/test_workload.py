@@ -36,3 +36,17 @@ def test_bad_input_is_named(tokenizer, tmp_path):
         workload.paragraphs("wikitext", tmp_path)
     with pytest.raises(InputError, match="new_tokens is 0"):
         workload.load(tokenizer, "sample", 1, 1, 0)
+
+
+def test_lengths_are_of_whole_paragraphs_and_none_is_counted_twice(tokenizer):
+    texts = workload.paragraphs("sample")
+    every, some = (workload.lengths(tokenizer, "sample", most) for most in (5000, 7))
+    assert sorted(every) == sorted(len(tokenizer(text)["input_ids"]) for text in texts) and some == every[:7]
+    assert workload.lengths(tokenizer, "sample", 7, seed=1) != some
+
+
+def test_lengths_are_drawn_from_every_split(tokenizer, hub):
+    test, every = (workload.paragraphs("wikitext", hub, split) for split in ("test", None))
+    assert len(test) < len(every) and set(test) < set(every)
+    found = workload.lengths(tokenizer, "wikitext", 5000, hub)
+    assert len(found) == min(5000, len(every)) and max(found) > 400 > 10 > min(found)
