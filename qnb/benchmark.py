@@ -434,7 +434,8 @@ def measure_limits(device: torch.device | str) -> Limits:
         matrix = torch.ones(side, side, device=device, dtype=getattr(torch, name))
         multiply = torch._int_mm if name == "int8" else torch.mm
         with suppress(RuntimeError, NotImplementedError):  # the device has no such product
-            rates[name] = 2 * side**3 / _fastest_s(partial(multiply, matrix, matrix), device)
+            # transposed, as layers have it: the int8 units take the right matrix by columns, or crawl
+            rates[name] = 2 * side**3 / _fastest_s(partial(multiply, matrix, matrix.t()), device)
     return Limits(2 * copied_mib * MIB / copy_s, rates, idle_power_w)
 
 

@@ -38,6 +38,8 @@ def names(frame: pd.DataFrame) -> list[str]:
 
 
 def _repeats(row: dict[str, Any]) -> str:
+    if not row.get("requests"):  # of a bench's table
+        return ""
     count = int(row.get("repeats") or 1)
     return f"<br>n = {row.get('requests', 0):,.0f} requests, {count} {'pass' if count == 1 else 'passes'}"
 

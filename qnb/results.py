@@ -15,10 +15,10 @@ import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from qnb.precision import PRECISIONS
-from qnb.stats import agresti_min
 
 ALIKE = ["precision", "engine", "batch_size"]  # runs that are repeats of one another
-GROUPS = ("mmlu", "sample_exam")  # tasks whose parts stand in Table 1 beside them
+GROUPS = ("mmlu", "sample_exam")  # tasks whose parts stand in Table 1 beside them; of these parts, some are groups:
+PARTS = ("mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities")
 TABLES = {1: "table1_accuracy", 2: "table2_change", 3: "table3_bs1", 4: "table4_maxbatch"}
 
 
@@ -37,6 +37,9 @@ class Results:
     samples: pd.DataFrame = field(default_factory=pd.DataFrame)  # the monitor's readings: setting, precision, t_s, ...
     checkpoints: pd.DataFrame = field(default_factory=pd.DataFrame)  # rows of stage quantize
     divergence: pd.DataFrame = field(default_factory=pd.DataFrame)
+    traced: pd.DataFrame = field(
+        default_factory=pd.DataFrame
+    )  # decode steps at batch size 1, with their kernels' time
     rows: tuple[Mapping[str, Any], ...] = ()  # what was measured; none where tables were read
     failures: tuple[Mapping[str, Any], ...] = ()  # what could not be, each with its reason
 
@@ -86,24 +89,32 @@ def readings(folder: Path, rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def reference(folder: Path) -> dict[str, Results]:
-    """Return the studies whose tables were kept in `folder`, by the name before ``_table1_accuracy.csv`` and so on."""
-    found: dict[str, dict[int, pd.DataFrame]] = {}
-    for number, ending in TABLES.items():
-        for path in sorted(folder.glob(f"*_{ending}.csv")):
-            found.setdefault(path.stem.removesuffix(f"_{ending}"), {})[number] = pd.read_csv(path)
-    return {name: _of_tables(name, tables) for name, tables in sorted(found.items())}
+    """Return the studies whose tables were kept, each in a folder of its own, named device-model, below `folder`."""
+    kept = {path.name: {table.stem: pd.read_csv(table) for table in path.glob("*.csv")}
+            for path in sorted(folder.glob("*/"))}  # fmt: skip
+    return {name: _of_tables(name, tables) for name, tables in kept.items() if tables}
 
 
-def _of_tables(name: str, tables: dict[int, pd.DataFrame]) -> Results:
-    device, _, model = name.partition("_")
-    tables = {number: tables.get(number, pd.DataFrame()) for number in TABLES}
-    change = tables[2]
-    if len(change) and "low_pp" not in change:  # tables kept before intervals were computed
-        counts = zip(change.gained, change.lost, change["items"], strict=True)
-        bounds = [agresti_min(*count) for count in counts]
-        tables[2] = change.assign(low_pp=[low for low, _ in bounds], high_pp=[high for _, high in bounds])
+def _of_tables(name: str, kept: Mapping[str, pd.DataFrame]) -> Results:
+    device, _, model = name.partition("-")
+    none = pd.DataFrame()
+    tables = {number: kept.get(stem, none) for number, stem in TABLES.items()}
     speed = {number: _as_measured(tables[number]) for number in (3, 4)}
-    return Results(name, model, device, tables, _unfold(tables[1]), speed[3], speed[4])
+    return Results(
+        name, model, device, tables, _unfold(tables[1]), speed[3], speed[4],
+        divergence=kept.get("divergence", none), traced=_traced(kept.get("decode", none)),
+    )  # fmt: skip
+
+
+def _traced(steps: pd.DataFrame) -> pd.DataFrame:
+    """Return the steps at batch size 1 that ``tests/bench/decode.py`` kept, under the names that rows have."""
+    if steps.empty:
+        return steps
+    steps = steps[steps.batch_size == 1].dropna(subset=["tpot_ms", "kernel_ms"])
+    steps = steps.sort_values("precision", key=lambda names: names.map(list(PRECISIONS).index), kind="stable")
+    return steps.rename(columns={"kernels": "kernels_per_token"}).assign(
+        kernel_s_per_token=steps.kernel_ms / 1000, wall_s_per_token=steps.tpot_ms / 1000
+    )
 
 
 def _as_measured(table: pd.DataFrame) -> pd.DataFrame:
@@ -128,7 +139,7 @@ def _unfold(table: pd.DataFrame) -> pd.DataFrame:
             "of": row.get("of"),
             "asked": asked,
             "limit": row["items"],
-            "group": row["task"] in GROUPS or asked != row["task"],
+            "group": row["task"] in (*GROUPS, *PARTS),
         }
         for precision in PRECISIONS:
             value = row.get(f"{precision}_pct")

@@ -123,7 +123,7 @@ def test_agresti_min_is_walds_formula_with_half_an_item_a_cell():
 
 
 def test_kept_runs_without_accuracy_are_still_ranked_by_speed():
-    kept = results.reference(ROOT / "outputs" / "reference")["h100_shape_llama_3.2_1b"]
+    kept = results.reference(ROOT / "outputs" / "reference")["h100-llama-3.2-1b-shape"]
     assert choose.tasks(kept) == []
     found = choose.candidates(kept, "maxbatch")
     rates = {one.precision: one.throughput_rps for one in found}
@@ -149,5 +149,5 @@ def test_accuracy_is_explored_with_its_interval_and_items(studied):
 
 
 def test_a_quantity_that_was_not_measured_gives_an_empty_frame():
-    kept = results.reference(ROOT / "outputs" / "reference")["h100_shape_llama_3.2_1b"]
+    kept = results.reference(ROOT / "outputs" / "reference")["h100-llama-3.2-1b-shape"]
     assert explore.values(kept, "tpot_s")[0].empty and "tpot_s" not in explore.measured(kept)

@@ -44,14 +44,17 @@ def test_badges_are_built_from_the_projects_address():
 
 
 def test_the_numbers_are_those_of_the_kept_runs():
-    kept = ROOT / "outputs" / "reference"
-    small = pd.read_csv(kept / "h100_shape_llama_3.2_1b_table3_bs1.csv").set_index("precision")
-    large = pd.read_csv(kept / "h100_shape_llama_3.2_1b_table4_maxbatch.csv").set_index("precision")
+    kept = ROOT / "outputs" / "reference" / "h100-llama-3.2-1b-shape"
+    small = pd.read_csv(kept / "table3_bs1.csv").set_index("precision")
+    large = pd.read_csv(kept / "table4_maxbatch.csv").set_index("precision")
+    steps = pd.read_csv(kept / "decode.csv").query("batch_size == 1").pivot(index="precision", columns="engine")
     rows = table("| Llama-3.2-1B's shape, H100 |")
     assert [row[0] for row in rows] == list(small.index)
-    for precision, memory_mib, alone_rps, together_rps in rows:
+    for precision, memory_mib, eager_ms, graphed_ms, together_rps in rows:
         assert float(memory_mib) == round(small.memory_mib[precision])
-        assert float(alone_rps) == round(small.throughput_rps[precision], 3)
+        assert float(eager_ms) == round(steps.tpot_ms.eager[precision], 1)
+        recorded = steps.tpot_ms.graphed[precision]
+        assert graphed_ms == ("-" if pd.isna(recorded) else f"{recorded:.2f}")
         assert float(together_rps) == round(large.throughput_rps[precision], 1)
 
 

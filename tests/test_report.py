@@ -81,8 +81,9 @@ def test_an_empty_study_says_so_and_still_makes_a_page(tmp_path):
 
 
 def test_kept_tables_give_the_same_frames(studied, tmp_path):
+    (tmp_path / "gpu-example").mkdir()
     for path in (studied.folder / "tables").glob("*.csv"):
-        (tmp_path / f"gpu_example_{path.name}").write_bytes(path.read_bytes())
+        (tmp_path / "gpu-example" / path.name).write_bytes(path.read_bytes())
     (kept,) = results.reference(tmp_path).values()
     mine = studied.results()
     assert (kept.device, kept.model) == ("gpu", "example")
