@@ -1,8 +1,8 @@
 """Milliseconds a token by precision and engine, with the ratio to eager and to the device's limit, taken in one run.
 
 ``python tests/bench/decode.py``: nine precisions of Llama-3.2-1B's shape at batch size 1, six minutes on an H100
-``python tests/bench/decode.py --compile none,fused,descent,combo,default,autotune --precisions fp16,nf4,int8-t0``: what
-torch.compile is asked for, graphed alone
+``python tests/bench/decode.py --engines graphed --precisions fp16,nf4 --compile none,fused,descent,combo,default``:
+what torch.compile is asked for
 ``python tests/bench/decode.py --model smollm2-135m --precisions bf16 --prompt-tokens 16 --new-tokens 4``: on a CPU
 """
 
