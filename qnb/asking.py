@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-FIRST_ROUND = {"cuda": 32, "cpu": 4}  # items a task, to learn a pace from
+FIRST_ROUND = {"cuda": 8, "cpu": 4}  # items a task, to learn a pace from; MMLU is 57 tasks
 SAFE = 0.9  # of the time left that a round is planned for
 WORTHWHILE = 1.5  # times as many items, or a round is not worth its time
 
