@@ -2,11 +2,15 @@
 
 __version__ = "0.1.0"
 
+import warnings
 from typing import Any
 
 from qnb.error import InputError
 
 __all__ = ["InputError", "Study", "__version__"]
+
+# kaleido 1 says at every import of Plotly 5 that Plotly's own ``write_image`` will not work; nothing here calls it
+warnings.filterwarnings("ignore", r"\s*Warning: You have Plotly version", UserWarning)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 something failed on the way, 2 the input cannot be used, 1
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import signal
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"qnb: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # that nobody asked how the stopped cell ended
         print("qnb: interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
         return 130
     except Exception as error:  # the last resort: nobody is shown a traceback, nothing measured is lost
@@ -207,6 +209,7 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
     except OSError as error:
         raise InputError(f"output {study.folder} cannot be written ({error.strerror}); give another") from error
     before = set(map(_failure, study.ledger.failures()))  # of measurements that this run may not ask for
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # an older kernel's debugger would break the line
     os.environ[COMMAND] = shlex.join(["python", "-m", "qnb", *sys.argv[1:]])
     with alone, _progress(study, len(names)) as bar:
         for name in names:

@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 
 from qnb import look
 from qnb.precision import PRECISIONS
+from qnb.table import stacked
 
 SETTINGS = {"bs1": "batch size 1", "sweep": "batch sizes between", "maxbatch": "largest batch"}
 TIMELINE = {
@@ -62,7 +63,7 @@ def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
     figure = look.panels(640, ["throughput, requests/s", "batch latency, s"], shared_xaxes=True)
     for (precision, engine), rows in steps.groupby(["precision", "engine"], sort=False):
         end = largest[(largest.precision == precision) & (largest.engine == engine)]
-        rows = pd.concat([rows, end]).sort_values("batch_size")
+        rows = stacked([rows, end]).sort_values("batch_size")
         color = PRECISIONS[str(precision)].color
         for row, name in enumerate(needed[1:], 1):
             unit = ("requests/s", "s a batch")[row - 1]

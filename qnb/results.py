@@ -15,6 +15,7 @@ import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from qnb.precision import PRECISIONS
+from qnb.table import stacked
 
 ALIKE = ["precision", "engine", "batch_size"]  # runs that are repeats of one another
 GROUPS = ("mmlu", "sample_exam")  # tasks whose parts stand in Table 1 beside them; of these parts, some are groups:
@@ -47,8 +48,7 @@ class Results:
     def speed(self) -> pd.DataFrame:
         """Batch size 1, the sweep and the largest batch, one below the other; ``setting`` tells them apart."""
         named = (("bs1", self.bs1), ("sweep", self.sweep), ("maxbatch", self.maxbatch))
-        parts = [frame.assign(setting=setting) for setting, frame in named if len(frame)]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+        return stacked(frame.assign(setting=setting) for setting, frame in named if len(frame))
 
 
 def medians(rows: pd.DataFrame) -> pd.DataFrame:
@@ -85,7 +85,7 @@ def readings(folder: Path, rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         if path and path.exists():
             about = {key: row[key] for key in ("setting", "precision", "engine")}
             parts.append(pd.read_parquet(path).assign(**about))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    return stacked(parts)
 
 
 def reference(folder: Path) -> dict[str, Results]:

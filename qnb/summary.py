@@ -78,7 +78,7 @@ def _accuracy(results: Results, precision: str) -> Iterator[str]:
     yield f"{text}."
     changes = results.tables[2]
     if "significant" in changes:
-        rows = changes[(changes.precision == precision) & changes.significant.fillna(False).astype(bool)]
+        rows = changes[(changes.precision == precision) & changes.significant.eq(True)]
         found = [
             f"{look.name(row.task)} ({row.change_pp:+.1f} points, p = {row.holm_p:.2g})" for row in rows.itertuples()
         ]

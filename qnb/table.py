@@ -7,7 +7,7 @@ was measured, under their own name, never in its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -41,6 +41,17 @@ def scores(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def stacked(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Return the rows of several frames, one below the other, with every column that any of them has.
+
+    A column that is empty in one frame has no say in the type of the whole, whatever pandas' version.
+    """
+    parts = list(parts)
+    columns = list(dict.fromkeys(name for part in parts for name in part))
+    told = [part.dropna(axis="columns", how="all") for part in parts if len(part)]
+    return pd.concat(told, ignore_index=True).reindex(columns=columns) if told else pd.DataFrame(columns=columns)
+
+
 def headline(frame: pd.DataFrame) -> pd.DataFrame:
     """Keep one metric a task: accuracy, or exact match as strictly read; then the means over tasks.
 
@@ -57,7 +68,7 @@ def headline(frame: pd.DataFrame) -> pd.DataFrame:
         parts.append(_means(whole[whole.task.isin(tasks)], name, len(tasks)))
     common = whole.groupby("task").filter(lambda rows: alike(rows, whole))
     parts.append(_means(common, AGGREGATE, 1))
-    return pd.concat([part for part in parts if len(part)], ignore_index=True)
+    return stacked(parts)
 
 
 def alike(rows: pd.DataFrame, every: pd.DataFrame) -> bool:
@@ -102,7 +113,7 @@ def accuracy(frame: pd.DataFrame) -> pd.DataFrame:
         return frame
     published = paper.accuracy().set_index(["task", "precision"]).acc
     every = headline(frame)
-    frame = pd.concat([frame, *_ends(every[every.metric == "mean"])], ignore_index=True)
+    frame = stacked([frame, *_ends(every[every.metric == "mean"])])
     keys = ["task", "metric", "filter", "items", "of"]
     rows = []
     for key, group in frame.groupby(keys, sort=False, dropna=False):

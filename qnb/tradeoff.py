@@ -42,10 +42,10 @@ def forest(changes: pd.DataFrame) -> go.Figure:
     tasks, shown = list(dict.fromkeys(changes.task)), list(dict.fromkeys(changes.precision))
     for place, (precision, rows) in enumerate(changes.groupby("precision", sort=False)):
         color = PRECISIONS[str(precision)].color
-        significant = rows.get("significant", pd.Series(False, rows.index)).fillna(False).astype(bool)
+        significant = rows.get("significant", pd.Series(False, rows.index)).eq(True)  # empty is not
         # a precision keeps its height within a task, the first one on top
         heights = [-tasks.index(task) + 0.36 - 0.72 * (place + 0.5) / len(shown) for task in rows.task]
-        low, high = rows.low_pp.fillna(rows.change_pp), rows.high_pp.fillna(rows.change_pp)
+        low, high = (rows[name].astype(float).fillna(rows.change_pp) for name in ("low_pp", "high_pp"))
         hover = [_hover(row) for row in rows.to_dict("records")]
         figure.add_scatter(
             name=str(precision), x=rows.change_pp, y=heights, mode="markers+text", hovertext=hover, hoverinfo="text",

@@ -1,5 +1,6 @@
 """Requirements: bounds that are tested, the same in both places, and nothing that Colab brings is replaced."""
 
+import os
 import re
 import tomllib
 from importlib import metadata
@@ -18,13 +19,26 @@ def bounds():
     return [Requirement(line) for line in lines if line and not line.startswith(("#", "-e"))]
 
 
-def test_each_has_a_floor_and_the_next_major_release_for_a_ceiling():
+def ends(requirement):
+    """Return the floor, what is installed, and the ceiling."""
+    limits = {part.operator: Version(part.version) for part in requirement.specifier}
+    assert set(limits) == {">=", "<"}, requirement
+    return limits[">="], Version(metadata.version(requirement.name)), limits["<"]
+
+
+def test_each_has_a_floor_and_a_whole_release_for_a_ceiling():
     for requirement in bounds():
-        ends = {part.operator: Version(part.version) for part in requirement.specifier}
-        assert set(ends) == {">=", "<"}, requirement
-        installed = Version(metadata.version(requirement.name))
-        assert ends[">="] <= installed < ends["<"], f"{requirement}, but {installed} is what these tests run on"
-        assert ends["<"].major - installed.major == 1 or installed.major == 0
+        floor, installed, ceiling = ends(requirement)
+        assert floor <= installed < ceiling, f"{requirement}, but {installed} is what these tests run on"
+        assert re.fullmatch(r"[1-9]\d*|0\.[1-9]\d*", str(ceiling)), requirement
+
+
+@pytest.mark.skipif(os.environ.get("QNB_VERSIONS") != "newest", reason="asked by .ci/run of the newest versions")
+def test_each_ceiling_is_the_next_major_release():
+    for requirement in bounds():
+        _, newest, ceiling = ends(requirement)
+        following = [str(newest.major + 1), f"0.{newest.minor + 1}"]  # of 0.4.12 it is 1, or 0.5
+        assert str(ceiling) in following[: 1 if newest.major else 2], f"{requirement}, and {newest} is the newest"
 
 
 def test_pyproject_says_the_same():

@@ -24,6 +24,27 @@ def answered(**right):
     return lambda asked: pd.DataFrame(items(asked["task"], right[asked["precision"]]))
 
 
+def test_frames_are_stacked_whatever_is_empty_in_one():
+    """As a hand would write the rows below each other; no pandas warns (FutureWarnings are errors in these tests)."""
+    parts = [
+        pd.DataFrame({"name": ["a", "b"], "value": [0.5, None], "count": [1, 2], "sure": [True, False]}),
+        pd.DataFrame({"name": ["c"], "value": [None], "count": [None], "sure": [True], "note": ["late"]}),
+        pd.DataFrame({"other": []}),
+    ]
+    made = table.stacked(iter(parts))
+    assert list(made) == ["name", "value", "count", "sure", "note", "other"]
+    assert list(made.name) == ["a", "b", "c"] and list(made.sure) == [True, False, True]
+    assert made.value.dtype == float and list(made.value.isna()) == [False, True, True]
+    assert list(made["count"][:2]) == [1, 2] and made.note[2] == "late" and made.note.isna().sum() == 2
+    assert table.stacked([]).empty
+
+
+def test_tasks_without_a_headline_have_no_mean():
+    frame = pd.DataFrame([row("bf16", "words", [score("words", 9.5, metric="word_perplexity")])])
+    made = table.accuracy(table.scores(frame))
+    assert list(made.metric) == ["word_perplexity"] and table.headline(table.scores(frame)).empty
+
+
 def test_changes_are_paired_item_by_item():
     frame = pd.DataFrame([row("bf16", "easy", [score("easy", 0.75)]), row("int8", "easy", [score("easy", 0.5)])])
     made = table.change(frame, answered(bf16=[1, 1, 1, 0], int8=[1, 0, 0, 1])).iloc[0]
