@@ -10,10 +10,12 @@ the live tensors alone would fill the memory: that line is the ceiling. A probe 
 from __future__ import annotations
 
 import os
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from math import inf, sqrt
@@ -223,7 +225,9 @@ class Apart:
             self._pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (self._begin, self._arguments))
         started = perf_counter()
         try:
-            return self._pool.submit(_serve, batch_size).result()
+            with _no_main():  # the process is started by the first batch
+                answer = self._pool.submit(_serve, batch_size)
+            return answer.result()
         except BrokenProcessPool:
             self.close()
             return Probe(batch_size, False, took_s=perf_counter() - started, ended=DIED)
@@ -239,6 +243,19 @@ class Apart:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+@contextmanager
+def _no_main() -> Iterator[None]:
+    """Let a process start without running the caller's script again: a plain one would begin its study anew there."""
+    main: dict[str, Any] = vars(sys.modules["__main__"])
+    kept: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
+    main.pop("__file__", None)
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(kept)
 
 
 _try_here: Callable[[], Callable[[int], Probe]]  # in an `Apart`'s process alone

@@ -31,7 +31,7 @@ from qnb.precision import Precision
 from qnb.workload import Workload
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 WARM_UP_TOKENS = 4
 TRACED_STEPS = 8  # decode steps in the profiled pass
@@ -517,19 +517,20 @@ def largest_batch_apart(
     decode.Absent
         The engine cannot run this model here.
     """
+    from transformers import AutoConfig
+
     longest = Workload((workload.longest,), workload.new_tokens, workload.source)
+    cliff = counted(AutoConfig.from_pretrained(folder), len(workload.longest))
     with Apart(trial_of, folder, precision, device, longest, limit_mib, engine) as try_batch:
-        return largest(try_batch, limit_mib, cap, counted(folder, len(workload.longest)))
+        return largest(try_batch, limit_mib, cap, cliff)
 
 
-def counted(folder: str | Path, prompt_tokens: int) -> int:
+def counted(config: PretrainedConfig, prompt_tokens: int) -> int:
     """Return how many prompts a model's widest layer turns into outputs that 32 bits count; 0 where it is not known.
 
     INT8 is expected to end its process beyond (`batch.Apart`).
     """
-    from transformers import AutoConfig
-
-    width = getattr(AutoConfig.from_pretrained(folder), "intermediate_size", None)
+    width = getattr(config.get_text_config(), "intermediate_size", None)
     return (2**31 - 1) // (prompt_tokens * width) if width else 0
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
+from qnb.error import InputError
 from qnb.precision import PRECISIONS
 from qnb.table import stacked
 
@@ -89,10 +90,23 @@ def readings(folder: Path, rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def reference(folder: Path) -> dict[str, Results]:
-    """Return the studies whose tables were kept, each in a folder of its own, named device-model, below `folder`."""
-    kept = {path.name: {table.stem: pd.read_csv(table) for table in path.glob("*.csv")}
-            for path in sorted(folder.glob("*/"))}  # fmt: skip
+    """Return the studies whose tables were kept, each in a folder of its own, named device-model, below `folder`.
+
+    Raises
+    ------
+    InputError
+        A file there is no table.
+    """
+    kept = {path.name: {table.stem: _read(table) for table in path.glob("*.csv")}
+            for path in sorted(folder.glob("*-*/"))}  # fmt: skip
     return {name: _of_tables(name, tables) for name, tables in kept.items() if tables}
+
+
+def _read(table: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(table)
+    except ValueError as error:  # pandas' own are
+        raise InputError(f"{table} is no table ({error}); put back the file, or take it out of its folder") from error
 
 
 def _of_tables(name: str, kept: Mapping[str, pd.DataFrame]) -> Results:

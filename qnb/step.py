@@ -135,11 +135,10 @@ def attend(
     """Attend with one token a row by reductions in float32, (B, key heads, groups, size).
 
     For torch.compile alone, which spreads each of them over the whole GPU and keeps none of the products in memory:
-    for one row on an H100 this takes a third of the time of PyTorch's kernel, which gives each key head one block.
+    for one row on an H100 this takes two fifths of the time of PyTorch's kernel, which gives each key head one block.
     """
-    scores = (query[:, :, :, None].float() * keys[:, :, None].float()).sum(
-        -1
-    ) * scaling + mask  # (B, heads, groups, L)
+    products = query[:, :, :, None].float() * keys[:, :, None].float()  # (B, key heads, groups, L, size)
+    scores = products.sum(-1) * scaling + mask  # (B, key heads, groups, L)
     shares = torch.softmax(scores, -1)
     return (shares[..., None] * values[:, :, None].float()).sum(-2).to(query.dtype)
 

@@ -430,7 +430,7 @@ def _planned(row: dict[str, Any], prompts: dict[str, Any]) -> Iterator[dict[str,
             notes.append(f"{prompts['prompts']} has no more prompts; {numbers} were asked for")
         try:
             if pd.isna(row.get("prompt_tokens")):
-                raise InputError("the search's row does not say how long its prompt was; search again")
+                raise InputError("the search's row does not say how long its prompt was; search with overwrite")
             new_tokens = int(row["new_tokens"])
             line = fit([Probe(**probe) for probe in row["probes"]], int(row["prompt_tokens"]) + new_tokens)
             most = math.inf if pd.isna(prompts["window"]) else int(prompts["window"]) - new_tokens

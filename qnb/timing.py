@@ -20,7 +20,7 @@ from qnb.batch import is_out_of_memory
 from qnb.batch import sweep as batch_sizes
 from qnb.error import InputError
 from qnb.ledger import fingerprint
-from qnb.precision import Precision
+from qnb.precision import PRECISIONS, Precision
 from qnb.workbench import Count, Workbench
 from qnb.workload import Workload
 from qnb.workload import lengths as load_lengths
@@ -137,7 +137,9 @@ class Timing(Workbench):
         Raises
         ------
         InputError
-            A count is not positive, not even one request fits, or an engine is unknown or cannot run here.
+            A count is not positive, or an engine is unknown or cannot run here.
+        RuntimeError
+            Nothing could be measured, such as where not even one request fits: what stood against it.
         """
         self.count("repeats", repeats)
         names = self._engines(engines)
@@ -254,9 +256,16 @@ class Timing(Workbench):
         base_mib: float | None,
     ) -> None:
         """Time a batch of each key's size with a loaded precision, and keep the rows."""
+        from qnb.benchmark import counted
+
         full: set[str] = set()
+        last = counted(network.config, len(workload.longest)) if self._apart(PRECISIONS[keys[0]["precision"]]) else 0
         for key in keys:
             size = int(key["setting"])
+            if 0 < last < size:
+                note = "not tried: bitsandbytes counts an INT8 layer's outputs in 32 bits, and ends the process beyond"
+                self._append(key, asked, {"batch_size": size, "note": note})
+                continue
             batch = replace(workload, prompts=tuple(islice(cycle(workload.prompts), size)))
             values: dict[str, Any] = {"note": "a smaller batch did not fit"}
             with self._failing(key, asked, f"{key['precision']}'s batch of {size} with engine {key['engine']}"):

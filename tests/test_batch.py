@@ -16,6 +16,7 @@ from falls import __file__ as falls_file
 from falls import cannot_begin, falls
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
 from qnb import model
 from qnb.batch import (
@@ -229,6 +230,18 @@ def test_a_batch_may_end_its_process_and_the_next_gets_a_new_one():
         try_batch(1)
 
 
+def test_a_plain_script_is_not_run_again_in_the_process_it_starts(tmp_path):
+    """One without an ``if __name__`` holds its study's lock here and would wait for it there."""
+    script = tmp_path / "plain.py"
+    script.write_text(
+        "print('begun')\nfrom falls import falls\nfrom qnb.batch import Apart\n"
+        "with Apart(falls, 100, 7) as try_batch:\n    print(try_batch(1).fits, __file__)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=90, env=environment)
+    assert run.stdout.splitlines() == ["begun", f"True {script}"], run.stderr
+
+
 def test_a_process_of_its_own_does_not_outlive_a_killed_one():
     run = subprocess.Popen([sys.executable, falls_file, "60"], stdout=subprocess.PIPE, text=True)
     tries = psutil.Process(int(run.stdout.readline()))
@@ -346,7 +359,7 @@ def test_a_trial_that_runs_out_of_memory_keeps_nothing(monkeypatch, short):
 
 
 def test_where_a_layers_outputs_outgrow_32_bits(source):
-    assert counted(source.path, 256) == (2**31 - 1) // (256 * 1536)
+    assert counted(AutoConfig.from_pretrained(source.path), 256) == (2**31 - 1) // (256 * 1536)
 
 
 def test_a_search_in_a_process_of_its_own_loads_the_checkpoint_there(checkpoint, short):

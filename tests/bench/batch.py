@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from transformers import AutoConfig
 
 from qnb import model
 from qnb.batch import DIED, Apart, Probe, largest
@@ -149,7 +150,7 @@ def compare(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
                 close, begin = None, device(options.prompt_tokens, options.new_tokens, limit_mib, precision.bits)
             else:
-                cliff = counted(folder, options.prompt_tokens)
+                cliff = counted(AutoConfig.from_pretrained(folder), options.prompt_tokens)
                 close = begin = Apart(trial_of, folder, precision, options.device, workload, limit_mib)
             trials, rows = Trials(begin), []
             for name in options.searches.split(","):
