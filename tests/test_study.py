@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qnb import InputError, Study, workbench
+from qnb import InputError, Study, model, workbench
 from qnb.device import Device
 from qnb.precision import PRECISIONS
 from qnb.timing import Timing
@@ -210,3 +210,27 @@ def test_plans_are_made_of_rows_alone(source, tmp_path):
     for wrong in ((0,), ("many",), (), 2000):
         with pytest.raises(InputError, match="examples"):
             made.examples("sample", wrong)
+
+
+@pytest.mark.gpu
+def test_a_gpu_times_both_engines_alone_and_together(tmp_path):
+    """The stages of 03 and 04 as their notebooks run them; INT8 is searched in a process of its own."""
+    made = Study(model.EMBEDDED, "bf16,int8,nf4", tmp_path / "study")
+    work = made.workload("bs1", 4, 16, 12, "sample")
+    alone = made.perf_bs1(work, 2)
+    together = made.perf_maxbatch(work, 4)
+    swept = made.sweep(work, 2)
+    for frame in (alone, together):
+        timed = frame.dropna(subset=["throughput_rps"])
+        pairs = set(zip(timed.precision, timed.engine, strict=True))
+        assert pairs == {(p, e) for p in ("bf16", "nf4") for e in ("eager", "graphed")} | {("int8", "eager")}
+        assert timed.peak_allocated_mib.notna().any() and set(timed.bound.dropna()) <= {
+            "launch",
+            "bandwidth",
+            "compute",
+        }
+        missing = frame[frame.engine.eq("graphed") & frame.precision.eq("int8")]
+        assert missing.note.str.contains("outlier").all()
+    assert (together.dropna(subset=["throughput_rps"]).batch_size == 4).all()
+    assert set(swept.batch_size) == {1, 2} and made.results().traced.kernel_s_per_token.notna().any()
+    assert not made.ledger.failures()
