@@ -23,7 +23,7 @@ try:
     from filelock import FileLock, Timeout
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    from qnb import accuracy, colab, hub, model, workload
+    from qnb import accuracy, colab, hub, model, timing, workload
     from qnb.error import InputError
     from qnb.ledger import FAILED, KEY
     from qnb.provenance import COMMAND, ROOT
@@ -163,6 +163,8 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
                 raise InputError(f"{name} is {value!r}; give true or false")
         elif name == "minutes":
             accuracy.check_minutes(value)
+        elif name in ("bs1_requests", "maxbatch_requests") and timing.minutes_of(value) is not None:
+            continue
         elif name not in PARAMETERS and (name, value) not in (("limit", "all"), ("text_tokens", "all")):
             study.count(name, value)
     if "02_accuracy" in names:

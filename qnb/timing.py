@@ -5,8 +5,9 @@ Precisions and engines take turns within a repeat, so that a machine that slows 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import count, cycle, islice
@@ -21,7 +22,7 @@ from qnb.batch import sweep as batch_sizes
 from qnb.error import InputError
 from qnb.ledger import fingerprint
 from qnb.precision import PRECISIONS, Precision
-from qnb.workbench import Count, Workbench
+from qnb.workbench import AUTO, Count, Workbench
 from qnb.workload import Workload
 from qnb.workload import lengths as load_lengths
 from qnb.workload import load as load_workload
@@ -30,6 +31,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qnb.benchmark import Limits, Run
+
+
+PACE_ROWS = {"bs1": {"cuda": 1, "cpu": 1}, "maxbatch": {"cuda": 32, "cpu": 4}}  # of the batch a pace is learnt from
+# what a setting runs: so many times its requests, and so many more. One by one: kernels traced, memory read, tokens
+# compared. In the largest batch: three probes of about that size, memory read, the timed pass.
+COST = {"bs1": (1, 3), "maxbatch": (5, 0)}
+
+
+def minutes_of(requests: Count) -> float | None:
+    """Return the minutes in a text such as ``"4 minutes"``; None where it is a number of requests or ``"auto"``.
+
+    Raises
+    ------
+    InputError
+        The time is none.
+    """
+    found = re.fullmatch(r"(\d{1,4}(?:\.\d{1,3})?) ?min(?:ute)?s?", str(requests).strip())
+    if found and not float(found[1]):
+        raise InputError(f"requests is {requests!r}; give a time above 0, such as '4 minutes'")
+    return float(found[1]) if found else None
 
 
 class Timing(Workbench):
@@ -49,8 +70,10 @@ class Timing(Workbench):
         ----------
         setting
             ``"bs1"`` or ``"maxbatch"``, for the number of requests that suits it.
-        requests, prompt_tokens, new_tokens
-            How many prompts, of at most how many tokens, and the new tokens asked of each.
+        requests
+            How many prompts; or a time such as ``"4 minutes"``, for as many as it buys (see `pace`).
+        prompt_tokens, new_tokens
+            Of at most how many tokens each, and the new tokens asked of each.
         prompts
             ``"wikitext"``, ``"sample"``, or ``"auto"``: WikiText-2 where there is a GPU or a `data_dir`.
 
@@ -59,12 +82,56 @@ class Timing(Workbench):
         InputError
             A count is not positive, or the prompts cannot be had.
         """
-        counts = (
-            self.count("requests", requests, f"{setting}_requests"),
-            self.count("prompt_tokens", prompt_tokens),
-            self.count("new_tokens", new_tokens),
-        )
-        return load_workload(self.tokenizer, self._prompts(prompts), *counts, self.data_dir, self.seed)
+        tokens = self.count("prompt_tokens", prompt_tokens), self.count("new_tokens", new_tokens)
+        minutes = minutes_of(requests)
+        if minutes is None:
+            count = self.count("requests", requests, f"{setting}_requests")
+        else:
+            count = self.pace(setting, minutes, *tokens, prompts)
+        return load_workload(self.tokenizer, self._prompts(prompts), count, *tokens, self.data_dir, self.seed)
+
+    def pace(self, setting: str, minutes: float, prompt_tokens: int, new_tokens: int, prompts: str = "auto") -> int:
+        """Return how many requests a time buys, for all precisions and engines together.
+
+        One batch of each precision is timed with `eager`, and every engine is taken to be as slow. A setting costs
+        more than its timed requests: what else it runs is counted in (`COST`). The number stays what it is for this
+        study, as do precisions that are added later, so that all get the same prompts.
+
+        Parameters
+        ----------
+        setting, prompts
+            As for `workload`.
+        minutes
+            The time, the batches timed here included; loading and compiling come on top.
+        prompt_tokens, new_tokens
+            Of one request.
+
+        Raises
+        ------
+        InputError
+            The prompts cannot be had.
+        """
+        from qnb.benchmark import run
+
+        source, rows = self._prompts(prompts), PACE_ROWS[setting][self.device.kind]
+        asked = {"minutes": minutes, "prompts": source, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+        parts = {"weights": self.source.fingerprint, "device": self.device.name, "versions": self.versions, **asked}
+        key = {"stage": "pace", "setting": setting, "fingerprint": fingerprint(parts)}
+        with self._alone():
+            if found := self._find(key):
+                return int(found["requests"])
+            batch = load_workload(self.tokenizer, source, rows, prompt_tokens, new_tokens, self.data_dir, self.seed)
+            seconds = {}
+            for precision in self.precisions:
+                with suppress(RuntimeError, MemoryError):  # kept as failed where it is measured
+                    seconds[precision.name] = self.on(
+                        precision, lambda network, _: run(network, batch, rows, "eager", passes=()).total_s
+                    )
+            a_request_s = len(self._engines("auto")) * sum(seconds.values()) / rows
+            times, more = COST[setting]
+            left_s = 60 * minutes - sum(seconds.values())
+            bought = int(left_s / a_request_s / times) - more if seconds else AUTO["cpu"][f"{setting}_requests"]
+            return int(self._append(key, asked, {"requests": max(1, bought), "seconds": seconds})["requests"])
 
     def limits(self) -> pd.DataFrame:
         """Measure the device's bandwidth and products once; return a row a limit.

@@ -2,13 +2,14 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qnb import InputError, Study, model, workbench
 from qnb.device import Device
-from qnb.precision import PRECISIONS
+from qnb.precision import PRECISIONS, parse
 from qnb.timing import Timing
 
 
@@ -144,6 +145,39 @@ def test_passes_end_when_the_median_has_settled_or_at_the_limit(source, tmp_path
         }
     assert measured == ["bf16", "fp16", "bf16", "bf16"] and sorted(rows.order) == [0, 1, 2, 3]
     assert all((tmp_path / name).exists() for name in (*rows.samples, *rows.token_samples))
+
+
+@pytest.mark.parametrize(("setting", "bought"), [("bs1", 22), ("maxbatch", 20)])
+def test_a_time_buys_requests_the_same_for_every_precision(setting, bought, source, tmp_path, monkeypatch):
+    """Of two minutes 4.5 s go to the pace. At 4.5 s a request of both, 25 are left, less three; or at 4.5 s for four,
+    102, which five passes share."""
+    from qnb import benchmark
+
+    made, asked = Study("smollm2-135m", "bf16,nf4,fp16", tmp_path), []
+
+    def on(precision, measure):
+        if precision.name == "fp16":
+            raise RuntimeError("out of memory")
+        asked.append(precision.name)
+        return measure(None, 0.0)
+
+    def run(network, workload, batch_size, engine, passes):
+        assert len(workload.prompts) == batch_size and engine == "eager" and passes == ()
+        return SimpleNamespace(total_s=1.5 if asked[-1] == "bf16" else 3.0)
+
+    monkeypatch.setattr(made, "on", on)
+    monkeypatch.setattr(benchmark, "run", run)
+    for precisions in ("bf16,nf4,fp16", "int8,bf16"):
+        made.precisions = parse(precisions)
+        workload = made.workload(setting, "2 minutes", 8, 2, "sample")
+        assert len(workload.prompts) == bought and asked == ["bf16", "nf4"]
+    assert len(made.workload(setting, "1 min", 8, 2, "sample").prompts) < bought
+
+
+@pytest.mark.parametrize("none", ["0 minutes", "-1 minutes", "4 hours", "minutes", "many"])
+def test_a_time_that_is_none_is_refused(none, tmp_path):
+    with pytest.raises(InputError, match="requests is"):
+        Study(output=tmp_path).workload("bs1", none)
 
 
 def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(source, tmp_path, monkeypatch):
