@@ -144,9 +144,7 @@ class Asking(Workbench):
         """
         tasks, cap = ", ".join(evaluator.tasks), evaluator.limit
         asked = {"minutes": minutes, "scorer": evaluator.scorer, "cap": cap or "all"}
-        parts = {"weights": self.source.fingerprint, "device": self.device.name, "versions": self.versions}
-        key = {"stage": "budget", "task": tasks, "setting": f"{minutes:g} min",
-               "fingerprint": fingerprint({**parts, **asked, "tasks": tasks})}  # fmt: skip
+        key = self._shared_key("budget", {**asked, "tasks": tasks}, task=tasks, setting=f"{minutes:g} min")
         sizes = {task: evaluator.asked(task).sizes for task in evaluator.tasks}
         largest = max(size for parts in sizes.values() for size in parts.values())
         cap = min(cap or largest, largest)

@@ -14,13 +14,13 @@ from typing import Any
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
+from qnb import paper
 from qnb.error import InputError
 from qnb.precision import PRECISIONS
 from qnb.table import stacked
 
 ALIKE = ["precision", "engine", "batch_size"]  # runs that are repeats of one another
-GROUPS = ("mmlu", "sample_exam")  # tasks whose parts stand in Table 1 beside them; of these parts, some are groups:
-PARTS = ("mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities")
+GROUPS = ("mmlu", "sample_exam")  # tasks whose parts stand in Table 1 beside them
 TABLES = {1: "table1_accuracy", 2: "table2_change", 3: "table3_bs1", 4: "table4_maxbatch"}
 
 
@@ -39,9 +39,7 @@ class Results:
     samples: pd.DataFrame = field(default_factory=pd.DataFrame)  # the monitor's readings: setting, precision, t_s, ...
     checkpoints: pd.DataFrame = field(default_factory=pd.DataFrame)  # rows of stage quantize
     divergence: pd.DataFrame = field(default_factory=pd.DataFrame)
-    traced: pd.DataFrame = field(
-        default_factory=pd.DataFrame
-    )  # decode steps at batch size 1, with their kernels' time
+    traced: pd.DataFrame = field(default_factory=pd.DataFrame)  # steps at batch size 1 with their kernels' time
     rows: tuple[Mapping[str, Any], ...] = ()  # what was measured; none where tables were read
     failures: tuple[Mapping[str, Any], ...] = ()  # what could not be, each with its reason
 
@@ -153,7 +151,7 @@ def _unfold(table: pd.DataFrame) -> pd.DataFrame:
             "of": row.get("of"),
             "asked": asked,
             "limit": row["items"],
-            "group": row["task"] in (*GROUPS, *PARTS),
+            "group": row["task"] in GROUPS or (asked != row["task"] and row["task"] in paper.TABLE1),
         }
         for precision in PRECISIONS:
             value = row.get(f"{precision}_pct")

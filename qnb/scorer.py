@@ -677,8 +677,8 @@ class _Roomy(DynamicLayer):
 def joined_norms(model: torch.nn.Module) -> Iterator[None]:
     """For a while, let RMS norms that are written as seven kernels run as two, in the same arithmetic.
 
-    In 16 bit these write float32 to memory and read it again; of a forward pass over many tokens that is a tenth. One
-    norm of each kind is asked whether it is ``weight * round(x / rms(x))``: others stay as they are.
+    In 16 bit these write float32 to memory and read it again, several times the bytes of the norm itself. One norm of
+    each kind is asked whether it is ``weight * round(x / rms(x))``: others stay as they are.
     """
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")
              and hasattr(module, "weight") and hasattr(module, "variance_epsilon")

@@ -237,12 +237,10 @@ class Lean:
         on_gpu = self.embedding.is_cuda
         self._attention = ATTENTION if on_gpu else CPU_ATTENTION
         self._begin, self._layer, self._finish = (_compiled(part, options) for part in PARTS)
-        self._few_rows = FEW_ROWS if options is not None else 0
 
     def uncompile(self) -> None:
         """Run each operation by itself from now on."""
         self._begin, self._layer, self._finish = PARTS
-        self._few_rows = 0
 
     def angles(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rotary cosines and sines of positions up to `length`, (L, head size) each."""
@@ -276,7 +274,8 @@ class Lean:
         barred
             (V,), added to the logits before the token is chosen.
         """
-        length, few = caches[0][0].shape[2], len(token) <= self._few_rows
+        length = caches[0][0].shape[2]
+        few = self._layer is not layer and len(token) <= FEW_ROWS  # `attend` is for what is compiled
         with sdpa_kernel(self._attention):
             hidden, cos, sin, mask = self._begin(self.embedding, angles, token, slot, start, length)
             delta = torch.zeros_like(hidden)

@@ -94,8 +94,8 @@ class Timing(Workbench):
         """Return how many requests a time buys, for all precisions and engines together.
 
         One batch of each precision is timed with `eager`, and every engine is taken to be as slow. A setting costs
-        more than its timed requests: what else it runs is counted in (`COST`). The number stays what it is for this
-        study, as do precisions that are added later, so that all get the same prompts.
+        more than its timed requests: what else it runs is counted in (`COST`). The number is kept, also for precisions
+        that are added later: all get the same prompts.
 
         Parameters
         ----------
@@ -115,12 +115,11 @@ class Timing(Workbench):
 
         source, rows = self._prompts(prompts), PACE_ROWS[setting][self.device.kind]
         asked = {"minutes": minutes, "prompts": source, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-        parts = {"weights": self.source.fingerprint, "device": self.device.name, "versions": self.versions, **asked}
-        key = {"stage": "pace", "setting": setting, "fingerprint": fingerprint(parts)}
+        key = self._shared_key("pace", asked, setting=setting)
         with self._alone():
             if found := self._find(key):
                 return int(found["requests"])
-            batch = load_workload(self.tokenizer, source, rows, prompt_tokens, new_tokens, self.data_dir, self.seed)
+            batch = self.workload(setting, rows, prompt_tokens, new_tokens, prompts)
             seconds = {}
             for precision in self.precisions:
                 with suppress(RuntimeError, MemoryError):  # kept as failed where it is measured

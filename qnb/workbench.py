@@ -218,6 +218,11 @@ class Workbench:
         }
         return {"stage": stage, "precision": precision.name, **more, "fingerprint": fingerprint(parts)}
 
+    def _shared_key(self, stage: str, asked: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """Return the key and fingerprint of what is decided once for all precisions."""
+        parts = {"weights": self.source.fingerprint, "device": self.device.name, "versions": self.versions}
+        return {"stage": stage, **more, "fingerprint": fingerprint({**parts, **asked})}
+
     def _find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         return None if self.overwrite else self.ledger.find(**key)
 
