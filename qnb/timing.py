@@ -401,7 +401,8 @@ class Timing(Workbench):
             mine = {engine: rows.setdefault((precision.name, engine), []) for engine in turn
                     if asked.size(precision, engine)}  # fmt: skip
             mine = {engine: before for engine, before in mine.items() if not _settled(before)}
-            for engine, row in self._turn(asked, precision, repeat, mine, order).items():
+            places = {engine: next(order) for engine in mine}
+            for engine, row in self._turn(asked, precision, repeat, mine, places).items():
                 mine[engine].append(row)
             bar.update()
 
@@ -411,9 +412,13 @@ class Timing(Workbench):
         precision: Precision,
         repeat: int,
         before: Mapping[str, Sequence[dict[str, Any]]],
-        order: Iterator[int],
+        places: Mapping[str, int],
     ) -> dict[str, dict[str, Any]]:
-        """Return one pass of a precision with each engine of `before`, measured now where the ledger has none."""
+        """Return one pass of a precision with each engine of `before`, measured now where the ledger has none.
+
+        `places` number the turns, those that the ledger has counted in: a study that was interrupted numbers its rows
+        as one that was not.
+        """
 
         def sized(engine: str) -> tuple[int, dict[str, Any], dict[str, Any]]:
             found = asked.size(precision, engine)
@@ -433,7 +438,7 @@ class Timing(Workbench):
                         raise
                 model.release()
             stopped = asked.stopped(repeat, [row["batch_s"] for row in before[engine]], values)
-            return self._append(key, wanted, {**values, "order": next(order), "stopped": stopped})
+            return self._append(key, wanted, {**values, "order": places[engine], "stopped": stopped})
 
         def measure(network: PreTrainedModel, base_mib: float | None) -> None:
             for engine in missing:

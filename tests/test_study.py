@@ -121,13 +121,18 @@ def test_int8_alone_is_searched_apart_and_on_a_gpu_alone(tmp_path):
 
 
 def test_passes_end_when_the_median_has_settled_or_at_the_limit(source, tmp_path, monkeypatch):
-    """Steady latencies need one pass; unsteady ones all of them; both are asked again without measuring."""
+    """Steady latencies need one pass; unsteady ones all of them; both are asked again without measuring.
+
+    A turn's number is the same where another kernel goes on in the middle.
+    """
     from qnb import benchmark
     from qnb.monitor import Usage
 
-    made, measured = Study("smollm2-135m", "bf16,fp16", tmp_path), []
-    monkeypatch.setattr(made, "on", lambda precision, measure: measured.append(precision.name) or measure(None, 0.0))
-    monkeypatch.setattr(made, "_settle", lambda precision: None)
+    measured = []
+    monkeypatch.setattr(
+        Study, "on", lambda _, precision, measure: measured.append(precision.name) or measure(None, 0.0)
+    )
+    monkeypatch.setattr(Study, "_settle", lambda *_: None)
     monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
 
     def run(network, workload, batch_size, engine, base_mib, **_):
@@ -136,6 +141,7 @@ def test_passes_end_when_the_median_has_settled_or_at_the_limit(source, tmp_path
         return benchmark.Run(engine, 1, 8, 4, 2, sum(times), times, None, None, Usage("process", 0, 1.0))
 
     monkeypatch.setattr(benchmark, "run", run)
+    made = Study("smollm2-135m", "bf16,fp16", tmp_path)
     workload = made.workload("bs1", 8, 4, 2, "sample")
     for _ in range(2):
         rows = made.perf_bs1(workload, 3)
@@ -144,6 +150,11 @@ def test_passes_end_when_the_median_has_settled_or_at_the_limit(source, tmp_path
             "fp16": ["interval"],
         }
     assert measured == ["bf16", "fp16", "bf16", "bf16"] and sorted(rows.order) == [0, 1, 2, 3]
+    ledger = tmp_path / "ledger.jsonl"
+    kept = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(b"".join(kept[:-2]))  # killed after both have been timed once
+    again = Study("smollm2-135m", "bf16,fp16", tmp_path).perf_bs1(workload, 3)
+    assert measured[4:] == ["bf16", "bf16"] and again.order.tolist() == rows.order.tolist()
     assert all((tmp_path / name).exists() for name in (*rows.samples, *rows.token_samples))
 
 
