@@ -1,8 +1,10 @@
-"""The README's links, pictures and numbers are those of the repository."""
+"""The README's links, pictures and numbers are those of the repository, and so are the notebooks' kept runs."""
 
+import itertools
 import re
 import tomllib
 
+import nbformat
 import pandas as pd
 import pytest
 
@@ -10,15 +12,27 @@ from qnb.__main__ import NAMES, ROOT
 from qnb.precision import PRECISIONS
 
 TEXT = (ROOT / "README.md").read_text()
+KEPT = ROOT / "outputs" / "reference"
+SHAPE = "h100-llama-3.2-1b-shape"
 PAGES = [ROOT / "README.md", ROOT / "outputs" / "reference" / "README.md"]
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["repository"]
 
 
-def table(head):
+def table(head, text=TEXT):
     """Return the rows of the table whose first line begins with `head`, as lists of cells."""
-    lines = TEXT[TEXT.index(f"\n{head}") + 1 :].splitlines()[2:]
-    rows = lines[: next(at for at, line in enumerate(lines) if not line.startswith("|"))]
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    rows = itertools.takewhile(lambda line: line.startswith("|"), text[text.index(f"\n{head}") + 1 :].splitlines())
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows][2:]
+
+
+def prose(number):
+    """Return what a notebook tells of its kept run."""
+    name = next(name for name in NAMES if name.startswith(number))
+    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4).cells
+    return next(cell.source for cell in cells if "What a kept run shows" in cell.source)
+
+
+def kept(name):
+    return pd.read_csv(KEPT / name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -44,10 +58,9 @@ def test_badges_are_built_from_the_projects_address():
 
 
 def test_the_numbers_are_those_of_the_kept_runs():
-    kept = ROOT / "outputs" / "reference" / "h100-llama-3.2-1b-shape"
-    small = pd.read_csv(kept / "table3_bs1.csv").set_index("precision")
-    large = pd.read_csv(kept / "table4_maxbatch.csv").set_index("precision")
-    steps = pd.read_csv(kept / "decode.csv").query("batch_size == 1").pivot(index="precision", columns="engine")
+    small = kept(f"{SHAPE}/table3_bs1.csv").set_index("precision")
+    large = kept(f"{SHAPE}/table4_maxbatch.csv").set_index("precision")
+    steps = kept(f"{SHAPE}/decode.csv").query("batch_size == 1").pivot(index="precision", columns="engine")
     rows = table("| Llama-3.2-1B's shape, H100 |")
     assert [row[0] for row in rows] == list(small.index)
     for precision, memory_mib, graphed_ms, together_rps in rows:
@@ -55,6 +68,67 @@ def test_the_numbers_are_those_of_the_kept_runs():
         recorded = steps.tpot_ms.graphed[precision]
         assert graphed_ms == ("-" if pd.isna(recorded) else f"{recorded:.2f}")
         assert float(together_rps) == round(large.throughput_rps[precision], 1)
+
+
+def test_notebook_03_tells_what_was_kept():
+    """Its table row by row, and the shares of the limit that its last sentence names."""
+    steps = kept(f"{SHAPE}/decode.csv").query("batch_size == 1").pivot(index="precision", columns="engine")
+    rows = table("| | eager |", prose("03"))
+    assert {row[0] for row in rows} == set(steps.index)
+    for precision, eager, eager_kernels, graphed, graphed_kernels, limit in rows:
+        mine = steps.loc[precision]
+        assert [float(eager), float(eager_kernels)] == [
+            round(mine["tpot_ms", "eager"], 1),
+            round(mine["kernel_ms", "eager"], 2),
+        ]
+        if precision == "int8":
+            assert graphed == "cannot be recorded" and mine["note", "graphed"]
+        else:
+            assert graphed == f"{mine['tpot_ms', 'graphed']:.2f}"
+            assert graphed_kernels == f"{mine['kernel_ms', 'graphed']:.2f}"
+        assert limit == f"{mine['limit_ms', 'eager']:.2f}"
+    shares = steps["limit_pct", "graphed"].round().astype("Int64")
+    assert f"FP16 reaches {shares.fp16} % of what the memory allows, NF4 {shares.nf4} %" in prose("03")
+
+
+def test_notebook_04_tells_what_was_kept():
+    found = kept(f"{SHAPE}/batch.csv")
+    rows = table("| | search |", prose("04"))
+    made = [[row.precision, {"ours": "this one", "accelerate": "accelerate's"}[row.search], str(row.largest_batch),
+             str(row.true_at_most), str(row.probes), f"{row.seconds:.1f}"] for row in found.itertuples()]  # fmt: skip
+    assert rows == made
+    many = (
+        kept(f"{SHAPE}/decode.csv").query("batch_size == 400").set_index("engine").throughput_rps.round().astype(int)
+    )
+    assert f"served {many.eager} requests/s with `eager` and {many.graphed} with `graphed`" in " ".join(
+        prose("04").split()
+    )
+
+
+def test_notebook_02_tells_what_was_kept():
+    """How many changes are significant and which, the answers that flip, the growth of perplexity, INT8's drift."""
+    small, text = "h100-smollm2-135m", " ".join(prose("02").split())
+    changes = kept(f"{small}/table2_change.csv")
+    tested = changes[changes.mcnemar_p.notna()]
+    real = tested[tested.significant.astype(bool)]
+    assert f"Of {len(tested)} changes against BF16 {['no', 'one', 'two', 'three'][len(real)]} are significant" in text
+    assert set(zip(real.task, real.precision, strict=True)) == {("arc_easy", "nf4"), ("arc_easy", "nf4-dq")}
+    easy = tested[tested.task == "arc_easy"].set_index("precision")
+    for name in ("nf4", "nf4-dq"):
+        change, low, high = (f"{value:.1f}" for value in easy.loc[name, ["change_pp", "low_pp", "high_pp"]])
+        assert re.search(rf"{change}( points)? \((95 % )?{low} to {high}\)", text), name
+    flips = (easy.gained + easy.lost).astype(int)
+    assert f"flip {flips.fp32} and {flips.fp16} of ARC-Easy's {easy['items'].iloc[0]:,} answers" in text
+    assert f"flips {flips.int8} there and loses {-easy.change_pp.int8:.2f} points net" in text
+    assert f"({easy.low_pp.int8:+.2f} to {easy.high_pp.int8:+.2f})" in text
+    assert f"flips {flips.int4}, more than NF4's {flips.nf4}" in text and f": {easy.change_pp.int4:.2f} points" in text
+    growth = kept(f"{small}/divergence.csv").set_index("precision").perplexity_change_pct
+    assert f"rises by {growth.int4:.0f} %, NF4's by {growth.nf4:.0f}, INT8's by {growth.int8:.1f}" in text
+    assert f"without the outlier path by {growth['int8-t0']:.1f}" in text and abs(growth.fp16) < 0.1
+    drift = kept(f"{small}/drift.csv").query("scorer == 'qnb'").set_index("precision")
+    assert f"moved by {drift.mean_nats.int8:.2f} nats on average" in text
+    assert f"{drift.other_picks.int8} of {drift['items'].int8} picks with it" in text
+    assert not drift.other_picks.drop("int8").any()
 
 
 def test_every_precision_is_explained_with_its_bits():
