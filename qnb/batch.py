@@ -35,12 +35,16 @@ FRAGMENTED = 1.5  # live tensors leave room for so many times the rows: most of 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` says that device memory ran out."""
+    """Return whether `error` says that device memory ran out, or came of one that does, as a recording's end may."""
     import torch
 
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
+    if not isinstance(error, RuntimeError):
+        return False
+    if any(text in str(error).lower() for text in _OUT_OF_MEMORY):
+        return True
+    return error.__context__ is not None and is_out_of_memory(error.__context__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from qnb.device import MIB
 from qnb.model import load, quiet, release, weigh
 from qnb.monitor import ProcessSensor, Sample, Usage, Window, sensor
 from qnb.precision import Precision
+from qnb.step import FEW_ROWS
 from qnb.workload import Workload
 
 if TYPE_CHECKING:
@@ -289,9 +290,13 @@ def run(
     check_window(model, len(longest), new_tokens)
     batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     with quiet():
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(device)  # recording a graph takes what replaying it will need
         made = FACTORIES[engine](model, batch_size, len(longest), new_tokens)
+        if on_gpu and "memory" in passes:
+            made.generate(batches[0], min(WARM_UP_TOKENS, new_tokens))  # weights are joined and kernels built once
+            del made
+            release()
+            torch.cuda.reset_peak_memory_stats(device)  # recording a graph takes what replaying it will need
+            made = FACTORIES[engine](model, batch_size, len(longest), new_tokens)
         sizes = {len(batch): batch for batch in (batches if on_gpu else batches[:1])}
         for batch in sizes.values():  # each size has shapes of its own to be prepared for
             made.generate(batch, min(WARM_UP_TOKENS, new_tokens))
@@ -341,7 +346,7 @@ def run(
 
 def _trace(engine: Engine, prompts: Prompts, steps: int, device: torch.device) -> Trace:
     """Trace two generations, of one new token and of `steps` more; their difference is decoding alone."""
-    short, long = (_kernels(engine, prompts, count, device) for count in (1, 1 + steps))
+    _, short, long = (_kernels(engine, prompts, count, device) for count in (1, 1, 1 + steps))  # the first starts it
     return Trace(*((after - before) / steps for before, after in zip(short, long, strict=True)))
 
 
@@ -557,7 +562,8 @@ def trial(
 ) -> Callable[[int], Probe]:
     """Return what tries a batch of the workload's longest prompt, and leaves memory as it found it.
 
-    A few tokens are generated first, so that kernels and workspaces loaded once are no batch's.
+    Something is generated first, so that kernels and workspaces loaded once are no batch's: a recorded step's are
+    built for any number of rows above a few and for one length, those that are tried.
     """
     generate, device = ENGINES[engine], model.device
     on_gpu = device.type == "cuda"
@@ -601,5 +607,6 @@ def trial(
             return Probe(batch_size, False, took_s=took_s, ended=OUT_OF_MEMORY)
         return Probe(batch_size, memory_mib is None or memory_mib <= limit_mib, memory_mib, took_s=took_s)
 
-    run_out(1, min(WARM_UP_TOKENS, workload.new_tokens))
+    few = min(WARM_UP_TOKENS, workload.new_tokens)
+    run_out(*(1, few) if engine == "eager" else (FEW_ROWS + 1, workload.new_tokens))
     return on_device if on_gpu else on_cpu

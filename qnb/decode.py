@@ -394,7 +394,7 @@ class Graphed:
         self._decoder = Decoder(model, rows, width, new_tokens, COMPILE)
         self._prompts: dict[int, torch.cuda.CUDAGraph] = {}  # by rows
         self._steps: dict[int, torch.cuda.CUDAGraph] = {}
-        self.logits: dict[int, torch.Tensor] = {}  # (B, V), where a step leaves them
+        self.logits: dict[int, torch.Tensor] = {}  # (B, V), where a step of the size last recorded leaves them
         self._pool = torch.cuda.graph_pool_handle()
 
     @property
@@ -435,6 +435,7 @@ class Graphed:
                 work(rows)
         main.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        self.logits.clear()  # another size's, which would stay in memory that this one can use
         with torch.cuda.graph(graph, pool=self._pool, stream=side):
             logits = work(rows)
         return graph, logits

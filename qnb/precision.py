@@ -48,6 +48,11 @@ class Precision:
 
         return getattr(torch, self.dtype)
 
+    @property
+    def threshold(self) -> float:
+        """From what magnitude on LLM.int8 multiplies an input column in 16 bit; 0 where it keeps no outliers apart."""
+        return float(self.quantization.get("llm_int8_threshold", 0.0))
+
     def config(self) -> BitsAndBytesConfig | None:
         """Return the ``quantization_config`` for ``from_pretrained``; None for plain types."""
         if not self.quantization:

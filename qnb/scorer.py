@@ -11,10 +11,9 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,6 +27,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from tqdm import tqdm
 from transformers.cache_utils import DynamicLayer
 
+from qnb import fuse
 from qnb.answers import Answers
 from qnb.batch import is_out_of_memory
 from qnb.model import release
@@ -40,9 +40,10 @@ log = logging.getLogger(__name__)
 Request = tuple[Any, list[int], list[int]]  # what it is cached under, context, continuation
 Encoded = dict[tuple[str, ...], tuple[list[int], ...]]  # by (context, continuation), or (context,) to be continued
 _Asked = tuple[list[int], int, list[str], int]  # context, place, stop sequences, most new tokens
-TOKENS = {"cuda": 16384, "cpu": 2048}  # a forward pass; more no longer helps
+TOKENS = {"cuda": 32768, "cpu": 2048}  # a forward pass; more no longer helps
 LOGITS_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}  # of a chunk: in the model's type, in float32, and the softmax's
 PREFIX = 32  # a shared beginning of fewer tokens is not worth a cache
+FUSED_FROM = 10**14  # tokens times weights: a second of the fastest GPUs, half a minute of a T4
 STOCK_BLOCK = 256  # requests that stock scoring gets at once, so that their answers can be kept
 CHECK_STEPS = 8  # new tokens between two looks for stop sequences
 PEERS = 4  # rows that must share a beginning
@@ -108,9 +109,11 @@ class SharedContextLM(HFLM):
         # transformers 5.24 renames the argument, and warns
         renamed = hasattr(self.model, "base_model") and "cache" in signature(self.model.base_model.forward).parameters
         self._cache_name = "cache" if renamed else "past_key_values"
+        self._pieces = fuse.PLAIN
         if self.model not in self._proved:
-            self._proved[self.model] = self._prove()
-        self.shared = self._proved[self.model]
+            shared = self._prove()
+            self._proved[self.model] = shared, shared and self._prove_fused()
+        self.shared, self._fusable = self._proved[self.model]
 
     # What is scored
 
@@ -168,12 +171,13 @@ class SharedContextLM(HFLM):
         if not requests:
             return []
         bar = tqdm(total=len(requests), desc="scoring", disable=disable_tqdm or self.rank != 0)
-        with bar, self._norms():
+        rows = self._rows(requests) if self.shared else []
+        with bar, self._fused(sum(row.width for row in rows)) as self._pieces:
             if self.shared:
                 tally = _Tally(len(requests), self.device, answers, bar)
-                for prefix, rows in _alike(self._rows(requests), self._window):
+                for prefix, alike in _alike(rows, self._window):
                     for plain in (False, True):  # where causal attention is enough, faster kernels know it
-                        self._score(prefix, [row for row in rows if row.plain is plain], tally)
+                        self._score(prefix, [row for row in alike if row.plain is plain], tally)
                 tally.keep()
             else:
                 for start in range(0, len(requests), STOCK_BLOCK):
@@ -233,9 +237,15 @@ class SharedContextLM(HFLM):
             done += len(batch)
             tally.bar.update(len(asked))
 
-    def _norms(self) -> Any:
-        """Return a context in which norms are one kernel on a GPU, where this scorer does the work."""
-        return joined_norms(self.model) if self.shared and self.device.type == "cuda" else nullcontext()
+    def _fused(self, tokens: int = 0) -> AbstractContextManager[fuse.Pieces]:
+        """Return a context in which what lies between products takes few kernels, where this scorer does the work.
+
+        Compiling them takes some ten seconds once, so it is done for work that is worth it.
+        """
+        if not self._fusable:
+            return nullcontext(fuse.PLAIN)
+        long = tokens * sum(weight.numel() for weight in self.model.parameters()) >= FUSED_FROM
+        return fuse.fused(self.model, long and fuse.compiles(self.device, self.model.dtype))
 
     @torch.inference_mode()
     def _read(self, prefix: tuple[int, ...]) -> Any:
@@ -273,10 +283,7 @@ class SharedContextLM(HFLM):
 
     def _compare(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-likelihood of `targets`, and 1 where another token was likelier."""
-        logits = self._project(hidden)  # (n, V)
-        greedy = logits.argmax(1)  # (n,)
-        scores = torch.log_softmax(logits, 1, dtype=torch.float32)  # one kernel, which reads 16 bit and writes 32
-        return scores.gather(1, targets[:, None])[:, 0], (greedy != targets).long()
+        return self._pieces.likelihoods(self._project(hidden), targets)
 
     def _project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits of hidden states, (N, D) -> (N, V), as the model scales and caps them."""
@@ -339,6 +346,8 @@ class SharedContextLM(HFLM):
 
     def _given(self, mask: torch.Tensor) -> torch.Tensor:
         """Return a mask of who sees whom, (B, 1, L, P+L), in the form the model's attention takes it."""
+        if self.model.config._attn_implementation == fuse.GROUPED:
+            return fuse.grouped(mask, self.model)
         if self.model.config._attn_implementation == "sdpa":
             return mask
         dtype = self.model.dtype  # other implementations add the mask to the scores
@@ -380,7 +389,7 @@ class SharedContextLM(HFLM):
         cache, done = None, 0
         rows = self._generated_rows(len(asked[0][0]) + asked[0][3]) if asked and not self._alone else 1
         bar = tqdm(total=len(asked), desc="generating", disable=disable_tqdm or self.rank != 0)
-        with bar, self._norms():
+        with bar, self._fused() as self._pieces:
             while done < len(asked):
                 batch = asked[done : done + rows]
                 if not all(place in answers.known for _, place, *_ in batch):
@@ -543,7 +552,7 @@ class SharedContextLM(HFLM):
     # Whether it holds
 
     _said: ClassVar[set[str]] = set()
-    _proved: ClassVar[WeakKeyDictionary[Any, bool]] = WeakKeyDictionary()
+    _proved: ClassVar[WeakKeyDictionary[Any, tuple[bool, bool]]] = WeakKeyDictionary()
 
     def _prove(self) -> bool:
         """Ask the model itself: are two continuations in one row what they are in rows of their own?"""
@@ -561,6 +570,20 @@ class SharedContextLM(HFLM):
             self._said.add(kind)
             log.warning("%s cannot score continuations in one row (%s); stock scoring is used", kind, why)
         return False
+
+    def _prove_fused(self) -> bool:
+        """Ask the same with the pieces of `fuse` in place, on a GPU, where they pay."""
+        if self.device.type != "cuda":
+            return False
+        try:
+            with fuse.fused(self.model) as self._pieces:
+                worst, bound = self._difference()
+        except Exception as error:  # whatever a model raises when it is given a part it cannot take
+            log.info("the model's own kernels are used: %s", error)
+            return False
+        finally:
+            self._pieces = fuse.PLAIN
+        return worst <= bound
 
     @torch.inference_mode()
     def _difference(self) -> tuple[float, float]:
@@ -671,45 +694,6 @@ class _Roomy(DynamicLayer):
         """Keep these rows."""
         self._held = [held[indices] for held in self._held]
         self._show()
-
-
-@contextmanager
-def joined_norms(model: torch.nn.Module) -> Iterator[None]:
-    """For a while, let RMS norms that are written as seven kernels run as two, in the same arithmetic.
-
-    In 16 bit these write float32 to memory and read it again, several times the bytes of the norm itself. One norm of
-    each kind is asked whether it is ``weight * round(x / rms(x))``: others stay as they are.
-    """
-    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")
-             and hasattr(module, "weight") and hasattr(module, "variance_epsilon")
-             and "forward" not in vars(module)]  # fmt: skip
-    alike = {kind: _is_rms_norm(norm) for kind, norm in {type(norm): norm for norm in norms}.items()}
-    changed = [norm for norm in norms if alike[type(norm)]]
-    for norm in changed:
-        norm.forward = partial(_rms_norm, norm)
-    try:
-        yield
-    finally:
-        for norm in changed:
-            del norm.forward  # the class's own is there again
-
-
-def _rms_norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return norm.weight * torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], None, norm.variance_epsilon)
-
-
-@torch.inference_mode()
-def _is_rms_norm(norm: Any) -> bool:
-    """Return whether a norm's own result is this one's.
-
-    Sums may be taken in another order: in float32 that moves last bits, in 16 bit it may move the last bit of few.
-    """
-    weight, eps = norm.weight, torch.finfo(norm.weight.dtype).eps
-    drawn = torch.randn(64, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
-    own, ours = norm(drawn), _rms_norm(norm, drawn)
-    if weight.dtype == torch.float32:
-        return torch.allclose(own, ours, rtol=8 * eps, atol=0)
-    return torch.allclose(own, ours, rtol=eps, atol=0) and bool((own != ours).float().mean() < 0.01)
 
 
 def _common(lists: Sequence[list[int]] | Sequence[tuple[int, ...]]) -> int:

@@ -277,13 +277,23 @@ class Lean:
         length = caches[0][0].shape[2]
         few = self._layer is not layer and len(token) <= FEW_ROWS  # `attend` is for what is compiled
         with sdpa_kernel(self._attention):
+            _any_rows(token, start)
             hidden, cos, sin, mask = self._begin(self.embedding, angles, token, slot, start, length)
             delta = torch.zeros_like(hidden)
             for weights, (keys, values) in zip(self.layers, caches, strict=True):
+                _any_rows(hidden, delta, keys, values, cos, sin, mask)
                 hidden, delta = self._layer(
                     hidden, delta, weights, keys, values, cos, sin, slot, mask, self.shape, few
                 )
+            _any_rows(hidden, delta)
             return self._finish(hidden, delta, self.norm, self.head, barred, self.shape.epsilon)
+
+
+def _any_rows(*tensors: torch.Tensor) -> None:
+    """Have what is compiled for more than a few rows serve any number of them."""
+    for tensor in tensors:
+        if len(tensor) > FEW_ROWS:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def _compiled(part: Callable[..., Any], options: dict[str, Any] | None) -> Callable[..., Any]:

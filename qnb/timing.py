@@ -257,6 +257,9 @@ class Timing(Workbench):
         from qnb.decode import Absent
 
         asked = workload, wanted["memory_limit_mib"], wanted["cap"], key["engine"]
+        none = {"batch_size": 1, "capped": False}
+        if key["engine"] == "graphed" and precision.threshold > 0:
+            return none  # nothing need be loaded to know
         self._settle(precision)
         try:
             if self._apart(precision):
@@ -266,7 +269,7 @@ class Timing(Workbench):
             else:
                 found = self.on(precision, lambda network, base_mib: largest_batch(network, *asked, base_mib))
         except Absent:
-            return {"batch_size": 1, "capped": False}
+            return none
         told = {"prompt_tokens": len(workload.longest), "new_tokens": workload.new_tokens}
         return self._append(key, wanted, {**asdict(found), **told})
 
@@ -284,7 +287,7 @@ class Timing(Workbench):
         workload
             Its prompts are gone round as often as a batch needs.
         most
-            The largest batch; ``"auto"`` sweeps where there is a GPU.
+            The largest batch; 0 is no sweep, ``"auto"`` sweeps where there is a GPU.
         engines
             As for `perf_bs1`.
 
@@ -293,7 +296,7 @@ class Timing(Workbench):
         InputError
             `most` is not positive, or an engine is unknown or cannot run here.
         """
-        names, largest = self._engines(engines), self.count("sweep_batch", most)
+        names, largest = self._engines(engines), 0 if str(most) == "0" else self.count("sweep_batch", most)
         sizes = batch_sizes(largest) if largest else ()
         asked = {"workload": workload.fingerprint, "prompts": workload.source}
         if not sizes:

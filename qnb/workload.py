@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,7 +112,8 @@ def load(
 ) -> Workload:
     """Make a workload of `requests` prompts of up to `prompt_tokens` tokens each.
 
-    More requests than paragraphs are filled by going round again, as the same text makes the same work.
+    All have that many tokens if any paragraph has: shorter ones would be padded, which is other work. More requests
+    than such paragraphs are filled by going round again, as the same text makes the same work.
 
     Raises
     ------
@@ -126,8 +128,8 @@ def load(
     # a token is rarely shorter than two characters: do not tokenize what cannot be long enough twice over
     texts = sorted(texts, key=lambda text: len(text) < 2 * prompt_tokens)[: max(4 * requests, 64)]
     ids = [tuple(tokenizer(text)["input_ids"][:prompt_tokens]) for text in texts]
-    ids = sorted(ids, key=lambda prompt: len(prompt) < prompt_tokens)
-    return Workload(tuple(ids[i % len(ids)] for i in range(requests)), new_tokens, source)
+    ids = [prompt for prompt in ids if len(prompt) == prompt_tokens] or ids
+    return Workload(tuple(islice(cycle(ids), requests)), new_tokens, source)
 
 
 def lengths(

@@ -130,6 +130,16 @@ def test_compiled_the_step_is_the_same_and_built_once_for_all_layers(prompts, fe
     assert (logits - stock(network, prompts, forced)).abs().max() < 1e-4
 
 
+def test_compiled_for_more_than_a_few_rows_the_step_serves_any_number(monkeypatch):
+    monkeypatch.setattr(lean, "FEW_ROWS", 1)
+    network = tiny(LlamaConfig, {})
+    forced = torch.randint(0, 300, (3, 4))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (3, 2):
+            logits = stepped(Decoder(network, 3, 6, 9, decode.COMPILE), THREE[:rows], forced[:rows])
+            assert (logits - stock(network, THREE[:rows], forced[:rows])).abs().max() < 1e-4
+
+
 def test_a_step_that_cannot_be_compiled_runs_uncompiled_and_says_so():
     def broken(graph, inputs):
         raise RuntimeError("no compiler here")

@@ -7,11 +7,9 @@ import pytest
 import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from qnb.model import load_tokenizer
-from qnb.scorer import SharedContextLM, joined_norms
+from qnb.scorer import SharedContextLM
 
 LIMIT = 250  # tokens a model here takes
 SIZES = {
@@ -116,24 +114,3 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing(tokenizer, pai
     mine, theirs = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (ours, stock))
     assert failed
     assert [value for value, _ in mine] == pytest.approx([value for value, _ in theirs], abs=1e-3)
-
-
-class OffsetRMSNorm(LlamaRMSNorm):
-    """Gemma's kind."""
-
-    def forward(self, hidden):
-        return super().forward(hidden) * (1 + self.weight) / self.weight
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_norms_are_joined_where_they_are_the_models_own_arithmetic(dtype):
-    network = torch.nn.ModuleList([LlamaRMSNorm(64), OffsetRMSNorm(64), Qwen3RMSNorm(64)]).to(dtype)
-    for norm in network:
-        torch.nn.init.uniform_(norm.weight, 0.5, 2)
-    hidden = torch.randn(7, 64).to(dtype)
-    expected = [norm(hidden) for norm in network]
-    with joined_norms(network):
-        assert ["forward" in vars(norm) for norm in network] == [True, False, True]
-        for norm, own in zip(network, expected, strict=True):
-            assert torch.allclose(norm(hidden), own, rtol=4 * torch.finfo(dtype).eps, atol=0)
-    assert not any("forward" in vars(norm) for norm in network)

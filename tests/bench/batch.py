@@ -160,6 +160,8 @@ def compare(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     found = SEARCHES[name](trials, limit_mib, options.cap, cliff)
                 except ProcessLookupError as error:
                     note = str(error)
+                except ImportError as error:  # a peer that is not installed costs its own row
+                    note = f"{error.name} is not installed"
                 took_s = sum(trials.seen[size].took_s or 0 for size in trials.asked)
                 numbers = {"largest_batch": found, "probes": len(trials.asked), "seconds": took_s}
                 rows.append({"search": name, **numbers, "note": note})
@@ -196,6 +198,8 @@ def main() -> None:
     parser.add_argument("--within-rows", type=int, default=1, help="how closely the true maximum is told")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
+    if unknown := set(options.searches.split(",")) - set(SEARCHES):
+        parser.error(f"searches {', '.join(sorted(unknown))} are unknown; choose from {', '.join(SEARCHES)}")
     rows = []
     for row in compare(options):
         rows.append(row)

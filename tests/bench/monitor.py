@@ -38,32 +38,36 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--engine", default="")
     parser.add_argument("--pairs", default=30, type=int)
-    parser.add_argument("--new-tokens", default=100, type=int)
+    parser.add_argument("--new-tokens", type=int, help="a pass is to last several readings")
     parser.add_argument("--period", default=0.1, type=float, help="seconds between two readings")
     options = parser.parse_args()
     device = torch.device(options.device)
     engine = options.engine or decode.parse("auto", device.type)[-1]
+    new_tokens = options.new_tokens or (2000 if engine == "graphed" else 100)
     source = model.resolve(options.model, device.type)
     with model.quiet():
         network = model.load(source.path, PRECISIONS["bf16"], options.device)
-        prompts = load(model.load_tokenizer(source.path), "sample", 1, 32, options.new_tokens).prompts
-        made, sense = decode.FACTORIES[engine](network, 1, 32, options.new_tokens), sensor(device)
+        prompts = load(model.load_tokenizer(source.path), "sample", 1, 32, new_tokens).prompts
+        made, sense = decode.FACTORIES[engine](network, 1, 32, new_tokens), sensor(device)
         for _ in range(2):
-            made.generate(prompts, options.new_tokens)
+            made.generate(prompts, new_tokens)
         seconds: dict[bool, list[float]] = {True: [], False: []}
+        readings = 0
         for pair in range(options.pairs):
             for on in (True, False) if pair % 2 else (False, True):
-                with Window(sense.sample, sense.source, options.period) if on else nullcontext():
+                with Window(sense.sample, sense.source, options.period) if on else nullcontext() as window:
                     started = perf_counter()
-                    made.generate(prompts, options.new_tokens)
+                    made.generate(prompts, new_tokens)
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
                     seconds[on].append(perf_counter() - started)
+                readings += len(window.readings) if on else 0
     ratios = [100 * (on / off - 1) for on, off in zip(seconds[True], seconds[False], strict=True)]
     low, high = median_interval(ratios) or (float("nan"), float("nan"))
     one_s = reading_s(sense)
     own_pct = 100 * one_s / options.period
-    print(f"{engine} on {device}, source {sense.source}, {options.pairs} pairs of {median(seconds[False]):.2f} s")
+    print(f"{engine} on {device}, source {sense.source}, {options.pairs} pairs of {median(seconds[False]):.2f} s, "
+          f"{readings / options.pairs:.1f} readings each")  # fmt: skip
     print(f"on against off: {median(ratios):+.2f} % (95 % interval {low:+.2f} to {high:+.2f})")
     print(f"a reading takes {1e6 * one_s:.0f} us of one thread: {own_pct:.3f} % of a core at {options.period} s")
     print("within" if own_pct <= ALLOWED_PCT and low <= ALLOWED_PCT else "ABOVE", f"the {ALLOWED_PCT} % allowed")
