@@ -33,6 +33,7 @@ except ModuleNotFoundError as missing:
 
 NOTEBOOKS = ROOT / "notebooks"
 NAMES = ("01_quantize", "02_accuracy", "03_perf_bs1", "04_perf_maxbatch", "05_figures")
+BESIDE_COUNTS = (("limit", "all"), ("text_tokens", "all"), ("sweep_batch", "0"))  # what else may stand for a count
 CELL_TIMEOUT_S = 24 * 3600  # a cell that hangs ends one day, and the run with it
 
 
@@ -165,7 +166,7 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
             accuracy.check_minutes(value)
         elif name in ("bs1_requests", "maxbatch_requests") and timing.minutes_of(value) is not None:
             continue
-        elif name not in PARAMETERS and (name, value) not in (("limit", "all"), ("text_tokens", "all")):
+        elif name not in PARAMETERS and (name, str(value)) not in BESIDE_COUNTS:
             study.count(name, value)
     if "02_accuracy" in names:
         if values.get("tasks", "auto") != "auto":

@@ -76,7 +76,7 @@ class Run:
 
     engine: str
     batch_size: int
-    requests: int  # completed, warm-up excluded
+    requests: int  # completed in full batches, warm-up excluded
     prompt_tokens: int  # of the longest prompt
     new_tokens: int  # of every request
     total_s: float  # wall clock between device synchronizations
@@ -134,15 +134,11 @@ class Run:
         import numpy as np
 
         gaps = [after - before for times in self.token_s for before, after in pairwise(times)]
-        whole = [seconds for place, seconds in enumerate(self.batch_s) for _ in range(self._rows(place))]
         found: dict[str, float] = {}
-        for name, values in (("itl", gaps), ("latency", whole)):
+        for name, values in (("itl", gaps), ("latency", self.batch_s)):
             if values:
                 found |= {f"{name}_p{share}_s": float(np.percentile(values, share)) for share in (50, 95, 99)}
         return found
-
-    def _rows(self, place: int) -> int:
-        return min(self.batch_size, self.requests - place * self.batch_size)
 
     @property
     def bound(self) -> str | None:
@@ -235,7 +231,7 @@ class Run:
     def tokens(self) -> list[dict[str, float]]:
         """Return a row a batch and new token: when it was there, in seconds since the batch was given."""
         return [
-            {"batch": batch, "requests": self._rows(batch), "token": token, "t_s": seconds}
+            {"batch": batch, "requests": self.requests // len(self.batch_s), "token": token, "t_s": seconds}
             for batch, times in enumerate(self.token_s)
             for token, seconds in enumerate(times)
         ]
@@ -256,7 +252,10 @@ def run(
     limits: Limits | None = None,
     passes: Sequence[str] = ("memory", "trace", "agreement"),
 ) -> Run:
-    """Generate for every prompt of `workload`, `batch_size` at a time, and time it.
+    """Generate for the prompts of `workload`, `batch_size` at a time, and time it.
+
+    Prompts that would make a smaller last batch are left out: it is another batch size, and near the limit of memory
+    it takes longer than a full one, as nothing cached serves it.
 
     Parameters
     ----------
@@ -265,7 +264,7 @@ def run(
     workload
         Prompts and the number of new tokens.
     batch_size
-        Rows a batch; the last batch may be smaller.
+        Rows a batch; where there are fewer prompts, one batch of all.
     engine
         A name in `decode.ENGINES`.
     baseline_mib
@@ -288,7 +287,8 @@ def run(
     device, prompts, new_tokens = model.device, workload.prompts, workload.new_tokens
     longest, on_gpu = workload.longest, device.type == "cuda"
     check_window(model, len(longest), new_tokens)
-    batches = [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
+    full = max(1, len(prompts) // batch_size)
+    batches = [prompts[place * batch_size : (place + 1) * batch_size] for place in range(full)]
     with quiet():
         made = FACTORIES[engine](model, batch_size, len(longest), new_tokens)
         if on_gpu and "memory" in passes:
@@ -297,9 +297,7 @@ def run(
             release()
             torch.cuda.reset_peak_memory_stats(device)  # recording a graph takes what replaying it will need
             made = FACTORIES[engine](model, batch_size, len(longest), new_tokens)
-        sizes = {len(batch): batch for batch in (batches if on_gpu else batches[:1])}
-        for batch in sizes.values():  # each size has shapes of its own to be prepared for
-            made.generate(batch, min(WARM_UP_TOKENS, new_tokens))
+        made.generate(batches[0], min(WARM_UP_TOKENS, new_tokens))
         _synchronize(device)
         peaks = None
         if on_gpu and "memory" in passes:
@@ -322,7 +320,7 @@ def run(
         timed = Run(
             engine=engine,
             batch_size=batch_size,
-            requests=len(prompts),
+            requests=sum(map(len, batches)),
             prompt_tokens=len(longest),
             new_tokens=new_tokens,
             total_s=total_s,

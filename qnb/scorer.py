@@ -43,7 +43,7 @@ _Asked = tuple[list[int], int, list[str], int]  # context, place, stop sequences
 TOKENS = {"cuda": 32768, "cpu": 2048}  # a forward pass; more no longer helps
 LOGITS_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}  # of a chunk: in the model's type, in float32, and the softmax's
 PREFIX = 32  # a shared beginning of fewer tokens is not worth a cache
-FUSED_FROM = 10**14  # tokens times weights: a second of the fastest GPUs, half a minute of a T4
+COMPILED_FROM = 2 * 10**15  # tokens times weights: some six seconds of an H100, two minutes of a T4
 STOCK_BLOCK = 256  # requests that stock scoring gets at once, so that their answers can be kept
 CHECK_STEPS = 8  # new tokens between two looks for stop sequences
 PEERS = 4  # rows that must share a beginning
@@ -91,6 +91,9 @@ class SharedContextLM(HFLM):
         there; one file a model and task.
     alone
         Whether every row is a batch of its own, for LLM.int8 free of neighbours; slow.
+    compiled
+        Whether `qnb.fuse` compiles kernels, which on a GPU takes some fifteen seconds once; by default where there is
+        work enough.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class SharedContextLM(HFLM):
         encoded: Encoded | None = None,
         kept: str | Path | None = None,
         alone: bool = False,
+        compiled: bool | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
@@ -109,7 +113,7 @@ class SharedContextLM(HFLM):
         # transformers 5.24 renames the argument, and warns
         renamed = hasattr(self.model, "base_model") and "cache" in signature(self.model.base_model.forward).parameters
         self._cache_name = "cache" if renamed else "past_key_values"
-        self._pieces = fuse.PLAIN
+        self._pieces, self._compiled = fuse.PLAIN, compiled
         if self.model not in self._proved:
             shared = self._prove()
             self._proved[self.model] = shared, shared and self._prove_fused()
@@ -238,14 +242,13 @@ class SharedContextLM(HFLM):
             tally.bar.update(len(asked))
 
     def _fused(self, tokens: int = 0) -> AbstractContextManager[fuse.Pieces]:
-        """Return a context in which what lies between products takes few kernels, where this scorer does the work.
-
-        Compiling them takes some ten seconds once, so it is done for work that is worth it.
-        """
+        """Return a context in which what lies between products takes few kernels, where this scorer does the work."""
         if not self._fusable:
             return nullcontext(fuse.PLAIN)
-        long = tokens * sum(weight.numel() for weight in self.model.parameters()) >= FUSED_FROM
-        return fuse.fused(self.model, long and fuse.compiles(self.device, self.model.dtype))
+        compiled = self._compiled
+        if compiled is None:
+            compiled = tokens * sum(weight.numel() for weight in self.model.parameters()) >= COMPILED_FROM
+        return fuse.fused(self.model, compiled and fuse.compiles(self.device, self.model.dtype))
 
     @torch.inference_mode()
     def _read(self, prefix: tuple[int, ...]) -> Any:

@@ -541,10 +541,10 @@ class Timing(Workbench):
 
 
 def _smaller(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a search's result after its batch ran out of memory when timed: a twentieth smaller, no longer capped."""
+    """Return a search's result after its batch ran out of memory when timed: a fiftieth smaller, no longer capped."""
     failed = {"batch_size": found["batch_size"], "fits": False, "memory_mib": None}
     return {
-        "batch_size": found["batch_size"] - max(1, found["batch_size"] // 20),
+        "batch_size": found["batch_size"] - max(1, found["batch_size"] // 50),
         "limit_mib": found["limit_mib"],
         "capped": False,
         "prompt_tokens": found.get("prompt_tokens"),
@@ -569,8 +569,7 @@ class _Asked:
 
         if "batch_s" not in values:
             return "limit"  # what cannot run need not be tried again
-        whole = values["requests"] // values["batch_size"]  # a smaller last batch takes another time
-        if settled([seconds for batch_s in (*earlier, values["batch_s"]) for seconds in batch_s[:whole]]):
+        if settled([seconds for batch_s in (*earlier, values["batch_s"]) for seconds in batch_s]):
             return "interval"
         return "limit" if repeat + 1 == self.repeats else ""
 

@@ -34,6 +34,12 @@ def prompts(source):
     return load(model.load_tokenizer(source.path), "sample", 3, 12, 4)
 
 
+@pytest.fixture(scope="module")
+def five(source):
+    """Two full batches of two, and one prompt more."""
+    return load(model.load_tokenizer(source.path), "sample", 5, 12, 4)
+
+
 def test_eager_gives_the_tokens_of_stock_generate(network, prompts):
     ids = torch.tensor([prompts.prompts[0]])
     stock = network.generate(
@@ -43,14 +49,19 @@ def test_eager_gives_the_tokens_of_stock_generate(network, prompts):
     assert ours[0, -4:].tolist() == stock[0, -4:].tolist()
 
 
-def test_a_run_counts_every_request_and_its_times_add_up(network, prompts):
-    timed = run(network, prompts, batch_size=2)
-    assert (timed.requests, timed.new_tokens, timed.prompt_tokens) == (3, 4, 12)
+def test_a_run_counts_the_requests_of_full_batches_and_its_times_add_up(network, five):
+    timed = run(network, five, batch_size=2)
+    assert (timed.requests, timed.new_tokens, timed.prompt_tokens) == (4, 4, 12)
     assert len(timed.batch_s) == 2 and sum(timed.batch_s) == pytest.approx(timed.total_s)
-    assert timed.throughput_rps == pytest.approx(3 / timed.total_s)
-    assert timed.throughput_tps == pytest.approx(12 / timed.total_s)
-    assert timed.seconds_per_request == pytest.approx(timed.total_s / 3)
+    assert timed.throughput_rps == pytest.approx(4 / timed.total_s)
+    assert timed.throughput_tps == pytest.approx(16 / timed.total_s)
+    assert timed.seconds_per_request == pytest.approx(timed.total_s / 4)
     assert timed.usage.source == "process" and timed.memory_mib > 100
+
+
+def test_fewer_prompts_than_a_batch_are_one_batch(network, prompts):
+    timed = run(network, prompts, batch_size=4)
+    assert timed.requests == 3 and len(timed.batch_s) == 1
 
 
 def test_the_search_runs_batches_until_the_cap(network, prompts):
@@ -63,8 +74,8 @@ def test_no_room_for_one_request_is_an_error(network, prompts):
         largest_batch(network, prompts, 1.0, 3)
 
 
-def test_each_tokens_time_adds_up_to_the_batch(network, prompts):
-    timed = run(network, prompts, batch_size=2)
+def test_each_tokens_time_adds_up_to_the_batch(network, five):
+    timed = run(network, five, batch_size=2)
     row = timed.row()
     assert [len(times) for times in timed.token_s] == [4, 4]
     for times, batch_s in zip(timed.token_s, timed.batch_s, strict=True):
@@ -72,8 +83,8 @@ def test_each_tokens_time_adds_up_to_the_batch(network, prompts):
     assert row["ttft_s"] == pytest.approx(sum(times[0] for times in timed.token_s) / 2)
     steps = [(times[-1] - times[0]) / 3 for times in timed.token_s]
     assert row["tpot_s"] == pytest.approx(sum(steps) / 2) and row["itl_p50_s"] <= row["itl_p95_s"] <= row["itl_p99_s"]
-    assert row["latency_p50_s"] == pytest.approx(timed.batch_s[0])  # two of the three requests
-    assert len(timed.tokens()) == 8 and [token["requests"] for token in timed.tokens()] == [2] * 4 + [1] * 4
+    assert row["latency_p50_s"] == pytest.approx(sum(timed.batch_s) / 2)
+    assert len(timed.tokens()) == 8 and {token["requests"] for token in timed.tokens()} == {2}
     assert row["kernels_per_token"] is None and row["flags"] == [] and row["note"] == ""
 
 

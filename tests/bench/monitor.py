@@ -43,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     engine = options.engine or decode.parse("auto", device.type)[-1]
-    new_tokens = options.new_tokens or (2000 if engine == "graphed" else 100)
+    new_tokens = options.new_tokens or (1000 if engine == "graphed" else 100)
     source = model.resolve(options.model, device.type)
     with model.quiet():
         network = model.load(source.path, PRECISIONS["bf16"], options.device)
