@@ -91,12 +91,23 @@ def test_notebook_03_tells_what_was_kept():
     assert f"FP16 reaches {shares.fp16} % of what the memory allows, NF4 {shares.nf4} %" in prose("03")
 
 
+SEARCHES = {"ours": "this one", "accelerate": "accelerate's", "lightning power": "Lightning's"}
+
+
 def test_notebook_04_tells_what_was_kept():
     found = kept(f"{SHAPE}/batch.csv")
     rows = table("| | search |", prose("04"))
-    made = [[row.precision, {"ours": "this one", "accelerate": "accelerate's"}[row.search], str(row.largest_batch),
+    made = [[row.precision, SEARCHES[row.search], str(row.largest_batch),
              str(row.true_at_most), str(row.probes), f"{row.seconds:.1f}"] for row in found.itertuples()]  # fmt: skip
     assert rows == made
+    largest = kept(f"{SHAPE}/largest_batch.csv")
+    assert table("| | engine |", prose("04")) == [
+        [row.precision, row.engine, str(row.batch_size), f"{row.throughput_rps:.0f}",
+         f"{1000 * row.kernel_s_per_token:.1f}", f"{row.kernels_per_token:.0f}"] for row in largest.itertuples()
+    ]  # fmt: skip
+    rates = largest.pivot(index="precision", columns="engine", values="throughput_rps")
+    gain = rates.graphed / rates.eager
+    assert f"serves {gain.fp16:.1f} (FP16) to {gain['int8-t0']:.1f} times (INT8)" in " ".join(prose("04").split())
     many = (
         kept(f"{SHAPE}/decode.csv").query("batch_size == 400").set_index("engine").throughput_rps.round().astype(int)
     )
@@ -128,7 +139,13 @@ def test_notebook_02_tells_what_was_kept():
     drift = kept(f"{small}/drift.csv").query("scorer == 'qnb'").set_index("precision")
     assert f"moved by {drift.mean_nats.int8:.2f} nats on average" in text
     assert f"{drift.other_picks.int8} of {drift['items'].int8} picks with it" in text
-    assert not drift.other_picks.drop("int8").any()
+    four = drift.loc[["int4", "nf4", "nf4-dq"]]
+    assert f"by {four.mean_nats.min():.2f} to {four.mean_nats.max():.2f} nats" in text
+    assert f"up to {four.other_picks.max()} picks" in text
+    assert not drift.other_picks.drop(["int8", *four.index]).any() and drift.mean_nats["int8-t0"] < 1e-6
+    right = changes[changes.task == "gsm8k"]
+    right = (right.accuracy_pct * right["items"] / 100).round().astype(int)
+    assert f"(400 items) is answered right by {right.min()} to {right.max()} of them" in text
 
 
 def test_every_precision_is_explained_with_its_bits():

@@ -52,7 +52,7 @@ Timed = tuple[Any, float, float, float]
 
 
 def timed(work: Callable[[], Any], repeats: int = 1) -> Timed:
-    """Return what `work` returned, its fastest and its first wall clock in seconds, and the allocator's peak in MiB."""
+    """Return what `work` returned, its fastest and its first wall clock (s), and the allocator's peak (MiB)."""
     seconds, peak_mib = [], 0.0
     for _ in range(repeats):
         model.release()
