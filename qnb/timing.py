@@ -63,6 +63,7 @@ class Timing(Workbench):
         prompt_tokens: Count = "auto",
         new_tokens: Count = "auto",
         prompts: str = "auto",
+        engines: str | Iterable[str] = "auto",
     ) -> Workload:
         """Return the prompts every precision gets.
 
@@ -76,21 +77,31 @@ class Timing(Workbench):
             Of at most how many tokens each, and the new tokens asked of each.
         prompts
             ``"wikitext"``, ``"sample"``, or ``"auto"``: WikiText-2 where there is a GPU or a `data_dir`.
+        engines
+            That a time is for, as for `perf_bs1`.
 
         Raises
         ------
         InputError
-            A count is not positive, or the prompts cannot be had.
+            A count is not positive, an engine is unknown or cannot run here, or the prompts cannot be had.
         """
         tokens = self.count("prompt_tokens", prompt_tokens), self.count("new_tokens", new_tokens)
         minutes = minutes_of(requests)
         if minutes is None:
             count = self.count("requests", requests, f"{setting}_requests")
         else:
-            count = self.pace(setting, minutes, *tokens, prompts)
+            count = self.pace(setting, minutes, *tokens, prompts, engines)
         return load_workload(self.tokenizer, self._prompts(prompts), count, *tokens, self.data_dir, self.seed)
 
-    def pace(self, setting: str, minutes: float, prompt_tokens: int, new_tokens: int, prompts: str = "auto") -> int:
+    def pace(
+        self,
+        setting: str,
+        minutes: float,
+        prompt_tokens: int,
+        new_tokens: int,
+        prompts: str = "auto",
+        engines: str | Iterable[str] = "auto",
+    ) -> int:
         """Return how many requests a time buys, for all precisions and engines together.
 
         One batch of each precision is timed with `eager`, and every engine is taken to be as slow. A setting costs
@@ -99,7 +110,7 @@ class Timing(Workbench):
 
         Parameters
         ----------
-        setting, prompts
+        setting, prompts, engines
             As for `workload`.
         minutes
             The time, the batches timed here included; loading and compiling come on top.
@@ -109,12 +120,18 @@ class Timing(Workbench):
         Raises
         ------
         InputError
-            The prompts cannot be had.
+            The prompts cannot be had, or an engine is unknown or cannot run here.
         """
         from qnb.benchmark import run
 
-        source, rows = self._prompts(prompts), PACE_ROWS[setting][self.device.kind]
-        asked = {"minutes": minutes, "prompts": source, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+        source, rows, names = self._prompts(prompts), PACE_ROWS[setting][self.device.kind], self._engines(engines)
+        asked = {
+            "minutes": minutes,
+            "prompts": source,
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new_tokens,
+            "engines": sorted(names),
+        }
         key = self._shared_key("pace", asked, setting=setting)
         with self._alone():
             if found := self._find(key):
@@ -126,7 +143,7 @@ class Timing(Workbench):
                     seconds[precision.name] = self.on(
                         precision, lambda network, _: run(network, batch, rows, "eager", passes=()).total_s
                     )
-            a_request_s = len(self._engines("auto")) * sum(seconds.values()) / rows
+            a_request_s = len(names) * sum(seconds.values()) / rows
             times, more = COST[setting]
             left_s = 60 * minutes - sum(seconds.values())
             bought = int(left_s / a_request_s / times) - more if seconds else AUTO["cpu"][f"{setting}_requests"]
