@@ -8,6 +8,7 @@ outlier columns over the whole batch, so an INT8 score depends a little on what 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from difflib import get_close_matches
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -194,6 +196,34 @@ def _templates_read_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _undigested() -> Iterator[None]:
+    """Keep lm-eval from fingerprinting each item's document, prompt and target, which nothing here reads."""
+    import lm_eval.evaluator
+
+    module: Any = lm_eval.evaluator
+    digest, form = module.hash_string, module.json
+    module.hash_string, module.json = str, SimpleNamespace(dumps=lambda *_, **__: "")
+    try:
+        yield
+    finally:
+        module.hash_string, module.json = digest, form
+
+
+@contextlib.contextmanager
+def _swept_seldom() -> Iterator[None]:
+    """Look for garbage in cycles seldom: a task makes a million objects to keep, and a look goes through all of them.
+
+    What needs memory (`qnb.model.release`) looks by itself.
+    """
+    thresholds = gc.get_threshold()
+    gc.set_threshold(20_000, 20, 1000)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+
+
+@contextlib.contextmanager
 def wide_products(device: str) -> Iterator[None]:
     """On a CPU without units for a 16-bit type, form its products of many rows in float32 and round the result once.
 
@@ -289,6 +319,7 @@ class Evaluator:
         """Return whether all of a task's items are choices."""
         return all(part.OUTPUT_TYPE == "multiple_choice" for part in self.build(task)["tasks"].values())
 
+    @_swept_seldom()
     def build(self, task: str) -> dict[str, Any]:
         """Return lm-eval's tasks and groups by name, loaded; their data are read here, from the folder they are in.
 
@@ -346,6 +377,7 @@ class Evaluator:
             self._asked[task] = Questions(self.build(task)["tasks"], self.drawn(task))
         return self._asked[task]
 
+    @_swept_seldom()
     def evaluate(
         self,
         model: PreTrainedModel,
@@ -370,7 +402,7 @@ class Evaluator:
             As for `build`.
         """
         asked, loaded = self.asked(task), self.build(task)
-        with _hushed(), quiet(), _templates_read_once(), wide_products(model.device.type):
+        with _hushed(), quiet(), _templates_read_once(), _undigested(), wide_products(model.device.type):
             from lm_eval.evaluator import evaluate
 
             lm = self._lm(model, tokenizer, kept)
@@ -435,8 +467,8 @@ def _only_from(folder: Path | None, splits: dict[str, list[str]] | None = None) 
     """
     import datasets
 
-    load = datasets.load_dataset
-    stamps = cache(_stamp)  # MMLU's is asked for 57 times
+    load, card = datasets.load_dataset, datasets.load.DatasetCard
+    stamps = cache(_stamp)  # MMLU's is asked for 57 times, as is its card, which takes longer to read than its data
 
     def load_here(path: str, *arguments: Any, **options: Any) -> Any:
         if folder and "/" in path:
@@ -449,12 +481,13 @@ def _only_from(folder: Path | None, splits: dict[str, list[str]] | None = None) 
             splits[path] = list(found)
         return found
 
-    datasets.load_dataset = load_here
+    datasets.load_dataset, card.load = load_here, cache(card.load)
     try:
         with contextlib.chdir(folder or Path.cwd()):
             yield
     finally:
         datasets.load_dataset = load
+        del card.load  # the one of all cards is there again
 
 
 def _leaves(results: dict[str, Any], task: str) -> Iterator[str]:
