@@ -47,6 +47,8 @@ COMPILED_FROM = 2 * 10**15  # tokens times weights: some six seconds of an H100,
 STOCK_BLOCK = 256  # requests that stock scoring gets at once, so that their answers can be kept
 CHECK_STEPS = 8  # new tokens between two looks for stop sequences
 PEERS = 4  # rows that must share a beginning
+# tokens times weights that sharing must save: it takes two passes more, and a GPU starts many kernels for each
+SAVED = {"cuda": 10**12, "cpu": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,7 @@ class SharedContextLM(HFLM):
         with bar, self._fused(sum(row.width for row in rows)) as self._pieces:
             if self.shared:
                 tally = _Tally(len(requests), self.device, answers, bar)
-                for prefix, alike in _alike(rows, self._window):
+                for prefix, alike in _alike(rows, self._window, SAVED[self._memory] / self._weights):
                     for plain in (False, True):  # where causal attention is enough, faster kernels know it
                         self._score(prefix, [row for row in alike if row.plain is plain], tally)
                 tally.keep()
@@ -247,7 +249,7 @@ class SharedContextLM(HFLM):
             return nullcontext(fuse.PLAIN)
         compiled = self._compiled
         if compiled is None:
-            compiled = tokens * sum(weight.numel() for weight in self.model.parameters()) >= COMPILED_FROM
+            compiled = tokens * self._weights >= COMPILED_FROM
         return fuse.fused(self.model, compiled and fuse.compiles(self.device, self.model.dtype))
 
     @torch.inference_mode()
@@ -527,6 +529,10 @@ class SharedContextLM(HFLM):
         return "cuda" if self.device.type == "cuda" else "cpu"
 
     @property
+    def _weights(self) -> int:
+        return sum(weight.numel() for weight in self.model.parameters())
+
+    @property
     def _vocabulary(self) -> int:
         return int(self.model.get_output_embeddings().weight.shape[0])
 
@@ -706,16 +712,19 @@ def _common(lists: Sequence[list[int]] | Sequence[tuple[int, ...]]) -> int:
     return next((place for place in range(most) if low[place] != high[place]), most)
 
 
-def _alike(rows: list[_Row], window: int) -> Iterator[tuple[tuple[int, ...], list[_Row]]]:
-    """Yield rows by a beginning they share, where computing it once pays; the others together with an empty one."""
+def _alike(rows: list[_Row], window: int, least: float = 0) -> Iterator[tuple[tuple[int, ...], list[_Row]]]:
+    """Yield rows by a beginning they share, where computing it once pays; the others together with an empty one.
+
+    It pays where `least` tokens are saved, and a fifth of all.
+    """
     groups: dict[tuple[int, ...], list[_Row]] = {}
     for row in rows:
         groups.setdefault(row.context[:PREFIX] if row.width <= window else (), []).append(row)
     rest = groups.pop((), [])
     for group in groups.values():
         shared = _common([row.context for row in group])
-        tokens = sum(row.width for row in group)
-        if len(group) >= PEERS and shared >= PREFIX and shared * (len(group) - 1) >= tokens / 5:
+        enough = max(least, sum(row.width for row in group) / 5)
+        if len(group) >= PEERS and shared >= PREFIX and shared * (len(group) - 1) >= enough:
             yield group[0].context[:shared], group
         else:
             rest += group

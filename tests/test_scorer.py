@@ -8,6 +8,7 @@ import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 
+from qnb import scorer
 from qnb.model import load_tokenizer
 from qnb.scorer import SharedContextLM
 
@@ -88,6 +89,18 @@ def test_every_kind_of_request_is_answered_as_stock_does(family, tokenizer, text
     assert mine == theirs
     ours._budget = 200  # contexts are read a few at a time, and joined
     assert ours.generate_until(generated, disable_tqdm=True) == theirs
+
+
+@pytest.mark.parametrize(("least", "reads"), [(0, 1), (10**12, 0)])
+def test_a_beginning_is_read_by_itself_only_where_it_saves_enough(least, reads, tokenizer, pairs, monkeypatch):
+    ours, stock = both(FAMILIES["untied head"](len(tokenizer)), tokenizer)
+    read, seen = ours._read, []
+    monkeypatch.setattr(ours, "_read", lambda prefix: seen.append(prefix) or read(prefix))
+    monkeypatch.setitem(scorer.SAVED, "cpu", least)
+    requests = [asked(*pair) for pair in pairs]
+    mine, theirs = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (ours, stock))
+    assert len(seen) == reads
+    assert [value for value, _ in mine] == pytest.approx([value for value, _ in theirs], abs=1e-3)
 
 
 def test_a_model_that_takes_no_mask_is_scored_as_stock_does(tokenizer, pairs):
