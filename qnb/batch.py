@@ -33,8 +33,6 @@ GRAIN_MIB = 20  # of a reading: the segment torch reserves for a tensor of 1 to 
 _BEYOND = (1.0, 2.0, 1.5, 1.0)
 FRAGMENTED = 1.5  # live tensors leave room for so many times the rows: most of what is reserved can be given back
 
-FILLED = 0.95  # of the memory, at most, by live tensors when a batch runs out of it; 94 % were seen on an H100
-
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether `error` says that device memory ran out, or came of one that does, as a recording's end may."""
@@ -161,11 +159,6 @@ def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolera
         return middle if failed else 4 * good
     if not failed and 8 * doubt > aim and min(aim, bad) > 4 * good:  # probes too small for their readings' grain
         return int(min(aim, bad) / 2)
-    if (
-        aim > ceiling
-    ):  # more than the tensors alone leave room for: where segments are mostly empty, no line is to be had
-        likely = FILLED * ceiling if FILLED * ceiling > closing and not failed else sqrt(good * min(bad, ceiling))
-        return min(bad - 1, int(likely))
     stride = max(int(aim * tolerance), 1)
     if closing <= aim < bad:
         return int(min(aim, bad / (1 + tolerance))) if failed else int(aim)  # what fits there ends the search as well

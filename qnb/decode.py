@@ -449,12 +449,18 @@ def absent(engine: str, device: str, model: PreTrainedModel | None = None) -> st
         return "it replays CUDA graphs, and there is no NVIDIA GPU here"
     if model is not None:
         states = (getattr(module, "state", None) for module in model.modules())
-        if any(getattr(state, "threshold", 0.0) > 0 for state in states):
-            return (
-                "LLM.int8 with an outlier threshold reads the outlier columns back to the host in every product, "
-                "which no graph can record (int8-t0 has no threshold)"
-            )
+        return unrecordable(max((getattr(state, "threshold", 0.0) for state in states), default=0.0))
     return ""
+
+
+def unrecordable(threshold: float) -> str:
+    """Return why no graph can record LLM.int8 products of an outlier threshold; nothing where one can."""
+    if threshold <= 0:
+        return ""
+    return (
+        "LLM.int8 with an outlier threshold reads the outlier columns back to the host in every product, "
+        "which no graph can record (int8-t0 has no threshold)"
+    )
 
 
 Factory = Callable[["PreTrainedModel", int, int, int], Engine]

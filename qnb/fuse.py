@@ -1,7 +1,7 @@
 """The work between a transformer's products in as few kernels as it takes, for as long as it scores.
 
 A pass over many tokens is products, which keep a GPU busy, and the rest, which waits for its memory: transformers
-writes an RMS norm as seven kernels, rotary angles as ten, a gated activation as two, and each reads and writes every
+writes an RMS norm as eight kernels, rotary angles as ten, a gated activation as two, and each reads and writes every
 activation. torch.compile makes one of each. Attention under a mask of one's own repeats keys and values for all query
 heads that share them, as PyTorch's kernels know shared heads only without a mask; here the queries of one key head
 stand below each other, where a longer sequence's would, and nothing is repeated.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -24,10 +25,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from qnb.batch import is_out_of_memory
+
 Piece = TypeVar("Piece", bound=Callable[..., Any])
 log = logging.getLogger(__name__)
+_one_at_a_time = threading.RLock()  # what is replaced belongs to models and to the process
 
 GROUPED = "qnb_grouped"  # the attention's name in transformers' register
+AMPERE = 8  # the first compute capability with bfloat16 units
+MASK_BYTES = 256 << 20  # a larger mask for grouped queries takes more than the keys that it saves from being repeated
 VARIANTS = 64  # of a compiled piece: each type, one row or many, the first size by itself and then any
 
 
@@ -44,14 +50,19 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def rotated(
     query: torch.Tensor,  # (B, heads, L, size)
     key: torch.Tensor,  # (B, key heads, L, size)
-    cos: torch.Tensor,  # (B or 1, L, size)
+    cos: torch.Tensor,  # (B or 1, L, size or less)
     sin: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn queries and keys by the angles of their positions; in memory queries come head after head."""
     cos, sin = cos[:, None], sin[:, None]
-    (low, high), (key_low, key_high) = query.chunk(2, -1), key.chunk(2, -1)
-    turned = query * cos + torch.cat((-high, low), -1) * sin
-    return turned.contiguous(), key * cos + torch.cat((-key_high, key_low), -1) * sin
+
+    def turned(heads: torch.Tensor) -> torch.Tensor:
+        some, rest = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]  # of some models a part of each head
+        low, high = some.chunk(2, -1)
+        some = some * cos + torch.cat((-high, low), -1) * sin
+        return torch.cat((some, rest), -1) if rest.shape[-1] else some
+
+    return turned(query).contiguous(), turned(key)
 
 
 def beside(seen: torch.Tensor, groups: int) -> torch.Tensor:
@@ -66,9 +77,26 @@ def likelihoods(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tens
     return chosen - torch.logsumexp(wide, 1), (logits.argmax(1) != targets).long()
 
 
+_broken: set[Callable[..., Any]] = set()
+
+
 @cache
 def _compiled(piece: Piece) -> Piece:
-    return cast("Piece", torch.compile(piece, fullgraph=True))
+    """Return a piece as one kernel; from the first time on that it cannot be built, as its operations."""
+    kernel = torch.compile(piece, fullgraph=True)
+
+    def run(*given: Any) -> Any:
+        if piece not in _broken:
+            try:
+                return kernel(*given)
+            except Exception as error:  # the compiler's, of the one that it calls, of a driver
+                if is_out_of_memory(error):
+                    raise
+                _broken.add(piece)
+                log.warning("%s is not fused: %s", piece.__name__, f"{type(error).__name__}: {error}".splitlines()[0])
+        return piece(*given)
+
+    return cast("Piece", run)
 
 
 class Pieces:
@@ -85,21 +113,9 @@ class Pieces:
 PLAIN = Pieces()
 
 
-@cache
 def compiles(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether torch.compile can build kernels for a type here; where it should and cannot, say so once.
-
-    GPUs before Ampere have no bfloat16 units, and get no such kernels.
-    """
-    if device.type != "cuda" or (dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] < 8):
-        return False
-    try:
-        with torch.inference_mode():
-            _compiled(gated)(*torch.ones(2, 16, 64, device=device, dtype=dtype))
-    except Exception as error:  # the compiler's, of the one that it calls, of a driver
-        log.warning("kernels are not fused: %s", f"{type(error).__name__}: {error}".splitlines()[0][:200])
-        return False
-    return True
+    """Return whether torch.compile builds kernels of a type here; GPUs before Ampere have no bfloat16 units."""
+    return device.type == "cuda" and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] >= AMPERE)
 
 
 def groups(model: Any) -> int:
@@ -111,7 +127,12 @@ def groups(model: Any) -> int:
 
 
 def grouped(mask: torch.Tensor, model: Any) -> torch.Tensor:
-    """Return who sees whom, (B, 1, L, P+L), for grouped queries: (B, 1, groups*L, P+L), 0 or -inf."""
+    """Return who sees whom, (B, 1, L, P+L), for grouped queries: (B, 1, groups*L, P+L), 0 or -inf.
+
+    A mask that would be too large comes back as it is, and keys are repeated.
+    """
+    if mask.numel() * groups(model) * model.dtype.itemsize > MASK_BYTES:
+        return mask
     added = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
     return added.repeat(1, 1, groups(model), 1)
 
@@ -129,25 +150,27 @@ def fused(model: Any, compiled: bool = False) -> Iterator[Pieces]:
         Whether each piece is compiled into one kernel.
     """
     pieces = Pieces(compiled)
-    with ExitStack() as stack:
+    with _one_at_a_time, ExitStack() as stack:
         if compiled:
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=VARIANTS))
-        forwards: dict[type, Callable[..., Any] | None] = {}
+        forwards: dict[tuple[type, type], Callable[..., Any] | None] = {}
         for module in model.modules():
-            if type(module) not in forwards:
-                forwards[type(module)] = _forward(module, pieces, model)
-            if (forward := forwards[type(module)]) and "forward" not in vars(module):
+            kind = type(module), type(getattr(module, "act_fn", None))
+            if kind not in forwards:
+                forwards[kind] = _forward(module, pieces, model)
+            if (forward := forwards[kind]) and "forward" not in vars(module):
                 module.forward = partial(forward, module)
                 stack.callback(vars(module).pop, "forward")  # the class's own is there again
-        for home in {sys.modules[kind.__module__] for kind in forwards}:
+        for home in {sys.modules[kind.__module__] for kind, _ in forwards}:
             if _is_rotary(own := getattr(home, "apply_rotary_pos_emb", None)):
                 home.apply_rotary_pos_emb = lambda query, key, cos, sin, *_, **__: pieces.rotated(query, key, cos, sin)  # type: ignore[attr-defined]
                 stack.callback(setattr, home, "apply_rotary_pos_emb", own)
         if groups(model) > 1:
             AttentionInterface.register(GROUPED, partial(_attend, pieces))
             AttentionMaskInterface.register(GROUPED, sdpa_mask)
-            stack.callback(setattr, model.config, "_attn_implementation", model.config._attn_implementation)
-            model.config._attn_implementation = GROUPED
+            config = model.config.get_text_config()  # what reads pictures keeps its own
+            stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
+            config._attn_implementation = GROUPED
         yield pieces
 
 
@@ -185,7 +208,7 @@ def _norm(pieces: Pieces, module: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 def _mlp(pieces: Pieces, module: Any, hidden: torch.Tensor) -> torch.Tensor:
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return module.down_proj(pieces.gated(module.gate_proj(flat), module.up_proj(flat))).view(hidden.shape)
+    return module.down_proj(pieces.gated(module.gate_proj(flat), module.up_proj(flat))).view(*hidden.shape[:-1], -1)
 
 
 @torch.inference_mode()
@@ -195,7 +218,10 @@ def _agrees(module: Any, forward: Callable[..., torch.Tensor], width: int, model
     Sums may be taken in another order: in float32 that moves last bits, in 16 bit it may move the last bit of few.
     """
     drawn = torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
-    own, ours = module(drawn), forward(PLAIN, module, drawn)
+    try:
+        own, ours = module(drawn), forward(PLAIN, module, drawn)
+    except Exception:  # it wants something else
+        return False
     eps = torch.finfo(own.dtype).eps
     if own.dtype == torch.float32:
         return torch.allclose(own, ours, rtol=8 * eps, atol=0)
@@ -204,13 +230,18 @@ def _agrees(module: Any, forward: Callable[..., torch.Tensor], width: int, model
 
 @torch.inference_mode()
 def _is_rotary(own: Callable[..., Any] | None) -> bool:
-    """Return whether a function turns heads as `rotated` does."""
+    """Return whether a function turns heads as `rotated` does, and parts of heads if it turns those."""
     if own is None:
         return False
     draw = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 4, 3, 8, generator=draw), torch.randn(2, 2, 3, 8, generator=draw)
-    cos, sin = torch.randn(2, 2, 3, 8, generator=draw)
-    try:
-        return all(map(torch.equal, own(query, key, cos, sin), rotated(query, key, cos, sin)))
-    except Exception:  # it wants something else
-        return False
+    alike = []
+    for size in (8, 4):
+        cos, sin = torch.randn(2, 2, 3, size, generator=draw)
+        try:
+            theirs = own(query, key, cos, sin)
+        except Exception:  # it wants something else
+            alike.append(size < query.shape[-1])
+            continue
+        alike.append(all(map(torch.equal, theirs, rotated(query, key, cos, sin))))
+    return all(alike)

@@ -43,7 +43,7 @@ _Asked = tuple[list[int], int, list[str], int]  # context, place, stop sequences
 TOKENS = {"cuda": 32768, "cpu": 2048}  # a forward pass; more no longer helps
 LOGITS_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}  # of a chunk: in the model's type, in float32, and the softmax's
 PREFIX = 32  # a shared beginning of fewer tokens is not worth a cache
-COMPILED_FROM = 2 * 10**15  # tokens times weights: some six seconds of an H100, two minutes of a T4
+COMPILED_FROM = 10**16  # tokens times weights: half a minute of an H100, a quarter of an hour of a T4
 STOCK_BLOCK = 256  # requests that stock scoring gets at once, so that their answers can be kept
 CHECK_STEPS = 8  # new tokens between two looks for stop sequences
 PEERS = 4  # rows that must share a beginning
@@ -94,8 +94,8 @@ class SharedContextLM(HFLM):
     alone
         Whether every row is a batch of its own, for LLM.int8 free of neighbours; slow.
     compiled
-        Whether `qnb.fuse` compiles kernels, which on a GPU takes some fifteen seconds once; by default where there is
-        work enough.
+        Whether `qnb.fuse` compiles kernels, which on a GPU takes some fifteen seconds for each type of weights; by
+        default where there is work enough.
     """
 
     def __init__(
@@ -351,9 +351,10 @@ class SharedContextLM(HFLM):
 
     def _given(self, mask: torch.Tensor) -> torch.Tensor:
         """Return a mask of who sees whom, (B, 1, L, P+L), in the form the model's attention takes it."""
-        if self.model.config._attn_implementation == fuse.GROUPED:
+        kind = self.model.config.get_text_config()._attn_implementation
+        if kind == fuse.GROUPED:
             return fuse.grouped(mask, self.model)
-        if self.model.config._attn_implementation == "sdpa":
+        if kind == "sdpa":
             return mask
         dtype = self.model.dtype  # other implementations add the mask to the scores
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
@@ -588,7 +589,7 @@ class SharedContextLM(HFLM):
             with fuse.fused(self.model) as self._pieces:
                 worst, bound = self._difference()
         except Exception as error:  # whatever a model raises when it is given a part it cannot take
-            log.info("the model's own kernels are used: %s", error)
+            log.warning("the model's own kernels are used: %s", f"{type(error).__name__}: {error}".splitlines()[0])
             return False
         finally:
             self._pieces = fuse.PLAIN

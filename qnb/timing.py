@@ -271,11 +271,11 @@ class Timing(Workbench):
     ) -> Mapping[str, Any]:
         """Search the largest batch and return its row; where the engine cannot run there is none, and it is 1."""
         from qnb.benchmark import largest_batch, largest_batch_apart
-        from qnb.decode import Absent
+        from qnb.decode import Absent, unrecordable
 
         asked = workload, wanted["memory_limit_mib"], wanted["cap"], key["engine"]
         none = {"batch_size": 1, "capped": False}
-        if key["engine"] == "graphed" and precision.threshold > 0:
+        if key["engine"] == "graphed" and unrecordable(precision.threshold):
             return none  # nothing need be loaded to know
         self._settle(precision)
         try:
@@ -311,7 +311,7 @@ class Timing(Workbench):
         Raises
         ------
         InputError
-            `most` is not positive, or an engine is unknown or cannot run here.
+            `most` is no whole number, or an engine is unknown or cannot run here.
         """
         names, largest = self._engines(engines), 0 if str(most) == "0" else self.count("sweep_batch", most)
         sizes = batch_sizes(largest) if largest else ()

@@ -182,21 +182,6 @@ def test_where_segments_given_back_decide_the_tensors_own_line_bounds_the_search
     assert 0.93 * 754 <= found.batch_size <= 754 <= found.batch_size * (1 + found.open_pct / 100)
 
 
-@pytest.mark.parametrize("true", [1100, 1300, 1400, 1480, 1530])
-def test_where_the_reserved_line_contradicts_the_tensors_own_the_bracket_is_halved(true):
-    """Readings of a recorded INT8 step in 15 GiB of an H100, whose reserved memory hardly grew from 624 to 1,080."""
-
-    def try_batch(rows):
-        live_mib = 1553 + 19 * (rows - 1) if rows < 37 else 7997 + 8.03 * (rows - 624)
-        if rows > true:
-            return Probe(rows, False, room_mib=15360)
-        reserved_mib = 1.1 * live_mib if rows < 200 else max(1.03 * live_mib, 11732 + 2.03 * (rows - 624))
-        return Probe(rows, True, min(reserved_mib, 15350), live_mib, rows > 1200, 1430, 15360)
-
-    found = largest(try_batch, 15360, 1536)
-    assert len(found.probes) <= 6 and found.batch_size > 0.85 * true
-
-
 def test_the_cap_ends_the_search_and_is_said():
     found = largest(simulated(10**6, lambda b: 2000 + b, 1999), 10**6, cap=48)
     assert (found.batch_size, found.capped, found.open_pct) == (48, True, 0)
@@ -278,6 +263,19 @@ def test_three_names_of_out_of_memory_are_recognised():
     ]
     assert all(map(is_out_of_memory, errors))
     assert not is_out_of_memory(RuntimeError("shape mismatch")) and not is_out_of_memory(KeyError("out of memory"))
+
+
+def test_a_recording_that_ends_after_memory_ran_out_ran_out_of_memory():
+    def end():
+        try:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    with pytest.raises(RuntimeError, match="capture") as raised:
+        end()
+    assert is_out_of_memory(raised.value)
+    assert not is_out_of_memory(RuntimeError("capture"))
 
 
 @pytest.mark.parametrize(("most", "sizes"), [(1, (1,)), (2, (1, 2)), (8, (1, 2, 4, 8)), (11, (1, 2, 4, 8, 11))])

@@ -51,10 +51,11 @@ def test_norms_are_replaced_where_they_are_the_models_own_arithmetic(dtype):
 def test_a_fused_model_scores_as_stock_does(family, kinds, tokenizer, pairs):  # noqa: F811
     ours, stock = both(FAMILIES[family](len(tokenizer)), tokenizer)
     ours._fusable = True  # as on a GPU
-    seen, forward = set(), ours._forward
+    seen, attention, forward = set(), set(), ours._forward
 
     def watched(*given):
         seen.update(replaced(ours.model))
+        attention.add(ours.model.config._attn_implementation)
         return forward(*given)
 
     ours._forward = watched
@@ -63,11 +64,63 @@ def test_a_fused_model_scores_as_stock_does(family, kinds, tokenizer, pairs):  #
     assert [value for value, _ in mine] == pytest.approx([value for value, _ in theirs], abs=1e-3)
     assert [greedy for _, greedy in mine] == [greedy for _, greedy in theirs]
     assert seen == kinds and not replaced(ours.model)
+    assert (attention == {fuse.GROUPED}) is bool(kinds)
     assert ours.model.config._attn_implementation == stock.model.config._attn_implementation != fuse.GROUPED
 
     prompts = [asked(context, {"until": ["a"], "max_gen_toks": 20}) for context in sorted({c for c, _ in pairs[:21]})]
     mine, theirs = (lm.generate_until(prompts, disable_tqdm=True) for lm in (ours, stock))
     assert mine == theirs
+
+
+def partial_heads():
+    config = transformers.Phi3Config(vocab_size=64, **SIZES, partial_rotary_factor=0.5, pad_token_id=0)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def test_angles_of_a_part_of_each_head_turn_that_part():
+    network, ids = partial_heads(), torch.arange(20)[None] + 3
+    expected = network(ids).logits
+    with fuse.fused(network):
+        assert torch.allclose(network(ids).logits, expected, atol=1e-5)
+
+
+def test_a_gate_of_another_kind_keeps_its_own(tokenizer):  # noqa: F811
+    network = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(vocab_size=64, **SIZES))
+    network.model.layers[1].mlp.act_fn = torch.nn.GELU()
+    with fuse.fused(network):
+        assert ["forward" in vars(layer.mlp) for layer in network.model.layers] == [True, False, True]
+
+
+def test_a_mask_too_large_for_groups_comes_back_as_it_is(monkeypatch):
+    network = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(vocab_size=64, **SIZES))
+    seen, ids = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril(), torch.arange(20)[None] + 3
+    expected = network(ids, attention_mask=seen).logits
+    with fuse.fused(network):
+        assert fuse.grouped(seen, network).shape == (1, 1, 40, 20)
+        monkeypatch.setattr(fuse, "MASK_BYTES", 100)
+        assert fuse.grouped(seen, network) is seen
+        assert torch.allclose(network(ids, attention_mask=seen).logits, expected, atol=1e-5)
+
+
+def test_a_kernel_that_cannot_be_built_runs_as_its_operations_and_is_said_once(monkeypatch, caplog):
+    def broken(piece, **_):
+        def run(*_):
+            raise RuntimeError("no compiler here")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    fuse._compiled.cache_clear()
+    try:
+        pieces, ones = fuse.Pieces(compiled=True), torch.ones(2, 4)
+        for _ in range(2):
+            assert torch.equal(pieces.gated(ones, ones), fuse.gated(ones, ones))
+        assert [record.getMessage() for record in caplog.records] == [
+            "gated is not fused: RuntimeError: no compiler here"
+        ]
+    finally:
+        fuse._compiled.cache_clear()
+        fuse._broken.clear()
 
 
 def test_rotary_angles_are_replaced_while_it_lasts_and_given_back_after_an_error():

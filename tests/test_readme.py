@@ -108,6 +108,7 @@ def test_notebook_04_tells_what_was_kept():
     rates = largest.pivot(index="precision", columns="engine", values="throughput_rps")
     gain = rates.graphed / rates.eager
     assert f"serves {gain.fp16:.1f} (FP16) to {gain['int8-t0']:.1f} times (INT8)" in " ".join(prose("04").split())
+    assert f"search ended with {largest.open_pct.max():.0f} % left open" in " ".join(prose("04").split())
     many = (
         kept(f"{SHAPE}/decode.csv").query("batch_size == 400").set_index("engine").throughput_rps.round().astype(int)
     )

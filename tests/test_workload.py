@@ -17,6 +17,16 @@ def test_prompts_are_as_many_and_as_long_as_asked(tokenizer):
     assert len(made.longest) == 16
 
 
+def test_short_paragraphs_are_left_out_where_longer_ones_go_round(tokenizer):
+    lengths = [len(tokenizer(text)["input_ids"]) for text in workload.paragraphs("sample")]
+    most = sorted(lengths)[len(lengths) // 2] + 1
+    assert min(lengths) < most <= max(lengths)
+    made = workload.load(tokenizer, "sample", 2 * len(lengths), most, 3)
+    assert {len(prompt) for prompt in made.prompts} == {most}
+    none = workload.load(tokenizer, "sample", 4, max(lengths) + 1, 3)
+    assert len(none.prompts) == 4 and len(none.longest) <= max(lengths)
+
+
 def test_the_seed_decides_the_prompts(tokenizer):
     first, again, other = (workload.load(tokenizer, "sample", 4, 16, 3, seed=seed) for seed in (0, 0, 1))
     assert first == again and first.fingerprint == again.fingerprint != other.fingerprint
