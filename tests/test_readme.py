@@ -95,7 +95,7 @@ SEARCHES = {"ours": "this one", "accelerate": "accelerate's", "lightning power":
 
 
 def test_notebook_04_tells_what_was_kept():
-    found = kept(f"{SHAPE}/batch.csv")
+    found, text = kept(f"{SHAPE}/batch.csv"), " ".join(prose("04").split())
     rows = table("| | search |", prose("04"))
     made = [[row.precision, SEARCHES[row.search], str(row.largest_batch),
              str(row.true_at_most), str(row.probes), f"{row.seconds:.1f}"] for row in found.itertuples()]  # fmt: skip
@@ -107,14 +107,12 @@ def test_notebook_04_tells_what_was_kept():
     ]  # fmt: skip
     rates = largest.pivot(index="precision", columns="engine", values="throughput_rps")
     gain = rates.graphed / rates.eager
-    assert f"serves {gain.fp16:.1f} (FP16) to {gain['int8-t0']:.1f} times (INT8)" in " ".join(prose("04").split())
-    assert f"search ended with {largest.open_pct.max():.0f} % left open" in " ".join(prose("04").split())
+    assert f"serves {gain.fp16:.1f} (FP16) to {gain['int8-t0']:.1f} times (INT8)" in text
+    assert f"search ended with {largest.open_pct.max():.0f} % left open" in text
     many = (
         kept(f"{SHAPE}/decode.csv").query("batch_size == 400").set_index("engine").throughput_rps.round().astype(int)
     )
-    assert f"served {many.eager} requests/s with `eager` and {many.graphed} with `graphed`" in " ".join(
-        prose("04").split()
-    )
+    assert f"served {many.eager} requests/s with `eager` and {many.graphed} with `graphed`" in text
 
 
 def test_notebook_02_tells_what_was_kept():
