@@ -23,7 +23,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qnb.batch import OUT_OF_MEMORY, Apart, Largest, Probe, is_out_of_memory, largest
-from qnb.decode import ENGINES, FACTORIES, Agreement, Clock, Eager, Engine, Prompts, agreement, check_window
+from qnb.decode import (
+    ENGINES,
+    FACTORIES,
+    RECORDED_TOKENS,
+    Agreement,
+    Clock,
+    Eager,
+    Engine,
+    Prompts,
+    agreement,
+    check_window,
+)
 from qnb.device import MIB
 from qnb.model import load, quiet, release, weigh
 from qnb.monitor import ProcessSensor, Sample, Usage, Window, sensor
@@ -336,15 +347,18 @@ def run(
         )
         trace = parted = None
         if on_gpu and "trace" in passes and new_tokens > 1:
-            trace = _trace(made, batches[0], min(TRACED_STEPS, new_tokens - 1), device)
+            trace = _trace(made, batches[0], new_tokens, device)
         if engine != "eager" and "agreement" in passes:
             parted = agreement(model, prompts[:1], Eager(model).generate(prompts[:1], new_tokens), first)
     return replace(timed, trace=trace, agreement=parted)
 
 
-def _trace(engine: Engine, prompts: Prompts, steps: int, device: torch.device) -> Trace:
-    """Trace two generations, of one new token and of `steps` more; their difference is decoding alone."""
-    _, short, long = (_kernels(engine, prompts, count, device) for count in (1, 1, 1 + steps))  # the first starts it
+def _trace(engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> Trace:
+    """Trace two generations, to about the middle of the new tokens and some steps further; the difference is steps."""
+    steps = min(TRACED_STEPS, new_tokens - 1)
+    before = 1 + (new_tokens - 1 - steps) // 2
+    _kernels(engine, prompts, 1, device)  # a profiler's first trace misses kernels
+    short, long = (_kernels(engine, prompts, count, device) for count in (before, before + steps))
     return Trace(*((after - before) / steps for before, after in zip(short, long, strict=True)))
 
 
@@ -561,7 +575,7 @@ def trial(
     """Return what tries a batch of the workload's longest prompt, and leaves memory as it found it.
 
     Something is generated first, so that kernels and workspaces loaded once are no batch's: a recorded step's are
-    built for any number of rows above a few and for one length, those that are tried.
+    built for one row and for any number above a few, and prompts of many rows are read by others.
     """
     generate, device = ENGINES[engine], model.device
     on_gpu = device.type == "cuda"
@@ -605,6 +619,9 @@ def trial(
             return Probe(batch_size, False, took_s=took_s, ended=OUT_OF_MEMORY)
         return Probe(batch_size, memory_mib is None or memory_mib <= limit_mib, memory_mib, took_s=took_s)
 
-    few = min(WARM_UP_TOKENS, workload.new_tokens)
-    run_out(*(1, few) if engine == "eager" else (FEW_ROWS + 1, workload.new_tokens))
+    if engine == "eager":
+        run_out(1, min(WARM_UP_TOKENS, workload.new_tokens))
+    else:  # kernels are for one length
+        for rows in (1, max(FEW_ROWS, RECORDED_TOKENS // len(workload.longest)) + 1):
+            run_out(rows, workload.new_tokens)
     return on_device if on_gpu else on_cpu

@@ -9,7 +9,8 @@ out: it fills the places of requests that end early, and here all of a batch end
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -17,11 +18,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch._dynamo.exc import TorchDynamoException
 from transformers import DynamicCache, StoppingCriteriaList
 
 from qnb.error import InputError
+from qnb.fuse import compiles, fused
 from qnb.step import Lean, narrow, unknown
 
 if TYPE_CHECKING:
@@ -32,8 +35,8 @@ Prompts = Sequence[Sequence[int]]
 PREFILL_TOKENS = 16384  # read at once; more no longer helps, and takes memory that rows could have
 RECORDED_TOKENS = 4096  # of prompts read by a recorded graph; more keep the GPU busy longer than launching takes
 ALIGNMENT = 16  # the cache's length is a multiple of this, as the attention kernel wants its mask
-# What torch.compile is given: products of one row become reductions that it tunes, and kernels that do not depend on
-# each other one launch. Shapes that vary, above all the batch, are compiled for any size once they have.
+# What torch.compile is given for a few rows: products of one row become reductions that it tunes, and kernels that do
+# not depend on each other one launch.
 COMPILE: dict[str, Any] | None = {"options": {"coordinate_descent_tuning": True, "combo_kernels": True}}
 WARM_UPS = 2  # steps run before one is recorded; there is room for them
 
@@ -86,9 +89,12 @@ class Engine(Protocol):
 def pad(prompts: Prompts, pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad prompts on the left to the longest; returns ids and attention mask, both (batch, tokens)."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts], device=device)  # (B, T)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # (B, T)
-    return ids, mask
+    ids = np.full((len(prompts), width), pad_id)  # torch takes nested lists ten times as slowly
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
 def _ends(model: PreTrainedModel) -> list[int]:
@@ -209,25 +215,33 @@ class Decoder:
         self.note = f"the model's own forward, recorded: {why}" if why else ""
         self._lean = None if why else _lean(model, options)
         self._angles = self._lean.angles(self._length) if self._lean else None
+        self._fuses = options is not None and compiles(device, model.dtype)
+
+    def prefill(self, prompts: Prompts) -> None:
+        """Read the prompts and choose their first new tokens."""
+        for _ in self.prefilled(prompts):
+            pass
 
     @torch.no_grad()
-    def prefill(self, prompts: Prompts) -> torch.Tensor:
-        """Read the prompts and choose their first new tokens; returns its logits, (B, V).
+    def prefilled(self, prompts: Prompts) -> Iterator[torch.Tensor]:
+        """Do what `prefill` does, some rows at a time; yields the logits of each time's rows, (b, V).
 
-        Rows are read in chunks that are enough to keep a device busy: what a chunk needs besides its keys and values
-        is given back before the next.
+        A chunk of rows is enough to keep a device busy: what it needs besides its keys and values is given back before
+        the next.
         """
         ids, mask = pad(prompts, _pad_id(self._model), self._model.device)  # (B, T)
-        rows, width = ids.shape
-        chunk = max(1, PREFILL_TOKENS // width)
+        width = ids.shape[1]
         padded = min(map(len, prompts)) < width
-        logits = torch.cat([
-            self._read(ids[at : at + chunk], mask[at : at + chunk] if padded else None, at)
-            for at in range(0, rows, chunk)
-        ])  # fmt: skip
-        self._start[:rows] = width - mask.sum(1)
-        self._begin(rows, width, logits)
-        return logits
+        self._start[: len(ids)] = width - mask.sum(1)
+        self._begin(width)
+        chunk = max(1, PREFILL_TOKENS // width)
+        with fused(self._model, compiled=True) if self._fuses else nullcontext():
+            for first in range(0, len(ids), chunk):
+                rows = slice(first, first + chunk)
+                logits = self._read(ids[rows], mask[rows] if padded else None, first)
+                self.token[first : first + len(logits)] = (logits + self._barred).argmax(-1)
+                yield logits
+        self._keep(len(ids), self.token[: len(ids)])
 
     def load(self, prompts: Prompts) -> None:
         """Put prompts where `read` finds them, padded to the longest there may be."""
@@ -246,14 +260,14 @@ class Decoder:
         positions = (places - start).clamp(min=0)
         logits = _forward(self._model, self._filling(rows, 0, self.width), input_ids=self._ids[:rows],
                           attention_mask=seen[:, None], position_ids=positions)  # fmt: skip
-        self._begin(rows, self.width, logits)
+        self._begin(self.width)
+        self._keep(rows, (logits + self._barred).argmax(-1))
         return logits
 
-    def _begin(self, rows: int, width: int, logits: torch.Tensor) -> None:
-        """Choose the first new token from `logits`, (B, V); its keys will follow those of `width` slots."""
+    def _begin(self, width: int) -> None:
+        """Have keys of new tokens follow those of `width` slots."""
         self._slot.fill_(width)
         self._place.zero_()
-        self._keep(rows, (logits + self._barred).argmax(-1))
 
     def _read(self, ids: torch.Tensor, mask: torch.Tensor | None, first: int) -> torch.Tensor:
         """Run some rows' prompts, (b, T), and return their last positions' logits, (b, V)."""
@@ -407,14 +421,13 @@ class Graphed:
         decoder, rows = self._decoder, len(prompts)
         few = rows * decoder.width <= RECORDED_TOKENS
         with torch.cuda.device(self._device):
-            decoder.load(prompts)
             if rows not in self._steps:
                 decoder.prefill(prompts)  # makes the caches
                 if few:
                     self._prompts[rows], _ = self._record(decoder.read, rows)
                 self._steps[rows], self.logits[rows] = self._record(decoder.warm_up, rows)
-                decoder.load(prompts)
             if few:
+                decoder.load(prompts)
                 self._prompts[rows].replay()
             else:
                 decoder.prefill(prompts)

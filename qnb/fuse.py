@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional
@@ -153,13 +154,13 @@ def fused(model: Any, compiled: bool = False) -> Iterator[Pieces]:
     with _one_at_a_time, ExitStack() as stack:
         if compiled:
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=VARIANTS))
-        forwards: dict[tuple[type, type], Callable[..., Any] | None] = {}
+        forwards = _forwards.setdefault(model, {})
         for module in model.modules():
             kind = type(module), type(getattr(module, "act_fn", None))
             if kind not in forwards:
-                forwards[kind] = _forward(module, pieces, model)
+                forwards[kind] = _forward(module, model)
             if (forward := forwards[kind]) and "forward" not in vars(module):
-                module.forward = partial(forward, module)
+                module.forward = partial(forward, pieces, module)
                 stack.callback(vars(module).pop, "forward")  # the class's own is there again
         for home in {sys.modules[kind.__module__] for kind, _ in forwards}:
             if _is_rotary(own := getattr(home, "apply_rotary_pos_emb", None)):
@@ -192,13 +193,18 @@ def _attend(
     return pieces.beside(seen, query.shape[1] // key.shape[1]), None
 
 
-def _forward(module: Any, pieces: Pieces, model: Any) -> Callable[..., torch.Tensor] | None:
-    """Return a forward for modules of this one's kind, made of `pieces`, where it gives what theirs gives."""
+Forward = Callable[[Pieces, Any, torch.Tensor], torch.Tensor]
+# by a module's type and its activation's: what was found once holds for as long as the model does
+_forwards: WeakKeyDictionary[Any, dict[tuple[type, type], Forward | None]] = WeakKeyDictionary()
+
+
+def _forward(module: Any, model: Any) -> Forward | None:
+    """Return a forward for modules of this one's kind, made of pieces, where it gives what theirs gives."""
     if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
-        return partial(_norm, pieces) if _agrees(module, _norm, len(module.weight), model) else None
+        return _norm if _agrees(module, _norm, len(module.weight), model) else None
     if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
         width = getattr(module.gate_proj, "in_features", 0)  # some keep a weight an expert, and no layer
-        return partial(_mlp, pieces) if width and _agrees(module, _mlp, width, model) else None
+        return _mlp if width and _agrees(module, _mlp, width, model) else None
     return None
 
 
@@ -212,7 +218,7 @@ def _mlp(pieces: Pieces, module: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _agrees(module: Any, forward: Callable[..., torch.Tensor], width: int, model: Any) -> bool:
+def _agrees(module: Any, forward: Forward, width: int, model: Any) -> bool:
     """Return whether a module's own result is this one's.
 
     Sums may be taken in another order: in float32 that moves last bits, in 16 bit it may move the last bit of few.

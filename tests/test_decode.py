@@ -20,7 +20,7 @@ from qnb import step as lean
 from qnb.decode import Clock, Decoder, Eager, agreement, pad
 from qnb.error import InputError
 from qnb.precision import PRECISIONS
-from qnb.step import EightBit, FourBit, join
+from qnb.step import EightBit, FourBit, Lean, join
 
 TINY = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
         "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1,
@@ -43,7 +43,7 @@ def tiny(config, more, dtype=torch.float32, device="cpu"):
 
 def stepped(decoder, prompts, forced):
     """Logits of every new token, (B, N, V), reading the tokens of `forced` whatever the decoder chose."""
-    logits = [decoder.prefill(prompts).float()]
+    logits = [torch.cat(list(decoder.prefilled(prompts))).float()]
     for tokens in forced.T:
         decoder.token[: len(prompts)] = tokens
         logits.append(decoder.step(len(prompts)).float())
@@ -100,9 +100,12 @@ def test_buffers_serve_smaller_batches_and_shorter_prompts_one_after_the_other()
 
 def test_prompts_are_read_in_chunks_of_rows(monkeypatch):
     network = tiny(LlamaConfig, {})
-    whole = Decoder(network, 3, 6, 4).prefill(THREE)
+    whole, chunked = Decoder(network, 3, 6, 4), Decoder(network, 3, 6, 4)
+    (logits,) = whole.prefilled(THREE)
     monkeypatch.setattr(decode, "PREFILL_TOKENS", 5)
-    assert torch.allclose(Decoder(network, 3, 6, 4).prefill(THREE), whole, atol=1e-5)
+    parts = list(chunked.prefilled(THREE))
+    assert [len(part) for part in parts] == [1, 1, 1] and torch.allclose(torch.cat(parts), logits, atol=1e-5)
+    assert torch.equal(chunked.token, whole.token) and torch.equal(chunked.tokens(3, 1), logits.argmax(-1)[:, None])
 
 
 @pytest.mark.parametrize("prompts", [ONE, THREE], ids=["one", "three, padded"])
@@ -119,10 +122,10 @@ def test_prompts_read_in_fixed_shapes_give_the_same(prompts):
     assert (torch.stack(logits, 1) - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("few", [0, lean.FEW_ROWS], ids=["kernel", "reductions"])
+@pytest.mark.parametrize("attend", [lean.by_kernel, lean.by_reductions])
 @pytest.mark.parametrize("prompts", [ONE, THREE], ids=["one", "three, padded"])
-def test_compiled_the_step_is_the_same_and_built_once_for_all_layers(prompts, few, monkeypatch):
-    monkeypatch.setattr(lean, "FEW_ROWS", few)
+def test_compiled_the_step_is_the_same_and_built_once_for_all_layers(prompts, attend, monkeypatch):
+    monkeypatch.setattr(Lean, "_attention", lambda self, rows: attend)
     network = tiny(LlamaConfig, {})
     forced = torch.randint(0, 300, (len(prompts), 4))
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -130,8 +133,10 @@ def test_compiled_the_step_is_the_same_and_built_once_for_all_layers(prompts, fe
     assert (logits - stock(network, prompts, forced)).abs().max() < 1e-4
 
 
-def test_compiled_for_more_than_a_few_rows_the_step_serves_any_number(monkeypatch):
+@pytest.mark.parametrize("attend", [lean.by_kernel, lean.by_blocks])
+def test_compiled_for_more_than_a_few_rows_the_step_serves_any_number(attend, monkeypatch):
     monkeypatch.setattr(lean, "FEW_ROWS", 1)
+    monkeypatch.setattr(Lean, "_attention", lambda self, rows: attend)
     network = tiny(LlamaConfig, {})
     forced = torch.randint(0, 300, (3, 4))
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -355,7 +360,7 @@ def test_a_recorded_step_is_as_near_float32_as_eager(name, source, texts):
         graphed = decode.Graphed(network, 3, max(map(len, texts)), 24)
         tokens = graphed.generate(texts, 24)
         decoder, graph = graphed._decoder, graphed._steps[3]
-        logits = [decoder.prefill(texts).float()]
+        logits = [torch.cat(list(decoder.prefilled(texts))).float()]
         for place in range(8):
             decoder.token[:3] = forced[:, place]
             graph.replay()
