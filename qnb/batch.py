@@ -151,8 +151,8 @@ def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolera
         return closing
     if len(probes) == 1:
         return _second(probes[0], limit_mib, bad - 1)
-    ceiling, _ = _meets(fits, "live_mib", limit_mib)
-    aim, doubt = _meets(clean, "memory_mib", limit_mib) if len(clean) > 1 else (0.0, 0.0)
+    ceiling, _ = _meets(fits, limit_mib, "live_mib")
+    aim, doubt = _meets(clean, limit_mib, "memory_mib", "live_mib") if len(clean) > 1 else (0.0, 0.0)
     if FRAGMENTED * aim < ceiling < inf:  # a line says little here: halve the ratio between what fits and what cannot
         return int(sqrt(max(good, aim) * min(bad, ceiling)))
     if not aim:
@@ -164,7 +164,8 @@ def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolera
         return int(min(aim, bad / (1 + tolerance))) if failed else int(aim)  # what fits there ends the search as well
     if aim >= bad:  # the line was too hopeful, or reaches beyond the cap
         over = sum(probe.batch_size <= aim for probe in failed)
-        return max(middle, bad - max(stride, int(doubt)) * 4 ** (over - 1)) if over else bad - 1
+        step = max(stride, int(doubt), (bad - good) // 4)  # the further the line reached, the more it may have bent
+        return max(middle, bad - step * 4 ** (over - 1)) if over else bad - 1
     beyond = sum(probe.batch_size * (1 + tolerance) >= aim for probe in fits)  # the line ends here
     further = good + int(stride * _BEYOND[min(beyond, 3)]) + 1
     return min(middle, further) if failed else further
@@ -192,17 +193,23 @@ def _second(first: Probe, limit_mib: float, cap: int) -> int:
     return cap if rows >= cap - 1 else max(8, int(1 + rows / 2))
 
 
-def _meets(probes: Sequence[Probe], reading: str, limit_mib: float) -> tuple[float, float]:
-    """Return where the line through the two largest probes meets the limit, and the rows by which it may be wrong."""
-    known = [(probe.batch_size, getattr(probe, reading)) for probe in probes if getattr(probe, reading) is not None]
+def _meets(probes: Sequence[Probe], limit_mib: float, *readings: str) -> tuple[float, float]:
+    """Return where the line through the two largest probes meets the limit, and the rows by which it may be wrong.
+
+    The line is the first reading's, but rises as fast as any: what is reserved may hardly rise for a while, as gaps
+    between tensors close, but no longer than until these fill it.
+    """
+    known = [probe for probe in probes if getattr(probe, readings[0]) is not None]
     if len(known) < 2:
         return inf, 0.0
-    (low, low_mib), (high, high_mib) = known[-2:]
-    rise_mib = high_mib - low_mib
+    low, high = known[-2:]
+    read = [(getattr(low, name), getattr(high, name)) for name in readings]
+    rise_mib = max(after - before for before, after in read if before is not None and after is not None)
+    high_mib = read[0][1]
     if rise_mib <= 0:  # a reading coarser than a row
-        return 8.0 * high, float(high)
-    further = (limit_mib - high_mib) * (high - low) / rise_mib
-    return high + further, abs(further) * GRAIN_MIB / rise_mib
+        return 8.0 * high.batch_size, float(high.batch_size)
+    further = (limit_mib - high_mib) * (high.batch_size - low.batch_size) / rise_mib
+    return high.batch_size + further, abs(further) * GRAIN_MIB / rise_mib
 
 
 class Apart:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from bench.allocator import Allocator, device
+from bench.allocator import Allocator, device, reading
 from falls import __file__ as falls_file
 from falls import cannot_begin, falls
 from hypothesis import given, settings
@@ -34,7 +34,7 @@ from qnb.batch import (
     sweep,
 )
 from qnb.benchmark import counted, largest_batch, largest_batch_apart, trial
-from qnb.decode import ENGINES, Absent
+from qnb.decode import ENGINES, Absent, Decoder
 from qnb.device import MIB
 from qnb.error import InputError
 from qnb.precision import PRECISIONS
@@ -147,6 +147,17 @@ def test_the_allocators_outline_ends_where_a_gpu_did():
     assert found.batch_size >= CLOSE * max(b for b in range(400, 500) if try_batch(b).fits)
 
 
+def test_caches_made_before_prompts_are_read_leave_no_gaps(monkeypatch):
+    """Among what reading takes and gives back they would stand in freed blocks, and 3 of 12 GB would serve nothing."""
+    take = reading(128, 100)
+    for batch_size in (200, 544, 752, 1016):
+        memory = take(batch_size, 15 * 1024)
+        assert memory.peak_reserved - memory.peak_live < 300 * MIB
+    monkeypatch.setattr(Decoder, "_make_caches", lambda *_: None)
+    memory = take(752, 15 * 1024)
+    assert memory.peak_reserved - memory.peak_live > 2000 * MIB
+
+
 def test_the_allocator_keeps_its_books():
     memory, draw = Allocator(400 * MIB), Random(0)
     held, asked = [], 0
@@ -180,6 +191,32 @@ def test_where_segments_given_back_decide_the_tensors_own_line_bounds_the_search
 
     found = largest(try_batch, 15_360, 100_000)
     assert 0.93 * 754 <= found.batch_size <= 754 <= found.batch_size * (1 + found.open_pct / 100)
+
+
+def test_where_gaps_close_the_line_rises_with_the_tensors():
+    """As FP16 with recorded steps did before its caches were made first: reserved hardly rises until gaps are full."""
+
+    def try_batch(batch_size):
+        live_mib = 2437 + 8.6 * batch_size
+        gaps_mib = max(300, 2700 - 3 * abs(batch_size - 750))
+        fits = live_mib + 300 <= 15_360
+        return Probe(batch_size, fits, live_mib + gaps_mib if fits else None, live_mib if fits else None, False, 2400)
+
+    found = largest(try_batch, 15_360, 100_000)
+    assert found.batch_size >= 0.93 * true_maximum(try_batch, 100_000) and len(found.probes) <= 6
+
+
+@pytest.mark.parametrize(("steeper", "most"), [(1.2, 831), (1.25, 800), (1.4, 721)])
+def test_a_line_that_bends_far_from_its_probes_is_left_by_a_quarter_of_the_way(steeper, most):
+    """As INT4's, whose rows take more the more there are: two probes foresaw 984 rows."""
+
+    def try_batch(batch_size):
+        memory_mib = 1184 + 14.4 * min(batch_size, 64) + steeper * 14.4 * max(0, batch_size - 64)
+        return Probe(batch_size, memory_mib <= 15_360, memory_mib, memory_mib - 50, idle_mib=1087)
+
+    found = largest(try_batch, 15_360, 100_000)
+    assert true_maximum(try_batch, 100_000) == most and len(found.probes) <= 6
+    assert found.batch_size >= 0.95 * most
 
 
 def test_the_cap_ends_the_search_and_is_said():
@@ -363,7 +400,7 @@ def test_a_trial_that_runs_out_of_memory_keeps_nothing(monkeypatch, short):
 
     monkeypatch.setitem(ENGINES, "fake", engine)
     try_batch = trial(SimpleNamespace(device=torch.device("cpu")), short, 1e6, "fake")
-    assert len(made) == 1  # the warm-up
+    assert len(made) == 2  # one row and many, before any is a probe
     failed = try_batch(8)
     assert (failed.batch_size, failed.fits, failed.ended) == (8, False, OUT_OF_MEMORY) and failed.took_s > 0
     assert try_batch(4).fits and all(scratch() is None for scratch in made)

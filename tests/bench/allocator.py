@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, LlamaForCausalLM
 
 from qnb.batch import OUT_OF_MEMORY, Probe
+from qnb.decode import Decoder
 from qnb.device import MIB
 from qnb.model import shape_config
 
@@ -190,6 +191,32 @@ def recorded(prompt_tokens: int, new_tokens: int, layers: int = 16) -> list[tupl
         assert number == other
         events.append((number, 2 * small - large, (large - small) // 2))
     return events
+
+
+def reading(prompt_tokens: int, new_tokens: int) -> Callable[[int, float], Allocator]:
+    """Return what serves `Decoder`'s reading of so many prompts within so many MiB, and is left of it."""
+    AttentionInterface.register("outline", _flash)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape_config()).half().eval()
+    model.set_attn_implementation("outline")
+    Decoder(model, 1, prompt_tokens, new_tokens)  # joins the weights
+
+    def serve(batch_size: int, limit_mib: float) -> Allocator:
+        recorder = _Recorder({p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())})
+        with torch.no_grad(), recorder:
+            Decoder(model, batch_size, prompt_tokens, new_tokens).prefill([[5] * prompt_tokens] * batch_size)
+            events = list(recorder.events)
+        memory, held = Allocator(limit_mib * MIB), {}
+        for size in (*(p.nbytes for p in model.parameters()), WORKSPACE):
+            memory.take(size)
+        for number, size in events:
+            if number > 0:
+                held[number] = memory.take(size)
+            elif -number in held:  # else it was there before
+                memory.give(held.pop(-number))
+        return memory
+
+    return serve
 
 
 def device(
