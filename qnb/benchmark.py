@@ -34,6 +34,7 @@ from qnb.decode import (
     Prompts,
     agreement,
     check_window,
+    give_back_workspaces,
 )
 from qnb.device import MIB
 from qnb.model import load, quiet, release, weigh
@@ -300,21 +301,24 @@ def run(
     check_window(model, len(longest), new_tokens)
     full = max(1, len(prompts) // batch_size)
     batches = [prompts[place * batch_size : (place + 1) * batch_size] for place in range(full)]
+    make = partial(FACTORIES[engine], model, batch_size, len(longest), new_tokens)
+    few, peaks = min(WARM_UP_TOKENS, new_tokens), None
     with quiet():
-        made = FACTORIES[engine](model, batch_size, len(longest), new_tokens)
+        made = make()
         if on_gpu and "memory" in passes:
-            made.generate(batches[0], min(WARM_UP_TOKENS, new_tokens))  # weights are joined and kernels built once
+            # what is made once, for as long as the model is loaded, is no batch's
+            made.generate(batches[0][:1] if engine == "eager" else batches[0], few)
             del made
             release()
-            torch.cuda.reset_peak_memory_stats(device)  # recording a graph takes what replaying it will need
-            made = FACTORIES[engine](model, batch_size, len(longest), new_tokens)
-        made.generate(batches[0], min(WARM_UP_TOKENS, new_tokens))
-        _synchronize(device)
-        peaks = None
-        if on_gpu and "memory" in passes:
+            give_back_workspaces()  # else those of the engine before would count
+            torch.cuda.reset_peak_memory_stats(device)
+            made = make()
             made.generate([longest] * batch_size, new_tokens)
             _synchronize(device)
             peaks = torch.cuda.max_memory_allocated(device) / MIB, torch.cuda.max_memory_reserved(device) / MIB
+        else:
+            made.generate(batches[0], few)
+            _synchronize(device)
         sense, batch_s, clocks = sensor(device), [], []
         first = torch.empty(0)
         with Window(sense.sample, sense.source, period_s, baseline_mib) as window:
@@ -353,33 +357,43 @@ def run(
     return replace(timed, trace=trace, agreement=parted)
 
 
-def _trace(engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> Trace:
-    """Trace two generations, to about the middle of the new tokens and some steps further; the difference is steps."""
+def _trace(engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> Trace | None:
+    """Trace a generation to a little beyond the middle of the new tokens; None where no kernel is seen.
+
+    What another one of fewer steps runs less is how many kernels its last steps have. Their time is their own: a
+    difference of two generations' would be that of the clocks too, which power lowers meanwhile.
+    """
     steps = min(TRACED_STEPS, new_tokens - 1)
     before = 1 + (new_tokens - 1 - steps) // 2
     _kernels(engine, prompts, 1, device)  # a profiler's first trace misses kernels
     short, long = (_kernels(engine, prompts, count, device) for count in (before, before + steps))
-    return Trace(*((after - before) / steps for before, after in zip(short, long, strict=True)))
+    return last_steps(long, len(long) - len(short), steps)
 
 
-def _kernels(engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> tuple[float, int, float]:
-    """Return one generation's kernel seconds, number of kernels, and wall seconds."""
+def last_steps(kernels: Sequence[tuple[float, float]], count: int, steps: int) -> Trace | None:
+    """Return what a step takes of the last `count` kernels, given as start and end in seconds, in that order."""
+    if count <= 0:
+        return None
+    last = kernels[-count:]
+    ran_s = sum(end - start for start, end in last)
+    return Trace(ran_s / steps, count / steps, (max(end for _, end in last) - last[0][0]) / steps)
+
+
+def _kernels(engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> list[tuple[float, float]]:
+    """Return when each of one generation's kernels began and ended, in seconds, by their beginning."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        started = perf_counter()
         engine.generate(prompts, new_tokens)
         _synchronize(device)
-        wall_s = perf_counter() - started
-    ran = [
-        event.time_range.elapsed_us() / 1e6
+    return sorted(
+        (event.time_range.start / 1e6, event.time_range.end / 1e6)
         for event in trace.events() or ()
         if event.device_type == DeviceType.CUDA
         and not getattr(event, "is_user_annotation", False)
         and not event.name.startswith(("Memcpy", "Memset"))
-    ]
-    return sum(ran), len(ran), wall_s
+    )
 
 
 def count_work(model: PreTrainedModel, prompt_tokens: int, new_tokens: int, batch_size: int) -> Work:

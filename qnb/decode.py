@@ -16,7 +16,7 @@ from functools import cache
 from inspect import signature
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
@@ -399,6 +399,16 @@ def _side(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+_recorded: WeakSet[Graphed] = WeakSet()
+
+
+def give_back_workspaces() -> None:
+    """Free what cuBLAS keeps for every stream, 32 MiB each on an H100, unless a recorded step is to find it again."""
+    if not _recorded:
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+
+
 class Graphed:
     """One decode step recorded as a CUDA graph and replayed for every token; short prompts are read so too.
 
@@ -420,6 +430,7 @@ class Graphed:
         self._steps: dict[int, torch.cuda.CUDAGraph] = {}
         self.logits: dict[int, torch.Tensor] = {}  # (B, V), where a step of the size last recorded leaves them
         self._pool = torch.cuda.graph_pool_handle()
+        _recorded.add(self)
 
     @property
     def note(self) -> str:

@@ -130,9 +130,10 @@ def _traced(steps: pd.DataFrame) -> pd.DataFrame:
 
 
 def _as_measured(table: pd.DataFrame) -> pd.DataFrame:
-    """Return Table 3 or 4 under the names that performance rows have."""
+    """Return Table 3 or 4 under the names that performance rows have, without engines that could not run."""
     if table.empty:
         return table
+    table = table.dropna(subset=["throughput_rps"])
     renamed = {"utilization_pct": "monitor_utilization_pct", "power_w": "monitor_power_w"}
     table = table[[name for name in table if not name.startswith("published_")]].rename(columns=renamed)
     half = 1 + table.throughput_spread_pct / 200  # the spread is the range over the lowest

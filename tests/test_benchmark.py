@@ -11,6 +11,7 @@ from qnb.benchmark import (
     Work,
     count_work,
     largest_batch,
+    last_steps,
     measure_limits,
     median_interval,
     run,
@@ -151,6 +152,14 @@ def test_the_medians_interval_is_the_order_statistics_one():
     assert median_interval(range(1, 6)) is None
     assert [median_interval(range(1, n + 1)) for n in (6, 20, 100)] == [(1, 6), (6, 15), (40, 61)]
     assert settled([1.0] * 6) and not settled([1.0] * 5) and not settled([1.0, 1.1] * 10)
+
+
+def test_the_last_steps_are_timed_by_their_own_kernels():
+    """Two steps of two kernels, 1 s each with 0.5 s between, after five of 9 s each."""
+    prompt = [(10.0 * n, 10.0 * n + 9) for n in range(5)]
+    steps = [(50.0, 51), (51.5, 52.5), (53.0, 54), (54.5, 55.5)]
+    assert last_steps(prompt + steps, 4, 2) == Trace(kernel_s=2.0, kernels=2.0, wall_s=2.75)
+    assert last_steps(prompt, 0, 8) is None
 
 
 def test_a_devices_limits_are_above_what_a_model_does(network, prompts):

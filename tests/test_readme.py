@@ -58,16 +58,29 @@ def test_badges_are_built_from_the_projects_address():
 
 
 def test_the_numbers_are_those_of_the_kept_runs():
-    small = kept(f"{SHAPE}/table3_bs1.csv").set_index("precision")
-    large = kept(f"{SHAPE}/table4_maxbatch.csv").set_index("precision")
+    small = kept(f"{SHAPE}/table3_bs1.csv").query("engine == 'eager'").set_index("precision")
+    large = kept(f"{SHAPE}/table4_maxbatch.csv").set_index(["precision", "engine"])
     steps = kept(f"{SHAPE}/decode.csv").query("batch_size == 1").pivot(index="precision", columns="engine")
     rows = table("| Llama-3.2-1B's shape, H100 |")
-    assert [row[0] for row in rows] == list(small.index)
-    for precision, memory_mib, graphed_ms, together_rps in rows:
+    assert [row[0] for row in rows] == ["bf16", "fp16", "int8", "int4", "nf4"]
+    for precision, memory_mib, graphed_ms, *together in rows:
         assert float(memory_mib) == round(small.memory_mib[precision])
         recorded = steps.tpot_ms.graphed[precision]
         assert graphed_ms == ("-" if pd.isna(recorded) else f"{recorded:.2f}")
-        assert float(together_rps) == round(large.throughput_rps[precision], 1)
+        for engine, told in zip(("eager", "graphed"), together, strict=True):
+            if (precision, engine) in large.index:
+                row = large.loc[precision, engine]
+                assert told == f"{row.throughput_rps:.1f} at {row.batch_size:.0f}"
+            else:
+                assert told == "-"
+    rates, text = large.throughput_rps.unstack(), " ".join(TEXT.split())
+    share = 100 * rates.loc[["nf4", "int4"]] / rates.loc["fp16"]
+    assert f"NF4 served {share.eager.nf4:.0f} % of FP16's requests and `int4`" in text
+    assert f"in 32 bit, {share.eager.int4:.0f} %. " in text and f"near, {share.graphed.nf4:.0f} %" in text
+    gain = (rates.graphed / rates.eager).dropna()
+    assert f"serves {gain.min():.1f} to {gain.max():.1f} times as many requests" in text
+    part = 100 * small.memory_mib[["nf4", "int4"]] / small.memory_mib.bf16
+    assert f"a 4-bit format takes {part.nf4:.0f} to {part.int4:.0f} % of it" in text
 
 
 def test_notebook_03_tells_what_was_kept():
@@ -100,19 +113,31 @@ def test_notebook_04_tells_what_was_kept():
     made = [[row.precision, SEARCHES[row.search], str(row.largest_batch),
              str(row.true_at_most), str(row.probes), f"{row.seconds:.1f}"] for row in found.itertuples()]  # fmt: skip
     assert rows == made
-    largest = kept(f"{SHAPE}/largest_batch.csv")
+    largest = kept(f"{SHAPE}/largest_batch.csv").dropna(subset=["throughput_rps"]).astype({"batch_size": int})
+    held, whole = (largest[largest.memory_gib == memory] for memory in ("15", "whole"))
     assert table("| | engine |", prose("04")) == [
         [row.precision, row.engine, str(row.batch_size), f"{row.throughput_rps:.0f}",
-         f"{1000 * row.kernel_s_per_token:.1f}", f"{row.kernels_per_token:.0f}"] for row in largest.itertuples()
+         f"{1000 * row.tpot_s:.1f}", f"{row.kernels_per_token:.0f}"] for row in held.itertuples()
     ]  # fmt: skip
-    rates = largest.pivot(index="precision", columns="engine", values="throughput_rps")
-    gain = rates.graphed / rates.eager
-    assert f"serves {gain.fp16:.1f} (FP16) to {gain['int8-t0']:.1f} times (INT8)" in text
-    assert f"search ended with {largest.open_pct.max():.0f} % left open" in text
+    rates = held.pivot(index="precision", columns="engine", values="throughput_rps")
+    gain = (rates.graphed / rates.eager).dropna()
+    most = gain.drop("int4")
+    assert (most.idxmin(), most.idxmax()) == ("fp16", "nf4-dq")
+    assert f"serves {most.min():.1f} (FP16) to {most.max():.1f} times (NF4-DQ) as many" in text
+    assert f"in 32 bit, {gain.int4:.1f} times" in text
+    sizes, rates = (whole.set_index("engine")[name] for name in ("batch_size", "throughput_rps"))
+    assert f"{sizes.eager} requests with `eager` and {sizes.graphed} with `graphed`" in text
+    assert f"served {rates.eager:.0f} and {rates.graphed:.0f} a second" in text
+    left = kept(f"{SHAPE}/largest_batch.csv").query("memory_gib == '15' and engine == 'graphed'").open_pct
+    assert f"left {left.min():.0f} to {left.max():.0f} % open" in text
     many = (
         kept(f"{SHAPE}/decode.csv").query("batch_size == 400").set_index("engine").throughput_rps.round().astype(int)
     )
     assert f"served {many.eager} requests/s with `eager` and {many.graphed} with `graphed`" in text
+    swept = kept(f"{SHAPE}/sweep.csv").query("precision == 'fp16'").pivot(index="batch_size", columns="engine")
+    ratio = swept.throughput_rps.graphed / swept.throughput_rps.eager
+    assert f"{ratio[128]:.1f} times as many at batch 128 and {ratio[1024]:.1f} at 1,024" in text
+    assert swept.knee.idxmax().to_dict() == {"eager": 256, "graphed": 128} and "knee at 256" in text
 
 
 def test_notebook_02_tells_what_was_kept():
