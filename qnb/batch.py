@@ -2,9 +2,10 @@
 
 A batch fits when torch's allocator can serve it, and the allocator counts what it *reserved*: whole segments of 2 or
 20 MiB or more, also where a live tensor holds only a part of one. So the line through two small probes is fitted to
-the peak it reserved, which meets the limit where the batch stops fitting. Past that point the allocator gives back
-the segments that are wholly free and tries again; how far that carries is not on any line. It never carries to where
-the live tensors alone would fill the memory: that line is the ceiling. A probe is a real run; no line is believed.
+the peak it reserved, no flatter than that of the live tensors, and meets the limit where the batch stops fitting. Past
+that point the allocator gives back the segments that are wholly free and tries again; how far that carries is not on
+any line. It never carries to where the live tensors alone would fill the memory: that line is the ceiling. A probe is
+a real run; no line is believed.
 """
 
 from __future__ import annotations
@@ -164,8 +165,10 @@ def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolera
         return int(min(aim, bad / (1 + tolerance))) if failed else int(aim)  # what fits there ends the search as well
     if aim >= bad:  # the line was too hopeful, or reaches beyond the cap
         over = sum(probe.batch_size <= aim for probe in failed)
+        if over > 1:
+            return middle
         step = max(stride, int(doubt), (bad - good) // 4)  # the further the line reached, the more it may have bent
-        return max(middle, bad - step * 4 ** (over - 1)) if over else bad - 1
+        return max(middle, bad - step) if over else bad - 1
     beyond = sum(probe.batch_size * (1 + tolerance) >= aim for probe in fits)  # the line ends here
     further = good + int(stride * _BEYOND[min(beyond, 3)]) + 1
     return min(middle, further) if failed else further
@@ -196,8 +199,8 @@ def _second(first: Probe, limit_mib: float, cap: int) -> int:
 def _meets(probes: Sequence[Probe], limit_mib: float, *readings: str) -> tuple[float, float]:
     """Return where the line through the two largest probes meets the limit, and the rows by which it may be wrong.
 
-    The line is the first reading's, but rises as fast as any: what is reserved may hardly rise for a while, as gaps
-    between tensors close, but no longer than until these fill it.
+    The line goes through the first reading and rises as fast as any of them: what is reserved may stay the same for a
+    while, until tensors fill the gaps in it, and then rises with them.
     """
     known = [probe for probe in probes if getattr(probe, readings[0]) is not None]
     if len(known) < 2:

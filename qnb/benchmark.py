@@ -299,7 +299,8 @@ def run(
     device, prompts, new_tokens = model.device, workload.prompts, workload.new_tokens
     longest, on_gpu = workload.longest, device.type == "cuda"
     check_window(model, len(longest), new_tokens)
-    full = max(1, len(prompts) // batch_size)
+    batch_size = min(batch_size, len(prompts))
+    full = len(prompts) // batch_size
     batches = [prompts[place * batch_size : (place + 1) * batch_size] for place in range(full)]
     make = partial(FACTORIES[engine], model, batch_size, len(longest), new_tokens)
     few, peaks = min(WARM_UP_TOKENS, new_tokens), None
@@ -316,7 +317,7 @@ def run(
             made.generate([longest] * batch_size, new_tokens)
             _synchronize(device)
             peaks = torch.cuda.max_memory_allocated(device) / MIB, torch.cuda.max_memory_reserved(device) / MIB
-        else:
+        if peaks is None or any(len(prompt) < len(longest) for prompt in batches[0]):  # else it is warm already
             made.generate(batches[0], few)
             _synchronize(device)
         sense, batch_s, clocks = sensor(device), [], []
@@ -360,8 +361,8 @@ def run(
 def _trace(engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> Trace | None:
     """Trace a generation to a little beyond the middle of the new tokens; None where no kernel is seen.
 
-    What another one of fewer steps runs less is how many kernels its last steps have. Their time is their own: a
-    difference of two generations' would be that of the clocks too, which power lowers meanwhile.
+    A second generation, some steps shorter, tells how many of the first one's kernels are its last steps'; their times
+    are then summed. Subtracting the two generations' times would also subtract the clocks, which power changes.
     """
     steps = min(TRACED_STEPS, new_tokens - 1)
     before = 1 + (new_tokens - 1 - steps) // 2
@@ -588,8 +589,8 @@ def trial(
 ) -> Callable[[int], Probe]:
     """Return what tries a batch of the workload's longest prompt, and leaves memory as it found it.
 
-    Something is generated first, so that kernels and workspaces loaded once are no batch's: a recorded step's are
-    built for one row and for any number above a few, and prompts of many rows are read by others.
+    Something is generated first, so that kernels and workspaces loaded once are no batch's: a recorded step's, which
+    are built for one row and for any number above a few, and those that read prompts of many rows.
     """
     generate, device = ENGINES[engine], model.device
     on_gpu = device.type == "cuda"

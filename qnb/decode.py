@@ -9,7 +9,7 @@ out: it fills the places of requests that end early, and here all of a batch end
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -89,7 +89,7 @@ class Engine(Protocol):
 def pad(prompts: Prompts, pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad prompts on the left to the longest; returns ids and attention mask, both (batch, tokens)."""
     width = max(map(len, prompts))
-    ids = np.full((len(prompts), width), pad_id)  # torch takes nested lists ten times as slowly
+    ids = np.full((len(prompts), width), pad_id)  # torch takes nested lists several times as slowly
     mask = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = prompt
@@ -201,7 +201,6 @@ class Decoder:
         check_window(model, width, new_tokens)
         device, most = model.device, width + new_tokens + WARM_UPS
         self._model, self._rows, self.width, self._length = model, rows, width, -(-most // ALIGNMENT) * ALIGNMENT
-        self._caches: list[tuple[torch.Tensor, torch.Tensor]] = []  # of the shapes that the model's first have
         self._barred = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=model.dtype, device=device)
         self._barred[_ends(model)] = float("-inf")  # (V,)
         self._ids = torch.zeros(rows, width, dtype=torch.long, device=device)  # (B, T)
@@ -216,42 +215,46 @@ class Decoder:
         self._lean = None if why else _lean(model, options)
         self._angles = self._lean.angles(self._length) if self._lean else None
         self._fuses = options is not None and compiles(device, model.dtype)
-
-    def prefill(self, prompts: Prompts) -> None:
-        """Read the prompts and choose their first new tokens."""
-        for _ in self.prefilled(prompts):
-            pass
+        self._caches = self._empty_caches()
 
     @torch.no_grad()
-    def prefilled(self, prompts: Prompts) -> Iterator[torch.Tensor]:
-        """Do what `prefill` does, some rows at a time; yields the logits of each time's rows, (b, V).
+    def _empty_caches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return each layer's empty keys and values, of the shapes that one token's have.
 
-        A chunk of rows is enough to keep a device busy: what it needs besides its keys and values is given back before
-        the next.
+        Made while prompts are read, they would stand in memory that this had given back, between pieces too small for
+        its next tensors: on an H100 held to 15 GiB up to a fifth of that was lost so.
+        """
+        caches = []
+
+        def make(place: int, *new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            keys, values = (one.new_zeros(self._rows, one.shape[1], self._length, one.shape[3]) for one in new)
+            caches.append((keys, values))
+            return new[0], new[1]
+
+        _forward(self._model, make, input_ids=self._ids[:1, :1], attention_mask=None, position_ids=self._ids[:1, :1])
+        return caches
+
+    @torch.no_grad()
+    def prefill(self, prompts: Prompts, logits: list[torch.Tensor] | None = None) -> None:
+        """Read the prompts and choose their first new tokens.
+
+        Rows are read in chunks that are enough to keep a device busy: what a chunk needs besides its keys and values
+        is given back before the next. Only where a list is given is it filled with each chunk's logits, (b, V).
         """
         ids, mask = pad(prompts, _pad_id(self._model), self._model.device)  # (B, T)
         width = ids.shape[1]
         padded = min(map(len, prompts)) < width
         self._start[: len(ids)] = width - mask.sum(1)
         self._begin(width)
-        if not self._caches:
-            self._make_caches(ids)
         chunk = max(1, PREFILL_TOKENS // width)
         with fused(self._model, compiled=True) if self._fuses else nullcontext():
             for first in range(0, len(ids), chunk):
                 rows = slice(first, first + chunk)
-                logits = self._read(ids[rows], mask[rows] if padded else None, first)
-                self.token[first : first + len(logits)] = (logits + self._barred).argmax(-1)
-                yield logits
+                found = self._read(ids[rows], mask[rows] if padded else None, first)
+                self.token[first : first + len(found)] = (found + self._barred).argmax(-1)
+                if logits is not None:
+                    logits.append(found)
         self._keep(len(ids), self.token[: len(ids)])
-
-    def _make_caches(self, ids: torch.Tensor) -> None:
-        """Read one token of `ids`, (B, T), which shows the shapes and takes next to nothing.
-
-        Made while prompts are read, caches would stand in what that had given back, and what is left beside them fits
-        nothing: on an H100 held to 15 GiB up to a fifth of the memory.
-        """
-        self._read(ids[:1, :1], None, 0)
 
     def load(self, prompts: Prompts) -> None:
         """Put prompts where `read` finds them, padded to the longest there may be."""
@@ -293,9 +296,6 @@ class Decoder:
         """Return what writes keys and values of `rows` rows into the caches from row `first` on."""
 
         def keep(place: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            if place == len(self._caches):
-                kept = (new.new_zeros(self._rows, new.shape[1], self._length, new.shape[3]) for new in (keys, values))
-                self._caches.append((next(kept), next(kept)))
             for held, new in zip(self._caches[place], (keys, values), strict=True):
                 held[first : first + rows, :, :width] = new
             return keys, values
@@ -442,13 +442,15 @@ class Graphed:
         decoder, rows = self._decoder, len(prompts)
         few = rows * decoder.width <= RECORDED_TOKENS
         with torch.cuda.device(self._device):
-            if rows not in self._steps:
-                decoder.prefill(prompts)  # makes the caches
-                if few:
-                    self._prompts[rows], _ = self._record(decoder.read, rows)
-                self._steps[rows], self.logits[rows] = self._record(decoder.warm_up, rows)
             if few:
                 decoder.load(prompts)
+            if rows not in self._steps:
+                if few:
+                    self._prompts[rows], _ = self._record(decoder.read, rows)
+                else:
+                    decoder.prefill(prompts)
+                self._steps[rows], self.logits[rows] = self._record(decoder.warm_up, rows)
+            if few:
                 self._prompts[rows].replay()
             else:
                 decoder.prefill(prompts)

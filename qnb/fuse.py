@@ -1,4 +1,4 @@
-"""The work between a transformer's products in as few kernels as it takes, for as long as it scores.
+"""The work between a transformer's products in as few kernels as it takes, for as long as it reads many tokens.
 
 A pass over many tokens is products, which keep a GPU busy, and the rest, which waits for its memory: transformers
 writes an RMS norm as eight kernels, rotary angles as ten, a gated activation as two, and each reads and writes every
@@ -226,7 +226,9 @@ def _agrees(module: Any, forward: Forward, width: int, model: Any) -> bool:
     drawn = torch.randn(64, width, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
     try:
         own, ours = module(drawn), forward(PLAIN, module, drawn)
-    except Exception:  # it wants something else
+    except Exception as error:  # it wants something else
+        if is_out_of_memory(error):
+            raise
         return False
     eps = torch.finfo(own.dtype).eps
     if own.dtype == torch.float32:

@@ -41,9 +41,16 @@ def tiny(config, more, dtype=torch.float32, device="cpu"):
     return AutoModelForCausalLM.from_config(config(**TINY, **more)).to(device, dtype).eval()
 
 
+def read(decoder, prompts):
+    """Logits of the prompts' first new tokens, (B, V)."""
+    parts = []
+    decoder.prefill(prompts, parts)
+    return torch.cat(parts).float()
+
+
 def stepped(decoder, prompts, forced):
     """Logits of every new token, (B, N, V), reading the tokens of `forced` whatever the decoder chose."""
-    logits = [torch.cat(list(decoder.prefilled(prompts))).float()]
+    logits = [read(decoder, prompts)]
     for tokens in forced.T:
         decoder.token[: len(prompts)] = tokens
         logits.append(decoder.step(len(prompts)).float())
@@ -101,9 +108,9 @@ def test_buffers_serve_smaller_batches_and_shorter_prompts_one_after_the_other()
 def test_prompts_are_read_in_chunks_of_rows(monkeypatch):
     network = tiny(LlamaConfig, {})
     whole, chunked = Decoder(network, 3, 6, 4), Decoder(network, 3, 6, 4)
-    (logits,) = whole.prefilled(THREE)
+    logits, parts = read(whole, THREE), []
     monkeypatch.setattr(decode, "PREFILL_TOKENS", 5)
-    parts = list(chunked.prefilled(THREE))
+    chunked.prefill(THREE, parts)
     assert [len(part) for part in parts] == [1, 1, 1] and torch.allclose(torch.cat(parts), logits, atol=1e-5)
     assert torch.equal(chunked.token, whole.token) and torch.equal(chunked.tokens(3, 1), logits.argmax(-1)[:, None])
 
@@ -143,6 +150,27 @@ def test_compiled_for_more_than_a_few_rows_the_step_serves_any_number(attend, mo
         for rows in (3, 2):
             logits = stepped(Decoder(network, 3, 6, 9, decode.COMPILE), THREE[:rows], forced[:rows])
             assert (logits - stock(network, THREE[:rows], forced[:rows])).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "generation", "chosen"),
+    [
+        (torch.float16, 64, 9, "by_blocks"),
+        (torch.bfloat16, 128, 8, "by_blocks"),
+        (torch.float16, 64, 7, "by_kernel"),
+        (torch.float32, 128, 9, "by_kernel"),
+        (torch.float16, 8, 9, "by_kernel"),
+    ],
+)
+def test_many_rows_attend_by_blocks_where_a_kernel_of_them_fits(dtype, size, generation, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
+    made = object.__new__(Lean)
+    made._compiled, made.shape = True, lean.Shape(2, 4, size, 1.0, 1e-5)
+    made.embedding = SimpleNamespace(device=torch.device("cuda"), element_size=lambda: dtype.itemsize)
+    assert made._attention(lean.FEW_ROWS) is lean.by_reductions
+    assert made._attention(lean.FEW_ROWS + 1) is getattr(lean, chosen)
+    made._compiled = False
+    assert made._attention(1) is made._attention(100) is lean.by_kernel
 
 
 def test_a_step_that_cannot_be_compiled_runs_uncompiled_and_says_so():
@@ -349,22 +377,24 @@ def test_more_than_the_context_window_is_refused():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("times", [1, 4], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "int8-t0", "int4", "fp4", "nf4", "nf4-dq"])
-def test_a_recorded_step_is_as_near_float32_as_eager(name, source, texts):
+def test_a_recorded_step_is_as_near_float32_as_eager(name, times, source, texts):
     """Fed the same tokens; the float32 model multiplies the same stored weights only where these are plain."""
+    texts = times * texts
     exact = model.load(source.path, PRECISIONS["fp32"], "cuda")
     forced = Eager(exact).generate(texts, 8)
     truth = stock(exact, texts, forced)
     with model.quiet():
         network = model.load(source.path, PRECISIONS[name], "cuda")
-        graphed = decode.Graphed(network, 3, max(map(len, texts)), 24)
+        graphed = decode.Graphed(network, len(texts), max(map(len, texts)), 24)
         tokens = graphed.generate(texts, 24)
-        decoder, graph = graphed._decoder, graphed._steps[3]
-        logits = [torch.cat(list(decoder.prefilled(texts))).float()]
+        decoder, graph = graphed._decoder, graphed._steps[len(texts)]
+        logits = [read(decoder, texts)]
         for place in range(8):
-            decoder.token[:3] = forced[:, place]
+            decoder.token[:] = forced[:, place]
             graph.replay()
-            logits.append(graphed.logits[3].float().clone())
+            logits.append(graphed.logits[len(texts)].float().clone())
         ours, theirs = torch.stack(logits, 1), stock(network, texts, forced)
         parted = agreement(network, texts, Eager(network).generate(texts, 24), tokens)
     assert graphed.note == ""

@@ -194,7 +194,7 @@ def recorded(prompt_tokens: int, new_tokens: int, layers: int = 16) -> list[tupl
 
 
 def reading(prompt_tokens: int, new_tokens: int) -> Callable[[int, float], Allocator]:
-    """Return what serves `Decoder`'s reading of so many prompts within so many MiB, and is left of it."""
+    """Return a function of a batch size and a limit in MiB: the allocator after `Decoder` has read such a batch."""
     AttentionInterface.register("outline", _flash)
     with torch.device("meta"):
         model = LlamaForCausalLM(shape_config()).half().eval()

@@ -2,7 +2,7 @@
 
 ``python tests/bench/decode.py``: nine precisions of Llama-3.2-1B's shape at batch size 1, six minutes on an H100
 ``python tests/bench/decode.py --engines graphed --precisions fp16,nf4 --compile none,fused,descent,combo,default``:
-what torch.compile is asked for
+what torch.compile is asked for; the variants differ in batches of up to eight rows
 ``python tests/bench/decode.py --model smollm2-135m --precisions bf16 --prompt-tokens 16 --new-tokens 4``: on a CPU
 """
 
