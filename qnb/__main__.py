@@ -359,7 +359,8 @@ def doctor() -> int:
     here, gib = device.detect(), 2**30
     free_gib = psutil.virtual_memory().available / gib
     disk_gib = shutil.disk_usage(ROOT).free / gib
-    quantizes = device.quantizes(here.kind)
+    with model.quiet():
+        quantizes = device.quantizes(here.kind)
     weights = model.intact(model.cache() / f"{model.EMBEDDED}-bf16")
     problems = [
         text

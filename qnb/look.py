@@ -7,6 +7,7 @@ word. Bars lie down and figures grow downwards: at a phone's 390 pixels width is
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -82,6 +83,11 @@ def marker(precision: str, engine: str, size: int = 11) -> dict[str, Any]:
     """Return a point's marker: the precision's colour, the engine's shape."""
     symbol = MARKERS.get(engine, OTHER_MARKER)
     return {"color": PRECISIONS[precision].color, "symbol": symbol, "size": size, "line": {"color": INK, "width": 1}}
+
+
+def title(figure: go.Figure) -> str:
+    """Return a figure's title and the smaller line below it as plain text."""
+    return re.sub(r"<[^>]*>", "", figure.layout.title.text.replace("<br>", ": "))
 
 
 def layout(figure: go.Figure, title: str, height: int = 420, note: str = "") -> go.Figure:

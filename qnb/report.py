@@ -19,12 +19,16 @@ from qnb.results import Results, reference
 from qnb.table import grid
 
 TEMPLATE = Path(__file__).parent / "data" / "report.html"
-# section: title, words, tables with their captions, figures with how to read them
-SECTIONS: dict[str, tuple[str, str, dict[int, str], dict[str, str]]] = {
+# section: title, words, tables (the paper's by number) with their captions, figures with how to read them
+SECTIONS: dict[str, tuple[str, str, dict[int | str, str], dict[str, str]]] = {
     "accuracy": (
         "Accuracy",
         "What the lost bits cost. A change is real when the same items, asked twice, say so.",
-        {1: "Table 1: accuracy in percent, with one standard error in points", 2: "Table 2: change against BF16"},
+        {
+            1: "Table 1: accuracy in percent, with one standard error in points",
+            2: "Table 2: change against BF16",
+            "divergence": "Perplexity, and how far the next token's probabilities are from BF16's (95 % intervals)",
+        },
         {
             "fig1_accuracy": "Bars are one standard error of each precision alone; differences are the next figures'.",
             "forest": "Left of the line is a loss. An interval that crosses it is no proof of a change, nor of none.",
@@ -131,16 +135,17 @@ def page(results: Results, ledger: Path | None = None) -> str:
 def _section(name: str, results: Results, drawn: dict[str, go.Figure]) -> dict[str, Any]:
     title, words, tables, figures = SECTIONS[name]
     shown = [key for key in figures if not look.is_empty(drawn[key])]
+    frames = {text: results.divergence if key == "divergence" else results.tables[int(key)]
+              for key, text in tables.items()}  # fmt: skip
     return {
         "id": name,
         "title": title,
         "words": words,
-        "tables": [grid(results.tables[key], text) for key, text in tables.items() if len(results.tables[key])],
+        "tables": [grid(frame, text) for text, frame in frames.items() if len(frame)],
         "figures": [
-            {"html": _html(drawn[key], key), "title": drawn[key].layout.title.text, "how": figures[key]}
-            for key in shown
+            {"html": _html(drawn[key], key), "title": look.title(drawn[key]), "how": figures[key]} for key in shown
         ],
-        "missing": [drawn[key].layout.title.text for key in figures if key not in shown],
+        "missing": [look.title(drawn[key]) for key in figures if key not in shown],
     }
 
 

@@ -32,7 +32,7 @@ def test_the_page_is_one_small_file_with_plotly_in_it_once(page, report_page):
 
 
 def test_the_page_holds_every_table_and_figure_the_card_the_audit_and_limits(page):
-    for text in ("Table 1", "Table 2", "Table 3", "Table 4", "The study's card", "Provenance", "Limits",
+    for text in ("Table 1", "Table 2", "Table 3", "Table 4", "Perplexity, and how far", "The study's card", "Provenance", "Limits",
                  "2,000 requests were run", "Example GPU", "throttled"):  # fmt: skip
         assert text in page, text
     assert len(re.findall(r'<div class="figure"', page)) == 16
@@ -78,6 +78,7 @@ def test_sentences_are_the_rows_arithmetic(studied):
 def test_an_empty_study_says_so_and_still_makes_a_page(tmp_path):
     text = Study(output=tmp_path).report().read_text()
     assert "Nothing was measured yet." in text and "No accuracy was measured" in text
+    assert "Nothing measured yet for: Accuracy by task," in text and "&lt;b&gt;" not in text
 
 
 def test_kept_tables_give_the_same_frames(studied, tmp_path):
