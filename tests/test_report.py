@@ -3,8 +3,10 @@
 import csv
 import json
 import re
+from dataclasses import replace
 
 import example
+import pandas as pd
 import pytest
 import yaml
 
@@ -32,10 +34,16 @@ def test_the_page_is_one_small_file_with_plotly_in_it_once(page, report_page):
 
 
 def test_the_page_holds_every_table_and_figure_the_card_the_audit_and_limits(page):
-    for text in ("Table 1", "Table 2", "Table 3", "Table 4", "Perplexity, and how far", "The study's card", "Provenance", "Limits",
+    for text in ("Table 1", "Table 2", "Table 3", "Table 4", "The study's card", "Provenance", "Limits",
                  "2,000 requests were run", "Example GPU", "throttled"):  # fmt: skip
         assert text in page, text
     assert len(re.findall(r'<div class="figure"', page)) == 16
+
+
+def test_the_page_holds_perplexity_where_it_was_measured(studied, page):
+    measured = replace(studied.results(), divergence=pd.DataFrame([{"precision": "nf4", "perplexity": 24.27}]))
+    assert "Perplexity, and how far" in report.page(measured) and "24.27" in report.page(measured)
+    assert "Perplexity, and how far" not in page
 
 
 def test_what_a_model_or_a_row_says_stays_text(tmp_path):
