@@ -89,7 +89,7 @@ def test_an_empty_study_says_so_and_still_makes_a_page(tmp_path):
     assert "Nothing measured yet for: Accuracy by task," in text and "&lt;b&gt;" not in text
 
 
-def test_kept_tables_give_the_same_frames(studied, tmp_path):
+def test_kept_tables_give_the_same_frames(studied, report_page, tmp_path):
     (tmp_path / "gpu-example").mkdir()
     for path in (studied.folder / "tables").glob("*.csv"):
         (tmp_path / "gpu-example" / path.name).write_bytes(path.read_bytes())
