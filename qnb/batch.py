@@ -165,10 +165,10 @@ def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolera
         return int(min(aim, bad / (1 + tolerance))) if failed else int(aim)  # what fits there ends the search as well
     if aim >= bad:  # the line was too hopeful, or reaches beyond the cap
         over = sum(probe.batch_size <= aim for probe in failed)
-        if over > 1:
-            return middle
+        if not over:
+            return bad - 1
         step = max(stride, int(doubt), (bad - good) // 4)  # the further the line reached, the more it may have bent
-        return max(middle, bad - step) if over else bad - 1
+        return max(middle, bad - step) if over == 1 else middle
     beyond = sum(probe.batch_size * (1 + tolerance) >= aim for probe in fits)  # the line ends here
     further = good + int(stride * _BEYOND[min(beyond, 3)]) + 1
     return min(middle, further) if failed else further

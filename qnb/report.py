@@ -135,13 +135,12 @@ def page(results: Results, ledger: Path | None = None) -> str:
 def _section(name: str, results: Results, drawn: dict[str, go.Figure]) -> dict[str, Any]:
     title, words, tables, figures = SECTIONS[name]
     shown = [key for key in figures if not look.is_empty(drawn[key])]
-    frames = {text: results.divergence if key == "divergence" else results.tables[int(key)]
-              for key, text in tables.items()}  # fmt: skip
+    frames: dict[Any, pd.DataFrame] = {**results.tables, "divergence": results.divergence}
     return {
         "id": name,
         "title": title,
         "words": words,
-        "tables": [grid(frame, text) for text, frame in frames.items() if len(frame)],
+        "tables": [grid(frames[key], text) for key, text in tables.items() if len(frames[key])],
         "figures": [
             {"html": _html(drawn[key], key), "title": look.title(drawn[key]), "how": figures[key]} for key in shown
         ],

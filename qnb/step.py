@@ -297,19 +297,17 @@ class Lean:
         self.head = join([model.get_output_embeddings()])[0]
         self._rotary = inner.rotary_emb
         self._backends = ATTENTION if self.embedding.is_cuda else CPU_ATTENTION
-        self._few = self._many = Parts()
-        self._compiled = options is not None
+        self.uncompile()
         if options is not None:
-            self._few, self._many = self._few.compiled(options), self._many.compiled({})
+            self._few, self._many = Parts().compiled(options), Parts().compiled({})
 
     def uncompile(self) -> None:
         """Run each operation by itself from now on."""
         self._few = self._many = Parts()
-        self._compiled = False
 
     def _attention(self, rows: int) -> Callable[..., torch.Tensor]:
         """Return how to attend in a batch of so many rows."""
-        if not self._compiled:
+        if self._few.layer is layer:  # the others are for what is compiled
             return by_kernel
         if rows <= FEW_ROWS:
             return by_reductions

@@ -165,11 +165,11 @@ def test_compiled_for_more_than_a_few_rows_the_step_serves_any_number(attend, mo
 def test_many_rows_attend_by_blocks_where_a_kernel_of_them_fits(dtype, size, generation, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
     made = object.__new__(Lean)
-    made._compiled, made.shape = True, lean.Shape(2, 4, size, 1.0, 1e-5)
+    made._few, made.shape = lean.Parts().compiled({}), lean.Shape(2, 4, size, 1.0, 1e-5)
     made.embedding = SimpleNamespace(device=torch.device("cuda"), element_size=lambda: dtype.itemsize)
     assert made._attention(lean.FEW_ROWS) is lean.by_reductions
     assert made._attention(lean.FEW_ROWS + 1) is getattr(lean, chosen)
-    made._compiled = False
+    made.uncompile()
     assert made._attention(1) is made._attention(100) is lean.by_kernel
 
 

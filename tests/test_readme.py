@@ -131,11 +131,8 @@ def test_notebook_04_tells_what_was_kept():
     waiting = busy[busy < 80]
     assert len(waiting) == 5 and len(busy) == 8 and "Five of the eight waited" in text
     assert f"busy {waiting['nf4-dq']:.0f} (NF4-DQ) to {waiting.max():.0f} % (BF16) of the time" in text
-    assert (
-        waiting.idxmin() == "nf4-dq"
-        and waiting.idxmax() == "bf16"
-        and f"In FP16 it was busy {busy.fp16:.0f} %" in text
-    )
+    assert waiting.idxmin() == "nf4-dq" and waiting.idxmax() == "bf16"
+    assert f"In FP16 it was busy {busy.fp16:.0f} %" in text
     fp16 = shares.loc["fp16", "graphed"]
     assert f"take {fp16.compute_share_pct:.0f} % of its time" in text
     assert f"at a copy's, {fp16.bandwidth_share_pct:.0f} %: one after the other they leave a fifth" in text

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -161,15 +161,35 @@ def _flash(module: Any, query: torch.Tensor, key: Any, value: Any, mask: Any, **
     return out.transpose(1, 2).contiguous(), None
 
 
-def _record(batch_size: int, prompt_tokens: int, new_tokens: int, layers: int) -> list[tuple[int, int]]:
-    """Return the allocations of eager greedy decoding: whole prompts, then a token at a time, the cache growing."""
+def _outline(layers: int) -> LlamaForCausalLM:
+    """Return Llama-3.2-1B's shape, or so many layers of it, where tensors have no bytes."""
     AttentionInterface.register("outline", _flash)
     config = shape_config()
     config.num_hidden_layers = layers
     with torch.device("meta"):
         model = LlamaForCausalLM(config).half().eval()
     model.set_attn_implementation("outline")
-    recorder = _Recorder({p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())})
+    return model
+
+
+def _recorder(model: LlamaForCausalLM) -> _Recorder:
+    return _Recorder({p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())})
+
+
+def _serve(memory: Allocator, events: Iterable[tuple[int, int]]) -> None:
+    """Take and give back what was recorded: a number and its bytes, or its negative."""
+    held: dict[int, int] = {}
+    for number, size in events:
+        if number > 0:
+            held[number] = memory.take(size)
+        else:
+            memory.give(held.pop(-number))
+
+
+def _record(batch_size: int, prompt_tokens: int, new_tokens: int, layers: int) -> list[tuple[int, int]]:
+    """Return the allocations of eager greedy decoding: whole prompts, then a token at a time, the cache growing."""
+    model = _outline(layers)
+    recorder = _recorder(model)
     with torch.inference_mode(), recorder:
         ids, kept = torch.empty(batch_size, prompt_tokens, dtype=torch.long, device="meta"), None
         for _ in range(new_tokens):
@@ -195,25 +215,18 @@ def recorded(prompt_tokens: int, new_tokens: int, layers: int = 16) -> list[tupl
 
 def reading(prompt_tokens: int, new_tokens: int) -> Callable[[int, float], Allocator]:
     """Return a function of a batch size and a limit in MiB: the allocator after `Decoder` has read such a batch."""
-    AttentionInterface.register("outline", _flash)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(shape_config()).half().eval()
-    model.set_attn_implementation("outline")
+    model = _outline(16)
     Decoder(model, 1, prompt_tokens, new_tokens)  # joins the weights
 
     def serve(batch_size: int, limit_mib: float) -> Allocator:
-        recorder = _Recorder({p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())})
+        recorder = _recorder(model)
         with torch.no_grad(), recorder:
             Decoder(model, batch_size, prompt_tokens, new_tokens).prefill([[5] * prompt_tokens] * batch_size)
             events = list(recorder.events)
-        memory, held = Allocator(limit_mib * MIB), {}
+        memory = Allocator(limit_mib * MIB)
         for size in (*(p.nbytes for p in model.parameters()), WORKSPACE):
             memory.take(size)
-        for number, size in events:
-            if number > 0:
-                held[number] = memory.take(size)
-            elif -number in held:  # else it was there before
-                memory.give(held.pop(-number))
+        _serve(memory, events)
         return memory
 
     return serve
@@ -237,13 +250,9 @@ def device(
         memory = Allocator(limit_mib * MIB)
         for size in (*weights, WORKSPACE):
             memory.take(size)
-        idle_mib, held = memory.live / MIB, {}
+        idle_mib = memory.live / MIB
         try:
-            for number, fixed, row in events:
-                if number > 0:
-                    held[number] = memory.take(fixed + row * batch_size)
-                else:
-                    memory.give(held.pop(-number))
+            _serve(memory, ((number, fixed + row * batch_size) for number, fixed, row in events))
         except MemoryError:
             return Probe(batch_size, False, idle_mib=idle_mib, ended=OUT_OF_MEMORY)
         peaks = {"memory_mib": memory.peak_reserved / MIB, "live_mib": memory.peak_live / MIB}
