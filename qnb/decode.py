@@ -10,7 +10,6 @@ out: it fills the places of requests that end early, and here all of a batch end
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -20,12 +19,10 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
-from torch._dynamo.exc import TorchDynamoException
 from transformers import DynamicCache, StoppingCriteriaList
 
 from qnb.error import InputError
-from qnb.fuse import compiles, fused
-from qnb.step import Lean, narrow, unknown
+from qnb.step import Lean, layout, narrow, unknown
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -210,11 +207,9 @@ class Decoder:
         self._chosen = torch.zeros(rows, new_tokens + WARM_UPS, dtype=torch.long, device=device)  # (B, N)
         if why := narrow(model, width + new_tokens):
             raise InputError(f"keys and values of every token are not kept by this model: {why}; take engine 'eager'")
-        why = unknown(model)
-        self.note = f"the model's own forward, recorded: {why}" if why else ""
-        self._lean = None if why else _lean(model, options)
+        self._unknown = unknown(model)
+        self._lean = None if self._unknown else _lean(model, options)
         self._angles = self._lean.angles(self._length) if self._lean else None
-        self._fuses = options is not None and compiles(device, model.dtype)
         self._caches = self._empty_caches()
 
     @torch.no_grad()
@@ -234,27 +229,31 @@ class Decoder:
         _forward(self._model, make, input_ids=self._ids[:1, :1], attention_mask=None, position_ids=self._ids[:1, :1])
         return caches
 
+    @property
+    def note(self) -> str:
+        """What is to be known of how it runs; "" where nothing is."""
+        return self._lean.note if self._lean else f"the model's own forward: {self._unknown}"
+
     @torch.no_grad()
     def prefill(self, prompts: Prompts, logits: list[torch.Tensor] | None = None) -> None:
         """Read the prompts and choose their first new tokens.
 
-        Rows are read in chunks that are enough to keep a device busy: what a chunk needs besides its keys and values
-        is given back before the next. Only where a list is given is it filled with each chunk's logits, (b, V).
+        Rows are read in chunks, of one size, that are enough to keep a device busy: what a chunk needs besides its
+        keys and values is given back before the next. Only where a list is given is it filled with each chunk's
+        logits, (b, V).
         """
         ids, mask = pad(prompts, _pad_id(self._model), self._model.device)  # (B, T)
-        width = ids.shape[1]
+        rows, width = ids.shape
         padded = min(map(len, prompts)) < width
-        self._start[: len(ids)] = width - mask.sum(1)
-        self._begin(width)
-        chunk = max(1, PREFILL_TOKENS // width)
-        with fused(self._model, compiled=True) if self._fuses else nullcontext():
-            for first in range(0, len(ids), chunk):
-                rows = slice(first, first + chunk)
-                found = self._read(ids[rows], mask[rows] if padded else None, first)
-                self.token[first : first + len(found)] = (found + self._barred).argmax(-1)
-                if logits is not None:
-                    logits.append(found)
-        self._keep(len(ids), self.token[: len(ids)])
+        self._start[:rows] = width - mask.sum(1)
+        chunks = min(rows, -(-rows * width // PREFILL_TOKENS))
+        for part in range(chunks):
+            first, last = rows * part // chunks, rows * (part + 1) // chunks
+            found, self.token[first:last] = self._read(ids[first:last], first, padded)
+            if logits is not None:
+                logits.append(found)
+        self.rewind(width)
+        self._keep(rows, self.token[:rows])
 
     def load(self, prompts: Prompts) -> None:
         """Put prompts where `read` finds them, padded to the longest there may be."""
@@ -266,41 +265,32 @@ class Decoder:
     @torch.no_grad()
     def read(self, rows: int) -> torch.Tensor:
         """Do what `prefill` does with the first `rows` prompts given to `load`, in shapes that never change."""
-        start = self._start[:rows, None]  # (B, 1)
-        places = torch.arange(self.width, device=start.device)
-        seen = (places <= places[:, None]) & (places >= start[:, None])  # (B, T, T)
-        seen |= places == places[:, None]  # padding sees itself: nothing to attend to would be no number
-        positions = (places - start).clamp(min=0)
-        logits = _forward(self._model, self._filling(rows, 0, self.width), input_ids=self._ids[:rows],
-                          attention_mask=seen[:, None], position_ids=positions)  # fmt: skip
-        self._begin(self.width)
-        self._keep(rows, (logits + self._barred).argmax(-1))
+        logits, chosen = self._read(self._ids[:rows], 0, padded=True)
+        self.rewind(self.width)
+        self._keep(rows, chosen)
         return logits
 
-    def _begin(self, width: int) -> None:
-        """Have keys of new tokens follow those of `width` slots."""
+    def rewind(self, width: int) -> None:
+        """Have new tokens follow `width` slots of prompts."""
         self._slot.fill_(width)
         self._place.zero_()
 
-    def _read(self, ids: torch.Tensor, mask: torch.Tensor | None, first: int) -> torch.Tensor:
-        """Run some rows' prompts, (b, T), and return their last positions' logits, (b, V)."""
-        rows, width = ids.shape
-        positions = torch.arange(width, device=ids.device).expand(rows, -1)  # (b, T)
-        if mask is not None:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-
-        keep = self._filling(rows, first, width)
-        return _forward(self._model, keep, input_ids=ids, attention_mask=mask, position_ids=positions)
-
-    def _filling(self, rows: int, first: int, width: int) -> Keep:
-        """Return what writes keys and values of `rows` rows into the caches from row `first` on."""
+    def _read(self, ids: torch.Tensor, first: int, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run prompts, (b, T), as rows from `first` on; returns the next tokens' logits, (b, V), and choice, (b,)."""
+        rows = slice(first, first + len(ids))
+        caches, start = [(keys[rows], values[rows]) for keys, values in self._caches], self._start[rows]
+        if self._lean and self._angles:
+            return self._lean.read(ids, start if padded else None, caches, self._angles, self._barred)
 
         def keep(place: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            for held, new in zip(self._caches[place], (keys, values), strict=True):
-                held[first : first + rows, :, :width] = new
+            for held, new in zip(caches[place], (keys, values), strict=True):
+                held[:, :, : ids.shape[1]] = new
             return keys, values
 
-        return keep
+        places, mask = layout(ids.shape[1], start if padded else None, ids.device)
+        positions = places.expand(len(ids), -1)
+        logits = _forward(self._model, keep, input_ids=ids, attention_mask=mask, position_ids=positions)
+        return logits, (logits + self._barred).argmax(-1)
 
     @torch.no_grad()
     def step(self, rows: int) -> torch.Tensor:
@@ -315,17 +305,6 @@ class Decoder:
         self._slot.add_(1)
         self._keep(rows, chosen)
         return logits
-
-    def warm_up(self, rows: int) -> torch.Tensor:
-        """Run a step as `step` does; where torch.compile cannot build it, this and all later ones uncompiled."""
-        try:
-            return self.step(rows)
-        except TorchDynamoException as error:
-            assert self._lean is not None  # nothing else is compiled
-            self._lean.uncompile()
-            reason = " ".join(str(error).split())[:200]
-            self.note = f"its small kernels are not fused, as torch.compile failed: {reason}"
-            return self.step(rows)
 
     def _own(self, token: torch.Tensor, start: torch.Tensor, caches: list[Any]) -> torch.Tensor:
         """Run the model's own forward for one token a row; returns logits, (B, V)."""
@@ -447,9 +426,8 @@ class Graphed:
             if rows not in self._steps:
                 if few:
                     self._prompts[rows], _ = self._record(decoder.read, rows)
-                else:
-                    decoder.prefill(prompts)
-                self._steps[rows], self.logits[rows] = self._record(decoder.warm_up, rows)
+                decoder.rewind(decoder.width)
+                self._steps[rows], self.logits[rows] = self._record(decoder.step, rows)
             if few:
                 self._prompts[rows].replay()
             else:

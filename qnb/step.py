@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -88,6 +89,9 @@ class EightBit(NamedTuple):
 
 
 Product = Plain | FourBit | EightBit
+Caches = Sequence[tuple[torch.Tensor, torch.Tensor]]  # a layer's keys and values
+Angles = tuple[torch.Tensor, torch.Tensor]  # cosines and sines by position
+Chosen = tuple[torch.Tensor, torch.Tensor]  # logits and the token chosen by them
 
 
 class Layer(NamedTuple):
@@ -198,6 +202,34 @@ def _rows_of_a_block(groups: int) -> int:
     return max(16, 1 << (groups - 1).bit_length())
 
 
+def project(
+    hidden: torch.Tensor,  # (..., D)
+    weights: Layer,
+    shape: Shape,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return queries (..., heads, size), keys and values (..., key heads, size), not yet turned by their positions."""
+    flat = together(weights.qkv, rms_norm(hidden, weights.before, shape.epsilon).reshape(-1, hidden.shape[-1]))
+    heads = flat.view(*hidden.shape[:-1], -1, shape.head_size)
+    query, key, value = heads.split((shape.kv_heads * shape.groups, shape.kv_heads, shape.kv_heads), -2)
+    if weights.query_norm is not None and weights.key_norm is not None:
+        query = rms_norm(query, weights.query_norm, shape.epsilon)
+        key = rms_norm(key, weights.key_norm, shape.epsilon)
+    return query, key, value
+
+
+def mix(
+    hidden: torch.Tensor,  # (..., D)
+    seen: torch.Tensor,  # what the heads attended to, in the same order, whatever its shape
+    weights: Layer,
+    epsilon: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add what was seen to hidden states; returns them and what is still to be added, (..., D) each."""
+    hidden = hidden + weights.output.multiply(seen.reshape(hidden.numel() // hidden.shape[-1], -1)).view_as(hidden)
+    flat = rms_norm(hidden, weights.after, epsilon).reshape(-1, hidden.shape[-1])
+    gate, up = together(weights.gate_up, flat).chunk(2, -1)
+    return hidden, weights.down.multiply(functional.silu(gate) * up).view_as(hidden)
+
+
 def layer(
     hidden: torch.Tensor,  # (B, D), before the last product's output is added
     delta: torch.Tensor,  # (B, D), that output
@@ -214,19 +246,88 @@ def layer(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run one decoder layer for one token a row; returns hidden states and what is still to be added to them."""
     hidden = hidden + delta
-    flat = together(weights.qkv, rms_norm(hidden, weights.before, shape.epsilon))  # (B, (query + 2 key heads) * size)
-    heads = flat.view(len(hidden), -1, shape.head_size)  # (B, heads, size)
-    query, key, value = heads.split((shape.kv_heads * shape.groups, shape.kv_heads, shape.kv_heads), 1)
-    if weights.query_norm is not None and weights.key_norm is not None:
-        query = rms_norm(query, weights.query_norm, shape.epsilon)
-        key = rms_norm(key, weights.key_norm, shape.epsilon)
+    query, key, value = project(hidden, weights, shape)
     keys.index_copy_(2, slot, rotate(key, cos, sin)[:, :, None])
     values.index_copy_(2, slot, value[:, :, None])
     query = query.reshape(len(hidden), shape.kv_heads, shape.groups, shape.head_size)
     seen = attend(rotate(query, cos[:, None], sin[:, None]), keys, values, mask, blocks, shape.scaling)
-    hidden = hidden + weights.output.multiply(seen.reshape(len(hidden), -1))
-    gate, up = together(weights.gate_up, rms_norm(hidden, weights.after, shape.epsilon)).chunk(2, -1)
-    return hidden, weights.down.multiply(functional.silu(gate) * up)
+    return mix(hidden, seen, weights, shape.epsilon)
+
+
+def read(
+    hidden: torch.Tensor,  # (B, T, D), before the last product's output is added
+    delta: torch.Tensor,  # (B, T, D), that output
+    weights: Layer,
+    keys: torch.Tensor,  # (B, key heads, T, size), written
+    values: torch.Tensor,
+    cos: torch.Tensor,  # (B or 1, T, 1, size)
+    sin: torch.Tensor,
+    mask: torch.Tensor | None,  # (B, 1, T, T), whether a token sees another; None where each sees all before it
+    shape: Shape,
+    shared: bool,  # whether the kernel for no mask knows heads that share keys
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run one decoder layer for whole prompts; returns hidden states and what is still to be added to them."""
+    hidden = hidden + delta
+    query, key, value = project(hidden, weights, shape)
+    keys.copy_(rotate(key, cos, sin).transpose(1, 2))
+    values.copy_(value.transpose(1, 2))
+    query = rotate(query, cos, sin).transpose(1, 2)  # (B, heads, T, size)
+    if mask is None and shared:
+        seen = functional.scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=shape.scaling, enable_gqa=True
+        )
+    else:
+        all_keys, all_values = (held.repeat_interleave(shape.groups, 1) for held in (keys, values))
+        seen = functional.scaled_dot_product_attention(
+            query, all_keys, all_values, attn_mask=mask, is_causal=mask is None, scale=shape.scaling
+        )
+    return mix(hidden, seen.transpose(1, 2), weights, shape.epsilon)
+
+
+def read_last(
+    hidden: torch.Tensor,
+    delta: torch.Tensor,
+    weights: Layer,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    mask: torch.Tensor | None,
+    shape: Shape,
+    shared: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the last layer as `read` does; of what follows keys and values each prompt's last token alone, (B, D)."""
+    hidden = hidden + delta
+    query, key, value = project(hidden, weights, shape)
+    keys.copy_(rotate(key, cos, sin).transpose(1, 2))
+    values.copy_(value.transpose(1, 2))
+    query = rotate(query[:, -1:], cos[:, -1:], sin[:, -1:])
+    query = query.reshape(len(hidden), shape.kv_heads, shape.groups, shape.head_size)
+    seen = functional.scaled_dot_product_attention(
+        query, keys, values, attn_mask=None if mask is None else mask[:, :, -1:], scale=shape.scaling
+    )
+    return mix(hidden[:, -1], seen, weights, shape.epsilon)
+
+
+def layout(width: int, start: torch.Tensor | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return positions, (B or 1, T), and whether a token sees another, (B, 1, T, T), of prompts padded on the left.
+
+    Parameters
+    ----------
+    width
+        T, padding included.
+    start
+        (B,), the slots of padding before each row; None where there is none: then there is no mask, and each token
+        sees all before it.
+    device
+        Where the results are to be.
+    """
+    places = torch.arange(width, device=device)[None]  # (1, T)
+    if start is None:
+        return places, None
+    seen = (places <= places.T) & (places >= start[:, None, None])
+    seen |= places == places.T  # padding sees itself: nothing to attend to would be no number
+    return (places - start[:, None]).clamp(min=0), seen[:, None]
 
 
 def begin(
@@ -260,10 +361,12 @@ def finish(
 
 
 class Parts(NamedTuple):
-    """What a step is made of."""
+    """What a step is made of, and the reading of prompts before it."""
 
     begin: Callable[..., Any] = begin
     layer: Callable[..., Any] = layer
+    read: Callable[..., Any] = read
+    read_last: Callable[..., Any] = read_last
     finish: Callable[..., Any] = finish
 
     def compiled(self, options: dict[str, Any]) -> Parts:
@@ -281,6 +384,11 @@ class Lean:
     options
         What torch.compile is given for the work between products of a few rows; None leaves all of it uncompiled.
         What is compiled for more serves any number of them and is not tuned: the first number might be a small one.
+
+    Attributes
+    ----------
+    note
+        Why nothing is compiled though it should be; "" where all is well.
     """
 
     def __init__(self, model: PreTrainedModel, options: dict[str, Any] | None = None) -> None:
@@ -297,13 +405,28 @@ class Lean:
         self.head = join([model.get_output_embeddings()])[0]
         self._rotary = inner.rotary_emb
         self._backends = ATTENTION if self.embedding.is_cuda else CPU_ATTENTION
-        self.uncompile()
+        self._shared = self.embedding.element_size() == 2 and _is_ampere(self.embedding.device)  # flash attention
+        self.note = ""
+        self._few = self._many = Parts()
         if options is not None:
             self._few, self._many = Parts().compiled(options), Parts().compiled({})
 
-    def uncompile(self) -> None:
-        """Run each operation by itself from now on."""
-        self._few = self._many = Parts()
+    def _run(self, work: Callable[..., Chosen], *given: Any) -> Chosen:
+        """Return what `work` returns; where torch.compile cannot build it, all runs uncompiled from now on.
+
+        What was done before it failed is done again: the same is written to the same places.
+        """
+        try:
+            return work(*given)
+        except TorchDynamoException as error:
+            self._few = self._many = Parts()
+            reason = " ".join(str(error).split())[:200]
+            self.note = f"its small kernels are not fused, as torch.compile failed: {reason}"
+            return work(*given)
+
+    def _parts(self, rows: int) -> Parts:
+        """Return what a step of so many rows is made of."""
+        return self._few if rows <= FEW_ROWS else self._many
 
     def _attention(self, rows: int) -> Callable[..., torch.Tensor]:
         """Return how to attend in a batch of so many rows."""
@@ -311,11 +434,10 @@ class Lean:
             return by_kernel
         if rows <= FEW_ROWS:
             return by_reductions
-        device, head_bytes = self.embedding.device, self.shape.head_size * self.embedding.element_size()
-        new = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= AMPERE
-        return by_blocks if new and head_bytes in HEAD_BYTES else by_kernel
+        head_bytes = self.shape.head_size * self.embedding.element_size()
+        return by_blocks if _is_ampere(self.embedding.device) and head_bytes in HEAD_BYTES else by_kernel
 
-    def angles(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def angles(self, length: int) -> Angles:
         """Return the rotary cosines and sines of positions up to `length`, (L, head size) each."""
         positions = torch.arange(length, device=self.embedding.device)[None]
         cos, sin = self._rotary(self.embedding[:1, None], positions)  # (1, L, size)
@@ -326,10 +448,10 @@ class Lean:
         token: torch.Tensor,
         slot: torch.Tensor,
         start: torch.Tensor,
-        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        angles: tuple[torch.Tensor, torch.Tensor],
+        caches: Caches,
+        angles: Angles,
         barred: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Chosen:
         """Read one token a row; return the next one's logits, (B, V), and the token itself, (B,).
 
         Parameters
@@ -347,8 +469,22 @@ class Lean:
         barred
             (V,), added to the logits before the token is chosen.
         """
-        length, attend = caches[0][0].shape[2], self._attention(len(token))
-        parts = self._few if len(token) <= FEW_ROWS else self._many
+        return self._run(self._step, token, slot, start, caches, angles, barred)
+
+    def _step(
+        self, token: torch.Tensor, slot: torch.Tensor, start: torch.Tensor, caches: Caches, angles: Angles,
+        barred: torch.Tensor,
+    ) -> Chosen:  # fmt: skip
+        hidden, delta = self._through(token, slot, start, caches, angles)
+        _any_rows(hidden, delta)
+        parts = self._parts(len(token))
+        return parts.finish(hidden, delta, self.norm, self.head, barred, self.shape.epsilon)
+
+    def _through(
+        self, token: torch.Tensor, slot: torch.Tensor, start: torch.Tensor, caches: Caches, angles: Angles
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run all layers; returns hidden states and what is still to be added to them, (B, D) each."""
+        length, attend, parts = caches[0][0].shape[2], self._attention(len(token)), self._parts(len(token))
         with sdpa_kernel(self._backends):
             _any_rows(token, start)
             hidden, cos, sin, mask, blocks = parts.begin(self.embedding, angles, token, slot, start, length)
@@ -358,8 +494,46 @@ class Lean:
                 hidden, delta = parts.layer(
                     hidden, delta, weights, keys, values, cos, sin, slot, mask, blocks, self.shape, attend
                 )
-            _any_rows(hidden, delta)
-            return parts.finish(hidden, delta, self.norm, self.head, barred, self.shape.epsilon)
+        return hidden, delta
+
+    def read(
+        self, ids: torch.Tensor, start: torch.Tensor | None, caches: Caches, angles: Angles, barred: torch.Tensor
+    ) -> Chosen:
+        """Read prompts padded on the left; return the next token's logits, (B, V), and the token itself, (B,).
+
+        Parameters
+        ----------
+        ids
+            (B, T).
+        start
+            (B,), the slots of padding before each row; None where there is none, which is faster.
+        caches
+            As of `step`; the first T slots are written.
+        angles, barred
+            As of `step`.
+        """
+        return self._run(self._read, ids, start, caches, angles, barred)
+
+    def _read(
+        self, ids: torch.Tensor, start: torch.Tensor | None, caches: Caches, angles: Angles, barred: torch.Tensor
+    ) -> Chosen:
+        width = ids.shape[1]
+        places, mask = layout(width, start, ids.device)
+        cos, sin = (angle[places][:, :, None] for angle in angles)
+        hidden = self.embedding[ids]  # (B, T, D)
+        delta = torch.zeros_like(hidden)
+        for place, (weights, held) in enumerate(zip(self.layers, caches, strict=True), 1):
+            keys, values = (one[:, :, :width] for one in held)
+            _any_rows(hidden, delta, keys, values, cos, sin, *([] if mask is None else [mask]))
+            part = self._many.read if place < len(self.layers) else self._many.read_last
+            hidden, delta = part(hidden, delta, weights, keys, values, cos, sin, mask, self.shape, self._shared)
+        _any_rows(hidden, delta)  # (B, D)
+        return self._parts(len(ids)).finish(hidden, delta, self.norm, self.head, barred, self.shape.epsilon)
+
+
+def _is_ampere(device: torch.device) -> bool:
+    """Return whether a device is an NVIDIA GPU of that generation or a later one."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= AMPERE
 
 
 def _any_rows(*tensors: torch.Tensor) -> None:

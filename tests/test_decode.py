@@ -136,7 +136,9 @@ def test_compiled_the_step_is_the_same_and_built_once_for_all_layers(prompts, at
     network = tiny(LlamaConfig, {})
     forced = torch.randint(0, 300, (len(prompts), 4))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        logits = stepped(Decoder(network, len(prompts), 6, 9, decode.COMPILE), prompts, forced)
+        decoder = Decoder(network, len(prompts), 6, 9, decode.COMPILE)
+        logits = stepped(decoder, prompts, forced)
+    assert decoder.note == ""
     assert (logits - stock(network, prompts, forced)).abs().max() < 1e-4
 
 
@@ -148,7 +150,9 @@ def test_compiled_for_more_than_a_few_rows_the_step_serves_any_number(attend, mo
     forced = torch.randint(0, 300, (3, 4))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rows in (3, 2):
-            logits = stepped(Decoder(network, 3, 6, 9, decode.COMPILE), THREE[:rows], forced[:rows])
+            decoder = Decoder(network, 3, 6, 9, decode.COMPILE)
+            logits = stepped(decoder, THREE[:rows], forced[:rows])
+            assert decoder.note == ""
             assert (logits - stock(network, THREE[:rows], forced[:rows])).abs().max() < 1e-4
 
 
@@ -169,19 +173,22 @@ def test_many_rows_attend_by_blocks_where_a_kernel_of_them_fits(dtype, size, gen
     made.embedding = SimpleNamespace(device=torch.device("cuda"), element_size=lambda: dtype.itemsize)
     assert made._attention(lean.FEW_ROWS) is lean.by_reductions
     assert made._attention(lean.FEW_ROWS + 1) is getattr(lean, chosen)
-    made.uncompile()
+    made._few = lean.Parts()
     assert made._attention(1) is made._attention(100) is lean.by_kernel
 
 
-def test_a_step_that_cannot_be_compiled_runs_uncompiled_and_says_so():
-    def broken(graph, inputs):
+@pytest.mark.parametrize("broken", ["read", "read_last", "layer", "finish"])
+def test_what_cannot_be_compiled_runs_uncompiled_and_says_so(broken, monkeypatch):
+    def backend(graph, inputs):
         raise RuntimeError("no compiler here")
 
+    part = torch.compile(getattr(lean, broken), backend=backend)
+    monkeypatch.setattr(lean.Parts, "compiled", lambda parts, options: parts._replace(**{broken: part}))
     network = tiny(LlamaConfig, {})
-    decoder = Decoder(network, 1, 6, 9, {"backend": broken})
+    decoder = Decoder(network, 1, 6, 9, decode.COMPILE)
     decoder.prefill(ONE)
-    decoder.warm_up(1)
-    assert "no compiler here" in decoder.note
+    decoder.step(1)
+    assert "no compiler here" in decoder.note and Decoder(network, 1, 6, 9, decode.COMPILE).note == decoder.note
     forced = torch.randint(0, 300, (1, 4))
     assert (stepped(decoder, ONE, forced) - stock(network, ONE, forced)).abs().max() < 1e-4
 
