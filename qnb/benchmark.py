@@ -376,8 +376,10 @@ def last_steps(kernels: Sequence[tuple[float, float]], count: int, steps: int) -
     if count <= 0:
         return None
     last = kernels[-count:]
-    ran_s = sum(end - start for start, end in last)
-    return Trace(ran_s / steps, count / steps, (max(end for _, end in last) - last[0][0]) / steps)
+    ran_s, until = 0.0, last[0][0]
+    for start, end in last:  # of two streams they overlap
+        ran_s, until = ran_s + max(0.0, end - max(start, until)), max(until, end)
+    return Trace(ran_s / steps, count / steps, (until - last[0][0]) / steps)
 
 
 def _kernels(engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> list[tuple[float, float]]:

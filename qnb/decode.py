@@ -375,7 +375,7 @@ def forget(model: PreTrainedModel) -> None:
 @cache
 def _side(device: torch.device) -> torch.cuda.Stream:
     """Return the one stream that steps are recorded on: cuBLAS keeps a workspace for every stream that it ever saw."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=-1)  # before what runs beside it
 
 
 _recorded: WeakSet[Graphed] = WeakSet()
