@@ -5,7 +5,8 @@ A batch fits when torch's allocator can serve it, and the allocator counts what 
 the peak it reserved, no flatter than that of the live tensors, and meets the limit where the batch stops fitting. Past
 that point the allocator gives back the segments that are wholly free and tries again; how far that carries is not on
 any line. It never carries to where the live tensors alone would fill the memory: that line is the ceiling. A probe is
-a real run; no line is believed.
+a real run, near the limit two: a batch that fits only into memory that nothing has used yet is none to work with. No
+line is believed.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One trial of a batch: whether it fitted, and what was read."""
+    """One trial of a batch: whether it fitted, and fits again after itself, and what was read."""
 
     batch_size: int
     fits: bool

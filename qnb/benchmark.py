@@ -24,7 +24,6 @@ import torch
 
 from qnb.batch import OUT_OF_MEMORY, Apart, Largest, Probe, is_out_of_memory, largest
 from qnb.decode import (
-    ENGINES,
     FACTORIES,
     RECORDED_TOKENS,
     Agreement,
@@ -50,6 +49,7 @@ WARM_UP_TOKENS = 4
 TRACED_STEPS = 8  # decode steps in the profiled pass
 BUSY = 0.75  # a decode step whose kernels ran for less than this share of it waited for launches
 NEAR = 0.5  # where kernels cannot be timed, a roof is named from this share of it on
+TIGHT = 0.95  # of the memory allowed: a batch that takes more has to fit twice
 WIDTH = 0.05  # of the median's 95 % interval, relative to the median, at which repeating may end
 
 
@@ -278,7 +278,7 @@ def run(
     batch_size
         Rows a batch; where there are fewer prompts, one batch of all.
     engine
-        A name in `decode.ENGINES`.
+        A name in `decode.FACTORIES`.
     baseline_mib
         What the sensor read before the model was loaded.
     period_s
@@ -376,10 +376,8 @@ def last_steps(kernels: Sequence[tuple[float, float]], count: int, steps: int) -
     if count <= 0:
         return None
     last = kernels[-count:]
-    ran_s, until = 0.0, last[0][0]
-    for start, end in last:  # of two streams they overlap
-        ran_s, until = ran_s + max(0.0, end - max(start, until)), max(until, end)
-    return Trace(ran_s / steps, count / steps, (until - last[0][0]) / steps)
+    ran_s = sum(end - start for start, end in last)
+    return Trace(ran_s / steps, count / steps, (max(end for _, end in last) - last[0][0]) / steps)
 
 
 def _kernels(engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> list[tuple[float, float]]:
@@ -591,17 +589,24 @@ def trial(
 ) -> Callable[[int], Probe]:
     """Return what tries a batch of the workload's longest prompt, and leaves memory as it found it.
 
+    A batch that comes near the limit has to fit twice: to the first all memory is free, the second finds it in the
+    pieces that the first one left, and so does every batch of a workload after it.
+
     Something is generated first, so that kernels and workspaces loaded once are no batch's: a recorded step's, which
     are built for one row and for any number above a few, and those that read prompts of many rows.
     """
-    generate, device = ENGINES[engine], model.device
+    device, longest = model.device, workload.longest
     on_gpu = device.type == "cuda"
 
-    def run_out(batch_size: int, new_tokens: int) -> bool:
+    def run_out(batch_size: int, new_tokens: int, again: Callable[[], bool] = lambda: False) -> bool:
         try:
             with quiet():
-                generate(model, [workload.longest] * batch_size, new_tokens)
-            _synchronize(device)
+                made = FACTORIES[engine](model, batch_size, len(longest), new_tokens)
+                made.generate([longest] * batch_size, new_tokens)
+                _synchronize(device)
+                if again():
+                    made.generate([longest] * batch_size, new_tokens)
+                    _synchronize(device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -613,17 +618,23 @@ def trial(
         idle_mib = torch.cuda.memory_allocated(device) / MIB
         room_mib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / MIB
         retries = torch.cuda.memory_stats(device)["num_alloc_retries"]
+
+        def squeezed() -> bool:
+            return torch.cuda.memory_stats(device)["num_alloc_retries"] > retries
+
+        def tight() -> bool:
+            return squeezed() or torch.cuda.max_memory_reserved(device) / MIB > TIGHT * limit_mib
+
         torch.cuda.reset_peak_memory_stats(device)
         started = perf_counter()
-        out = run_out(batch_size, workload.new_tokens)
+        out = run_out(batch_size, workload.new_tokens, tight)
         read: dict[str, Any] = {"idle_mib": idle_mib, "room_mib": room_mib, "took_s": perf_counter() - started}
         memory_mib = torch.cuda.max_memory_reserved(device) / MIB
         live_mib = torch.cuda.max_memory_allocated(device) / MIB
-        squeezed = torch.cuda.memory_stats(device)["num_alloc_retries"] > retries
         release()
         if out:
             return Probe(batch_size, False, **read, ended=OUT_OF_MEMORY)
-        return Probe(batch_size, memory_mib <= limit_mib, memory_mib, live_mib, squeezed, **read)
+        return Probe(batch_size, memory_mib <= limit_mib, memory_mib, live_mib, squeezed(), **read)
 
     def on_cpu(batch_size: int) -> Probe:
         release()
@@ -639,6 +650,6 @@ def trial(
     if engine == "eager":
         run_out(1, min(WARM_UP_TOKENS, workload.new_tokens))
     else:  # kernels are for one length
-        for rows in (1, max(FEW_ROWS, RECORDED_TOKENS // len(workload.longest)) + 1):
+        for rows in (1, max(FEW_ROWS, RECORDED_TOKENS // len(longest)) + 1):
             run_out(rows, workload.new_tokens)
     return on_device if on_gpu else on_cpu

@@ -238,20 +238,21 @@ class Decoder:
     def prefill(self, prompts: Prompts, logits: list[torch.Tensor] | None = None) -> None:
         """Read the prompts and choose their first new tokens.
 
-        Rows are read in chunks, of one size, that are enough to keep a device busy: what a chunk needs besides its
-        keys and values is given back before the next. Only where a list is given is it filled with each chunk's
-        logits, (b, V).
+        Rows are read in chunks that are enough to keep a device busy: what a chunk needs besides its keys and values
+        is given back before the next. All chunks are of one size, so that memory fits again: the last one begins
+        before its rows do, and reads some twice. Only where a list is given is it filled with logits, (b, V).
         """
         ids, mask = pad(prompts, _pad_id(self._model), self._model.device)  # (B, T)
         rows, width = ids.shape
         padded = min(map(len, prompts)) < width
         self._start[:rows] = width - mask.sum(1)
         chunks = min(rows, -(-rows * width // PREFILL_TOKENS))
-        for part in range(chunks):
-            first, last = rows * part // chunks, rows * (part + 1) // chunks
-            found, self.token[first:last] = self._read(ids[first:last], first, padded)
+        size = -(-rows // chunks)
+        for first in range(0, rows, size):
+            last = min(first + size, rows)
+            found, self.token[last - size : last] = self._read(ids[last - size : last], last - size, padded)
             if logits is not None:
-                logits.append(found)
+                logits.append(found[first - last :])
         self.rewind(width)
         self._keep(rows, self.token[:rows])
 
@@ -375,7 +376,7 @@ def forget(model: PreTrainedModel) -> None:
 @cache
 def _side(device: torch.device) -> torch.cuda.Stream:
     """Return the one stream that steps are recorded on: cuBLAS keeps a workspace for every stream that it ever saw."""
-    return torch.cuda.Stream(device, priority=-1)  # before what runs beside it
+    return torch.cuda.Stream(device)
 
 
 _recorded: WeakSet[Graphed] = WeakSet()
@@ -479,18 +480,6 @@ def unrecordable(threshold: float) -> str:
 
 Factory = Callable[["PreTrainedModel", int, int, int], Engine]
 FACTORIES: dict[str, Factory] = {"eager": lambda model, *_: Eager(model), "graphed": Graphed}
-Generate = Callable[["PreTrainedModel", Prompts, int], torch.Tensor]
-
-
-def _once(make: Factory) -> Generate:
-    def generate(model: PreTrainedModel, prompts: Prompts, new_tokens: int) -> torch.Tensor:
-        return make(model, len(prompts), max(map(len, prompts)), new_tokens).generate(prompts, new_tokens)
-
-    return generate
-
-
-# generate one batch and keep nothing: (model, prompts, new tokens) -> new ids, (batch, new tokens)
-ENGINES: dict[str, Generate] = {name: _once(make) for name, make in FACTORIES.items()}
 
 
 def parse(engines: str | Iterable[str], device: str) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ below each other give bit for bit what each gives alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,7 +30,6 @@ ROTARIES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend
 ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CPU_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 FEW_ROWS = 8  # a batch of so many or fewer gives an attention kernel too few blocks to keep a GPU busy
-HALVES = 0  # rows from which on two halves of a batch run side by side; 0 for never
 BLOCK = 32  # slots that flex attention reads at once
 LAUNCH = {"num_warps": 4, "num_stages": 3}  # of its kernel
 HEAD_BYTES = range(32, 257)  # heads for which its tiles fit the shared memory of any GPU from Ampere on
@@ -477,36 +475,6 @@ class Lean:
         self, token: torch.Tensor, slot: torch.Tensor, start: torch.Tensor, caches: Caches, angles: Angles,
         barred: torch.Tensor,
     ) -> Chosen:  # fmt: skip
-        halves = HALVES and self.embedding.is_cuda and len(token) >= HALVES
-        through = self._in_halves if halves else self._through
-        hidden, delta = through(token, slot, start, caches, angles)
-        _any_rows(hidden, delta)
-        parts = self._parts(len(token))
-        return parts.finish(hidden, delta, self.norm, self.head, barred, self.shape.epsilon)
-
-    def _in_halves(
-        self, token: torch.Tensor, slot: torch.Tensor, start: torch.Tensor, caches: Caches, angles: Angles
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do what `_through` does, half of the rows in a stream beside the other half's.
-
-        Where a product of the one has too few tiles for the whole GPU, or its attention waits for memory, a kernel of
-        the other works.
-        """
-        main, beside = torch.cuda.current_stream(), _beside(self.embedding.device)
-        half, done = len(token) // 2, []
-        beside.wait_stream(main)
-        for stream, rows in ((main, slice(half)), (beside, slice(half, None))):
-            with torch.cuda.stream(stream):
-                held = [(keys[rows], values[rows]) for keys, values in caches]
-                done.append(self._through(token[rows], slot, start[rows], held, angles))
-        main.wait_stream(beside)
-        (first, second), (first_delta, second_delta) = zip(*done, strict=True)
-        return torch.cat((first, second)), torch.cat((first_delta, second_delta))
-
-    def _through(
-        self, token: torch.Tensor, slot: torch.Tensor, start: torch.Tensor, caches: Caches, angles: Angles
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run all layers; returns hidden states and what is still to be added to them, (B, D) each."""
         length, attend, parts = caches[0][0].shape[2], self._attention(len(token)), self._parts(len(token))
         with sdpa_kernel(self._backends):
             _any_rows(token, start)
@@ -517,7 +485,8 @@ class Lean:
                 hidden, delta = parts.layer(
                     hidden, delta, weights, keys, values, cos, sin, slot, mask, blocks, self.shape, attend
                 )
-        return hidden, delta
+            _any_rows(hidden, delta)
+            return parts.finish(hidden, delta, self.norm, self.head, barred, self.shape.epsilon)
 
     def read(
         self, ids: torch.Tensor, start: torch.Tensor | None, caches: Caches, angles: Angles, barred: torch.Tensor
@@ -552,12 +521,6 @@ class Lean:
             hidden, delta = part(hidden, delta, weights, keys, values, cos, sin, mask, self.shape, self._shared)
         _any_rows(hidden, delta)  # (B, D)
         return self._parts(len(ids)).finish(hidden, delta, self.norm, self.head, barred, self.shape.epsilon)
-
-
-@cache
-def _beside(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream beside the one that steps are recorded on: cuBLAS keeps a workspace for each."""
-    return torch.cuda.Stream(device)
 
 
 def _is_ampere(device: torch.device) -> bool:

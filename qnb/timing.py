@@ -182,7 +182,7 @@ class Timing(Workbench):
         repeats
             The most passes; what has settled is not repeated (see `qnb.benchmark.settled`).
         engines
-            Names in `qnb.decode.ENGINES`, or ``"auto"``: eager, and graphed where there is a GPU.
+            Names in `qnb.decode.FACTORIES`, or ``"auto"``: eager, and graphed where there is a GPU.
 
         Raises
         ------

@@ -17,7 +17,7 @@ from qnb.benchmark import (
     run,
     settled,
 )
-from qnb.decode import ENGINES
+from qnb.decode import Eager
 from qnb.error import InputError
 from qnb.monitor import Usage
 from qnb.precision import PRECISIONS
@@ -46,7 +46,7 @@ def test_eager_gives_the_tokens_of_stock_generate(network, prompts):
     stock = network.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0
     )
-    ours = ENGINES["eager"](network, [prompts.prompts[0]], 4)
+    ours = Eager(network).generate([prompts.prompts[0]], 4)
     assert ours[0, -4:].tolist() == stock[0, -4:].tolist()
 
 

@@ -331,7 +331,7 @@ def test_where_tokens_part_is_found_with_its_margin():
 
 def test_graphed_is_absent_without_a_gpu_not_faked():
     with pytest.raises(InputError, match="GPU"):
-        decode.ENGINES["graphed"](tiny(LlamaConfig, {}), ONE, 4)
+        decode.Graphed(tiny(LlamaConfig, {}), 1, 5, 4)
     assert decode.parse("auto", "cpu") == ("eager",) and decode.parse("auto", "cuda") == ("eager", "graphed")
     for wrong, said in (("graphed", "NVIDIA GPU"), ("fast", "eager, graphed"), ("", "eager, graphed")):
         with pytest.raises(InputError, match=said):
@@ -428,9 +428,10 @@ def test_recorded_sizes_share_memory_and_each_gives_its_tokens(source, texts):
 @pytest.mark.gpu
 def test_memory_comes_back_when_an_engine_goes(source, texts):
     network = model.load(source.path, PRECISIONS["bf16"], "cuda")
-    decode.ENGINES["graphed"](network, texts, 4)  # the step is built and libraries have what they keep
+    width = max(map(len, texts))
+    decode.Graphed(network, 3, width, 4).generate(texts, 4)  # the step is built and libraries have what they keep
     model.release()
     before = torch.cuda.memory_allocated()
-    decode.ENGINES["graphed"](network, texts * 8, 64)
+    decode.Graphed(network, 24, width, 64).generate(texts * 8, 64)
     model.release()
     assert torch.cuda.memory_allocated() - before < 2**20

@@ -177,13 +177,15 @@ def _recorder(model: LlamaForCausalLM) -> _Recorder:
 
 
 def _serve(memory: Allocator, events: Iterable[tuple[int, int]]) -> None:
-    """Take and give back what was recorded: a number and its bytes, or its negative."""
+    """Take and give back what was recorded: a number and its bytes, or its negative; and at the end all the rest."""
     held: dict[int, int] = {}
     for number, size in events:
         if number > 0:
             held[number] = memory.take(size)
         else:
             memory.give(held.pop(-number))
+    for name in held.values():
+        memory.give(name)
 
 
 def _record(batch_size: int, prompt_tokens: int, new_tokens: int, layers: int) -> list[tuple[int, int]]:
@@ -235,7 +237,10 @@ def reading(prompt_tokens: int, new_tokens: int) -> Callable[[int, float], Alloc
 def device(
     prompt_tokens: int, new_tokens: int, limit_mib: float, bits: float = 16, layers: int = 16
 ) -> Callable[[int], Probe]:
-    """Return a `try_batch` that serves the recorded allocations within `limit_mib`, linear weights taking `bits`."""
+    """Return a `try_batch` that serves the recorded allocations within `limit_mib`, linear weights taking `bits`.
+
+    They are served twice, as a batch follows a batch: the second finds memory in the pieces that the first one left.
+    """
     config = shape_config()
     config.num_hidden_layers = layers
     with torch.device("meta"):
@@ -252,7 +257,8 @@ def device(
             memory.take(size)
         idle_mib = memory.live / MIB
         try:
-            _serve(memory, ((number, fixed + row * batch_size) for number, fixed, row in events))
+            for _ in range(2):
+                _serve(memory, ((number, fixed + row * batch_size) for number, fixed, row in events))
         except MemoryError:
             return Probe(batch_size, False, idle_mib=idle_mib, ended=OUT_OF_MEMORY)
         peaks = {"memory_mib": memory.peak_reserved / MIB, "live_mib": memory.peak_live / MIB}
