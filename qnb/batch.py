@@ -33,6 +33,8 @@ OUT_OF_MEMORY, DIED = "out of memory", "its process died"
 GRAIN_MIB = 20  # of a reading: the segment torch reserves for a tensor of 1 to 10 MiB
 # Steps past the line's end, in tolerances: segments given back carry up to some 4 % further, and three close in on it.
 _BEYOND = (1.0, 2.0, 1.5, 1.0)
+STRAIGHT = 0.02  # of its slope: what a line's parts may differ by
+FAR = 5  # times the largest batch tried: as far as a line is followed at once
 FRAGMENTED = 1.5  # live tensors leave room for so many times the rows: most of what is reserved can be given back
 
 
@@ -159,7 +161,7 @@ def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolera
         return int(sqrt(max(good, aim) * min(bad, ceiling)))
     if not aim:
         return middle if failed else 4 * good
-    if not failed and 8 * doubt > aim and min(aim, bad) > 4 * good:  # probes too small for their readings' grain
+    if not failed and min(aim, bad) > FAR * good:  # so far ahead a line may miss by much: half the way first
         return int(min(aim, bad) / 2)
     stride = max(int(aim * tolerance), 1)
     if closing <= aim < bad:
@@ -168,8 +170,8 @@ def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolera
         over = sum(probe.batch_size <= aim for probe in failed)
         if not over:
             return bad - 1
-        step = max(stride, int(doubt), (bad - good) // 4)  # the further the line reached, the more it may have bent
-        return max(middle, bad - step) if over == 1 else middle
+        reach = 12 if over == 1 and _straight(clean) else 4  # the further it reached, the more it may have bent
+        return max(middle, bad - max(stride, int(doubt), (bad - good) // reach)) if over < 3 else middle
     beyond = sum(probe.batch_size * (1 + tolerance) >= aim for probe in fits)  # the line ends here
     further = good + int(stride * _BEYOND[min(beyond, 3)]) + 1
     return min(middle, further) if failed else further
@@ -195,6 +197,15 @@ def _second(first: Probe, limit_mib: float, cap: int) -> int:
     row_mib = first.memory_mib - first.idle_mib
     rows = (limit_mib - first.memory_mib) / row_mib if row_mib > 0 else inf
     return cap if rows >= cap - 1 else max(8, int(1 + rows / 2))
+
+
+def _straight(probes: Sequence[Probe]) -> bool:
+    """Return whether what is reserved rose as fast between the last two probes as before them, as far as read."""
+    if len(probes) < 3:
+        return False
+    first, second, third = ((probe.batch_size, probe.memory_mib or 0.0) for probe in probes[-3:])
+    before, after = ((b[1] - a[1]) / (b[0] - a[0]) for a, b in ((first, second), (second, third)))
+    return abs(after - before) <= STRAIGHT * after + GRAIN_MIB / (second[0] - first[0])
 
 
 def _meets(probes: Sequence[Probe], limit_mib: float, *readings: str) -> tuple[float, float]:

@@ -305,15 +305,16 @@ def run(
     make = partial(FACTORIES[engine], model, batch_size, len(longest), new_tokens)
     few, peaks = min(WARM_UP_TOKENS, new_tokens), None
     with quiet():
-        made = make()
         if on_gpu and "memory" in passes:
-            # what is made once, for as long as the model is loaded, is no batch's
-            made.generate(batches[0][:1] if engine == "eager" else batches[0], few)
-            del made
+            # What is made once, for as long as the model is loaded, is no batch's. It is made while there is little
+            # else: a workspace taken in the midst of a batch would stand between pieces of memory ever after.
             release()
             give_back_workspaces()  # else those of the engine before would count
+            make().generate(batches[0][: warm_up_rows(engine, len(longest))[-1]], few)
+            release()
             torch.cuda.reset_peak_memory_stats(device)
-            made = make()
+        made = make()
+        if on_gpu and "memory" in passes:
             made.generate([longest] * batch_size, new_tokens)
             _synchronize(device)
             peaks = torch.cuda.max_memory_allocated(device) / MIB, torch.cuda.max_memory_reserved(device) / MIB
@@ -566,6 +567,15 @@ def counted(config: PretrainedConfig, prompt_tokens: int) -> int:
     return (2**31 - 1) // (prompt_tokens * width) if width else 0
 
 
+def warm_up_rows(engine: str, prompt_tokens: int) -> tuple[int, ...]:
+    """Return the batch sizes that have an engine build all that it builds once.
+
+    Kernels of a recorded step are built for one row and for any number above a few; prompts are read by kernels of
+    their own once they are too many to be read by a recording.
+    """
+    return (1,) if engine == "eager" else (1, max(FEW_ROWS, RECORDED_TOKENS // prompt_tokens) + 1)
+
+
 def trial_of(
     folder: str | Path, precision: Precision, device: str, workload: Workload, limit_mib: float, engine: str = "eager"
 ) -> Callable[[int], Probe]:
@@ -592,8 +602,7 @@ def trial(
     A batch that comes near the limit has to fit twice: to the first all memory is free, the second finds it in the
     pieces that the first one left, and so does every batch of a workload after it.
 
-    Something is generated first, so that kernels and workspaces loaded once are no batch's: a recorded step's, which
-    are built for one row and for any number above a few, and those that read prompts of many rows.
+    Something is generated first, so that kernels and workspaces loaded once are no batch's.
     """
     device, longest = model.device, workload.longest
     on_gpu = device.type == "cuda"
@@ -647,9 +656,7 @@ def trial(
             return Probe(batch_size, False, took_s=took_s, ended=OUT_OF_MEMORY)
         return Probe(batch_size, memory_mib is None or memory_mib <= limit_mib, memory_mib, took_s=took_s)
 
-    if engine == "eager":
-        run_out(1, min(WARM_UP_TOKENS, workload.new_tokens))
-    else:  # kernels are for one length
-        for rows in (1, max(FEW_ROWS, RECORDED_TOKENS // len(longest)) + 1):
-            run_out(rows, workload.new_tokens)
+    few = min(WARM_UP_TOKENS, workload.new_tokens) if engine == "eager" else workload.new_tokens  # of one length
+    for rows in warm_up_rows(engine, len(longest)):
+        run_out(rows, few)
     return on_device if on_gpu else on_cpu

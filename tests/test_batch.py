@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from math import ceil
 from random import Random
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from qnb.batch import (
     plans,
     sweep,
 )
-from qnb.benchmark import counted, largest_batch, largest_batch_apart, trial
+from qnb.benchmark import counted, largest_batch, largest_batch_apart, run, trial
 from qnb.decode import FACTORIES, Absent
 from qnb.device import MIB
 from qnb.error import InputError
@@ -204,7 +205,7 @@ def test_where_gaps_close_the_line_rises_with_the_tensors():
 
 
 @pytest.mark.parametrize(("steeper", "most"), [(1.2, 831), (1.25, 800), (1.4, 721)])
-def test_a_line_that_bends_far_from_its_probes_is_left_by_a_quarter_of_the_way(steeper, most):
+def test_a_line_is_not_followed_far_from_its_probes_as_it_may_bend(steeper, most):
     """As INT4's, whose rows take more the more there are: two probes foresaw 984 rows."""
 
     def try_batch(batch_size):
@@ -213,7 +214,7 @@ def test_a_line_that_bends_far_from_its_probes_is_left_by_a_quarter_of_the_way(s
 
     found = largest(try_batch, 15_360, 100_000)
     assert true_maximum(try_batch, 100_000) == most and len(found.probes) <= 6
-    assert found.batch_size >= 0.95 * most
+    assert found.batch_size >= 0.985 * most
 
 
 def test_the_cap_ends_the_search_and_is_said():
@@ -239,7 +240,7 @@ def test_less_room_than_allowed_is_what_the_line_goes_to():
         return Probe(batch_size, fits, takes_mib if fits else None, idle_mib=900, room_mib=5000)
 
     found = largest(try_batch, 80_000, 10**5)
-    assert (found.batch_size, found.limit_mib) == (400, 5000) and len(found.probes) <= 5
+    assert (found.batch_size, found.limit_mib) == (400, 5000) and len(found.probes) <= 6
 
 
 def test_after_a_batch_that_kills_its_process_the_cliff_is_tried():
@@ -462,6 +463,8 @@ def test_a_gpus_probes_leave_memory_as_they_found_it(source, short):
         assert found.open_pct <= 1 and len(found.probes) <= 6
         apart = largest_batch_apart(source.path, PRECISIONS["fp16"], "cuda", short, 2048, 10**5)
         assert apart.batch_size == pytest.approx(found.batch_size, rel=0.02)
+        twice = replace(short, prompts=(short.longest,) * (2 * found.batch_size))
+        assert run(network, twice, found.batch_size).requests == 2 * found.batch_size  # what is found can be timed
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         del network

@@ -75,8 +75,13 @@ def stock(network, prompts, forced):
     return torch.stack(logits, 1)
 
 
-def rms(difference):
-    return difference.pow(2).mean().sqrt().item()
+def error_ratio(ours, theirs, truth):
+    """How many times the error of `theirs` that of `ours` is: the geometric mean over rows and tokens, (B, N, V) each.
+
+    A rounding grows by chance on its way through the layers, so at one token either may be off twice as far.
+    """
+    errors = ((logits - truth).pow(2).mean(-1).sqrt() for logits in (ours, theirs))
+    return torch.exp((next(errors).log() - next(errors).log()).mean()).item()
 
 
 # The lean step
@@ -94,7 +99,7 @@ def test_the_lean_step_is_the_models_forward(config, more, prompts):
     half = copy.deepcopy(network).bfloat16()
     truth = stock(copy.deepcopy(half).float(), prompts, forced)
     ours, theirs = stepped(Decoder(half, 3, 6, 9), prompts, forced), stock(half, prompts, forced)
-    assert rms(ours - truth) <= ROUNDING * rms(theirs - truth)
+    assert error_ratio(ours, theirs, truth) <= ROUNDING
 
 
 def test_buffers_serve_smaller_batches_and_shorter_prompts_one_after_the_other():
@@ -282,7 +287,7 @@ def test_tokens_are_eagers_but_after_a_near_tie(name, source, texts, reference):
         decoder = Decoder(network, 3, max(map(len, texts)), 24)
         ours = stepped(decoder, texts, forced)
         theirs = stock(network, texts, forced)
-        assert rms(ours - truth) <= ROUNDING * rms(theirs - truth)
+        assert error_ratio(ours, theirs, truth) <= ROUNDING
         decoder.prefill(texts)
         for _ in range(7):
             decoder.step(3)
@@ -383,12 +388,17 @@ def test_more_than_the_context_window_is_refused():
 # On a GPU
 
 
+MORE = ("A list of fruit: apples,", "2 + 2 =", "The president said that", "It was a dark", "Dear Sir or Madam,",
+        "My favourite colour is", "In the year 1969", "Water boils at", "def main():")  # fmt: skip
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("times", [1, 4], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("more", [(), MORE], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "int8-t0", "int4", "fp4", "nf4", "nf4-dq"])
-def test_a_recorded_step_is_as_near_float32_as_eager(name, times, source, texts):
+def test_a_recorded_step_is_as_near_float32_as_eager(name, more, source, texts):
     """Fed the same tokens; the float32 model multiplies the same stored weights only where these are plain."""
-    texts = times * texts
+    tokenizer = model.load_tokenizer(source.path)
+    texts = [*texts, *(tokenizer(text)["input_ids"] for text in more)]
     exact = model.load(source.path, PRECISIONS["fp32"], "cuda")
     forced = Eager(exact).generate(texts, 8)
     truth = stock(exact, texts, forced)
@@ -408,12 +418,13 @@ def test_a_recorded_step_is_as_near_float32_as_eager(name, times, source, texts)
     if name == "fp32":
         assert (ours - truth).abs().max() < 1e-2
     else:
-        assert rms(ours - truth) <= ROUNDING * rms(theirs - truth)
+        assert error_ratio(ours, theirs, truth) <= ROUNDING
     assert parted.margin is None or parted.margin <= 2 * (ours - theirs).abs().max()
 
 
 @pytest.mark.gpu
-def test_recorded_sizes_share_memory_and_each_gives_its_tokens(source, texts):
+def test_recorded_sizes_share_memory_and_each_gives_its_tokens(source, texts, monkeypatch):
+    monkeypatch.setattr(decode, "COMPILE", None)  # the order of recordings, not their kernels
     network = model.load(source.path, PRECISIONS["fp32"], "cuda")
     graphed = decode.Graphed(network, 3, max(map(len, texts)), 12)
     for rows in (3, 1, 2, 3):
