@@ -20,7 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from math import inf, sqrt
+from math import ceil, inf, sqrt
 from multiprocessing import connection, get_context, parent_process
 from time import perf_counter
 from typing import Any
@@ -135,7 +135,8 @@ def largest(
     good, bad = 1, cap + 1
     while bad - 1 - good > int(good * tolerance) and len(probes) < most_probes:
         aim = _next(probes, limit_mib, good, bad, tolerance, cliff)
-        probe = try_batch(_even(max(good + 1, min(aim, bad - 1)), good, tolerance) if aim not in (cap, cliff) else aim)
+        size = max(good + 1, min(aim, bad - 1))
+        probe = try_batch(size if aim in (cap, cliff) else _even(size, good, bad, tolerance))
         probes.append(probe)
         limit_mib = min(limit_mib, probe.room_mib or limit_mib)
         good = max(good, probe.batch_size) if probe.fits else good
@@ -177,15 +178,19 @@ def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolera
     return min(middle, further) if failed else further
 
 
-def _even(batch_size: int, good: int, tolerance: float) -> int:
-    """Round down to a multiple of the largest power of two within the tolerance, where that stays above `good`.
+def _even(batch_size: int, good: int, bad: int, tolerance: float) -> int:
+    """Round down to a multiple of the largest power of two within the tolerance that takes nothing from the probe.
 
     Tensors of such batches fill whole segments, and segments given back serve the next one: by the allocator's rules
-    they fit up to some 3 % beyond the first odd batch that does not.
+    they fit up to some 3 % beyond the first odd batch that does not. What is above `good`, or what would end the
+    search if it fitted, stays so.
     """
+    ending = ceil((bad - 1) / (1 + tolerance))
+    least = ending if batch_size >= ending else good + 1
     grain = 2 ** max(0, int(batch_size * tolerance).bit_length() - 1)
-    even = batch_size - batch_size % grain
-    return even if even > good else batch_size
+    while batch_size - batch_size % grain < least:
+        grain //= 2
+    return batch_size - batch_size % grain
 
 
 def _second(first: Probe, limit_mib: float, cap: int) -> int:
