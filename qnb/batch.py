@@ -77,11 +77,17 @@ class Largest:
 
     @property
     def open_pct(self) -> float:
-        """By how many percent the true maximum may be larger: up to the smallest batch that did not fit."""
+        """By how many percent the true maximum may be larger.
+
+        It is below the smallest batch that did not fit, and no larger than where live tensors alone, as they grew
+        between the two largest batches that fitted, would fill the memory.
+        """
         if self.capped:
             return 0.0
+        fits = sorted((probe for probe in self.probes if probe.fits), key=lambda probe: probe.batch_size)
         bad = min((probe.batch_size for probe in self.probes if not probe.fits), default=inf)
-        return 100 * ((bad - 1) / self.batch_size - 1)
+        ceiling, _ = _meets(fits, self.limit_mib, "live_mib")
+        return 100 * max(0.0, min(bad - 1, ceiling) / self.batch_size - 1)
 
 
 def largest(

@@ -378,6 +378,9 @@ def test_how_far_the_true_maximum_may_be():
     probes = (Probe(100, True), Probe(104, False))
     assert Largest(100, 1.0, False, probes).open_pct == pytest.approx(3)
     assert Largest(100, 1.0, True, probes[:1]).open_pct == 0
+    fitted = (Probe(50, True, 900, 600), Probe(100, True, 980, 950))  # 7 MiB a row, and 1,000 there are
+    assert Largest(100, 1000, False, fitted).open_pct == pytest.approx(7.14, abs=0.01)
+    assert Largest(100, 1000, False, (*fitted, probes[1])).open_pct == pytest.approx(3)
 
 
 @pytest.fixture

@@ -129,24 +129,28 @@ def test_notebook_04_tells_what_was_kept():
     shares = kept(f"{SHAPE}/table4_maxbatch.csv").set_index(["precision", "engine"])
     busy = shares.utilization_pct.unstack().eager
     waiting = busy[busy < 80]
-    assert len(waiting) == 5 and len(busy) == 8 and "Five of the eight waited" in text
-    assert f"busy {waiting['nf4-dq']:.0f} (NF4-DQ) to {waiting.max():.0f} % (BF16) of the time" in text
-    assert waiting.idxmin() == "nf4-dq" and waiting.idxmax() == "bf16"
+    assert len(waiting) == 5 and len(busy) == 9 and "Five of the nine waited" in text
+    assert f"busy {waiting['nf4-dq']:.0f} (NF4-DQ) to {waiting.max():.0f} % (FP4) of the time" in text
+    assert waiting.idxmin() == "nf4-dq" and waiting.idxmax() == "fp4"
     assert f"In FP16 it was busy {busy.fp16:.0f} %" in text
     fp16 = shares.loc["fp16", "graphed"]
     assert f"take {fp16.compute_share_pct:.0f} % of its time" in text
     assert f"at a copy's, {fp16.bandwidth_share_pct:.0f} %: one after the other they leave a fifth" in text
     assert fp16.compute_share_pct + fp16.bandwidth_share_pct == pytest.approx(80, abs=2)
-    assert f"in 32 bit, {gain.int4:.1f} times" in text
+    assert f"INT4, which computes in 32 bit, {gain.int4:.1f} times" in text
     sizes, rates = (whole.set_index("engine")[name] for name in ("batch_size", "throughput_rps"))
     assert f"{sizes.eager} requests with `eager` and {sizes.graphed} with `graphed`" in text
     assert f"served {rates.eager:.0f} and {rates.graphed:.0f} a second" in text
     searched = kept(f"{SHAPE}/largest_batch.csv").query("memory_gib == '15'").set_index(["precision", "engine"])
-    left = searched.open_pct.unstack()
-    assert f"left {left.graphed.min():.0f} to {left.graphed.max():.0f} % open" in text
-    assert f"INT4's with `eager` left {left.eager.int4:.0f} %" in text
-    int8 = searched.loc["int8-t0", "eager"]
-    assert f"found {int8.found:.0f} rows with `eager` and was timed at {int8.batch_size:.0f}" in text
+    left = searched.open_pct.unstack().graphed.drop("fp32")
+    now = left.drop("nf4-dq").dropna()
+    assert f"leave {now.min():.0f} to {now.max():.0f} % open, in NF4-DQ's earlier run {left['nf4-dq']:.0f}" in text
+    short = searched.astype({"found": int}).query("batch_size < found").batch_size.astype(int).droplevel("engine")
+    assert set(short.index) == {"bf16", "fp16", "int8-t0"} and short.bf16 == short.fp16
+    assert f"FP16 and BF16 found {searched.found['fp16', 'eager']:.0f} rows and were timed at {short.fp16}" in text
+    assert f"INT8 without outliers {searched.found['int8-t0', 'eager']:.0f} and {short['int8-t0']}" in text
+    int4 = found[(found.precision == "int4") & (found.search == "ours")].iloc[0]
+    assert f"ended {100 - int4.share_pct:.1f} % short" in text
     many = (
         kept(f"{SHAPE}/decode.csv").query("batch_size == 400").set_index("engine").throughput_rps.round().astype(int)
     )
