@@ -34,7 +34,7 @@ GRAIN_MIB = 20  # of a reading: the segment torch reserves for a tensor of 1 to 
 # Steps past the line's end, in tolerances: segments given back carry up to some 4 % further, and three close in on it.
 _BEYOND = (1.0, 2.0, 1.5, 1.0)
 STRAIGHT = 0.02  # of its slope: what a line's parts may differ by
-FAR = 5  # times the largest batch tried: as far as a line is followed at once
+FAR = 5  # times the largest batch tried: towards what a line foresees beyond, half the way is gone first
 FRAGMENTED = 1.5  # live tensors leave room for so many times the rows: most of what is reserved can be given back
 
 
@@ -53,7 +53,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One trial of a batch: whether it fitted, and fits again after itself, and what was read."""
+    """One trial of a batch: whether it fitted, near a GPU's limit twice, and what was read."""
 
     batch_size: int
     fits: bool
@@ -62,7 +62,7 @@ class Probe:
     squeezed: bool = False  # the allocator gave cached memory back to go on, so `memory_mib` says only that it fitted
     idle_mib: float = 0.0  # live before the run: the weights
     room_mib: float | None = None  # all there was for the run, what was held included
-    took_s: float | None = None
+    took_s: float | None = None  # for both where it ran twice
     ended: str = ""  # why it did not run: out of memory, or its process died
 
 
@@ -214,9 +214,10 @@ def _straight(probes: Sequence[Probe]) -> bool:
     """Return whether what is reserved rose as fast between the last two probes as before them, as far as read."""
     if len(probes) < 3:
         return False
-    first, second, third = ((probe.batch_size, probe.memory_mib or 0.0) for probe in probes[-3:])
-    before, after = ((b[1] - a[1]) / (b[0] - a[0]) for a, b in ((first, second), (second, third)))
-    return abs(after - before) <= STRAIGHT * after + GRAIN_MIB / (second[0] - first[0])
+    sizes, read = zip(*((probe.batch_size, probe.memory_mib) for probe in probes[-3:]), strict=True)
+    rows = sizes[1] - sizes[0], sizes[2] - sizes[1]
+    before, after = (read[1] - read[0]) / rows[0], (read[2] - read[1]) / rows[1]
+    return abs(after - before) <= STRAIGHT * after + GRAIN_MIB / min(rows)
 
 
 def _meets(probes: Sequence[Probe], limit_mib: float, *readings: str) -> tuple[float, float]:

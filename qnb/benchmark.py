@@ -310,7 +310,8 @@ def run(
             # else: a workspace taken in the midst of a batch would stand between pieces of memory ever after.
             release()
             give_back_workspaces()  # else those of the engine before would count
-            make().generate(batches[0][: warm_up_rows(engine, len(longest))[-1]], few)
+            rows = min(batch_size, warm_up_rows(engine, len(longest))[-1])
+            FACTORIES[engine](model, rows, len(longest), new_tokens).generate([longest] * rows, few)
             release()
             torch.cuda.reset_peak_memory_stats(device)
         made = make()
@@ -318,8 +319,9 @@ def run(
             made.generate([longest] * batch_size, new_tokens)
             _synchronize(device)
             peaks = torch.cuda.max_memory_allocated(device) / MIB, torch.cuda.max_memory_reserved(device) / MIB
-        if peaks is None or any(len(prompt) < len(longest) for prompt in batches[0]):  # else it is warm already
-            made.generate(batches[0], few)
+        ragged = next((batch for batch in batches if min(map(len, batch)) < len(longest)), None)  # read under a mask
+        for batch in filter(None, (ragged, None if peaks else batches[0])):
+            made.generate(batch, few)
             _synchronize(device)
         sense, batch_s, clocks = sensor(device), [], []
         first = torch.empty(0)
@@ -599,8 +601,8 @@ def trial(
 ) -> Callable[[int], Probe]:
     """Return what tries a batch of the workload's longest prompt, and leaves memory as it found it.
 
-    A batch that comes near the limit has to fit twice: to the first all memory is free, the second finds it in the
-    pieces that the first one left, and so does every batch of a workload after it.
+    On a GPU a batch that comes near the limit has to fit twice: to the first all memory is free, the second finds it
+    in the pieces that the first one left, and so does every batch of a workload after it.
 
     Something is generated first, so that kernels and workspaces loaded once are no batch's.
     """
@@ -632,7 +634,7 @@ def trial(
             return torch.cuda.memory_stats(device)["num_alloc_retries"] > retries
 
         def tight() -> bool:
-            return squeezed() or torch.cuda.max_memory_reserved(device) / MIB > TIGHT * limit_mib
+            return squeezed() or torch.cuda.max_memory_reserved(device) / MIB > TIGHT * min(limit_mib, room_mib)
 
         torch.cuda.reset_peak_memory_stats(device)
         started = perf_counter()

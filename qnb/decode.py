@@ -83,9 +83,9 @@ class Engine(Protocol):
         """Return new ids, (batch, new_tokens); `clock` ticks at each token."""
 
 
-def pad(prompts: Prompts, pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad prompts on the left to the longest; returns ids and attention mask, both (batch, tokens)."""
-    width = max(map(len, prompts))
+def pad(prompts: Prompts, pad_id: int, device: torch.device, width: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad prompts on the left to the longest or to `width`; returns ids and attention mask, both (batch, tokens)."""
+    width = max(width, *map(len, prompts))
     ids = np.full((len(prompts), width), pad_id)  # torch takes nested lists several times as slowly
     mask = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
@@ -167,7 +167,7 @@ class Eager:
 
 
 class Decoder:
-    """A prompt read by the model's own forward into fixed memory, then steps over that memory, one token a row each.
+    """Prompts read into fixed memory, then steps over that memory, one token a row each.
 
     Every shape and address stays, so that a step can be recorded once and replayed; run without recording it is the
     same arithmetic on any device. Rows are padded on the left: all write to the same slot.
@@ -242,38 +242,41 @@ class Decoder:
         is given back before the next. All chunks are of one size, so that memory fits again: the last one begins
         before its rows do, and reads some twice. Only where a list is given is it filled with logits, (b, V).
         """
-        ids, mask = pad(prompts, _pad_id(self._model), self._model.device)  # (B, T)
-        rows, width = ids.shape
-        padded = min(map(len, prompts)) < width
-        self._start[:rows] = width - mask.sum(1)
-        chunks = min(rows, -(-rows * width // PREFILL_TOKENS))
+        ids, mask = self._padded(prompts)
+        rows = len(prompts)
+        padded = min(map(len, prompts)) < self.width
+        self._start[:rows] = self.width - mask.sum(1)
+        chunks = -(-rows // max(1, PREFILL_TOKENS // self.width))
         size = -(-rows // chunks)
         for first in range(0, rows, size):
             last = min(first + size, rows)
             found, self.token[last - size : last] = self._read(ids[last - size : last], last - size, padded)
             if logits is not None:
                 logits.append(found[first - last :])
-        self.rewind(width)
+        self.rewind()
         self._keep(rows, self.token[:rows])
 
     def load(self, prompts: Prompts) -> None:
-        """Put prompts where `read` finds them, padded to the longest there may be."""
-        longest = [0] * self.width
-        ids, mask = pad([*prompts, longest], _pad_id(self._model), self._ids.device)  # (B + 1, T)
-        self._ids[: len(prompts)] = ids[:-1]
-        self._start[: len(prompts)] = self.width - mask[:-1].sum(1)
+        """Put prompts where `read` finds them."""
+        ids, mask = self._padded(prompts)
+        self._ids[: len(prompts)] = ids
+        self._start[: len(prompts)] = self.width - mask.sum(1)
+
+    def _padded(self, prompts: Prompts) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pad prompts to the longest there may be: what is compiled and recorded for that serves them all."""
+        return pad(prompts, _pad_id(self._model), self._model.device, self.width)
 
     @torch.no_grad()
     def read(self, rows: int) -> torch.Tensor:
         """Do what `prefill` does with the first `rows` prompts given to `load`, in shapes that never change."""
         logits, chosen = self._read(self._ids[:rows], 0, padded=True)
-        self.rewind(self.width)
+        self.rewind()
         self._keep(rows, chosen)
         return logits
 
-    def rewind(self, width: int) -> None:
-        """Have new tokens follow `width` slots of prompts."""
-        self._slot.fill_(width)
+    def rewind(self) -> None:
+        """Have new tokens follow the prompts."""
+        self._slot.fill_(self.width)
         self._place.zero_()
 
     def _read(self, ids: torch.Tensor, first: int, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -427,7 +430,7 @@ class Graphed:
             if rows not in self._steps:
                 if few:
                     self._prompts[rows], _ = self._record(decoder.read, rows)
-                decoder.rewind(decoder.width)
+                decoder.rewind()
                 self._steps[rows], self.logits[rows] = self._record(decoder.step, rows)
             if few:
                 self._prompts[rows].replay()

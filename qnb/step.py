@@ -1,4 +1,4 @@
-"""One decode step of a Llama-like model, written lean enough to be bound by memory.
+"""One decode step of a Llama-like model, lean enough to be bound by memory, and prompts read by the same layers.
 
 A token's step reads every weight once; all else should cost nothing beside it. The model's own forward runs about 700
 kernels, most of them tiny. Here projections of one input are one product, the residual, norm, rotary and activation
@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from qnb.fuse import AMPERE
+from qnb.batch import is_out_of_memory
+from qnb.fuse import AMPERE, VARIANTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -254,7 +255,7 @@ def layer(
     return mix(hidden, seen, weights, shape.epsilon)
 
 
-def read(
+def keep(
     hidden: torch.Tensor,  # (B, T, D), before the last product's output is added
     delta: torch.Tensor,  # (B, T, D), that output
     weights: Layer,
@@ -262,15 +263,30 @@ def read(
     values: torch.Tensor,
     cos: torch.Tensor,  # (B or 1, T, 1, size)
     sin: torch.Tensor,
-    mask: torch.Tensor | None,  # (B, 1, T, T), whether a token sees another; None where each sees all before it
     shape: Shape,
-    shared: bool,  # whether the kernel for no mask knows heads that share keys
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run one decoder layer for whole prompts; returns hidden states and what is still to be added to them."""
+    """Write whole prompts' keys and values; returns hidden states and queries, (B, T, heads, size), not yet turned."""
     hidden = hidden + delta
     query, key, value = project(hidden, weights, shape)
     keys.copy_(rotate(key, cos, sin).transpose(1, 2))
     values.copy_(value.transpose(1, 2))
+    return hidden, query
+
+
+def read(
+    hidden: torch.Tensor,
+    delta: torch.Tensor,
+    weights: Layer,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    mask: torch.Tensor | None,  # (B, 1, T, T), whether a token sees another; None where each sees all before it
+    shape: Shape,
+    shared: bool,  # whether the kernels for no mask know heads that share keys
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run one decoder layer for whole prompts; returns hidden states and what is still to be added to them."""
+    hidden, query = keep(hidden, delta, weights, keys, values, cos, sin, shape)
     query = rotate(query, cos, sin).transpose(1, 2)  # (B, heads, T, size)
     if mask is None and shared:
         seen = functional.scaled_dot_product_attention(
@@ -294,13 +310,9 @@ def read_last(
     sin: torch.Tensor,
     mask: torch.Tensor | None,
     shape: Shape,
-    shared: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the last layer as `read` does; of what follows keys and values each prompt's last token alone, (B, D)."""
-    hidden = hidden + delta
-    query, key, value = project(hidden, weights, shape)
-    keys.copy_(rotate(key, cos, sin).transpose(1, 2))
-    values.copy_(value.transpose(1, 2))
+    hidden, query = keep(hidden, delta, weights, keys, values, cos, sin, shape)
     query = rotate(query[:, -1:], cos[:, -1:], sin[:, -1:])
     query = query.reshape(len(hidden), shape.kv_heads, shape.groups, shape.head_size)
     seen = functional.scaled_dot_product_attention(
@@ -375,15 +387,16 @@ class Parts(NamedTuple):
 
 
 class Lean:
-    """A model's weights as the lean step wants them; its own layers go on working, on the same memory.
+    """A model's weights as the lean layers want them; its own layers go on working, on the same memory.
 
     Parameters
     ----------
     model
         A loaded model that `unknown` has nothing against.
     options
-        What torch.compile is given for the work between products of a few rows; None leaves all of it uncompiled.
-        What is compiled for more serves any number of them and is not tuned: the first number might be a small one.
+        What torch.compile is given for the work between products of a step of few rows; None leaves all of it
+        uncompiled. What is compiled for more rows, or reads prompts, serves any number of them and is not tuned: the
+        first number might be a small one.
 
     Attributes
     ----------
@@ -405,7 +418,9 @@ class Lean:
         self.head = join([model.get_output_embeddings()])[0]
         self._rotary = inner.rotary_emb
         self._backends = ATTENTION if self.embedding.is_cuda else CPU_ATTENTION
-        self._shared = self.embedding.element_size() == 2 and _is_ampere(self.embedding.device)  # flash attention
+        self._shared = self.embedding.element_size() == 2 and _is_ampere(
+            self.embedding.device
+        )  # flash or cuDNN's attention
         self.note = ""
         self._few = self._many = Parts()
         if options is not None:
@@ -414,17 +429,21 @@ class Lean:
     def _run(self, work: Callable[..., Chosen], *given: Any) -> Chosen:
         """Return what `work` returns; where torch.compile cannot build it, all runs uncompiled from now on.
 
-        What was done before it failed is done again: the same is written to the same places.
+        What was done before it failed is done again: the same is written to the same places. Memory that runs out
+        meanwhile is not the compiler's fault.
         """
-        try:
-            return work(*given)
-        except TorchDynamoException as error:
-            self._few = self._many = Parts()
-            reason = " ".join(str(error).split())[:200]
-            self.note = f"its small kernels are not fused, as torch.compile failed: {reason}"
-            return work(*given)
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+            try:
+                return work(*given)
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                if is_out_of_memory(error):
+                    raise
+                reason = " ".join(str(error).split())[:200]
+        self._few = self._many = Parts()
+        self.note = f"its small kernels are not fused, as torch.compile failed: {reason}"
+        return work(*given)
 
-    def _parts(self, rows: int) -> Parts:
+    def _parts_for(self, rows: int) -> Parts:
         """Return what a step of so many rows is made of."""
         return self._few if rows <= FEW_ROWS else self._many
 
@@ -475,7 +494,7 @@ class Lean:
         self, token: torch.Tensor, slot: torch.Tensor, start: torch.Tensor, caches: Caches, angles: Angles,
         barred: torch.Tensor,
     ) -> Chosen:  # fmt: skip
-        length, attend, parts = caches[0][0].shape[2], self._attention(len(token)), self._parts(len(token))
+        length, attend, parts = caches[0][0].shape[2], self._attention(len(token)), self._parts_for(len(token))
         with sdpa_kernel(self._backends):
             _any_rows(token, start)
             hidden, cos, sin, mask, blocks = parts.begin(self.embedding, angles, token, slot, start, length)
@@ -517,10 +536,11 @@ class Lean:
         for place, (weights, held) in enumerate(zip(self.layers, caches, strict=True), 1):
             keys, values = (one[:, :, :width] for one in held)
             _any_rows(hidden, delta, keys, values, cos, sin, *([] if mask is None else [mask]))
-            part = self._many.read if place < len(self.layers) else self._many.read_last
-            hidden, delta = part(hidden, delta, weights, keys, values, cos, sin, mask, self.shape, self._shared)
+            given = hidden, delta, weights, keys, values, cos, sin, mask, self.shape
+            last = place == len(self.layers)
+            hidden, delta = self._many.read_last(*given) if last else self._many.read(*given, self._shared)
         _any_rows(hidden, delta)  # (B, D)
-        return self._parts(len(ids)).finish(hidden, delta, self.norm, self.head, barred, self.shape.epsilon)
+        return self._parts_for(len(ids)).finish(hidden, delta, self.norm, self.head, barred, self.shape.epsilon)
 
 
 def _is_ampere(device: torch.device) -> bool:

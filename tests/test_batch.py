@@ -410,10 +410,18 @@ def test_a_trial_that_runs_out_of_memory_keeps_nothing(monkeypatch, short):
 
 
 @pytest.mark.parametrize(
-    ("reserved_mib", "squeezed", "times", "fits"),
-    [(900, 0, 1, True), (900, 1, 2, False), (960, 0, 2, False), (960, 0, 2, True)],
+    ("reserved_mib", "room_mib", "squeezed", "times", "fits"),
+    [
+        (900, 1024, 0, 1, True),
+        (900, 1024, 1, 2, False),
+        (960, 1024, 0, 2, False),
+        (960, 1024, 0, 2, True),
+        (490, 500, 0, 2, True),  # another process has the rest
+    ],
 )
-def test_a_batch_that_comes_near_the_limit_has_to_fit_twice(reserved_mib, squeezed, times, fits, short, monkeypatch):
+def test_a_batch_that_comes_near_the_limit_has_to_fit_twice(
+    reserved_mib, room_mib, squeezed, times, fits, short, monkeypatch
+):
     """What the first one leaves is in pieces; a GPU's counters are given."""
     ran, retries = [], iter([0, *[squeezed] * 9])
 
@@ -424,8 +432,8 @@ def test_a_batch_that_comes_near_the_limit_has_to_fit_twice(reserved_mib, squeez
 
     monkeypatch.setitem(FACTORIES, "fake", lambda *_: SimpleNamespace(generate=generate))
     for name, value in {
-        "memory_allocated": 0, "memory_reserved": 0, "mem_get_info": (2**30, 2**30), "reset_peak_memory_stats": None,
-        "max_memory_reserved": reserved_mib * MIB, "max_memory_allocated": 0, "synchronize": None,
+        "memory_allocated": 0, "memory_reserved": 0, "mem_get_info": (room_mib * MIB, 2**30),
+        "reset_peak_memory_stats": None, "max_memory_reserved": reserved_mib * MIB, "max_memory_allocated": 0, "synchronize": None,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": next(retries)})

@@ -17,6 +17,7 @@ from transformers import (
 
 from qnb import decode, model
 from qnb import step as lean
+from qnb.batch import is_out_of_memory
 from qnb.decode import Clock, Decoder, Eager, agreement, pad
 from qnb.error import InputError
 from qnb.precision import PRECISIONS
@@ -110,14 +111,21 @@ def test_buffers_serve_smaller_batches_and_shorter_prompts_one_after_the_other()
         assert (stepped(decoder, prompts, forced) - stock(network, prompts, forced)).abs().max() < 1e-4
 
 
-def test_prompts_are_read_in_chunks_of_rows(monkeypatch):
+@pytest.mark.parametrize(("tokens", "parts"), [(5, [1, 1, 1]), (12, [2, 1]), (17, [2, 1]), (18, [3])])
+def test_prompts_are_read_in_chunks_of_one_size(tokens, parts, monkeypatch):
+    """The last begins before its rows do: their keys, values and logits are those of their own."""
     network = tiny(LlamaConfig, {})
-    whole, chunked = Decoder(network, 3, 6, 4), Decoder(network, 3, 6, 4)
-    logits, parts = read(whole, THREE), []
-    monkeypatch.setattr(decode, "PREFILL_TOKENS", 5)
-    chunked.prefill(THREE, parts)
-    assert [len(part) for part in parts] == [1, 1, 1] and torch.allclose(torch.cat(parts), logits, atol=1e-5)
-    assert torch.equal(chunked.token, whole.token) and torch.equal(chunked.tokens(3, 1), logits.argmax(-1)[:, None])
+    forced, sizes, read_chunk = torch.randint(0, 300, (3, 4)), set(), Decoder._read
+    monkeypatch.setattr(decode, "PREFILL_TOKENS", tokens)
+    monkeypatch.setattr(
+        Decoder, "_read", lambda self, ids, *more: sizes.add(ids.shape) or read_chunk(self, ids, *more)
+    )
+    decoder, found = Decoder(network, 3, 6, 4), []
+    decoder.prefill(THREE, found)
+    expected = stock(network, THREE, forced)
+    assert [len(part) for part in found] == parts and sizes == {(parts[0], 6)}
+    assert torch.equal(decoder.tokens(3, 1), torch.cat(found).argmax(-1)[:, None])
+    assert (stepped(decoder, THREE, forced) - expected).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("prompts", [ONE, THREE], ids=["one", "three, padded"])
@@ -195,6 +203,35 @@ def test_what_cannot_be_compiled_runs_uncompiled_and_says_so(broken, monkeypatch
     decoder.step(1)
     assert "no compiler here" in decoder.note and Decoder(network, 1, 6, 9, decode.COMPILE).note == decoder.note
     forced = torch.randint(0, 300, (1, 4))
+    assert (stepped(decoder, ONE, forced) - stock(network, ONE, forced)).abs().max() < 1e-4
+
+
+def test_memory_that_runs_out_while_compiling_is_no_fault_of_the_compiler(monkeypatch):
+    def backend(graph, inputs):
+        raise torch.cuda.OutOfMemoryError("no more")
+
+    part = torch.compile(lean.layer, backend=backend)
+    monkeypatch.setattr(lean.Parts, "compiled", lambda parts, options: parts._replace(layer=part))
+    decoder = Decoder(tiny(LlamaConfig, {}), 1, 6, 9, decode.COMPILE)
+    decoder.prefill(ONE)
+    with pytest.raises(Exception, match="no more") as caught:
+        decoder.step(1)
+    assert is_out_of_memory(caught.value) and decoder.note == ""
+
+
+def test_more_shapes_than_are_kept_compiled_run_uncompiled(monkeypatch):
+    compiled = lean.Parts._replace
+    monkeypatch.setattr(lean, "VARIANTS", 1)
+    monkeypatch.setattr(
+        lean.Parts, "compiled",
+        lambda parts, options: compiled(parts, read=torch.compile(lean.read, fullgraph=True, backend="eager")),
+    )  # fmt: skip
+    network = tiny(LlamaConfig, {})
+    for width in (6, 7, 8):
+        decoder = Decoder(network, 1, width, 4, decode.COMPILE)
+        decoder.prefill([[5] * width])
+    assert "torch.compile failed" in decoder.note
+    forced = torch.randint(0, 300, (1, 3))
     assert (stepped(decoder, ONE, forced) - stock(network, ONE, forced)).abs().max() < 1e-4
 
 
