@@ -433,7 +433,8 @@ def test_a_batch_that_comes_near_the_limit_has_to_fit_twice(
     monkeypatch.setitem(FACTORIES, "fake", lambda *_: SimpleNamespace(generate=generate))
     for name, value in {
         "memory_allocated": 0, "memory_reserved": 0, "mem_get_info": (room_mib * MIB, 2**30),
-        "reset_peak_memory_stats": None, "max_memory_reserved": reserved_mib * MIB, "max_memory_allocated": 0, "synchronize": None,
+        "reset_peak_memory_stats": None, "max_memory_reserved": reserved_mib * MIB,
+        "max_memory_allocated": 0, "synchronize": None,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": next(retries)})
