@@ -418,9 +418,8 @@ class Lean:
         self.head = join([model.get_output_embeddings()])[0]
         self._rotary = inner.rotary_emb
         self._backends = ATTENTION if self.embedding.is_cuda else CPU_ATTENTION
-        self._shared = self.embedding.element_size() == 2 and _is_ampere(
-            self.embedding.device
-        )  # flash or cuDNN's attention
+        # flash and cuDNN's attention, which know heads that share keys
+        self._shared = self.embedding.element_size() == 2 and _is_ampere(self.embedding.device)
         self.note = ""
         self._few = self._many = Parts()
         if options is not None:
