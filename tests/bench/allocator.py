@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -235,11 +235,12 @@ def reading(prompt_tokens: int, new_tokens: int) -> Callable[[int, float], Alloc
 
 
 def device(
-    prompt_tokens: int, new_tokens: int, limit_mib: float, bits: float = 16, layers: int = 16
+    prompt_tokens: int, new_tokens: int, limit_mib: float, bits: float = 16, layers: int = 16, workspace_at: int = 0
 ) -> Callable[[int], Probe]:
     """Return a `try_batch` that serves the recorded allocations within `limit_mib`, linear weights taking `bits`.
 
     They are served twice, as a batch follows a batch: the second finds memory in the pieces that the first one left.
+    The workspace is taken before them, or where `workspace_at` of the first batch's were.
     """
     config = shape_config()
     config.num_hidden_layers = layers
@@ -253,12 +254,21 @@ def device(
     @cache
     def try_batch(batch_size: int) -> Probe:
         memory = Allocator(limit_mib * MIB)
-        for size in (*weights, WORKSPACE):
+        for size in weights:
             memory.take(size)
+
+        def sizes(place: int = -1) -> Iterator[tuple[int, int]]:
+            for number, fixed, row in events:
+                if number == place:
+                    memory.take(WORKSPACE)
+                yield number, fixed + row * batch_size
+
+        if not workspace_at:
+            memory.take(WORKSPACE)
         idle_mib = memory.live / MIB
         try:
-            for _ in range(2):
-                _serve(memory, ((number, fixed + row * batch_size) for number, fixed, row in events))
+            _serve(memory, sizes(workspace_at))
+            _serve(memory, sizes())
         except MemoryError:
             return Probe(batch_size, False, idle_mib=idle_mib, ended=OUT_OF_MEMORY)
         peaks = {"memory_mib": memory.peak_reserved / MIB, "live_mib": memory.peak_live / MIB}
