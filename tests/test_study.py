@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qnb import InputError, Study, model, workbench
+from qnb import InputError, Study, decode, model, workbench
 from qnb.device import Device
 from qnb.precision import PRECISIONS, parse
 from qnb.timing import Timing
@@ -219,7 +219,7 @@ def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(source, tmp_
 
 
 def test_an_engine_that_cannot_run_a_precision_leaves_a_row_that_says_why(source, tmp_path, monkeypatch):
-    from qnb import benchmark, decode
+    from qnb import benchmark
     from qnb.monitor import Usage
 
     made = Study("smollm2-135m", "bf16", tmp_path)
@@ -259,8 +259,9 @@ def test_plans_are_made_of_rows_alone(source, tmp_path):
 
 
 @pytest.mark.gpu
-def test_a_gpu_times_both_engines_alone_and_together(tmp_path):
+def test_a_gpu_times_both_engines_alone_and_together(tmp_path, monkeypatch):
     """The stages of 03 and 04 as their notebooks run them; INT8 is searched in a process of its own."""
+    monkeypatch.setattr(decode, "COMPILE", None)  # kernels have their own test, and each size takes half a minute
     made = Study(model.EMBEDDED, "bf16,int8,nf4", tmp_path / "study")
     work = made.workload("bs1", 4, 16, 12, "sample")
     alone = made.perf_bs1(work, 2)
