@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from qnb import InputError, Study, __main__, benchmark, model
 from qnb.__main__ import NOTEBOOKS, ROOT
+from qnb.decode import Eager
 from qnb.ledger import Line
 
 SMOKE = yaml.safe_load((NOTEBOOKS / "profiles" / "smoke.yaml").read_text())
@@ -286,10 +287,10 @@ def test_out_of_memory_in_every_probe(tight, monkeypatch, capsys):
     def measure(study):
         study.perf_maxbatch(study.workload("maxbatch", 2, 8, 2, "sample"), 2, 2000)
 
-    generate = benchmark.ENGINES["eager"]
+    generate = Eager.generate
     with monkeypatch.context() as patch:
-        patch.setitem(benchmark.ENGINES, "eager", lambda network, *rest: (
-            full() if getattr(network, "is_quantized", False) else generate(network, *rest)))  # fmt: skip
+        patch.setattr(Eager, "generate", lambda engine, *rest: (
+            full() if getattr(engine._model, "is_quantized", False) else generate(engine, *rest)))  # fmt: skip
         measure(tight)
     assert set(tight.frame("perf", "maxbatch").precision) == {"bf16"}
     tried_again(tight, measure, "batch", capsys)
