@@ -84,9 +84,8 @@ class Largest:
         """
         if self.capped:
             return 0.0
-        fits = sorted((probe for probe in self.probes if probe.fits), key=lambda probe: probe.batch_size)
         bad = min((probe.batch_size for probe in self.probes if not probe.fits), default=inf)
-        ceiling, _ = _meets(fits, self.limit_mib, "live_mib")
+        ceiling, _ = _meets(_fitting(self.probes), self.limit_mib, "live_mib")
         return 100 * max(0.0, min(bad - 1, ceiling) / self.batch_size - 1)
 
 
@@ -152,7 +151,7 @@ def largest(
 
 def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolerance: float, cliff: int) -> int:
     """Choose the next batch size; the caller keeps it strictly inside the bracket."""
-    fits = sorted((probe for probe in probes if probe.fits), key=lambda probe: probe.batch_size)
+    fits = _fitting(probes)
     clean = [probe for probe in fits if not probe.squeezed and probe.memory_mib is not None]
     failed = [probe for probe in probes if not probe.fits]
     middle, closing = (good + bad) // 2, good + int(good * tolerance) + 1  # what does not fit there ends the search
@@ -182,6 +181,11 @@ def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolera
     beyond = sum(probe.batch_size * (1 + tolerance) >= aim for probe in fits)  # the line ends here
     further = good + int(stride * _BEYOND[min(beyond, 3)]) + 1
     return min(middle, further) if failed else further
+
+
+def _fitting(probes: Sequence[Probe]) -> list[Probe]:
+    """Return the probes that fitted, the largest last."""
+    return sorted((probe for probe in probes if probe.fits), key=lambda probe: probe.batch_size)
 
 
 def _even(batch_size: int, good: int, bad: int, tolerance: float) -> int:

@@ -302,20 +302,20 @@ def run(
     batch_size = min(batch_size, len(prompts))
     full = len(prompts) // batch_size
     batches = [prompts[place * batch_size : (place + 1) * batch_size] for place in range(full)]
-    make = partial(FACTORIES[engine], model, batch_size, len(longest), new_tokens)
+    make, measures = FACTORIES[engine], on_gpu and "memory" in passes
     few, peaks = min(WARM_UP_TOKENS, new_tokens), None
     with quiet():
-        if on_gpu and "memory" in passes:
+        if measures:
             # What is made once, for as long as the model is loaded, is no batch's. It is made while there is little
             # else: a workspace taken in the midst of a batch would stand between pieces of memory ever after.
             release()
             give_back_workspaces()  # else those of the engine before would count
             rows = min(batch_size, warm_up_rows(engine, len(longest))[-1])
-            FACTORIES[engine](model, rows, len(longest), new_tokens).generate([longest] * rows, few)
+            make(model, rows, len(longest), new_tokens).generate([longest] * rows, few)
             release()
             torch.cuda.reset_peak_memory_stats(device)
-        made = make()
-        if on_gpu and "memory" in passes:
+        made = make(model, batch_size, len(longest), new_tokens)
+        if measures:
             made.generate([longest] * batch_size, new_tokens)
             _synchronize(device)
             peaks = torch.cuda.max_memory_allocated(device) / MIB, torch.cuda.max_memory_reserved(device) / MIB
@@ -609,14 +609,14 @@ def trial(
     device, longest = model.device, workload.longest
     on_gpu = device.type == "cuda"
 
-    def run_out(batch_size: int, new_tokens: int, again: Callable[[], bool] = lambda: False) -> bool:
+    def run_out(batch_size: int, tokens: int, again: Callable[[], bool] = lambda: False) -> bool:
         try:
             with quiet():
-                made = FACTORIES[engine](model, batch_size, len(longest), new_tokens)
-                made.generate([longest] * batch_size, new_tokens)
+                made = FACTORIES[engine](model, batch_size, len(longest), workload.new_tokens)
+                made.generate([longest] * batch_size, tokens)
                 _synchronize(device)
                 if again():
-                    made.generate([longest] * batch_size, new_tokens)
+                    made.generate([longest] * batch_size, tokens)
                     _synchronize(device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -658,7 +658,6 @@ def trial(
             return Probe(batch_size, False, took_s=took_s, ended=OUT_OF_MEMORY)
         return Probe(batch_size, memory_mib is None or memory_mib <= limit_mib, memory_mib, took_s=took_s)
 
-    few = min(WARM_UP_TOKENS, workload.new_tokens) if engine == "eager" else workload.new_tokens  # of one length
     for rows in warm_up_rows(engine, len(longest)):
-        run_out(rows, few)
+        run_out(rows, min(WARM_UP_TOKENS, workload.new_tokens))
     return on_device if on_gpu else on_cpu
