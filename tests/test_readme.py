@@ -14,6 +14,7 @@ from qnb.precision import PRECISIONS
 TEXT = (ROOT / "README.md").read_text()
 KEPT = ROOT / "outputs" / "reference"
 SHAPE = "h100-llama-3.2-1b-shape"
+LARGER = "h200-llama-3.2-1b-shape"  # the larger card's
 PAGES = [ROOT / "README.md", ROOT / "outputs" / "reference" / "README.md"]
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["repository"]
 
@@ -77,7 +78,9 @@ def test_the_numbers_are_those_of_the_kept_runs():
     share = 100 * rates.loc[["nf4", "int4"]] / rates.loc["fp16"]
     assert f"NF4 served {share.eager.nf4:.0f} % of FP16's requests and `int4`" in text
     assert f"in 32 bit, {share.eager.int4:.0f} %. " in text and f"near, {share.graphed.nf4:.0f} %" in text
-    gain = (rates.graphed / rates.eager).dropna().drop("nf4-dq")
+    other = kept(f"{LARGER}/table4_maxbatch.csv").set_index(["precision", "engine"]).throughput_rps.unstack()
+    assert f"({100 * other.graphed.nf4 / other.graphed.fp16:.0f} % on an H200)" in text
+    gain = (other.graphed / other.eager).dropna()
     assert f"serves {gain.min():.1f} to {gain.max():.1f} times as many requests" in text
     token, longer = steps.tpot_ms, 100 * (steps.tpot_ms.graphed.int4 / steps.tpot_ms.graphed.bf16 - 1)
     assert f"a token took {token.eager.min():.0f} to {token.eager.max():.0f}" in text
@@ -114,56 +117,70 @@ SEARCHES = {"ours": "this one", "accelerate": "accelerate's", "lightning power":
 
 
 def test_notebook_04_tells_what_was_kept():
-    found, text = kept(f"{SHAPE}/batch.csv"), " ".join(prose("04").split())
-    rows = table("| | search |", prose("04"))
-    made = [[row.precision, SEARCHES[row.search], str(row.largest_batch),
-             str(row.true_at_most), str(row.probes), f"{row.seconds:.1f}"] for row in found.itertuples()]  # fmt: skip
-    assert rows == made
-    largest = kept(f"{SHAPE}/largest_batch.csv").dropna(subset=["throughput_rps"]).astype({"batch_size": int})
-    held, whole = (largest[largest.memory_gib == memory] for memory in ("15", "whole"))
-    assert table("| | engine |", prose("04")) == [
-        [row.precision, row.engine, str(row.batch_size), f"{row.throughput_rps:.0f}",
-         f"{1000 * row.tpot_s:.1f}", f"{row.kernels_per_token:.0f}"] for row in held.itertuples()
+    """Both tables row by row, and in its sentences ratios, power, energy and what is left open."""
+    found, text = kept(f"{LARGER}/batch.csv"), " ".join(prose("04").split())
+    assert table("| | GiB |", prose("04")) == [
+        [row.precision, f"{row.memory_gib:g}", SEARCHES[row.search], str(row.largest_batch),
+         str(row.true_at_most), str(row.probes), f"{row.seconds:.1f}"] for row in found.itertuples()
     ]  # fmt: skip
-    rates = held.pivot(index="precision", columns="engine", values="throughput_rps")
+    cards = [kept(f"{name}/table4_maxbatch.csv").set_index(["precision", "engine"]) for name in (LARGER, SHAPE)]
+    now, before = (card.dropna(subset=["throughput_rps"]) for card in cards)
+    rows = table("| | engine |", prose("04"))
+    assert [tuple(row[:2]) for row in rows] == list(now.index)
+    for precision, engine, batch, rate, token_ms, kernel_ms, kernels, *other in rows:
+        mine = now.loc[precision, engine]
+        assert [batch, rate, kernels] == [
+            f"{mine[name]:.0f}" for name in ("batch_size", "throughput_rps", "kernels_per_token")
+        ]
+        assert [token_ms, kernel_ms] == [f"{1000 * mine[name]:.1f}" for name in ("tpot_s", "kernel_s_per_token")]
+        if (precision, engine) in before.index:
+            its = before.loc[precision, engine]
+            assert other == [f"{its.batch_size:.0f}", f"{its.throughput_rps:.0f}", f"{1000 * its.tpot_s:.1f}"]
+        else:
+            assert other == ["-"] * 3
+    rates, earlier = now.throughput_rps.unstack(), before.throughput_rps.unstack()
     gain = (rates.graphed / rates.eager).dropna()
-    most = gain.drop(["int4", "nf4-dq"])
+    most = gain.drop(["fp32", "int4"])
     assert (most.idxmin(), most.idxmax()) == ("fp16", "int8-t0")
     assert f"serves {most.min():.1f} (FP16) to {most.max():.1f} times (INT8 without outliers) as many" in text
-    shares = kept(f"{SHAPE}/table4_maxbatch.csv").set_index(["precision", "engine"])
-    busy = shares.utilization_pct.unstack().eager
-    waiting = busy[busy < 80]
-    assert len(waiting) == 5 and len(busy) == 9 and "Five of the nine waited" in text
-    waiting = waiting.drop("nf4-dq")
-    assert f"the GPU was busy {waiting.min():.0f} (INT8) to {waiting.max():.0f} % (FP4)" in text
-    assert waiting.idxmin() == "int8" and waiting.idxmax() == "fp4"
-    assert f"In FP16 it was busy {busy.fp16:.0f} %" in text
-    fp16 = shares.loc["fp16", "graphed"]
-    assert f"take {fp16.compute_share_pct:.0f} % of its time" in text
-    assert f"at a copy's, {fp16.bandwidth_share_pct:.0f} %: one after the other they leave a fifth" in text
-    assert fp16.compute_share_pct + fp16.bandwidth_share_pct == pytest.approx(80, abs=2)
-    assert f"INT4, which computes in 32 bit, {gain.int4:.1f} times" in text
-    sizes, rates = (whole.set_index("engine")[name] for name in ("batch_size", "throughput_rps"))
-    assert f"{sizes.eager} requests with `eager` and {sizes.graphed} with `graphed`" in text
-    assert f"served {rates.eager:.0f} and {rates.graphed:.0f} a second" in text
-    searched = kept(f"{SHAPE}/largest_batch.csv").query("memory_gib == '15'").set_index(["precision", "engine"])
-    left = searched.open_pct.unstack().graphed.drop("fp32")
-    now = left.drop("nf4-dq").dropna()
-    assert f"{now.min():.0f} to {now.max():.0f} % more rows might fit" in text
-    assert f"in NF4-DQ's earlier run {left['nf4-dq']:.0f}" in text
-    short = searched.astype({"found": int}).query("batch_size < found").batch_size.astype(int).droplevel("engine")
-    assert set(short.index) == {"bf16", "fp16", "int8-t0"} and short.bf16 == short.fp16
-    assert f"FP16 and BF16 found {searched.found['fp16', 'eager']:.0f} rows and were timed at {short.fp16}" in text
-    assert f"INT8 without outliers {searched.found['int8-t0', 'eager']:.0f} and {short['int8-t0']}" in text
-    int4 = found[(found.precision == "int4") & (found.search == "ours")].iloc[0]
-    assert f"ended {100 - int4.share_pct:.1f} % below" in text
-    many = (
-        kept(f"{SHAPE}/decode.csv").query("batch_size == 400").set_index("engine").throughput_rps.round().astype(int)
+    past = (earlier.graphed / earlier.eager).dropna().drop(["int4", "nf4-dq"])
+    assert f"on the H100 {past.min():.1f} to {past.max():.1f}; FP32 {gain.fp32:.1f} times" in text
+    assert f"in 32 bit, {gain.int4:.1f}." in text
+    kernels_ms = 1000 * now.kernel_s_per_token.unstack().eager
+    assert f"{kernels_ms.bf16:.1f} and {kernels_ms.fp16:.1f} ms of them a token" in text
+    assert f"served {rates.eager.bf16:.0f} and {rates.eager.fp16:.0f} requests/s" in text
+    fp16 = now.loc["fp16"]
+    drawn_w = [round(card.loc["fp16", "graphed"].power_w) for card in (now, before)]
+    assert (
+        f"FP16 drew {drawn_w[0]} W on the H200 and {drawn_w[1]} on the H100, both held back by their power cap" in text
     )
-    assert f"served {many.eager} requests/s with `eager` and {many.graphed} with `graphed`" in text
-    swept = kept(f"{SHAPE}/sweep.csv").query("precision == 'fp16'").pivot(index="batch_size", columns="engine")
-    ratio = swept.throughput_rps.graphed / swept.throughput_rps.eager
-    assert f"{ratio[256]:.1f} times as many at batch 256 and {ratio[1024]:.1f} at 1,024" in text
+    assert all("power cap" in card.loc["fp16", "graphed"]["flags"] for card in (now, before))
+    assert f"serves {100 * (rates.graphed.fp16 / earlier.graphed.fp16 - 1):.0f} % more" in text
+    joules = fp16.energy_j_per_request
+    assert f"took {joules.eager:.2f} J with `eager` and {joules.graphed:.2f} with `graphed`" in text
+    searched = kept(f"{LARGER}/largest_batch.csv").set_index(["memory_gib", "precision", "engine"])
+    once = kept(f"{SHAPE}/largest_batch.csv").set_index(["memory_gib", "precision", "engine"]).sort_index()
+    assert searched.found["15", "fp16", "eager"] == once.found["15", "fp16", "eager"] == 888
+    assert "`eager` found 888 rows in FP16 on both" in text
+    whole = searched.loc["whole"]
+    assert f"FP16 fitted {whole.found['fp16', 'eager']} requests with `eager`, and 12,000" in text
+    assert whole.xs("graphed", level="engine").capped.all() and set(whole.xs("graphed", level="engine").found) == {
+        12000
+    }
+    for precision in ("fp16", "nf4"):
+        told = [f"{whole.throughput_rps[precision, engine]:.0f}" for engine in ("eager", "graphed")]
+        assert " and ".join(told) in text, precision
+    assert f"ends at {whole.found['int8-t0', 'eager']} with `eager`" in text
+    sizes, rates = (once.loc["whole", "fp16"][name] for name in ("batch_size", "throughput_rps"))
+    assert f"{rates.eager:.0f} at {sizes.eager:.0f} and {rates.graphed:.0f} at {sizes.graphed:.0f}" in text
+    left = searched.loc["15"].open_pct.unstack().graphed.dropna()
+    rest = left.drop("fp32")
+    assert f"{rest.min():.0f} to {rest.max():.0f} % more rows might fit, in FP32 {left.fp32:.0f}" in text
+    short = searched.loc["15"].query("batch_size < found")
+    assert list(short.index) == [("bf16", "eager"), ("nf4", "eager")]
+    assert f"{short.found.iloc[0]} and {short.found.iloc[1]} rows" in text
+    assert f"timed at {short.batch_size.iloc[0]} and {short.batch_size.iloc[1]}." in text
+    assert len(once.loc["15"].dropna(subset=["throughput_rps"]).query("batch_size < found")) == 3
 
 
 def test_notebook_02_tells_what_was_kept():
