@@ -155,6 +155,19 @@ def test_a_workspace_taken_in_the_midst_of_a_batch_costs_rows():
     assert amidst(864).fits and not amidst(872).fits
 
 
+def test_what_fits_in_int8_hangs_on_which_products_meet_outliers():
+    """The outline is within 2 % of a GPU's readings and ends where it did, and at 256 tokens where two GPUs did."""
+    a_gpus = {143: (3796, 4226), 362: (7361, 8408), 724: (13254, 14998)}  # rows: live, reserved MiB on an H200
+    try_batch = device(128, 3, 15 * 1024, 8, outliers=(1.0, 0))
+    for batch_size, (live_mib, reserved_mib) in a_gpus.items():
+        probe = try_batch(batch_size)
+        assert probe.live_mib == pytest.approx(live_mib, rel=0.02)
+        assert probe.memory_mib == pytest.approx(reserved_mib, rel=0.02)
+    assert not try_batch(732).fits
+    all_meet, half_meet = (device(256, 2, 15 * 1024, 8, outliers=drawn) for drawn in ((1.0, 0), (0.5, 4)))
+    assert [max(b for b in range(320, 400) if run(b).fits) for run in (all_meet, half_meet)] == [365, 337]
+
+
 def test_prompts_read_in_equal_chunks_leave_gaps_of_one_size():
     """Caches made while prompts are read stood in freed blocks, chunks of two sizes in each other's: up to 2.5 GiB."""
     take = reading(128, 100)

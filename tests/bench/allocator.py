@@ -12,7 +12,8 @@ import weakref
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from random import Random
 from typing import Any
 
 import torch
@@ -172,6 +173,30 @@ def _outline(layers: int) -> LlamaForCausalLM:
     return model
 
 
+def _llm_int8(model: LlamaForCausalLM, draw: Random, share: float) -> None:
+    """Let the layers' products allocate what LLM.int8's do on a GPU, a `share` of them meeting outlier columns."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers" in name:
+            module.forward = partial(_product, module.out_features, draw.random() < share)
+
+
+def _product(width: int, outliers: bool, hidden: torch.Tensor) -> torch.Tensor:
+    """Allocate rows of 8 bits and their scales, the search for outliers, and a product in 32 bits made one in 16.
+
+    That of outlier columns is added out of place, while the sum in 32 bits is held still: so a GPU's peak says.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    scales, eight = rows.new_empty(len(rows), dtype=torch.float32), torch.empty_like(rows, dtype=torch.int8)
+    found = rows.abs() >= 6
+    del found
+    sums = rows.new_empty(len(rows), width, dtype=torch.int32)
+    product = torch.empty_like(sums, dtype=torch.float16)
+    if outliers:
+        product = torch.empty_like(product)
+    del scales, eight, sums
+    return product.reshape(*hidden.shape[:-1], width)
+
+
 def _recorder(model: LlamaForCausalLM) -> _Recorder:
     return _Recorder({p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())})
 
@@ -188,9 +213,13 @@ def _serve(memory: Allocator, events: Iterable[tuple[int, int]]) -> None:
         memory.give(name)
 
 
-def _record(batch_size: int, prompt_tokens: int, new_tokens: int, layers: int) -> list[tuple[int, int]]:
+def _record(
+    batch_size: int, prompt_tokens: int, new_tokens: int, layers: int, outliers: tuple[float, int] | None
+) -> list[tuple[int, int]]:
     """Return the allocations of eager greedy decoding: whole prompts, then a token at a time, the cache growing."""
     model = _outline(layers)
+    if outliers:
+        _llm_int8(model, Random(outliers[1]), outliers[0])
     recorder = _recorder(model)
     with torch.inference_mode(), recorder:
         ids, kept = torch.empty(batch_size, prompt_tokens, dtype=torch.long, device="meta"), None
@@ -205,9 +234,14 @@ def _record(batch_size: int, prompt_tokens: int, new_tokens: int, layers: int) -
 
 
 @cache
-def recorded(prompt_tokens: int, new_tokens: int, layers: int = 16) -> list[tuple[int, int, int]]:
-    """Return allocations on Llama-3.2-1B's shape, (number, fixed bytes, bytes a row), and frees, (-number, 0, 0)."""
-    two, four = (_record(batch_size, prompt_tokens, new_tokens, layers) for batch_size in (2, 4))
+def recorded(
+    prompt_tokens: int, new_tokens: int, layers: int = 16, outliers: tuple[float, int] | None = None
+) -> list[tuple[int, int, int]]:
+    """Return allocations on Llama-3.2-1B's shape, (number, fixed bytes, bytes a row), and frees, (-number, 0, 0).
+
+    With `outliers` products are LLM.int8's: the share of them that meet outlier columns, and the seed that says which.
+    """
+    two, four = (_record(batch_size, prompt_tokens, new_tokens, layers, outliers) for batch_size in (2, 4))
     events = []
     for (number, small), (other, large) in zip(two, four, strict=True):
         assert number == other
@@ -235,12 +269,18 @@ def reading(prompt_tokens: int, new_tokens: int) -> Callable[[int, float], Alloc
 
 
 def device(
-    prompt_tokens: int, new_tokens: int, limit_mib: float, bits: float = 16, layers: int = 16, workspace_at: int = 0
+    prompt_tokens: int,
+    new_tokens: int,
+    limit_mib: float,
+    bits: float = 16,
+    layers: int = 16,
+    workspace_at: int = 0,
+    outliers: tuple[float, int] | None = None,
 ) -> Callable[[int], Probe]:
     """Return a `try_batch` that serves the recorded allocations within `limit_mib`, linear weights taking `bits`.
 
     They are served twice, as a batch follows a batch: the second finds memory in the pieces that the first one left.
-    The workspace is taken before them, or where `workspace_at` of the first batch's were.
+    The workspace is taken before them, or where `workspace_at` of the first batch's were. `outliers` as `recorded`'s.
     """
     config = shape_config()
     config.num_hidden_layers = layers
@@ -249,7 +289,7 @@ def device(
             int(p.numel() * (bits if p.ndim == 2 and "layers" in name else 16)) // 8
             for name, p in LlamaForCausalLM(config).named_parameters()
         ]
-    events = recorded(prompt_tokens, new_tokens, layers)
+    events = recorded(prompt_tokens, new_tokens, layers, outliers)
 
     @cache
     def try_batch(batch_size: int) -> Probe:
