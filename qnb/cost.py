@@ -138,7 +138,7 @@ def roofline(runs: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(type="log", title="arithmetic a byte, FLOP/byte (log)", dtick=1)
     figure.update_yaxes(type="log", title="achieved, TFLOP/s (log)", dtick=1)
     note = f"lines: measured limits; slope {bandwidth / 1e12:.3g} TB/s, roof {peak / 1e12:.3g} TFLOP/s"
-    return look.layout(figure, title, 480, note)
+    return look.part_labels(look.layout(figure, title, 480, note))
 
 
 def _roof_hover(row: dict[str, Any]) -> str:

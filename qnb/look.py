@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -17,12 +17,13 @@ from plotly.subplots import make_subplots
 
 from qnb.precision import PRECISIONS
 
+Box = tuple[float, float, float, float]  # left, bottom, right, top
 INK, CLEAR = "#222222", "rgba(255,255,255,0)"
 HATCHES = dict(zip(PRECISIONS, ("|", "", "/", "x", "+", "\\", "-", "-", "+"), strict=True))
 DASHES = dict(
     zip(PRECISIONS, ("dot", "solid", "dash", "dashdot", "dot", "longdash", "dot", "longdashdot", "dash"), strict=True)
 )
-# where a point's label stands: points of two precisions often coincide
+# where a point's label stands first: points of two precisions often coincide
 SIDES = dict(
     zip(
         PRECISIONS,
@@ -42,6 +43,7 @@ LABELS = {
     "sample_exam_social_sciences": "exam social sciences", "sample_exam_stem": "exam STEM",
 }  # fmt: skip
 TOP_PX, BOTTOM_PX, GAP_PX = 76, 60, 58
+PANEL_PX, MARKER_PX, LETTER_PX, LINE_PX = 810, 6, 7, 13  # a picture's panel; half a marker; of a label
 
 
 def name(task: str) -> str:
@@ -60,10 +62,19 @@ def number(value: float) -> str:
 
 
 def ticks(low: float, high: float) -> dict[str, Any]:
-    """Return the ticks of a logarithmic axis, each written out: Plotly's own leave a lone 2 for 200."""
+    """Return the ticks of a logarithmic axis, each written out: Plotly's own leave a lone 2 for 200.
+
+    They are at 1, 2 and 5 of each power of ten, or where `low` and `high` are too near for two of them, even steps.
+    """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     values = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
-    return {"type": "log", "tickvals": values, "ticktext": [number(value) for value in values]}
+    if sum(low <= value <= high for value in values) < 2:
+        size = (high - low or low) / 3
+        power = 10.0 ** math.floor(math.log10(size))
+        step = power * max(digit for digit in (1, 2, 5) if digit * power <= size)
+        values = [step * count for count in range(max(1, math.floor(low / step)), math.ceil(high / step) + 1)]
+    told = {number(value): value for value in values}
+    return {"type": "log", "tickvals": list(told.values()), "ticktext": list(told)}
 
 
 def bars(precisions: Sequence[str], filled: bool = True, hatch: str | None = None) -> dict[str, Any]:
@@ -108,6 +119,60 @@ def layout(figure: go.Figure, title: str, height: int = 420, note: str = "") -> 
         hoverlabel={"align": "left"},
     )  # fmt: skip
     return figure.update_yaxes(automargin=True).update_xaxes(automargin=True)
+
+
+def part_labels(figure: go.Figure) -> go.Figure:
+    """Move points' labels to the sides where they cover the least of other labels and points.
+
+    Places are reckoned for the width that pictures have; in a narrower window labels are nearer to each other.
+    """
+    room = (PANEL_PX, (figure.layout.height or 420) - TOP_PX - BOTTOM_PX)
+    points = [trace for trace in figure.data if "markers" in (trace.mode or "") and trace.x is not None]
+    scales = [_scale(figure, axis, points) for axis in "xy"]
+    at = [[(scales[0](x) * room[0], scales[1](y) * room[1]) for x, y in zip(trace.x, trace.y, strict=True)
+           if x is not None] for trace in points]  # fmt: skip
+    near = 2 * MARKER_PX  # of another's point: a label there would seem to be its
+    markers = [[(x - near, y - near, x + near, y + near) for x, y in part] for part in at]
+    choices: dict[int, dict[str, Box]] = {}  # by trace: a label's box at each side, the wanted one first
+    for place, (trace, part) in enumerate(zip(points, at, strict=True)):
+        if text := next((one.strip() for one in trace.text or () if one.strip()), ""):
+            sides = dict.fromkeys((trace.textposition, *SIDES.values()))
+            choices[place] = {side: _box(part[0], (LETTER_PX * len(text), LINE_PX), side) for side in sides}
+    for _ in range(3):  # as the first choices were made without knowing of the last
+        for place, boxes in choices.items():
+            others = [mine[points[other].textposition] for other, mine in choices.items() if other != place]
+            others += [box for other, part in enumerate(markers) if other != place for box in part]
+            points[place].textposition = min(boxes, key=lambda side: sum(_shared(boxes[side], box) for box in others))
+    return figure
+
+
+def _scale(figure: go.Figure, axis: str, points: Sequence[Any]) -> Callable[[float], float]:
+    """Return where a value lies on an axis, 0 to 1, as nearly as is known before it is drawn."""
+    drawn = figure.layout[f"{axis}axis"]
+    place = math.log10 if drawn.type == "log" else float
+    known = [trace[axis] for trace in figure.data if trace[axis] is not None]
+    values = [place(value) for part in known for value in part if value is not None]
+    low, high = drawn.range or (min(values, default=0.0), max(values, default=1.0))
+    return lambda value: (place(value) - low) / ((high - low) or 1.0)
+
+
+def _box(point: tuple[float, float], size: tuple[float, float], side: str) -> Box:
+    """Return left, bottom, right and top of a label of that size beside a point, in pixels, upwards."""
+    vertical, horizontal = side.split()
+    ends = []
+    for middle, long, way in zip(
+        point, size, ({"left": -1, "center": 0, "right": 1}[horizontal],
+                      {"bottom": -1, "middle": 0, "top": 1}[vertical]), strict=True):  # fmt: skip
+        start = middle + way * (MARKER_PX + long / 2) - long / 2
+        ends.append((start, start + long))
+    (left, right), (bottom, top) = ends
+    return left, bottom, right, top
+
+
+def _shared(one: Box, other: Box) -> float:
+    """Return the pixels that two boxes have in common."""
+    wide, high = (min(one[i + 2], other[i + 2]) - max(one[i], other[i]) for i in (0, 1))
+    return max(wide, 0.0) * max(high, 0.0)
 
 
 def panels(figure_height: int, titles: Sequence[str], **more: Any) -> go.Figure:

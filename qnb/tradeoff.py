@@ -137,7 +137,8 @@ def front(found: Iterable[Candidate], cost: str, task: str = "mean over tasks") 
         **look.ticks(frame.cost.min(), frame.cost.max()),
     )  # fmt: skip
     figure.update_yaxes(title="accuracy, %")
-    return look.layout(figure, title, 430, f"{look.label(task)}; bars: 95 % intervals of the change")
+    look.layout(figure, title, 430, f"{look.label(task)}; bars: 95 % intervals of the change")
+    return look.part_labels(figure)
 
 
 def pareto(frame: pd.DataFrame) -> pd.DataFrame:
@@ -197,4 +198,5 @@ def decision(advice: Advice) -> go.Figure:
     figure.update_yaxes(title=f"{words}, {unit} (log)", **look.ticks(min(speeds), max(speeds)))
     for engine in dict.fromkeys(one.candidate.engine for _, judged in groups for one in judged):
         look.key(figure, engine)
-    return look.layout(figure, title, 430, "ring: recommended; filled: fits; hollow: may; crossed: does not")
+    look.layout(figure, title, 430, "ring: recommended; filled: fits; hollow: may; crossed: does not")
+    return look.part_labels(figure)

@@ -1,5 +1,8 @@
 """Figures draw what the frames say, and nothing else; pictures are saved where there is a browser."""
 
+import itertools
+import math
+
 import example
 import pandas as pd
 import plotly.graph_objects as go
@@ -174,3 +177,34 @@ def test_candidates_join_speed_and_accuracy(studied):
     assert int4.low_pp < int4.change_pp < int4.high_pp < 0
     changes = studied.results().tables[2]
     assert int4.change_pp == pytest.approx(changes[changes.precision == "int4"].change_pp.mean())
+
+
+def test_labels_of_points_that_nearly_coincide_do_not_cover_each_other():
+    """Of nine points in a heap every label keeps off the others; one that stands alone stays where it was."""
+    figure = go.Figure()
+    for place, precision in enumerate(PRECISIONS):
+        at = {"x": [10 ** (2 + 0.02 * place)], "y": [5 + 0.3 * (place % 2)]}
+        figure.add_scatter(**at, mode="markers+text", text=[f" {precision} "], textposition="middle right")
+    figure.add_scatter(x=[1.0], y=[0.0], mode="markers+text", text=["alone"], textposition="bottom left")
+    figure.update_xaxes(type="log")
+    look.part_labels(look.layout(figure, "heap", 430))
+    heap, alone = figure.data[:-1], figure.data[-1]
+    assert alone.textposition == "bottom left"
+    assert len({trace.textposition for trace in heap}) > 4
+    width, height = look.PANEL_PX, 430 - look.TOP_PX - look.BOTTOM_PX
+    boxes = [
+        look._box((width * math.log10(trace.x[0]) / 2.16, height * trace.y[0] / 5.3),
+                  (look.LETTER_PX * len(trace.text[0].strip()), look.LINE_PX), trace.textposition) for trace in heap
+    ]  # fmt: skip
+    covered = sum(look._shared(one, other) > 0 for one, other in itertools.combinations(boxes, 2))
+    assert covered <= 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "first", "last"), [(1, 1000, 1, 1000), (182, 263, 180, 260), (240, 240, 200, 250)]
+)
+def test_a_logarithmic_axis_has_ticks_however_short_it_is(low, high, first, last):
+    made = look.ticks(low, high)
+    assert made["type"] == "log" and {first, last} <= {round(value, 6) for value in made["tickvals"]}
+    assert made["ticktext"] == [look.number(value) for value in made["tickvals"]]
+    assert len(made["ticktext"]) == len(set(made["ticktext"])) > 1
