@@ -10,13 +10,13 @@ its whole batch, so the batch's latency stands beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,9 @@ TRACED_STEPS = 8  # decode steps in the profiled pass
 BUSY = 0.75  # a decode step whose kernels ran for less than this share of it waited for launches
 NEAR = 0.5  # where kernels cannot be timed, a roof is named from this share of it on
 TIGHT = 0.95  # of the memory allowed: a batch that takes more has to fit twice
-WIDTH = 0.05  # of the median's 95 % interval, relative to the median, at which repeating may end
+WIDTH = 0.05  # of the 95 % interval over passes, relative to their mean, at which repeating may end
+LEAST_PASSES = 3
+PASSES = ("memory", "trace", "agreement")  # beside the timed one
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,12 @@ class Limits:
     matmul_flop_per_s: dict[str, float]  # a square product by type; int8 counts operations
     idle_power_w: float | None  # of a GPU that waits with a context on it
 
+    def flop_per_s(self, flops: Mapping[str, float]) -> float | None:
+        """Return the rate at which operations, given by type, can be done at most, one type after the other."""
+        if not all(self.matmul_flop_per_s.get(name) for name in flops):
+            return None
+        return sum(flops.values()) / sum(count / self.matmul_flop_per_s[name] for name, count in flops.items())
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -69,17 +77,20 @@ class Work:
     weights_mib: float
     cache_mib: float  # keys and values of the whole batch at its end
     bytes_per_step: float  # every weight once, keys and values of half the new tokens
-    flops_per_step: float
-    multiplies_in: str  # type of the products, which decides their roof
+    flops: dict[str, float]  # by the type that multiplies, which decides the roof
+
+    @property
+    def flops_per_step(self) -> float:
+        """Operations of all types."""
+        return sum(self.flops.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Kernels of one decode step, from a profiled pass: its wall clock carries the profiler's own cost."""
+    """Kernels of one decode step, from a profiled pass, whose wall clock would carry the profiler's own cost."""
 
     kernel_s: float
     kernels: float
-    wall_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +114,7 @@ class Run:
     limits: Limits | None = None
     agreement: Agreement | None = None  # with eager
     note: str = ""
+    lost: tuple[str, ...] = ()  # passes beside the timed one that failed, and why
 
     @property
     def throughput_rps(self) -> float:
@@ -165,7 +177,7 @@ class Run:
         if self.trace is not None and self.trace.kernel_s < BUSY * self.tpot_s:
             return "launch"
         shares = {"bandwidth": self.work.bytes_per_step / self.tpot_s / self.limits.copy_bytes_per_s}
-        if roof := self.limits.matmul_flop_per_s.get(self.work.multiplies_in):
+        if roof := self.limits.flop_per_s(self.work.flops):
             shares["compute"] = self.work.flops_per_step / self.tpot_s / roof
         nearest = max(shares, key=lambda name: shares[name])
         return nearest if self.trace is not None or shares[nearest] >= NEAR else None
@@ -173,8 +185,10 @@ class Run:
     @property
     def flags(self) -> list[str]:
         """What makes this run unlike an undisturbed one."""
-        short = self.usage.source == "nvml" and self.usage.energy_j is None
-        return self.usage.flags + (["too short for the energy counter"] if short else [])
+        usage = self.usage
+        counted = usage.energy_s is not None and "energy_j" not in usage.missing
+        short = ["too short for the energy counter"] if counted and usage.energy_j is None else []
+        return [*usage.flags, *short, *self.lost]
 
     def energy(self) -> dict[str, float]:
         """Return joules a request and a token, whole and above what the device takes idle; empty where unknown."""
@@ -211,14 +225,13 @@ class Run:
             **self.percentiles(),
             "kernel_s_per_token": trace and trace.kernel_s,
             "kernels_per_token": trace and trace.kernels,
-            "wall_s_per_token": trace and trace.wall_s,
             "bytes_per_step": work and work.bytes_per_step,
             "flops_per_step": work and work.flops_per_step,
-            "multiplies_in": work and work.multiplies_in,
+            "flops_by_type": work and work.flops,
             "achieved_bytes_per_s": work.bytes_per_step / step_s if work and step_s else None,
             "achieved_flop_per_s": work.flops_per_step / step_s if work and step_s else None,
             "limit_bytes_per_s": limits and limits.copy_bytes_per_s,
-            "limit_flop_per_s": limits.matmul_flop_per_s.get(work.multiplies_in) if limits and work else None,
+            "limit_flop_per_s": limits.flop_per_s(work.flops) if limits and work else None,
             "bound": self.bound,
             "weights_mib": work and work.weights_mib,
             "cache_mib": work and work.cache_mib,
@@ -262,7 +275,7 @@ def run(
     baseline_mib: float | None = 0.0,
     period_s: float = 0.1,
     limits: Limits | None = None,
-    passes: Sequence[str] = ("memory", "trace", "agreement"),
+    passes: Sequence[str] = PASSES,
 ) -> Run:
     """Generate for the prompts of `workload`, `batch_size` at a time, and time it.
 
@@ -287,7 +300,8 @@ def run(
         The device's, for what bounds the run and for energy above idle.
     passes
         Passes beside the timed one: ``"memory"`` (the allocator's peak over the longest prompts) and ``"trace"``
-        (kernels), both on a GPU only; ``"agreement"`` with eager, for other engines.
+        (kernels), both on a GPU only; ``"agreement"`` with eager, for other engines. What fails in the last two
+        costs what they would have told; the timing stays.
 
     Raises
     ------
@@ -304,8 +318,9 @@ def run(
     batches = [prompts[place * batch_size : (place + 1) * batch_size] for place in range(full)]
     make, measures = FACTORIES[engine], on_gpu and "memory" in passes
     few, peaks = min(WARM_UP_TOKENS, new_tokens), None
+    lost: list[str] = []
     with quiet():
-        if measures:
+        if on_gpu:
             # What is made once, for as long as the model is loaded, is no batch's. It is made while there is little
             # else: a workspace taken in the midst of a batch would stand between pieces of memory ever after.
             release()
@@ -355,10 +370,21 @@ def run(
         )
         trace = parted = None
         if on_gpu and "trace" in passes and new_tokens > 1:
-            trace = _trace(made, batches[0], new_tokens, device)
+            with _losing(lost, "kernels not traced"):
+                trace = _trace(made, batches[0], new_tokens, device)
         if engine != "eager" and "agreement" in passes:
-            parted = agreement(model, prompts[:1], Eager(model).generate(prompts[:1], new_tokens), first)
-    return replace(timed, trace=trace, agreement=parted)
+            with _losing(lost, "tokens not compared with eager's"):
+                parted = agreement(model, prompts[:1], Eager(model).generate(prompts[:1], new_tokens), first)
+    return replace(timed, trace=trace, agreement=parted, lost=tuple(lost))
+
+
+@contextmanager
+def _losing(lost: list[str], what: str) -> Iterator[None]:
+    """Note a pass that fails, and why, instead of what was timed before it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        lost.append(f"{what}: {OUT_OF_MEMORY if is_out_of_memory(error) else type(error).__name__}")
 
 
 def _trace(engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> Trace | None:
@@ -379,8 +405,7 @@ def last_steps(kernels: Sequence[tuple[float, float]], count: int, steps: int) -
     if count <= 0:
         return None
     last = kernels[-count:]
-    ran_s = sum(end - start for start, end in last)
-    return Trace(ran_s / steps, count / steps, (max(end for _, end in last) - last[0][0]) / steps)
+    return Trace(sum(end - start for start, end in last) / steps, count / steps)
 
 
 def _kernels(engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> list[tuple[float, float]]:
@@ -404,38 +429,42 @@ def count_work(model: PreTrainedModel, prompt_tokens: int, new_tokens: int, batc
     """Count a decode step's bytes and operations from the model's tensors and shapes.
 
     Weights are read once whatever the batch, but for the embedding, of which a row a request is read, unless it is
-    the output head too. Keys and values are those of half the new tokens. A product of (B, K) and (K, N) counts 2BNK.
+    the output head too. Keys and values are those of half the new tokens. A product of (B, K) and (K, N) counts 2BNK,
+    and is of the type its layer multiplies in; attention is of the model's.
     """
     config, weights = model.config.get_text_config(), weigh(model)
     embedding, head = (part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()))
     assert isinstance(embedding, torch.Tensor) and isinstance(head, torch.Tensor)
     tied = embedding.data_ptr() == head.data_ptr()
-    products = sum(module.in_features * module.out_features for module in model.modules()
-                   if isinstance(module, torch.nn.Linear))  # fmt: skip
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     cache_bytes = 2 * layers * kv_heads * size * embedding.element_size()  # of one token
     seen = prompt_tokens + new_tokens / 2
     rows = 0 if tied else batch_size * embedding.shape[1] * embedding.element_size()
+    flops: dict[str, float] = {}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            name = _multiplies_in(module, model.dtype)
+            flops[name] = flops.get(name, 0.0) + 2.0 * batch_size * module.in_features * module.out_features
+    name = str(model.dtype).removeprefix("torch.")
+    flops[name] = flops.get(name, 0.0) + 4.0 * batch_size * layers * heads * size * seen
     read = weights.linear_bytes + weights.other_bytes + (weights.embedding_bytes if tied else rows)
     return Work(
         weights_mib=weights.total_mib,
         cache_mib=batch_size * (prompt_tokens + new_tokens) * cache_bytes / MIB,
         bytes_per_step=read + batch_size * seen * cache_bytes,
-        flops_per_step=2.0 * batch_size * (products + 2 * layers * heads * size * seen),
-        multiplies_in=_multiplies_in(model),
+        flops=flops,
     )
 
 
-def _multiplies_in(model: PreTrainedModel) -> str:
-    """Return the type in which a model's linear layers multiply."""
-    for module in model.modules():
-        if getattr(module, "state", None) is not None and module.weight.dtype == torch.int8:
-            return "int8"
-        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
-            return str(module.compute_dtype or model.dtype).removeprefix("torch.")
-    return str(model.dtype).removeprefix("torch.")
+def _multiplies_in(layer: torch.nn.Linear, otherwise: torch.dtype) -> str:
+    """Return the type in which a linear layer multiplies."""
+    if getattr(layer, "state", None) is not None and layer.weight.dtype == torch.int8:
+        return "int8"
+    packed = getattr(layer.weight, "quant_state", None) is not None
+    compute: torch.dtype | None = getattr(layer, "compute_dtype", None) if packed else None
+    return str(compute or otherwise).removeprefix("torch.")
 
 
 # sizes that fill a device without taking long: MiB copied, rows of a square product
@@ -500,10 +529,18 @@ def median_interval(values: Iterable[float]) -> tuple[float, float] | None:
     return (ranked[outside - 1], ranked[-outside]) if outside >= 1 else None
 
 
-def settled(values: Sequence[float]) -> bool:
-    """Return whether the median of `values` is known to `WIDTH`: more of them would not change what is reported."""
-    interval = median_interval(values)
-    return interval is not None and interval[1] - interval[0] <= WIDTH * median(values)
+def settled(passes: Sequence[float]) -> bool:
+    """Return whether the mean of `passes` is known to `WIDTH`: more of them would not change what is reported.
+
+    A value is a pass's: its requests share the mood that the machine was in, so they are no draws of their own. The
+    interval is Student's, of 95 %, from three passes on.
+    """
+    from scipy.special import stdtrit
+
+    if len(passes) < LEAST_PASSES:
+        return False
+    half = float(stdtrit(len(passes) - 1, 0.975)) * stdev(passes) / math.sqrt(len(passes))
+    return 2 * half <= WIDTH * fmean(passes)
 
 
 def largest_batch(

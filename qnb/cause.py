@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from qnb import paper
+from qnb import paper, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class Cause:
 
 
 CAUSES = (
+    Cause("the baseline's weights in 32 bit or in 16", ("fp32", "eager"), ("bf16", "eager"), "memory_mib"),
     Cause("the baseline's weights in 32 bit or in 16", ("fp32", "eager"), ("bf16", "eager"), "weights_mib"),
     Cause("the baseline's weights in 32 bit or in 16", ("fp32", "eager"), ("bf16", "eager"), "throughput_rps"),
     Cause("4-bit weights multiplied in 32 bit or in 16", ("int4", "eager"), ("fp4", "eager"), "throughput_rps"),
@@ -33,34 +34,41 @@ CAUSES = (
     Cause("LLM.int8 with outliers in 16 bit or without", ("int8", "eager"), ("int8-t0", "eager"), "throughput_rps"),
 )
 LAUNCHES = "kernels launched one by one or replayed"
+LAUNCHED = ("throughput_rps", "kernel_share_pct")
 PUBLISHED = {"fp32": "bf16", "bf16": "fp16"}  # by its memory, the paper's BF16 row is 32 bit wide and FP16's is 16
+PUBLISHED_AS = {"memory_mib": "vram_mib", "throughput_rps": "throughput_rps"}  # its VRAM is a peak, not the weights
 
 
-def causes(table: pd.DataFrame, number: int) -> pd.DataFrame:
+def causes(runs: pd.DataFrame, number: int) -> pd.DataFrame:
     """Set rows that differ in one choice against each other; a row a choice and quantity.
 
     Parameters
     ----------
-    table
-        Table 3 or 4, as `qnb.table.performance` returns.
+    runs
+        Performance rows of the ledger, those of Table 3 or 4.
     number
         Which of the two, for what the paper published; its BF16 row stands for 32 bit here.
 
     Returns
     -------
     pandas.DataFrame
-        ``left`` and ``right`` name the rows, ``ratio`` is right over left, and ``published_ratio`` the paper's where
-        it has both. What was not measured is empty.
+        ``left`` and ``right`` name the rows of the table, ``ratio`` is right over left, and ``published_ratio`` the
+        paper's where it has both. What was not measured is empty, and so is the ratio of two rows that differ in
+        workload, device or memory too.
     """
-    if table.empty:
+    if runs.empty:
         return pd.DataFrame()
-    measured = {(row["precision"], row["engine"]): row for row in table.to_dict("records")}
+    made = table.performance(runs, number)
+    measured = {(row["precision"], row["engine"]): row for row in made.to_dict("records")}
+    conditions = runs.reindex(columns=list(table.ALIKE)).groupby(list(table.ALIKE), dropna=False).ngroup()
+    condition = dict(zip(zip(runs.precision, runs.engine, strict=True), conditions, strict=True))
     published = paper.performance(number).set_index("precision")
-    launched = [Cause(LAUNCHES, (name, "eager"), (name, "graphed"), "throughput_rps")
-                for name in dict.fromkeys(table.precision)]  # fmt: skip
+    launched = [Cause(LAUNCHES, (name, "eager"), (name, "graphed"), quantity)
+                for name in dict.fromkeys(made.precision) for quantity in LAUNCHED]  # fmt: skip
     rows = []
     for cause in (*CAUSES, *launched):
         left, right = (measured.get(pair, {}).get(cause.quantity) for pair in (cause.left, cause.right))
+        alike = condition.get(cause.left) == condition.get(cause.right)
         known = pd.notna(left) and pd.notna(right) and left
         row: dict[str, Any] = {
             "choice": cause.choice,
@@ -69,11 +77,11 @@ def causes(table: pd.DataFrame, number: int) -> pd.DataFrame:
             "right": " ".join(cause.right),
             "left_value": left,
             "right_value": right,
-            "ratio": right / left if known else None,
+            "ratio": right / left if known and alike else None,
         }
         pair = [PUBLISHED.get(name) for name, _ in (cause.left, cause.right)]
-        column = {"weights_mib": "vram_mib"}.get(cause.quantity, cause.quantity)
-        if all(pair) and "eager" == cause.left[1] == cause.right[1]:
+        column = PUBLISHED_AS.get(cause.quantity)
+        if column and all(pair) and "eager" == cause.left[1] == cause.right[1]:
             row["published_ratio"] = published[column][pair[1]] / published[column][pair[0]]
         rows.append(row)
     return pd.DataFrame(rows)
@@ -101,14 +109,14 @@ def t4(runs: pd.DataFrame, number: int) -> pd.DataFrame:
         A row a precision and batch size: ``estimate_step_ms`` the longer of reading and computing,
         ``estimate_throughput_rps`` what that allows at most, without prompts and launches.
     """
-    needed = ["bytes_per_step", "flops_per_step", "multiplies_in"]
+    needed = ["bytes_per_step", "flops_by_type"]
     if runs.empty or not set(needed) <= set(runs):
         return pd.DataFrame()
     published = paper.performance(number).set_index("precision").throughput_rps
     rows = []
     for row in runs.dropna(subset=needed).drop_duplicates(["precision", "batch_size"]).to_dict("records"):
         read_s = row["bytes_per_step"] / T4_BYTES_PER_S
-        computed_s = row["flops_per_step"] / T4_FLOP_PER_S[row["multiplies_in"]]
+        computed_s = sum(count / T4_FLOP_PER_S[name] for name, count in row["flops_by_type"].items())
         step_s = max(read_s, computed_s)
         rows.append(
             {

@@ -13,6 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from qnb import look
+from qnb.batch import knee
 from qnb.precision import PRECISIONS
 from qnb.table import stacked
 
@@ -79,6 +80,14 @@ def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
                 line={"color": color, "dash": look.DASHES[str(precision)], "width": 1.8},
                 marker=look.marker(str(precision), str(engine), 8), hovertext=hover, hoverinfo="text",
             )  # fmt: skip
+            timed = rows.dropna(subset=list(needed))
+            at = timed[timed.batch_size == knee(*(list(timed[name]) for name in needed))] if len(timed) else timed
+            figure.add_scatter(
+                x=at.batch_size, y=at[name], mode="markers", row=row, col=1, showlegend=False,
+                legendgroup=f"{precision} {engine}", hoverinfo="text",
+                marker={"symbol": "circle-open", "size": 17, "color": color, "line": {"width": 2}},
+                hovertext=[f"{precision}, {engine}: the knee, batch {size:.0f}" for size in at.batch_size],
+            )  # fmt: skip
             for one in end.to_dict("records"):
                 figure.add_scatter(
                     x=[one["batch_size"]], y=[one[name]], mode="markers", row=row, col=1, showlegend=False,
@@ -93,7 +102,7 @@ def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(type="log", tickvals=shown, ticktext=[str(int(size)) for size in shown])
     figure.update_xaxes(title="batch size", row=2)
     figure.update_yaxes(type="log", dtick=1)
-    return look.layout(figure, title, 640, "both axes logarithmic; star: the largest batch that fits")
+    return look.layout(figure, title, 640, "both axes logarithmic; ring: the knee; star: the largest batch that fits")
 
 
 def roofline(runs: pd.DataFrame) -> go.Figure:
@@ -199,20 +208,20 @@ def token_time(runs: pd.DataFrame) -> go.Figure:
     runs
         `qnb.results.Results.bs1`.
     """
-    runs = _have(runs, "kernel_s_per_token", "wall_s_per_token")
+    runs = _have(runs, "kernel_s_per_token", "tpot_s")
     if runs.empty:
         return look.nothing("Where a token's time goes")
-    gap = (runs.wall_s_per_token - runs.kernel_s_per_token).clip(lower=0)
+    gap = (runs.tpot_s - runs.kernel_s_per_token).clip(lower=0)
     hover = [
-        f"{row['precision']}, {row['engine']}: {1e3 * row['wall_s_per_token']:.2f} ms a token"
+        f"{row['precision']}, {row['engine']}: {1e3 * row['tpot_s']:.2f} ms a token"
         f"<br>kernels {1e3 * row['kernel_s_per_token']:.2f} ms"
         + (f", {row['kernels_per_token']:,.0f} of them" if pd.notna(row.get("kernels_per_token")) else "")
-        + f"<br>waiting {100 * max(0, 1 - row['kernel_s_per_token'] / row['wall_s_per_token']):.0f} %"
+        + f"<br>waiting {100 * max(0, 1 - row['kernel_s_per_token'] / row['tpot_s']):.0f} %"
         + _repeats(row)
         for row in runs.to_dict("records")
     ]
     parts = {"kernels at work": 1e3 * runs.kernel_s_per_token, "waiting for a launch": 1e3 * gap}
-    frame = runs.assign(**parts, total=1e3 * runs.wall_s_per_token, hover=hover)
+    frame = runs.assign(**parts, total=1e3 * runs.tpot_s, hover=hover)
     looks = {"kernels at work": ("", True), "waiting for a launch": ("/", False)}
     return _stacked([("bs1", frame)], looks, "Where a token's time goes", "ms a token, batch size 1")
 

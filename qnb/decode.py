@@ -206,7 +206,7 @@ class Decoder:
         self._start = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
         self._chosen = torch.zeros(rows, new_tokens + WARM_UPS, dtype=torch.long, device=device)  # (B, N)
         if why := narrow(model, width + new_tokens):
-            raise InputError(f"keys and values of every token are not kept by this model: {why}; take engine 'eager'")
+            raise Absent(f"keys and values of every token are not kept by this model: {why}; take engine 'eager'")
         self._unknown = unknown(model)
         self._lean = None if self._unknown else _lean(model, options)
         self._angles = self._lean.angles(self._length) if self._lean else None
@@ -405,7 +405,7 @@ class Graphed:
     """
 
     def __init__(self, model: PreTrainedModel, rows: int, width: int, new_tokens: int) -> None:
-        if why := absent("graphed", model.device.type, model):
+        if why := absent("graphed", model.device.type, model, width + new_tokens):
             raise Absent(f"engine 'graphed' cannot run: {why}; take engine 'eager'")
         self._device = model.device
         self._decoder = Decoder(model, rows, width, new_tokens, COMPILE)
@@ -459,16 +459,22 @@ class Graphed:
         return graph, logits
 
 
-def absent(engine: str, device: str, model: PreTrainedModel | None = None) -> str:
-    """Return why an engine cannot run on a kind of device, or not with this model; nothing where it can."""
+def absent(engine: str, device: str, model: PreTrainedModel | None = None, length: int = 0) -> str:
+    """Return why an engine cannot run on a kind of device, or not with this model and a text of `length` tokens.
+
+    Nothing where it can.
+    """
     if engine != "graphed":
         return ""
     if device != "cuda":
         return "it replays CUDA graphs, and there is no NVIDIA GPU here"
-    if model is not None:
-        states = (getattr(module, "state", None) for module in model.modules())
-        return unrecordable(max((getattr(state, "threshold", 0.0) for state in states), default=0.0))
-    return ""
+    if model is None:
+        return ""
+    states = (getattr(module, "state", None) for module in model.modules())
+    if why := unrecordable(max((getattr(state, "threshold", 0.0) for state in states), default=0.0)):
+        return why
+    why = narrow(model, length)
+    return f"it keeps keys and values of every token, and this model does not: {why}" if why else ""
 
 
 def unrecordable(threshold: float) -> str:

@@ -173,8 +173,9 @@ def metrics(table: pd.DataFrame, title: str) -> go.Figure:
 
 def _passes(row: dict[str, Any], spread: bool) -> str:
     """Say what a row of Table 3 or 4 is the median of."""
-    text = f"n = {row['requests']:,.0f} requests, {row['repeats']:.0f} passes"
-    return f"{text}, range {row['throughput_spread_pct']:.1f} %" if spread else text
+    text = f"n = {row['requests']:,.0f} requests, {row['repeats']:.0f} {'passes' if row['repeats'] > 1 else 'pass'}"
+    known = spread and pd.notna(row.get("throughput_spread_pct"))
+    return f"{text}, range {row['throughput_spread_pct']:.1f} %" if known else text
 
 
 def heatmap(table: pd.DataFrame, title: str) -> go.Figure:

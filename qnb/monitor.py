@@ -23,6 +23,7 @@ from qnb.device import MIB
 Sample = dict[str, float]
 
 ENERGY_STEPS = 5  # times the energy counter must have moved in a window before a difference of it means anything
+COVERED = 0.95  # of a window, by the energy counter, for its joules to be the window's
 # NVML's bits (nvmlClocksEventReasons) that say the clocks are held below what the work asks for
 THROTTLES = {
     0x4: "software power cap",
@@ -50,7 +51,7 @@ class Usage:
     power_w: float | None = None  # mean
     clock_mhz: float | None = None  # mean, streaming multiprocessors
     energy_j: float | None = None  # of the whole device; None where its counter moved too few times
-    energy_s: float | None = None  # seconds that energy was taken over
+    energy_s: float | None = None  # seconds that the energy counter was read over; None where there is none
     throttle: tuple[str, ...] = ()  # why clocks were held down, at any sample
     processes: int | None = None  # most that used the GPU at once, this one among them
     failures: int = 0  # readings of nothing at all
@@ -159,12 +160,17 @@ class Window:
         )
 
     def _energy(self) -> tuple[float | None, float | None]:
-        """Return the energy between the first and last reading that have it, and the seconds between them."""
+        """Return the energy between the first and last reading that have it, and the seconds between them.
+
+        None is told of a window that the counter was lost in, or that was too short for it.
+        """
         read = [(reading["t_s"], reading["energy_j"]) for reading in self.readings if "energy_j" in reading]
-        steps = sum(after != before for (_, before), (_, after) in pairwise(read))
-        if steps < ENERGY_STEPS:
+        if not read:
             return None, None
-        return read[-1][1] - read[0][1], read[-1][0] - read[0][0]
+        seconds = read[-1][0] - read[0][0]
+        steps = sum(after != before for (_, before), (_, after) in pairwise(read))
+        whole = seconds >= COVERED * (self.readings[-1]["t_s"] - self.readings[0]["t_s"])
+        return (read[-1][1] - read[0][1] if whole and steps >= ENERGY_STEPS else None), seconds
 
 
 def throttles(masks: Iterable[float]) -> tuple[str, ...]:

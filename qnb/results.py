@@ -125,7 +125,7 @@ def _traced(steps: pd.DataFrame) -> pd.DataFrame:
     steps = steps[steps.batch_size == 1].dropna(subset=["tpot_ms", "kernel_ms"])
     steps = steps.sort_values("precision", key=lambda names: names.map(list(PRECISIONS).index), kind="stable")
     return steps.rename(columns={"kernels": "kernels_per_token"}).assign(
-        kernel_s_per_token=steps.kernel_ms / 1000, wall_s_per_token=steps.tpot_ms / 1000
+        kernel_s_per_token=steps.kernel_ms / 1000, tpot_s=steps.tpot_ms / 1000
     )
 
 
@@ -136,7 +136,7 @@ def _as_measured(table: pd.DataFrame) -> pd.DataFrame:
     table = table.dropna(subset=["throughput_rps"])
     renamed = {"utilization_pct": "monitor_utilization_pct", "power_w": "monitor_power_w"}
     table = table[[name for name in table if not name.startswith("published_")]].rename(columns=renamed)
-    half = 1 + table.throughput_spread_pct / 200  # the spread is the range over the lowest
+    half = 1 + table.throughput_spread_pct.fillna(0) / 200  # the spread is the range over the lowest
     return table.assign(low_rps=table.throughput_rps / half, high_rps=table.throughput_rps * half)
 
 

@@ -302,7 +302,7 @@ def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
     if frame.empty:
         return frame
     published = paper.performance(number).set_index("precision")
-    alike = [name for name in ("workload", "device", "memory_limit_mib", "cap") if name in frame]
+    alike = [name for name in ALIKE if name in frame]
     rows: list[dict[str, Any]] = []
     rates: dict[tuple[Any, ...], float] = {}
     for (precision, engine), runs in frame.groupby(["precision", "engine"], sort=False):
@@ -327,6 +327,7 @@ def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
     return result[order + [name for name in result if name not in order]].round(6)
 
 
+ALIKE = ("workload", "device", "memory_limit_mib", "cap")  # in these two rows must not differ to be compared
 # what a notebook shows of Tables 3 and 4; their files have all columns
 MAIN = (
     "precision", "engine", "batch_size", "throughput_rps", "seconds_per_request", "batch_latency_s", "utilization_pct",
@@ -354,7 +355,8 @@ def _performance(runs: pd.DataFrame) -> dict[str, Any]:
         "stopped": first.get("stopped") or "",
     }
     row |= {name: _median(runs, name) for name in MEDIANS}
-    row["throughput_spread_pct"] = 100 * (runs.throughput_rps.max() / runs.throughput_rps.min() - 1)
+    rates = runs.throughput_rps
+    row["throughput_spread_pct"] = 100 * (rates.max() / rates.min() - 1) if len(rates) > 1 else None
     step_s = row["tpot_s"]
     for name, done, limit in (
         ("kernel_share_pct", row["kernel_s_per_token"], step_s),  # of a decode step, the GPU's own part

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import count, cycle, islice
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
 
 
 PACE_ROWS = {"bs1": {"cuda": 1, "cpu": 1}, "maxbatch": {"cuda": 32, "cpu": 4}}  # of the batch a pace is learnt from
-# what a setting runs: so many times its requests, and so many more. One by one: kernels traced, memory read, tokens
-# compared. In the largest batch: three probes of about that size, memory read, kernels traced, the timed pass.
-COST = {"bs1": (1, 3), "maxbatch": (6, 0)}
+# what a setting runs beside its timed passes: so many times its requests, and so many more. One by one: kernels
+# traced, memory read, tokens compared. In the largest batch: three probes of its size, memory read, kernels traced.
+COST = {"bs1": (0, 3), "maxbatch": (5, 0)}
+SWEPT = 3  # batches of each size in a sweep
 
 
 def minutes_of(requests: Count) -> float | None:
@@ -64,6 +66,7 @@ class Timing(Workbench):
         new_tokens: Count = "auto",
         prompts: str = "auto",
         engines: str | Iterable[str] = "auto",
+        repeats: int = 1,
     ) -> Workload:
         """Return the prompts every precision gets.
 
@@ -77,7 +80,7 @@ class Timing(Workbench):
             Of at most how many tokens each, and the new tokens asked of each.
         prompts
             ``"wikitext"``, ``"sample"``, or ``"auto"``: WikiText-2 where there is a GPU or a `data_dir`.
-        engines
+        engines, repeats
             That a time is for, as for `perf_bs1`.
 
         Raises
@@ -90,7 +93,7 @@ class Timing(Workbench):
         if minutes is None:
             count = self.count("requests", requests, f"{setting}_requests")
         else:
-            count = self.pace(setting, minutes, *tokens, prompts, engines)
+            count = self.pace(setting, minutes, *tokens, prompts, engines, repeats)
         return load_workload(self.tokenizer, self._prompts(prompts), count, *tokens, self.data_dir, self.seed)
 
     def pace(
@@ -101,6 +104,7 @@ class Timing(Workbench):
         new_tokens: int,
         prompts: str = "auto",
         engines: str | Iterable[str] = "auto",
+        repeats: int = 1,
     ) -> int:
         """Return how many requests a time buys, for all precisions and engines together.
 
@@ -110,8 +114,8 @@ class Timing(Workbench):
 
         Parameters
         ----------
-        setting, prompts, engines
-            As for `workload`.
+        setting, prompts, engines, repeats
+            As for `workload`; all repeats are reckoned with.
         minutes
             The time, the batches timed here included; loading and compiling come on top.
         prompt_tokens, new_tokens
@@ -131,6 +135,7 @@ class Timing(Workbench):
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
             "engines": sorted(names),
+            "repeats": self.count("repeats", repeats),
         }
         key = self._shared_key("pace", asked, setting=setting)
         with self._alone():
@@ -146,7 +151,11 @@ class Timing(Workbench):
             a_request_s = len(names) * sum(seconds.values()) / rows
             times, more = COST[setting]
             left_s = 60 * minutes - sum(seconds.values())
-            bought = int(left_s / a_request_s / times) - more if seconds else AUTO["cpu"][f"{setting}_requests"]
+            bought = (
+                int((left_s / a_request_s - more) / (times + repeats))
+                if seconds
+                else AUTO["cpu"][f"{setting}_requests"]
+            )
             return int(self._append(key, asked, {"requests": max(1, bought), "seconds": seconds})["requests"])
 
     def limits(self) -> pd.DataFrame:
@@ -180,7 +189,7 @@ class Timing(Workbench):
         workload
             The requests.
         repeats
-            The most passes; what has settled is not repeated (see `qnb.benchmark.settled`).
+            The most passes; what has settled, after three at the earliest, is not repeated (`qnb.benchmark.settled`).
         engines
             Names in `qnb.decode.FACTORIES`, or ``"auto"``: eager, and graphed where there is a GPU.
 
@@ -295,14 +304,14 @@ class Timing(Workbench):
         return self.device.kind == "cuda" and precision.eight_bit
 
     def sweep(self, workload: Workload, most: Count = "auto", engines: str | Iterable[str] = "auto") -> pd.DataFrame:
-        """Time one batch of 1, 2, 4 … `most` requests; return a row a precision, engine and batch size, with the knee.
+        """Time batches of 1, 2, 4 … `most` requests, three of each; return a row a precision, engine and size.
 
         A size that does not fit ends its precision's and engine's row of sizes, with a note.
 
         Parameters
         ----------
         workload
-            Its prompts are gone round as often as a batch needs.
+            Its prompts are gone round as often as the batches need.
         most
             The largest batch; 0 is no sweep, ``"auto"`` sweeps where there is a GPU.
         engines
@@ -348,21 +357,24 @@ class Timing(Workbench):
         last = counted(network.config, len(workload.longest)) if self._apart(PRECISIONS[keys[0]["precision"]]) else 0
         for key in keys:
             size = int(key["setting"])
-            if 0 < last < size:
+            if key["engine"] == "eager" and 0 < last < size:  # others read prompts in parts
                 note = "not tried: bitsandbytes counts an INT8 layer's outputs in 32 bits, and ends the process beyond"
                 self._append(key, asked, {"batch_size": size, "note": note})
                 continue
-            batch = replace(workload, prompts=tuple(islice(cycle(workload.prompts), size)))
+            batch = replace(workload, prompts=tuple(islice(cycle(workload.prompts), SWEPT * size)))
             values: dict[str, Any] = {"note": "a smaller batch did not fit"}
             with self._failing(key, asked, f"{key['precision']}'s batch of {size} with engine {key['engine']}"):
-                try:
-                    if key["engine"] not in full:
+                for again in (False, True) if key["engine"] not in full else ():
+                    try:
                         values = self._time(network, base_mib, key, batch, size, ("memory",))
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    full.add(key["engine"])
-                    values = {"note": "out of memory"}
+                        break
+                    except (RuntimeError, MemoryError) as error:
+                        if not is_out_of_memory(error):
+                            raise
+                    model.release()  # and once more: what else was there may be gone
+                    if again:
+                        full.add(key["engine"])
+                        values = {"note": "out of memory"}
                 self._append(key, asked, {"batch_size": size, **values})
             model.release()
 
@@ -447,9 +459,10 @@ class Timing(Workbench):
             return *found, key
 
         def fit(engine: str, network: PreTrainedModel, base_mib: float | None) -> dict[str, Any]:
-            passes = () if repeat else ("memory", "trace", "agreement")
             while True:
                 batch_size, wanted, key = sized(engine)
+                earlier = [row for row in before[engine] if row.get("batch_size") == batch_size and "batch_s" in row]
+                passes = () if earlier else PASSES  # the first of a batch size that shrank since is a first pass too
                 try:
                     values = self._time(network, base_mib, key, asked.workload, batch_size, passes)
                     break
@@ -457,8 +470,10 @@ class Timing(Workbench):
                     if not is_out_of_memory(error) or not asked.smaller(precision, engine):
                         raise
                 model.release()
-            stopped = asked.stopped(repeat, [row["batch_s"] for row in before[engine]], values)
+            stopped = asked.stopped(repeat, [row["batch_s"] for row in earlier], values)
             return self._append(key, wanted, {**values, "order": places[engine], "stopped": stopped})
+
+        from qnb.benchmark import PASSES
 
         def measure(network: PreTrainedModel, base_mib: float | None) -> None:
             for engine in missing:
@@ -491,7 +506,7 @@ class Timing(Workbench):
         from qnb.decode import absent
 
         engine = key["engine"]
-        if why := absent(engine, self.device.kind, network):
+        if why := absent(engine, self.device.kind, network, len(workload.longest) + workload.new_tokens):
             return {"batch_size": batch_size, "note": why}
         timed = run(network, workload, batch_size, engine, base_mib, limits=self._limits, passes=passes)
         return {**timed.row(), **self._keep_samples(key, timed)}
@@ -547,10 +562,10 @@ class Timing(Workbench):
         return {
             **super()._makers(),
             "table3_bs1": lambda: table.performance(self.frame("perf", "bs1"), 3),
-            "table3_causes": lambda: cause.causes(self.build("table3_bs1"), 3),
+            "table3_causes": lambda: cause.causes(self.frame("perf", "bs1"), 3),
             "table3_t4_estimate": lambda: cause.t4(self.frame("perf", "bs1"), 3),
             "table4_maxbatch": lambda: table.performance(self.frame("perf", "maxbatch"), 4),
-            "table4_causes": lambda: cause.causes(self.build("table4_maxbatch"), 4),
+            "table4_causes": lambda: cause.causes(self.frame("perf", "maxbatch"), 4),
             "table4_t4_estimate": lambda: cause.t4(self.frame("perf", "maxbatch"), 4),
             "sweep": lambda: table.sweep(self.frame("sweep")),
             "examples": lambda: table.examples(self.frame("batch"), self.ledger.frame("lengths")),
@@ -581,12 +596,12 @@ class _Asked:
     smaller: Callable[[Precision, str], bool] = lambda *_: False
 
     def stopped(self, repeat: int, earlier: Sequence[list[float]], values: Mapping[str, Any]) -> str:
-        """Return why a pass is the last: the median has settled, or the limit of passes is hit; "" where it is not."""
+        """Return why a pass is the last: the time has settled, or the limit of passes is hit; "" where it is not."""
         from qnb.benchmark import settled
 
         if "batch_s" not in values:
             return "limit"  # what cannot run need not be tried again
-        if settled([seconds for batch_s in (*earlier, values["batch_s"]) for seconds in batch_s]):
+        if settled([median(batch_s) for batch_s in (*earlier, values["batch_s"])]):
             return "interval"
         return "limit" if repeat + 1 == self.repeats else ""
 

@@ -5,28 +5,83 @@ import pytest
 
 from qnb import cause
 
+KEY = ["left", "right", "quantity"]
+
+
+def run(precision, engine, throughput_rps, **more):
+    return {"precision": precision, "engine": engine, "throughput_rps": throughput_rps, "batch_size": 1,
+            "requests": 4, "prompt_tokens": 8, "new_tokens": 2, "monitor_source": "nvml", "workload": "a",
+            "device": "one", **more}  # fmt: skip
+
 
 def test_each_choice_is_one_ratio_and_what_is_missing_stays_empty():
-    table = pd.DataFrame([
-        {"precision": "fp32", "engine": "eager", "throughput_rps": 1.0, "weights_mib": 400.0},
-        {"precision": "bf16", "engine": "eager", "throughput_rps": 2.0, "weights_mib": 200.0},
-        {"precision": "bf16", "engine": "graphed", "throughput_rps": 16.0, "weights_mib": 200.0},
+    runs = pd.DataFrame([
+        run("fp32", "eager", 1.0),
+        run("bf16", "eager", 2.0),
+        run("bf16", "graphed", 16.0),
     ])  # fmt: skip
-    made = cause.causes(table, 3).set_index(["left", "right", "quantity"])
-    width = made.loc[("fp32 eager", "bf16 eager", "weights_mib")]
-    assert width.ratio == 0.5 and width.published_ratio == pytest.approx(2523.89 / 4879.85)
+    made = cause.causes(runs, 3).set_index(KEY)
+    width = made.loc[("fp32 eager", "bf16 eager", "throughput_rps")]
+    assert width.ratio == 2 and width.published_ratio == pytest.approx(0.3249 / 0.3143)
     assert made.loc[("bf16 eager", "bf16 graphed", "throughput_rps")].ratio == 8
     assert pd.isna(made.loc[("int8 eager", "int8-t0 eager", "throughput_rps")].ratio)
+    assert cause.causes(pd.DataFrame(), 3).empty
+
+
+@pytest.mark.parametrize("other", [{"workload": "b"}, {"device": "two"}, {"memory_limit_mib": 2.0}, {"cap": 9}])
+def test_rows_that_were_not_measured_alike_have_values_but_no_ratio(other):
+    limits = {"memory_limit_mib": 1.0, "cap": 8}
+    runs = pd.DataFrame([
+        run("int4", "eager", 1.0, **limits),
+        run("fp4", "eager", 2.0, **limits | other),
+        run("int8", "eager", 1.0, **limits),
+        run("int8-t0", "eager", 3.0, **limits),
+    ])  # fmt: skip
+    made = cause.causes(runs, 4).set_index(KEY)
+    apart = made.loc[("int4 eager", "fp4 eager", "throughput_rps")]
+    assert (apart.left_value, apart.right_value) == (1, 2) and pd.isna(apart.ratio)
+    assert made.loc[("int8 eager", "int8-t0 eager", "throughput_rps")].ratio == 3
+
+
+def test_the_papers_vram_stands_beside_peak_memory_and_not_beside_the_weights():
+    runs = pd.DataFrame([
+        run("fp32", "eager", 1.0, weights_mib=400.0, memory_mib=500.0),
+        run("bf16", "eager", 1.0, weights_mib=200.0, memory_mib=300.0),
+    ])  # fmt: skip
+    made = cause.causes(runs, 3)
+    made = made[made.right == "bf16 eager"].set_index("quantity")
+    assert made.ratio["memory_mib"] == 0.6 and made.ratio["weights_mib"] == 0.5
+    assert made.published_ratio["memory_mib"] == pytest.approx(2523.89 / 4879.85)
+    assert pd.isna(made.published_ratio["weights_mib"])
+
+
+def test_replayed_kernels_fill_more_of_a_step_and_an_untraced_row_stays_empty():
+    """Eager: 2 ms of kernels in a step of 8. Graphed: 2 in 2.5. INT8 cannot be recorded."""
+    runs = pd.DataFrame([
+        run("bf16", "eager", 1.0, kernel_s_per_token=0.002, tpot_s=0.008),
+        run("bf16", "graphed", 3.2, kernel_s_per_token=0.002, tpot_s=0.0025),
+        run("int8", "eager", 1.0, kernel_s_per_token=0.004, tpot_s=0.008),
+        run("int8", "graphed", None, note="cannot be recorded"),
+        run("fp16", "eager", 1.0, kernel_s_per_token=None, tpot_s=0.008),
+        run("fp16", "graphed", 1.0, kernel_s_per_token=None, tpot_s=0.008),
+    ])  # fmt: skip
+    made = cause.causes(runs, 3)
+    share = made[made.quantity == "kernel_share_pct"].set_index("left")
+    assert list(share.index) == ["bf16 eager", "int8 eager", "fp16 eager"] and set(share.choice) == {cause.LAUNCHES}
+    assert share.loc["bf16 eager", ["left_value", "right_value", "ratio"]].tolist() == [25, 80, 3.2]
+    assert share.left_value["int8 eager"] == 50
+    assert share.loc["int8 eager", ["right_value", "ratio"]].isna().all()
+    assert share.loc["fp16 eager", ["left_value", "right_value", "ratio"]].isna().all()
 
 
 def test_a_t4_is_held_to_the_longer_of_reading_and_computing():
     runs = pd.DataFrame([
-        {"precision": "fp16", "batch_size": 1, "new_tokens": 100, "bytes_per_step": 3.2e9, "flops_per_step": 1e9,
-         "multiplies_in": "float16"},
-        {"precision": "bf16", "batch_size": 100, "new_tokens": 100, "bytes_per_step": 3.2e9, "flops_per_step": 8.1e11,
-         "multiplies_in": "bfloat16"},
-        {"precision": "int8", "batch_size": 1, "new_tokens": 100, "bytes_per_step": None, "flops_per_step": None,
-         "multiplies_in": None},
+        {"precision": "fp16", "batch_size": 1, "new_tokens": 100, "bytes_per_step": 3.2e9,
+         "flops_by_type": {"float16": 1e9}},
+        {"precision": "bf16", "batch_size": 100, "new_tokens": 100, "bytes_per_step": 3.2e9,
+         "flops_by_type": {"bfloat16": 8.1e11}},
+        {"precision": "int8", "batch_size": 1, "new_tokens": 100, "bytes_per_step": None,
+         "flops_by_type": None},
     ])  # fmt: skip
     made = cause.t4(runs, 3).set_index("precision")
     assert made.estimate_step_ms.round(6).to_dict() == {"fp16": 10, "bf16": 100}

@@ -118,7 +118,7 @@ def test_memory_by_part_adds_up_to_what_the_allocator_reserved(studied):
 def test_kernels_and_gaps_add_up_to_a_tokens_time(studied):
     rows = studied.results().bs1
     kernels, gaps = cost.token_time(rows).data[:2]
-    assert sum(kernels.x) + sum(gaps.x) == pytest.approx(1e3 * rows.wall_s_per_token.sum())
+    assert sum(kernels.x) + sum(gaps.x) == pytest.approx(1e3 * rows.tpot_s.sum())
 
 
 def test_no_point_lies_above_the_measured_roof(studied):

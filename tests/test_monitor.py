@@ -63,9 +63,13 @@ def test_energy_is_the_counters_difference_where_it_moved_often_enough():
     steps = window_over([{"energy_j": 100.0 + 10 * place} for place in range(7)])
     assert (steps.energy_j, steps.energy_s) == (60, 6)
     still = window_over([{"energy_j": 100.0 + 10 * (place // 3)} for place in range(7)])
-    assert (still.energy_j, still.energy_s) == (None, None)
-    broken = window_over([{"energy_j": 10.0 * place} if place % 2 else {} for place in range(14)])
-    assert (broken.energy_j, broken.energy_s) == (120, 12)  # between the first and last reading that have it
+    assert (still.energy_j, still.energy_s) == (None, 6)  # too few steps of the counter
+    none = window_over([{"power_w": 50.0}] * 7)
+    assert (none.energy_j, none.energy_s) == (None, None)
+    broken = window_over([{"energy_j": 10.0 * place} if place % 2 else {} for place in range(44)])
+    assert (broken.energy_j, broken.energy_s) == (420, 42)  # between the first and last reading that have it
+    lost = window_over([{"energy_j": 10.0 * place} if place < 22 else {} for place in range(44)])
+    assert lost.energy_j is None and lost.missing == {"energy_j": 22}  # half a window's joules are not the window's
 
 
 def test_what_disturbed_a_window_is_flagged():

@@ -121,7 +121,7 @@ def test_int8_alone_is_searched_apart_and_on_a_gpu_alone(tmp_path):
 
 
 def test_passes_end_when_the_median_has_settled_or_at_the_limit(source, tmp_path, monkeypatch):
-    """Steady latencies need one pass; unsteady ones all of them; both are asked again without measuring.
+    """Steady passes need three, unsteady ones are made to the last; both are asked again without measuring.
 
     A turn's number is the same where another kernel goes on in the middle.
     """
@@ -137,24 +137,25 @@ def test_passes_end_when_the_median_has_settled_or_at_the_limit(source, tmp_path
 
     def run(network, workload, batch_size, engine, base_mib, **_):
         spread = 0.5 if measured[-1] == "bf16" else 0.001
-        times = tuple(1 + spread * (place % 3) for place in range(8))
+        times = (1 + spread * (measured.count(measured[-1]) % 3),) * 8  # alike in a pass, whatever passes are
         return benchmark.Run(engine, 1, 8, 4, 2, sum(times), times, None, None, Usage("process", 0, 1.0))
 
     monkeypatch.setattr(benchmark, "run", run)
     made = Study("smollm2-135m", "bf16,fp16", tmp_path)
     workload = made.workload("bs1", 8, 4, 2, "sample")
     for _ in range(2):
-        rows = made.perf_bs1(workload, 3)
+        rows = made.perf_bs1(workload, 4)
         assert rows.groupby("precision").stopped.agg(list).to_dict() == {
-            "bf16": ["", "", "limit"],
-            "fp16": ["interval"],
+            "bf16": ["", "", "", "limit"],
+            "fp16": ["", "", "interval"],
         }
-    assert measured == ["bf16", "fp16", "bf16", "bf16"] and sorted(rows.order) == [0, 1, 2, 3]
+    turns = ["bf16", "fp16", "fp16", "bf16", "bf16", "fp16", "bf16"]
+    assert measured == turns and sorted(rows.order) == list(range(len(turns)))
     ledger = tmp_path / "ledger.jsonl"
     kept = ledger.read_bytes().splitlines(keepends=True)
-    ledger.write_bytes(b"".join(kept[:-2]))  # killed after both have been timed once
-    again = Study("smollm2-135m", "bf16,fp16", tmp_path).perf_bs1(workload, 3)
-    assert measured[4:] == ["bf16", "bf16"] and again.order.tolist() == rows.order.tolist()
+    ledger.write_bytes(b"".join(kept[:-2]))  # killed before the last two passes
+    again = Study("smollm2-135m", "bf16,fp16", tmp_path).perf_bs1(workload, 4)
+    assert measured[7:] == ["fp16", "bf16"] and again.order.tolist() == rows.order.tolist()
     assert all((tmp_path / name).exists() for name in (*rows.samples, *rows.token_samples))
 
 
@@ -196,16 +197,17 @@ def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(source, tmp_
     from qnb import benchmark
     from qnb.monitor import Usage
 
-    made = Study("smollm2-135m", "bf16", tmp_path)
+    made, tried = Study("smollm2-135m", "bf16", tmp_path), []
     monkeypatch.setattr(made, "on", lambda precision, measure: measure(None, 0.0))
     monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
 
     def run(network, workload, batch_size, engine, base_mib, **_):
-        assert len(workload.prompts) == batch_size
-        if batch_size > 4:
+        assert len(workload.prompts) == 3 * batch_size
+        tried.append(batch_size)
+        if batch_size > 4 or tried == [1, 2]:
             raise torch.cuda.OutOfMemoryError("simulated")
-        total_s = {1: 1.0, 2: 1.0, 4: 1.9}[batch_size]
-        return benchmark.Run(engine, batch_size, batch_size, 4, 2, total_s, (total_s,), None, None,
+        batch_s = {1: 1.0, 2: 1.0, 4: 1.9}[batch_size]
+        return benchmark.Run(engine, batch_size, 3 * batch_size, 4, 2, 3 * batch_s, (batch_s,) * 3, None, None,
                              Usage("process", 0, 1.0))  # fmt: skip
 
     monkeypatch.setattr(benchmark, "run", run)
@@ -213,6 +215,7 @@ def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(source, tmp_
     swept = made.sweep(workload, 12)
     assert swept.batch_size.tolist() == [1, 2, 4, 8, 12] and swept.knee.tolist() == [False, True, False, False, False]
     assert swept.note.tolist() == ["", "", "", "out of memory", "a smaller batch did not fit"]
+    assert tried == [1, 2, 2, 4, 8, 8]  # what memory ran out of once is tried again before it ends the row
     other = Study("smollm2-135m", "bf16", tmp_path / "other")
     other.device = Device("cpu", "a machine", 1024, "native", "")
     assert other.sweep(workload).empty  # without a GPU none is made unless it is asked for
@@ -236,6 +239,31 @@ def test_an_engine_that_cannot_run_a_precision_leaves_a_row_that_says_why(source
     table = made.table3().set_index("engine")
     assert table.throughput_rps["eager"] == 1 and table.note["eager"] == ""
     assert "GPU" in table.note["graphed"] and table.throughput_rps.isna()["graphed"]
+
+
+def test_a_model_that_keeps_not_every_key_leaves_a_row_that_says_so(source, tmp_path, monkeypatch):
+    """Asked for both engines on a GPU, eager is measured for every precision."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from qnb import benchmark
+    from qnb.monitor import Usage
+
+    shape = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    network = MistralForCausalLM(MistralConfig(**shape, sliding_window=5))
+    made = Study("smollm2-135m", "bf16,fp16", tmp_path)
+    workload = made.workload("bs1", 4, 4, 2, "sample")
+    made.device = Device("cuda", "a machine", 1024, "native", "")
+    monkeypatch.setattr(made, "on", lambda precision, measure: measure(network, 0.0))
+    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
+    monkeypatch.setattr(
+        benchmark, "run", lambda network, workload, batch_size, engine, base_mib, **_: benchmark.Run(
+            engine, 1, 4, 4, 2, 4.0, (1.0,) * 4, None, None, Usage("process", 0, 1.0))
+    )  # fmt: skip
+    made.perf_bs1(workload)
+    table = made.table3().set_index(["engine", "precision"])
+    assert table.throughput_rps["eager"].tolist() == [1, 1] and table.throughput_rps["graphed"].isna().all()
+    assert all("limited to the last 5 tokens" in note for note in table.note["graphed"])
 
 
 def test_plans_are_made_of_rows_alone(source, tmp_path):

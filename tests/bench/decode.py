@@ -44,10 +44,11 @@ def measure(
     tokenizer = model.load_tokenizer(source.path)
     for size in options.batch_sizes:
         eager_ms = None
-        for engine in decode.parse(options.engines, torch.device(options.device).type):
+        kind = torch.device(options.device).type
+        for engine in sorted(decode.parse(options.engines, kind), key=lambda name: name != "eager"):
             for variant in options.compile if engine == "graphed" else [""]:
                 row: dict[str, Any] = {"precision": precision.name, "engine": engine, "batch_size": size}
-                if why := decode.absent(engine, torch.device(options.device).type, network):
+                if why := decode.absent(engine, kind, network, options.prompt_tokens + options.new_tokens):
                     yield {**row, "note": why}
                     continue
                 if variant:
