@@ -241,7 +241,7 @@ class Run:
             **{
                 f"monitor_{name}": getattr(usage, name)
                 for name in ("source", "samples", "duration_s", "utilization_pct", "memory_mib", "peak_memory_mib",
-                             "baseline_mib", "power_w", "clock_mhz", "energy_j", "failures", "missing")
+                             "baseline_mib", "power_w", "clock_mhz", "energy_j", "others_pct", "failures", "missing")
             },
             "monitor_idle_power_w": limits and limits.idle_power_w,
             "monitor_throttle": list(usage.throttle),

@@ -24,6 +24,7 @@ Sample = dict[str, float]
 
 ENERGY_STEPS = 5  # times the energy counter must have moved in a window before a difference of it means anything
 COVERED = 0.95  # of a window, by the energy counter, for its joules to be the window's
+OTHERS_PCT = 10.0  # of the CPU in other hands, from which on a row says so
 # NVML's bits (nvmlClocksEventReasons) that say the clocks are held below what the work asks for
 THROTTLES = {
     0x4: "software power cap",
@@ -54,6 +55,7 @@ class Usage:
     energy_s: float | None = None  # seconds that the energy counter was read over; None where there is none
     throttle: tuple[str, ...] = ()  # why clocks were held down, at any sample
     processes: int | None = None  # most that used the GPU at once, this one among them
+    others_pct: float | None = None  # mean of all the machine's cores, by other processes
     failures: int = 0  # readings of nothing at all
     missing: dict[str, int] = field(default_factory=dict)  # a metric that failed: in how many of the readings
 
@@ -63,6 +65,8 @@ class Usage:
         found = [f"throttled: {', '.join(self.throttle)}"] if self.throttle else []
         if (self.processes or 0) > 1:
             found.append("another process used the GPU")
+        if (self.others_pct or 0.0) > OTHERS_PCT:
+            found.append(f"other processes used {self.others_pct:.0f} % of the CPU")
         gone = [f"{name} in {count} of {self.samples}" for name, count in self.missing.items()]
         if self.failures:
             gone.append(f"{self.failures} readings whole")
@@ -133,7 +137,8 @@ class Window:
             return [reading[name] for reading in self.readings if reading.get(name) is not None]
 
         # the first reading of a rate looks back to before the window
-        rates = [reading["utilization_pct"] for reading in self.readings[1:] if "utilization_pct" in reading]
+        rates, others = ([reading[name] for reading in self.readings[1:] if name in reading]
+                         for name in ("utilization_pct", "others_pct"))  # fmt: skip
         base_mib = self._baseline_mib  # unknown: nothing can be said of what is above it
         memory = [] if base_mib is None else [value - base_mib for value in column("memory_mib")]
         energy_j, energy_s = self._energy()
@@ -151,6 +156,7 @@ class Window:
             energy_s=energy_s,
             throttle=throttles(column("throttle")),
             processes=int(max(processes)) if (processes := column("processes")) else None,
+            others_pct=fmean(others) if others else None,
             failures=self._failures,
             missing={
                 name: count
@@ -182,7 +188,7 @@ def throttles(masks: Iterable[float]) -> tuple[str, ...]:
 
 
 class ProcessSensor:
-    """Reads this process: share of all cores in use, resident set."""
+    """Reads this process: share of all cores in use, and what others use of them; resident set."""
 
     source = "process"
 
@@ -191,11 +197,15 @@ class ProcessSensor:
 
         self._process, self._cores = psutil.Process(), psutil.cpu_count() or 1
         self._process.cpu_percent()
+        self._machine: Callable[[], float] = psutil.cpu_percent
+        self._machine()
 
     def sample(self) -> Sample:
-        """Return utilization_pct since the last call and memory_mib now."""
+        """Return utilization_pct and others_pct since the last call, and memory_mib now."""
+        mine = self._process.cpu_percent() / self._cores
         return {
-            "utilization_pct": self._process.cpu_percent() / self._cores,
+            "utilization_pct": mine,
+            "others_pct": max(0.0, self._machine() - mine),
             "memory_mib": self._process.memory_info().rss / MIB,
         }
 

@@ -29,8 +29,8 @@ class Change:
     gained: int  # wrong before, right now
     lost: int  # right before, wrong now
     p_value: float  # exact two-sided McNemar test of gained against lost
-    low_pp: float | None  # 95 % interval of the change in points; None where no item flipped
-    high_pp: float | None
+    low_pp: float  # 95 % interval of the change in points
+    high_pp: float
 
     @property
     def change_pp(self) -> float:
@@ -63,7 +63,8 @@ def compare(baseline: Sequence[bool], other: Sequence[bool]) -> Change:
         raise ValueError(f"{len(baseline)} and {len(other)} items; give the same ones twice, at least one")
     before, now = np.asarray(baseline, bool), np.asarray(other, bool)  # (n,)
     gained, lost = int((now & ~before).sum()), int((before & ~now).sum())
-    interval = mean_interval(now.astype(float) - before)
+    interval = mean_interval(100 * (now.astype(float) - before))
+    low_pp, high_pp = interval or agresti_min(gained, lost, len(before))  # where items flipped alike, or none did
     return Change(
         items=len(before),
         baseline=float(before.mean()),
@@ -71,8 +72,8 @@ def compare(baseline: Sequence[bool], other: Sequence[bool]) -> Change:
         gained=gained,
         lost=lost,
         p_value=float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
-        low_pp=100 * interval[0] if interval else None,
-        high_pp=100 * interval[1] if interval else None,
+        low_pp=low_pp,
+        high_pp=high_pp,
     )
 
 

@@ -48,12 +48,16 @@ def forest(changes: pd.DataFrame) -> go.Figure:
         low, high = (rows[name].astype(float).fillna(rows.change_pp) for name in ("low_pp", "high_pp"))
         hover = [_hover(row) for row in rows.to_dict("records")]
         figure.add_scatter(
-            name=str(precision), x=rows.change_pp, y=heights, mode="markers+text", hovertext=hover, hoverinfo="text",
-            text=[f"  {'✱' if is_so else ''}" for is_so in significant], textposition="top center",
+            name=str(precision), x=rows.change_pp, y=heights, mode="markers", hovertext=hover, hoverinfo="text",
             marker={"size": 9, "color": ["white" if not is_so else color for is_so in significant],
                     "line": {"color": color, "width": 2}, "symbol": _symbol(place)},
             error_x={"type": "data", "symmetric": False, "array": high - rows.change_pp,
                      "arrayminus": rows.change_pp - low, "color": color, "thickness": 1.6, "width": 3},
+        )  # fmt: skip
+        figure.add_scatter(  # at the bars' ends, where no other precision's line is covered
+            x=high[significant], y=[height for height, is_so in zip(heights, significant, strict=True) if is_so],
+            mode="text", text=[" ✱"] * int(significant.sum()), textposition="middle right", showlegend=False,
+            hoverinfo="skip",
         )  # fmt: skip
     figure.add_vline(x=0, line_width=1, line_color=look.INK)
     for edge in range(1, len(tasks)):

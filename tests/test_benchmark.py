@@ -88,7 +88,8 @@ def test_each_tokens_time_adds_up_to_the_batch(network, five):
     assert row["tpot_s"] == pytest.approx(sum(steps) / 2) and row["itl_p50_s"] <= row["itl_p95_s"] <= row["itl_p99_s"]
     assert row["latency_p50_s"] == pytest.approx(sum(timed.batch_s) / 2)
     assert len(timed.tokens()) == 8 and {token["requests"] for token in timed.tokens()} == {2}
-    assert row["kernels_per_token"] is None and row["flags"] == [] and row["note"] == ""
+    assert row["kernels_per_token"] is None and row["note"] == ""
+    assert all("other processes" in flag for flag in row["flags"])  # tests run beside each other
 
 
 def test_work_is_counted_as_by_hand():
@@ -173,7 +174,7 @@ def test_what_fails_beside_the_timing_costs_only_itself(network, prompts, monkey
     monkeypatch.setitem(benchmark.FACTORIES, "second", lambda model, *_: Eager(model))
     row = run(network, prompts, 1, "second").row()
     assert row["throughput_rps"] > 0 and row["compared_tokens"] is None
-    assert row["flags"] == ["tokens not compared with eager's: out of memory"]
+    assert "tokens not compared with eager's: out of memory" in row["flags"]
 
 
 def test_the_medians_interval_is_the_order_statistics_one():

@@ -94,9 +94,9 @@ def test_a_change_is_drawn_with_its_interval_and_marked_only_if_significant():
         {"task": "hellaswag", "precision": "int4", "change_pp": -1.0, "low_pp": -3.0, "high_pp": 1.0, "items": 500,
          "mcnemar_p": 0.4, "holm_p": 0.4, "significant": False},
     ])  # fmt: skip
-    (points,) = tradeoff.forest(changes).data
+    points, stars = tradeoff.forest(changes).data
     assert list(points.x) == [-9, -1] and list(points.error_x.arrayminus) == [4, 2]
-    assert ["✱" in text for text in points.text] == [True, False]
+    assert list(stars.text) == [" ✱"] and list(stars.x) == [-5] and stars.y[0] == points.y[0]  # at its own bar's end
     assert points.marker.color[0] == PRECISIONS["int4"].color and points.marker.color[1] == "white"
     assert "n = 400" in points.hovertext[0] and "-13.00 to -5.00" in points.hovertext[0]
 

@@ -72,6 +72,14 @@ def test_energy_is_the_counters_difference_where_it_moved_often_enough():
     assert lost.energy_j is None and lost.missing == {"energy_j": 22}  # half a window's joules are not the window's
 
 
+def test_work_of_other_processes_is_flagged():
+    """The first reading looks back to before the window."""
+    busy = window_over([{"utilization_pct": 50.0, "others_pct": value} for value in (90.0, 30.0, 50.0)])
+    assert busy.others_pct == 40 and busy.flags == ["other processes used 40 % of the CPU"]
+    assert window_over([{"others_pct": value} for value in (90.0, 4.0, 6.0)]).flags == []
+    assert ProcessSensor().sample()["others_pct"] >= 0
+
+
 def test_what_disturbed_a_window_is_flagged():
     calm = window_over([{"throttle": 1.0, "processes": 1.0, "power_w": 50.0}] * 3)  # 1: idle, no throttling
     assert calm.flags == [] and calm.throttle == () and calm.processes == 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qnb import stats
-from qnb.stats import agresti_coull, compare, holm, mean_interval
+from qnb.stats import agresti_coull, agresti_min, compare, holm, mean_interval
 
 
 def test_hand_count():
@@ -45,9 +45,10 @@ def test_the_interval_holds_the_change_and_narrows_with_items():
     )
 
 
-def test_no_flip_has_no_interval():
-    change = compare([True, False], [True, False])
-    assert change.low_pp is None and change.high_pp is None
+def test_no_flip_leaves_room_for_one():
+    """The bootstrap of equal values has no interval; half an item in each cell has."""
+    change = compare([True, False] * 50, [True, False] * 50)
+    assert (change.low_pp, change.high_pp) == agresti_min(0, 0, 100) and change.low_pp < 0 < change.high_pp
     assert mean_interval([1.0]) is None
 
 
