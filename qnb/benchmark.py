@@ -620,13 +620,15 @@ def trial_of(
 ) -> Callable[[int], Probe]:
     """Load the model from `folder`, hold a GPU's allocator to `limit_mib`, and return the model's `trial`."""
     baseline_mib = 0.0
-    if device == "cuda":
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(device)
         total_mib = torch.cuda.get_device_properties(device).total_memory / MIB
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib / total_mib))
     else:
         release()
         baseline_mib = ProcessSensor().sample()["memory_mib"]
-    return trial(load(folder, precision, device), workload, limit_mib, engine, baseline_mib)
+    return trial(load(folder, precision, kind), workload, limit_mib, engine, baseline_mib)
 
 
 def trial(

@@ -4,7 +4,8 @@ Fixed lengths make throughput comparable between precisions, whose texts differ:
 which is barred from being chosen. `eager` is transformers' ``generate`` with its defaults, one Python launch a kernel;
 at batch size 1 that is what most of its time goes to. `graphed` records one decode step as a CUDA graph and replays it
 for every token, so that what is timed is the model. Continuous batching (transformers' ``generate_batch``) is left
-out: it fills the places of requests that end early, and here all of a batch end together.
+out: what it gains is the places of requests that end before others of their batch, and here all ask for as many tokens
+of prompts that are as long, so it could only cost; requests of mixed lengths are another study's.
 """
 
 from __future__ import annotations

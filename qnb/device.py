@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+from qnb.error import InputError
 
 MIB = 2**20
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "lm_eval", "datasets", "accelerate")
@@ -21,16 +24,38 @@ class Device:
     memory_mib: float
     bf16: str  # "native", or "emulated" where the hardware has no bfloat16 units
     driver: str  # "" without a GPU
+    index: int = 0  # of the GPU, as torch counts those it sees
+
+    @property
+    def place(self) -> str:
+        """Its name for torch."""
+        return f"cuda:{self.index}" if self.kind == "cuda" else self.kind
 
 
-def detect() -> Device:
-    """Describe the device torch would use: its first GPU, else the CPU."""
-    driver = _driver()
+def detect(asked: str = "auto") -> Device:
+    """Describe a device, and let torch mean it where it says ``"cuda"``.
+
+    Parameters
+    ----------
+    asked
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"`` for the second GPU, or ``"auto"``: the first GPU, else the CPU.
+
+    Raises
+    ------
+    InputError
+        There is no such device.
+    """
+    if not isinstance(asked, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", asked):
+        raise InputError(f"device is {asked!r}; give 'auto', 'cpu', 'cuda', or 'cuda:1' for the second GPU")
+    index, gpus = int(asked.partition(":")[2] or 0), 0
+    driver = _driver() if asked != "cpu" else ""
     if driver:  # importing torch takes seconds, and without a driver there is nothing to ask it
         import torch
 
-        if torch.cuda.is_available():
-            properties = torch.cuda.get_device_properties(0)
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if index < gpus:
+            torch.cuda.set_device(index)
+            properties = torch.cuda.get_device_properties(index)
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             return Device(
                 kind="cuda",
@@ -38,7 +63,11 @@ def detect() -> Device:
                 memory_mib=properties.total_memory / MIB,
                 bf16="native" if native else "emulated",
                 driver=driver,
+                index=index,
             )
+    if asked.startswith("cuda"):
+        seen = f"{gpus or 'no'} NVIDIA GPU{'s' * (gpus > 1)}"
+        raise InputError(f"device is {asked!r}, and PyTorch sees {seen} here; take 'auto'")
     import psutil
 
     native = "bfloat16" in cpu_types()

@@ -31,7 +31,7 @@ SIDES = dict(
          "middle right", "top right"), strict=True,
     )
 )  # fmt: skip
-MARKERS = {"eager": "circle", "graphed": "diamond", "continuous": "square"}
+MARKERS = {"eager": "circle", "graphed": "diamond"}
 OTHER_MARKER = "x"  # of an engine that has none of its own yet
 LABELS = {
     "arc_challenge": "ARC Challenge", "arc_easy": "ARC Easy", "gsm8k": "GSM8K", "gsm8k_cot": "GSM8K CoT",

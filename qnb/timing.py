@@ -291,7 +291,7 @@ class Timing(Workbench):
             if self._apart(precision):
                 folder = self.checkpoint(precision, say=True)
                 model.release()
-                found = largest_batch_apart(folder, precision, self.device.kind, *asked)
+                found = largest_batch_apart(folder, precision, self.device.place, *asked)
             else:
                 found = self.on(precision, lambda network, base_mib: largest_batch(network, *asked, base_mib))
         except Absent:

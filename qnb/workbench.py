@@ -76,6 +76,8 @@ class Workbench:
         Decides which prompts are drawn, and their order.
     overwrite
         Measure again what is there already.
+    device
+        What everything is measured on; see `qnb.device.detect`.
 
     Raises
     ------
@@ -92,6 +94,7 @@ class Workbench:
         data_dir: str | Path = "",
         seed: int = 0,
         overwrite: bool = False,
+        device: str = "auto",
     ) -> None:
         kinds = {"model": (model, str), "output": (output, str | Path), "precisions": (precisions, str | list | tuple)}
         for name, (value, kind) in kinds.items():
@@ -104,7 +107,7 @@ class Workbench:
         self.precisions = parse(precisions)
         self.folder = locate(output)
         self.data_dir = Path(data_dir).expanduser().resolve() if str(data_dir) else None
-        self.seed, self.overwrite = seed, overwrite
+        self.seed, self.overwrite, self._asked_device = seed, overwrite, device
         self._settled = False  # whether the libraries have made what they make at their first use
         self._made: set[str] = set()  # checkpoints made by this object: overwriting makes each once
         self._sound: dict[Path, str] = {}  # checkpoints read whole and found unchanged, by their stamp then
@@ -147,7 +150,7 @@ class Workbench:
     @cached_property
     def device(self) -> device.Device:
         """The device everything is measured on."""
-        return device.detect()
+        return device.detect(self._asked_device)
 
     @cached_property
     def source(self) -> Source:

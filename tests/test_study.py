@@ -1,6 +1,7 @@
 """A study remembers its model, chooses counts, and shows what was asked last."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -191,6 +192,34 @@ def test_a_time_buys_requests_the_same_for_every_precision(setting, bought, sour
 def test_a_time_that_is_none_is_refused(none, tmp_path):
     with pytest.raises(InputError, match="requests is"):
         Study(output=tmp_path).workload("bs1", none)
+
+
+def test_a_batch_that_shrinks_after_its_first_pass_begins_anew(source, tmp_path, monkeypatch):
+    """Memory runs out in the second pass of 100 rows: 98 have a first pass of their own, with all it reads."""
+    from qnb import benchmark
+    from qnb.batch import Largest, Probe
+    from qnb.monitor import Usage
+
+    made, calls = Study("smollm2-135m", "bf16", tmp_path), []
+    monkeypatch.setattr(made, "on", lambda precision, measure: measure(None, 0.0))
+    monkeypatch.setattr(made, "_settle", lambda precision: None)
+    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
+    monkeypatch.setattr(benchmark, "largest_batch", lambda *_: Largest(100, 900.0, False, (Probe(100, True, 800.0),)))
+
+    def run(network, workload, batch_size, engine, base_mib, limits, passes):
+        calls.append((batch_size, passes))
+        if len(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("simulated")
+        memory_mib = 700.0 if passes else None
+        return benchmark.Run(engine, batch_size, 2 * batch_size, 4, 2, len(calls), (len(calls) / 2,) * 2, None, None,
+                             Usage("process", 0, 1.0, peak_memory_mib=memory_mib))  # fmt: skip
+
+    monkeypatch.setattr(benchmark, "run", run)
+    workload = made.workload("maxbatch", 3, 4, 2, "sample")
+    made.perf_maxbatch(replace(workload, prompts=workload.prompts * 80), "auto", 900, 3, "eager")
+    assert calls == [(100, benchmark.PASSES), (100, ()), (98, benchmark.PASSES), (98, ())]
+    (row,) = made.table4().to_dict("records")
+    assert (row["batch_size"], row["repeats"], row["memory_mib"]) == (98, 2, 700)
 
 
 def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(source, tmp_path, monkeypatch):

@@ -1,0 +1,57 @@
+"""Which device is measured on is the caller's to say, and everything below means that one."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qnb import Study, benchmark, device
+from qnb.error import InputError
+from qnb.precision import PRECISIONS
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine with two cards; returns which one torch was told to mean."""
+    chosen = []
+    monkeypatch.setattr(device, "_driver", lambda: "580.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda place: SimpleNamespace(name=f"card {place}", total_memory=2**34)
+    )
+    return chosen
+
+
+def test_a_gpu_is_taken_by_its_number(two_gpus, tmp_path):
+    assert device.detect().place == device.detect("cuda").place == "cuda:0"
+    found = Study(output=tmp_path, device="cuda:1").device
+    assert (found.kind, found.place, found.name, found.memory_mib) == ("cuda", "cuda:1", "card 1", 2**14)
+    assert two_gpus == [0, 0, 1]
+    assert device.detect("cpu").kind == "cpu" and len(two_gpus) == 3
+
+
+@pytest.mark.parametrize("asked", ["cuda:2", "gpu", "cuda:", "cuda:-1", 1, ""])
+def test_a_device_that_is_none_is_refused(asked, two_gpus):
+    with pytest.raises(InputError, match="sees 2 NVIDIA GPUs" if asked == "cuda:2" else "give 'auto', 'cpu', 'cuda'"):
+        device.detect(asked)
+
+
+def test_without_a_gpu_none_can_be_taken(monkeypatch):
+    monkeypatch.setattr(device, "_driver", lambda: "")
+    assert device.detect().kind == "cpu"
+    with pytest.raises(InputError, match="sees no NVIDIA GPU here"):
+        device.detect("cuda")
+
+
+def test_a_process_of_its_own_takes_the_same_gpu_and_holds_it_to_the_limit(two_gpus, monkeypatch):
+    """INT8's search runs in one, where no study has said which card is meant."""
+    shares = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    monkeypatch.setattr(benchmark, "load", lambda folder, precision, kind: (folder, kind))
+    monkeypatch.setattr(benchmark, "trial", lambda model, *asked: (model, asked))
+    model, (_, limit_mib, engine, _) = benchmark.trial_of("f", PRECISIONS["int8"], "cuda:1", None, 4096.0, "graphed")
+    assert model == ("f", "cuda") and (limit_mib, engine) == (4096.0, "graphed")
+    assert two_gpus == ["cuda:1"] and shares == [0.25]
