@@ -312,7 +312,7 @@ def run(
     """
     device, prompts, new_tokens = model.device, workload.prompts, workload.new_tokens
     longest, on_gpu = workload.longest, device.type == "cuda"
-    check_window(model, len(longest), new_tokens)
+    check_window(model.config, len(longest), new_tokens)
     batch_size = min(batch_size, len(prompts))
     full = len(prompts) // batch_size
     batches = [prompts[place * batch_size : (place + 1) * batch_size] for place in range(full)]

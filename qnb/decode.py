@@ -111,15 +111,15 @@ def window(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_window(model: PreTrainedModel, prompt_tokens: int, new_tokens: int) -> None:
-    """Refuse a request longer than the model's context window.
+def check_window(config: PretrainedConfig, prompt_tokens: int, new_tokens: int) -> None:
+    """Refuse a request longer than a model's context window.
 
     Raises
     ------
     InputError
         Prompt and new tokens together are more than the model has positions for.
     """
-    most = window(model.config)
+    most = window(config)
     if most and prompt_tokens + new_tokens > most:
         raise InputError(
             f"{prompt_tokens} prompt and {new_tokens} new tokens are more than the model's context window of {most} "
@@ -142,7 +142,7 @@ class Eager:
         itself: nothing is waited for that would not be.
         """
         model = self._model
-        check_window(model, max(map(len, prompts)), new_tokens)
+        check_window(model.config, max(map(len, prompts)), new_tokens)
         pad_id = _pad_id(model)
         ids, mask = pad(prompts, pad_id, model.device)
         never = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
@@ -196,7 +196,7 @@ class Decoder:
     def __init__(
         self, model: PreTrainedModel, rows: int, width: int, new_tokens: int, options: dict[str, Any] | None = None
     ) -> None:
-        check_window(model, width, new_tokens)
+        check_window(model.config, width, new_tokens)
         device, most = model.device, width + new_tokens + WARM_UPS
         self._model, self._rows, self.width, self._length = model, rows, width, -(-most // ALIGNMENT) * ALIGNMENT
         self._barred = torch.zeros(model.get_output_embeddings().weight.shape[0], dtype=model.dtype, device=device)
@@ -461,9 +461,9 @@ class Graphed:
 
 
 def absent(engine: str, device: str, model: PreTrainedModel | None = None, length: int = 0) -> str:
-    """Return why an engine cannot run on a kind of device, or not with this model and a text of `length` tokens.
+    """Return why an engine cannot run on a kind of device, or not with this model and texts of `length` tokens.
 
-    Nothing where it can.
+    Nothing where it can, as far as it is told of them.
     """
     if engine != "graphed":
         return ""
@@ -474,7 +474,7 @@ def absent(engine: str, device: str, model: PreTrainedModel | None = None, lengt
     states = (getattr(module, "state", None) for module in model.modules())
     if why := unrecordable(max((getattr(state, "threshold", 0.0) for state in states), default=0.0)):
         return why
-    why = narrow(model, length)
+    why = narrow(model, length) if length else ""
     return f"it keeps keys and values of every token, and this model does not: {why}" if why else ""
 
 

@@ -86,15 +86,22 @@ class Timing(Workbench):
         Raises
         ------
         InputError
-            A count is not positive, an engine is unknown or cannot run here, or the prompts cannot be had.
+            A count is not positive, an engine is unknown or cannot run here, the prompts cannot be had, or one of them
+            with its new tokens is more than the model's context window.
         """
+        from transformers import AutoConfig
+
+        from qnb.decode import check_window
+
         tokens = self.count("prompt_tokens", prompt_tokens), self.count("new_tokens", new_tokens)
         minutes = minutes_of(requests)
         if minutes is None:
             count = self.count("requests", requests, f"{setting}_requests")
         else:
             count = self.pace(setting, minutes, *tokens, prompts, engines, repeats)
-        return load_workload(self.tokenizer, self._prompts(prompts), count, *tokens, self.data_dir, self.seed)
+        drawn = load_workload(self.tokenizer, self._prompts(prompts), count, *tokens, self.data_dir, self.seed)
+        check_window(AutoConfig.from_pretrained(self.source.path), len(drawn.longest), drawn.new_tokens)
+        return drawn
 
     def pace(
         self,

@@ -188,6 +188,13 @@ def test_a_time_buys_requests_the_same_for_every_precision(setting, bought, sour
     assert len(made.workload(setting, "1 min", 8, 2, "sample").prompts) < bought
 
 
+def test_more_tokens_than_the_model_has_places_for_are_refused_before_anything_is_measured(source, tmp_path):
+    made = Study("smollm2-135m", "bf16", tmp_path)
+    with pytest.raises(InputError, match=r"8 prompt and 9000 new tokens are more than .* 8192"):
+        made.workload("bs1", 2, 8, 9000, "sample")
+    assert not made.ledger.path.exists()
+
+
 @pytest.mark.parametrize("none", ["0 minutes", "-1 minutes", "4 hours", "minutes", "many"])
 def test_a_time_that_is_none_is_refused(none, tmp_path):
     with pytest.raises(InputError, match="requests is"):
