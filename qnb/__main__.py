@@ -175,6 +175,8 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
         study.check_weights()
     if "01_quantize" in names and values.get("push_to"):
         hub.check_push(values["push_to"], values.get("dry_run", True))
+    if values.get("device", "auto") != "auto":
+        study.device  # noqa: B018 - which is refused now where there is none
     if values.get("engines", "auto") != "auto":
         from qnb import decode  # torch with it, which takes seconds
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 Count = int | str  # a number, or "auto": what the device allows in minutes
+# what may stand for a count beside a number and 'auto', by its name
+BESIDE = {"limit": "'all'", "text_tokens": "'all'", "sweep_batch": "0", "requests": "a time such as '4 minutes'"}
 AUTO: dict[str, dict[str, int]] = {
     "cuda": {"bs1_requests": 20, "maxbatch_requests": 512, "prompt_tokens": 128, "new_tokens": 100, "limit": 200,
              "batch_size": 32, "max_batch": 512, "memory_mib": 0, "text_tokens": 65536, "context": 512,
@@ -198,14 +200,17 @@ class Workbench:
         InputError
             `value` is neither ``"auto"`` nor a whole number of at least 1.
         """
-        if value == "auto" and (auto or name) in (known := AUTO[self.device.kind]):
+        known = AUTO[self.device.kind]
+        if value == "auto" and (auto or name) in known:
             return known[auto or name]
         try:
             if not isinstance(value, bool) and str(value).isdecimal() and int(value) >= 1:
                 return int(value)
         except ValueError:  # thousands of digits
             value = "a number of thousands of digits"
-        raise InputError(f"{name} is {value!r}; give a whole number of at least 1, or 'auto'")
+        beside = BESIDE.get("requests" if name.endswith("_requests") else name)
+        accepted = ["a whole number of at least 1", beside, "'auto'" if (auto or name) in known else None]
+        raise InputError(f"{name} is {value!r}; give {', or '.join(filter(None, accepted))}")
 
     # What is asked and found is not measured again.
 
