@@ -102,7 +102,7 @@ def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(type="log", tickvals=shown, ticktext=[str(int(size)) for size in shown])
     figure.update_xaxes(title="batch size", row=2)
     figure.update_yaxes(type="log", dtick=1)
-    return look.layout(figure, title, 640, "both axes logarithmic; ring: the knee; star: the largest batch that fits")
+    return look.layout(figure, title, 640, "logarithmic axes; ring: knee; star: largest that fits")
 
 
 def roofline(runs: pd.DataFrame) -> go.Figure:
