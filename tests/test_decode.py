@@ -1,6 +1,7 @@
 """Engines against the model's own forward: the same logits to rounding, the same tokens but after a near tie."""
 
 import copy
+import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -35,6 +36,7 @@ FAMILIES = [
 ]
 ONE, THREE = [[5, 6, 8, 9, 10]], [[5, 6, 8, 9, 10], [4, 3], [11, 12, 13]]
 ROUNDING = 1.25  # the step's error against float32 may be so many times that of the model's own forward
+TIE = 3  # two tokens whose logits are nearer than so many times that forward's error are as good as equal
 
 
 def tiny(config, more, dtype=torch.float32, device="cpu"):
@@ -49,12 +51,12 @@ def read(decoder, prompts):
     return torch.cat(parts).float()
 
 
-def stepped(decoder, prompts, forced):
+def stepped(decoder, prompts, forced, step=None):
     """Logits of every new token, (B, N, V), reading the tokens of `forced` whatever the decoder chose."""
     logits = [read(decoder, prompts)]
     for tokens in forced.T:
         decoder.token[: len(prompts)] = tokens
-        logits.append(decoder.step(len(prompts)).float())
+        logits.append((step or decoder.step)(len(prompts)).float())
     return torch.stack(logits, 1)
 
 
@@ -76,13 +78,68 @@ def stock(network, prompts, forced):
     return torch.stack(logits, 1)
 
 
+@torch.no_grad()
+def unrounded(network, path):
+    """The float32 model whose weights are those that `network` has stored, dequantized: all else is rounding.
+
+    To be made before the first product: there bitsandbytes moves INT8 weights, and on some CPUs rounds 4-bit maxima.
+    """
+    from bitsandbytes import functional, nn
+
+    exact = model.load(path, PRECISIONS["fp32"], network.device.type)
+    for name, weight in network.named_parameters():
+        stored = weight.data
+        if isinstance(weight, nn.Params4bit):
+            state = copy.copy(weight.quant_state)
+            state.dtype = torch.float32  # in its own, 16 bit, the weights would be rounded
+            stored = functional.dequantize_4bit(stored, state)
+        elif isinstance(weight, nn.Int8Params):
+            stored = weight.CB * weight.SCB[:, None] / 127
+        exact.get_parameter(name).copy_(stored)
+    return exact
+
+
+def rms(logits, axis=None):
+    return logits.pow(2).mean(axis).sqrt()
+
+
 def error_ratio(ours, theirs, truth):
     """How many times the error of `theirs` that of `ours` is: the geometric mean over rows and tokens, (B, N, V) each.
 
     A rounding grows by chance on its way through the layers, so at one token either may be off twice as far.
     """
-    errors = ((logits - truth).pow(2).mean(-1).sqrt() for logits in (ours, theirs))
-    return torch.exp((next(errors).log() - next(errors).log()).mean()).item()
+    return torch.exp((rms(ours - truth, -1) / rms(theirs - truth, -1)).log().mean()).item()
+
+
+def widest_tie(truth, first, second):
+    """How far apart `truth`, (B, N, V), has the two tokens where a row of `first` and of `second`, (B, N), first part.
+
+    Logits of `truth` are of texts that go on as in `first`. 0 where no row parts.
+    """
+    differ = first != second
+    rows = differ.any(1)
+    places = differ.long().argmax(1)[rows]
+    pairs = torch.stack((first, second), -1)[rows, places]  # (b, 2)
+    apart = truth[rows, places].gather(1, pairs).diff(dim=1)  # (b, 1)
+    return max(apart.abs().flatten().tolist(), default=0.0)
+
+
+def assert_differs_by_rounding(ours, theirs, truth, first, second, precision):
+    """Hold an engine to eager's own error: its logits, (B, N, V), on eager's tokens `first`, its free tokens `second`.
+
+    `truth` multiplies the stored weights in float32, so that eager's error against it is of 16-bit rounding, and for
+    LLM.int8 of the activations' 8 bits. Three bounds, in units of that error:
+
+    - The engine's own error is at most `ROUNDING` of it. Errors that do not depend on each other add in squares: an
+      engine whose logits are off by 0.75 more than rounding fails. By chance twelve prompts give 0.9 to 1.15.
+    - The two engines' logits are no further apart than two such errors that have nothing in common: this one sees
+      what befalls few tokens. 8-bit activations are rounded nearly alike by both engines, so there it is 1.
+    - Free tokens first part where `truth` has them within `TIE` of each other.
+    """
+    error = rms(theirs - truth)
+    assert error_ratio(ours, theirs, truth) <= ROUNDING
+    assert rms(ours - theirs) <= (1 if precision.eight_bit else math.hypot(1, ROUNDING)) * error
+    assert widest_tie(truth, first, second) <= TIE * error
 
 
 # The lean step
@@ -244,7 +301,7 @@ def test_a_family_the_step_does_not_know_runs_its_own_forward_and_says_so(prompt
     assert (stepped(decoder, prompts, forced) - stock(network, prompts, forced)).abs().max() < 1e-4
 
 
-def test_a_window_narrower_than_the_text_is_left_to_the_models_own_forward():
+def test_a_text_wider_than_the_models_window_is_refused():
     network = tiny(MistralConfig, {"sliding_window": 8})
     assert Decoder(network, 1, 4, 4).note == ""
     with pytest.raises(InputError, match="last 8 tokens"):
@@ -299,38 +356,33 @@ def test_joined_8_bit_layers_give_each_layers_bits():
 # The embedded model
 
 
+TEXTS = ("The capital of France is", "Once upon a time, by the sea,", "Oh", "A list of fruit: apples,", "2 + 2 =",
+         "The president said that", "It was a dark", "Dear Sir or Madam,", "My favourite colour is",
+         "In the year 1969", "Water boils at", "def main():")  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def texts(source):
     tokenizer = model.load_tokenizer(source.path)
-    return [
-        tokenizer(text)["input_ids"] for text in ("The capital of France is", "Once upon a time, by the sea,", "Oh")
-    ]
-
-
-@pytest.fixture(scope="module")
-def reference(source, texts):
-    """Tokens that are read, and the float32 model's logits on them."""
-    network = model.load(source.path, PRECISIONS["fp32"], "cpu")
-    forced = Eager(network).generate(texts, 8)
-    return forced, stock(network, texts, forced)
+    return [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
 @pytest.mark.parametrize("name", ["bf16", "nf4", "int8-t0"])
-def test_tokens_are_eagers_but_after_a_near_tie(name, source, texts, reference):
+def test_tokens_are_eagers_but_after_a_near_tie(name, source, texts):
     """Fed the same tokens the step is as far from float32 as eager is; where free tokens part, it was a near tie."""
-    forced, truth = reference
+    rows, precision = len(texts), PRECISIONS[name]
     with model.quiet():
-        network = model.load(source.path, PRECISIONS[name], "cpu")
-        decoder = Decoder(network, 3, max(map(len, texts)), 24)
-        ours = stepped(decoder, texts, forced)
-        theirs = stock(network, texts, forced)
-        assert error_ratio(ours, theirs, truth) <= ROUNDING
+        network = model.load(source.path, precision, "cpu")
+        exact = unrounded(network, source.path)
+        decoder = Decoder(network, rows, max(map(len, texts)), 8)
+        assert decoder.note == ""
+        tokens = Eager(network).generate(texts, 8)
+        truth, theirs = (stock(each, texts, tokens[:, :-1]) for each in (exact, network))
+        ours = stepped(decoder, texts, tokens[:, :-1])
         decoder.prefill(texts)
         for _ in range(7):
-            decoder.step(3)
-        parted = agreement(network, texts, Eager(network).generate(texts, 8), decoder.tokens(3, 8))
-    assert parted.tokens == 8
-    assert parted.margin is None or parted.margin <= 2 * (ours - theirs).abs().max()
+            decoder.step(rows)
+    assert_differs_by_rounding(ours, theirs, truth, tokens, decoder.tokens(rows, 8), precision)
 
 
 # Engines
@@ -425,38 +477,33 @@ def test_more_than_the_context_window_is_refused():
 # On a GPU
 
 
-MORE = ("A list of fruit: apples,", "2 + 2 =", "The president said that", "It was a dark", "Dear Sir or Madam,",
-        "My favourite colour is", "In the year 1969", "Water boils at", "def main():")  # fmt: skip
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("more", [(), MORE], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("rows", [3, 12], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "int8-t0", "int4", "fp4", "nf4", "nf4-dq"])
-def test_a_recorded_step_is_as_near_float32_as_eager(name, more, source, texts):
-    """Fed the same tokens; the float32 model multiplies the same stored weights only where these are plain."""
-    tokenizer = model.load_tokenizer(source.path)
-    texts = [*texts, *(tokenizer(text)["input_ids"] for text in more)]
-    exact = model.load(source.path, PRECISIONS["fp32"], "cuda")
-    forced = Eager(exact).generate(texts, 8)
-    truth = stock(exact, texts, forced)
+def test_a_recorded_step_is_as_near_float32_as_eager(name, rows, source, texts):
+    """Fed the same tokens, and where free tokens part, it was a near tie; the same prompts in batches of any size."""
+    precision, batches = PRECISIONS[name], [texts[first : first + rows] for first in range(0, len(texts), rows)]
     with model.quiet():
-        network = model.load(source.path, PRECISIONS[name], "cuda")
-        graphed = decode.Graphed(network, len(texts), max(map(len, texts)), 24)
-        tokens = graphed.generate(texts, 24)
-        decoder, graph = graphed._decoder, graphed._steps[len(texts)]
-        logits = [read(decoder, texts)]
-        for place in range(8):
-            decoder.token[:] = forced[:, place]
-            graph.replay()
-            logits.append(graphed.logits[len(texts)].float().clone())
-        ours, theirs = torch.stack(logits, 1), stock(network, texts, forced)
-        parted = agreement(network, texts, Eager(network).generate(texts, 24), tokens)
+        network = model.load(source.path, precision, "cuda")
+        exact = unrounded(network, source.path)
+        graphed = decode.Graphed(network, rows, max(map(len, texts)), 16)
+
+        def replay(rows):
+            graphed._steps[rows].replay()
+            return graphed.logits[rows].clone()
+
+        found = []
+        for batch in batches:
+            free, tokens = graphed.generate(batch, 16), Eager(network).generate(batch, 16)
+            forced = tokens[:, :-1]
+            ours = stepped(graphed._decoder, batch, forced, replay)
+            found.append((ours, stock(network, batch, forced), stock(exact, batch, forced), tokens, free))
     assert graphed.note == ""
-    if name == "fp32":
-        assert (ours - truth).abs().max() < 1e-2
+    ours, theirs, truth, tokens, free = map(torch.cat, zip(*found, strict=True))
+    if name == "fp32":  # eager is the truth
+        assert (ours - truth).abs().max() < 1e-2 and widest_tie(truth, tokens, free) < 2e-2
     else:
-        assert error_ratio(ours, theirs, truth) <= ROUNDING
-    assert parted.margin is None or parted.margin <= 2 * (ours - theirs).abs().max()
+        assert_differs_by_rounding(ours, theirs, truth, tokens, free, precision)
 
 
 @pytest.mark.gpu
@@ -477,9 +524,9 @@ def test_recorded_sizes_share_memory_and_each_gives_its_tokens(source, texts, mo
 def test_memory_comes_back_when_an_engine_goes(source, texts):
     network = model.load(source.path, PRECISIONS["bf16"], "cuda")
     width = max(map(len, texts))
-    decode.Graphed(network, 3, width, 4).generate(texts, 4)  # the step is built and libraries have what they keep
+    decode.Graphed(network, 3, width, 4).generate(texts[:3], 4)  # the step is built and libraries have what they keep
     model.release()
     before = torch.cuda.memory_allocated()
-    decode.Graphed(network, 24, width, 64).generate(texts * 8, 64)
+    decode.Graphed(network, 24, width, 64).generate(texts * 2, 64)
     model.release()
     assert torch.cuda.memory_allocated() - before < 2**20
