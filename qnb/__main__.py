@@ -23,17 +23,17 @@ try:
     from filelock import FileLock, Timeout
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    from qnb import accuracy, colab, hub, model, timing, workload
+    from qnb import accuracy, colab, device, hub, model, timing, workload
     from qnb.error import InputError
     from qnb.ledger import FAILED, KEY
     from qnb.provenance import COMMAND, ROOT
     from qnb.study import PARAMETERS, Study
+    from qnb.workbench import BESIDE
 except ModuleNotFoundError as missing:
     raise SystemExit(f"qnb: {missing.name} is not installed; pip install -r requirements.txt") from None
 
 NOTEBOOKS = ROOT / "notebooks"
 NAMES = ("01_quantize", "02_accuracy", "03_perf_bs1", "04_perf_maxbatch", "05_figures")
-BESIDE_COUNTS = (("limit", "all"), ("text_tokens", "all"), ("sweep_batch", "0"))  # what else may stand for a count
 CELL_TIMEOUT_S = 24 * 3600  # a cell that hangs ends one day, and the run with it
 
 
@@ -166,7 +166,7 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
             accuracy.check_minutes(value)
         elif name in ("bs1_requests", "maxbatch_requests") and timing.minutes_of(value) is not None:
             continue
-        elif name not in PARAMETERS and (name, str(value)) not in BESIDE_COUNTS:
+        elif name not in PARAMETERS and str(value) != BESIDE.get(name, "").strip("'"):
             study.count(name, value)
     if "02_accuracy" in names:
         if values.get("tasks", "auto") != "auto":
@@ -194,7 +194,7 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
     import papermill
 
     known = {name: set(papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb")) for name in NAMES}
-    values = parameters(profile, given, set().union(*known.values()))
+    values = parameters(profile, given, {"device"}.union(*known.values()))
     if output:
         here = not output.startswith(colab.DRIVE)
         values["output"] = str(Path(output).expanduser().resolve()) if here else output
@@ -202,6 +202,8 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
         values["data_dir"] = str(Path(str(values["data_dir"])).expanduser().resolve())
     study = validate(values, names)
     values["output"] = str(study.folder)
+    if "device" in values:
+        os.environ[device.CHOICE] = values["device"]  # for the notebooks' kernels
     executed = study.folder / "notebooks"
     try:
         executed.mkdir(parents=True, exist_ok=True)
@@ -346,8 +348,6 @@ def audit() -> int:
 
 def doctor() -> int:
     """Print what this machine is and what it can run; 1 when it cannot run the demo."""
-    from qnb import device
-
     versions = device.versions()
     absent = [name for name, version in versions.items() if version == "absent"]
     if absent:

@@ -10,7 +10,7 @@ its whole batch, so the batch's latency stands beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -514,19 +514,6 @@ def _fastest_s(work: Callable[[], Any], device: torch.device, least: int = 3, mo
         clock.tick()
         seconds += clock.seconds()
     return min(seconds)
-
-
-def median_interval(values: Iterable[float]) -> tuple[float, float] | None:
-    """Return the 95 % interval of the median from order statistics, whatever the distribution.
-
-    None below six values, where even the extremes do not hold it so surely (Conover 1999, section 3.2).
-    """
-    ranked = sorted(values)
-    count, chance, outside = len(ranked), 0.0, -1
-    while chance <= 0.025 and outside < count // 2:
-        outside += 1
-        chance += math.comb(count, outside) * 0.5**count
-    return (ranked[outside - 1], ranked[-outside]) if outside >= 1 else None
 
 
 def settled(passes: Sequence[float]) -> bool:

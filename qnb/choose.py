@@ -16,7 +16,6 @@ import pandas as pd
 from qnb import table
 from qnb.precision import BASELINE
 from qnb.results import Results
-from qnb.stats import agresti_min
 
 OVERALL = "mean over tasks"
 PRACTICAL = 100  # times the items: more than that nobody asks
@@ -180,11 +179,8 @@ def _change(changes: pd.DataFrame, precision: str, wanted: list[str]) -> dict[st
         return {}
     below, above = [], []
     for row in rows.to_dict("records"):
-        low, high = _number(row.get("low_pp")), _number(row.get("high_pp"))
-        if low is None or high is None:
-            low, high = agresti_min(int(row["gained"]), int(row["lost"]), int(row["items"]))
-        below.append(row["change_pp"] - low)
-        above.append(high - row["change_pp"])
+        below.append(row["change_pp"] - row["low_pp"])
+        above.append(row["high_pp"] - row["change_pp"])
     mean = float(rows.change_pp.mean())
     return {
         "change_pp": mean,

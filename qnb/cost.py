@@ -64,6 +64,7 @@ def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
     figure = look.panels(640, ["throughput, requests/s", "batch latency, s"], shared_xaxes=True)
     for (precision, engine), rows in steps.groupby(["precision", "engine"], sort=False):
         end = largest[(largest.precision == precision) & (largest.engine == engine)]
+        bent = rows[rows.batch_size == knee(*(list(rows[name]) for name in needed))]
         rows = stacked([rows, end]).sort_values("batch_size")
         color = PRECISIONS[str(precision)].color
         for row, name in enumerate(needed[1:], 1):
@@ -80,13 +81,11 @@ def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
                 line={"color": color, "dash": look.DASHES[str(precision)], "width": 1.8},
                 marker=look.marker(str(precision), str(engine), 8), hovertext=hover, hoverinfo="text",
             )  # fmt: skip
-            timed = rows.dropna(subset=list(needed))
-            at = timed[timed.batch_size == knee(*(list(timed[name]) for name in needed))] if len(timed) else timed
             figure.add_scatter(
-                x=at.batch_size, y=at[name], mode="markers", row=row, col=1, showlegend=False,
+                x=bent.batch_size, y=bent[name], mode="markers", row=row, col=1, showlegend=False,
                 legendgroup=f"{precision} {engine}", hoverinfo="text",
                 marker={"symbol": "circle-open", "size": 17, "color": color, "line": {"width": 2}},
-                hovertext=[f"{precision}, {engine}: the knee, batch {size:.0f}" for size in at.batch_size],
+                hovertext=[f"{precision}, {engine}: the knee, batch {size:.0f}" for size in bent.batch_size],
             )  # fmt: skip
             for one in end.to_dict("records"):
                 figure.add_scatter(

@@ -12,6 +12,7 @@ from pathlib import Path
 from qnb.error import InputError
 
 MIB = 2**20
+CHOICE = "QNB_DEVICE"  # the environment's variable for what "auto" means
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "lm_eval", "datasets", "accelerate")
 
 
@@ -38,13 +39,15 @@ def detect(asked: str = "auto") -> Device:
     Parameters
     ----------
     asked
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"`` for the second GPU, or ``"auto"``: the first GPU, else the CPU.
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"`` for the second GPU, or ``"auto"``: what the variable QNB_DEVICE
+        names, else the first GPU, else the CPU.
 
     Raises
     ------
     InputError
         There is no such device.
     """
+    asked = os.environ.get(CHOICE, asked) if asked == "auto" else asked
     if not isinstance(asked, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", asked):
         raise InputError(f"device is {asked!r}; give 'auto', 'cpu', 'cuda', or 'cuda:1' for the second GPU")
     index, gpus = int(asked.partition(":")[2] or 0), 0

@@ -128,7 +128,7 @@ def part_labels(figure: go.Figure) -> go.Figure:
     """
     room = (PANEL_PX, (figure.layout.height or 420) - TOP_PX - BOTTOM_PX)
     points = [trace for trace in figure.data if "markers" in (trace.mode or "") and trace.x is not None]
-    scales = [_scale(figure, axis, points) for axis in "xy"]
+    scales = [_scale(figure, axis) for axis in "xy"]
     at = [[(scales[0](x) * room[0], scales[1](y) * room[1]) for x, y in zip(trace.x, trace.y, strict=True)
            if x is not None] for trace in points]  # fmt: skip
     near = 2 * MARKER_PX  # of another's point: a label there would seem to be its
@@ -146,7 +146,7 @@ def part_labels(figure: go.Figure) -> go.Figure:
     return figure
 
 
-def _scale(figure: go.Figure, axis: str, points: Sequence[Any]) -> Callable[[float], float]:
+def _scale(figure: go.Figure, axis: str) -> Callable[[float], float]:
     """Return where a value lies on an axis, 0 to 1, as nearly as is known before it is drawn."""
     drawn = figure.layout[f"{axis}axis"]
     place = math.log10 if drawn.type == "log" else float

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bench.monitor import median_interval
 
 from qnb import model
 from qnb.benchmark import (
@@ -15,7 +16,6 @@ from qnb.benchmark import (
     largest_batch,
     last_steps,
     measure_limits,
-    median_interval,
     run,
     settled,
 )

@@ -14,6 +14,7 @@ from qnb.precision import PRECISIONS
 def two_gpus(monkeypatch):
     """A machine with two cards; returns which one torch was told to mean."""
     chosen = []
+    monkeypatch.delenv(device.CHOICE, raising=False)
     monkeypatch.setattr(device, "_driver", lambda: "580.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -39,8 +40,17 @@ def test_a_device_that_is_none_is_refused(asked, two_gpus):
         device.detect(asked)
 
 
+def test_the_environment_names_what_auto_means(two_gpus, monkeypatch):
+    monkeypatch.setenv(device.CHOICE, "cuda:1")
+    assert device.detect().place == "cuda:1" and device.detect("cuda:0").place == "cuda:0"
+    monkeypatch.setenv(device.CHOICE, "cuda:7")
+    with pytest.raises(InputError, match="'cuda:7'"):
+        device.detect()
+
+
 def test_without_a_gpu_none_can_be_taken(monkeypatch):
     monkeypatch.setattr(device, "_driver", lambda: "")
+    monkeypatch.delenv(device.CHOICE, raising=False)
     assert device.detect().kind == "cpu"
     with pytest.raises(InputError, match="sees no NVIDIA GPU here"):
         device.detect("cuda")
