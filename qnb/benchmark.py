@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 WARM_UP_TOKENS = 4
 TRACED_STEPS = 8  # decode steps in the profiled pass
 BUSY = 0.75  # a decode step whose kernels ran for less than this share of it waited for launches
-NEAR = 0.5  # where kernels cannot be timed, a roof is named from this share of it on
+NEAR = 0.5  # a roof is named where what both ask for explains this share of a step
 TIGHT = 0.95  # of the memory allowed: a batch that takes more has to fit twice
 WIDTH = 0.05  # of the 95 % interval over passes, relative to their mean, at which repeating may end
 LEAST_PASSES = 3
@@ -168,9 +168,10 @@ class Run:
     def bound(self) -> str | None:
         """What a decode step waits for; None where that cannot be told.
 
-        ``"launch"``: its kernels ran for less than three quarters of it. Else the nearer of two roofs:
-        ``"bandwidth"``, the bytes it must move against a copy's, or ``"compute"``, its operations against a large
-        product's. Where kernels cannot be timed, as on a CPU, a roof is named only from half of it on.
+        ``"launch"``: its kernels ran for less than three quarters of it. Else there are two roofs, the bytes it must
+        move against a copy's and its operations against a large product's: the nearer, ``"bandwidth"`` or
+        ``"compute"``, where both together explain half of the step. Where they do not, ``"kernels"``: what these do
+        beyond the least work, or how they do it. Where they cannot be timed, as on a CPU, that is not told.
         """
         if self.tpot_s is None or self.work is None or self.limits is None:
             return None
@@ -180,7 +181,9 @@ class Run:
         if roof := self.limits.flop_per_s(self.work.flops):
             shares["compute"] = self.work.flops_per_step / self.tpot_s / roof
         nearest = max(shares, key=lambda name: shares[name])
-        return nearest if self.trace is not None or shares[nearest] >= NEAR else None
+        if sum(shares.values()) >= NEAR:
+            return nearest
+        return "kernels" if self.trace is not None else None
 
     @property
     def flags(self) -> list[str]:

@@ -16,7 +16,8 @@ from qnb.precision import BASELINE
 from qnb.results import Results
 
 SETTINGS = {"bs1": "batch size 1", "maxbatch": "its largest batch"}
-BOUNDS = {"launch": "launch-bound", "bandwidth": "bound by memory bandwidth", "compute": "bound by arithmetic"}
+BOUNDS = {"launch": "launch-bound", "bandwidth": "bound by memory bandwidth", "compute": "bound by arithmetic",
+          "kernels": "bound by its kernels"}  # fmt: skip
 
 
 def opening(results: Results) -> str:

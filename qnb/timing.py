@@ -311,7 +311,7 @@ class Timing(Workbench):
         return self.device.kind == "cuda" and precision.eight_bit
 
     def sweep(self, workload: Workload, most: Count = "auto", engines: str | Iterable[str] = "auto") -> pd.DataFrame:
-        """Time batches of 1, 2, 4 … `most` requests, three of each; return a row a precision, engine and size.
+        """Time batches of 1, 2, 4 … requests, three of each; return a row a precision, engine and size.
 
         A size that does not fit ends its precision's and engine's row of sizes, with a note.
 
@@ -320,7 +320,8 @@ class Timing(Workbench):
         workload
             Its prompts are gone round as often as the batches need.
         most
-            The largest batch; 0 is no sweep, ``"auto"`` sweeps where there is a GPU.
+            The largest batch; 0 is no sweep. ``"auto"`` sweeps where there is a GPU: as far as the largest batch that
+            `perf_maxbatch` found for the precision and engine, which it has timed, or 256 where it found none.
         engines
             As for `perf_bs1`.
 
@@ -330,10 +331,10 @@ class Timing(Workbench):
             `most` is no whole number, or an engine is unknown or cannot run here.
         """
         names, largest = self._engines(engines), 0 if str(most) == "0" else self.count("sweep_batch", most)
-        sizes = batch_sizes(largest) if largest else ()
         asked = {"workload": workload.fingerprint, "prompts": workload.source}
-        if not sizes:
+        if not largest:
             return self.build("sweep")
+        found = self._largest() if most == "auto" else {}
         with self._alone(), self._bar(len(self.precisions), "batch sizes") as bar:
             self.limits()
             for precision in self.precisions:
@@ -341,13 +342,17 @@ class Timing(Workbench):
                 keys = [
                     self._key("sweep", precision, asked, engine=engine, setting=str(size))
                     for engine in names
-                    for size in sizes
+                    for size in _sizes(found.get((precision.name, engine)), largest)
                 ]
                 if missing := [key for key in keys if not self._find(key)]:
                     with self._failing(missing[0], asked, f"{precision.name}'s batch sizes"):
                         self.on(precision, partial(self._sweep, missing, workload, asked))
                 bar.update()
         return self._save("sweep")
+
+    def _largest(self) -> dict[tuple[str, str], int]:
+        """Return the largest batch last found of each precision and engine."""
+        return {(row["precision"], row["engine"]): row["batch_size"] for row in self.ledger if row["stage"] == "batch"}
 
     def _sweep(
         self,
@@ -577,6 +582,11 @@ class Timing(Workbench):
             "sweep": lambda: table.sweep(self.frame("sweep")),
             "examples": lambda: table.examples(self.frame("batch"), self.ledger.frame("lengths")),
         }
+
+
+def _sizes(found: int | None, most: int) -> tuple[int, ...]:
+    """Return a sweep's sizes: those below the largest batch found, else up to `most`."""
+    return batch_sizes(most) if found is None else batch_sizes(found)[:-1]
 
 
 def _smaller(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,6 +143,7 @@ def test_what_bounds_a_step_is_named():
     assert made(0.002, kernel_s=0.0018).bound == "bandwidth"
     assert made(0.002, kernel_s=0.0018, computed=1e11).bound == "bandwidth"  # half the bandwidth, half the compute
     assert made(0.002, kernel_s=0.0018, computed=1.5e11).bound == "compute"
+    assert made(0.010, kernel_s=0.009).bound == "kernels"  # neither launches nor a roof
     assert made(0.0015).bound == "bandwidth" and made(0.010).bound is None  # far from every roof, and nothing traced
 
 

@@ -255,6 +255,11 @@ def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(source, tmp_
     other = Study("smollm2-135m", "bf16", tmp_path / "other")
     other.device = Device("cpu", "a machine", 1024, "native", "")
     assert other.sweep(workload).empty  # without a GPU none is made unless it is asked for
+    other.device = replace(other.device, kind="cuda")
+    monkeypatch.setattr(other, "on", made.on)
+    other._append(other._key("batch", other.precisions[0], {}, engine="eager"), {}, {"batch_size": 4})
+    assert other.sweep(workload, "auto", "eager").batch_size.tolist() == [1, 2]  # 4, the largest, is timed already
+    assert other.sweep(workload, 4, "eager").batch_size.tolist() == [1, 2, 4]
 
 
 def test_an_engine_that_cannot_run_a_precision_leaves_a_row_that_says_why(source, tmp_path, monkeypatch):
@@ -335,11 +340,8 @@ def test_a_gpu_times_both_engines_alone_and_together(tmp_path, monkeypatch):
         timed = frame.dropna(subset=["throughput_rps"])
         pairs = set(zip(timed.precision, timed.engine, strict=True))
         assert pairs == {(p, e) for p in ("bf16", "nf4") for e in ("eager", "graphed")} | {("int8", "eager")}
-        assert timed.peak_allocated_mib.notna().any() and set(timed.bound.dropna()) <= {
-            "launch",
-            "bandwidth",
-            "compute",
-        }
+        assert timed.peak_allocated_mib.notna().any()
+        assert set(timed.bound.dropna()) <= {"launch", "bandwidth", "compute", "kernels"}
         missing = frame[frame.engine.eq("graphed") & frame.precision.eq("int8")]
         assert missing.note.str.contains("outlier").all()
     assert (together.dropna(subset=["throughput_rps"]).batch_size == 4).all()
