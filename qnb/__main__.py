@@ -362,7 +362,7 @@ def doctor() -> int:
     free_gib = psutil.virtual_memory().available / gib
     disk_gib = shutil.disk_usage(ROOT).free / gib
     with model.quiet():
-        quantizes = device.quantizes(here.kind)
+        quantizes = device.quantizes(here.place)
     weights = model.intact(model.cache() / f"{model.EMBEDDED}-bf16")
     problems = [
         text

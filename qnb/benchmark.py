@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, stdev
 from time import perf_counter, sleep
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -44,6 +44,8 @@ from qnb.workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+Result = TypeVar("Result")
 
 WARM_UP_TOKENS = 4
 TRACED_STEPS = 8  # decode steps in the profiled pass
@@ -374,11 +376,22 @@ def run(
         trace = parted = None
         if on_gpu and "trace" in passes and new_tokens > 1:
             with _losing(lost, "kernels not traced"):
-                trace = _trace(made, batches[0], new_tokens, device)
+                trace = twice(lambda: _trace(made, batches[0], new_tokens, device))
         if engine != "eager" and "agreement" in passes:
             with _losing(lost, "tokens not compared with eager's"):
                 parted = agreement(model, prompts[:1], Eager(model).generate(prompts[:1], new_tokens), first)
     return replace(timed, trace=trace, agreement=parted, lost=tuple(lost))
+
+
+def twice(work: Callable[[], Result]) -> Result:
+    """Return what `work` does; where memory runs out, give back what was kept in pieces and do it once more."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    release()
+    return work()
 
 
 @contextmanager

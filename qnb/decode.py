@@ -388,7 +388,7 @@ _recorded: WeakSet[Graphed] = WeakSet()
 
 def give_back_workspaces() -> None:
     """Free what cuBLAS keeps for every stream, 32 MiB each on an H100, unless a recorded step is to find it again."""
-    if not _recorded:
+    if torch.cuda.is_initialized() and not _recorded:
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 

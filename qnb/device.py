@@ -32,9 +32,16 @@ class Device:
         """Its name for torch."""
         return f"cuda:{self.index}" if self.kind == "cuda" else self.kind
 
+    def use(self) -> None:
+        """Let torch mean it where it says ``"cuda"``. On a GPU this makes a context, hundreds of MiB of its memory."""
+        if self.kind == "cuda":
+            import torch
+
+            torch.cuda.set_device(self.index)
+
 
 def detect(asked: str = "auto") -> Device:
-    """Describe a device, and let torch mean it where it says ``"cuda"``.
+    """Describe a device; nothing is put on it.
 
     Parameters
     ----------
@@ -57,7 +64,6 @@ def detect(asked: str = "auto") -> Device:
 
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if index < gpus:
-            torch.cuda.set_device(index)
             properties = torch.cuda.get_device_properties(index)
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             return Device(

@@ -34,7 +34,7 @@ class Monitor:
 
     def __init__(self, study: Study, period_s: float = 1.0) -> None:
         self._period_s = period_s
-        self._sensor = sensor(study.device.kind)
+        self._sensor = sensor(study.device.place)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="qnb-live", daemon=True)
         self._readings: list[Sample] = []

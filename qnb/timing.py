@@ -23,7 +23,7 @@ from qnb.batch import sweep as batch_sizes
 from qnb.error import InputError
 from qnb.ledger import fingerprint
 from qnb.precision import PRECISIONS, Precision
-from qnb.workbench import AUTO, Count, Workbench
+from qnb.workbench import AUTO, Count, Workbench, give_back
 from qnb.workload import Workload
 from qnb.workload import lengths as load_lengths
 from qnb.workload import load as load_workload
@@ -297,7 +297,7 @@ class Timing(Workbench):
         try:
             if self._apart(precision):
                 folder = self.checkpoint(precision, say=True)
-                model.release()
+                give_back()
                 found = largest_batch_apart(folder, precision, self.device.place, *asked)
             else:
                 found = self.on(precision, lambda network, base_mib: largest_batch(network, *asked, base_mib))
@@ -363,7 +363,7 @@ class Timing(Workbench):
         base_mib: float | None,
     ) -> None:
         """Time a batch of each key's size with a loaded precision, and keep the rows."""
-        from qnb.benchmark import counted
+        from qnb.benchmark import counted, twice
 
         full: set[str] = set()
         last = counted(network.config, len(workload.longest)) if self._apart(PRECISIONS[keys[0]["precision"]]) else 0
@@ -376,17 +376,14 @@ class Timing(Workbench):
             batch = replace(workload, prompts=tuple(islice(cycle(workload.prompts), SWEPT * size)))
             values: dict[str, Any] = {"note": "a smaller batch did not fit"}
             with self._failing(key, asked, f"{key['precision']}'s batch of {size} with engine {key['engine']}"):
-                for again in (False, True) if key["engine"] not in full else ():
-                    try:
-                        values = self._time(network, base_mib, key, batch, size, ("memory",))
-                        break
-                    except (RuntimeError, MemoryError) as error:
-                        if not is_out_of_memory(error):
-                            raise
-                    model.release()  # and once more: what else was there may be gone
-                    if again:
-                        full.add(key["engine"])
-                        values = {"note": "out of memory"}
+                try:
+                    if key["engine"] not in full:
+                        values = twice(partial(self._time, network, base_mib, key, batch, size, ("memory",)))
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    full.add(key["engine"])
+                    values = {"note": "out of memory"}
                 self._append(key, asked, {"batch_size": size, **values})
             model.release()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from qnb import __version__, colab, device, model, table
 from qnb.batch import is_out_of_memory
+from qnb.device import MIB
 from qnb.error import InputError
 from qnb.hub import scrub
 from qnb.ledger import FAILED, Ledger, checked, fingerprint, unchecked
@@ -279,6 +280,7 @@ class Workbench:
     def _alone(self) -> Iterator[None]:
         """Measure while no other process measures into the same folder; wait for one that does, and say so."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.device.use()
         try:
             self._lock.acquire(timeout=0.5)
         except Timeout:
@@ -335,16 +337,26 @@ class Workbench:
         not be read. It must not keep the model: the next precision needs the room.
         """
         folder = self.checkpoint(precision, say=True)
-        model.release()
-        baseline_mib = None
-        with suppress(OSError):  # a sensor that answers no more costs its own numbers alone
-            baseline_mib = sensor(self.device.kind).sample().get("memory_mib")
+        give_back()
+        baseline_mib = self._idle_mib()
         network = model.load(folder, precision, self.device.kind)
         try:
             return measure(network, baseline_mib)
         finally:
             del network
-            model.release()
+            give_back()
+
+    def _idle_mib(self) -> float | None:
+        """Return the memory in use that is no model's, in MiB; None where a sensor answers no more."""
+        try:
+            read: float | None = sensor(self.device.place).sample().get("memory_mib")
+        except OSError:  # costs its own numbers alone
+            return None
+        if read is None or self.device.kind != "cuda":
+            return read
+        import torch
+
+        return read - torch.cuda.memory_reserved() / MIB  # what the allocator still has, the next model uses
 
     def _settle(self, precision: Precision) -> None:
         """Once, load a model for nothing: what the libraries allocate at their first use is no precision's memory."""
@@ -404,3 +416,15 @@ class Workbench:
             self._replace(f"tables/.{name}.json", checked(made))
             self._replace(f"tables/{name}.md", table.markdown(frame).encode())
         return frame
+
+
+def give_back() -> None:
+    """Give all of a GPU's memory back between two models.
+
+    transformers takes the memory of a model's weights in one piece. cuBLAS's workspaces outlive the model, and one
+    that stands in a gap of that piece keeps all of it from the device, though the allocator may use it again.
+    """
+    from qnb.decode import give_back_workspaces
+
+    model.release()
+    give_back_workspaces()

@@ -18,6 +18,7 @@ from qnb.benchmark import (
     measure_limits,
     run,
     settled,
+    twice,
 )
 from qnb.decode import Eager
 from qnb.error import InputError
@@ -136,6 +137,23 @@ def made(step_s, kernel_s=None, read=1e9, computed=1e9, energy_j=None):
         work=Work(1.0, 1.0, read, {"float16": computed}), trace=kernel_s and Trace(kernel_s, 100),
         limits=Limits(1e12, {"float16": 1e14}, 10.0),
     )  # fmt: skip
+
+
+def test_what_memory_ran_out_of_is_done_once_more():
+    asked = []
+
+    def work(fails):
+        asked.append(fails)
+        if len(asked) <= fails:
+            raise torch.cuda.OutOfMemoryError("simulated")
+        return len(asked)
+
+    assert twice(lambda: work(1)) == 2
+    asked.clear()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        twice(lambda: work(2))
+    with pytest.raises(ZeroDivisionError):
+        twice(lambda: 1 // 0)
 
 
 def test_what_bounds_a_step_is_named():

@@ -256,6 +256,7 @@ def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(source, tmp_
     other.device = Device("cpu", "a machine", 1024, "native", "")
     assert other.sweep(workload).empty  # without a GPU none is made unless it is asked for
     other.device = replace(other.device, kind="cuda")
+    monkeypatch.setattr(Device, "use", lambda _: None)
     monkeypatch.setattr(other, "on", made.on)
     other._append(other._key("batch", other.precisions[0], {}, engine="eager"), {}, {"batch_size": 4})
     assert other.sweep(workload, "auto", "eager").batch_size.tolist() == [1, 2]  # 4, the largest, is timed already
@@ -294,6 +295,7 @@ def test_a_model_that_keeps_not_every_key_leaves_a_row_that_says_so(source, tmp_
     network = MistralForCausalLM(MistralConfig(**shape, sliding_window=5))
     made = Study("smollm2-135m", "bf16,fp16", tmp_path)
     workload = made.workload("bs1", 4, 4, 2, "sample")
+    monkeypatch.setattr(Device, "use", lambda _: None)
     made.device = Device("cuda", "a machine", 1024, "native", "")
     monkeypatch.setattr(made, "on", lambda precision, measure: measure(network, 0.0))
     monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
@@ -327,6 +329,25 @@ def test_plans_are_made_of_rows_alone(source, tmp_path):
             made.examples("sample", wrong)
 
 
+def test_idle_memory_is_read_without_what_the_model_before_left(source, tmp_path, monkeypatch):
+    """Whatever torch's allocator still holds is what the next model is loaded into, and so no idle memory."""
+    made, steps = Study("smollm2-135m", "bf16", tmp_path), []
+    made.device = Device("cuda", "a card", 2**14, "native", "580.1")
+    monkeypatch.setattr(made, "checkpoint", lambda precision, say: tmp_path)
+    monkeypatch.setattr(workbench, "give_back", lambda: steps.append("given back"))
+    monkeypatch.setattr(workbench, "sensor", lambda place: SimpleNamespace(sample=lambda: {"memory_mib": 3000.0}))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1000 * 2**20)
+    monkeypatch.setattr(model, "load", lambda *_: steps.append("loaded"))
+    assert made.on(made.precisions[0], lambda network, idle_mib: idle_mib) == 2000
+    assert steps == ["given back", "loaded", "given back"]
+
+    def lost(place):
+        raise OSError("NVML answers no more")
+
+    monkeypatch.setattr(workbench, "sensor", lost)
+    assert made.on(made.precisions[0], lambda network, idle_mib: idle_mib) is None
+
+
 @pytest.mark.gpu
 def test_a_gpu_times_both_engines_alone_and_together(tmp_path, monkeypatch):
     """The stages of 03 and 04 as their notebooks run them; INT8 is searched in a process of its own."""
@@ -345,5 +366,7 @@ def test_a_gpu_times_both_engines_alone_and_together(tmp_path, monkeypatch):
         missing = frame[frame.engine.eq("graphed") & frame.precision.eq("int8")]
         assert missing.note.str.contains("outlier").all()
     assert (together.dropna(subset=["throughput_rps"]).batch_size == 4).all()
+    idle_mib = [row["monitor_baseline_mib"] for row in made.ledger if row.get("monitor_baseline_mib")]
+    assert max(idle_mib) - min(idle_mib) < 64 and torch.cuda.memory_reserved() < 2**26  # no model stays
     assert set(swept.batch_size) == {1, 2} and made.results().traced.kernel_s_per_token.notna().any()
     assert not made.ledger.failures()

@@ -136,7 +136,7 @@ class Fake:
     """A study whose device is this machine."""
 
     class device:
-        kind = "cpu"
+        place = "cpu"
 
 
 def test_the_live_monitor_draws_while_the_block_runs_and_ends_with_it(capsys):
