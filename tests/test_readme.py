@@ -111,6 +111,13 @@ def test_notebook_03_tells_what_was_kept():
         assert limit == f"{mine['limit_ms', 'eager']:.2f}"
     shares = steps["limit_pct", "graphed"].round().astype("Int64")
     assert f"FP16 reaches {shares.fp16} % of what the memory allows, NF4 {shares.nf4} %" in prose("03")
+    text = " ".join(prose("03").split())
+    larger = kept(f"{LARGER}/table3_bs1.csv").query("engine == 'graphed'").dropna(subset=["tpot_s"])
+    token, times = 1e3 * larger.set_index("precision").tpot_s, larger.engine_speedup
+    assert f"{token.fp16:.2f} ms a token in FP16 and {token.nf4:.2f} in NF4" in text
+    assert f"(three passes, which differed by up to {larger.throughput_spread_pct.max():.0f} %)" in text
+    assert f"{times.min():.0f} to {times.max():.0f} times as long with `eager`" in text
+    assert set(larger.repeats) == {3}
 
 
 SEARCHES = {"ours": "this one", "accelerate": "accelerate's", "lightning power": "Lightning's"}
