@@ -256,8 +256,10 @@ def _progress(study: Study, total: int) -> Iterator[Any]:
 
     stop = threading.Event()
 
+    pause_s = 1 if sys.stderr.isatty() else 30  # a log keeps every state of the line
+
     def watch() -> None:
-        while not stop.wait(1):
+        while not stop.wait(pause_s):
             bar.set_postfix_str(f"{len(study.ledger)} rows")
 
     with tqdm(total=total, unit="notebook", bar_format="{desc} {bar:20} {n}/{total}, {elapsed} gone{postfix}") as bar:
