@@ -122,13 +122,17 @@ def roofline(runs: pd.DataFrame) -> go.Figure:
     bandwidth, peak = runs.limit_bytes_per_s.max(), runs.limit_flop_per_s.max()
     left, right = runs.intensity.min() / 2, max(runs.intensity.max() * 2, 3 * peak / bandwidth)
     figure = go.Figure()
-    for limit, rows in runs.groupby("limit_flop_per_s"):
-        ridge = limit / bandwidth
+    roofs = [(float(limit), list(dict.fromkeys(rows.precision))) for limit, rows in runs.groupby("limit_flop_per_s")]
+    for limit, names in roofs:
         figure.add_scatter(
-            x=[left, ridge, right], y=[left * bandwidth / 1e12, limit / 1e12, limit / 1e12], mode="lines",
-            line={"color": GREY, "width": 1.6}, showlegend=False, hoverinfo="text",
-            hovertext=f"limits: {bandwidth / 1e12:.3g} TB/s, {limit / 1e12:.4g} TFLOP/s for "
-            f"{', '.join(dict.fromkeys(rows.precision))}",
+            x=[left, limit / bandwidth, right], y=[left * bandwidth / 1e12, limit / 1e12, limit / 1e12], mode="lines",
+            line={"color": GREY, "width": 1.2}, showlegend=False, hoverinfo="text",
+            hovertext=f"limits: {bandwidth / 1e12:.3g} TB/s, {limit / 1e12:.4g} TFLOP/s for {', '.join(names)}",
+        )  # fmt: skip
+    for limit, names in _near(roofs):  # left of a ridge and above its roof no point can be
+        figure.add_scatter(
+            x=[limit / bandwidth], y=[limit / 1e12], mode="text", text=[", ".join(names)], textposition="top left",
+            textfont={"size": 10, "color": GREY}, showlegend=False, hoverinfo="skip",
         )  # fmt: skip
     named: set[str] = set()
     for engine, some in runs.groupby("engine", sort=False):
@@ -147,6 +151,15 @@ def roofline(runs: pd.DataFrame) -> go.Figure:
     figure.update_yaxes(type="log", title="achieved, TFLOP/s (log)", dtick=1)
     note = f"lines: measured limits; slope {bandwidth / 1e12:.3g} TB/s, roof {peak / 1e12:.3g} TFLOP/s"
     return look.part_labels(look.layout(figure, title, 480, note))
+
+
+def _near(roofs: list[tuple[float, list[str]]]) -> list[tuple[float, list[str]]]:
+    """Join rising roofs too near each other for labels of their own: the highest of them, and all their precisions."""
+    joined: list[tuple[float, list[str]]] = []
+    for limit, names in roofs:
+        before = joined.pop() if joined and limit < 1.5 * joined[-1][0] else (limit, [])
+        joined.append((limit, list(dict.fromkeys([*before[1], *names]))))
+    return joined
 
 
 def _roof_hover(row: dict[str, Any]) -> str:

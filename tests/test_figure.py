@@ -131,6 +131,16 @@ def test_no_point_lies_above_the_measured_roof(studied):
             assert tflops <= min(intensity * example.BYTES_S, example.FLOP_S) / 1e12
 
 
+def test_roofs_bear_the_names_of_their_precisions_together_where_they_are_near():
+    rows = pd.DataFrame({"precision": ["bf16", "nf4", "int4", "fp32"], "engine": "eager", "batch_size": 1,
+                         "bytes_per_step": 1e9, "flops_per_step": 1e9, "achieved_flop_per_s": 1e11,
+                         "limit_bytes_per_s": 1e12, "limit_flop_per_s": [8e14, 9e14, 6e13, 5e13]})  # fmt: skip
+    drawn = cost.roofline(rows)
+    named = [(trace.text[0], trace.x[0], trace.y[0]) for trace in drawn.data if trace.mode == "text"]
+    assert named == [("fp32, int4", 60, 60), ("bf16, nf4", 900, 900)]  # each at its highest roof's ridge
+    assert sum(trace.mode == "lines" for trace in drawn.data) == 4
+
+
 def test_repeats_become_their_median_with_their_range(studied):
     one = studied.results().bs1.iloc[0]
     passes = [row for row in studied.ledger if row["stage"] == "perf" and row["setting"] == "bs1"]
