@@ -1,5 +1,7 @@
 """Which device is measured on is the caller's to say, and everything below means that one."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -69,3 +71,16 @@ def test_a_process_of_its_own_takes_the_same_gpu_and_holds_it_to_the_limit(two_g
     model, (_, limit_mib, engine, _) = benchmark.trial_of("f", PRECISIONS["int8"], "cuda:1", None, 4096.0, "graphed")
     assert model == ("f", "cuda") and (limit_mib, engine) == (4096.0, "graphed")
     assert two_gpus == ["cuda:1"] and shares == [0.25]
+
+
+@pytest.mark.gpu
+def test_who_only_asks_takes_no_context_of_a_gpu():
+    """The process that starts the notebooks stands beside the one that measures: it would be flagged as another."""
+    code = (
+        "import torch; from qnb import device; from qnb.monitor import NvmlSensor; sense = NvmlSensor();"
+        "held = lambda: int(sense.sample()['processes']);"
+        "before = held(); here = device.detect(); asked = held();"
+        "here.use(); torch.zeros(1, device='cuda'); print(asked - before, held() - before)"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert made.stdout.split() == ["0", "1"]
