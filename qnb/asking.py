@@ -265,7 +265,7 @@ class Asking(Workbench):
         base = PRECISIONS[BASELINE]
         baseline = None
         if precision != base:
-            baseline = model.load(self.checkpoint(base, say=True), base, self.device.kind)
+            baseline = model.load(self.checkpoint(base, say=True), base, self.device.place)
         with model.quiet(), wide_products(self.device.kind):
             return distances(network, baseline, ids, context, context // 2)
 

@@ -116,6 +116,7 @@ class Run:
     limits: Limits | None = None
     agreement: Agreement | None = None  # with eager
     note: str = ""
+    on_gpu: bool = False
     lost: tuple[str, ...] = ()  # passes beside the timed one that failed, and why
 
     @property
@@ -141,8 +142,7 @@ class Run:
     @property
     def memory_mib(self) -> float | None:
         """Peak memory: the torch allocator's on a GPU, where it was read; on a CPU the process's growth."""
-        on_gpu = self.peak_allocated_mib is not None or self.usage.source != "process"
-        return self.peak_allocated_mib if on_gpu else self.usage.peak_memory_mib
+        return self.peak_allocated_mib if self.on_gpu else self.usage.peak_memory_mib
 
     @property
     def ttft_s(self) -> float | None:
@@ -372,6 +372,7 @@ def run(
             work=count_work(model, len(longest), new_tokens, batch_size),
             limits=limits,
             note=made.note,
+            on_gpu=on_gpu,
         )
         trace = parted = None
         if on_gpu and "trace" in passes and new_tokens > 1:
@@ -623,15 +624,14 @@ def trial_of(
 ) -> Callable[[int], Probe]:
     """Load the model from `folder`, hold a GPU's allocator to `limit_mib`, and return the model's `trial`."""
     baseline_mib = 0.0
-    kind = torch.device(device).type
-    if kind == "cuda":
+    if torch.device(device).type == "cuda":
         torch.cuda.set_device(device)
         total_mib = torch.cuda.get_device_properties(device).total_memory / MIB
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib / total_mib))
     else:
         release()
         baseline_mib = ProcessSensor().sample()["memory_mib"]
-    return trial(load(folder, precision, kind), workload, limit_mib, engine, baseline_mib)
+    return trial(load(folder, precision, device), workload, limit_mib, engine, baseline_mib)
 
 
 def trial(

@@ -455,7 +455,7 @@ class Graphed:
         main.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         self.logits.clear()  # another size's, which would stay in memory that this one can use
-        with torch.cuda.graph(graph, pool=self._pool, stream=side):
+        with torch.cuda.stream(main), torch.cuda.graph(graph, pool=self._pool, stream=side):
             logits = work(rows)
         return graph, logits
 
@@ -495,6 +495,8 @@ FACTORIES: dict[str, Factory] = {"eager": lambda model, *_: Eager(model), "graph
 def parse(engines: str | Iterable[str], device: str) -> tuple[str, ...]:
     """Return the engines named, once each; ``"auto"`` is eager, and graphed too where there is a GPU.
 
+    Eager comes first, however they are given: graphed moves a model's weights, and leaves other gaps in memory.
+
     Raises
     ------
     InputError
@@ -508,7 +510,7 @@ def parse(engines: str | Iterable[str], device: str) -> tuple[str, ...]:
     for name in names:
         if why := absent(name, device):
             raise InputError(f"engine {name!r} cannot run: {why}; take engines 'auto'")
-    return tuple(dict.fromkeys(names))
+    return tuple(name for name in FACTORIES if name in names)
 
 
 @dataclass(frozen=True, slots=True)

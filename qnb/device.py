@@ -65,12 +65,11 @@ def detect(asked: str = "auto") -> Device:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if index < gpus:
             properties = torch.cuda.get_device_properties(index)
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
             return Device(
                 kind="cuda",
                 name=properties.name,
                 memory_mib=properties.total_memory / MIB,
-                bf16="native" if native else "emulated",
+                bf16="native" if properties.major >= 8 else "emulated",  # from Ampere on
                 driver=driver,
                 index=index,
             )

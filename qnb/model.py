@@ -425,7 +425,7 @@ def release() -> None:
     import torch
 
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # by whoever looked for a GPU to use
         torch.cuda.synchronize()  # also makes the CUDA context, so that no model's memory is charged for it
         torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):  # glibc alone has it

@@ -233,10 +233,7 @@ class NvmlSensor:
         import pynvml
 
         pynvml.nvmlInit()
-        if uuid:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-        else:
-            handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = self._named(uuid) if uuid else pynvml.nvmlDeviceGetHandleByIndex(0)
         probes: dict[str, Callable[[], float]] = {
             "utilization_pct": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
             "memory_mib": lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used / MIB,
@@ -253,6 +250,16 @@ class NvmlSensor:
             except pynvml.NVMLError:
                 continue
             self.probes[name] = probe
+
+    @staticmethod
+    def _named(uuid: str) -> Any:
+        import pynvml
+
+        bare = uuid.removeprefix("GPU-")
+        try:
+            return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{bare}")
+        except pynvml.NVMLError:
+            return pynvml.nvmlDeviceGetHandleByUUID(f"MIG-{bare}")  # a part of one
 
     def sample(self) -> Sample:
         """Return the metrics this device has, in the units their names say, without those that fail now."""

@@ -148,6 +148,7 @@ class Timing(Workbench):
         with self._alone():
             if found := self._find(key):
                 return int(found["requests"])
+            self.limits()  # before anything is loaded
             batch = self.workload(setting, rows, prompt_tokens, new_tokens, prompts)
             seconds = {}
             for precision in self.precisions:
@@ -185,7 +186,7 @@ class Timing(Workbench):
         parts = {"device": self.device.name, "versions": self.versions}
         key = {"stage": "limits", "fingerprint": fingerprint(parts)}
         with self._alone():
-            row = self._find(key) or self._append(key, {}, asdict(measure_limits(self.device.kind)))
+            row = self._find(key) or self._append(key, {}, asdict(measure_limits(self.device.place)))
         return Limits(**{name: row[name] for name in Limits.__slots__})
 
     def perf_bs1(self, workload: Workload, repeats: int = 1, engines: str | Iterable[str] = "auto") -> pd.DataFrame:
@@ -268,6 +269,7 @@ class Timing(Workbench):
             return True
 
         steps = (1 + repeats) * len(self.precisions)
+        self.limits()  # before anything is loaded or held to less memory, and power while nothing runs
         with self._alone(), self._bar(steps, "largest batch") as bar, self._limited(allowed_mib):
             for precision in self.precisions:
                 bar.set_postfix_str(f"search {precision.name}")
@@ -433,13 +435,12 @@ class Timing(Workbench):
 
     def _repeat(self, asked: _Asked, engines: Sequence[str], bar: tqdm) -> None:
         """Time precisions and engines in turn, each until it has settled or all repeats are done."""
-        self.limits()  # measured before a model is loaded, and power while nothing runs
+        self.limits()
         rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
         order = count()
         for repeat, precision in self._turns(asked.repeats):
             bar.set_postfix_str(precision.name)
-            turn = engines if repeat % 2 == 0 else engines[::-1]
-            mine = {engine: rows.setdefault((precision.name, engine), []) for engine in turn
+            mine = {engine: rows.setdefault((precision.name, engine), []) for engine in engines
                     if asked.size(precision, engine)}  # fmt: skip
             mine = {engine: before for engine, before in mine.items() if not _settled(before)}
             places = {engine: next(order) for engine in mine}

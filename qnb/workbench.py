@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
@@ -280,13 +281,13 @@ class Workbench:
     def _alone(self) -> Iterator[None]:
         """Measure while no other process measures into the same folder; wait for one that does, and say so."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.device.use()
         try:
             self._lock.acquire(timeout=0.5)
         except Timeout:
             tqdm.write(f"another process is measuring into {self.folder}; waiting for it")
             self._lock.acquire(poll_interval=0.5)
         try:
+            self.device.use()
             yield
         finally:
             self._lock.release()
@@ -311,7 +312,8 @@ class Workbench:
             tqdm.write(f"{precision.name}: {wrong} in {folder} is not as it was saved, making the checkpoint again")
         elif say and not folder.exists():
             tqdm.write(f"{precision.name}: no checkpoint in {folder.parent} yet, making it")
-        made = model.convert(self.source, precision, folder, self.device.kind)
+        with _letting_go():
+            made = model.convert(self.source, precision, folder, self.device.place)
         manifest = model.file_sha256(folder / "manifest.json")
         values = {**asdict(made), "weights_mib": made.weights_mib, "bits": precision.bits, "manifest_sha256": manifest}
         self._append(key, {}, {name: value for name, value in values.items() if name != "precision"})
@@ -338,25 +340,23 @@ class Workbench:
         """
         folder = self.checkpoint(precision, say=True)
         give_back()
-        baseline_mib = self._idle_mib()
-        network = model.load(folder, precision, self.device.kind)
-        try:
-            return measure(network, baseline_mib)
-        finally:
-            del network
-            give_back()
+        idle_mib = self._idle_mib()
+        with _letting_go():
+            return measure(model.load(folder, precision, self.device.place), idle_mib)
 
     def _idle_mib(self) -> float | None:
         """Return the memory in use that is no model's, in MiB; None where a sensor answers no more."""
+        sense = sensor(self.device.place)
         try:
-            read: float | None = sensor(self.device.place).sample().get("memory_mib")
+            read: float | None = sense.sample().get("memory_mib")
         except OSError:  # costs its own numbers alone
             return None
-        if read is None or self.device.kind != "cuda":
+        if read is None or sense.source == "process":
             return read
         import torch
 
-        return read - torch.cuda.memory_reserved() / MIB  # what the allocator still has, the next model uses
+        free = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # the next model is loaded into it
+        return read - free / MIB
 
     def _settle(self, precision: Precision) -> None:
         """Once, load a model for nothing: what the libraries allocate at their first use is no precision's memory."""
@@ -365,7 +365,7 @@ class Workbench:
         from qnb.decode import Eager
 
         self._settled = True
-        network = model.load(self.checkpoint(precision, say=True), precision, self.device.kind)
+        network = model.load(self.checkpoint(precision, say=True), precision, self.device.place)
         with model.quiet():
             Eager(network).generate([[1, 2, 3, 4]], 2)
 
@@ -381,6 +381,8 @@ class Workbench:
         if setting or stage == "sweep":
             newest = rows.groupby(["precision", "engine"]).fingerprint.transform("last")
             rows = rows[rows.fingerprint == newest]  # repeats of another workload are another measurement
+        if setting:  # and so are those that an overwriting run, which settled sooner, did not come to
+            rows = rows[rows.groupby(["precision", "engine"]).repeat.transform(_of_last_run).astype(bool)]
         order = {precision.name: place for place, precision in enumerate(self.precisions)}
         rows = rows[rows.precision.isin(order)]
         rows = rows.sort_values("precision", key=lambda names: names.map(order), kind="stable")
@@ -416,6 +418,27 @@ class Workbench:
             self._replace(f"tables/.{name}.json", checked(made))
             self._replace(f"tables/{name}.md", table.markdown(frame).encode())
         return frame
+
+
+def _of_last_run(repeats: pd.Series) -> pd.Series:
+    """Return which rows of one precision and engine, in the order measured, the last run of repeats made."""
+    later = repeats[::-1].cummin().shift(fill_value=repeats.max() + 1)
+    return repeats < later[::-1]
+
+
+@contextmanager
+def _letting_go() -> Iterator[None]:
+    """Give memory back in the end, also what a failure's frames hold: a notebook keeps its last traceback."""
+    try:
+        yield
+    except BaseException as error:
+        failure: BaseException | None = error
+        while failure is not None:
+            clear_frames(failure.__traceback__)
+            failure = failure.__context__
+        raise
+    finally:
+        give_back()
 
 
 def give_back() -> None:

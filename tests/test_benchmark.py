@@ -167,9 +167,11 @@ def test_what_bounds_a_step_is_named():
 
 def test_memory_of_a_gpu_is_the_allocators_or_unknown():
     """The device's own reading counts other things: it never stands in for a pass that was not made."""
-    device = replace(made(0.01), usage=Usage("nvml", 9, 2.0, peak_memory_mib=900.0))
+    device = replace(made(0.01), usage=Usage("nvml", 9, 2.0, peak_memory_mib=900.0), on_gpu=True)
     assert device.memory_mib is None and replace(device, peak_allocated_mib=700.0).memory_mib == 700
-    assert replace(device, usage=Usage("process", 9, 2.0, peak_memory_mib=300.0)).memory_mib == 300
+    process = Usage("process", 9, 2.0, peak_memory_mib=300.0)
+    assert replace(device, usage=process).memory_mib is None  # as where NVML does not know the card
+    assert replace(device, usage=process, on_gpu=False).memory_mib == 300
 
 
 def test_energy_is_given_whole_and_above_idle():

@@ -429,6 +429,7 @@ def test_graphed_is_absent_without_a_gpu_not_faked():
     with pytest.raises(InputError, match="GPU"):
         decode.Graphed(tiny(LlamaConfig, {}), 1, 5, 4)
     assert decode.parse("auto", "cpu") == ("eager",) and decode.parse("auto", "cuda") == ("eager", "graphed")
+    assert decode.parse("graphed, eager", "cuda") == ("eager", "graphed")  # the one that moves no weights first
     for wrong, said in (("graphed", "NVIDIA GPU"), ("fast", "eager, graphed"), ("", "eager, graphed")):
         with pytest.raises(InputError, match=said):
             decode.parse(wrong, "cpu")
@@ -532,3 +533,25 @@ def test_memory_comes_back_when_an_engine_goes(source, texts):
     decode.Graphed(network, 24, width, 64).generate(texts * 2, 64)
     model.release()
     assert torch.cuda.memory_allocated() - before < 2**20
+
+
+@pytest.mark.gpu
+def test_memory_that_runs_out_while_a_step_is_recorded_costs_that_engine_alone(source, texts):
+    network = model.load(source.path, PRECISIONS["bf16"], "cuda")
+    width, runs = max(map(len, texts)), []
+    model.release()
+    before = torch.cuda.memory_reserved()
+
+    def work(rows):
+        runs.append(rows)  # what is run before it is recorded takes little
+        return torch.empty(2**30 if len(runs) <= decode.WARM_UPS else 2**41, dtype=torch.uint8, device="cuda")
+
+    made = decode.Graphed(network, 3, width, 4)
+    with pytest.raises(RuntimeError) as failed:
+        made._record(work, 3)
+    assert is_out_of_memory(failed.value) and torch.cuda.current_stream() == torch.cuda.default_stream()
+    del made, failed
+    model.release()
+    assert torch.cuda.memory_reserved() - before < 2**27  # of what it had taken nothing stays
+    tokens = decode.Graphed(network, 3, width, 4).generate(texts[:3], 4)
+    assert tokens.shape == (3, 4)

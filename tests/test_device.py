@@ -20,11 +20,9 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(device, "_driver", lambda: "580.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda place: SimpleNamespace(name=f"card {place}", total_memory=2**34)
-    )
+    cards = [SimpleNamespace(name=f"card {place}", total_memory=2**34, major=8 - place) for place in range(2)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: cards[int(str(place)[-1])])
     return chosen
 
 
@@ -33,6 +31,7 @@ def test_a_gpu_is_taken_by_its_number(two_gpus, tmp_path):
     study = Study(output=tmp_path, device="cuda:1")
     found = study.device
     assert (found.kind, found.place, found.name, found.memory_mib) == ("cuda", "cuda:1", "card 1", 2**14)
+    assert (device.detect().bf16, found.bf16) == ("native", "emulated")  # each by its own card
     assert two_gpus == []  # whoever only asks, as the process that starts the notebooks, takes no memory of it
     with study._alone():
         assert two_gpus == [1]
@@ -66,10 +65,10 @@ def test_a_process_of_its_own_takes_the_same_gpu_and_holds_it_to_the_limit(two_g
     """INT8's search runs in one, where no study has said which card is meant."""
     shares = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
-    monkeypatch.setattr(benchmark, "load", lambda folder, precision, kind: (folder, kind))
+    monkeypatch.setattr(benchmark, "load", lambda folder, precision, place: (folder, place))
     monkeypatch.setattr(benchmark, "trial", lambda model, *asked: (model, asked))
     model, (_, limit_mib, engine, _) = benchmark.trial_of("f", PRECISIONS["int8"], "cuda:1", None, 4096.0, "graphed")
-    assert model == ("f", "cuda") and (limit_mib, engine) == (4096.0, "graphed")
+    assert model == ("f", "cuda:1") and (limit_mib, engine) == (4096.0, "graphed")
     assert two_gpus == ["cuda:1"] and shares == [0.25]
 
 

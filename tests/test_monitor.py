@@ -162,6 +162,21 @@ def test_nvml_failing_at_start_leaves_the_process_to_be_watched(monkeypatch):
     assert sensor("cuda").source == "process"
 
 
+def test_a_part_of_a_gpu_is_found_by_its_own_kind_of_name(monkeypatch):
+    import pynvml
+
+    asked = []
+
+    def find(name):
+        asked.append(name)
+        if name.startswith("GPU-"):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+        return "handle"
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", find)
+    assert NvmlSensor._named("1-2") == "handle" and asked == ["GPU-1-2", "MIG-1-2"]
+
+
 def test_memory_above_an_unknown_baseline_is_not_known():
     with Window(lambda: {"memory_mib": 5.0}, "nvml", 0.01, None) as window:
         pass

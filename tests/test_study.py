@@ -1,6 +1,8 @@
 """A study remembers its model, chooses counts, and shows what was asked last."""
 
 import shutil
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -335,17 +337,75 @@ def test_idle_memory_is_read_without_what_the_model_before_left(source, tmp_path
     made.device = Device("cuda", "a card", 2**14, "native", "580.1")
     monkeypatch.setattr(made, "checkpoint", lambda precision, say: tmp_path)
     monkeypatch.setattr(workbench, "give_back", lambda: steps.append("given back"))
-    monkeypatch.setattr(workbench, "sensor", lambda place: SimpleNamespace(sample=lambda: {"memory_mib": 3000.0}))
+    sense = SimpleNamespace(source="nvml", sample=lambda: {"memory_mib": 3000.0})
+    monkeypatch.setattr(workbench, "sensor", lambda place: sense)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1000 * 2**20)
-    monkeypatch.setattr(model, "load", lambda *_: steps.append("loaded"))
-    assert made.on(made.precisions[0], lambda network, idle_mib: idle_mib) == 2000
-    assert steps == ["given back", "loaded", "given back"]
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 200 * 2**20)
+    monkeypatch.setattr(model, "load", lambda folder, precision, place: steps.append(place))
+    assert made.on(made.precisions[0], lambda network, idle_mib: idle_mib) == 2200
+    assert steps == ["given back", "cuda:0", "given back"]  # transformers takes "cuda" for the first GPU
 
-    def lost(place):
+    def lost():
         raise OSError("NVML answers no more")
 
-    monkeypatch.setattr(workbench, "sensor", lost)
+    sense.sample = lost
     assert made.on(made.precisions[0], lambda network, idle_mib: idle_mib) is None
+
+
+def test_a_failure_that_is_kept_holds_no_model(source, tmp_path, monkeypatch):
+    """A notebook keeps its last traceback, whose frames would keep the model and its caches on the device."""
+    made, held = Study("smollm2-135m", "bf16", tmp_path), []
+    monkeypatch.setattr(made, "checkpoint", lambda precision, say: tmp_path)
+    monkeypatch.setattr(model, "load", lambda *_: torch.nn.Linear(2, 2))
+
+    def interrupted(network, idle_mib):
+        cache = network.weight.clone()
+        held.extend([weakref.ref(network), weakref.ref(cache)])
+        try:
+            raise RuntimeError("of a library")
+        except RuntimeError:
+            raise KeyboardInterrupt from None
+
+    with pytest.raises(KeyboardInterrupt) as kept:
+        made.on(made.precisions[0], interrupted)
+    assert kept.value.__traceback__ and [one() for one in held] == [None, None]
+
+
+def test_passes_that_an_overwriting_run_did_not_come_to_are_not_shown(source, tmp_path, monkeypatch):
+    from qnb import benchmark
+    from qnb.monitor import Usage
+
+    seconds = iter([1.0, 1.5, 2.0, 1.0, 1.5, 2.0, *3 * [0.1]])
+
+    def run(network, workload, batch_size, engine, base_mib, **_):
+        batch_s = (next(seconds),) * 8
+        return benchmark.Run(engine, 1, 8, 4, 2, sum(batch_s), batch_s, None, None, Usage("process", 0, 1.0))
+
+    monkeypatch.setattr(benchmark, "run", run)
+    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
+    monkeypatch.setattr(Study, "on", lambda study, precision, measure: measure(None, 0.0))
+    monkeypatch.setattr(Study, "_settle", lambda study, precision: None)
+    for overwrite, passes, rate in ((False, 6, 1 / 1.5), (True, 3, 10)):
+        made = Study("smollm2-135m", "bf16", tmp_path, overwrite=overwrite)
+        made.perf_bs1(made.workload("bs1", 8, 4, 2, "sample"), 6)
+        (row,) = made.table3().to_dict("records")
+        assert (row["repeats"], row["throughput_rps"]) == (passes, pytest.approx(rate, rel=0.2))
+        assert len(made.frame("perf", "bs1")) == passes
+
+
+def test_limits_are_measured_before_anything_is_loaded_or_held_to_less_memory(source, tmp_path, monkeypatch):
+    from qnb import batch, benchmark
+
+    made, steps = Study("smollm2-135m", "bf16", tmp_path), []
+    limits = benchmark.Limits(1e9, {}, None)
+    monkeypatch.setattr(benchmark, "measure_limits", lambda place: steps.append("limits") or limits)
+    monkeypatch.setattr(made, "_limited", lambda allowed: steps.append("held") or nullcontext())
+    monkeypatch.setattr(made, "on", lambda precision, measure: steps.append("loaded") or measure(None, 0.0))
+    monkeypatch.setattr(made, "_settle", lambda precision: None)
+    monkeypatch.setattr(benchmark, "largest_batch", lambda *rest: batch.Largest(2, 100.0, True, ()))
+    monkeypatch.setattr(made, "_repeat", lambda *_: None)
+    made.perf_maxbatch(made.workload("maxbatch", 2, 4, 2, "sample"), 2)
+    assert steps == ["limits", "held", "loaded"]
 
 
 @pytest.mark.gpu
