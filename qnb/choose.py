@@ -16,6 +16,7 @@ import pandas as pd
 from qnb import table
 from qnb.precision import BASELINE
 from qnb.results import Results
+from qnb.stats import mean_of_independent
 
 OVERALL = "mean over tasks"
 PRACTICAL = 100  # times the items: more than that nobody asks
@@ -165,8 +166,8 @@ def accuracies(results: Results, task: str) -> dict[str, dict[str, Any]]:
 def _change(changes: pd.DataFrame, precision: str, wanted: list[str]) -> dict[str, float]:
     """Return the mean change over tasks with its interval; nothing if none is known.
 
-    Table 2's own interval is taken where it has one. Tables kept before it had, and tasks on which nothing flipped,
-    get one from the parts: each task's own, or that of Agresti and Min, the tasks taken as independent.
+    Table 2's own interval is taken where it has one. Tables kept before it had get one from each task's own, the
+    tasks taken as independent.
     """
     if changes.empty or "change_pp" not in changes:
         return {}
@@ -177,16 +178,8 @@ def _change(changes: pd.DataFrame, precision: str, wanted: list[str]) -> dict[st
     rows = mine[mine.task.isin(wanted)].dropna(subset=["gained"])
     if rows.empty:
         return {}
-    below, above = [], []
-    for row in rows.to_dict("records"):
-        below.append(row["change_pp"] - row["low_pp"])
-        above.append(row["high_pp"] - row["change_pp"])
-    mean = float(rows.change_pp.mean())
-    return {
-        "change_pp": mean,
-        "low_pp": mean - math.hypot(*below) / len(rows),
-        "high_pp": mean + math.hypot(*above) / len(rows),
-    }
+    names = ["change_pp", "low_pp", "high_pp"]
+    return dict(zip(names, mean_of_independent(rows[names].itertuples(index=False, name=None)), strict=True))
 
 
 def choose(found: Iterable[Candidate], demand: Demand) -> Advice:

@@ -12,6 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from qnb import choose, cost, look, paper, tradeoff
+from qnb.monitor import disturbed
 from qnb.results import Results
 from qnb.table import headline
 
@@ -141,6 +142,7 @@ def metrics(table: pd.DataFrame, title: str) -> go.Figure:
     if table.empty:
         return look.nothing(title)
     named = table.assign(label=rows_of(table))
+    marked = {row["label"] for row in named.to_dict("records") if disturbed(row.get("flags"))}
     height = 170 + 4 * (look.GAP_PX + 2 * (BAR_PX + 3) * len(table))
     figure = look.panels(height, [f"{text}, {unit}" for text, unit, _ in METRICS.values()])
     for place, (name, (_, unit, _)) in enumerate(METRICS.items(), 1):
@@ -154,7 +156,8 @@ def metrics(table: pd.DataFrame, title: str) -> go.Figure:
             (PUBLISHED, papers, published, ["as published"] * len(papers)),
         ):
             values = [float(value) for value in rows.get(column, ())]
-            texts = [look.number(value) for value in values]
+            marks = [" (disturbed)" if source == "measured" and name in marked else "" for name in rows.label]
+            texts = [look.number(value) + mark for value, mark in zip(values, marks, strict=True)]
             figure.add_bar(
                 orientation="h", name=source, y=rows.label, x=values, offsetgroup=source, showlegend=False,
                 marker=look.bars(list(rows.precision), filled=source == "measured"), text=texts,
@@ -165,7 +168,7 @@ def metrics(table: pd.DataFrame, title: str) -> go.Figure:
                 row=place, col=1,
             )  # fmt: skip
         most = max((*mine[name], *papers.get(published, ())), default=1.0)
-        figure.update_xaxes(range=[0, 1.18 * most], row=place)
+        figure.update_xaxes(range=[0, (1.5 if marked else 1.18) * most], row=place)
     figure.update_yaxes(autorange="reversed")
     figure.update_layout(bargap=0.2)
     return look.layout(figure, title, height, KEY)
@@ -195,7 +198,9 @@ def heatmap(table: pd.DataFrame, title: str) -> go.Figure:
         scaled = (values - values.min()) / span if span else values * 0 + 1
         shades[name] = list(1 - scaled if METRICS[name][2] is False else scaled)
     values = table[shown].astype(float).to_numpy()
-    texts = [["" if pd.isna(value) else look.number(value) for value in row] for row in values]
+    marks = ["<br>(disturbed)" if disturbed(row.get("flags")) else "" for row in table.to_dict("records")]
+    texts = [["" if pd.isna(value) else look.number(value) + mark for value in row]
+             for row, mark in zip(values, marks, strict=True)]  # fmt: skip
     told = [
         [f"{name}, {METRICS[metric][0]}: {text} {METRICS[metric][1]}" for metric, text in zip(shown, row, strict=True)]
         for name, row in zip(names, texts, strict=True)

@@ -73,6 +73,12 @@ class Usage:
         return found + ([f"samples missing: {', '.join(gone)}"] if gone else [])
 
 
+def disturbed(flags: Any) -> bool:
+    """Return whether a row's flags, a list or a table's text, say that other processes worked meanwhile."""
+    text = "; ".join(map(str, flags)) if isinstance(flags, list) else flags
+    return isinstance(text, str) and "other process" in text
+
+
 class Window:
     """Samples `sample()` every `period_s` seconds in a thread between ``with`` and its end.
 

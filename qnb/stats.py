@@ -8,7 +8,7 @@ something by chance alone: Holm's correction (1979) keeps that chance at 5 % for
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,6 +75,18 @@ def compare(baseline: Sequence[bool], other: Sequence[bool]) -> Change:
         low_pp=low_pp,
         high_pp=high_pp,
     )
+
+
+def mean_of_independent(changes: Iterable[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """Return the mean of independent changes and its interval, from each change with the ends of its own.
+
+    Distances from a change to an end add as standard errors do, in squares, on either side by itself.
+    """
+    every = list(changes)
+    mean = sum(change for change, _, _ in every) / len(every)
+    below = math.hypot(*(change - low for change, low, _ in every)) / len(every)
+    above = math.hypot(*(high - change for change, _, high in every)) / len(every)
+    return mean, mean - below, mean + above
 
 
 def mean_interval(*strata: Sequence[float] | np.ndarray) -> tuple[float, float] | None:

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from qnb import choose, look
+from qnb.monitor import disturbed
 from qnb.precision import BASELINE
 from qnb.results import Results
 
@@ -115,5 +116,6 @@ def _rate(row: dict[str, Any], base: dict[str, Any], setting: str) -> str:
     else:
         rate = f"{look.number(row['throughput_rps'])} requests/s against {look.number(base['throughput_rps'])}"
     batch = f"batch {row['batch_size']} against {base['batch_size']}" if setting == "maxbatch" else ""
-    detail = [part for part in (str(row["engine"]), BOUNDS.get(str(row.get("bound")), ""), batch) if part]
+    others = "disturbed by other processes" if any(disturbed(one.get("flags")) for one in (row, base)) else ""
+    detail = [part for part in (str(row["engine"]), BOUNDS.get(str(row.get("bound")), ""), batch, others) if part]
     return f"{rate} ({', '.join(detail)})"

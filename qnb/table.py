@@ -18,7 +18,7 @@ from qnb import paper
 from qnb.batch import Probe, fit, knee, plans
 from qnb.error import InputError
 from qnb.precision import BASELINE
-from qnb.stats import compare, holm, mean_interval
+from qnb.stats import compare, holm, mean_interval, mean_of_independent
 
 # the metric a task is known by: accuracy for choices, strict exact match for generated answers
 HEADLINE = ("acc", "exact_match")
@@ -243,7 +243,7 @@ def _averaged(pairs: dict[tuple[str, str], pd.DataFrame]) -> Iterator[dict[str, 
             before, now = (sum(100 * part[column].mean() for part in parts) / len(parts)
                            for column in ("correct_base", "correct"))  # fmt: skip
             flips = [100 * (part.correct.astype(float) - part.correct_base.astype(float)).to_numpy() for part in parts]
-            low, high = mean_interval(*flips) or (None, None)
+            low, high = mean_interval(*flips) or _of_parts(parts)
             yield {
                 "task": name,
                 "precision": precision,
@@ -256,6 +256,12 @@ def _averaged(pairs: dict[tuple[str, str], pd.DataFrame]) -> Iterator[dict[str, 
                 "change_pct": 100 * (now / before - 1) if before else None,
                 "note": f"mean of {', '.join(tasks)}, which are tested each",
             }
+
+
+def _of_parts(parts: Iterable[pd.DataFrame]) -> tuple[float, float]:
+    """Return the interval of the mean change over tasks on which nothing flipped, from each task's own."""
+    changes = [compare(list(part.correct_base), list(part.correct)) for part in parts]
+    return mean_of_independent((change.change_pp, change.low_pp, change.high_pp) for change in changes)[1:]
 
 
 def _pairs(before: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:

@@ -106,8 +106,10 @@ class Workbench:
                 raise InputError(f"{name} is {value!r}; give a name")
         if not isinstance(data_dir, str | Path) or "\0" in f"{output}{data_dir}{model}":
             raise InputError(f"output is {str(output)!r} and data_dir {data_dir!r}; give folders, or no data_dir")
-        if not isinstance(overwrite, bool) or isinstance(seed, bool) or not isinstance(seed, int):
-            raise InputError(f"overwrite is {overwrite!r} and seed {seed!r}; give true or false, and a whole number")
+        if not isinstance(overwrite, bool):
+            raise InputError(f"overwrite is {overwrite!r}; give true or false")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise InputError(f"seed is {seed!r}; give a whole number")
         self.precisions = parse(precisions)
         self.folder = locate(output)
         self.data_dir = Path(data_dir).expanduser().resolve() if str(data_dir) else None
@@ -129,6 +131,7 @@ class Workbench:
         self._check_model()
 
     def _check_model(self) -> None:
+        model.check(self.model)
         record = self._record
         name = str(record.get("name"))
         known = {record.get("asked"), name, name.partition("@")[0]}
@@ -137,7 +140,6 @@ class Workbench:
                 f"output {self.folder} holds a study of {record['name']}, not of {self.model}; give another output "
                 "folder, or remove this one"
             )
-        model.check(self.model)
 
     @property
     def _record(self) -> dict[str, Any]:

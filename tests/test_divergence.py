@@ -76,6 +76,15 @@ def test_summary_by_hand():
 
 
 @pytest.mark.slow
+def test_a_window_is_no_longer_than_the_models_or_the_text(source, tmp_path):
+    study = Study("smollm2-135m", "bf16", tmp_path)
+    with pytest.raises(InputError, match="context is 999999, and the model's window"):
+        study.divergence("sample", 96, 999999)
+    assert not (tmp_path / "ledger.jsonl").exists()
+    study.divergence("sample", 20, 64)
+    assert [row["context"] for row in study.ledger if row["stage"] == "divergence"] == [20]
+
+
 def test_a_study_measures_each_precision_once(source, tmp_path):
     study = Study("smollm2-135m", "bf16, nf4", tmp_path)
     made = study.divergence("sample", 96, 32).set_index("precision")

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from qnb import Study, modelcard, report, results, summary, table
+from qnb import Study, figure, modelcard, report, results, summary, table
 from qnb.precision import PRECISIONS
 from qnb.provenance import ROOT
 
@@ -81,6 +81,20 @@ def test_sentences_are_the_rows_arithmetic(studied):
     assert f"takes {100 * share:.0f} % of BF16's memory" in rest[1] and "(eager, launch-bound)" in rest[1]
     assert f"{1e3 * rows.tpot_s['int4', 'eager']:.2f} ms a token" in rest[1]
     assert "cannot tell from none" in summary.about(found, "fp16")[0]
+
+
+def test_what_other_processes_disturbed_is_called_that(studied):
+    found = studied.results()
+    flags = [["other processes used 45 % of the CPU"] if name == "int4" else [] for name in found.maxbatch.precision]
+    told = summary.about(replace(found, maxbatch=found.maxbatch.assign(flags=flags)), "int4")[-1]
+    assert "disturbed by other processes" in told and "disturbed" not in summary.about(found, "int4")[-1]
+    frame = found.tables[4].assign(flags=["; ".join(one) for one in flags[: len(found.tables[4])]])
+    mine = set(frame.precision[frame["flags"] != ""])
+    for drawn in (figure.metrics(frame, "x"), figure.heatmap(frame, "x")):
+        texts = [str(text) for trace in drawn.data for text in (trace.text if trace.text is not None else ())]
+        assert mine and any("disturbed" in text for text in texts)
+    calm = figure.metrics(frame.assign(flags="throttled: software power cap"), "x")
+    assert not any("disturbed" in str(trace.text) for trace in calm.data)
 
 
 def test_an_empty_study_says_so_and_still_makes_a_page(tmp_path):

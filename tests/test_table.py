@@ -1,5 +1,7 @@
 """Tables 1 and 2 from hand-made rows: the right items paired, and nothing compared that is not alike."""
 
+import math
+
 import pandas as pd
 import pytest
 
@@ -111,6 +113,16 @@ def test_the_change_of_the_mean_has_an_interval_and_each_task_counts_once():
     mean = made.loc[f"{table.AGGREGATE} (2)"]
     assert mean.change_pp == pytest.approx((made.change_pp["easy"] + made.change_pp["hard"]) / 2) == -18.75
     assert mean.low_pp < -18.75 < mean.high_pp and mean["items"] == 12 and pd.isna(mean.holm_p)
+
+
+def test_where_nothing_flipped_the_mean_has_an_interval_of_its_tasks():
+    rows = [row(name, task, [score(task, 0.5)]) for name in ("bf16", "fp16") for task in ("easy", "hard")]
+    right = {"easy": [1, 0, 1, 0], "hard": [1, 1, 0]}
+    made = table.change(pd.DataFrame(rows), lambda asked: pd.DataFrame(items(asked["task"], right[asked["task"]])))
+    made = made.set_index("task")
+    ends = made.high_pp[["easy", "hard"]]
+    mean = made.loc[f"{table.AGGREGATE} (2)"]
+    assert mean.change_pp == 0 and mean.high_pp == pytest.approx(math.hypot(*ends) / 2) == -mean.low_pp > 0
 
 
 def test_the_probability_of_the_right_choice_is_paired():
