@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from io import TextIOBase
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -249,6 +250,19 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
     return 1 if failures else 0
 
 
+class _Lines(TextIOBase):
+    """Standard error for a log: each state of a progress line on a line of its own, once."""
+
+    _last = ""
+
+    def write(self, text: str) -> int:
+        state = text.strip()
+        if state and state != self._last:
+            print(state, file=sys.stderr, flush=True)
+            self._last = state
+        return len(text)
+
+
 @contextmanager
 def _progress(study: Study, total: int) -> Iterator[Any]:
     """Show one line for the whole run: the notebook at work, rows measured so far, time gone and left."""
@@ -256,13 +270,15 @@ def _progress(study: Study, total: int) -> Iterator[Any]:
 
     stop = threading.Event()
 
-    pause_s = 1 if sys.stderr.isatty() else 30  # a log keeps every state of the line
+    line = sys.stderr if sys.stderr.isatty() else _Lines()
+    pause_s = 1 if line is sys.stderr else 30
 
     def watch() -> None:
         while not stop.wait(pause_s):
             bar.set_postfix_str(f"{len(study.ledger)} rows")
 
-    with tqdm(total=total, unit="notebook", bar_format="{desc} {bar:20} {n}/{total}, {elapsed} gone{postfix}") as bar:
+    form = "{desc} {bar:20} {n}/{total}, {elapsed} elapsed{postfix}"
+    with tqdm(total=total, unit="notebook", bar_format=form, file=line) as bar:
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:

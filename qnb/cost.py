@@ -60,7 +60,7 @@ def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
     needed = ("batch_size", "throughput_rps", "batch_latency_s")
     steps, largest = _have(steps, *needed), _have(largest, *needed)
     if steps.empty:
-        return look.nothing(title)
+        return look.nothing(title, "without a GPU only where sweep_batch asks for it")
     figure = look.panels(640, ["throughput, requests/s", "batch latency, s"], shared_xaxes=True)
     for (precision, engine), rows in steps.groupby(["precision", "engine"], sort=False):
         end = largest[(largest.precision == precision) & (largest.engine == engine)]
@@ -222,7 +222,7 @@ def token_time(runs: pd.DataFrame) -> go.Figure:
     """
     runs = _have(runs, "kernel_s_per_token", "tpot_s")
     if runs.empty:
-        return look.nothing("Where a token's time goes")
+        return look.nothing("Where a token's time goes", "kernels are traced on a GPU")
     gap = (runs.tpot_s - runs.kernel_s_per_token).clip(lower=0)
     hover = [
         f"{row['precision']}, {row['engine']}: {1e3 * row['tpot_s']:.2f} ms a token"
@@ -248,7 +248,7 @@ def energy(runs: pd.DataFrame) -> go.Figure:
     """
     runs = _have(runs, "energy_j_per_token")
     if runs.empty:
-        return look.nothing("Energy a token")
+        return look.nothing("Energy a token", "a GPU's own counter is read")
     if "energy_above_idle_j_per_token" not in runs:
         runs = runs.assign(energy_above_idle_j_per_token=float("nan"))
     above = runs.energy_above_idle_j_per_token
@@ -278,7 +278,7 @@ def memory(runs: pd.DataFrame) -> go.Figure:
     """
     runs = _have(runs, "weights_mib", "cache_mib", "peak_allocated_mib", "peak_reserved_mib")
     if runs.empty:
-        return look.nothing("GPU memory by part")
+        return look.nothing("GPU memory by part", "the allocator of a GPU is read")
     rest = (runs.peak_allocated_mib - runs.weights_mib - runs.cache_mib).clip(lower=0)
     slack = (runs.peak_reserved_mib - runs.peak_allocated_mib).clip(lower=0)
     parts = {"weights": runs.weights_mib, "cache": runs.cache_mib, "activations": rest, "allocator slack": slack}

@@ -184,10 +184,11 @@ def panels(figure_height: int, titles: Sequence[str], **more: Any) -> go.Figure:
     return figure.update_annotations(x=0, xanchor="left", font_size=13)
 
 
-def nothing(title: str) -> go.Figure:
-    """Return the figure of what was not measured yet."""
+def nothing(title: str, needs: str = "") -> go.Figure:
+    """Return the figure of what was not measured yet; `needs` says what it would take."""
     figure = layout(go.Figure(), title, 220)
-    figure.add_annotation(text="nothing measured yet", showarrow=False, font={"size": 14})
+    text = "nothing measured yet" + (f"<br><sup>{needs}</sup>" if needs else "")
+    figure.add_annotation(text=text, showarrow=False, font={"size": 14})
     return figure.update_xaxes(visible=False).update_yaxes(visible=False)
 
 

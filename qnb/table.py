@@ -186,7 +186,7 @@ def change(frame: pd.DataFrame, items: Callable[[dict[str, Any]], pd.DataFrame |
     if "mcnemar_p" in table:
         tested = table.mcnemar_p.notna()
         table.loc[tested, "holm_p"] = holm(list(table.mcnemar_p[tested]))
-        table["significant"] = table.holm_p < SIGNIFICANT
+        table["significant"] = (table.holm_p < SIGNIFICANT).astype(object).where(tested, None)
     keys = zip(table.task, table.precision, strict=True)
     table["published_change_pct"] = [published.get(key) for key in keys]
     table["note"] = table.note.fillna("") if "note" in table else ""

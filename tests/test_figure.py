@@ -78,7 +78,7 @@ def test_a_study_without_new_columns_still_has_its_old_figures(runs):
     """Rows of an earlier version, or of a CPU: what they lack is said, not guessed."""
     one = [cost.roofline(runs), cost.token_time(runs), cost.memory(runs), cost.energy(runs), tradeoff.forest(EMPTY)]
     for drawn in (*one, cost.sweep(EMPTY, runs), cost.timeline(EMPTY, "bs1"), tradeoff.front([], "tpot_s")):
-        assert look.is_empty(drawn) and drawn.layout.annotations[0].text == "nothing measured yet"
+        assert look.is_empty(drawn) and drawn.layout.annotations[0].text.startswith("nothing measured yet")
 
 
 def test_no_precision_shares_colour_and_hatch_with_another():

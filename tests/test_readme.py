@@ -87,7 +87,7 @@ def test_the_numbers_are_those_of_the_kept_runs():
     assert f"it took {token.graphed.bf16:.2f} ms in BF16 and {token.graphed.nf4:.2f} in NF4" in text
     assert f"{longer:.0f} % longer than BF16's" in text
     part = 100 * small.memory_mib[["nf4", "int4"]] / small.memory_mib.bf16
-    assert f"NF4 and `int4` take {part.nf4:.0f} to {part.int4:.0f} % of it" in text
+    assert f"NF4 and `int4` take {part.nf4:.0f} to {part.int4:.0f} % of BF16's" in text
     busy = small.utilization_pct
     assert f"Utilization of {busy.min():.0f} to {busy.max():.0f} % with `eager`" in text
 
@@ -116,8 +116,9 @@ def test_notebook_03_tells_what_was_kept():
     token, times = 1e3 * larger.set_index("precision").tpot_s, larger.engine_speedup
     assert f"{token.fp16:.2f} ms a token in FP16 and {token.nf4:.2f} in NF4" in text
     assert f"(three passes, which differed by up to {larger.throughput_spread_pct.max():.0f} %)" in text
-    assert f"{times.min():.0f} to {times.max():.0f} times as long with `eager`" in text
+    assert f"`eager` took {times.min():.0f} to {times.max():.0f} times as long." in text
     assert set(larger.repeats) == {3}
+    assert f"{100 * (token.nf4 / token.fp16 - 1):.0f} % longer than FP16's on an H200" in " ".join(TEXT.split())
 
 
 SEARCHES = {"ours": "this one", "accelerate": "accelerate's", "lightning power": "Lightning's"}
@@ -178,8 +179,10 @@ def test_notebook_04_tells_what_was_kept():
     assert f"but for FP32 ({both[0].fp32:.0f} and {both[1].fp32:.0f})" in text
     assert f"{both[0].nf4} against {both[0].fp16}; INT8 fits {both[0].int8} and INT4 {both[0].int4}" in text
     fits = both[0]
-    told = f"ran {fits.fp16} of them in FP16, {fits.nf4} in NF4, {fits.int4} in `int4` and {fits.int8} in INT8"
-    assert told in " ".join(TEXT.split())
+    told = " ".join(TEXT.split())
+    assert f"{fits.nf4} in NF4, {fits.int4} in `int4` and {fits.int8} in INT8" in told
+    timed = kept(f"{SHAPE}/table4_maxbatch.csv").query("engine == 'eager'").set_index("precision").batch_size
+    assert f"ran {fits.fp16} of them in FP16 with `generate` ({timed.fp16:.0f} were timed" in told
     whole = searched.loc["whole"]
     assert f"FP16 fitted {whole.found['fp16', 'eager']} requests with `eager`, and 12,000" in text
     assert whole.xs("graphed", level="engine").capped.all() and set(whole.xs("graphed", level="engine").found) == {
@@ -216,6 +219,14 @@ def test_notebook_02_tells_what_was_kept():
     for name in ("nf4", "nf4-dq"):
         change, low, high = (f"{value:.1f}" for value in easy.loc[name, ["change_pp", "low_pp", "high_pp"]])
         assert re.search(rf"{change}( points)? \((95 % )?{low} to {high}\)", text), name
+    means = changes[changes.task.str.startswith("mean over tasks")].set_index("precision")
+    assert means.significant.isna().all()
+    for name, words in (
+        ("nf4", "{:.1f} points with NF4 ({:.1f} to {:.1f})"),
+        ("int4", "{:.1f} with `int4` ({:.1f} to {:.1f})"),
+    ):
+        told = words.format(*-means.loc[name, ["change_pp", "high_pp", "low_pp"]].astype(float))
+        assert told in " ".join(TEXT.split())
     flips = (easy.gained + easy.lost).astype(int)
     assert f"flip {flips.fp32} and {flips.fp16} of ARC-Easy's {easy['items'].iloc[0]:,} answers" in text
     assert f"flips {flips.int8} there and loses {-easy.change_pp.int8:.2f} points net" in text
@@ -233,7 +244,7 @@ def test_notebook_02_tells_what_was_kept():
     assert not drift.other_picks.drop(["int8", *four.index]).any() and drift.mean_nats["int8-t0"] < 1e-6
     right = changes[changes.task == "gsm8k"]
     right = (right.accuracy_pct * right["items"] / 100).round().astype(int)
-    assert f"(400 items) is answered right by {right.min()} to {right.max()} of them" in text
+    assert f"every precision gets {right.min()} to {right.max()} of 400 items right" in text
 
 
 def test_every_precision_is_explained_with_its_bits():

@@ -112,7 +112,8 @@ def test_the_change_of_the_mean_has_an_interval_and_each_task_counts_once():
     made = table.change(pd.DataFrame(rows), found).set_index("task")
     mean = made.loc[f"{table.AGGREGATE} (2)"]
     assert mean.change_pp == pytest.approx((made.change_pp["easy"] + made.change_pp["hard"]) / 2) == -18.75
-    assert mean.low_pp < -18.75 < mean.high_pp and mean["items"] == 12 and pd.isna(mean.holm_p)
+    assert mean.low_pp < -18.75 < mean.high_pp and mean["items"] == 12
+    assert pd.isna(mean.holm_p) and mean.significant is None and made.significant["easy"] is False
 
 
 def test_where_nothing_flipped_the_mean_has_an_interval_of_its_tasks():
