@@ -326,4 +326,4 @@ def timeline(samples: pd.DataFrame, setting: str) -> go.Figure:
             )  # fmt: skip
             figure.update_yaxes(rangemode="tozero", row=place)
     figure.update_xaxes(title="seconds since the run began", row=len(shown))
-    return look.layout(figure, title, height)
+    return look.layout(figure, title, height, "memory: all that the device, or on a CPU the process, has in use")

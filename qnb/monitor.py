@@ -208,7 +208,7 @@ class ProcessSensor:
 
     def sample(self) -> Sample:
         """Return utilization_pct and others_pct since the last call, and memory_mib now."""
-        mine = self._process.cpu_percent() / self._cores
+        mine = min(100.0, self._process.cpu_percent() / self._cores)  # of a moment it may read more
         return {
             "utilization_pct": mine,
             "others_pct": max(0.0, self._machine() - mine),
