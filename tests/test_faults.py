@@ -85,7 +85,7 @@ def test_a_run_told_to_end_ends_cleanly(source, tmp_path, sent):
     kernels = psutil.Process(run.pid).children(recursive=True)
     assert any("ipykernel" in " ".join(kernel.cmdline()) for kernel in kernels)
     run.send_signal(sent)
-    said = [line for line in run.communicate(timeout=60)[1].splitlines() if line.strip() and " gone" not in line]
+    said = [line for line in run.communicate(timeout=60)[1].splitlines() if line.strip() and " elapsed" not in line]
     assert run.returncode == 130 and len(said) == 1 and "what was measured is kept" in said[0]
     _, left = psutil.wait_procs(kernels, timeout=10)
     assert not left and rows(tmp_path / "study")

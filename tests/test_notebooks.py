@@ -129,6 +129,8 @@ def test_running_again_measures_nothing(smoke):
     done = command("run", "--profile", "smoke", "--output", str(folder), "--only", "03")
     assert done.returncode == 0, done.stderr[-2000:]
     assert (folder / "ledger.jsonl").read_bytes() == before
+    said = done.stderr.splitlines()
+    assert "\r" not in done.stderr and len(said) == len(set(said)) and "1/1" in said[-1]  # a log has lines
 
 
 @pytest.mark.slow
