@@ -240,13 +240,13 @@ class Asking(Workbench):
         most = None if text_tokens == "all" else self.count("text_tokens", text_tokens)
         width = self.count("context", context)
         self.check_weights()
-        model_window = window(AutoConfig.from_pretrained(self.source.path))
-        if model_window and width > model_window:
-            raise InputError(f"context is {width}, and the model's window {model_window} tokens; give at most these")
+        most_tokens = window(AutoConfig.from_pretrained(self.source.path)) or width
+        if width > most_tokens and context != "auto":
+            raise InputError(f"context is {width}, and the model's window {most_tokens} tokens; give at most these")
         source = self._prompts(prompts)
         text = "\n\n".join(paragraphs(source, self.data_dir))
         ids = self.tokenizer(text, verbose=False)["input_ids"][:most]
-        width = max(2, min(width, len(ids)))
+        width = max(2, min(width, most_tokens, len(ids)))
         asked = {"text": source, "text_sha256": fingerprint({"ids": ids}), "tokens": len(ids), "context": width,
                  "stride": width // 2}  # fmt: skip
         with self._alone(), self._bar(len(self.precisions), "divergence") as bar:

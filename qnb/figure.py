@@ -199,12 +199,13 @@ def heatmap(table: pd.DataFrame, title: str) -> go.Figure:
         shades[name] = list(1 - scaled if METRICS[name][2] is False else scaled)
     values = table[shown].astype(float).to_numpy()
     marks = ["<br>(disturbed)" if disturbed(row.get("flags")) else "" for row in table.to_dict("records")]
-    texts = [["" if pd.isna(value) else look.number(value) + mark for value in row]
-             for row, mark in zip(values, marks, strict=True)]  # fmt: skip
+    numbers = [["" if pd.isna(value) else look.number(value) for value in row] for row in values]
+    texts = [[text and text + mark for text in row] for row, mark in zip(numbers, marks, strict=True)]
     told = [
-        [f"{name}, {METRICS[metric][0]}: {text} {METRICS[metric][1]}" for metric, text in zip(shown, row, strict=True)]
-        for name, row in zip(names, texts, strict=True)
-    ]
+        [f"{name}, {METRICS[metric][0]}: {text} {METRICS[metric][1]}{mark}"
+         for metric, text in zip(shown, row, strict=True)]
+        for name, row, mark in zip(names, numbers, marks, strict=True)
+    ]  # fmt: skip
     columns = [f"{METRICS[name][0].replace(' ', '<br>')}<br>{METRICS[name][1]}" for name in shown]
     figure = go.Figure(
         go.Heatmap(

@@ -148,8 +148,8 @@ class Timing(Workbench):
         with self._alone():
             if found := self._find(key):
                 return int(found["requests"])
-            self.limits()  # before anything is loaded
             batch = self.workload(setting, rows, prompt_tokens, new_tokens, prompts)
+            self.limits()  # before anything is loaded
             seconds = {}
             for precision in self.precisions:
                 with suppress(RuntimeError, MemoryError):  # kept as failed where it is measured
@@ -323,7 +323,7 @@ class Timing(Workbench):
             Its prompts are gone round as often as the batches need.
         most
             The largest batch; 0 is no sweep. ``"auto"`` sweeps where there is a GPU: as far as the largest batch that
-            `perf_maxbatch` found for the precision and engine, which it has timed, or 256 where it found none.
+            `perf_maxbatch` found for the precision and engine, or 256 where it found none.
         engines
             As for `perf_bs1`.
 
@@ -344,7 +344,7 @@ class Timing(Workbench):
                 keys = [
                     self._key("sweep", precision, asked, engine=engine, setting=str(size))
                     for engine in names
-                    for size in _sizes(found.get((precision.name, engine)), largest)
+                    for size in batch_sizes(found.get((precision.name, engine), largest))
                 ]
                 if missing := [key for key in keys if not self._find(key)]:
                     with self._failing(missing[0], asked, f"{precision.name}'s batch sizes"):
@@ -580,11 +580,6 @@ class Timing(Workbench):
             "sweep": lambda: table.sweep(self.frame("sweep")),
             "examples": lambda: table.examples(self.frame("batch"), self.ledger.frame("lengths")),
         }
-
-
-def _sizes(found: int | None, most: int) -> tuple[int, ...]:
-    """Return a sweep's sizes: those below the largest batch found, else up to `most`."""
-    return batch_sizes(most) if found is None else batch_sizes(found)[:-1]
 
 
 def _smaller(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -383,8 +383,9 @@ class Workbench:
         if setting or stage == "sweep":
             newest = rows.groupby(["precision", "engine"]).fingerprint.transform("last")
             rows = rows[rows.fingerprint == newest]  # repeats of another workload are another measurement
-        if setting:  # and so are those that an overwriting run, which settled sooner, did not come to
-            rows = rows[rows.groupby(["precision", "engine"]).repeat.transform(_of_last_run).astype(bool)]
+        if setting and "stopped" in rows:
+            rows = rows[[not _outdated(row, rows) for row in rows.to_dict("records")]]
+            rows = rows.sort_values("repeat", kind="stable")  # some may have been asked for again, or anew
         order = {precision.name: place for place, precision in enumerate(self.precisions)}
         rows = rows[rows.precision.isin(order)]
         rows = rows.sort_values("precision", key=lambda names: names.map(order), kind="stable")
@@ -422,10 +423,11 @@ class Workbench:
         return frame
 
 
-def _of_last_run(repeats: pd.Series) -> pd.Series:
-    """Return which rows of one precision and engine, in the order measured, the last run of repeats made."""
-    later = repeats[::-1].cummin().shift(fill_value=repeats.max() + 1)
-    return repeats < later[::-1]
+def _outdated(row: Mapping[str, Any], rows: pd.DataFrame) -> bool:
+    """Return whether a pass is one that a run which measured all anew, and settled sooner, did not come to."""
+    same = rows[(rows.precision == row["precision"]) & (rows.engine == row["engine"])]
+    ends = same[(same.repeat < row["repeat"]) & same.stopped.fillna("").ne("")]
+    return bool((ends.measured_at > row["measured_at"]).any())
 
 
 @contextmanager
@@ -434,10 +436,11 @@ def _letting_go() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        failure: BaseException | None = error
-        while failure is not None:
-            clear_frames(failure.__traceback__)
-            failure = failure.__context__
+        failures: list[BaseException | None] = [error]
+        for failure in failures:
+            if failure is not None:
+                clear_frames(failure.__traceback__)
+                failures += [one for one in (failure.__cause__, failure.__context__) if one not in failures]
         raise
     finally:
         give_back()

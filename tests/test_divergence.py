@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from qnb import InputError, Study, divergence
+from qnb import InputError, Study, decode, divergence
 
 
 @pytest.mark.parametrize(("tokens", "context", "stride"), [(10, 4, 2), (11, 4, 3), (5, 8, 4), (8, 4, 2), (2, 4, 1)])
@@ -75,16 +75,19 @@ def test_summary_by_hand():
     assert divergence.summarize(tokens[tokens.window == 0])["perplexity"].low is None
 
 
-@pytest.mark.slow
-def test_a_window_is_no_longer_than_the_models_or_the_text(source, tmp_path):
+def test_a_window_is_no_longer_than_the_models_or_the_text(source, tmp_path, monkeypatch):
     study = Study("smollm2-135m", "bf16", tmp_path)
     with pytest.raises(InputError, match="context is 999999, and the model's window"):
         study.divergence("sample", 96, 999999)
     assert not (tmp_path / "ledger.jsonl").exists()
+    monkeypatch.setattr(decode, "window", lambda config: 64)
+    made = Study("smollm2-135m", "bf16", tmp_path / "short").divergence("sample", 200)  # on a CPU auto is 128
+    assert made.context.tolist() == [64]
     study.divergence("sample", 20, 64)
     assert [row["context"] for row in study.ledger if row["stage"] == "divergence"] == [20]
 
 
+@pytest.mark.slow
 def test_a_study_measures_each_precision_once(source, tmp_path):
     study = Study("smollm2-135m", "bf16, nf4", tmp_path)
     made = study.divergence("sample", 96, 32).set_index("precision")

@@ -247,6 +247,16 @@ def test_notebook_02_tells_what_was_kept():
     assert f"every precision gets {right.min()} to {right.max()} of 400 items right" in text
 
 
+def test_kept_memory_of_a_device_misses_no_more_than_is_said():
+    """What was read lower is left out: a device has in use what its allocator has reserved, and more."""
+    tables = [
+        kept(f"{folder}/table{number}") for folder in (SHAPE, LARGER) for number in ("3_bs1.csv", "4_maxbatch.csv")
+    ]
+    missing = pd.concat([one.peak_reserved_mib - one.device_memory_mib for one in tables]).max()
+    text = (ROOT / "outputs" / "reference" / "README.md").read_text()
+    assert f"Elsewhere up to {missing:.0f} MiB are missing" in " ".join(text.split())
+
+
 def test_every_precision_is_explained_with_its_bits():
     rows = {row[0].strip("`"): row for row in table("| | weights |")}
     assert list(rows) == list(PRECISIONS)

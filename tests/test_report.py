@@ -88,13 +88,16 @@ def test_what_other_processes_disturbed_is_called_that(studied):
     flags = [["other processes used 45 % of the CPU"] if name == "int4" else [] for name in found.maxbatch.precision]
     told = summary.about(replace(found, maxbatch=found.maxbatch.assign(flags=flags)), "int4")[-1]
     assert "disturbed by other processes" in told and "disturbed" not in summary.about(found, "int4")[-1]
-    frame = found.tables[4].assign(flags=["; ".join(one) for one in flags[: len(found.tables[4])]])
-    mine = set(frame.precision[frame["flags"] != ""])
-    for drawn in (figure.metrics(frame, "x"), figure.heatmap(frame, "x")):
-        texts = [str(text) for trace in drawn.data for text in (trace.text if trace.text is not None else ())]
-        assert mine and any("disturbed" in text for text in texts)
-    calm = figure.metrics(frame.assign(flags="throttled: software power cap"), "x")
-    assert not any("disturbed" in str(trace.text) for trace in calm.data)
+    other = "other processes used 45 % of the CPU; x"
+    frame = found.tables[4].dropna(subset=["throughput_rps"])
+    frame = frame.assign(flags=frame.precision.map(lambda name: other if name == "int4" else "throttled: x"))
+    mine = {label for label, name in zip(figure.rows_of(frame), frame.precision, strict=True) if name == "int4"}
+    for bars in figure.metrics(frame, "x").data:
+        marked = {label for label, text in zip(bars.y, bars.text, strict=True) if "disturbed" in text}
+        assert marked == (mine if bars.name == "measured" else set())
+    (cells,) = figure.heatmap(frame, "x").data
+    for label, texts, hovers in zip(cells.y, cells.text, cells.hovertext, strict=True):
+        assert all(("disturbed" in one) == (label in mine) for one in (*filter(None, texts), *hovers))
 
 
 def test_an_empty_study_says_so_and_still_makes_a_page(tmp_path):

@@ -4,7 +4,9 @@ import shutil
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
+from time import sleep
 from types import SimpleNamespace
 
 import pytest
@@ -261,8 +263,7 @@ def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(source, tmp_
     monkeypatch.setattr(Device, "use", lambda _: None)
     monkeypatch.setattr(other, "on", made.on)
     other._append(other._key("batch", other.precisions[0], {}, engine="eager"), {}, {"batch_size": 4})
-    assert other.sweep(workload, "auto", "eager").batch_size.tolist() == [1, 2]  # 4, the largest, is timed already
-    assert other.sweep(workload, 4, "eager").batch_size.tolist() == [1, 2, 4]
+    assert other.sweep(workload, "auto", "eager").batch_size.tolist() == [1, 2, 4]
 
 
 def test_an_engine_that_cannot_run_a_precision_leaves_a_row_that_says_why(source, tmp_path, monkeypatch):
@@ -375,7 +376,7 @@ def test_passes_that_an_overwriting_run_did_not_come_to_are_not_shown(source, tm
     from qnb import benchmark
     from qnb.monitor import Usage
 
-    seconds = iter([1.0, 1.5, 2.0, 1.0, 1.5, 2.0, *3 * [0.1]])
+    seconds = iter([1.0, 1.5, 2.0, 1.0, 1.5, 2.0, *3 * [0.1], *3 * [0.2]])
 
     def run(network, workload, batch_size, engine, base_mib, **_):
         batch_s = (next(seconds),) * 8
@@ -391,6 +392,39 @@ def test_passes_that_an_overwriting_run_did_not_come_to_are_not_shown(source, tm
         (row,) = made.table3().to_dict("records")
         assert (row["repeats"], row["throughput_rps"]) == (passes, pytest.approx(rate, rel=0.2))
         assert len(made.frame("perf", "bs1")) == passes
+        sleep(1.1)  # rows tell seconds
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_passes_asked_for_again_are_all_shown(broken, source, tmp_path, monkeypatch):
+    """Whatever was asked between, and whichever of them had to be measured anew."""
+    from qnb import benchmark
+    from qnb.monitor import Usage
+
+    seconds = cycle([1.0, 1.5, 2.0])
+
+    def run(network, workload, batch_size, engine, base_mib, **_):
+        batch_s = (next(seconds) if workload.new_tokens == 2 else 1.0,) * 8
+        return benchmark.Run(engine, 1, 8, 4, 2, sum(batch_s), batch_s, None, None, Usage("process", 0, 1.0))
+
+    monkeypatch.setattr(benchmark, "run", run)
+    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
+    monkeypatch.setattr(Study, "on", lambda study, precision, measure: measure(None, 0.0))
+    monkeypatch.setattr(Study, "_settle", lambda study, precision: None)
+    made = Study("smollm2-135m", "bf16", tmp_path)
+    one, other = (made.workload("bs1", 8, 4, new_tokens, "sample") for new_tokens in (2, 3))
+    assert len(made.perf_bs1(one, 6)) == 6
+    sleep(1.1)
+    if broken:
+        path = tmp_path / "ledger.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        place = next(place for place, line in enumerate(lines) if b'"repeat": 0' in line and b'"perf"' in line)
+        path.write_bytes(b"".join([*lines[:place], lines[place].replace(b"1.0", b"3.0", 1), *lines[place + 1 :]]))
+        made = Study("smollm2-135m", "bf16", tmp_path)
+    else:
+        assert len(made.perf_bs1(other, 6)) == 3
+    made.perf_bs1(one, 6)
+    assert (made.table3().repeats.tolist(), made.table3().stopped.tolist()) == ([6], ["limit"])
 
 
 def test_limits_are_measured_before_anything_is_loaded_or_held_to_less_memory(source, tmp_path, monkeypatch):
