@@ -50,7 +50,8 @@ def accuracy(scores: pd.DataFrame) -> go.Figure:
             + f"<br>n = {row.n:,}"
             for row in rows.rename(columns={"items": "n"}).itertuples()
         ]
-        error = {"type": "data", "array": 100 * rows.stderr.astype(float), "thickness": 1.2, "width": 2}
+        above, below = (100 * rows.stderr.astype(float).clip(upper=room) for room in (1 - rows.value, rows.value))
+        error = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 1.2, "width": 2}
         _measured(figure, str(precision), rows.task, 100 * rows.value, hover, error_x=error)
     published = paper.accuracy()
     published = published[published.task.isin(tops)]

@@ -113,6 +113,8 @@ def _rate(row: dict[str, Any], base: dict[str, Any], setting: str) -> str:
     """Say a speed beside BF16's: milliseconds a token for one user where measured, else requests a second."""
     if setting == "bs1" and _known("tpot_s", row, base):
         rate = f"{1e3 * row['tpot_s']:.2f} ms a token against {1e3 * base['tpot_s']:.2f}"
+        if _known("ttft_s", row, base):
+            rate += f", the first after {1e3 * row['ttft_s']:.1f} against {1e3 * base['ttft_s']:.1f} ms"
     else:
         rate = f"{look.number(row['throughput_rps'])} requests/s against {look.number(base['throughput_rps'])}"
     batch = f"batch {row['batch_size']} against {base['batch_size']}" if setting == "maxbatch" else ""

@@ -114,7 +114,7 @@ def front(found: Iterable[Candidate], cost: str, task: str = "mean over tasks") 
     edge = pareto(frame)
     figure.add_scatter(
         x=edge.cost, y=edge.accuracy_pct, mode="lines", line={"shape": "hv", "color": "#999999", "dash": "dot"},
-        name="Pareto front", hoverinfo="skip",
+        name="Pareto front", hoverinfo="skip", showlegend=len(edge) > 1,
     )  # fmt: skip
     labelled = frame.drop_duplicates(["precision", "cost", "accuracy_pct"]).index
     for engine, rows in frame.groupby("engine", sort=False):

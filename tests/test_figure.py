@@ -131,6 +131,15 @@ def test_no_point_lies_above_the_measured_roof(studied):
             assert tflops <= min(intensity * example.BYTES_S, example.FLOP_S) / 1e12
 
 
+def test_errors_end_where_accuracy_does():
+    scores = pd.DataFrame({"task": "a", "asked": "a", "precision": ["bf16", "nf4"], "metric": "acc", "filter": "none",
+                           "value": [0.02, 0.99], "stderr": 0.05, "items": 20, "of": 20, "limit": 20,
+                           "group": False})  # fmt: skip
+    bars = [bar for bar in figure.accuracy(scores).data if bar.error_x.array is not None]
+    ends = [(bar.x[0] - bar.error_x.arrayminus[0], bar.x[0] + bar.error_x.array[0]) for bar in bars]
+    assert ends == [(pytest.approx(0), pytest.approx(7)), (pytest.approx(94), pytest.approx(100))]
+
+
 def test_roofs_bear_the_names_of_their_precisions_together_where_they_are_near():
     rows = pd.DataFrame({"precision": ["bf16", "nf4", "int4", "fp32"], "engine": "eager", "batch_size": 1,
                          "bytes_per_step": 1e9, "flops_per_step": 1e9, "achieved_flop_per_s": 1e11,
