@@ -233,14 +233,12 @@ class Asking(Workbench):
             A count is not positive, the text cannot be had, the weights are random, or a window is longer than the
             model's.
         """
-        from transformers import AutoConfig
-
         from qnb.decode import window
 
         most = None if text_tokens == "all" else self.count("text_tokens", text_tokens)
         width = self.count("context", context)
         self.check_weights()
-        most_tokens = window(AutoConfig.from_pretrained(self.source.path)) or width
+        most_tokens = window(self.config) or width
         if width > most_tokens and context != "auto":
             raise InputError(f"context is {width}, and the model's window {most_tokens} tokens; give at most these")
         source = self._prompts(prompts)

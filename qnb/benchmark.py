@@ -33,7 +33,7 @@ from qnb.decode import (
     Prompts,
     agreement,
     check_window,
-    give_back_workspaces,
+    give_back,
 )
 from qnb.device import MIB
 from qnb.model import load, quiet, release, weigh
@@ -328,8 +328,7 @@ def run(
         if on_gpu:
             # What is made once, for as long as the model is loaded, is no batch's. It is made while there is little
             # else: a workspace taken in the midst of a batch would stand between pieces of memory ever after.
-            release()
-            give_back_workspaces()  # else those of the engine before would count
+            give_back()
             rows = min(batch_size, warm_up_rows(engine, len(longest))[-1])
             make(model, rows, len(longest), new_tokens).generate([longest] * rows, few)
             release()

@@ -23,6 +23,7 @@ import torch
 from transformers import DynamicCache, StoppingCriteriaList
 
 from qnb.error import InputError
+from qnb.model import release
 from qnb.step import Lean, layout, narrow, unknown
 
 if TYPE_CHECKING:
@@ -386,8 +387,14 @@ def _side(device: torch.device) -> torch.cuda.Stream:
 _recorded: WeakSet[Graphed] = WeakSet()
 
 
-def give_back_workspaces() -> None:
-    """Free what cuBLAS keeps for every stream, 32 MiB each on an H100, unless a recorded step is to find it again."""
+def give_back() -> None:
+    """Give all memory back that no model needs, with what cuBLAS keeps for every stream, 32 MiB each on an H100.
+
+    That would count for the engine after, and outlive the model: transformers takes the memory of a model's weights in
+    one piece, and a workspace that stands in a gap of it keeps all of it from the device. It stays where a recorded
+    step is to find it again.
+    """
+    release()
     if torch.cuda.is_initialized() and not _recorded:
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()

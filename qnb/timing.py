@@ -23,7 +23,7 @@ from qnb.batch import sweep as batch_sizes
 from qnb.error import InputError
 from qnb.ledger import fingerprint
 from qnb.precision import PRECISIONS, Precision
-from qnb.workbench import AUTO, Count, Workbench, give_back
+from qnb.workbench import AUTO, Count, Workbench
 from qnb.workload import Workload
 from qnb.workload import lengths as load_lengths
 from qnb.workload import load as load_workload
@@ -89,8 +89,6 @@ class Timing(Workbench):
             A count is not positive, an engine is unknown or cannot run here, the prompts cannot be had, or one of them
             with its new tokens is more than the model's context window.
         """
-        from transformers import AutoConfig
-
         from qnb.decode import check_window
 
         tokens = self.count("prompt_tokens", prompt_tokens), self.count("new_tokens", new_tokens)
@@ -100,7 +98,7 @@ class Timing(Workbench):
         else:
             count = self.pace(setting, minutes, *tokens, prompts, engines, repeats)
         drawn = load_workload(self.tokenizer, self._prompts(prompts), count, *tokens, self.data_dir, self.seed)
-        check_window(AutoConfig.from_pretrained(self.source.path), len(drawn.longest), drawn.new_tokens)
+        check_window(self.config, len(drawn.longest), drawn.new_tokens)
         return drawn
 
     def pace(
@@ -289,7 +287,7 @@ class Timing(Workbench):
     ) -> Mapping[str, Any]:
         """Search the largest batch and return its row; where the engine cannot run there is none, and it is 1."""
         from qnb.benchmark import largest_batch, largest_batch_apart
-        from qnb.decode import Absent, unrecordable
+        from qnb.decode import Absent, give_back, unrecordable
 
         asked = workload, wanted["memory_limit_mib"], wanted["cap"], key["engine"]
         none = {"batch_size": 1, "capped": False}
@@ -408,8 +406,6 @@ class Timing(Workbench):
         InputError
             There is no count, one is not positive, or the prompts cannot be had.
         """
-        from transformers import AutoConfig
-
         from qnb.decode import window
 
         if not isinstance(counts, list | tuple) or not counts:
@@ -420,7 +416,7 @@ class Timing(Workbench):
             "prompts": source,
             "examples": sizes,
             "lengths": load_lengths(self.tokenizer, source, max(sizes), self.data_dir, self.seed),
-            "window": window(AutoConfig.from_pretrained(self.source.path)),
+            "window": window(self.config),
         }
         key = {"stage": "lengths", "fingerprint": fingerprint({"weights": self.source.fingerprint, **asked})}
         with self._alone():
@@ -461,6 +457,7 @@ class Timing(Workbench):
         `places` number the turns, those that the ledger has counted in: a study that was interrupted numbers its rows
         as one that was not.
         """
+        from qnb.benchmark import PASSES
 
         def sized(engine: str) -> tuple[int, dict[str, Any], dict[str, Any]]:
             found = asked.size(precision, engine)
@@ -482,8 +479,6 @@ class Timing(Workbench):
                 model.release()
             stopped = asked.stopped(repeat, [row["batch_s"] for row in earlier], values)
             return self._append(key, wanted, {**values, "order": places[engine], "stopped": stopped})
-
-        from qnb.benchmark import PASSES
 
         def measure(network: PreTrainedModel, base_mib: float | None) -> None:
             for engine in missing:

@@ -33,7 +33,7 @@ from qnb.provenance import ROOT, command, commit
 from qnb.results import Results
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 Result = TypeVar("Result")
@@ -157,6 +157,13 @@ class Workbench:
     def device(self) -> device.Device:
         """The device everything is measured on."""
         return device.detect(self._asked_device)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.source.path)
 
     @cached_property
     def source(self) -> Source:
@@ -340,6 +347,8 @@ class Workbench:
         `measure` is called with the model, and the memory in MiB in use before it was loaded, None where that could
         not be read. It must not keep the model: the next precision needs the room.
         """
+        from qnb.decode import give_back
+
         folder = self.checkpoint(precision, say=True)
         give_back()
         idle_mib = self._idle_mib()
@@ -433,6 +442,8 @@ def _outdated(row: Mapping[str, Any], rows: pd.DataFrame) -> bool:
 @contextmanager
 def _letting_go() -> Iterator[None]:
     """Give memory back in the end, also what a failure's frames hold: a notebook keeps its last traceback."""
+    from qnb.decode import give_back
+
     try:
         yield
     except BaseException as error:
@@ -444,15 +455,3 @@ def _letting_go() -> Iterator[None]:
         raise
     finally:
         give_back()
-
-
-def give_back() -> None:
-    """Give all of a GPU's memory back between two models.
-
-    transformers takes the memory of a model's weights in one piece. cuBLAS's workspaces outlive the model, and one
-    that stands in a gap of that piece keeps all of it from the device, though the allocator may use it again.
-    """
-    from qnb.decode import give_back_workspaces
-
-    model.release()
-    give_back_workspaces()

@@ -39,13 +39,21 @@ def test_counts(tmp_path):
             made.count("limit", wrong)
 
 
-def test_a_batch_that_runs_out_of_memory_when_timed_is_made_smaller(source, tmp_path, monkeypatch):
+@pytest.fixture
+def unloaded(monkeypatch):
+    """Stages time what a test's own `run` returns: no model is loaded, no limit measured."""
+    from qnb import benchmark
+
+    monkeypatch.setattr(Study, "on", lambda study, precision, measure: measure(None, 0.0))
+    monkeypatch.setattr(Study, "_settle", lambda study, precision: None)
+    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
+
+
+def test_a_batch_that_runs_out_of_memory_when_timed_is_made_smaller(unloaded, source, tmp_path, monkeypatch):
     """The search is believed at first; the timed pass fails above 30 rows, and what fitted is what is kept."""
     from qnb import batch, benchmark
 
     made = Study("smollm2-135m", "bf16", tmp_path)
-    monkeypatch.setattr(made, "on", lambda precision, measure: measure(None, 0.0))
-    monkeypatch.setattr(made, "_settle", lambda precision: None)
     monkeypatch.setattr(benchmark, "largest_batch", lambda *rest: batch.Largest(32, 100.0, True, ()))
 
     def run(network, workload, batch_size, engine, base_mib, **_):
@@ -57,7 +65,6 @@ def test_a_batch_that_runs_out_of_memory_when_timed_is_made_smaller(source, tmp_
         return benchmark.Run(engine, batch_size, 32, 4, 2, 1.0, (1.0,), 1.0, 1.0, usage)
 
     monkeypatch.setattr(benchmark, "run", run)
-    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
     workload = made.workload("maxbatch", 32, 4, 2, "sample")
     (row,) = made.perf_maxbatch(workload, 32).to_dict("records")
     assert row["batch_size"] == 30 and not row["capped"]
@@ -205,16 +212,13 @@ def test_a_time_that_is_none_is_refused(none, tmp_path):
         Study(output=tmp_path).workload("bs1", none)
 
 
-def test_a_batch_that_shrinks_after_its_first_pass_begins_anew(source, tmp_path, monkeypatch):
+def test_a_batch_that_shrinks_after_its_first_pass_begins_anew(unloaded, source, tmp_path, monkeypatch):
     """Memory runs out in the second pass of 100 rows: 98 have a first pass of their own, with all it reads."""
     from qnb import benchmark
     from qnb.batch import Largest, Probe
     from qnb.monitor import Usage
 
     made, calls = Study("smollm2-135m", "bf16", tmp_path), []
-    monkeypatch.setattr(made, "on", lambda precision, measure: measure(None, 0.0))
-    monkeypatch.setattr(made, "_settle", lambda precision: None)
-    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
     monkeypatch.setattr(benchmark, "largest_batch", lambda *_: Largest(100, 900.0, False, (Probe(100, True, 800.0),)))
 
     def run(network, workload, batch_size, engine, base_mib, limits, passes):
@@ -233,13 +237,11 @@ def test_a_batch_that_shrinks_after_its_first_pass_begins_anew(source, tmp_path,
     assert (row["batch_size"], row["repeats"], row["memory_mib"]) == (98, 2, 700)
 
 
-def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(source, tmp_path, monkeypatch):
+def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(unloaded, source, tmp_path, monkeypatch):
     from qnb import benchmark
     from qnb.monitor import Usage
 
     made, tried = Study("smollm2-135m", "bf16", tmp_path), []
-    monkeypatch.setattr(made, "on", lambda precision, measure: measure(None, 0.0))
-    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
 
     def run(network, workload, batch_size, engine, base_mib, **_):
         assert len(workload.prompts) == 3 * batch_size
@@ -261,19 +263,15 @@ def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(source, tmp_
     assert other.sweep(workload).empty  # without a GPU none is made unless it is asked for
     other.device = replace(other.device, kind="cuda")
     monkeypatch.setattr(Device, "use", lambda _: None)
-    monkeypatch.setattr(other, "on", made.on)
     other._append(other._key("batch", other.precisions[0], {}, engine="eager"), {}, {"batch_size": 4})
     assert other.sweep(workload, "auto", "eager").batch_size.tolist() == [1, 2, 4]
 
 
-def test_an_engine_that_cannot_run_a_precision_leaves_a_row_that_says_why(source, tmp_path, monkeypatch):
+def test_an_engine_that_cannot_run_a_precision_leaves_a_row_that_says_why(unloaded, source, tmp_path, monkeypatch):
     from qnb import benchmark
     from qnb.monitor import Usage
 
     made = Study("smollm2-135m", "bf16", tmp_path)
-    monkeypatch.setattr(made, "on", lambda precision, measure: measure(None, 0.0))
-    monkeypatch.setattr(made, "_settle", lambda precision: None)
-    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
     monkeypatch.setattr(decode, "parse", lambda names, device: ("eager", "graphed"))
 
     def run(network, workload, batch_size, engine, base_mib, **_):
@@ -337,7 +335,7 @@ def test_idle_memory_is_read_without_what_the_model_before_left(source, tmp_path
     made, steps = Study("smollm2-135m", "bf16", tmp_path), []
     made.device = Device("cuda", "a card", 2**14, "native", "580.1")
     monkeypatch.setattr(made, "checkpoint", lambda precision, say: tmp_path)
-    monkeypatch.setattr(workbench, "give_back", lambda: steps.append("given back"))
+    monkeypatch.setattr(decode, "give_back", lambda: steps.append("given back"))
     sense = SimpleNamespace(source="nvml", sample=lambda: {"memory_mib": 3000.0})
     monkeypatch.setattr(workbench, "sensor", lambda place: sense)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1000 * 2**20)
@@ -372,7 +370,7 @@ def test_a_failure_that_is_kept_holds_no_model(source, tmp_path, monkeypatch):
     assert kept.value.__traceback__ and [one() for one in held] == [None, None]
 
 
-def test_passes_that_an_overwriting_run_did_not_come_to_are_not_shown(source, tmp_path, monkeypatch):
+def test_passes_that_an_overwriting_run_did_not_come_to_are_not_shown(unloaded, source, tmp_path, monkeypatch):
     from qnb import benchmark
     from qnb.monitor import Usage
 
@@ -383,9 +381,6 @@ def test_passes_that_an_overwriting_run_did_not_come_to_are_not_shown(source, tm
         return benchmark.Run(engine, 1, 8, 4, 2, sum(batch_s), batch_s, None, None, Usage("process", 0, 1.0))
 
     monkeypatch.setattr(benchmark, "run", run)
-    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
-    monkeypatch.setattr(Study, "on", lambda study, precision, measure: measure(None, 0.0))
-    monkeypatch.setattr(Study, "_settle", lambda study, precision: None)
     for overwrite, passes, rate in ((False, 6, 1 / 1.5), (True, 3, 10)):
         made = Study("smollm2-135m", "bf16", tmp_path, overwrite=overwrite)
         made.perf_bs1(made.workload("bs1", 8, 4, 2, "sample"), 6)
@@ -396,7 +391,7 @@ def test_passes_that_an_overwriting_run_did_not_come_to_are_not_shown(source, tm
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_passes_asked_for_again_are_all_shown(broken, source, tmp_path, monkeypatch):
+def test_passes_asked_for_again_are_all_shown(broken, unloaded, source, tmp_path, monkeypatch):
     """Whatever was asked between, and whichever of them had to be measured anew."""
     from qnb import benchmark
     from qnb.monitor import Usage
@@ -408,9 +403,6 @@ def test_passes_asked_for_again_are_all_shown(broken, source, tmp_path, monkeypa
         return benchmark.Run(engine, 1, 8, 4, 2, sum(batch_s), batch_s, None, None, Usage("process", 0, 1.0))
 
     monkeypatch.setattr(benchmark, "run", run)
-    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
-    monkeypatch.setattr(Study, "on", lambda study, precision, measure: measure(None, 0.0))
-    monkeypatch.setattr(Study, "_settle", lambda study, precision: None)
     made = Study("smollm2-135m", "bf16", tmp_path)
     one, other = (made.workload("bs1", 8, 4, new_tokens, "sample") for new_tokens in (2, 3))
     assert len(made.perf_bs1(one, 6)) == 6
