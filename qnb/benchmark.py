@@ -35,7 +35,7 @@ from qnb.decode import (
     check_window,
     give_back,
 )
-from qnb.device import MIB
+from qnb.device import MIB, detect
 from qnb.model import load, quiet, release, weigh
 from qnb.monitor import ProcessSensor, Sample, Usage, Window, sensor
 from qnb.precision import Precision
@@ -622,15 +622,14 @@ def trial_of(
     folder: str | Path, precision: Precision, device: str, workload: Workload, limit_mib: float, engine: str = "eager"
 ) -> Callable[[int], Probe]:
     """Load the model from `folder`, hold a GPU's allocator to `limit_mib`, and return the model's `trial`."""
-    baseline_mib = 0.0
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)
-        total_mib = torch.cuda.get_device_properties(device).total_memory / MIB
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib / total_mib))
+    found, baseline_mib = detect(device), 0.0
+    found.use()
+    if found.kind == "cuda":
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib / found.memory_mib))
     else:
         release()
         baseline_mib = ProcessSensor().sample()["memory_mib"]
-    return trial(load(folder, precision, device), workload, limit_mib, engine, baseline_mib)
+    return trial(load(folder, precision, found.place), workload, limit_mib, engine, baseline_mib)
 
 
 def trial(

@@ -124,7 +124,7 @@ def widest_tie(truth, first, second):
     return max(apart.abs().flatten().tolist(), default=0.0)
 
 
-def assert_differs_by_rounding(ours, theirs, truth, first, second, precision):
+def assert_differs_by_rounding(ours, theirs, truth, first, second):
     """Hold an engine to eager's own error: its logits, (B, N, V), on eager's tokens `first`, its free tokens `second`.
 
     `truth` multiplies the stored weights in float32, so that eager's error against it is of 16-bit rounding, and for
@@ -132,15 +132,15 @@ def assert_differs_by_rounding(ours, theirs, truth, first, second, precision):
 
     - The engine's own error is at most `ROUNDING` of it. Errors that do not depend on each other add in squares: 0.75
       of it more on every token fails, and spread evenly 0.35 (bf16) to 0.6 (INT8) do, as most tokens' error is less
-      than the mean. By chance twelve prompts gave 0.92 to 1.12, three 0.64 to 1.43: take twelve.
+      than the mean. By chance twelve prompts gave 0.87 to 1.12, three 0.64 to 1.43: take twelve.
     - The two engines' logits are no further apart than two such errors that have nothing in common: this one sees
-      what befalls few tokens. 8-bit activations are rounded nearly alike by both engines, so there it is 1 (measured:
-      0.70 to 0.89).
+      what befalls few tokens. On an H100 batches of twelve gave 1.00 to 1.03, of three with
+      8-bit activations 1.13, and eager with transformers' other attention 0.94 to 0.98.
     - Free tokens first part where `truth` has them within `TIE` of each other.
     """
     error = rms(theirs - truth)
     assert error_ratio(ours, theirs, truth) <= ROUNDING
-    assert rms(ours - theirs) <= (1 if precision.eight_bit else math.hypot(1, ROUNDING)) * error
+    assert rms(ours - theirs) <= math.hypot(1, ROUNDING) * error
     assert widest_tie(truth, first, second) <= TIE * error
 
 
@@ -384,7 +384,7 @@ def test_tokens_are_eagers_but_after_a_near_tie(name, source, texts):
         decoder.prefill(texts)
         for _ in range(7):
             decoder.step(rows)
-    assert_differs_by_rounding(ours, theirs, truth, tokens, decoder.tokens(rows, 8), precision)
+    assert_differs_by_rounding(ours, theirs, truth, tokens, decoder.tokens(rows, 8))
 
 
 # Engines
@@ -506,7 +506,7 @@ def test_a_recorded_step_is_as_near_float32_as_eager(name, rows, source, texts):
     if name == "fp32":  # eager is the truth
         assert (ours - truth).abs().max() < 1e-2 and widest_tie(truth, tokens, free) < 2e-2
     else:
-        assert_differs_by_rounding(ours, theirs, truth, tokens, free, precision)
+        assert_differs_by_rounding(ours, theirs, truth, tokens, free)
 
 
 @pytest.mark.gpu

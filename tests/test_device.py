@@ -61,25 +61,25 @@ def test_without_a_gpu_none_can_be_taken(monkeypatch):
         device.detect("cuda")
 
 
-def test_a_process_of_its_own_takes_the_same_gpu_and_holds_it_to_the_limit(two_gpus, monkeypatch):
+@pytest.mark.parametrize(("asked", "place", "index"), [("cuda:1", "cuda:1", 1), ("cuda", "cuda:0", 0)])
+def test_a_process_of_its_own_takes_the_same_gpu_and_holds_it_to_the_limit(asked, place, index, two_gpus, monkeypatch):
     """INT8's search runs in one, where no study has said which card is meant."""
     shares = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
     monkeypatch.setattr(benchmark, "load", lambda folder, precision, place: (folder, place))
     monkeypatch.setattr(benchmark, "trial", lambda model, *asked: (model, asked))
-    model, (_, limit_mib, engine, _) = benchmark.trial_of("f", PRECISIONS["int8"], "cuda:1", None, 4096.0, "graphed")
-    assert model == ("f", "cuda:1") and (limit_mib, engine) == (4096.0, "graphed")
-    assert two_gpus == ["cuda:1"] and shares == [0.25]
+    model, (_, limit_mib, engine, _) = benchmark.trial_of("f", PRECISIONS["int8"], asked, None, 4096.0, "graphed")
+    assert model == ("f", place) and (limit_mib, engine) == (4096.0, "graphed")
+    assert two_gpus == [index] and shares == [0.25]
 
 
 @pytest.mark.gpu
 def test_who_only_asks_takes_no_context_of_a_gpu():
     """The process that starts the notebooks stands beside the one that measures: it would be flagged as another."""
     code = (
-        "import torch; from qnb import device; from qnb.monitor import NvmlSensor; sense = NvmlSensor();"
-        "held = lambda: int(sense.sample()['processes']);"
-        "before = held(); here = device.detect(); asked = held();"
-        "here.use(); torch.zeros(1, device='cuda'); print(asked - before, held() - before)"
+        "import torch; from qnb import device, monitor; here = device.detect();"
+        "held = lambda: int(monitor.sensor(torch.device(here.place)).sample()['processes']);"
+        "asked = held(); here.use(); torch.zeros(1, device='cuda'); print(held() - asked)"
     )
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert made.stdout.split() == ["0", "1"]
+    assert made.stdout.split() == ["1"]  # its context came with the tensor, and not before

@@ -453,6 +453,7 @@ def test_a_gpu_times_both_engines_alone_and_together(tmp_path, monkeypatch):
         assert missing.note.str.contains("outlier").all()
     assert (together.dropna(subset=["throughput_rps"]).batch_size == 4).all()
     idle_mib = [row["monitor_baseline_mib"] for row in made.ledger if row.get("monitor_baseline_mib")]
-    assert max(idle_mib) - min(idle_mib) < 64 and torch.cuda.memory_reserved() < 2**26  # no model stays
+    assert max(idle_mib) - min(idle_mib) < 200  # kernels are loaded as they are met; a model is 257
+    assert torch.cuda.memory_reserved() < 2**26
     assert set(swept.batch_size) == {1, 2} and made.results().traced.kernel_s_per_token.notna().any()
     assert not made.ledger.failures()
