@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -152,6 +152,15 @@ def largest(
     return Largest(good, limit_mib, good == cap, tuple(probes))
 
 
+def smaller(batch_size: int, ran: Iterable[int], tolerance: float = 0.01) -> int:
+    """Return what to time where `batch_size` ran in the search and then not again: by then others may hold a little.
+
+    The largest of those that `ran` there and is less by no more than the tolerance, else an even one less by that.
+    """
+    less = batch_size - max(1, int(batch_size * tolerance))
+    return max((size for size in ran if less <= size < batch_size), default=less - less % _grain(less, tolerance))
+
+
 def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolerance: float, cliff: int) -> int:
     """Choose the next batch size; the caller keeps it strictly inside the bracket."""
     fits = _fitting(probes)
@@ -201,10 +210,14 @@ def _even(batch_size: int, good: int, bad: int, tolerance: float) -> int:
     """
     ending = ceil((bad - 1) / (1 + tolerance))
     least = ending if batch_size >= ending else good + 1
-    grain = 2 ** max(0, int(batch_size * tolerance).bit_length() - 1)
+    grain = _grain(batch_size, tolerance)
     while batch_size - batch_size % grain < least:
         grain //= 2
     return batch_size - batch_size % grain
+
+
+def _grain(batch_size: int, tolerance: float) -> int:
+    return int(2 ** max(0, int(batch_size * tolerance).bit_length() - 1))
 
 
 def _second(first: Probe, limit_mib: float, cap: int) -> int:

@@ -578,10 +578,12 @@ class Timing(Workbench):
 
 
 def _smaller(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a search's result after its batch ran out of memory when timed: a fiftieth smaller, no longer capped."""
+    """Return a search's result after its batch ran out of memory when timed: a smaller one, no longer capped."""
+    from qnb.batch import smaller
+
     failed = {"batch_size": found["batch_size"], "fits": False, "memory_mib": None}
     return {
-        "batch_size": found["batch_size"] - max(1, found["batch_size"] // 50),
+        "batch_size": smaller(found["batch_size"], (one["batch_size"] for one in found["probes"] if one["fits"])),
         "limit_mib": found["limit_mib"],
         "capped": False,
         "prompt_tokens": found.get("prompt_tokens"),

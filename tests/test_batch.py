@@ -32,6 +32,7 @@ from qnb.batch import (
     knee,
     largest,
     plans,
+    smaller,
     sweep,
 )
 from qnb.benchmark import counted, largest_batch, largest_batch_apart, run, trial
@@ -460,6 +461,14 @@ def test_a_batch_that_comes_near_the_limit_has_to_fit_twice(
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": next(retries)})
     probe = trial(SimpleNamespace(device=torch.device("cuda")), short, 1000, "fake")(7)
     assert ran.count(7) == times and probe.fits == fits
+
+
+@pytest.mark.parametrize(
+    ("found", "ran", "then"),
+    [(976, (1, 496, 968), 968), (5408, (1, 2704), 5344), (724, (1, 362), 716), (32, (16,), 31), (2, (1,), 1)],
+)
+def test_what_ran_but_did_not_when_timed_gives_way_to_the_next_smaller(found, ran, then):
+    assert smaller(found, (*ran, found)) == then
 
 
 def test_where_a_layers_outputs_outgrow_32_bits(source):
