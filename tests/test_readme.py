@@ -75,13 +75,14 @@ def test_the_numbers_are_those_of_the_kept_runs():
             else:
                 assert told == "-"
     rates, text = large.throughput_rps.unstack(), " ".join(TEXT.split())
-    share = 100 * rates.loc[["nf4", "int4"]] / rates.loc["fp16"]
-    assert f"NF4 served {share.eager.nf4:.0f} % of FP16's requests and `int4`" in text
+    share = 100 * rates.loc[["nf4", "int4"]] / rates.loc["bf16"]
+    assert f"NF4 served {share.eager.nf4:.0f} % of BF16's requests and `int4`" in text
     assert f"in 32 bit, {share.eager.int4:.0f} %. " in text and f"near, {share.graphed.nf4:.0f} %" in text
     other = kept(f"{LARGER}/table4_maxbatch.csv").set_index(["precision", "engine"]).throughput_rps.unstack()
-    assert f"({100 * other.graphed.nf4 / other.graphed.fp16:.0f} % on an H200)" in text
-    gain = (other.graphed / other.eager).dropna()
+    assert f"({100 * other.graphed.nf4 / other.graphed.bf16:.0f} % on an H200)" in text
+    gain = (rates.graphed / rates.eager).dropna()
     assert f"serves {gain.min():.1f} to {gain.max():.1f} times as many requests" in text
+    assert f"BF16 and FP16 served {rates.eager.bf16:.0f} and {rates.eager.fp16:.0f} requests/s" in text
     token, longer = steps.tpot_ms, 100 * (steps.tpot_ms.graphed.int4 / steps.tpot_ms.graphed.bf16 - 1)
     assert f"a token took {token.eager.min():.0f} to {token.eager.max():.0f}" in text
     assert f"it took {token.graphed.bf16:.2f} ms in BF16 and {token.graphed.nf4:.2f} in NF4" in text
@@ -126,85 +127,79 @@ SEARCHES = {"ours": "this one", "accelerate": "accelerate's", "lightning power":
 
 def test_notebook_04_tells_what_was_kept():
     """Both tables row by row, and in its sentences ratios, power, energy and what is left open."""
-    found, text = kept(f"{LARGER}/batch.csv"), " ".join(prose("04").split())
+    found, text, readme = kept(f"{LARGER}/batch.csv"), " ".join(prose("04").split()), " ".join(TEXT.split())
     assert table("| | GiB |", prose("04")) == [
         [row.precision, f"{row.memory_gib:g}", SEARCHES[row.search], str(row.largest_batch),
          str(row.true_at_most), str(row.probes), f"{row.seconds:.1f}"] for row in found.itertuples()
     ]  # fmt: skip
-    cards = [kept(f"{name}/table4_maxbatch.csv").set_index(["precision", "engine"]) for name in (LARGER, SHAPE)]
-    now, before = (card.dropna(subset=["throughput_rps"]) for card in cards)
+    cards = [kept(f"{name}/table4_maxbatch.csv").set_index(["precision", "engine"]) for name in (SHAPE, LARGER)]
+    here, there = (card.dropna(subset=["throughput_rps"]) for card in cards)
     rows = table("| | engine |", prose("04"))
-    assert [tuple(row[:2]) for row in rows] == list(now.index)
-    for precision, engine, batch, rate, token_ms, kernel_ms, kernels, *other in rows:
-        mine = now.loc[precision, engine]
-        assert [batch, rate, kernels] == [
-            f"{mine[name]:.0f}" for name in ("batch_size", "throughput_rps", "kernels_per_token")
-        ]
-        assert [token_ms, kernel_ms] == [f"{1000 * mine[name]:.1f}" for name in ("tpot_s", "kernel_s_per_token")]
-        if (precision, engine) in before.index:
-            its = before.loc[precision, engine]
-            assert other == [f"{its.batch_size:.0f}", f"{its.throughput_rps:.0f}", f"{1000 * its.tpot_s:.1f}"]
-        else:
-            assert other == ["-"] * 3
-    rates, earlier = now.throughput_rps.unstack(), before.throughput_rps.unstack()
-    gain = (rates.graphed / rates.eager).dropna()
-    most = gain.drop(["fp32", "int4"])
-    assert (most.idxmin(), most.idxmax()) == ("fp16", "int8-t0")
-    assert f"serves {most.min():.1f} (FP16) to {most.max():.1f} times (INT8 without outliers) as many" in text
-    past = (earlier.graphed / earlier.eager).dropna().drop("int4")
-    assert f"on the H100 {past.min():.1f} to {past.max():.1f}; FP32 {gain.fp32:.1f} times" in text
+    assert [tuple(row[:2]) for row in rows] == list(here.index) == list(there.index)
+
+    def told(value, digits=0):
+        return "-" if pd.isna(value) else f"{value:.{digits}f}"
+
+    for row in rows:
+        mine, its = here.loc[tuple(row[:2])], there.loc[tuple(row[:2])]
+        assert row[2:] == [
+            told(mine.batch_size), told(mine.throughput_rps), told(1000 * mine.tpot_s, 1),
+            told(1000 * mine.kernel_s_per_token, 1), told(mine.kernels_per_token),
+            told(its.batch_size), told(its.throughput_rps), told(1000 * its.tpot_s, 1),
+        ]  # fmt: skip
+    rates, others = here.throughput_rps.unstack(), there.throughput_rps.unstack()
+    gain, theirs = ((one.graphed / one.eager).dropna() for one in (rates, others))
+    most, past = gain.drop(["fp32", "int4"]), theirs.drop(["fp32", "int4"])
+    assert (most.idxmin(), most.idxmax()) == ("bf16", "int8-t0")
+    assert f"serves {most.min():.1f} (BF16) to {most.max():.1f} times (INT8 without outliers) as many" in text
+    assert f"on the H200 {past.min():.1f} to {past.max():.1f}; FP32 {gain.fp32:.1f} times" in text
     assert f"in 32 bit, {gain.int4:.1f}." in text
-    kernels_ms = 1000 * now.kernel_s_per_token.unstack().eager
+    kernels_ms = 1000 * here.kernel_s_per_token.unstack().eager
     assert f"{kernels_ms.bf16:.1f} and {kernels_ms.fp16:.1f} ms of them a token" in text
     assert f"served {rates.eager.bf16:.0f} and {rates.eager.fp16:.0f} requests/s" in text
-    waited = 100 - now.kernel_share_pct.unstack().eager
-    assert f"BF16 waited {waited.bf16:.0f} % of each step for its launches and FP16 {waited.fp16:.0f} %" in text
+    waited, elsewhere = (100 - card.kernel_share_pct.unstack().eager for card in (here, there))
+    assert f"BF16 waited {waited.bf16:.0f} % of each step for its launches and FP16, on the slower host," in text
+    assert f"slower host, {waited.fp16:.0f} %; on a host where FP16 waited {elsewhere.fp16:.0f} %" in text
+    assert f"`graphed` served {theirs.fp16:.1f} times as many" in text
     ratio = found.pivot_table(index=["precision", "memory_gib"], columns="search", values="seconds")
     ratio = ratio.ours / ratio.accelerate
     assert f"It takes {ratio.min():.1f} to {ratio.max():.1f} times as long" in text
-    fp16 = now.loc["fp16"]
-    drawn_w = [round(card.loc["fp16", "graphed"].power_w) for card in (now, before)]
+    drawn_w = [round(card.loc["fp16", "graphed"].power_w) for card in (here, there)]
     assert (
-        f"FP16 drew {drawn_w[0]} W on the H200 and {drawn_w[1]} on the H100, both held back by their power cap" in text
+        f"FP16 drew {drawn_w[0]} W on the H100 and {drawn_w[1]} on the H200, both held back by their power cap" in text
     )
-    assert all("power cap" in card.loc["fp16", "graphed"]["flags"] for card in (now, before))
-    assert f"serves {100 * (rates.graphed.fp16 / earlier.graphed.fp16 - 1):.0f} % more" in text
-    joules = fp16.energy_j_per_request
+    assert all("power cap" in card.loc["fp16", "graphed"]["flags"] for card in (here, there))
+    assert f"serves {100 * (others.graphed.fp16 / rates.graphed.fp16 - 1):.0f} % more" in text
+    joules = here.loc["bf16"].energy_j_per_request
     assert f"took {joules.eager:.2f} J with `eager` and {joules.graphed:.2f} with `graphed`" in text
-    searched = kept(f"{LARGER}/largest_batch.csv").set_index(["memory_gib", "precision", "engine"])
-    once = kept(f"{SHAPE}/largest_batch.csv").set_index(["memory_gib", "precision", "engine"]).sort_index()
-    both = [card.found.xs(("15", "eager"), level=("memory_gib", "engine")).astype(int).sort_index()
-            for card in (searched, once)]  # fmt: skip
-    assert list(both[0][both[0] != both[1]].index) == ["fp32"]
-    assert f"but for FP32 ({both[0].fp32:.0f} and {both[1].fp32:.0f})" in text
-    assert f"{both[0].nf4} against {both[0].fp16}; INT8 fits {both[0].int8} and INT4 {both[0].int4}" in text
-    fits = both[0]
-    told = " ".join(TEXT.split())
-    assert f"{fits.nf4} in NF4, {fits.int4} in `int4` and {fits.int8} in INT8" in told
-    timed = kept(f"{SHAPE}/table4_maxbatch.csv").query("engine == 'eager'").set_index("precision").batch_size
-    assert f"ran {fits.fp16} of them in FP16 with `generate` ({timed.fp16:.0f} were timed" in told
-    whole = searched.loc["whole"]
-    assert f"FP16 fitted {whole.found['fp16', 'eager']} requests with `eager`, and 12,000" in text
-    assert whole.xs("graphed", level="engine").capped.all() and set(whole.xs("graphed", level="engine").found) == {
-        12000
-    }
-    for precision in ("fp16", "nf4"):
-        told = [f"{whole.throughput_rps[precision, engine]:.0f}" for engine in ("eager", "graphed")]
-        assert " and ".join(told) in text, precision
-    assert f"ends at {whole.found['int8-t0', 'eager']} with `eager`" in text
-    sizes, rates = (once.loc["whole", "fp16"][name] for name in ("batch_size", "throughput_rps"))
-    assert f"{rates.eager:.0f} at {sizes.eager:.0f} and {rates.graphed:.0f} at {sizes.graphed:.0f}" in text
-    left = searched.loc["15"].open_pct.unstack().graphed.dropna()
-    rest = left.drop("fp32")
-    assert f"{rest.min():.0f} to {rest.max():.0f} % more rows might fit on the H200, in FP32 {left.fp32:.0f}" in text
-    before = once.loc["15"].open_pct.unstack().graphed.dropna().drop("fp32")
-    rest = before.drop("nf4-dq")
-    assert f"on the H100 {rest.min():.0f} to {rest.max():.0f} %, and for NF4-DQ {before['nf4-dq']:.0f}." in text
-    short = searched.loc["15"].query("batch_size < found")
-    assert list(short.index) == [("bf16", "eager"), ("nf4", "eager")]
-    assert f"{short.found.iloc[0]} and {short.found.iloc[1]} rows" in text
-    assert f"timed at {short.batch_size.iloc[0]} and {short.batch_size.iloc[1]}." in text
-    assert len(once.loc["15"].dropna(subset=["throughput_rps"]).query("batch_size < found")) == 3
+    mine, its = (kept(f"{name}/largest_batch.csv").set_index(["memory_gib", "precision", "engine"]).sort_index()
+                 for name in (SHAPE, LARGER))  # fmt: skip
+    fits, theirs = (card.found.xs(("15", "eager"), level=("memory_gib", "engine")).astype(int) for card in (mine, its))
+    assert list(fits[fits != theirs].index) == ["nf4-dq"]
+    assert f"but for NF4-DQ ({fits['nf4-dq']} and {theirs['nf4-dq']})" in text
+    assert f"{fits.nf4} against {fits.fp16}; INT8 fits {fits.int8} and INT4 {fits.int4}" in text
+    assert f"ran {fits.fp16} of them in FP16 with `generate`, {fits.nf4} in NF4, {fits.int4} in `int4`" in readme
+    assert f"and {fits.int8} in INT8" in readme
+    whole, larger = mine.loc["whole"], its.loc["whole"]
+    sizes = whole.found["fp16"]
+    assert f"FP16 fitted {sizes.eager} requests with `eager` and {sizes.graphed} with `graphed`" in text
+    assert f"FP16 fitted {larger.found['fp16', 'eager']} with `eager`, and 12,000" in text
+    recorded = larger.xs("graphed", level="engine")
+    assert recorded.capped.all() and set(recorded.found) == {12000}
+    for card, precision in itertools.product((whole, larger), ("fp16", "nf4")):
+        pair = [f"{card.throughput_rps[precision, engine]:.0f}" for engine in ("eager", "graphed")]
+        assert " and ".join(pair) in text, precision
+    assert f"ends at {larger.found['int8-t0', 'eager']} with `eager`" in text
+    left, further = (card.loc["15"].open_pct.unstack().graphed.dropna() for card in (mine, its))
+    rest, more = left.drop("fp32"), further.drop("fp32")
+    assert f"{rest.min():.0f} to {rest.max():.0f} % more rows might fit on the H100, in FP32 {left.fp32:.0f}" in text
+    assert f"on the H200 {more.min():.0f} to {more.max():.0f} %, in FP32 {further.fp32:.0f}." in text
+    short = mine.query("batch_size < found").reset_index()
+    assert set(zip(short.memory_gib, short.precision, short.engine, strict=True)) == {
+        ("15", "nf4", "eager"), ("15", "int8", "eager"), ("whole", "fp16", "eager"), ("whole", "nf4", "eager")
+    }  # fmt: skip
+    assert set(short.batch_size - short.found + short.found // 50) == {0}
+    assert f"NF4's {fits.nf4} rows" in text and f"INT8's {fits.int8} were timed at a fiftieth less" in text
 
 
 def test_notebook_02_tells_what_was_kept():
