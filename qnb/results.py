@@ -53,8 +53,8 @@ class Results:
 def medians(rows: pd.DataFrame) -> pd.DataFrame:
     """Return performance rows with repeats made one: medians, how many, and the throughput's range.
 
-    Texts are the last row's, flags are those of all. An engine that could not run has a row without a speed: it is
-    left out.
+    Texts are the last row's, but `bound` the first's, which alone was traced; flags are those of all. An engine that
+    could not run has a row without a speed: it is left out.
     """
     if not {*ALIKE, "throughput_rps"} <= set(rows):
         return pd.DataFrame()
@@ -67,7 +67,7 @@ def medians(rows: pd.DataFrame) -> pd.DataFrame:
             if is_numeric_dtype(runs[name]) and not is_bool_dtype(runs[name]):
                 row[name] = values.median()
             else:
-                row[name] = values.iloc[-1] if len(values) else None
+                row[name] = values.iloc[0 if name == "bound" else -1] if len(values) else None
         row |= {"repeats": len(runs), "low_rps": runs.throughput_rps.min(), "high_rps": runs.throughput_rps.max()}
         if "flags" in runs:
             row["flags"] = list(dict.fromkeys(flag for flags in runs["flags"].dropna() for flag in flags))

@@ -312,13 +312,13 @@ def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     rates: dict[tuple[Any, ...], float] = {}
     for (precision, engine), runs in frame.groupby(["precision", "engine"], sort=False):
-        first = runs.iloc[-1]
-        like = tuple(first[alike])
-        row: dict[str, Any] = {"precision": precision, "engine": engine, "batch_size": int(first.batch_size)}
-        if pd.notna(first.get("throughput_rps")):
+        last = runs.iloc[-1]
+        like = tuple(last[alike])
+        row: dict[str, Any] = {"precision": precision, "engine": engine, "batch_size": int(last.batch_size)}
+        if pd.notna(last.get("throughput_rps")):
             rates[precision, engine, like] = median(runs.throughput_rps)
             row |= _performance(runs)
-        row["note"] = first.get("note") or ""
+        row["note"] = last.get("note") or ""
         if engine == "eager":
             for name in ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_mib", "speedup"):
                 row[f"published_{name}"] = published[name].get(precision)
@@ -351,14 +351,14 @@ MEDIANS = (
 
 def _performance(runs: pd.DataFrame) -> dict[str, Any]:
     """Return what the passes of one precision and engine come to."""
-    first = runs.iloc[-1]
+    last = runs.iloc[-1]
     row: dict[str, Any] = {
-        "capped": first.get("capped") is True or first.get("capped") == 1,
-        "requests": int(first.requests),
-        "prompt_tokens": int(first.prompt_tokens),
-        "new_tokens": int(first.new_tokens),
+        "capped": last.get("capped") is True or last.get("capped") == 1,
+        "requests": int(last.requests),
+        "prompt_tokens": int(last.prompt_tokens),
+        "new_tokens": int(last.new_tokens),
         "repeats": len(runs),
-        "stopped": first.get("stopped") or "",
+        "stopped": last.get("stopped") or "",
     }
     row |= {name: _median(runs, name) for name in MEDIANS}
     rates = runs.throughput_rps
@@ -371,10 +371,10 @@ def _performance(runs: pd.DataFrame) -> dict[str, Any]:
     ):
         row[name] = 100 * done / limit if done is not None and limit else None
     row["bound"] = next((bound for bound in runs.get("bound", []) if isinstance(bound, str)), None)
-    row["monitor"] = first.monitor_source
+    row["monitor"] = last.monitor_source
     row["utilization_pct"] = _median(runs, "monitor_utilization_pct")
     row["memory_mib"] = _median(runs, "memory_mib")
-    on_gpu = first.monitor_source != "process"  # a process's memory is the column before
+    on_gpu = last.monitor_source != "process"  # a process's memory is the column before
     row["device_memory_mib"] = _median(runs, "monitor_peak_memory_mib") if on_gpu else None
     row["power_w"] = _median(runs, "monitor_power_w")
     row["clock_mhz"] = _median(runs, "monitor_clock_mhz")

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from qnb import choose, cost, export, figure, look, paper, table, tradeoff
+from qnb import choose, cost, export, figure, look, paper, results, table, tradeoff
 from qnb.precision import PRECISIONS
 
 EMPTY = pd.DataFrame()
@@ -158,6 +158,14 @@ def test_repeats_become_their_median_with_their_range(studied):
     ]
     assert one.repeats == 3 and one.throughput_rps == sorted(passes)[1]
     assert (one.low_rps, one.high_rps) == (min(passes), max(passes))
+
+
+def test_what_bounds_a_row_is_the_traced_pass_to_tell_in_tables_and_figures(runs):
+    """Later passes trace no kernels, and may be nearer to a roof by clocks alone."""
+    first = runs[runs.engine == "eager"].iloc[:1]
+    passes = pd.concat([first.assign(bound="launch", stopped=""), first.assign(bound="bandwidth", stopped="limit")])
+    for told in (results.medians(passes), table.performance(passes, 3)):
+        assert (told.bound.item(), told.stopped.item()) == ("launch", "limit")
 
 
 def test_a_name_from_a_data_set_is_text_not_markup():
