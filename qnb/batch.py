@@ -153,12 +153,13 @@ def largest(
 
 
 def smaller(batch_size: int, ran: Iterable[int], tolerance: float = 0.01) -> int:
-    """Return what to time where `batch_size` ran in the search and then not again: by then others may hold a little.
+    """Return what to time where `batch_size`, 2 or more, ran in the search and not again: less memory may be free.
 
-    The largest of those that `ran` there and is less by no more than the tolerance, else an even one less by that.
+    An even number that is less by the tolerance or a little more, or what `ran` in the search in between.
     """
     less = batch_size - max(1, int(batch_size * tolerance))
-    return max((size for size in ran if less <= size < batch_size), default=less - less % _grain(less, tolerance))
+    even = max(1, less - less % _grain(less, tolerance))
+    return max((size for size in ran if even <= size < batch_size), default=even)
 
 
 def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolerance: float, cliff: int) -> int:

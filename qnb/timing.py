@@ -39,6 +39,7 @@ PACE_ROWS = {"bs1": {"cuda": 1, "cpu": 1}, "maxbatch": {"cuda": 32, "cpu": 4}}  
 # traced, memory read, tokens compared. In the largest batch: three probes of its size, memory read, kernels traced.
 COST = {"bs1": (0, 3), "maxbatch": (5, 0)}
 SWEPT = 3  # batches of each size in a sweep
+WHEN_TIMED = "out of memory when timed"  # why a batch that ran in the search is not the largest
 
 
 def minutes_of(requests: Count) -> float | None:
@@ -578,17 +579,22 @@ class Timing(Workbench):
 
 
 def _smaller(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a search's result after its batch ran out of memory when timed: a smaller one, no longer capped."""
+    """Return a search's result after its batch ran out of memory when timed: a smaller one, no longer capped.
+
+    By a hundredth at first, and by twice as much each time: a process beside this one may have taken much.
+    """
     from qnb.batch import smaller
 
-    failed = {"batch_size": found["batch_size"], "fits": False, "memory_mib": None}
+    size, probes = found["batch_size"], found["probes"]
+    failed = {"batch_size": size, "fits": False, "memory_mib": None, "ended": WHEN_TIMED}
+    part = 0.01 * 2 ** sum(one.get("ended") == WHEN_TIMED for one in probes)
     return {
-        "batch_size": smaller(found["batch_size"], (one["batch_size"] for one in found["probes"] if one["fits"])),
+        "batch_size": smaller(size, (one["batch_size"] for one in probes if one["fits"]), min(part, 0.5)),
         "limit_mib": found["limit_mib"],
         "capped": False,
         "prompt_tokens": found.get("prompt_tokens"),
         "new_tokens": found.get("new_tokens"),
-        "probes": [*found["probes"], failed],
+        "probes": [*probes, failed],
     }
 
 

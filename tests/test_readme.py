@@ -75,9 +75,12 @@ def test_the_numbers_are_those_of_the_kept_runs():
             else:
                 assert told == "-"
     rates, text = large.throughput_rps.unstack(), " ".join(TEXT.split())
-    share = 100 * rates.loc[["nf4", "int4"]] / rates.loc["bf16"]
-    assert f"NF4 served {share.eager.nf4:.0f} % of BF16's requests and `int4`" in text
-    assert f"in 32 bit, {share.eager.int4:.0f} %. " in text and f"near, {share.graphed.nf4:.0f} %" in text
+    share = 100 * rates.loc[["nf4", "fp4", "int4"]] / rates.loc["bf16"]
+    assert f"NF4 served {share.eager.nf4:.0f} % of BF16's requests and FP4 {share.eager.fp4:.0f} %" in text
+    assert f"in 32 bit, served {share.eager.int4:.0f} %. " in text and f"near, {share.graphed.nf4:.0f} %" in text
+    assert f"served {rates.eager.fp4:.1f} requests/s" in text
+    kernels = large.kernels_per_token.unstack().eager
+    assert kernels.fp4 == kernels.nf4 and kernels.bf16 == kernels.fp16
     other = kept(f"{LARGER}/table4_maxbatch.csv").set_index(["precision", "engine"]).throughput_rps.unstack()
     assert f"({100 * other.graphed.nf4 / other.graphed.bf16:.0f} % on an H200)" in text
     gain = (rates.graphed / rates.eager).dropna()
@@ -158,8 +161,9 @@ def test_notebook_04_tells_what_was_kept():
     assert f"{kernels_ms.bf16:.1f} and {kernels_ms.fp16:.1f} ms of them a token" in text
     assert f"served {rates.eager.bf16:.0f} and {rates.eager.fp16:.0f} requests/s" in text
     waited, elsewhere = (100 - card.kernel_share_pct.unstack().eager for card in (here, there))
-    assert f"BF16 waited {waited.bf16:.0f} % of each step for its launches and FP16, on the slower host," in text
-    assert f"slower host, {waited.fp16:.0f} %; on a host where FP16 waited {elsewhere.fp16:.0f} %" in text
+    assert f"BF16 waited {waited.bf16:.0f} % of each step for its launches and FP16, in another job," in text
+    assert f"job, {waited.fp16:.0f} %; on the H200, where FP16 waited {elsewhere.fp16:.0f} %" in text
+    assert f"FP4 and NF4 launch as many kernels and served {rates.eager.fp4:.0f} and {rates.eager.nf4:.0f}." in text
     assert f"`graphed` served {theirs.fp16:.1f} times as many" in text
     ratio = found.pivot_table(index=["precision", "memory_gib"], columns="search", values="seconds")
     ratio = ratio.ours / ratio.accelerate
@@ -170,8 +174,11 @@ def test_notebook_04_tells_what_was_kept():
     )
     assert all("power cap" in card.loc["fp16", "graphed"]["flags"] for card in (here, there))
     assert f"serves {100 * (others.graphed.fp16 / rates.graphed.fp16 - 1):.0f} % more" in text
-    joules = here.loc["bf16"].energy_j_per_request
-    assert f"took {joules.eager:.2f} J with `eager` and {joules.graphed:.2f} with `graphed`" in text
+    eager, graphed = here.loc["bf16", "eager"], here.loc["bf16", "graphed"]
+    assert (
+        f"took {eager.energy_j_per_request:.2f} J a request with `eager`, at {eager.power_w:.0f} W, and "
+        f"{graphed.energy_j_per_request:.2f} with `graphed`, at {graphed.power_w:.0f}." in text
+    )
     mine, its = (kept(f"{name}/largest_batch.csv").set_index(["memory_gib", "precision", "engine"]).sort_index()
                  for name in (SHAPE, LARGER))  # fmt: skip
     fits, theirs = (card.found.xs(("15", "eager"), level=("memory_gib", "engine")).astype(int) for card in (mine, its))
@@ -194,12 +201,44 @@ def test_notebook_04_tells_what_was_kept():
     rest, more = left.drop("fp32"), further.drop("fp32")
     assert f"{rest.min():.0f} to {rest.max():.0f} % more rows might fit on the H100, in FP32 {left.fp32:.0f}" in text
     assert f"on the H200 {more.min():.0f} to {more.max():.0f} %, in FP32 {further.fp32:.0f}." in text
-    short = mine.query("batch_size < found").reset_index()
-    assert set(zip(short.memory_gib, short.precision, short.engine, strict=True)) == {
+    short = {name: card.query("batch_size < found") for name, card in (("here", mine), ("there", its))}
+    assert set(short["here"].index) == {
         ("15", "nf4", "eager"), ("15", "int8", "eager"), ("whole", "fp16", "eager"), ("whole", "nf4", "eager")
     }  # fmt: skip
-    assert set(short.batch_size - short.found + short.found // 50) == {0}
-    assert f"NF4's {fits.nf4} rows" in text and f"INT8's {fits.int8} were timed at a fiftieth less" in text
+    assert set(short["there"].index) == {("15", "bf16", "eager"), ("15", "nf4", "eager")}
+    for card in short.values():
+        assert set(card.batch_size - card.found + card.found // 50) == {0}
+    found = short["here"].found.astype(int)
+    assert f"NF4's {found['15', 'nf4', 'eager']} rows and INT8's {found['15', 'int8', 'eager']} with `eager`" in text
+    assert f"FP16's {sizes.eager} and NF4's {found['whole', 'nf4', 'eager']}, on the H200" in text
+    assert f"({mine.batch_size['15', 'nf4', 'eager']:.0f} of NF4's and " in readme
+    assert f"and {mine.batch_size['15', 'int8', 'eager']:.0f} of INT8's were timed" in readme
+
+
+def test_the_kept_searches_are_those_of_the_largest_batches():
+    """What they found, in how many probes, and what the page says of those that did not run again."""
+    probes = kept(f"{SHAPE}/searches.csv")
+    found = kept(f"{SHAPE}/largest_batch.csv").set_index(["memory_gib", "precision", "engine"])
+    late = probes.ended == "out of memory when timed"
+    searched = probes[~late].groupby(["memory_gib", "precision", "engine"])
+    assert len(searched) == len(found) and searched.size().max() <= 6
+    for key, ran in searched:
+        assert (ran[ran.fits].batch_size.max(), len(ran)) == (found.found[key], found.probes[key])
+    page = " ".join((KEPT / "README.md").read_text().split())
+    gone = probes[late].set_index(["memory_gib", "precision"]).batch_size
+    assert dict(gone) == {
+        ("15", "int8"): 724, ("15", "nf4"): 976, ("whole", "fp16"): 5360, ("whole", "nf4"): 5408
+    }  # fmt: skip
+    ran = probes[probes.fits].set_index(["memory_gib", "precision", "engine", "batch_size"])
+    assert ran.reserved_mib["15", "nf4", "eager", 976] == 15360 and "the last of the 15,360 MiB" in page
+    assert 15360 - ran.reserved_mib["15", "int8", "eager", 724] == 362 and "they left 362" in page
+    left, lost = [], []
+    for precision, size in (("fp16", 5360), ("nf4", 5408)):
+        one = ran.loc["whole", precision, "eager", size]
+        room = probes[(probes.memory_gib == "whole") & (probes.precision == precision)].set_index("engine").room_mib
+        left.append(round(one.room_mib - one.reserved_mib))
+        lost.append(round(room["eager"].min() - room["graphed"].max()))
+    assert f"had left {left[0]} and {left[1]}, and {lost[0]} and {lost[1]} were gone" in page
 
 
 def test_notebook_02_tells_what_was_kept():
@@ -249,7 +288,7 @@ def test_kept_memory_of_a_device_misses_no_more_than_is_said():
     ]
     missing = pd.concat([one.peak_reserved_mib - one.device_memory_mib for one in tables]).max()
     text = (ROOT / "outputs" / "reference" / "README.md").read_text()
-    assert f"Elsewhere up to {missing:.0f} MiB are missing" in " ".join(text.split())
+    assert f"Elsewhere in them up to {missing:.0f} MiB are missing" in " ".join(text.split())
 
 
 def test_every_precision_is_explained_with_its_bits():
