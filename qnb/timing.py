@@ -296,7 +296,7 @@ class Timing(Workbench):
             return none  # nothing need be loaded to know
         self._settle(precision)
         try:
-            if self._apart(precision):
+            if self._apart(precision, key["engine"], workload, wanted["cap"]):
                 folder = self.checkpoint(precision, say=True)
                 give_back()
                 found = largest_batch_apart(folder, precision, self.device.place, *asked)
@@ -307,9 +307,16 @@ class Timing(Workbench):
         told = {"prompt_tokens": len(workload.longest), "new_tokens": workload.new_tokens}
         return self._append(key, wanted, {**asdict(found), **told})
 
-    def _apart(self, precision: Precision) -> bool:
-        """Return whether a batch may end its process, as bitsandbytes' INT8 kernels do; see `qnb.batch.Apart`."""
-        return self.device.kind == "cuda" and precision.eight_bit
+    def _apart(self, precision: Precision, engine: str, workload: Workload, most: int) -> bool:
+        """Return whether a batch of up to `most` prompts may end its process; see `qnb.batch.Apart`.
+
+        bitsandbytes' INT8 kernels do where `eager` reads so many at once. A process of its own has less of a whole
+        GPU, as this one holds a context beside it.
+        """
+        from qnb.benchmark import counted
+
+        risky = self.device.kind == "cuda" and precision.eight_bit and engine == "eager"
+        return risky and most > counted(self.config, len(workload.longest))
 
     def sweep(self, workload: Workload, most: Count = "auto", engines: str | Iterable[str] = "auto") -> pd.DataFrame:
         """Time batches of 1, 2, 4 … requests, three of each; return a row a precision, engine and size.
@@ -367,7 +374,8 @@ class Timing(Workbench):
         from qnb.benchmark import counted, twice
 
         full: set[str] = set()
-        last = counted(network.config, len(workload.longest)) if self._apart(PRECISIONS[keys[0]["precision"]]) else 0
+        eight_bit = self.device.kind == "cuda" and PRECISIONS[keys[0]["precision"]].eight_bit
+        last = counted(network.config, len(workload.longest)) if eight_bit else 0
         for key in keys:
             size = int(key["setting"])
             if key["engine"] == "eager" and 0 < last < size:  # others read prompts in parts

@@ -91,7 +91,7 @@ def apart(source, tmp_path, monkeypatch):
         monkeypatch.setattr(benchmark, "trial_of", getattr(falls, begin))
         return made.perf_maxbatch(made.workload("maxbatch", 8, 4, 2, "sample"), cap)
 
-    monkeypatch.setattr(Timing, "_apart", lambda self, precision: precision.eight_bit)
+    monkeypatch.setattr(Timing, "_apart", lambda self, precision, *_: precision.eight_bit)
     monkeypatch.setattr(made, "on", lambda precision, measure: loaded.append(precision.name) or measure(None, 0.0))
     monkeypatch.setattr(made, "_settle", lambda precision: None)
     monkeypatch.setattr(benchmark, "run", run)
@@ -126,11 +126,18 @@ def test_what_is_raised_in_another_process_is_raised_here(apart):
     assert search("cannot_record").batch_size.tolist() == [1]  # timed as one; its row says why it cannot run
 
 
-def test_int8_alone_is_searched_apart_and_on_a_gpu_alone(tmp_path):
-    made = Study(output=tmp_path)
+def test_int8_alone_is_searched_apart_on_a_gpu_where_its_kernels_may_end_the_process(tmp_path):
+    made = Study("smollm2-135m", output=tmp_path)
+    work = made.workload("maxbatch", 2, 4, 2, "sample")
+    last = (2**31 - 1) // (4 * 1536)
     for kind, names in (("cuda", {"int8", "int8-t0"}), ("cpu", set())):
         made.device = Device(kind, "a machine", 1024, "native", "")
-        assert {name for name, precision in PRECISIONS.items() if made._apart(precision)} == names
+
+        def apart(engine, most):
+            return {name for name, precision in PRECISIONS.items() if made._apart(precision, engine, work, most)}
+
+        assert apart("eager", last + 1) == names
+        assert not apart("eager", last) and not apart("graphed", last + 1)  # which reads prompts in parts
 
 
 def test_passes_end_when_the_median_has_settled_or_at_the_limit(source, tmp_path, monkeypatch):
@@ -438,7 +445,7 @@ def test_limits_are_measured_before_anything_is_loaded_or_held_to_less_memory(so
 
 @pytest.mark.gpu
 def test_a_gpu_times_both_engines_alone_and_together(tmp_path, monkeypatch):
-    """The stages of 03 and 04 as their notebooks run them; INT8 is searched in a process of its own."""
+    """The stages of 03 and 04 as their notebooks run them."""
     monkeypatch.setattr(decode, "COMPILE", None)  # kernels have their own test, and each size takes half a minute
     made = Study(model.EMBEDDED, "bf16,int8,nf4", tmp_path / "study")
     work = made.workload("bs1", 4, 16, 12, "sample")
