@@ -11,7 +11,7 @@ import contextlib
 import gc
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -72,21 +72,21 @@ class Result:
     groups: dict[str, tuple[str, ...]]  # the tasks in each group, those in its groups with them
 
 
-def names(tasks: str) -> tuple[str, ...]:
-    """Return the task names meant by ``"sample"``, ``"paper"``, or a list of names separated by commas or spaces.
+def names(tasks: str | Iterable[str]) -> tuple[str, ...]:
+    """Return the task names meant by ``"sample"``, ``"paper"``, names separated by commas or spaces, or a list.
 
     Raises
     ------
     InputError
         No name was given.
     """
-    words = tasks.replace(",", " ").split()
+    words = tasks.replace(",", " ").split() if isinstance(tasks, str) else [str(name) for name in tasks]
     if not words:
         raise InputError("no task was given; give tasks='sample', tasks='paper', or names of lm-eval tasks")
     return tuple(dict.fromkeys(name for word in words for name in TASKS.get(word, (word,))))
 
 
-def check(tasks: str) -> tuple[str, ...]:
+def check(tasks: str | Iterable[str]) -> tuple[str, ...]:
     """Return `names(tasks)` after looking each up in lm-eval's index.
 
     Raises
@@ -280,7 +280,7 @@ class Evaluator:
 
     def __init__(
         self,
-        tasks: str,
+        tasks: str | Iterable[str],
         limit: int | None = None,
         batch_size: int = 8,
         data_dir: str | Path | None = None,

@@ -6,7 +6,7 @@ Every precision answers the same items, and each answer is kept, so that any two
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ class Asking(Workbench):
 
     def accuracy(
         self,
-        tasks: str = "auto",
+        tasks: str | Iterable[str] = "auto",
         limit: Count = "auto",
         batch_size: Count = "auto",
         scorer: str = "qnb",
@@ -78,7 +78,9 @@ class Asking(Workbench):
             self._evaluate(evaluator)
         return self._measured(self.scores(), "accuracy")
 
-    def _evaluator(self, tasks: str, limit: int | None, batch_size: int, scorer: str = "qnb") -> Evaluator:
+    def _evaluator(
+        self, tasks: str | Iterable[str], limit: int | None, batch_size: int, scorer: str = "qnb"
+    ) -> Evaluator:
         """Return an evaluator whose tasks are known and whose model can be asked."""
         self.check_weights()
         if tasks == "auto":
@@ -169,7 +171,7 @@ class Asking(Workbench):
                 return
             plan = self._append(key, asked, {"limit": more, "spent_s": spent_s, "done": False})
 
-    def drift(self, tasks: str = "auto", limit: Count = "auto") -> pd.DataFrame:
+    def drift(self, tasks: str | Iterable[str] = "auto", limit: Count = "auto") -> pd.DataFrame:
         """Measure what a choice's score owes to its neighbours in a batch; return a row a precision and scorer.
 
         The same items are scored in the usual batches and each row alone, by this project's scorer and by lm-eval's.

@@ -129,6 +129,9 @@ def check(name: str) -> None:
         return
     if name.startswith("shape:"):
         raise InputError(f"model {name!r} is unknown; the one shape there is is {SHAPE!r}")
+    if Path(name).expanduser().is_file() or name.startswith(("/", ".", "~")):
+        what = "is a file" if Path(name).expanduser().is_file() else "is no folder"
+        raise InputError(f"model {name!r} {what}; give the folder with its config.json and *.safetensors")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w-][\w.-]*(/[\w-][\w.-]*)*)?", name, re.ASCII):
         raise InputError(
             f"model {name!r} is unknown; give auto, {EMBEDDED}, {SHAPE}, a hub id such as {MIRROR}, with @ and a "
@@ -143,9 +146,46 @@ def _local(folder: Path) -> Source:
         )
     hub.refuse_code(str(folder), folder / "config.json")
     hub.refuse_missing(str(folder), folder)
-    if not _is_plain(folder):
-        raise InputError(f"model {folder} is quantized already; give the model it was made from")
+    _refuse_unfit(str(folder), folder)
     return Source(str(folder), "named", str(folder), digest(folder, sealed=False))
+
+
+def _refuse_unfit(name: str, folder: Path) -> None:
+    """Refuse weights that are quantized, that transformers cannot read, or that are not those of their configuration.
+
+    transformers fills in what is missing with random numbers and leaves out what is too much. Nothing but the names
+    and shapes of tensors is read.
+
+    Raises
+    ------
+    InputError
+        What does not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not _is_plain(folder):
+        raise InputError(f"model {name!r} is quantized already; give the model it was made from")
+    options: dict[str, Any] = {"device_map": "meta", "trust_remote_code": False, "use_safetensors": True}
+    options |= {"ignore_mismatched_sizes": True}  # told all the same
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
+    except Exception as error:  # whatever a library says of files that are not what they should be
+        reason = hub.scrub(" ".join(str(error).split())) or type(error).__name__
+        raise InputError(f"{folder} could not be loaded as a causal language model: {reason}") from error
+    told = loaded[1]
+    beyond = [key for key in told["unexpected_keys"] if re.search(r"\blayers\.\d+\.", key)]
+    shaped = [key if isinstance(key, str) else key[0] for key in told["mismatched_keys"]]
+    for found, words in (
+        (told["missing_keys"], "are missing"),
+        (shaped, "have other shapes"),
+        (beyond, "are of layers that the configuration does not have"),
+    ):
+        if found:
+            raise InputError(
+                f"model {name!r} has a config.json and safetensors that do not belong together: {len(found)} tensors "
+                f"{words}, the first {min(found)}; save both from one model"
+            )
 
 
 def stamp(folder: Path) -> str:
@@ -156,8 +196,7 @@ def stamp(folder: Path) -> str:
 
 def _hub(name: str, why: str) -> Source:
     folder, commit = hub.fetch(name)
-    if not _is_plain(folder):
-        raise InputError(f"model {name!r} is quantized already; give the model it was made from")
+    _refuse_unfit(name, folder)
     return Source(f"{name.partition('@')[0]}@{commit}", why, str(folder), digest(folder, sealed=False))
 
 
@@ -371,6 +410,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        if not tokenizer("a word")["input_ids"]:  # of some models' classes, one without any token
+            raise ValueError("it makes no tokens")
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} has no tokenizer that transformers can load; save one beside the model") from error
     tokenizer.padding_side = "left"

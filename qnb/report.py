@@ -192,6 +192,10 @@ def limits(results: Results) -> list[str]:
     if "repeats" in speed and (speed.repeats < 2).any():
         once = sorted({summary.SETTINGS.get(name, "batch sizes between") for name in speed[speed.repeats < 2].setting})
         found.append(f"One pass only, so no spread is known: {', '.join(once)}.")
+    if len(speed) and ("peak_reserved_mib" not in speed or speed.peak_reserved_mib.isna().any()):
+        found.append(
+            "Memory is how far a process grew, which hangs on what it ran before: trust the weights' or a GPU's."
+        )
     if "flags" in speed:
         for row in speed.to_dict("records"):
             if isinstance(row["flags"], list) and row["flags"]:

@@ -56,8 +56,9 @@ def _listed(words: list[str]) -> str:
 
 
 def about(results: Results, precision: str) -> list[str]:
-    """Return what is known of one precision beside BF16, a sentence each on accuracy, its tests, and each setting."""
-    parts = [*_accuracy(results, precision), *(_speed(results, precision, setting) for setting in SETTINGS)]
+    """Return what is known of one precision beside BF16: a sentence each on accuracy, tests, perplexity, settings."""
+    parts = [*_accuracy(results, precision), _perplexity(results, precision)]
+    parts += [_speed(results, precision, setting) for setting in SETTINGS]
     return [part for part in parts if part]
 
 
@@ -88,8 +89,25 @@ def _accuracy(results: Results, precision: str) -> Iterator[str]:
             yield f"After Holm's correction the change is significant on {_listed(found)}."
 
 
+def _perplexity(results: Results, precision: str) -> str:
+    frame = results.divergence
+    rows = frame[frame.precision == precision].to_dict("records") if "perplexity_change_pct" in frame else []
+    if not rows or precision == BASELINE or not _known("perplexity_change_pct", rows[0]):
+        return ""
+    change, low, high = (rows[0].get(f"perplexity_change_pct{end}") for end in ("", "_low", "_high"))
+    text = f"Its perplexity is {abs(change):.1f} % {'above' if change >= 0 else 'below'} {BASELINE.upper()}'s"
+    detail = f"n = {int(rows[0]['tokens']):,} tokens"
+    if low is None or pd.isna(low):
+        return f"{text} ({detail})."
+    unsure = ", which this text cannot tell from none" if low <= 0 <= high else ""
+    return f"{text} (95 % {low:+.1f} to {high:+.1f}, {detail}){unsure}."
+
+
 def _speed(results: Results, precision: str, setting: str) -> str:
-    """Compare with BF16 in the same setting, an engine with itself."""
+    """Compare with BF16 in the same setting, an engine with itself.
+
+    Without an allocator's reading memory is the weights', as how far a process grows hangs on what it did before.
+    """
     frame = results.bs1 if setting == "bs1" else results.maxbatch
     if frame.empty:
         return ""
@@ -99,8 +117,10 @@ def _speed(results: Results, precision: str, setting: str) -> str:
         pairs += [(row, base[0])] if base else []
     if not pairs:
         return ""
-    shares = [100 * row["memory_mib"] / base["memory_mib"] for row, base in pairs if _known("memory_mib", row, base)]
-    room = f" takes {shares[0]:.0f} % of {BASELINE.upper()}'s memory and" if shares and setting == "bs1" else ""
+    read = _known("peak_reserved_mib", *pairs[0])
+    name, words = ("memory_mib", "memory") if read else ("weights_mib", "memory for its weights")
+    shares = [100 * row[name] / base[name] for row, base in pairs if _known(name, row, base)]
+    room = f" takes {shares[0]:.0f} % of {BASELINE.upper()}'s {words} and" if shares and setting == "bs1" else ""
     rates = [_rate(row, base, setting) for row, base in pairs]
     return f"At {SETTINGS[setting]} {precision.upper()}{room} gives {_listed(rates)}."
 

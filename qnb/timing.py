@@ -92,6 +92,8 @@ class Timing(Workbench):
         """
         from qnb.decode import check_window
 
+        if setting not in PACE_ROWS:
+            raise InputError(f"setting is {setting!r}; give {' or '.join(map(repr, PACE_ROWS))}")
         tokens = self.count("prompt_tokens", prompt_tokens), self.count("new_tokens", new_tokens)
         minutes = minutes_of(requests)
         if minutes is None:
@@ -566,11 +568,11 @@ class Timing(Workbench):
 
     def causes(self, number: int) -> pd.DataFrame:
         """Set rows of Table 3 or 4 that differ in one choice of the harness against each other."""
-        return self._save(f"table{number}_causes")
+        return self._save(f"table{_of_speed(number)}_causes")
 
     def t4_estimate(self, number: int) -> pd.DataFrame:
         """Estimate from its datasheet the least time that a T4 needs for the work of Table 3 or 4."""
-        return self._save(f"table{number}_t4_estimate")
+        return self._save(f"table{_of_speed(number)}_t4_estimate")
 
     def _makers(self) -> dict[str, Callable[[], pd.DataFrame]]:
         return {
@@ -584,6 +586,12 @@ class Timing(Workbench):
             "sweep": lambda: table.sweep(self.frame("sweep")),
             "examples": lambda: table.examples(self.frame("batch"), self.ledger.frame("lengths")),
         }
+
+
+def _of_speed(number: int) -> int:
+    if number not in (3, 4):
+        raise InputError(f"the table of speeds is number {number!r}; give 3 (batch size 1) or 4 (largest batch)")
+    return number
 
 
 def _smaller(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class Workbench:
         self,
         model: str = "auto",
         precisions: str | Iterable[str] = "study",
-        output: str | Path = "outputs/demo",
+        output: str | Path = "outputs/study",
         data_dir: str | Path = "",
         seed: int = 0,
         overwrite: bool = False,
@@ -275,7 +275,9 @@ class Workbench:
             raise
         except Exception as error:  # whatever a library raises over one model, the other precisions are measured
             text = scrub(str(error)) or type(error).__name__
-            reason = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {text}"
+            reason = f"{type(error).__name__}: {text}"
+            if is_out_of_memory(error):  # a search says what there was and what to do, an allocator a page
+                reason = f"out of memory: {text}" if isinstance(error, MemoryError) and str(error) else "out of memory"
             self._append({**key, "stage": key["stage"] + FAILED}, asked, {"reason": reason, "detail": text})
             tqdm.write(f"{measured} could not be measured ({reason}); kept as failed, asked again the next time")
 
@@ -393,7 +395,7 @@ class Workbench:
             newest = rows.groupby(["precision", "engine"]).fingerprint.transform("last")
             rows = rows[rows.fingerprint == newest]  # repeats of another workload are another measurement
         if setting and "stopped" in rows:
-            rows = rows[[not _outdated(row, rows) for row in rows.to_dict("records")]]
+            rows = rows.loc[[not _outdated(row, rows) for row in rows.to_dict("records")]]
             rows = rows.sort_values("repeat", kind="stable")  # some may have been asked for again, or anew
         order = {precision.name: place for place, precision in enumerate(self.precisions)}
         rows = rows[rows.precision.isin(order)]

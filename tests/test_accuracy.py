@@ -83,7 +83,7 @@ def test_one_row_at_a_time_nothing_changes_in_sixteen_bit(bf16):
 
 def test_names_are_unfolded_and_unknown_ones_refused():
     assert accuracy.names("sample") == accuracy.TASKS["sample"]
-    assert accuracy.check("arc_easy, gsm8k") == ("arc_easy", "gsm8k")
+    assert accuracy.check("arc_easy, gsm8k") == accuracy.check(["arc_easy", "gsm8k"]) == ("arc_easy", "gsm8k")
     with pytest.raises(InputError, match="arc_easy"):
         accuracy.check("arc_eazy")
     with pytest.raises(InputError, match="no task"):

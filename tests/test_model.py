@@ -1,10 +1,12 @@
 """Fetching, quantizing, saving, proving: against analytic bytes and the libraries' own counts."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qnb import model
 from qnb.error import InputError
@@ -80,7 +82,7 @@ def test_a_wrong_wheel_is_not_used(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("gpt9", "is unknown; give auto"), ("shape:gpt2", "one shape there is"), ("./nowhere", "is unknown")],
+    [("gpt9", "is unknown; give auto"), ("shape:gpt2", "one shape there is"), ("./nowhere", "is no folder; give the folder with")],
 )
 def test_unknown_models_name_the_alternatives(name, expected):
     with pytest.raises(InputError, match=expected):
@@ -134,5 +136,52 @@ def test_a_killed_replacement_leaves_the_old_or_the_new(tmp_path):
 
 @pytest.mark.parametrize("name", ["a/b c", "a/b/c", "../a/b", "nonsense", "a/"])
 def test_a_name_that_can_be_no_model_is_refused(name):
-    with pytest.raises(InputError, match="unknown"):
+    with pytest.raises(InputError, match="is no folder" if name.startswith(".") else "unknown"):
         model.check(name)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a tiny model of three layers, as its user saved it."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    folder = tmp_path_factory.mktemp("saved")
+    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, ""),
+        ({"num_hidden_layers": 5}, "18 tensors are missing, the first model.layers.3"),
+        ({"num_hidden_layers": 2}, "9 tensors are of layers that the configuration does not have"),
+        ({"vocab_size": 60}, "2 tensors have other shapes, the first lm_head.weight"),
+        ({"num_attention_heads": "four"}, "could not be loaded as a causal language model"),
+    ],
+)
+def test_weights_that_are_not_their_configurations_are_refused(change, words, saved, tmp_path):
+    """Transformers would fill in, leave out, or fail in the midst of a precision."""
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    if not words:
+        assert model.resolve(str(folder), "cpu").path == str(folder)
+        return
+    with pytest.raises(InputError, match=re.escape(words)):
+        model.resolve(str(folder), "cpu")
+
+
+def test_a_cut_off_file_of_weights_and_a_tokenizer_without_tokens_are_refused(saved, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "qwen2"}))
+    with pytest.raises(InputError, match="has no tokenizer"):  # Qwen's class is made of no files at all
+        model.load_tokenizer(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="could not be loaded as a causal language model"):
+        model.resolve(str(folder), "cpu")

@@ -2,6 +2,8 @@
 
 import itertools
 import re
+import subprocess
+import sys
 import tomllib
 
 import nbformat
@@ -289,6 +291,16 @@ def test_kept_memory_of_a_device_misses_no_more_than_is_said():
     missing = pd.concat([one.peak_reserved_mib - one.device_memory_mib for one in tables]).max()
     text = (ROOT / "outputs" / "reference" / "README.md").read_text()
     assert f"Elsewhere in them up to {missing:.0f} MiB are missing" in " ".join(text.split())
+
+
+def test_the_example_in_python_runs_as_it_stands(tmp_path):
+    code = re.search(r"```python\n(.*?)```", TEXT, re.S)[1]
+    assert "outputs/mine" in code
+    made = subprocess.run(
+        [sys.executable, "-c", code.replace("outputs/mine", str(tmp_path))], capture_output=True, text=True, check=True
+    )
+    assert "sample_easy" in made.stdout and "bf16  eager" in made.stdout
+    assert (tmp_path / "figures" / "fig3_bs1_metrics.html").exists()
 
 
 def test_every_precision_is_explained_with_its_bits():

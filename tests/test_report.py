@@ -83,6 +83,34 @@ def test_sentences_are_the_rows_arithmetic(studied):
     assert "cannot tell from none" in summary.about(found, "fp16")[0]
 
 
+def test_a_process_growth_is_no_memory_of_a_format(studied):
+    """Without a GPU it hangs on what the process ran before: sentences take the weights', and the limits say so."""
+    found = studied.results()
+    grown = replace(found, bs1=found.bs1.drop(columns="peak_reserved_mib").assign(memory_mib=1.0))
+    weights = found.bs1.drop_duplicates("precision").set_index("precision").weights_mib
+    share = 100 * weights.int4 / weights.bf16
+    assert any(
+        f"takes {share:.0f} % of BF16's memory for its weights" in told for told in summary.about(grown, "int4")
+    )
+    assert any("how far a process grew" in told for told in report.limits(grown))
+    assert not any("how far a process grew" in told for told in report.limits(found))
+
+
+@pytest.mark.parametrize(
+    ("change", "low", "high", "words"),
+    [
+        (46.9, 38.0, 54.7, "46.9 % above BF16's (95 % +38.0 to +54.7, n = 1,024 tokens)."),
+        (-0.1, -0.4, 0.2, "0.1 % below BF16's (95 % -0.4 to +0.2, n = 1,024 tokens), which this text cannot tell"),
+        (2.0, None, None, "2.0 % above BF16's (n = 1,024 tokens)."),
+    ],
+)
+def test_what_perplexity_shows_is_told(change, low, high, words, studied):
+    changes = {"perplexity_change_pct": change, "perplexity_change_pct_low": low, "perplexity_change_pct_high": high}
+    frame = pd.DataFrame([{"precision": "int4", "tokens": 1024, **changes}])
+    told = summary.about(replace(studied.results(), divergence=frame), "int4")
+    assert any(f"Its perplexity is {words}" in sentence for sentence in told)
+
+
 def test_what_other_processes_disturbed_is_called_that(studied):
     found = studied.results()
     flags = [["other processes used 45 % of the CPU"] if name == "int4" else [] for name in found.maxbatch.precision]

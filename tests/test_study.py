@@ -443,6 +443,43 @@ def test_limits_are_measured_before_anything_is_loaded_or_held_to_less_memory(so
     assert steps == ["limits", "held", "loaded"]
 
 
+def test_what_there_is_not_is_named_with_what_there_is(tmp_path):
+    made = Study("smollm2-135m", "bf16", tmp_path)
+    with pytest.raises(InputError, match=r"setting is 'bs2'; give 'bs1' or 'maxbatch'"):
+        made.workload("bs2", 1, 4, 2, "sample")
+    for ask in (made.causes, made.t4_estimate):
+        with pytest.raises(InputError, match="number 5; give 3"):
+            ask(5)
+    for name, what in ((str(tmp_path / "none"), "is no folder"), (__file__, "is a file")):
+        with pytest.raises(InputError, match=what):
+            Study(name, output=tmp_path / "other")
+
+
+def test_a_row_that_does_not_fit_is_told_with_what_there_was(tmp_path):
+    made = Study("smollm2-135m", "bf16", tmp_path)
+    with pytest.raises(RuntimeError, match=r"out of memory: one request takes [\d,]+ MiB where 1 MiB are allowed"):
+        made.perf_maxbatch(made.workload("maxbatch", 2, 4, 2, "sample"), 2, 1)
+
+
+@pytest.mark.parametrize("setting", ["bs1", "maxbatch"])
+def test_a_study_with_one_of_the_two_settings_is_drawn_all_the_same(setting, unloaded, tmp_path, monkeypatch):
+    from qnb import benchmark
+    from qnb.batch import Largest
+    from qnb.monitor import Usage
+
+    def run(network, workload, batch_size, engine, base_mib, **_):
+        return benchmark.Run(engine, batch_size, 2, 4, 2, 1.0, (1.0,), 1.0, 1.0, Usage("process", 0, 1.0))
+
+    monkeypatch.setattr(benchmark, "run", run)
+    monkeypatch.setattr(benchmark, "largest_batch", lambda *_: Largest(2, 100.0, True, ()))
+    made = Study("smollm2-135m", "bf16", tmp_path)
+    work = made.workload(setting, 2, 4, 2, "sample")
+    assert len(made.perf_bs1(work) if setting == "bs1" else made.perf_maxbatch(work, 2)) == 1
+    found = made.results()
+    assert (len(found.bs1), len(found.maxbatch)) == ((1, 0) if setting == "bs1" else (0, 1))
+    assert made.frame("perf", "maxbatch" if setting == "bs1" else "bs1").empty
+
+
 @pytest.mark.gpu
 def test_a_gpu_times_both_engines_alone_and_together(tmp_path, monkeypatch):
     """The stages of 03 and 04 as their notebooks run them."""
