@@ -241,10 +241,10 @@ def tight(smoke, tmp_path):
 def tried_again(study, measure, stage, capsys):
     """Only int8 failed, with its reason, in one line; asked again with room it is measured, and nothing else is."""
     failed = study.ledger.failures()
-    assert {(row["stage"], row["precision"], row["reason"]) for row in failed} == {
+    assert {(row["stage"], row["precision"], row["reason"].partition(":")[0]) for row in failed} == {
         (f"{stage}.failed", "int8", "out of memory")
     }
-    assert "int8" in (said := capsys.readouterr().out) and "could not be measured (out of memory)" in said
+    assert "int8" in (said := capsys.readouterr().out) and "could not be measured (out of memory" in said
     assert set(study.ledger.frame(stage).precision) == {"bf16"}
     count = len(rows(study.folder))
     again = Study("smollm2-135m", "bf16,int8", study.folder)

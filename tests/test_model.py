@@ -82,7 +82,11 @@ def test_a_wrong_wheel_is_not_used(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("gpt9", "is unknown; give auto"), ("shape:gpt2", "one shape there is"), ("./nowhere", "is no folder; give the folder with")],
+    [
+        ("gpt9", "is unknown; give auto"),
+        ("shape:gpt2", "one shape there is"),
+        ("./nowhere", "is no folder; give the folder with"),
+    ],
 )
 def test_unknown_models_name_the_alternatives(name, expected):
     with pytest.raises(InputError, match=expected):
