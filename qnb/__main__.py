@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for told in (signal.SIGINT, signal.SIGTERM):
             signal.signal(told, _interrupt)
     _interrupted.clear()
+    logging.disable(logging.NOTSET)
     try:
         if options.command == "audit":
             return audit()
@@ -83,7 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"qnb: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # that nobody asked how the stopped cell ended
         print("qnb: interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
         return 130
     except Exception as error:  # the last resort: nobody is shown a traceback, nothing measured is lost
@@ -97,6 +97,7 @@ _interrupted = threading.Event()  # an exception raised in a callback may be pas
 def _interrupt(*_: object) -> NoReturn:
     """End as Ctrl-C does: the notebook's kernel is stopped, locks are given back."""
     _interrupted.set()
+    logging.disable(logging.CRITICAL)  # how the stopped cell and its kernel ended nobody asked
     raise KeyboardInterrupt
 
 
