@@ -27,6 +27,7 @@ try:
     from qnb import accuracy, colab, device, hub, model, timing, workload
     from qnb.error import InputError
     from qnb.ledger import FAILED, KEY
+    from qnb.precision import listed
     from qnb.provenance import COMMAND, ROOT
     from qnb.study import PARAMETERS, Study
     from qnb.workbench import BESIDE
@@ -112,7 +113,7 @@ def _failure(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def chosen(only: str) -> list[str]:
     """Return the notebooks meant by numbers such as ``"02,03"``; all of them for an empty text."""
-    words = only.replace(",", " ").split()
+    words = listed(only)
     numbers = {name[:2]: name for name in NAMES} | {name: name for name in NAMES}
     for word in words:
         if word.zfill(2) not in numbers:

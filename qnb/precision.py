@@ -99,6 +99,11 @@ PAPER = ("bf16", "fp16", "int8", "int4")
 STUDY = (*PAPER, "nf4")
 
 
+def listed(names: str | Iterable[str]) -> list[str]:
+    """Return names given as a list, or as one text with commas or spaces between them."""
+    return names.replace(",", " ").split() if isinstance(names, str) else [str(name) for name in names]
+
+
 def parse(names: str | Iterable[str]) -> tuple[Precision, ...]:
     """Return the precisions named, in their order, once each.
 
@@ -113,7 +118,7 @@ def parse(names: str | Iterable[str]) -> tuple[Precision, ...]:
     InputError
         A name is unknown or none is given.
     """
-    words = names.replace(",", " ").split() if isinstance(names, str) else [str(name) for name in names]
+    words = listed(names)
     groups = {"study": STUDY, "paper": PAPER, "all": tuple(PRECISIONS)}
     names = [name for word in words for name in groups.get(word.lower(), (word.lower(),))]
     if not names:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import count, cycle, islice
+from math import inf
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -298,7 +299,8 @@ class Timing(Workbench):
             return none  # nothing need be loaded to know
         self._settle(precision)
         try:
-            if self._apart(precision, key["engine"], workload, wanted["cap"]):
+            # a process of its own has less of a whole GPU, as this one holds a context beside it
+            if wanted["cap"] > self._counted(precision, key["engine"], workload):
                 folder = self.checkpoint(precision, say=True)
                 give_back()
                 found = largest_batch_apart(folder, precision, self.device.place, *asked)
@@ -309,16 +311,15 @@ class Timing(Workbench):
         told = {"prompt_tokens": len(workload.longest), "new_tokens": workload.new_tokens}
         return self._append(key, wanted, {**asdict(found), **told})
 
-    def _apart(self, precision: Precision, engine: str, workload: Workload, most: int) -> bool:
-        """Return whether a batch of up to `most` prompts may end its process; see `qnb.batch.Apart`.
+    def _counted(self, precision: Precision, engine: str, workload: Workload) -> float:
+        """Return how many prompts at once a process is known to live through; 0 where that is not known.
 
-        bitsandbytes' INT8 kernels do where `eager` reads so many at once. A process of its own has less of a whole
-        GPU, as this one holds a context beside it.
+        bitsandbytes' INT8 kernels end it where `eager` reads more; `graphed` reads them in parts.
         """
         from qnb.benchmark import counted
 
-        risky = self.device.kind == "cuda" and precision.eight_bit and engine == "eager"
-        return risky and most > counted(self.config, len(workload.longest))
+        ends = self.device.kind == "cuda" and precision.eight_bit and engine == "eager"
+        return counted(self.config, len(workload.longest)) if ends else inf
 
     def sweep(self, workload: Workload, most: Count = "auto", engines: str | Iterable[str] = "auto") -> pd.DataFrame:
         """Time batches of 1, 2, 4 … requests, three of each; return a row a precision, engine and size.
@@ -373,14 +374,12 @@ class Timing(Workbench):
         base_mib: float | None,
     ) -> None:
         """Time a batch of each key's size with a loaded precision, and keep the rows."""
-        from qnb.benchmark import counted, twice
+        from qnb.benchmark import twice
 
         full: set[str] = set()
-        eight_bit = self.device.kind == "cuda" and PRECISIONS[keys[0]["precision"]].eight_bit
-        last = counted(network.config, len(workload.longest)) if eight_bit else 0
         for key in keys:
             size = int(key["setting"])
-            if key["engine"] == "eager" and 0 < last < size:  # others read prompts in parts
+            if 0 < self._counted(PRECISIONS[key["precision"]], key["engine"], workload) < size:
                 note = "not tried: bitsandbytes counts an INT8 layer's outputs in 32 bits, and ends the process beyond"
                 self._append(key, asked, {"batch_size": size, "note": note})
                 continue

@@ -5,6 +5,7 @@ import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import cycle
+from math import inf
 from pathlib import Path
 from time import sleep
 from types import SimpleNamespace
@@ -91,7 +92,7 @@ def apart(source, tmp_path, monkeypatch):
         monkeypatch.setattr(benchmark, "trial_of", getattr(falls, begin))
         return made.perf_maxbatch(made.workload("maxbatch", 8, 4, 2, "sample"), cap)
 
-    monkeypatch.setattr(Timing, "_apart", lambda self, precision, *_: precision.eight_bit)
+    monkeypatch.setattr(Timing, "_counted", lambda self, precision, *_: 0 if precision.eight_bit else inf)
     monkeypatch.setattr(made, "on", lambda precision, measure: loaded.append(precision.name) or measure(None, 0.0))
     monkeypatch.setattr(made, "_settle", lambda precision: None)
     monkeypatch.setattr(benchmark, "run", run)
@@ -134,7 +135,7 @@ def test_int8_alone_is_searched_apart_on_a_gpu_where_its_kernels_may_end_the_pro
         made.device = Device(kind, "a machine", 1024, "native", "")
 
         def apart(engine, most):
-            return {name for name, precision in PRECISIONS.items() if made._apart(precision, engine, work, most)}
+            return {name for name, precision in PRECISIONS.items() if most > made._counted(precision, engine, work)}
 
         assert apart("eager", last + 1) == names
         assert not apart("eager", last) and not apart("graphed", last + 1)  # which reads prompts in parts
