@@ -34,8 +34,8 @@ GRAIN_MIB = 20  # of a reading: the segment torch reserves for a tensor of 1 to 
 # Steps past the line's end, in tolerances: segments given back carry up to some 4 % further, and three close in on it.
 _BEYOND = (1.0, 2.0, 1.5, 1.0)
 # Where a batch at or below the line's end failed, the next is one in so many of what is open below it: little below a
-# straight line's first failure, more where the line may have bent; after so many failures what is open is halved.
-_BACK_STRAIGHT, _BACK, _MOST_FAILURES = 12, 4, 3
+# straight line's first failure, more where the line may have bent. After a second failure what is open is halved.
+_BACK_STRAIGHT, _BACK = 12, 4
 STRAIGHT = 0.02  # of its slope: what a line's parts may differ by
 FAR = 5  # times the largest batch tried: towards what a line foresees beyond, half the way is gone first
 FRAGMENTED = 1.5  # live tensors leave room for so many times the rows: most of what is reserved can be given back
@@ -186,12 +186,10 @@ def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolera
     if closing <= aim < bad:
         return int(min(aim, bad / (1 + tolerance))) if failed else int(aim)  # what fits there ends the search as well
     if aim >= bad:  # the line was too hopeful, or reaches beyond the cap
-        over = sum(probe.batch_size <= aim for probe in failed)
-        if not over:
+        if not any(probe.batch_size <= aim for probe in failed):
             return bad - 1
-        part = _BACK_STRAIGHT if over == 1 and _straight(clean) else _BACK
-        back = max(stride, int(doubt), (bad - good) // part)
-        return max(middle, bad - back) if over < _MOST_FAILURES else middle
+        back = max(stride, int(doubt), (bad - good) // (_BACK_STRAIGHT if _straight(clean) else _BACK))
+        return max(middle, bad - back) if len(failed) == 1 else middle
     beyond = sum(probe.batch_size * (1 + tolerance) >= aim for probe in fits)  # the line ends here
     further = good + int(stride * _BEYOND[min(beyond, 3)]) + 1
     return min(middle, further) if failed else further

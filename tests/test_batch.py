@@ -238,6 +238,17 @@ def test_a_line_is_not_followed_far_from_its_probes_as_it_may_bend(steeper, most
     assert found.batch_size >= 0.985 * most
 
 
+def test_after_two_failures_what_is_open_is_halved():
+    """As INT8's on an H100: the line said 362 rows, and from 335 on a product of outliers had no piece to go into."""
+
+    def try_batch(batch_size):
+        memory_mib = 1494 + 38.3 * batch_size
+        return Probe(batch_size, batch_size <= 334, memory_mib, memory_mib - 200, idle_mib=1480)
+
+    found = largest(try_batch, 15_360, 16_384)
+    assert found.batch_size >= 0.98 * 334 and len(found.probes) <= 6
+
+
 def test_the_cap_ends_the_search_and_is_said():
     found = largest(simulated(10**6, lambda b: 2000 + b, 1999), 10**6, cap=48)
     assert (found.batch_size, found.capped, found.open_pct) == (48, True, 0)
@@ -510,7 +521,8 @@ def test_a_gpus_probes_leave_memory_as_they_found_it(source, short):
         found = largest_batch(network, short, 2048, 10**5)
         assert found.open_pct <= 1 and len(found.probes) <= 6
         apart = largest_batch_apart(source.path, PRECISIONS["fp16"], "cuda", short, 2048, 10**5)
-        assert apart.batch_size == pytest.approx(found.batch_size, rel=0.02)
+        # segments given back carry some 4 % past the line's end, and not every search finds how far: 1088, 1124 on H100
+        assert apart.batch_size == pytest.approx(found.batch_size, rel=0.04)
         twice = replace(short, prompts=(short.longest,) * (2 * found.batch_size))
         assert run(network, twice, found.batch_size).requests == 2 * found.batch_size  # what is found can be timed
     finally:
