@@ -521,7 +521,7 @@ def test_a_gpus_probes_leave_memory_as_they_found_it(source, short):
         found = largest_batch(network, short, 2048, 10**5)
         assert found.open_pct <= 1 and len(found.probes) <= 6
         apart = largest_batch_apart(source.path, PRECISIONS["fp16"], "cuda", short, 2048, 10**5)
-        # segments given back carry some 4 % past the line's end, and not every search finds how far: 1088, 1124 on H100
+        # segments given back carry some 4 % past the line, and not every search finds how far: 1088, 1124 on an H100
         assert apart.batch_size == pytest.approx(found.batch_size, rel=0.04)
         twice = replace(short, prompts=(short.longest,) * (2 * found.batch_size))
         assert run(network, twice, found.batch_size).requests == 2 * found.batch_size  # what is found can be timed
