@@ -273,7 +273,7 @@ def draw_all(results: Results) -> dict[str, go.Figure]:
         "front_tpot": tradeoff.front(found, "tpot_s"),
         "sweep": cost.sweep(results.sweep, results.maxbatch),
         "roofline": cost.roofline(results.speed),
-        "token_time": cost.token_time(results.traced),
+        "token_time": cost.token_time(results.bs1),
         "energy": cost.energy(results.speed),
         "memory": cost.memory(results.speed),
         "timeline_bs1": cost.timeline(results.samples, "bs1"),

@@ -39,7 +39,6 @@ class Results:
     samples: pd.DataFrame = field(default_factory=pd.DataFrame)  # the monitor's readings: setting, precision, t_s, ...
     checkpoints: pd.DataFrame = field(default_factory=pd.DataFrame)  # rows of stage quantize
     divergence: pd.DataFrame = field(default_factory=pd.DataFrame)
-    traced: pd.DataFrame = field(default_factory=pd.DataFrame)  # steps at batch size 1 with their kernels' time
     rows: tuple[Mapping[str, Any], ...] = ()  # what was measured; none where tables were read
     failures: tuple[Mapping[str, Any], ...] = ()  # what could not be, each with its reason
 
@@ -114,19 +113,8 @@ def _of_tables(name: str, kept: Mapping[str, pd.DataFrame]) -> Results:
     speed = {number: _as_measured(tables[number]) for number in (3, 4)}
     return Results(
         name, model, device, tables, _unfold(tables[1]), speed[3], speed[4],
-        divergence=kept.get("divergence", none), traced=_traced(kept.get("decode", none)),
+        divergence=kept.get("divergence", none),
     )  # fmt: skip
-
-
-def _traced(steps: pd.DataFrame) -> pd.DataFrame:
-    """Return the steps at batch size 1 that ``tests/bench/decode.py`` kept, under the names that rows have."""
-    if steps.empty:
-        return steps
-    steps = steps[steps.batch_size == 1].dropna(subset=["tpot_ms", "kernel_ms"])
-    steps = steps.sort_values("precision", key=lambda names: names.map(list(PRECISIONS).index), kind="stable")
-    return steps.rename(columns={"kernels": "kernels_per_token"}).assign(
-        kernel_s_per_token=steps.kernel_ms / 1000, tpot_s=steps.tpot_ms / 1000
-    )
 
 
 def _as_measured(table: pd.DataFrame) -> pd.DataFrame:

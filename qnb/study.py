@@ -138,15 +138,13 @@ class Study(Asking, Timing):
         rows = tuple(row for row in self.ledger if not row["stage"].endswith(FAILED))
         runs = {setting: self.frame("perf", setting) for setting in ("bs1", "maxbatch")}
         timed = [row for frame in runs.values() if len(frame) for row in frame[frame.repeat == 0].to_dict("records")]
-        alone = medians(runs["bs1"])
         return Results(
             name=self.folder.name,
             model=self._record.get("name", self.model),
             device=rows[-1].get("device", "") if rows else "",
             tables={1: self.table1(), 2: self.table2(), 3: self.table3(), 4: self.table4()},
             scores=self.scores(),
-            bs1=alone,
-            traced=alone,
+            bs1=medians(runs["bs1"]),
             maxbatch=medians(runs["maxbatch"]),
             sweep=medians(self.frame("sweep")),
             samples=readings(self.folder, timed),

@@ -61,14 +61,14 @@ def test_badges_are_built_from_the_projects_address():
 
 
 def test_the_numbers_are_those_of_the_kept_runs():
-    small = kept(f"{SHAPE}/table3_bs1.csv").query("engine == 'eager'").set_index("precision")
+    both = kept(f"{SHAPE}/table3_bs1.csv").pivot(index="precision", columns="engine")
+    small, token = both.xs("eager", axis=1, level="engine"), 1e3 * both.tpot_s
     large = kept(f"{SHAPE}/table4_maxbatch.csv").set_index(["precision", "engine"])
-    steps = kept(f"{SHAPE}/decode.csv").query("batch_size == 1").pivot(index="precision", columns="engine")
     rows = table("| Llama-3.2-1B's shape, H100 |")
     assert [row[0] for row in rows] == ["bf16", "fp16", "int8", "int4", "nf4"]
     for precision, memory_mib, graphed_ms, *together in rows:
         assert float(memory_mib) == round(small.memory_mib[precision])
-        recorded = steps.tpot_ms.graphed[precision]
+        recorded = token.graphed[precision]
         assert graphed_ms == ("-" if pd.isna(recorded) else f"{recorded:.2f}")
         for engine, told in zip(("eager", "graphed"), together, strict=True):
             if (precision, engine) in large.index:
@@ -88,43 +88,58 @@ def test_the_numbers_are_those_of_the_kept_runs():
     gain = (rates.graphed / rates.eager).dropna()
     assert f"serves {gain.min():.1f} to {gain.max():.1f} times as many requests" in text
     assert f"BF16 and FP16 served {rates.eager.bf16:.0f} and {rates.eager.fp16:.0f} requests/s" in text
-    token, longer = steps.tpot_ms, 100 * (steps.tpot_ms.graphed.int4 / steps.tpot_ms.graphed.bf16 - 1)
     assert f"a token took {token.eager.min():.0f} to {token.eager.max():.0f}" in text
-    assert f"it took {token.graphed.bf16:.2f} ms in BF16 and {token.graphed.nf4:.2f} in NF4" in text
-    assert f"{longer:.0f} % longer than BF16's" in text
+    recorded, work = token.graphed, 1e3 * small.kernel_s_per_token
+    assert f"the GPU worked {work.min():.0f} to {work.max():.0f}" in text
+    assert f"it took {recorded.bf16:.2f} ms in BF16 and in NF4, {recorded.fp16:.2f} in FP16" in text
+    assert f"{recorded.bf16:.2f}" == f"{recorded.nf4:.2f}"
+    assert f"as long as BF16's and {100 * (recorded.nf4 / recorded.fp16 - 1):.0f} % longer than FP16's" in text
+    assert f"{100 * (recorded.int4 / recorded.bf16 - 1):.0f} % longer than BF16's" in text
+    assert f"without it (`int8-t0`) a recorded token took {recorded['int8-t0']:.2f} ms" in text
     part = 100 * small.memory_mib[["nf4", "int4"]] / small.memory_mib.bf16
     assert f"NF4 and `int4` take {part.nf4:.0f} to {part.int4:.0f} % of BF16's" in text
+    assert f"**LLM.int8** takes {100 * small.memory_mib.int8 / small.memory_mib.bf16:.0f} % of BF16's" in text
     busy = small.utilization_pct
     assert f"Utilization of {busy.min():.0f} to {busy.max():.0f} % with `eager`" in text
 
 
 def test_notebook_03_tells_what_was_kept():
-    """Its table row by row, and the shares of the limit that its last sentence names."""
-    steps = kept(f"{SHAPE}/decode.csv").query("batch_size == 1").pivot(index="precision", columns="engine")
-    rows = table("| | eager |", prose("03"))
-    assert {row[0] for row in rows} == set(steps.index)
+    """Its table row by row, the spread of its passes, and the shares of the limit."""
+    mine = kept(f"{SHAPE}/table3_bs1.csv").pivot(index="precision", columns="engine")
+    token, work = 1e3 * mine.tpot_s, 1e3 * mine.kernel_s_per_token
+    limits = mine.tpot_s * mine.bandwidth_share_pct * 10
+    limits = limits.graphed.fillna(limits.eager)
+    rows, text = table("| | eager |", prose("03")), " ".join(prose("03").split())
+    assert {row[0] for row in rows} == set(mine.index)
     for precision, eager, eager_kernels, graphed, graphed_kernels, limit in rows:
-        mine = steps.loc[precision]
-        assert [float(eager), float(eager_kernels)] == [
-            round(mine["tpot_ms", "eager"], 1),
-            round(mine["kernel_ms", "eager"], 2),
-        ]
+        assert (eager, eager_kernels) == (f"{token.eager[precision]:.1f}", f"{work.eager[precision]:.2f}")
         if precision == "int8":
-            assert graphed == "cannot be recorded" and mine["note", "graphed"]
+            assert graphed == "cannot be recorded" and mine["note", "graphed"]["int8"]
         else:
-            assert graphed == f"{mine['tpot_ms', 'graphed']:.2f}"
-            assert graphed_kernels == f"{mine['kernel_ms', 'graphed']:.2f}"
-        assert limit == f"{mine['limit_ms', 'eager']:.2f}"
-    shares = steps["limit_pct", "graphed"].round().astype("Int64")
-    assert f"FP16 reaches {shares.fp16} % of what the memory allows, NF4 {shares.nf4} %" in prose("03")
-    text = " ".join(prose("03").split())
+            assert (graphed, graphed_kernels) == (f"{token.graphed[precision]:.2f}", f"{work.graphed[precision]:.2f}")
+        assert limit == f"{limits[precision]:.2f}"
+    passes, spread, launched = mine.repeats.eager, mine.throughput_spread_pct, mine.kernels_per_token.eager
+    assert set(passes[passes == 3].index) == {"fp16", "int8", "int8-t0"} and set(passes) == {2, 3}
+    each_us, alike = 1e3 * token.eager / launched, token.eager[launched < 800]
+    assert f"took {each_us.min():.0f} to {each_us.max():.0f} µs for every kernel launched" in text
+    assert f"Passes of BF16 differed by {spread.eager.max():.0f} %" in text and spread.eager.idxmax() == "bf16"
+    assert f"between {alike.min():.1f} and {alike.max():.1f} ms" in text
+    assert set(alike.index) == {"fp32", "bf16", "fp16", "fp4", "nf4", "nf4-dq"}
+    assert f"INT8 launches {launched.int8:.0f} kernels where BF16 launches {launched.bf16:.0f}" in text
+    assert f"passes differ by {spread.graphed.min():.1f} to {spread.graphed.max():.0f} %" in text
+    slower = 100 * (token.graphed / token.graphed.fp16 - 1)
+    assert f"{slower.fp4:.0f} and {slower.nf4:.0f} % slower than FP16" in text
+    assert f"not {limits.fp16 / limits.nf4:.1f} times faster" in text
+    assert f"cost {token.graphed.int4 - token.graphed.fp4:.1f} ms" in text
+    shares = mine.bandwidth_share_pct.graphed
+    assert f"FP16 reaches {shares.fp16:.0f} % of what the memory allows, NF4 {shares.nf4:.0f} %" in text
     larger = kept(f"{LARGER}/table3_bs1.csv").query("engine == 'graphed'").dropna(subset=["tpot_s"])
     token, times = 1e3 * larger.set_index("precision").tpot_s, larger.engine_speedup
     assert f"{token.fp16:.2f} ms a token in FP16 and {token.nf4:.2f} in NF4" in text
     assert f"(three passes, which differed by up to {larger.throughput_spread_pct.max():.0f} %)" in text
     assert f"`eager` took {times.min():.0f} to {times.max():.0f} times as long." in text
     assert set(larger.repeats) == {3}
-    assert f"{100 * (token.nf4 / token.fp16 - 1):.0f} % longer than FP16's on an H200" in " ".join(TEXT.split())
+    assert f"{100 * (token.nf4 / token.fp16 - 1):.0f} % on an H200, where reading costs less" in " ".join(TEXT.split())
 
 
 SEARCHES = {"ours": "this one", "accelerate": "accelerate's", "lightning power": "Lightning's"}
@@ -132,9 +147,9 @@ SEARCHES = {"ours": "this one", "accelerate": "accelerate's", "lightning power":
 
 def test_notebook_04_tells_what_was_kept():
     """Both tables row by row, and in its sentences ratios, power, energy and what is left open."""
-    found, text, readme = kept(f"{LARGER}/batch.csv"), " ".join(prose("04").split()), " ".join(TEXT.split())
+    found, text, readme = kept(f"{SHAPE}/batch.csv"), " ".join(prose("04").split()), " ".join(TEXT.split())
     assert table("| | GiB |", prose("04")) == [
-        [row.precision, f"{row.memory_gib:g}", SEARCHES[row.search], str(row.largest_batch),
+        [row.precision, f"{row.memory_gib:g}", SEARCHES[row.search], str(row.largest_batch or "-"),
          str(row.true_at_most), str(row.probes), f"{row.seconds:.1f}"] for row in found.itertuples()
     ]  # fmt: skip
     cards = [kept(f"{name}/table4_maxbatch.csv").set_index(["precision", "engine"]) for name in (SHAPE, LARGER)]
@@ -167,9 +182,19 @@ def test_notebook_04_tells_what_was_kept():
     assert f"job, {waited.fp16:.0f} %; on the H200, where FP16 waited {elsewhere.fp16:.0f} %" in text
     assert f"FP4 and NF4 launch as many kernels and served {rates.eager.fp4:.0f} and {rates.eager.nf4:.0f}." in text
     assert f"`graphed` served {theirs.fp16:.1f} times as many" in text
-    ratio = found.pivot_table(index=["precision", "memory_gib"], columns="search", values="seconds")
-    ratio = ratio.ours / ratio.accelerate
+    ran = found[found.largest_batch > 0].pivot(index=["precision", "memory_gib"], columns="search")
+    ratio, more = (ran[name].ours / ran[name].accelerate for name in ("seconds", "largest_batch"))
     assert f"It takes {ratio.min():.1f} to {ratio.max():.1f} times as long" in text
+    assert f"finds up to {100 * more.max() - 100:.0f} % more rows" in text
+    doubled, share = ran.share_pct["lightning power"], ran.share_pct.ours
+    assert f"ends at {doubled.min():.0f} to {doubled.max():.0f} % of what fits" in text
+    assert "ended at 99 % and more of what fits in seven of eight cases" in text and len(share) == 8
+    assert list(share[share < 99].index) == [("int8", 15)] and ran.probes.ours.max() <= 6
+    eighth, whole = ran.loc["int8", 15], ran.loc["int8", 79.2].largest_batch.ours
+    sizes = eighth.largest_batch.ours, eighth.largest_batch.accelerate, eighth.true_batch.ours
+    assert "Six probes ended at {:.0f} rows, fewer than accelerate's {:.0f}, where {:.0f} ran".format(*sizes) in text
+    assert f"On the whole card INT8 ends at {whole:.0f} rows" in text and (whole + 1) * 256 * 8192 == 2**31
+    assert set(found[found.note.notna()].search) == {"accelerate"}
     drawn_w = [round(card.loc["fp16", "graphed"].power_w) for card in (here, there)]
     assert (
         f"FP16 drew {drawn_w[0]} W on the H100 and {drawn_w[1]} on the H200, both held back by their power cap" in text
@@ -195,19 +220,33 @@ def test_notebook_04_tells_what_was_kept():
     assert f"FP16 fitted {larger.found['fp16', 'eager']} with `eager`, and 12,000" in text
     recorded = larger.xs("graphed", level="engine")
     assert recorded.capped.all() and set(recorded.found) == {12000}
+    ends, timed = whole.found.unstack().astype("Int64"), whole.throughput_rps.unstack()
+    assert ends.eager.int8 == ends.eager["int8-t0"] == larger.found["int8-t0", "eager"] == 2047
+    assert f"ends at {ends.eager.int8} there, with outliers and without, and without on the H200" in text
+    assert f"It served {timed.eager.int8:.0f} and {timed.eager['int8-t0']:.0f}, " in text
+    assert f"BF16 {timed.eager.bf16:.0f} with `eager`" in text
+    sought = ends.graphed[["int8-t0", "bf16", "nf4-dq"]]
+    assert "without outliers {} ran, where BF16 fits {} and NF4-DQ {} (searched, not timed)".format(*sought) in text
+    assert timed.graphed[sought.index].isna().all()
     for card, precision in itertools.product((whole, larger), ("fp16", "nf4")):
         pair = [f"{card.throughput_rps[precision, engine]:.0f}" for engine in ("eager", "graphed")]
         assert " and ".join(pair) in text, precision
-    assert f"ends at {larger.found['int8-t0', 'eager']} with `eager`" in text
     left, further = (card.loc["15"].open_pct.unstack().graphed.dropna() for card in (mine, its))
     rest, more = left.drop("fp32"), further.drop("fp32")
-    assert f"{rest.min():.0f} to {rest.max():.0f} % more rows might fit on the H100, in FP32 {left.fp32:.0f}" in text
+    assert (
+        f"{rest.min():.0f} to {rest.max():.0f} % more rows might fit on the H100 in 15 GiB, in FP32 {left.fp32:.0f}"
+        in text
+    )
     assert f"on the H200 {more.min():.0f} to {more.max():.0f} %, in FP32 {further.fp32:.0f}." in text
     short = {name: card.query("batch_size < found") for name, card in (("here", mine), ("there", its))}
     assert set(short["here"].index) == {
-        ("15", "nf4", "eager"), ("15", "int8", "eager"), ("whole", "fp16", "eager"), ("whole", "nf4", "eager")
+        ("15", "nf4", "eager"), ("15", "int8", "eager"),
+        ("whole", "fp16", "eager"), ("whole", "nf4", "eager"), ("whole", "bf16", "eager")
     }  # fmt: skip
     assert set(short["there"].index) == {("15", "bf16", "eager"), ("15", "nf4", "eager")}
+    other = short["here"].loc["whole", "bf16", "eager"]
+    assert f"with BF16's {other.found}, where {other.batch_size:.0f} was, which had run in the search" in text
+    short["here"] = short["here"].drop(("whole", "bf16", "eager"))
     for card in short.values():
         assert set(card.batch_size - card.found + card.found // 50) == {0}
     found = short["here"].found.astype(int)
@@ -229,8 +268,10 @@ def test_the_kept_searches_are_those_of_the_largest_batches():
     page = " ".join((KEPT / "README.md").read_text().split())
     gone = probes[late].set_index(["memory_gib", "precision"]).batch_size
     assert dict(gone) == {
-        ("15", "int8"): 724, ("15", "nf4"): 976, ("whole", "fp16"): 5360, ("whole", "nf4"): 5408
+        ("15", "int8"): 724, ("15", "nf4"): 976, ("whole", "bf16"): 5360, ("whole", "fp16"): 5360,
+        ("whole", "nf4"): 5408, ("whole", "nf4-dq"): 5456
     }  # fmt: skip
+    assert "Six did not run again when timed" in page and "BF16's 5360 and NF4-DQ's 5456" in page
     ran = probes[probes.fits].set_index(["memory_gib", "precision", "engine", "batch_size"])
     assert ran.reserved_mib["15", "nf4", "eager", 976] == 15360 and "the last of the 15,360 MiB" in page
     assert 15360 - ran.reserved_mib["15", "int8", "eager", 724] == 362 and "they left 362" in page
@@ -285,12 +326,14 @@ def test_notebook_02_tells_what_was_kept():
 
 def test_kept_memory_of_a_device_misses_no_more_than_is_said():
     """What was read lower is left out: a device has in use what its allocator has reserved, and more."""
-    tables = [
-        kept(f"{folder}/table{number}") for folder in (SHAPE, LARGER) for number in ("3_bs1.csv", "4_maxbatch.csv")
-    ]
-    missing = pd.concat([one.peak_reserved_mib - one.device_memory_mib for one in tables]).max()
+    mine, larger = (
+        pd.concat([one.peak_reserved_mib - one.device_memory_mib for one in map(kept, tables)]).max()
+        for tables in ([f"{name}/table3_bs1.csv", f"{name}/table4_maxbatch.csv"] for name in (SHAPE, LARGER))
+    )
     text = (ROOT / "outputs" / "reference" / "README.md").read_text()
-    assert f"Elsewhere in them up to {missing:.0f} MiB are missing" in " ".join(text.split())
+    assert f"up to {larger:.0f} MiB are missing for the same reason, in the H100's up to {mine:.0f}." in " ".join(
+        text.split()
+    )
 
 
 def test_the_example_in_python_runs_as_it_stands(tmp_path):

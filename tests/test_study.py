@@ -503,5 +503,5 @@ def test_a_gpu_times_both_engines_alone_and_together(tmp_path, monkeypatch):
     later = idle_mib[len(alone.dropna(subset=["throughput_rps"])) :]  # kernels are loaded as they are met first
     assert max(later) - min(later) < 100 and max(idle_mib) - min(idle_mib) < 200  # no model stays: NF4's is 111
     assert torch.cuda.memory_reserved() < 2**26
-    assert set(swept.batch_size) == {1, 2} and made.results().traced.kernel_s_per_token.notna().any()
+    assert set(swept.batch_size) == {1, 2} and made.results().bs1.kernel_s_per_token.notna().any()
     assert not made.ledger.failures()
