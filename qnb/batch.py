@@ -33,10 +33,8 @@ OUT_OF_MEMORY, DIED = "out of memory", "its process died"
 GRAIN_MIB = 20  # of a reading: the segment torch reserves for a tensor of 1 to 10 MiB
 # Steps past the line's end, in tolerances: segments given back carry up to some 4 % further, and three close in on it.
 _BEYOND = (1.0, 2.0, 1.5, 1.0)
-# Where a batch at or below the line's end failed, the next is one in so many of what is open below it: little below a
-# straight line's first failure, more where the line may have bent. After a second failure what is open is halved.
-_BACK_STRAIGHT, _BACK = 12, 4
-STRAIGHT = 0.02  # of its slope: what a line's parts may differ by
+# Where a line was too hopeful, the next batch is less by one in so many of what failed or, if nearer, of what is open.
+_BACK, _BACK_OPEN = 10, 3
 FAR = 5  # times the largest batch tried: towards what a line foresees beyond, half the way is gone first
 FRAGMENTED = 1.5  # live tensors leave room for so many times the rows: most of what is reserved can be given back
 
@@ -82,13 +80,14 @@ class Largest:
     def open_pct(self) -> float:
         """By how many percent the true maximum may be larger.
 
-        It is below the smallest batch that did not fit, and no larger than where live tensors alone, as they grew
-        between the two largest batches that fitted, would fill the memory.
+        It is taken to be below the smallest batch that did not fit, though one above may fit by the pieces of memory
+        that happen to be free, and no larger than where live tensors alone, as they grew between the two largest
+        batches that fitted, would fill the memory.
         """
         if self.capped:
             return 0.0
         bad = min((probe.batch_size for probe in self.probes if not probe.fits), default=inf)
-        ceiling, _ = _meets(_fitting(self.probes), self.limit_mib, "live_mib")
+        ceiling = _meets(_fitting(self.probes), self.limit_mib, "live_mib")
         return 100 * max(0.0, min(bad - 1, ceiling) / self.batch_size - 1)
 
 
@@ -174,8 +173,8 @@ def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolera
         return closing
     if len(probes) == 1:
         return _second(probes[0], limit_mib, bad - 1)
-    ceiling, _ = _meets(fits, limit_mib, "live_mib")
-    aim, doubt = _meets(clean, limit_mib, "memory_mib", "live_mib") if len(clean) > 1 else (0.0, 0.0)
+    ceiling = _meets(fits, limit_mib, "live_mib")
+    aim = _meets(clean, limit_mib, "memory_mib", "live_mib") if len(clean) > 1 else 0.0
     if FRAGMENTED * aim < ceiling < inf:  # a line says little here: halve the ratio between what fits and what cannot
         return int(sqrt(max(good, aim) * min(bad, ceiling)))
     if not aim:
@@ -186,10 +185,8 @@ def _next(probes: Sequence[Probe], limit_mib: float, good: int, bad: int, tolera
     if closing <= aim < bad:
         return int(min(aim, bad / (1 + tolerance))) if failed else int(aim)  # what fits there ends the search as well
     if aim >= bad:  # the line was too hopeful, or reaches beyond the cap
-        if not any(probe.batch_size <= aim for probe in failed):
-            return bad - 1
-        back = max(stride, int(doubt), (bad - good) // (_BACK_STRAIGHT if _straight(clean) else _BACK))
-        return max(middle, bad - back) if len(failed) == 1 else middle
+        back = max(stride, min(bad // _BACK, (bad - good) // _BACK_OPEN))
+        return max(middle, bad - back) if failed else bad - 1
     beyond = sum(probe.batch_size * (1 + tolerance) >= aim for probe in fits)  # the line ends here
     further = good + int(stride * _BEYOND[min(beyond, 3)]) + 1
     return min(middle, further) if failed else further
@@ -230,33 +227,21 @@ def _second(first: Probe, limit_mib: float, cap: int) -> int:
     return cap if rows >= cap - 1 else max(8, int(1 + rows / 2))
 
 
-def _straight(probes: Sequence[Probe]) -> bool:
-    """Return whether what is reserved rose as fast between the last two probes as before them, as far as read."""
-    if len(probes) < 3:
-        return False
-    sizes, read = zip(*((probe.batch_size, probe.memory_mib) for probe in probes[-3:]), strict=True)
-    rows = sizes[1] - sizes[0], sizes[2] - sizes[1]
-    before, after = (read[1] - read[0]) / rows[0], (read[2] - read[1]) / rows[1]
-    return abs(after - before) <= STRAIGHT * after + GRAIN_MIB / min(rows)
-
-
-def _meets(probes: Sequence[Probe], limit_mib: float, *readings: str) -> tuple[float, float]:
-    """Return where the line through the two largest probes meets the limit, and the rows by which it may be wrong.
+def _meets(probes: Sequence[Probe], limit_mib: float, *readings: str) -> float:
+    """Return where the line through the two largest probes meets the limit.
 
     The line goes through the first reading and rises as fast as any of them: what is reserved may stay the same for a
     while, until tensors fill the gaps in it, and then rises with them.
     """
     known = [probe for probe in probes if getattr(probe, readings[0]) is not None]
     if len(known) < 2:
-        return inf, 0.0
+        return inf
     low, high = known[-2:]
     read = [(getattr(low, name), getattr(high, name)) for name in readings]
     rise_mib = max(after - before for before, after in read if before is not None and after is not None)
-    high_mib = read[0][1]
     if rise_mib <= 0:  # a reading coarser than a row
-        return 8.0 * high.batch_size, float(high.batch_size)
-    further = (limit_mib - high_mib) * (high.batch_size - low.batch_size) / rise_mib
-    return high.batch_size + further, abs(further) * GRAIN_MIB / rise_mib
+        return 8.0 * high.batch_size
+    return high.batch_size + (limit_mib - read[0][1]) * (high.batch_size - low.batch_size) / rise_mib
 
 
 class Apart:

@@ -238,15 +238,21 @@ def test_a_line_is_not_followed_far_from_its_probes_as_it_may_bend(steeper, most
     assert found.batch_size >= 0.985 * most
 
 
-def test_after_two_failures_what_is_open_is_halved():
-    """As INT8's on an H100: the line said 362 rows, and from 335 on a product of outliers had no piece to go into."""
+@pytest.mark.parametrize("share", [0.84, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98, 1.0])
+def test_where_memory_ends_before_the_line_says_the_search_comes_near(share):
+    """As INT8's on an H100, whose line said 362 rows and of which 335 did not run: a share of 0.92."""
+    near = []
+    for foreseen in range(300, 3001, 100):
+        most, row_mib = int(share * foreseen), 13_860 / foreseen
 
-    def try_batch(batch_size):
-        memory_mib = 1494 + 38.3 * batch_size
-        return Probe(batch_size, batch_size <= 334, memory_mib, memory_mib - 200, idle_mib=1480)
+        def try_batch(batch_size, most=most, row_mib=row_mib):
+            memory_mib = 1500 + row_mib * batch_size
+            return Probe(batch_size, batch_size <= most, memory_mib, memory_mib - 100, idle_mib=1480)
 
-    found = largest(try_batch, 15_360, 16_384)
-    assert found.batch_size >= 0.98 * 334 and len(found.probes) <= 6
+        found = largest(try_batch, 15_360, 16_384)
+        assert len(found.probes) <= 6
+        near.append(found.batch_size / most)
+    assert min(near) >= (0.93 if share >= 0.9 else 0.9) and sum(near) / len(near) >= (0.96 if share >= 0.9 else 0.93)
 
 
 def test_the_cap_ends_the_search_and_is_said():
@@ -521,7 +527,8 @@ def test_a_gpus_probes_leave_memory_as_they_found_it(source, short):
         found = largest_batch(network, short, 2048, 10**5)
         assert found.open_pct <= 1 and len(found.probes) <= 6
         apart = largest_batch_apart(source.path, PRECISIONS["fp16"], "cuda", short, 2048, 10**5)
-        # segments given back carry some 4 % past the line, and not every search finds how far: 1088, 1124 on an H100
+        # segments given back carry some 4 % past the line, and not every search finds how far: on an H100 this one
+        # ended at 1088 and the one before at 1124
         assert apart.batch_size == pytest.approx(found.batch_size, rel=0.04)
         twice = replace(short, prompts=(short.longest,) * (2 * found.batch_size))
         assert run(network, twice, found.batch_size).requests == 2 * found.batch_size  # what is found can be timed
