@@ -217,14 +217,17 @@ def _grain(batch_size: int, tolerance: float) -> int:
 
 
 def _second(first: Probe, limit_mib: float, cap: int) -> int:
-    """Choose the second batch size from one row's memory: at most half of what fits, but 8 where that is less.
+    """Choose the second batch size from one row's memory: half of what fits by it, or a third by its live tensors.
 
-    What one row adds to the idle memory holds everything a run needs once, so it is at least what a further row adds.
+    What one row adds to the idle memory holds everything a run needs once, so it is at least what a further row adds;
+    of live tensors it is little more, and what is reserved adds to that with the rows.
     """
     assert first.memory_mib is not None
-    row_mib = first.memory_mib - first.idle_mib
-    rows = (limit_mib - first.memory_mib) / row_mib if row_mib > 0 else inf
-    return cap if rows >= cap - 1 else max(8, int(1 + rows / 2))
+    room_mib = limit_mib - first.memory_mib
+    row_mib, live_mib = first.memory_mib - first.idle_mib, (first.live_mib or 0) - first.idle_mib
+    if row_mib * (cap - 1) <= room_mib:
+        return cap
+    return max(8, int(1 + max(room_mib / row_mib / 2, room_mib / live_mib / 3 if live_mib > 0 else 0)))
 
 
 def _meets(probes: Sequence[Probe], limit_mib: float, *readings: str) -> float:

@@ -52,6 +52,7 @@ TRACED_STEPS = 8  # decode steps in the profiled pass
 BUSY = 0.75  # a decode step whose kernels ran for less than this share of it waited for launches
 NEAR = 0.5  # a roof is named where what both ask for explains this share of a step
 TIGHT = 0.95  # of the memory allowed: a batch that takes more has to fit twice
+PROBES = {"eager": 6, "graphed": 8}  # of a search for the largest batch; recorded, one takes a fraction of the time
 WIDTH = 0.05  # of the 95 % interval over passes, relative to their mean, at which repeating may end
 LEAST_PASSES = 3
 PASSES = ("memory", "trace", "agreement")  # beside the timed one
@@ -567,7 +568,8 @@ def largest_batch(
     decode.Absent
         The engine cannot run this model here.
     """
-    return largest(trial(model, workload, limit_mib, engine, baseline_mib), limit_mib, cap)
+    try_batch = trial(model, workload, limit_mib, engine, baseline_mib)
+    return largest(try_batch, limit_mib, cap, most_probes=PROBES[engine])
 
 
 def largest_batch_apart(
@@ -597,7 +599,7 @@ def largest_batch_apart(
     longest = Workload((workload.longest,), workload.new_tokens, workload.source)
     cliff = counted(AutoConfig.from_pretrained(folder), len(workload.longest))
     with Apart(trial_of, folder, precision, device, longest, limit_mib, engine) as try_batch:
-        return largest(try_batch, limit_mib, cap, cliff)
+        return largest(try_batch, limit_mib, cap, cliff, most_probes=PROBES[engine])
 
 
 def counted(config: PretrainedConfig, prompt_tokens: int) -> int:

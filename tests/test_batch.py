@@ -9,6 +9,8 @@ from math import ceil
 from random import Random
 from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from qnb import model
+from qnb.__main__ import ROOT
 from qnb.batch import (
     DIED,
     OUT_OF_MEMORY,
@@ -35,7 +38,7 @@ from qnb.batch import (
     smaller,
     sweep,
 )
-from qnb.benchmark import counted, largest_batch, largest_batch_apart, run, trial
+from qnb.benchmark import PROBES, counted, largest_batch, largest_batch_apart, run, trial
 from qnb.decode import FACTORIES, Absent
 from qnb.device import MIB
 from qnb.error import InputError
@@ -247,12 +250,47 @@ def test_where_memory_ends_before_the_line_says_the_search_comes_near(share):
 
         def try_batch(batch_size, most=most, row_mib=row_mib):
             memory_mib = 1500 + row_mib * batch_size
-            return Probe(batch_size, batch_size <= most, memory_mib, memory_mib - 100, idle_mib=1480)
+            return Probe(batch_size, batch_size <= most, memory_mib, memory_mib - 15, idle_mib=1480)
 
         found = largest(try_batch, 15_360, 16_384)
         assert len(found.probes) <= 6
         near.append(found.batch_size / most)
     assert min(near) >= (0.93 if share >= 0.9 else 0.9) and sum(near) / len(near) >= (0.96 if share >= 0.9 else 0.93)
+
+
+KEPT = pd.read_csv(ROOT / "outputs" / "reference" / "h100-llama-3.2-1b-shape" / "searches.csv").query("took_s.notna()")
+SEARCHED = ["memory_gib", "precision", "engine"]
+KEPT = KEPT.groupby(SEARCHED).filter(
+    lambda probes: not (probes.ended == DIED).any()
+)  # else memory is not what ended it
+
+
+@pytest.mark.parametrize(SEARCHED, KEPT[SEARCHED].drop_duplicates().to_numpy())
+def test_a_gpus_readings_lead_near_the_true_maximum_wherever_it_was(memory_gib, precision, engine):
+    """Memory is taken to grow evenly between kept readings; the maximum lies between the last to run and to fail."""
+    probes = KEPT.query("memory_gib == @memory_gib and precision == @precision and engine == @engine")
+    ran = probes[probes.fits].sort_values("batch_size")
+    ends = ran.batch_size.max()
+    fails = min(probes[~probes.fits].batch_size, default=ends + ends // 50)
+    limit_mib = 15 * 1024 if memory_gib == "15" else probes.room_mib.min()
+
+    def read(batch_size, name):
+        known = ran[~ran.squeezed.astype(bool)] if name == "reserved_mib" else ran
+        sizes, mib = known.batch_size.to_numpy(), known[name].to_numpy()
+        beyond = max(0, batch_size - sizes[-1]) * (mib[-1] - mib[-2]) / (sizes[-1] - sizes[-2])
+        return float(np.interp(batch_size, sizes, mib) + beyond)
+
+    for most in {ends, (ends + fails - 1) // 2, fails - 1}:
+
+        def try_batch(batch_size, most=most):
+            if batch_size > most:
+                return Probe(batch_size, False, ended=OUT_OF_MEMORY)
+            reserved_mib = read(batch_size, "reserved_mib")
+            squeezed, reserved_mib = reserved_mib > limit_mib, min(reserved_mib, limit_mib)
+            return Probe(batch_size, True, reserved_mib, read(batch_size, "live_mib"), squeezed, ran.idle_mib.iloc[0])
+
+        found = largest(try_batch, limit_mib, 16_384, most_probes=PROBES[engine])
+        assert found.batch_size >= 0.98 * most and len(found.probes) <= PROBES[engine]
 
 
 def test_the_cap_ends_the_search_and_is_said():
