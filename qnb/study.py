@@ -20,7 +20,7 @@ from qnb.asking import Asking
 from qnb.error import InputError
 from qnb.ledger import FAILED
 from qnb.precision import parse
-from qnb.results import Results, medians, readings
+from qnb.results import TABLES, Results, medians, readings
 from qnb.timing import Timing
 
 if TYPE_CHECKING:
@@ -174,9 +174,10 @@ class Study(Asking, Timing):
         """Write ``report.html``, one page that needs no network, all tables and model cards; return the page."""
         from qnb import modelcard, report
 
-        for name in self._makers():
-            self._save(name)
         results = self.results()
+        ready = {TABLES[number]: frame for number, frame in results.tables.items()}
+        for name in self._makers():
+            self._keep(name, ready[name] if name in ready else self.build(name))
         path = self.folder / "report.html"
         draft = path.with_suffix(".draft")
         draft.write_text(report.page(results, self.ledger.path), encoding="utf-8")

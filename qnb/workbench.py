@@ -425,7 +425,9 @@ class Workbench:
 
     def _save(self, name: str) -> pd.DataFrame:
         """Build a table and keep it, with the precisions it was built for."""
-        frame = self.build(name)
+        return self._keep(name, self.build(name))
+
+    def _keep(self, name: str, frame: pd.DataFrame) -> pd.DataFrame:
         if not frame.empty:
             self._replace(f"tables/{name}.csv", frame.to_csv(index=False).encode())
             made = {"precisions": [precision.name for precision in self.precisions]}
