@@ -1,5 +1,6 @@
 """A study that was measured again and again: a hundred thousand lines, and an answer before one grows impatient."""
 
+import gc
 from time import process_time
 
 import example
@@ -8,8 +9,8 @@ import pytest
 from qnb import Study, widget
 from qnb.ledger import Line, seal
 
-PATIENCE_S = 3  # of one core, to open it
-BESIDE_S = 1  # what the lines may add to anything else
+PATIENCE_S = 3  # of one core
+BESIDE_S = 1  # of them, what the lines may add once they are open
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,16 @@ def worn(tmp_path_factory):
     return folder
 
 
-def test_a_hundred_thousand_lines_are_opened_in_time_and_cost_little_from_then_on(worn, tmp_path):
+@pytest.fixture
+def apart():
+    """Keep what earlier tests left alive out of the collector's rounds: they are not this study's."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def test_a_hundred_thousand_lines_are_opened_drawn_and_reported_in_time(worn, tmp_path, apart):
     """Each call is timed alone, on a study as it was and as it is now; what is loaded once, the first has loaded."""
 
     def takes_s(folder):
@@ -47,5 +57,5 @@ def test_a_hundred_thousand_lines_are_opened_in_time_and_cost_little_from_then_o
     fresh = example.write(tmp_path / "study")
     takes_s(fresh)
     before, after = takes_s(fresh), takes_s(worn)
-    assert after.pop("open") < PATIENCE_S
-    assert max(after[name] - before[name] for name in after) < BESIDE_S, (before, after)
+    assert max(after.values()) < PATIENCE_S, after
+    assert max(after[name] - before[name] for name in after if name != "open") < BESIDE_S, (before, after)
