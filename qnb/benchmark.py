@@ -10,8 +10,8 @@ its whole batch, so the batch's latency stands beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -376,11 +376,14 @@ def run(
         )
         trace = parted = None
         if on_gpu and "trace" in passes and new_tokens > 1:
-            with _losing(lost, "kernels not traced"):
-                trace = twice(lambda: _trace(made, batches[0], new_tokens, device))
+            traced = partial(_trace, made, batches[0], new_tokens, device)
+            trace = noting(lost, "kernels not traced", lambda: twice(traced))
         if engine != "eager" and "agreement" in passes:
-            with _losing(lost, "tokens not compared with eager's"):
-                parted = agreement(model, prompts[:1], Eager(model).generate(prompts[:1], new_tokens), first)
+            parted = noting(
+                lost,
+                "tokens not compared with eager's",
+                lambda: agreement(model, prompts[:1], Eager(model).generate(prompts[:1], new_tokens), first),
+            )
     return replace(timed, trace=trace, agreement=parted, lost=tuple(lost))
 
 
@@ -395,13 +398,16 @@ def twice(work: Callable[[], Result]) -> Result:
     return work()
 
 
-@contextmanager
-def _losing(lost: list[str], what: str) -> Iterator[None]:
-    """Note a pass that fails, and why, instead of what was timed before it."""
+def noting(lost: list[str], what: str, work: Callable[[], Result | None]) -> Result | None:
+    """Return what a further pass tells; note in `lost` if it fails or tells nothing: what was timed before stays."""
     try:
-        yield
+        told = work()
     except (RuntimeError, MemoryError) as error:
         lost.append(f"{what}: {OUT_OF_MEMORY if is_out_of_memory(error) else type(error).__name__}")
+        return None
+    if told is None:
+        lost.append(f"{what}: nothing was seen")
+    return told
 
 
 def _trace(engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> Trace | None:

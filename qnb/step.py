@@ -31,6 +31,7 @@ ROTARIES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend
 ATTENTION = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CPU_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 FEW_ROWS = 8  # a batch of so many or fewer gives an attention kernel too few blocks to keep a GPU busy
+PART = 256  # scores that are compared at once
 BLOCK = 32  # slots that flex attention reads at once
 LAUNCH = {"num_warps": 4, "num_stages": 3}  # of its kernel
 HEAD_BYTES = range(32, 257)  # heads for which its tiles fit the shared memory of any GPU from Ampere on
@@ -369,7 +370,19 @@ def finish(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits, (B, V), and the likeliest token that may come, (B,)."""
     logits = head.multiply(rms_norm(hidden + delta, norm, epsilon))
-    return logits, (logits + barred).argmax(-1)
+    return logits, likeliest(logits + barred)
+
+
+def likeliest(scores: torch.Tensor) -> torch.Tensor:
+    """Return the first of the highest scores, (B, V) -> (B,): that of each part, then that of all parts.
+
+    torch.compile gives a row's argmax one block of the GPU: of 128,256 scores it takes an H100 23 us, and in parts 4.
+    """
+    if left := -scores.shape[-1] % PART:
+        scores = functional.pad(scores, (0, left), value=float("-inf"))
+    best, place = scores.unflatten(-1, (-1, PART)).max(-1)  # (B, V/PART)
+    part = best.argmax(-1, keepdim=True)  # (B, 1)
+    return (part * PART + place.gather(-1, part))[:, 0]
 
 
 class Parts(NamedTuple):

@@ -243,7 +243,7 @@ def test_a_line_is_not_followed_far_from_its_probes_as_it_may_bend(steeper, most
 
 @pytest.mark.parametrize("share", [0.84, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98, 1.0])
 def test_where_memory_ends_before_the_line_says_the_search_comes_near(share):
-    """As INT8's on an H100, whose line said 362 rows and of which 335 did not run: a share of 0.92."""
+    """As INT8's once on an H100, whose line said 362 rows and of which 335 did not run: a share of 0.92."""
     near = []
     for foreseen in range(300, 3001, 100):
         most, row_mib = int(share * foreseen), 13_860 / foreseen
@@ -546,31 +546,44 @@ def test_a_search_in_a_process_of_its_own_loads_the_checkpoint_there(checkpoint,
         largest_batch_apart(folder, PRECISIONS["bf16"], "cpu", short, 4000, 2, "graphed")
 
 
-@pytest.mark.gpu
-def test_a_gpus_probes_leave_memory_as_they_found_it(source, short):
+@pytest.fixture
+def held():
+    """Let 2 GiB of a GPU be used, in MiB. Each test loads its own model, which is gone when this is over."""
     total_mib = torch.cuda.get_device_properties(0).total_memory / MIB
     torch.cuda.set_per_process_memory_fraction(2048 / total_mib)
-    try:
-        network = model.load(source.path, PRECISIONS["fp16"], "cuda")
-        try_batch = trial(network, short, 2048)
-        model.release()
-        before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-        outcomes = [try_batch(batch_size) for batch_size in (1, 64, 10**6, 1, 64)]
-        assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
-        assert [probe.fits for probe in outcomes] == [True, True, False, True, True]
-        assert outcomes[2].ended == OUT_OF_MEMORY
-        assert outcomes[0].memory_mib == outcomes[3].memory_mib and outcomes[1].memory_mib == outcomes[4].memory_mib
-        for probe in outcomes[:2]:
-            assert probe.idle_mib < probe.live_mib <= probe.memory_mib <= 2048 and not probe.squeezed
-        found = largest_batch(network, short, 2048, 10**5)
-        assert found.open_pct <= 1 and len(found.probes) <= 6
-        apart = largest_batch_apart(source.path, PRECISIONS["fp16"], "cuda", short, 2048, 10**5)
-        # segments given back carry some 4 % past the line, and not every search finds how far: on an H100 this one
-        # ended at 1088 and the one before at 1124
-        assert apart.batch_size == pytest.approx(found.batch_size, rel=0.04)
-        twice = replace(short, prompts=(short.longest,) * (2 * found.batch_size))
-        assert run(network, twice, found.batch_size).requests == 2 * found.batch_size  # what is found can be timed
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        del network
-        model.release()
+    yield 2048
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    model.release()
+
+
+@pytest.mark.gpu
+def test_a_gpus_probes_leave_memory_as_they_found_it(held, source, short):
+    try_batch = trial(model.load(source.path, PRECISIONS["fp16"], "cuda"), short, held)
+    model.release()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    outcomes = [try_batch(batch_size) for batch_size in (1, 64, 10**6, 1, 64)]
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+    assert [probe.fits for probe in outcomes] == [True, True, False, True, True]
+    assert outcomes[2].ended == OUT_OF_MEMORY
+    assert outcomes[0].memory_mib == outcomes[3].memory_mib and outcomes[1].memory_mib == outcomes[4].memory_mib
+    for probe in outcomes[:2]:
+        assert probe.idle_mib < probe.live_mib <= probe.memory_mib <= held and not probe.squeezed
+
+
+@pytest.mark.gpu
+def test_a_gpus_largest_batch_can_be_timed_and_what_is_left_open_holds(held, source, short):
+    """Rows of 16 tokens leave pieces of memory that no line foresees: in outline six probes left up to 13 % open."""
+    network = model.load(source.path, PRECISIONS["fp16"], "cuda")
+    found = largest_batch(network, short, held, 10**5)
+    beyond = int(found.batch_size * (1 + found.open_pct / 100) + 1e-9) + 1
+    assert len(found.probes) <= 6 and found.open_pct <= 15 and not trial(network, short, held)(beyond).fits, found
+    twice = replace(short, prompts=(short.longest,) * (2 * found.batch_size))
+    assert run(network, twice, found.batch_size).requests == 2 * found.batch_size
+
+
+@pytest.mark.gpu
+def test_a_search_in_a_process_of_its_own_ends_near_one_in_this_process(held, source, short):
+    """Segments given back carry some 4 % past the line, and not every search finds how far: 1088 and 1124 once."""
+    found = largest_batch(model.load(source.path, PRECISIONS["fp16"], "cuda"), short, held, 10**5)
+    apart = largest_batch_apart(source.path, PRECISIONS["fp16"], "cuda", short, held, 10**5)
+    assert apart.batch_size == pytest.approx(found.batch_size, rel=0.1), (found, apart)

@@ -16,6 +16,7 @@ from qnb.benchmark import (
     largest_batch,
     last_steps,
     measure_limits,
+    noting,
     run,
     settled,
     twice,
@@ -154,6 +155,22 @@ def test_what_memory_ran_out_of_is_done_once_more():
         twice(lambda: work(2))
     with pytest.raises(ZeroDivisionError):
         twice(lambda: 1 // 0)
+
+
+def test_a_further_pass_that_tells_nothing_is_noted_and_ends_nothing():
+    def fails(error):
+        raise error
+
+    lost = []
+    assert noting(lost, "kernels not traced", lambda: 7) == 7 and not lost
+    assert noting(lost, "kernels not traced", lambda: None) is None
+    assert noting(lost, "kernels not traced", lambda: fails(torch.cuda.OutOfMemoryError("simulated"))) is None
+    assert noting(lost, "not compared", lambda: fails(RuntimeError("simulated"))) is None
+    assert lost == [
+        "kernels not traced: nothing was seen", "kernels not traced: out of memory", "not compared: RuntimeError"
+    ]  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        noting(lost, "kernels not traced", lambda: 1 // 0)
 
 
 def test_what_bounds_a_step_is_named():

@@ -22,7 +22,7 @@ from qnb.batch import is_out_of_memory
 from qnb.decode import Clock, Decoder, Eager, agreement, pad
 from qnb.error import InputError
 from qnb.precision import PRECISIONS
-from qnb.step import EightBit, FourBit, Lean, join
+from qnb.step import PART, EightBit, FourBit, Lean, join, likeliest
 
 TINY = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
         "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1,
@@ -162,6 +162,15 @@ def test_the_lean_step_is_the_models_forward(config, more, prompts):
     assert error_ratio(ours, theirs, truth) <= ROUNDING
 
 
+@pytest.mark.parametrize("size", [1, PART - 1, PART, 3 * PART + 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_likeliest_token_is_the_first_of_the_highest_scores(size, dtype):
+    scores = torch.randint(-3, 3, (50, size)).to(dtype)  # ties are the rule
+    scores[0] = float("-inf")
+    first = torch.where(scores == scores.amax(-1, keepdim=True), torch.arange(size), size).amin(-1)
+    assert torch.equal(likeliest(scores), first)
+
+
 def test_buffers_serve_smaller_batches_and_shorter_prompts_one_after_the_other():
     network = tiny(LlamaConfig, {})
     decoder = Decoder(network, 3, 6, 9)
@@ -210,7 +219,7 @@ def test_compiled_the_step_is_the_same_and_built_once_for_all_layers(prompts, at
     with torch._dynamo.config.patch(error_on_recompile=True):
         decoder = Decoder(network, len(prompts), 6, 9, decode.COMPILE)
         logits = stepped(decoder, prompts, forced)
-    assert decoder.note == ""
+    assert decoder.note == "" and torch.equal(decoder.token, logits[:, -1].argmax(-1))
     assert (logits - stock(network, prompts, forced)).abs().max() < 1e-4
 
 
