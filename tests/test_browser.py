@@ -127,6 +127,8 @@ def run_all(page, address, notebook):
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60 * SECOND)
     page.wait_for_function(IDLE, timeout=60 * SECOND)
     for _ in range(4):  # what is asked before the kernel is connected may be lost, though the cells wait for it
+        in_the_way = page.locator("dialog.jp-Dialog")
+        assert in_the_way.count() == 0, in_the_way.all_inner_texts()
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         with contextlib.suppress(playwright.TimeoutError):
