@@ -260,9 +260,7 @@ def test_where_memory_ends_before_the_line_says_the_search_comes_near(share):
 
 KEPT = pd.read_csv(ROOT / "outputs" / "reference" / "h100-llama-3.2-1b-shape" / "searches.csv").query("took_s.notna()")
 SEARCHED = ["memory_gib", "precision", "engine"]
-KEPT = KEPT.groupby(SEARCHED).filter(
-    lambda probes: not (probes.ended == DIED).any()
-)  # else memory is not what ended it
+KEPT = KEPT.groupby(SEARCHED).filter(lambda probes: DIED not in set(probes.ended))  # else memory is not what ended it
 
 
 @pytest.mark.parametrize(SEARCHED, KEPT[SEARCHED].drop_duplicates().to_numpy())
@@ -572,11 +570,10 @@ def test_a_gpus_probes_leave_memory_as_they_found_it(held, source, short):
 
 @pytest.mark.gpu
 def test_a_gpus_largest_batch_can_be_timed_and_what_is_left_open_holds(held, source, short):
-    """Rows of 16 tokens leave pieces of memory that no line foresees: in outline six probes left up to 13 % open."""
     network = model.load(source.path, PRECISIONS["fp16"], "cuda")
     found = largest_batch(network, short, held, 10**5)
     beyond = int(found.batch_size * (1 + found.open_pct / 100) + 1e-9) + 1
-    assert len(found.probes) <= 6 and found.open_pct <= 15 and not trial(network, short, held)(beyond).fits, found
+    assert len(found.probes) <= 6 and found.open_pct <= 1 and not trial(network, short, held)(beyond).fits, found
     twice = replace(short, prompts=(short.longest,) * (2 * found.batch_size))
     assert run(network, twice, found.batch_size).requests == 2 * found.batch_size
 
@@ -586,4 +583,4 @@ def test_a_search_in_a_process_of_its_own_ends_near_one_in_this_process(held, so
     """Segments given back carry some 4 % past the line, and not every search finds how far: 1088 and 1124 once."""
     found = largest_batch(model.load(source.path, PRECISIONS["fp16"], "cuda"), short, held, 10**5)
     apart = largest_batch_apart(source.path, PRECISIONS["fp16"], "cuda", short, held, 10**5)
-    assert apart.batch_size == pytest.approx(found.batch_size, rel=0.1), (found, apart)
+    assert apart.batch_size == pytest.approx(found.batch_size, rel=0.04), (found, apart)

@@ -298,15 +298,14 @@ def test_the_kept_searches_are_those_of_the_largest_batches():
     for key, ran in searched:
         assert len(ran) <= PROBES[key[-1]]
         assert (ran[ran.fits].batch_size.max(), len(ran)) == (found.found[key], found.probes[key])
-    page = KEPT_TEXT
     gone = probes[late].set_index(["memory_gib", "precision"]).batch_size
     alike = {"bf16": 5360, "fp16": 5360, "fp4": 5408, "nf4": 5408, "nf4-dq": 5456}
     assert dict(gone) == {("15", "int8"): 724, ("15", "nf4"): 976, **{("whole", name): alike[name] for name in alike}}
-    assert "Seven did not run again when timed (`out of memory when timed`), all with `eager`" in page
+    assert "Seven did not run again when timed (`out of memory when timed`), all with `eager`" in KEPT_TEXT
     assert set(probes[late].engine) == {"eager"}
     ran = probes[probes.fits].set_index(["memory_gib", "precision", "engine", "batch_size"])
-    assert ran.reserved_mib["15", "nf4", "eager", 976] == 15360 and "the last of the 15,360 MiB" in page
-    assert 15360 - ran.reserved_mib["15", "int8", "eager", 724] == 362 and "they left 362" in page
+    assert ran.reserved_mib["15", "nf4", "eager", 976] == 15360 and "the last of the 15,360 MiB" in KEPT_TEXT
+    assert 15360 - ran.reserved_mib["15", "int8", "eager", 724] == 362 and "they left 362" in KEPT_TEXT
     left, lost = [], []
     for precision, size in alike.items():
         one = ran.loc["whole", precision, "eager", size]
@@ -315,7 +314,7 @@ def test_the_kept_searches_are_those_of_the_largest_batches():
         lost.append(round(room["eager"].min() - room["graphed"].max()))
     assert (
         f"The five on the whole card had left {min(left)} to {max(left)}, and {min(lost)} to {max(lost)} were gone"
-        in page
+        in KEPT_TEXT
     )
 
 
@@ -361,15 +360,19 @@ def test_notebook_02_tells_what_was_kept():
 
 def test_kept_memory_of_a_device_misses_no_more_than_is_said():
     """What was read lower is left out: a device has in use what its allocator has reserved, and more."""
-    missed = {
-        name: [table.peak_reserved_mib - table.device_memory_mib for table in map(kept, (
-            f"{name}/table3_bs1.csv", f"{name}/table4_maxbatch.csv"))] for name in (SHAPE, LARGER)
-    }  # fmt: skip
-    mine, larger = missed[SHAPE][0].max(), pd.concat(missed[LARGER]).max()
-    apart = missed[SHAPE][1]
-    passes = kept(f"{SHAPE}/table4_maxbatch.csv")[apart > mine].set_index(["precision", "engine"])
-    assert list(passes.index) == [("fp32", "graphed")] and passes.repeats.iloc[0] == 2
-    assert f"FP32's with `graphed` stands {apart.max():.0f} MiB below what was reserved" in KEPT_TEXT
+
+    def missed(name):
+        rows = pd.concat(
+            [kept(f"{name}/table3_bs1.csv").assign(table=3), kept(f"{name}/table4_maxbatch.csv").assign(table=4)]
+        )
+        return (
+            (rows.peak_reserved_mib - rows.device_memory_mib).groupby([rows.table, rows.precision, rows.engine]).max()
+        )
+
+    here, larger = missed(SHAPE), missed(LARGER).max()
+    mine, passes = here[3].max(), kept(f"{SHAPE}/table4_maxbatch.csv").set_index(["precision", "engine"]).repeats
+    assert list(here[here > mine].index) == [(4, "fp32", "graphed")] and passes["fp32", "graphed"] == 2
+    assert f"FP32's with `graphed` stands {here.max():.0f} MiB below what was reserved" in KEPT_TEXT
     assert f"Elsewhere in them up to {larger:.0f} MiB are missing" in KEPT_TEXT
     assert f"in the H100's Table 3 up to {mine:.0f} MiB are still missing" in KEPT_TEXT
 
@@ -384,6 +387,10 @@ def test_what_a_kept_rows_power_and_host_were_is_said():
     token_ms = 1000 * held.tpot_s.unstack().eager
     told = "{bf16:.1f} ms in BF16 and {fp16:.1f} in FP16, {fp4:.1f} in FP4 and {nf4:.1f} in NF4".format(**token_ms)
     assert f"With `eager` a token took {told}" in KEPT_TEXT
+    launched, whole = held.kernels_per_token, kept(f"{SHAPE}/largest_batch.csv").query("memory_gib == 'whole'")
+    whole = whole.set_index(["precision", "engine"]).kernels_per_token
+    recorded = launched["bf16", "graphed"], whole["bf16", "graphed"], launched["fp16", "graphed"]
+    assert "{:.0f} kernels a token at 1456 rows, {:.0f} at 9728; FP16's at 1473 {:.0f}".format(*recorded) in KEPT_TEXT
     assert set(held.index[held.speedup.isna()]) == {("fp32", "eager"), ("int8", "eager")}
     assert list(held.index[held.engine_speedup.isna()]) == [("fp32", "graphed")]
 
