@@ -11,6 +11,7 @@ below each other give bit for bit what each gives alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from qnb.batch import is_out_of_memory
 from qnb.fuse import AMPERE, VARIANTS
+from qnb.tune import steadily
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -444,7 +446,8 @@ class Lean:
         What was done before it failed is done again: the same is written to the same places. Memory that runs out
         meanwhile is not the compiler's fault.
         """
-        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+        timed = nullcontext() if self._few.layer is layer else steadily()
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS), timed:
             try:
                 return work(*given)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:

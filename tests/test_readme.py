@@ -97,10 +97,10 @@ def test_the_numbers_are_those_of_the_kept_runs():
     assert f"it took {wide.min():.2f} to {wide.max():.2f} ms in 16 bit" in text
     assert f"and {narrow.min():.2f} to {narrow.max():.2f} in 4 bit, computed in 16" in text
     other = kept(f"{SHAPE}/decode.csv").query("batch_size == 1 and engine == 'graphed'").set_index("precision").tpot_ms
-    assert f"16-bit one: {recorded.nf4:.2f} ms, where BF16 took {recorded.bf16:.2f}" in text
-    assert f"{recorded.fp16:.2f}; in another run {other.bf16:.2f} and {other.fp16:.2f}." in text
-    assert ((other / recorded).drop("int8") - 1).abs().max() < 0.1 and "differ by up to a tenth" in text
-    assert f"took {100 * (recorded.int4 / recorded.bf16 - 1):.0f} % longer than BF16" in text
+    assert f"An NF4 token took {recorded.nf4:.2f} ms, where BF16 took {recorded.bf16:.2f} and" in text
+    assert f"and FP16 {recorded.fp16:.2f}, and on an H200" in text and recorded.nf4 > wide.max()
+    assert ((other / recorded).drop("int8") - 1).abs().max() < 0.02 and "with `graphed` differ by up to 2 %" in text
+    assert f"32 bit, took {100 * (recorded.int4 / recorded.bf16 - 1):.0f} % longer than BF16" in text
     assert f"without it (`int8-t0`) a recorded token took {recorded['int8-t0']:.2f} ms" in text
     part = 100 * small.memory_mib[["nf4", "int4"]] / small.memory_mib.bf16
     assert f"NF4 and `int4` take {part.nf4:.0f} to {part.int4:.0f} % of BF16's" in text
@@ -126,32 +126,43 @@ def test_notebook_03_tells_what_was_kept():
         else:
             assert (graphed, graphed_kernels) == (f"{token.graphed[precision]:.2f}", f"{work.graphed[precision]:.2f}")
         assert limit == f"{limits[precision]:.2f}"
-    passes, spread, launched = mine.repeats.eager, mine.throughput_spread_pct, mine.kernels_per_token.eager
-    assert set(passes[passes == 3].index) == {"fp16", "int8", "int8-t0"} and set(passes) == {2, 3}
+    spread, launched = mine.throughput_spread_pct, mine.kernels_per_token.eager
+    assert set(mine.repeats.stack().dropna()) == {3} and "medians of three passes" in text
     each_us, alike = 1e3 * token.eager / launched, token.eager[launched < 800]
     assert f"took {each_us.min():.0f} to {each_us.max():.0f} µs for every kernel launched" in text
-    assert "of three in FP16 and both rows of INT8" in text
-    assert f"Passes of BF16 differed by {spread.eager.max():.0f} %" in text and spread.eager.idxmax() == "bf16"
+    assert f"Passes of FP32 differed by {spread.eager.max():.0f} %" in text and spread.eager.idxmax() == "fp32"
     assert f"between {alike.min():.1f} and {alike.max():.1f} ms" in text
     assert set(alike.index) == {"fp32", "bf16", "fp16", "fp4", "nf4", "nf4-dq"}
     assert f"BF16 launches {launched.bf16:.0f} and INT8 {launched.int8:.0f}" in text
     assert f"passes differ by {spread.graphed.min():.1f} to {spread.graphed.max():.0f} %" in text
     other = kept(f"{SHAPE}/decode.csv").query("batch_size == 1 and engine == 'graphed'").set_index("precision").tpot_ms
-    assert f"FP16 took {other.fp16:.2f} ms, BF16 {other.bf16:.2f} and NF4 {other.nf4:.2f}" in text
+    assert (other / token.graphed - 1).abs().max() <= 0.02 and "by as little the run in `decode.csv`" in text
+    longer = [100 * (token.graphed.nf4 / token.graphed[name] - 1) for name in ("fp16", "bf16")]
+    assert "took {:.0f} % longer than one in FP16 and {:.0f} % longer than one in BF16".format(*longer) in text
     assert f"not {limits.fp16 / limits.nf4:.1f} times faster" in text
     assert f"cost {token.graphed.int4 - token.graphed.fp4:.1f} ms" in text
+    times, rest = mine.engine_speedup.graphed, mine.engine_speedup.graphed.drop(["fp32", "int8"])
+    assert f"`eager` took {times.fp32:.0f} times as long in FP32" in text and times.idxmin() == "fp32"
+    assert f"and {rest.min():.0f} to {rest.max():.0f} times in the others" in text
     shares = mine.bandwidth_share_pct.graphed
     assert f"FP16 reaches {shares.fp16:.0f} % of what the memory allows, NF4 {shares.nf4:.0f} %" in text
+    assert mine.bandwidth_share_pct.graphed.idxmax() == "fp32"
+    tuned = kept(f"{SHAPE}/tune.csv").groupby(["precision", "compile"]).tpot_ms.agg(["count", "min", "max"])
+    assert set(tuned["count"]) == {3} and "by its own timing it kept others at every build, and three" in text
+    told = "took {:.2f} to {:.2f} ms in FP16 and {:.2f} to {:.2f} in NF4."
+    stock = [tuned.loc[(name, "stock"), end] for name in ("fp16", "nf4") for end in ("min", "max")]
+    assert told.format(*stock) in text
+    ours = tuned.xs("default", level="compile")
+    assert f"three took {ours['min'].fp16:.2f} to {ours['max'].fp16:.2f} and {ours['max'].nf4:.2f}" in text
+    assert f"{ours['min'].nf4:.2f}" == f"{ours['max'].nf4:.2f}"
     larger = kept(f"{LARGER}/table3_bs1.csv").query("engine == 'graphed'").dropna(subset=["tpot_s"])
     token, times = 1e3 * larger.set_index("precision").tpot_s, larger.engine_speedup
     assert f"{token.bf16:.2f} ms a token in BF16, {token.fp16:.2f} in FP16 and {token.nf4:.2f} in NF4" in text
-    assert f"(three passes, which differed by up to {larger.throughput_spread_pct.max():.0f} %)" in text
+    assert f"(three passes, which differed by up to {larger.throughput_spread_pct.max():.0f} %; kernels" in text
     assert f"`eager` took {times.min():.0f} to {times.max():.0f} times as long." in text
     assert set(larger.repeats) == {3}
     longer = [100 * (token.nf4 / token[name] - 1) for name in ("fp16", "bf16")]
-    assert "On an H200, where reading costs less, it took {:.0f} to {:.0f} % longer".format(*longer) in " ".join(
-        TEXT.split()
-    )
+    assert "on an H200, where reading costs less, {:.0f} to {:.0f} % longer".format(*longer) in " ".join(TEXT.split())
 
 
 SEARCHES = {"ours": "this one", "accelerate": "accelerate's", "lightning power": "Lightning's"}
@@ -242,11 +253,11 @@ def test_notebook_04_tells_what_was_kept():
     for precision, *row in rows:
         both = shown.loc[precision], timed.loc[precision]
         assert row == [told(one[engine]) for engine in ("eager", "graphed") for one in both], precision
-    assert list(timed.index[timed.graphed.isna()]) == ["int4", "int8"]
-    assert "INT4's batch with `graphed` was searched, not timed" in text
+    assert list(timed.index[timed.graphed.isna()]) == ["int8"]
     alike = ["bf16", "fp16", "fp4", "nf4", "nf4-dq"]
     apart = [one.graphed[alike].max() / one.graphed[alike].min() for one in (ends, timed)]
-    assert max(apart) < 1.03 and "fit within 3 % as many rows and serve within 3 % as many requests" in text
+    assert apart[0] < 1.03 and apart[1] < 1.04
+    assert "fit within 3 % as many rows and serve within 4 % as many requests" in text
     assert ends.eager.int8 == ends.eager["int8-t0"] == larger.found["int8-t0", "eager"] == 2047
     assert f"ends with `eager` at {ends.eager.int8} rows of 128 tokens, with outliers and without" in text
     held = whole.peak_reserved_mib.unstack().eager
@@ -260,14 +271,12 @@ def test_notebook_04_tells_what_was_kept():
         pair = [f"{larger.throughput_rps[precision, engine]:.0f}" for engine in ("eager", "graphed")]
         assert " and ".join(pair) in text, precision
     left = mine.open_pct.unstack("engine")
-    wide = [one[one > 1].round().astype(int) for one in (left.eager, left.graphed)]
-    assert list(wide[0].index) == [("15", "int4"), ("whole", "int4")]
-    assert "but for `eager`'s INT4 ({} % in 15 GiB, and {} on the whole card, where".format(*wide[0]) in text
+    wide = left.eager[left.eager > 1].round().astype(int)
+    assert list(wide.index) == [("15", "int4"), ("whole", "int4")] and left.graphed.max() <= 1
+    assert "but for `eager`'s INT4 ({} % in 15 GiB, and {} on the whole card, where".format(*wide) in text
     assert "1 % more rows might fit than were found" in text
-    assert list(wide[1].index) == [("whole", "fp16"), ("whole", "nf4")] and wide[1].nunique() == 1
-    assert f"`graphed`'s FP16 and NF4 on the whole card ({wide[1].iloc[0]} %), searched when recorded" in text
     assert mine.probes["whole", "int4", "eager"] == PROBES["eager"] == 6 and "where six probes met no end" in text
-    assert set(mine.probes[[("whole", name, "graphed") for name in ("fp16", "nf4")]]) == {6} and PROBES["graphed"] == 8
+    assert its.probes.max() == 6 and PROBES["graphed"] == 8 and "had six probes and not eight" in text
     further = its.loc["15"].open_pct.unstack().graphed.dropna()
     more = further.drop("fp32")
     assert f"`graphed` leaves {more.min():.0f} to {more.max():.0f} % open, in FP32 {further.fp32:.0f}." in text
@@ -311,11 +320,10 @@ def test_the_kept_searches_are_those_of_the_largest_batches():
         one = ran.loc["whole", precision, "eager", size]
         room = probes[(probes.memory_gib == "whole") & (probes.precision == precision)].set_index("engine").room_mib
         left.append(round(one.room_mib - one.reserved_mib))
-        lost.append(round(room["eager"].min() - room["graphed"].max()))
-    assert (
-        f"The five on the whole card had left {min(left)} to {max(left)}, and {min(lost)} to {max(lost)} were gone"
-        in KEPT_TEXT
-    )
+        if precision not in ("fp16", "nf4"):  # whose `graphed` was searched another day
+            lost.append(round(room["eager"].min() - room["graphed"].max()))
+    assert f"The five on the whole card had left {min(left)} to {max(left)}, and where" in KEPT_TEXT
+    assert f"by the same command {min(lost)} to {max(lost)} were gone before" in KEPT_TEXT
 
 
 def test_notebook_02_tells_what_was_kept():
@@ -370,11 +378,14 @@ def test_kept_memory_of_a_device_misses_no_more_than_is_said():
         )
 
     here, larger = missed(SHAPE), missed(LARGER).max()
-    mine, passes = here[3].max(), kept(f"{SHAPE}/table4_maxbatch.csv").set_index(["precision", "engine"]).repeats
-    assert list(here[here > mine].index) == [(4, "fp32", "graphed")] and passes["fp32", "graphed"] == 2
-    assert f"FP32's with `graphed` stands {here.max():.0f} MiB below what was reserved" in KEPT_TEXT
+    passes = kept(f"{SHAPE}/table4_maxbatch.csv").set_index(["precision", "engine"]).repeats
+    some = here[here > 2]
+    assert list(some[4].index) == [("fp32", "graphed")] and passes["fp32", "graphed"] == 2
+    assert f"FP32's with `graphed` stands {some[4].max():.0f} MiB below what was reserved" in KEPT_TEXT
     assert f"Elsewhere in them up to {larger:.0f} MiB are missing" in KEPT_TEXT
-    assert f"in the H100's Table 3 up to {mine:.0f} MiB are still missing" in KEPT_TEXT
+    assert set(some[3].index.get_level_values("engine")) == {"graphed"} and len(some[3]) == 3
+    told = f"three rows with `graphed` stand {some[3].min():.0f} to {some[3].max():.0f} MiB below what was reserved"
+    assert f"In the H100's Table 3 {told}" in KEPT_TEXT
 
 
 def test_what_a_kept_rows_power_and_host_were_is_said():
@@ -389,8 +400,9 @@ def test_what_a_kept_rows_power_and_host_were_is_said():
     assert f"With `eager` a token took {told}" in KEPT_TEXT
     launched, whole = held.kernels_per_token, kept(f"{SHAPE}/largest_batch.csv").query("memory_gib == 'whole'")
     whole = whole.set_index(["precision", "engine"]).kernels_per_token
-    recorded = launched["bf16", "graphed"], whole["bf16", "graphed"], launched["fp16", "graphed"]
-    assert "{:.0f} kernels a token at 1456 rows, {:.0f} at 9728; FP16's at 1473 {:.0f}".format(*recorded) in KEPT_TEXT
+    recorded = [one[name, "graphed"] for name in ("bf16", "fp16") for one in (launched, whole)]
+    told = "took {:.0f} kernels a token at 1456 rows, {:.0f} at 9728; FP16's at 1473 {:.0f}, at 9664 {:.0f}"
+    assert told.format(*recorded) in KEPT_TEXT
     assert set(held.index[held.speedup.isna()]) == {("fp32", "eager"), ("int8", "eager")}
     assert list(held.index[held.engine_speedup.isna()]) == [("fp32", "graphed")]
 

@@ -3,6 +3,8 @@
 ``python tests/bench/decode.py``: nine precisions of Llama-3.2-1B's shape at batch size 1, six minutes on an H100
 ``python tests/bench/decode.py --engines graphed --precisions fp16,nf4 --compile none,fused,descent,combo,default``:
 what torch.compile is asked for; the variants differ in batches of up to eight rows
+``python tests/bench/decode.py --engines graphed --precisions fp16,nf4 --compile default,stock,default,stock``:
+builds of the same step, with kernels chosen by this project's timing and by torch.compile's own
 ``python tests/bench/decode.py --model smollm2-135m --precisions bf16 --prompt-tokens 16 --new-tokens 4``: on a CPU
 """
 
@@ -10,19 +12,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from torch._inductor.utils import fresh_cache
 
-from qnb import benchmark, decode, model
+from qnb import benchmark, decode, model, step, tune
 from qnb.precision import Precision, parse
 from qnb.workload import load
 
 # name: what torch.compile is given for the lean step
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "default": decode.COMPILE,
+    "stock": decode.COMPILE,  # the same, with kernels chosen by torch.compile's own timing
     "none": None,
     "fused": {},
     "descent": {"options": {"coordinate_descent_tuning": True}},  # products of one row as reductions of our own
@@ -53,11 +58,13 @@ def measure(
                     continue
                 if variant:
                     decode.COMPILE = VARIANTS[variant]
+                    step.steadily = nullcontext if variant == "stock" else tune.steadily
                     decode.forget(network)  # the step built for another variant
                 requests = size * (options.requests if engine == "eager" else 4 * options.requests)
                 work = load(tokenizer, "sample", requests, options.prompt_tokens, options.new_tokens)
                 passes = ("memory", "trace", "agreement") if size > 1 else ("trace", "agreement")
-                timed = benchmark.run(network, work, size, engine, limits=limits, passes=passes)
+                with fresh_cache() if variant else nullcontext():  # what was chosen before is chosen again
+                    timed = benchmark.run(network, work, size, engine, limits=limits, passes=passes)
                 kept = timed.row()
                 step_ms, trace = 1000 * (timed.tpot_s or 0), timed.trace
                 eager_ms = step_ms if engine == "eager" else eager_ms
