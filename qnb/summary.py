@@ -138,6 +138,7 @@ def _rate(row: dict[str, Any], base: dict[str, Any], setting: str) -> str:
     else:
         rate = f"{look.number(row['throughput_rps'])} requests/s against {look.number(base['throughput_rps'])}"
     batch = f"batch {row['batch_size']} against {base['batch_size']}" if setting == "maxbatch" else ""
-    others = "disturbed by other processes" if any(disturbed(one.get("flags")) for one in (row, base)) else ""
+    whose = [str(one["precision"]).upper() for one in (row, base) if disturbed(one.get("flags"))]
+    others = f"{' and '.join(whose)} disturbed by other processes" if whose else ""
     detail = [part for part in (str(row["engine"]), BOUNDS.get(str(row.get("bound")), ""), batch, others) if part]
     return f"{rate} ({', '.join(detail)})"

@@ -1,17 +1,19 @@
-"""How torch.compile is to time the kernels that it chooses among, so that it chooses the same ones each time.
+"""How torch.compile is to time the kernels that it chooses among, so that a step built anew takes the same time.
 
 torch.compile builds a kernel in several shapes and keeps the one that was timed fastest. Its own timing takes the
-least of up to a hundred launches, each after the GPU's cache was overwritten, and on an H100 steps built so one after
-the other took 1.24 to 1.31 ms in FP16 and 1.25 to 1.59 in NF4: kernels came out up to four times as slow as they can
-be. Here no launch is waited for, the cache is filled by reading, which leaves nothing to be written back while the
-kernel runs, and the mean of the faster half counts: 1.09 to 1.10 and 1.14 ms (outputs/reference). Which of the three
-does it was not taken apart.
+least of up to a hundred runs, each after the GPU's cache was overwritten; on an H100 steps whose kernels were chosen
+so took 1.24 to 1.31 ms in FP16 and 1.25 to 1.59 in NF4, built three times each. Here the GPU never waits for a launch,
+the cache is filled by reading, which leaves nothing to be written back while the kernel runs, and the mean of the
+faster half counts: 1.09 to 1.10 and 1.14 ms (outputs/reference). Which of the three does it was not taken apart.
+
+What was chosen is kept in torch.compile's cache on disk (`TORCHINDUCTOR_CACHE_DIR`), by whatever timing, and not
+chosen again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from statistics import fmean
 from typing import Any
 from unittest.mock import patch
@@ -19,8 +21,9 @@ from unittest.mock import patch
 import torch
 
 RUNS = 20  # of a kernel, each timed; the faster half counts
-LEAD_CYCLES = 2**22  # the GPU is kept busy for 2 ms at 2 GHz, and for longer where launching took longer
-MOST_CYCLES = 2**28
+# How long the GPU is kept busy first: 2 ms at 2 GHz, or longer where launching took longer. A processor that is slower
+# than the last is timed with the kernel.
+LEADS_CYCLES = (2**22, 2**25, 2**28)
 
 
 def kernel_ms(launch: Callable[[], Any], **_: Any) -> float:
@@ -34,8 +37,7 @@ def kernel_ms(launch: Callable[[], Any], **_: Any) -> float:
     launch()
     cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     others = torch.zeros(2 * cache_bytes // 4, device="cuda")  # read: what is written must leave the cache later
-    cycles = LEAD_CYCLES
-    while True:
+    for cycles in LEADS_CYCLES:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(RUNS)]
         torch.cuda.synchronize()
         torch.cuda._sleep(cycles)
@@ -46,9 +48,8 @@ def kernel_ms(launch: Callable[[], Any], **_: Any) -> float:
             end.record()
         waited = not events[0][0].query()  # all were launched before the first one started
         torch.cuda.synchronize()
-        if waited or cycles >= MOST_CYCLES:
+        if waited:
             break
-        cycles *= 4
     del others
     torch.cuda.empty_cache()  # what timing took is no part of what a run needs
     times_ms = sorted(start.elapsed_time(end) for start, end in events)
@@ -57,11 +58,13 @@ def kernel_ms(launch: Callable[[], Any], **_: Any) -> float:
 
 @contextmanager
 def steadily() -> Iterator[None]:
-    """Let torch.compile time kernels with `kernel_ms` meanwhile; without a place for it PyTorch goes on as before."""
-    try:
-        from torch._inductor.runtime.benchmarking import benchmarker
-    except ImportError:
-        yield
-        return
-    with patch.object(benchmarker, "benchmark_gpu", kernel_ms):
+    """Let torch.compile time kernels with `kernel_ms` meanwhile, in all threads; use it in one at a time.
+
+    A PyTorch without a place for that goes on as before.
+    """
+    with ExitStack() as stack:
+        with suppress(ImportError, AttributeError):
+            from torch._inductor.runtime.benchmarking import benchmarker
+
+            stack.enter_context(patch.object(benchmarker, "benchmark_gpu", kernel_ms))
         yield

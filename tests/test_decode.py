@@ -2,7 +2,7 @@
 
 import copy
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -221,6 +221,21 @@ def test_compiled_the_step_is_the_same_and_built_once_for_all_layers(prompts, at
         logits = stepped(decoder, prompts, forced)
     assert decoder.note == "" and torch.equal(decoder.token, logits[:, -1].argmax(-1))
     assert (logits - stock(network, prompts, forced)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("options", [decode.COMPILE, None])
+def test_what_a_compiled_step_is_made_of_is_timed_steadily(options, monkeypatch):
+    entered, forced = [], torch.randint(0, 300, (1, 2))
+
+    @contextmanager
+    def steadily():
+        entered.append("in")
+        yield
+        entered.append("out")
+
+    monkeypatch.setattr(lean, "steadily", steadily)
+    stepped(Decoder(tiny(LlamaConfig, {}), 1, 6, 9, options), THREE[:1], forced)
+    assert entered == (["in", "out"] * (1 + forced.shape[1]) if options else [])  # the prompts, and each step
 
 
 @pytest.mark.parametrize("attend", [lean.by_kernel, lean.by_blocks])

@@ -115,7 +115,7 @@ def test_what_other_processes_disturbed_is_called_that(studied):
     found = studied.results()
     flags = [["other processes used 45 % of the CPU"] if name == "int4" else [] for name in found.maxbatch.precision]
     told = summary.about(replace(found, maxbatch=found.maxbatch.assign(flags=flags)), "int4")[-1]
-    assert "disturbed by other processes" in told and "disturbed" not in summary.about(found, "int4")[-1]
+    assert "INT4 disturbed by other processes" in told and "disturbed" not in summary.about(found, "int4")[-1]
     other = "other processes used 45 % of the CPU; x"
     frame = found.tables[4].dropna(subset=["throughput_rps"])
     frame = frame.assign(flags=frame.precision.map(lambda name: other if name == "int4" else "throttled: x"))

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -9,6 +11,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+import qnb
 
 ROOT = Path(__file__).parents[1]
 COLAB = ROOT.parent / "shared" / "colab" / "pip-freeze.gpu.txt"
@@ -45,6 +49,14 @@ def test_pyproject_says_the_same():
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert {str(Requirement(text)) for text in declared} == {str(requirement) for requirement in bounds()}
     assert "-e .[pictures]" in (ROOT / "requirements.txt").read_text().splitlines()
+
+
+def test_the_package_is_found_from_beside_a_checkout_of_its_name(tmp_path):
+    """A folder without `__init__.py` is a package too, where only a finder that comes after it knows better."""
+    (tmp_path / "qnb").mkdir()
+    code = "import qnb; print(qnb.__version__)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == qnb.__version__
 
 
 def test_colab_keeps_what_it_brings():
