@@ -440,13 +440,18 @@ class Lean:
         if options is not None:
             self._few, self._many = Parts().compiled(options), Parts().compiled({})
 
+    @property
+    def _compiled(self) -> bool:
+        """Whether torch.compile builds the work between products."""
+        return self._few.layer is not layer
+
     def _run(self, work: Callable[..., Chosen], *given: Any) -> Chosen:
         """Return what `work` returns; where torch.compile cannot build it, all runs uncompiled from now on.
 
         What was done before it failed is done again: the same is written to the same places. Memory that runs out
         meanwhile is not the compiler's fault.
         """
-        timed = nullcontext() if self._few.layer is layer else steadily()
+        timed = steadily() if self._compiled else nullcontext()
         with torch._dynamo.config.patch(recompile_limit=VARIANTS), timed:
             try:
                 return work(*given)
@@ -464,7 +469,7 @@ class Lean:
 
     def _attention(self, rows: int) -> Callable[..., torch.Tensor]:
         """Return how to attend in a batch of so many rows."""
-        if self._few.layer is layer:  # the others are for what is compiled
+        if not self._compiled:  # the others are for what is
             return by_kernel
         if rows <= FEW_ROWS:
             return by_reductions

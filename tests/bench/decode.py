@@ -3,8 +3,8 @@
 ``python tests/bench/decode.py``: nine precisions of Llama-3.2-1B's shape at batch size 1, six minutes on an H100
 ``python tests/bench/decode.py --engines graphed --precisions fp16,nf4 --compile none,fused,descent,combo,default``:
 what torch.compile is asked for; the variants differ in batches of up to eight rows
-``python tests/bench/decode.py --engines graphed --precisions fp16,nf4 --compile default,stock,default,stock``:
-builds of the same step, with kernels chosen by this project's timing and by torch.compile's own
+``python tests/bench/decode.py --engines graphed --precisions fp16,nf4 --compile default,unled,written,stock``:
+builds of the same step, with kernels chosen by this project's timing, by parts of it and by torch.compile's own
 ``python tests/bench/decode.py --model smollm2-135m --precisions bf16 --prompt-tokens 16 --new-tokens 4``: on a CPU
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,25 @@ import pandas as pd
 import torch
 from torch._inductor.utils import fresh_cache
 
-from qnb import benchmark, decode, model, step, tune
+from qnb import benchmark, decode, model, step
 from qnb.precision import Precision, parse
+from qnb.tune import kernel_ms, steadily
 from qnb.workload import load
 
 # name: what torch.compile is given for the lean step
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "default": decode.COMPILE,
-    "stock": decode.COMPILE,  # the same, with kernels chosen by torch.compile's own timing
     "none": None,
     "fused": {},
     "descent": {"options": {"coordinate_descent_tuning": True}},  # products of one row as reductions of our own
     "combo": {"options": {"combo_kernels": True}},  # kernels that do not depend on each other in one launch
     "autotune": {"mode": "max-autotune-no-cudagraphs"},
+}
+# "default" with kernels chosen by another timing
+TIMINGS = {
+    "unled": partial(steadily, partial(kernel_ms, leads_cycles=[0])),  # the GPU may wait for a launch
+    "written": partial(steadily, partial(kernel_ms, fill=torch.Tensor.zero_)),  # the cache is filled by writing
+    "stock": nullcontext,  # torch.compile's own
 }
 COLUMNS = (
     "precision", "engine", "compile", "batch_size", "ttft_ms", "tpot_ms", "kernel_ms", "kernels", "limit_ms",
@@ -57,8 +64,8 @@ def measure(
                     yield {**row, "note": why}
                     continue
                 if variant:
-                    decode.COMPILE = VARIANTS[variant]
-                    step.steadily = nullcontext if variant == "stock" else tune.steadily
+                    decode.COMPILE = VARIANTS.get(variant, VARIANTS["default"])
+                    step.steadily = TIMINGS.get(variant, steadily)
                     decode.forget(network)  # the step built for another variant
                 requests = size * (options.requests if engine == "eager" else 4 * options.requests)
                 work = load(tokenizer, "sample", requests, options.prompt_tokens, options.new_tokens)
