@@ -52,17 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="python -m qnb", description="What does quantizing this model cost, and what does it give?")
     commands = parser.add_subparsers(dest="command", required=True, metavar="run | report | verify | audit | doctor")
     run = commands.add_parser("run", help="execute the notebooks, in order, into one study")
-    run.add_argument("--profile", default="demo", help="a parameter file in notebooks/profiles (default: demo)")
+    names = ", ".join(profiles()).replace("%", "%%")
+    run.add_argument("--profile", default="demo", help=f"{names}: a file in notebooks/profiles (default: demo)")
     run.add_argument("--output", help="the study's folder (default: the profile's)")
     run.add_argument("--only", default="", help="numbers of notebooks, such as 02,03")
     run.add_argument(
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-        help="set a parameter, over the profile's",
+        help="set a notebook's parameter, over the profile's, such as -p precisions bf16,nf4; may be repeated",
     )  # fmt: skip
     page = commands.add_parser("report", help="write a study's report, tables and figures from its ledger")
     page.add_argument("folder", metavar="DIR", help="the study's folder, such as outputs/demo")
     check = commands.add_parser("verify", help="read a study's every byte again and build its tables anew")
-    check.add_argument("folder", help="the study's folder")
+    check.add_argument("folder", metavar="DIR", help="the study's folder, such as outputs/demo")
     commands.add_parser("audit", help="check the paper's own arithmetic")
     commands.add_parser("doctor", help="say what this machine can run")
     options = parser.parse_args(arguments)
@@ -122,6 +123,11 @@ def chosen(only: str) -> list[str]:
     return [name for name in NAMES if name in picked or not words]
 
 
+def profiles() -> dict[str, Path]:
+    """Return the parameter files by name."""
+    return {path.stem: path for path in sorted((NOTEBOOKS / "profiles").glob("*.yaml"))}
+
+
 def parameters(profile: str, given: Sequence[Sequence[str]], known: set[str]) -> dict[str, Any]:
     """Return a profile's parameters with those given on the command line over them.
 
@@ -130,12 +136,12 @@ def parameters(profile: str, given: Sequence[Sequence[str]], known: set[str]) ->
     InputError
         There is no such profile, or a parameter is not one of `known`.
     """
-    profiles = {path.stem: path for path in sorted((NOTEBOOKS / "profiles").glob("*.yaml"))}
-    if profile not in profiles:
-        raise InputError(f"profile {profile!r} is unknown; choose from {', '.join(profiles)}")
-    values = _plain(f"profile {profiles[profile]}", profiles[profile].read_bytes())
+    files = profiles()
+    if profile not in files:
+        raise InputError(f"profile {profile!r} is unknown; choose from {', '.join(files)}")
+    values = _plain(f"profile {files[profile]}", files[profile].read_bytes())
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise InputError(f"profile {profiles[profile]} is no list of names and values; give lines such as 'limit: 40'")
+        raise InputError(f"profile {files[profile]} is no list of names and values; give lines such as 'limit: 40'")
     values |= {name: _plain(f"parameter {name}", text) for name, text in given}
     for name in values:
         if name not in known:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -45,6 +46,18 @@ def wait_for(condition, seconds=120):
 
 
 # Notebooks
+
+
+def test_the_help_of_a_run_names_its_profiles_and_an_example_that_is_taken(tmp_path, monkeypatch, capsys):
+    shutil.copytree(NOTEBOOKS / "profiles", tmp_path / "profiles")
+    (tmp_path / "profiles" / "100%d.yaml").write_text("limit: 2")
+    monkeypatch.setattr(__main__, "NOTEBOOKS", tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        __main__.main(["run", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and "100%d, colab, demo, paper, smoke: a file in" in told
+    name, value = re.search(r"such as -p (\w+) ([\w,]+)", told).groups()
+    assert __main__.parameters("100%d", [(name, value)], {"limit", "precisions"}) == {"limit": 2, name: value}
 
 
 @pytest.fixture
