@@ -53,12 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="run | report | verify | audit | doctor")
     run = commands.add_parser("run", help="execute the notebooks, in order, into one study")
     names = ", ".join(profiles()).replace("%", "%%")
-    run.add_argument("--profile", default="demo", help=f"{names}: a file in notebooks/profiles (default: demo)")
+    run.add_argument("--profile", default="demo", help=f"{names}, of notebooks/profiles (default: demo)")
     run.add_argument("--output", help="the study's folder (default: the profile's)")
     run.add_argument("--only", default="", help="numbers of notebooks, such as 02,03")
     run.add_argument(
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-        help="set a notebook's parameter, over the profile's, such as -p precisions bf16,nf4; may be repeated",
+        help="set a notebook's parameter, in place of the profile's, such as -p precisions bf16,nf4; may be repeated",
     )  # fmt: skip
     page = commands.add_parser("report", help="write a study's report, tables and figures from its ledger")
     page.add_argument("folder", metavar="DIR", help="the study's folder, such as outputs/demo")

@@ -469,7 +469,7 @@ class Lean:
 
     def _attention(self, rows: int) -> Callable[..., torch.Tensor]:
         """Return how to attend in a batch of so many rows."""
-        if not self._compiled:  # the others are for what is
+        if not self._compiled:  # the others are for compiled layers
             return by_kernel
         if rows <= FEW_ROWS:
             return by_reductions

@@ -1,10 +1,10 @@
 """How torch.compile is to time the kernels that it chooses among, so that a step built anew takes the same time.
 
 torch.compile builds a kernel in several shapes and keeps the one that was timed fastest. By its own timing, the least
-of up to a hundred runs, each after the GPU's cache was overwritten, steps built anew differ by a tenth and more. Here
-the GPU is kept busy until all is launched, so that a slow processor is not timed with it, and the cache is filled by
-reading, which leaves nothing to be written back while the kernel runs. The former does most of it; the two `tune.csv`
-in outputs/reference have the times of steps built with both, with either and by torch.compile's own timing.
+of up to a hundred runs, each after the GPU's cache was overwritten, steps built anew differed by 5 to 28 % on the GPUs
+of outputs/reference. Here the GPU is kept busy until all is launched, so that a slow processor is not timed with it,
+and the cache is filled by reading, which leaves nothing to be written back while the kernel runs: they differed by 1 %
+at most. The H200's `tune.csv` has steps built with either alone.
 
 What was chosen is kept in torch.compile's cache on disk (`TORCHINDUCTOR_CACHE_DIR`), by whatever timing, and not
 chosen again.
@@ -27,6 +27,7 @@ LEADS_CYCLES = (2**22, 2**25, 2**28)
 
 def kernel_ms(
     launch: Callable[[], Any],
+    *,
     leads_cycles: Sequence[int] = LEADS_CYCLES,
     fill: Callable[[torch.Tensor], Any] = torch.sum,
     **_: Any,
@@ -40,11 +41,11 @@ def kernel_ms(
     leads_cycles
         How long the GPU is kept busy first, each longer than the last, until it was long enough.
     fill
-        Fills the cache with the tensor that it is given.
+        Fills the cache with the tensor that it is given; what it writes must leave the cache later.
     """
     launch()
     cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    others = torch.zeros(2 * cache_bytes // 4, device="cuda")  # what is written must leave the cache later
+    others = torch.zeros(2 * cache_bytes // 4, device="cuda")
     for cycles in leads_cycles:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(RUNS)]
         torch.cuda.synchronize()

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import papermill
 import psutil
 import pytest
 import torch
@@ -49,15 +50,18 @@ def wait_for(condition, seconds=120):
 
 
 def test_the_help_of_a_run_names_its_profiles_and_an_example_that_is_taken(tmp_path, monkeypatch, capsys):
-    shutil.copytree(NOTEBOOKS / "profiles", tmp_path / "profiles")
-    (tmp_path / "profiles" / "100%d.yaml").write_text("limit: 2")
-    monkeypatch.setattr(__main__, "NOTEBOOKS", tmp_path)
+    shutil.copytree(NOTEBOOKS, tmp_path / "notebooks")
+    (tmp_path / "notebooks" / "profiles" / "100%d.yaml").write_text("limit: 2")
+    monkeypatch.setattr(__main__, "NOTEBOOKS", tmp_path / "notebooks")
     with pytest.raises(SystemExit) as ended:
         __main__.main(["run", "--help"])
     told = " ".join(capsys.readouterr().out.split())
-    assert ended.value.code == 0 and "100%d, colab, demo, paper, smoke: a file in" in told
-    name, value = re.search(r"such as -p (\w+) ([\w,]+)", told).groups()
-    assert __main__.parameters("100%d", [(name, value)], {"limit", "precisions"}) == {"limit": 2, name: value}
+    assert ended.value.code == 0 and ", ".join(__main__.profiles()) in told and "100%d" in told
+    example = re.search(r"such as -p (\w+) ([\w,]+)", told).groups()
+    known = set().union(*(papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb") for name in __main__.NAMES))
+    values = __main__.parameters("100%d", [example, ("output", str(tmp_path / "study"))], known)
+    asked = __main__.validate(values, ["02_accuracy"]).precisions
+    assert [precision.name for precision in asked] == example[1].split(",")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Kernels are timed by what the GPU does, however slow the processor that launches them, and torch.compile asks."""
 
+import itertools
 import sys
 import time
 import weakref
@@ -66,6 +67,12 @@ class Event:
         return end.at_ms - self.at_ms
 
 
+def disturbed(device, times_ms):
+    """A kernel that takes each of these times in turn."""
+    times_ms = itertools.cycle(times_ms)
+    return lambda: device.take(next(times_ms))
+
+
 def outline(launch_ms, monkeypatch):
     device = Device(launch_ms)
     for name, value in {
@@ -83,6 +90,17 @@ def test_a_kernels_time_does_not_hang_on_the_processor(launch_ms, monkeypatch):
     assert tune.kernel_ms(lambda: device.take(KERNEL_MS), fill=Others.sum) == pytest.approx(KERNEL_MS)
     assert device.held is None  # given back
     assert len(device.leads) == (1 if launch_ms <= 0.02 else 2 if launch_ms == 0.2 else 3)
+
+
+def test_the_least_of_a_kernels_times_counts(monkeypatch):
+    device = outline(0.002, monkeypatch)
+    assert tune.kernel_ms(disturbed(device, [0.009, 0.005, 0.02, 0.007]), fill=Others.sum) == pytest.approx(0.005)
+
+
+def test_without_a_lead_a_slow_processor_is_timed_with_the_kernel(monkeypatch):
+    device = outline(0.2, monkeypatch)
+    assert tune.kernel_ms(lambda: device.take(KERNEL_MS), leads_cycles=[0], fill=Others.sum) > 0.1
+    assert device.leads == [0]
 
 
 def test_a_processor_too_slow_to_be_waited_for_ends_the_trying(monkeypatch):
