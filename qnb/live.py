@@ -70,13 +70,14 @@ def draw(readings: Sequence[Sample], period_s: float) -> str:
         if not values:
             continue
         top = 100.0 if name.endswith("_pct") else max(values) or 1.0
-        step = WIDTH_PX / max(len(values) - 1, 1)
-        points = " ".join(f"{step * at:.1f},{HEIGHT_PX * (1 - value / top):.1f}" for at, value in enumerate(values))
+        scale = HEIGHT_PX / top
+        points = " ".join([f"{at},{HEIGHT_PX - scale * value:.1f}" for at, value in enumerate(values)])
         told = escape(f"{words}: {values[-1]:,.0f}; highest of {len(values) * period_s:,.0f} s {max(values):,.0f}")
         rows.append(
             "<div style='display:flex;flex-wrap:wrap;gap:.75rem;align-items:center'>"
-            f"<svg role='img' aria-label='{told}' viewBox='0 -1 {WIDTH_PX} {HEIGHT_PX + 2}' width='{WIDTH_PX}' "
-            f"height='{HEIGHT_PX}' style='background:#f4f4f4'><polyline fill='none' stroke='#1f4e9c' "
-            f"stroke-width='1.5' points='{points}'/></svg><span>{told}</span></div>"
+            f"<svg role='img' aria-label='{told}' viewBox='0 -1 {max(len(values) - 1, 1)} {HEIGHT_PX + 2}' "
+            f"width='{WIDTH_PX}' height='{HEIGHT_PX}' preserveAspectRatio='none' style='background:#f4f4f4'>"
+            "<polyline fill='none' stroke='#1f4e9c' stroke-width='1.5' vector-effect='non-scaling-stroke' "
+            f"points='{points}'/></svg><span>{told}</span></div>"
         )
     return "".join(rows)

@@ -18,9 +18,10 @@ from qnb.__main__ import NAMES
 from qnb.ledger import Line
 from qnb.provenance import ROOT
 
-# what a clock or a sensor read; everything else of a row is the same in every run
+# what a clock or a sensor read, or hangs on it; everything else of a row is the same in every run
 MEASURED = re.compile(
-    r"seconds_.*|.*_(s|mib|rps|tps|pct|w|mhz|j)|monitor_.*|measured_at|command|probes|(token_)?samples.*|stopped|flags"
+    r"seconds_.*|.*_(s|mib|rps|tps|pct|w|mhz|j)|monitor_.*|measured_at|command|probes|(token_)?samples.*"
+    r"|stopped|flags|bound"
 )
 EXACT = ("accuracy", "divergence", "drift")  # stages in which nothing that counts is read off a clock
 
