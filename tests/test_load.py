@@ -9,8 +9,9 @@ import pytest
 from qnb import Study, widget
 from qnb.ledger import Line, seal
 
-PATIENCE_S = 3  # of one core
+PATIENCE_S = 3  # of one core; on one that needs as long without the lines, half as long again
 BESIDE_S = 1  # of them, what the lines may add once they are open
+TRIES = 3  # the least counts: what else the machine does only adds
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +55,14 @@ def test_a_hundred_thousand_lines_are_opened_drawn_and_reported_in_time(worn, tm
         timed("chooser", lambda: widget.chooser(study))
         return took_s
 
-    fresh = example.write(tmp_path / "study")
+    def least(took_s, folder):
+        return {name: min(value, took_s.get(name, value)) for name, value in takes_s(folder).items()}
+
+    fresh, before, after = example.write(tmp_path / "study"), {}, {}
     takes_s(fresh)
-    before, after = takes_s(fresh), takes_s(worn)
-    assert max(after.values()) < PATIENCE_S, after
-    assert max(after[name] - before[name] for name in after if name != "open") < BESIDE_S, (before, after)
+    for _ in range(TRIES):
+        before, after = least(before, fresh), least(after, worn)
+        in_time = all(after[name] < max(PATIENCE_S, 1.5 * before[name]) for name in after)
+        if in_time and max(after[name] - before[name] for name in after if name != "open") < BESIDE_S:
+            return
+    pytest.fail(f"without the lines {before}, with them {after}")
