@@ -46,7 +46,7 @@ def test_killed_anywhere_it_ends_as_an_undisturbed_run(smoke, tmp_path, kills):
     assert done.returncode == 0, done.stderr
     folder, draw, kept = tmp_path / "study", random.Random(kills), set()
     for _ in range(kills):
-        only, seconds = draw.choice(NAMES)[:2], draw.uniform(2, 24)
+        only, seconds = draw.choice(NAMES)[:2], draw.uniform(2, 18)
         run = subprocess.Popen(
             [sys.executable, "-m", "qnb", "run", "--profile", "smoke", "--output", str(folder), "--only", only],
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
