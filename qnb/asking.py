@@ -151,7 +151,7 @@ class Asking(Workbench):
         largest = max(size for parts in sizes.values() for size in parts.values())
         cap = min(cap or largest, largest)
         first = {"limit": min(FIRST_ROUND[self.device.kind], cap), "spent_s": 0.0, "done": False}
-        plan = self._find(key) or self._append(key, asked, first)
+        plan = self._decided(key) or self._append(key, asked, first)
         while True:
             started, limit = perf_counter(), int(plan["limit"])
             rows = self._evaluate(evaluator.limited(limit), {"minutes": minutes})

@@ -10,7 +10,8 @@ of prompts that are as long, so it could only cost; requests of mixed lengths ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -20,7 +21,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
-from transformers import DynamicCache, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
 
 from qnb.error import InputError
 from qnb.model import release
@@ -129,8 +130,19 @@ def check_window(config: PretrainedConfig, prompt_tokens: int, new_tokens: int) 
         )
 
 
+@contextmanager
+def _greedy(model: PreTrainedModel) -> Iterator[None]:
+    """Have ``generate`` take the likeliest token, whatever penalties, beams or samples a model asks for by itself."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=_pad_id(model))
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 class Eager:
-    """Transformers' own ``generate`` as most people call it."""
+    """Transformers' own ``generate`` as most people call it, always greedy."""
 
     note = ""
 
@@ -145,25 +157,19 @@ class Eager:
         """
         model = self._model
         check_window(model.config, max(map(len, prompts)), new_tokens)
-        pad_id = _pad_id(model)
-        ids, mask = pad(prompts, pad_id, model.device)
+        ids, mask = pad(prompts, _pad_id(model), model.device)
         never = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
 
         def tick(*_: Any, **__: Any) -> torch.Tensor:
             clock.tick()  # type: ignore[union-attr]  # called only where there is one
             return never
 
-        with torch.inference_mode():
+        with torch.inference_mode(), _greedy(model):
             out = model.generate(  # type: ignore[operator]  # transformers types the mixin loosely
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=new_tokens,
                 min_new_tokens=new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=pad_id,
                 stopping_criteria=StoppingCriteriaList([tick] if clock else []),
             )
         return out[:, ids.shape[1] :]  # (B, N)

@@ -47,6 +47,13 @@ COMPILED_FROM = 10**16  # tokens times weights: half a minute of an H100, a quar
 STOCK_BLOCK = 256  # requests that stock scoring gets at once, so that their answers can be kept
 CHECK_STEPS = 8  # new tokens between two looks for stop sequences
 PEERS = 4  # rows that must share a beginning
+# settings by which a model shapes greedy texts, where they differ from these
+PLAIN = {
+    "num_beams": 1, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "guidance_scale": 1.0,
+    "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "bad_words_ids": None, "sequence_bias": None,
+    "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None, "penalty_alpha": None, "dola_layers": None, "stop_strings": None,
+}  # fmt: skip
 # tokens times weights that sharing must save: it takes two passes more, and a GPU starts many kernels for each
 SAVED = {"cuda": 10**12, "cpu": 0}
 
@@ -362,12 +369,16 @@ class SharedContextLM(HFLM):
     # What is generated
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context greedily up to a stop sequence; sampled requests go to stock generation.
+        """Continue each context greedily up to a stop sequence.
+
+        Stock generation gets sampled requests, and all of a model whose own settings shape the texts (`PLAIN`).
 
         Rows that are done leave the batch, and a beginning that all contexts share is computed once.
         """
         answers = Answers(self._kept, [request.args for request in requests])
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        own = self.model.generation_config
+        shaped = any(getattr(own, name, None) not in (None, plain) for name, plain in PLAIN.items())
         mine: list[tuple[int, list[str], int]] = []
         rest: list[int] = []
         for place, request in enumerate(requests):
@@ -375,7 +386,7 @@ class SharedContextLM(HFLM):
             until = handle_stop_sequences(options.pop("until", None), eos=eos)
             most = options.pop("max_gen_toks")
             sampled = options.pop("do_sample", False) or options.pop("temperature", 0.0) or options
-            if sampled or not self.shared or self.think_end_token:
+            if sampled or shaped or not self.shared or self.think_end_token:
                 rest.append(place)
             else:
                 mine.append((place, until, most))
@@ -460,7 +471,18 @@ class SharedContextLM(HFLM):
                 use_cache=True,
             )
             cache, last = past.past_key_values, past.last_hidden_state[:, -1]  # (B, D)
-        return [self.tok_decode(tokens[:most]) for tokens, (*_, most) in zip(written, batch, strict=True)]
+        return [self.tok_decode(self._ended(tokens[:most])) for tokens, (*_, most) in zip(written, batch, strict=True)]
+
+    @property
+    def _ends(self) -> set[int]:
+        """The tokens that end a text: a model may have several."""
+        own = self.model.generation_config.eos_token_id
+        return {self.eot_token_id, *(own if isinstance(own, list) else () if own is None else (own,))}
+
+    def _ended(self, tokens: list[int]) -> list[int]:
+        """Return a text's tokens, the first that ends it the last: what a row is given after that is no answer."""
+        ends = self._ends
+        return tokens[: 1 + next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]
 
     def _begin(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any, room: int
@@ -503,7 +525,7 @@ class SharedContextLM(HFLM):
         meet costs further tokens, no answer.
         """
         tail = tokens[-(CHECK_STEPS + max(map(len, until), default=0)) :]
-        if len(tokens) >= most or self.eot_token_id in tail:
+        if len(tokens) >= most or not self._ends.isdisjoint(tail):
             return True
         for part in (tail, tokens):
             text = self.tok_decode(part, skip_special_tokens=False)

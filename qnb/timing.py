@@ -148,7 +148,7 @@ class Timing(Workbench):
         }
         key = self._shared_key("pace", asked, setting=setting)
         with self._alone():
-            if found := self._find(key):
+            if found := self._decided(key):
                 return int(found["requests"])
             batch = self.workload(setting, rows, prompt_tokens, new_tokens, prompts)
             self.limits()  # before anything is loaded

@@ -245,6 +245,10 @@ class Workbench:
     def _find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         return None if self.overwrite else self.ledger.find(**key)
 
+    def _decided(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what was decided for all precisions: measuring some of them anew does not decide it anew."""
+        return self.ledger.find(**key)
+
     @cached_property
     def _context(self) -> dict[str, Any]:
         """What every row says of where it comes from."""

@@ -423,6 +423,16 @@ def test_eager_ticks_once_a_token_and_changes_none():
     assert torch.equal(timed, Eager(network).generate(THREE, 6)) and timed.shape == (3, 6)
 
 
+def test_a_models_own_penalties_and_beams_do_not_reach_eager():
+    network = tiny(LlamaConfig, {})
+    plain = Eager(network).generate(THREE, 12)
+    own = network.generation_config
+    own.repetition_penalty, own.no_repeat_ngram_size, own.num_beams, own.do_sample = 1.5, 2, 3, True
+    assert len(set(plain[0].tolist())) < 12, "nothing is repeated that a penalty would stop"
+    assert torch.equal(Eager(network).generate(THREE, 12), plain)
+    assert network.generation_config is own and own.num_beams == 3
+
+
 def test_an_end_of_sequence_is_barred_as_generate_bars_it():
     network = tiny(LlamaConfig, {})
     network.lm_head.weight.data[7] = 40 * network.lm_head.weight.data[7].sign()  # often the likeliest token

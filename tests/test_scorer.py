@@ -91,6 +91,20 @@ def test_every_kind_of_request_is_answered_as_stock_does(family, tokenizer, text
     assert ours.generate_until(generated, disable_tqdm=True) == theirs
 
 
+@pytest.mark.parametrize("own", [{}, {"eos_token_id": "also"}, {"repetition_penalty": 1.3}])
+def test_texts_end_and_are_shaped_as_the_models_own_settings_say(own, tokenizer, text):
+    ours, stock = both(FAMILIES["untied head"](len(tokenizer)), tokenizer)
+    prompts = [asked(text(count), {"until": ["\n\n"], "max_gen_toks": 24}) for count in (5, 9, 14, 30, 31)]
+    said = [tokenizer(answer)["input_ids"] for answer in stock.generate_until(prompts, disable_tqdm=True)]
+    often = next(token for token in said[0][2:] if token not in said[0][:2])  # comes in the midst of a text
+    settings = {"eos_token_id": [ours.eot_token_id, often]} if "eos_token_id" in own else own
+    for name, value in settings.items():  # both have one model
+        setattr(ours.model.generation_config, name, value)
+    theirs = stock.generate_until(prompts, disable_tqdm=True)
+    assert ours.generate_until(prompts, disable_tqdm=True) == theirs
+    assert bool(settings) == ([tokenizer(answer)["input_ids"] for answer in theirs] != said)
+
+
 @pytest.mark.parametrize(("least", "reads"), [(0, 1), (10**12, 0)])
 def test_a_beginning_is_read_by_itself_only_where_it_saves_enough(least, reads, tokenizer, pairs, monkeypatch):
     ours, stock = both(FAMILIES["untied head"](len(tokenizer)), tokenizer)
