@@ -37,7 +37,7 @@ from qnb.decode import (
 )
 from qnb.device import MIB, detect
 from qnb.model import load, quiet, release, weigh
-from qnb.monitor import ProcessSensor, Sample, Usage, Window, sensor
+from qnb.monitor import SETTLED_S, ProcessSensor, Sample, Usage, Window, sensor
 from qnb.precision import Precision
 from qnb.step import FEW_ROWS
 from qnb.workload import Workload
@@ -191,10 +191,7 @@ class Run:
     @property
     def flags(self) -> list[str]:
         """What makes this run unlike an undisturbed one."""
-        usage = self.usage
-        counted = usage.energy_s is not None and "energy_j" not in usage.missing
-        short = ["too short for the energy counter"] if counted and usage.energy_j is None else []
-        return [*usage.flags, *short, *self.lost]
+        return [*self.usage.flags, *self.lost]
 
     def energy(self) -> dict[str, float]:
         """Return joules a request and a token, whole and above what the device takes idle; empty where unknown."""
@@ -508,6 +505,7 @@ def measure_limits(device: torch.device | str) -> Limits:
         torch.zeros(1, device=device)  # a context keeps the clocks of a GPU that nobody uses from falling
         _synchronize(device)
         sense, read = sensor(device), []
+        sleep(SETTLED_S)  # power is a mean over that time before
         for _ in range(10):
             sleep(IDLE_S / 10)
             with suppress(OSError):  # a sensor that answers no more costs its own number alone

@@ -2,8 +2,9 @@
 
 With an NVIDIA GPU the samples come from NVML; without one from the process itself. NVML's utilization is the share
 of a short period in which any kernel ran, not how much of the GPU worked. Memory is the whole device's, less what
-was in use when the window opened: containers such as Colab's hide the memory of single processes. Energy is a counter
-that moves in steps, so a short window has none. The thread reads counters only, never the model.
+was in use when the window opened: containers such as Colab's hide the memory of single processes. NVML's utilization
+and power are means over up to a second before a reading, and its energy counter moves in steps: a window of less than
+a second has none of the three. The thread reads counters only, never the model.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from qnb.device import MIB
 
 Sample = dict[str, float]
 
+SETTLED_S = 1.0  # what NVML's rates look back over at most (NVML API reference)
 ENERGY_STEPS = 5  # times the energy counter must have moved in a window before a difference of it means anything
 COVERED = 0.95  # of a window, by the energy counter, for its joules to be the window's
 OTHERS_PCT = 10.0  # of the CPU in other hands, from which on a row says so
@@ -49,7 +51,7 @@ class Usage:
     memory_mib: float | None = None  # mean; device in use above the baseline, or resident set
     peak_memory_mib: float | None = None
     baseline_mib: float | None = None  # device in use when the window opened; 0 for a process
-    power_w: float | None = None  # mean
+    power_w: float | None = None  # mean: energy by time where the counter told it, else of the readings
     clock_mhz: float | None = None  # mean, streaming multiprocessors
     energy_j: float | None = None  # of the whole device; None where its counter moved too few times
     energy_s: float | None = None  # seconds that the energy counter was read over; None where there is none
@@ -70,7 +72,13 @@ class Usage:
         gone = [f"{name} in {count} of {self.samples}" for name, count in self.missing.items()]
         if self.failures:
             gone.append(f"{self.failures} readings whole")
-        return found + ([f"samples missing: {', '.join(gone)}"] if gone else [])
+        if gone:
+            found.append(f"samples missing: {', '.join(gone)}")
+        if self.source == "nvml" and self.duration_s < SETTLED_S:
+            found.append("too short for utilization, power and energy")
+        elif self.energy_s is not None and self.energy_j is None and not gone:
+            found.append("too short for the energy counter")
+        return found
 
 
 def disturbed(flags: Any) -> bool:
@@ -103,7 +111,7 @@ class Window:
     ) -> None:
         self._sample, self._source, self._period_s = sample, source, period_s
         self._baseline_mib = baseline_mib
-        self._stop = threading.Event()
+        self._begun, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="qnb-monitor", daemon=True)
         self.readings: list[Sample] = []  # each with t_s, seconds since the window opened
         self._failures = 0
@@ -118,13 +126,17 @@ class Window:
         self.readings.append({"t_s": time.perf_counter() - self._opened, **reading})
 
     def _watch(self) -> None:
+        """Read from start to end, in one thread: psutil's shares are of the time since that thread last asked."""
+        self._read()
+        self._begun.set()
         while not self._stop.wait(self._period_s):
             self._read()
+        self._read()
 
     def __enter__(self) -> Window:
         self._opened = time.perf_counter()
-        self._read()
         self._thread.start()
+        self._begun.wait()
         return self
 
     def __exit__(
@@ -132,7 +144,6 @@ class Window:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        self._read()
         self._closed = time.perf_counter()
 
     @property
@@ -142,9 +153,11 @@ class Window:
         def column(name: str) -> list[float]:
             return [reading[name] for reading in self.readings if reading.get(name) is not None]
 
-        # the first reading of a rate looks back to before the window
-        rates, others = ([reading[name] for reading in self.readings[1:] if name in reading]
-                         for name in ("utilization_pct", "others_pct"))  # fmt: skip
+        # others look back to before the window
+        within_s = SETTLED_S if self._source == "nvml" else 0.0
+        rates, powers, others = ([reading[name] for reading in self.readings[1:]
+                                  if name in reading and reading["t_s"] >= within_s]
+                                 for name in ("utilization_pct", "power_w", "others_pct"))  # fmt: skip
         base_mib = self._baseline_mib  # unknown: nothing can be said of what is above it
         memory = [] if base_mib is None else [value - base_mib for value in column("memory_mib")]
         energy_j, energy_s = self._energy()
@@ -156,7 +169,7 @@ class Window:
             memory_mib=fmean(memory) if memory else None,
             peak_memory_mib=max(memory) if memory else None,
             baseline_mib=self._baseline_mib,
-            power_w=fmean(power) if (power := column("power_w")) else None,
+            power_w=energy_j / energy_s if energy_j and energy_s else fmean(powers) if powers else None,
             clock_mhz=fmean(clock) if (clock := column("clock_mhz")) else None,
             energy_j=energy_j,
             energy_s=energy_s,
@@ -181,7 +194,7 @@ class Window:
             return None, None
         seconds = read[-1][0] - read[0][0]
         steps = sum(after != before for (_, before), (_, after) in pairwise(read))
-        whole = seconds >= COVERED * (self.readings[-1]["t_s"] - self.readings[0]["t_s"])
+        whole = seconds >= max(SETTLED_S, COVERED * (self._closed - self._opened))
         return (read[-1][1] - read[0][1] if whole and steps >= ENERGY_STEPS else None), seconds
 
 

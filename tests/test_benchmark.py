@@ -197,6 +197,8 @@ def test_energy_is_given_whole_and_above_idle():
     assert (row["energy_above_idle_j_per_request"], row["energy_above_idle_j_per_token"]) == (10, 2.5)
     assert made(0.05).flags == ["too short for the energy counter"]
     assert made(0.05).energy() == {} and made(0.05, energy_j=1.0).flags == []
+    short = replace(made(0.05), usage=Usage("nvml", 9, 0.6, energy_s=0.6)).flags
+    assert short == ["too short for utilization, power and energy"]
     for usage in (Usage("nvml", 9, 2.0), Usage("nvml", 9, 2.0, energy_s=1.0, missing={"energy_j": 4})):
         flags = replace(made(0.05), usage=usage).flags  # of a device without the counter, and of one that lost it
         assert not any("short" in flag for flag in flags) and ("energy_j" in str(flags)) == bool(usage.missing)
