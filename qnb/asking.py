@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -115,14 +114,16 @@ class Asking(Workbench):
                     for task in todo:
                         bar.set_postfix_str(f"{name} {task}")
                         key, started = keys[name, task], perf_counter()
-                        kept = self._items_path(key).with_suffix(".answers")
+                        kept = self.folder / f"{_items_stem(key)}.answers"
                         if self.overwrite:
                             kept.unlink(missing_ok=True)
                         with self._failing(key, asked, f"{name} on {task}"):
                             result = evaluator.evaluate(network, self.tokenizer, task, kept)
+                            file, sha256 = self._write(_items_stem(key), result.items)
                             values = {
                                 "scores": [asdict(score) for score in result.scores],
-                                "items_sha256": self._write(self._items_path(key), result.items),
+                                "items_file": file,
+                                "items_sha256": sha256,
                                 "data_sha256": result.data_sha256,
                                 "groups": result.groups,
                                 "evaluate_s": perf_counter() - started,
@@ -263,8 +264,7 @@ class Asking(Workbench):
 
     def _keep_tokens(self, key: dict[str, Any], tokens: pd.DataFrame) -> dict[str, Any]:
         """Write a row's tokens; return what the row says of them. Nothing else of a divergence is ever on the disk."""
-        name = f"samples/divergence.{key['precision']}.{key['fingerprint']}.parquet"
-        sha256 = self._write(self.folder / name, tokens)
+        name, sha256 = self._write(f"samples/divergence.{key['precision']}.{key['fingerprint']}", tokens)
         return {"samples": name, "samples_sha256": sha256, "disk_mib": (self.folder / name).stat().st_size / MIB}
 
     def _distances(
@@ -292,9 +292,6 @@ class Asking(Workbench):
                 "leave 02_accuracy out, or take smollm2-135m or a model from the hub"
             )
 
-    def _items_path(self, row: Mapping[str, Any]) -> Path:
-        return self.folder / items_name(row)
-
     def _scored(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """Return the row that answers, if its items are those it was counted from."""
         row = self._find(key)
@@ -305,7 +302,7 @@ class Asking(Workbench):
 
         None where the file is gone or is not the one written then.
         """
-        path = self._items_path(row)
+        path = self.folder / items_name(row)
         if not path.exists() or model.file_sha256(path) != row["items_sha256"]:
             return None
         return pd.read_parquet(path)
@@ -351,4 +348,9 @@ def _items_of(sizes: Mapping[str, int], limit: int) -> int:
 
 def items_name(row: Mapping[str, Any]) -> str:
     """Return the file of an accuracy row's items, below the study's folder."""
-    return f"items/{row['task']}.{row['precision']}.{row['fingerprint']}.parquet"
+    name = row.get("items_file")  # not told before version 0.9.0
+    return name if isinstance(name, str) else f"{_items_stem(row)}.parquet"
+
+
+def _items_stem(row: Mapping[str, Any]) -> str:
+    return f"items/{row['task']}.{row['precision']}.{row['fingerprint']}"

@@ -37,7 +37,7 @@ from qnb.decode import (
 )
 from qnb.device import MIB, detect
 from qnb.model import load, quiet, release, weigh
-from qnb.monitor import SETTLED_S, ProcessSensor, Sample, Usage, Window, sensor
+from qnb.monitor import SETTLED_S, ProcessSensor, Sample, Usage, Window, disturbed, sensor
 from qnb.precision import Precision
 from qnb.step import FEW_ROWS
 from qnb.workload import Workload
@@ -65,6 +65,7 @@ class Limits:
     copy_bytes_per_s: float  # read and written, by a copy larger than any cache
     matmul_flop_per_s: dict[str, float]  # a square product by type; int8 counts operations
     idle_power_w: float | None  # of a GPU that waits with a context on it
+    flags: Sequence[str] = ()  # what else was at work each time they were measured
 
     def flop_per_s(self, flops: Mapping[str, float]) -> float | None:
         """Return the rate at which operations, given by type, can be done at most, one type after the other."""
@@ -191,7 +192,8 @@ class Run:
     @property
     def flags(self) -> list[str]:
         """What makes this run unlike an undisturbed one."""
-        return [*self.usage.flags, *self.lost]
+        busy = ["the device's limits were measured on a busy machine"] if self.limits and self.limits.flags else []
+        return [*self.usage.flags, *busy, *self.lost]
 
     def energy(self) -> dict[str, float]:
         """Return joules a request and a token, whole and above what the device takes idle; empty where unknown."""
@@ -522,6 +524,20 @@ def measure_limits(device: torch.device | str) -> Limits:
             # transposed, as layers have it: the int8 units take the right matrix by columns, or crawl
             rates[name] = 2 * side**3 / _fastest_s(partial(multiply, matrix, matrix.t()), device)
     return Limits(2 * copied_mib * MIB / copy_s, rates, idle_power_w)
+
+
+def undisturbed_limits(device: torch.device | str, tries: int = 3) -> Limits:
+    """Measure the limits, again while other processes are at work, and take the best of each: work is only slowed."""
+    sense, found = sensor(device), []
+    for _ in range(tries):
+        with Window(sense.sample, sense.source) as window:
+            found.append(measure_limits(device))
+        flags = [flag for flag in window.usage.flags if disturbed([flag])]
+        if not flags:
+            break
+    rates = {name: max(one.matmul_flop_per_s.get(name, 0.0) for one in found) for name in found[0].matmul_flop_per_s}
+    idle_w = min((one.idle_power_w for one in found if one.idle_power_w is not None), default=None)
+    return Limits(max(one.copy_bytes_per_s for one in found), rates, idle_w, flags)
 
 
 def _fastest_s(work: Callable[[], Any], device: torch.device, least: int = 3, most_s: float = 0.2) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from qnb import table
+from qnb.monitor import disturbed
 from qnb.precision import BASELINE
 from qnb.results import Results
 from qnb.stats import mean_of_independent
@@ -41,6 +42,7 @@ class Candidate:
     throughput_tps: float | None = None
     spread: float = 0.0  # range of the throughput over its median, over repeats
     repeats: int = 1
+    disturbed: bool = False  # whether other processes were at work while it was timed
     accuracy_pct: float | None = None
     change_pp: float | None = None  # against BF16, on the same items
     low_pp: float | None = None  # 95 % interval of the change
@@ -123,6 +125,7 @@ def candidates(results: Results, setting: str, task: str = OVERALL) -> list[Cand
                 batch_size=int(row["batch_size"]),
                 repeats=int(row.get("repeats") or 1),
                 spread=(high - low) / rate if low and high and rate else 0.0,
+                disturbed=disturbed(row.get("flags")),
                 **values,
                 **known.get(row["precision"], {}),
             )
@@ -196,7 +199,7 @@ def choose(found: Iterable[Candidate], demand: Demand) -> Advice:
     fitting = tuple(one for one in judged if one.fits)
     unsure = tuple(one for one in judged if one.unknown and not one.against)
     out = tuple(one for one in judged if one.against)
-    return Advice(demand, fitting, unsure, out, tuple(_notes(fitting, unsure, demand)))
+    return Advice(demand, fitting, unsure, out, tuple(_notes(fitting, unsure, out, demand)))
 
 
 def _rank(candidate: Candidate, demand: Demand) -> tuple[float, float]:
@@ -240,7 +243,9 @@ def _more_items(change: float, low: float, loss_pp: float) -> str:
     return f"about {math.ceil(times)} times as many might" if times <= PRACTICAL else "nor would any practical number"
 
 
-def _notes(fitting: tuple[Judgement, ...], unsure: tuple[Judgement, ...], demand: Demand) -> Iterable[str]:
+def _notes(
+    fitting: tuple[Judgement, ...], unsure: tuple[Judgement, ...], out: tuple[Judgement, ...], demand: Demand
+) -> Iterable[str]:
     """Yield what qualifies the recommendation."""
     if not fitting:
         return
@@ -254,6 +259,8 @@ def _notes(fitting: tuple[Judgement, ...], unsure: tuple[Judgement, ...], demand
         if abs(speed - other) < speed * best.spread / 2 + other * second.spread / 2:
             yield f"{best.name} and {second.name} differ in speed by less than their repeats do."
     faster = [one.candidate.name for one in unsure if _rank(one.candidate, demand) < _rank(best, demand)]
+    if slowed := [one.candidate.name for one in (*fitting, *unsure, *out) if one.candidate.disturbed]:
+        yield f"Other processes were at work while {', '.join(slowed)} {'was' if len(slowed) == 1 else 'were'} timed."
     if faster:
         yield f"Faster, if it were known to fit: {', '.join(faster)}."
 

@@ -196,8 +196,8 @@ def heatmap(table: pd.DataFrame, title: str) -> go.Figure:
     for name in shown:
         values = table[name].astype(float)
         span = values.max() - values.min()
-        scaled = (values - values.min()) / span if span else values * 0 + 1
-        shades[name] = list(1 - scaled if METRICS[name][2] is False else scaled)
+        scaled = (values - values.min()) / (span or 1)
+        shades[name] = list(scaled if span and METRICS[name][2] is not False else 1 - scaled)  # equal ones are best
     values = table[shown].astype(float).to_numpy()
     marks = ["<br>(disturbed)" if disturbed(row.get("flags")) else "" for row in table.to_dict("records")]
     numbers = [["" if pd.isna(value) else look.number(value) for value in row] for row in values]

@@ -124,7 +124,7 @@ def _as_measured(table: pd.DataFrame) -> pd.DataFrame:
     table = table.dropna(subset=["throughput_rps"])
     renamed = {"utilization_pct": "monitor_utilization_pct", "power_w": "monitor_power_w"}
     table = table[[name for name in table if not name.startswith("published_")]].rename(columns=renamed)
-    half = 1 + table.throughput_spread_pct.fillna(0) / 200  # the spread is the range over the lowest
+    half = (1 + table.throughput_spread_pct.fillna(0) / 100) ** 0.5  # the spread is the range over the lowest
     return table.assign(low_rps=table.throughput_rps / half, high_rps=table.throughput_rps * half)
 
 

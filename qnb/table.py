@@ -17,6 +17,7 @@ import pandas as pd
 from qnb import paper
 from qnb.batch import Probe, fit, knee, plans
 from qnb.error import InputError
+from qnb.monitor import disturbed
 from qnb.precision import BASELINE
 from qnb.stats import compare, holm, mean_interval, mean_of_independent
 
@@ -302,23 +303,28 @@ def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
 
     ``seconds_per_request`` is total time over requests (the paper's "average latency"); ``batch_latency_s`` is what a
     request really waits for. ``speedup`` is throughput over BF16's with the same engine on the same workload, device
-    and memory, ``engine_speedup`` over eager's of the same precision; empty where that was not measured so. Where an
-    engine could not run, ``note`` says why. Published values stand beside eager alone, the engine they are of.
+    and memory, ``engine_speedup`` over eager's of the same precision; empty where that was not measured so, and where
+    other processes disturbed either. ``note`` says why an engine could not run, and which rows were not measured like
+    the newest. Published values stand beside eager alone, the engine they are of.
     """
     if frame.empty:
         return frame
     published = paper.performance(number).set_index("precision")
-    alike = [name for name in ALIKE if name in frame]
     rows: list[dict[str, Any]] = []
     rates: dict[tuple[Any, ...], float] = {}
+    flags: dict[tuple[Any, ...], str] = {}
+    newest = _like(frame.sort_values("measured_at", kind="stable").iloc[-1]) if "measured_at" in frame else None
     for (precision, engine), runs in frame.groupby(["precision", "engine"], sort=False):
         last = runs.iloc[-1]
-        like = tuple(last[alike])
+        like = _like(last)
         row: dict[str, Any] = {"precision": precision, "engine": engine, "batch_size": int(last.batch_size)}
         if pd.notna(last.get("throughput_rps")):
             rates[precision, engine, like] = median(runs.throughput_rps)
             row |= _performance(runs)
-        row["note"] = last.get("note") or ""
+            flags[precision, engine, like] = row["flags"]
+        note = last.get("note")
+        notes = [note if isinstance(note, str) else "", OTHER if newest and like != newest else ""]
+        row["note"] = "; ".join(filter(None, notes))
         if engine == "eager":
             for name in ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_mib", "speedup"):
                 row[f"published_{name}"] = published[name].get(precision)
@@ -327,18 +333,20 @@ def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
         precision, engine, like = row["precision"], row["engine"], row.pop("like")
         mine = rates.get((precision, engine, like))
         for name, other in (("speedup", (BASELINE, engine, like)), ("engine_speedup", (precision, "eager", like))):
-            row[name] = mine / rates[other] if mine and other in rates else None
+            calm = not (disturbed(row.get("flags")) or disturbed(flags.get(other)))
+            row[name] = mine / rates[other] if mine and other in rates and calm else None
     result = pd.DataFrame(rows)
     order = [name for name in result if not str(name).startswith("published_")]
     return result[order + [name for name in result if name not in order]].round(6)
 
 
+OTHER = "not measured like the newest row: other prompts, device, memory or cap"
 ALIKE = ("workload", "device", "memory_limit_mib", "cap")  # in these two rows must not differ to be compared
 # what a notebook shows of Tables 3 and 4; their files have all columns
 MAIN = (
     "precision", "engine", "batch_size", "throughput_rps", "seconds_per_request", "batch_latency_s", "utilization_pct",
     "weights_mib", "memory_mib", "energy_j_per_request", "energy_above_idle_j_per_request", "speedup",
-    "engine_speedup", "note", "published_throughput_rps", "published_seconds_per_request",
+    "engine_speedup", "flags", "note", "published_throughput_rps", "published_seconds_per_request",
     "published_utilization_pct", "published_vram_mib", "published_speedup",
 )  # fmt: skip
 MEDIANS = (
@@ -347,6 +355,10 @@ MEDIANS = (
     "kernels_per_token", "weights_mib", "cache_mib", "peak_reserved_mib", "energy_j_per_request",
     "energy_above_idle_j_per_request", "energy_j_per_token", "energy_above_idle_j_per_token",
 )  # fmt: skip
+
+
+def _like(row: pd.Series) -> tuple[str, ...]:
+    return tuple(str(row.get(name)) for name in ALIKE)
 
 
 def _performance(runs: pd.DataFrame) -> dict[str, Any]:

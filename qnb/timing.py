@@ -40,6 +40,7 @@ PACE_ROWS = {"bs1": {"cuda": 1, "cpu": 1}, "maxbatch": {"cuda": 32, "cpu": 4}}  
 # traced, memory read, tokens compared. In the largest batch: three probes of its size, memory read, kernels traced.
 COST = {"bs1": (0, 3), "maxbatch": (5, 0)}
 SWEPT = 3  # batches of each size in a sweep
+FULL = ("out of memory", "a smaller batch did not fit")  # sizes of a sweep that are tried again the next time
 WHEN_TIMED = "out of memory when timed"  # why a batch that ran in the search is not the largest
 
 
@@ -183,13 +184,20 @@ class Timing(Workbench):
 
     @cached_property
     def _limits(self) -> Limits:
-        from qnb.benchmark import Limits, measure_limits
+        from qnb.benchmark import Limits, undisturbed_limits
 
         parts = {"device": self.device.name, "versions": self.versions}
         key = {"stage": "limits", "fingerprint": fingerprint(parts)}
         with self._alone():
-            row = self._find(key) or self._append(key, {}, asdict(measure_limits(self.device.place)))
-        return Limits(**{name: row[name] for name in Limits.__slots__})
+            row = self._find(key)
+            if row is None:
+                row = self._append(key, {}, asdict(undisturbed_limits(self.device.place)))
+                if row["flags"]:
+                    tqdm.write(
+                        f"the device's limits were measured while {'; '.join(row['flags'])}: what bounds a row may be "
+                        "named wrong; overwrite=True measures them again"
+                    )
+        return Limits(**{name: row[name] for name in Limits.__slots__ if name in row})
 
     def perf_bs1(self, workload: Workload, repeats: int = 1, engines: str | Iterable[str] = "auto") -> pd.DataFrame:
         """Time the workload one request at a time; return a row a precision, engine and repeat (Table 3).
@@ -324,7 +332,8 @@ class Timing(Workbench):
     def sweep(self, workload: Workload, most: Count = "auto", engines: str | Iterable[str] = "auto") -> pd.DataFrame:
         """Time batches of 1, 2, 4 … requests, three of each; return a row a precision, engine and size.
 
-        A size that does not fit ends its precision's and engine's row of sizes, with a note.
+        A size that does not fit ends its precision's and engine's row of sizes, with a note; it is tried again the
+        next time.
 
         Parameters
         ----------
@@ -355,7 +364,7 @@ class Timing(Workbench):
                     for engine in names
                     for size in batch_sizes(found.get((precision.name, engine), largest))
                 ]
-                if missing := [key for key in keys if not self._find(key)]:
+                if missing := [key for key in keys if (self._find(key) or {"note": FULL[0]}).get("note") in FULL]:
                     with self._failing(missing[0], asked, f"{precision.name}'s batch sizes"):
                         self.on(precision, partial(self._sweep, missing, workload, asked))
                 bar.update()
@@ -384,7 +393,7 @@ class Timing(Workbench):
                 self._append(key, asked, {"batch_size": size, "note": note})
                 continue
             batch = replace(workload, prompts=tuple(islice(cycle(workload.prompts), SWEPT * size)))
-            values: dict[str, Any] = {"note": "a smaller batch did not fit"}
+            values: dict[str, Any] = {"note": FULL[1]}
             with self._failing(key, asked, f"{key['precision']}'s batch of {size} with engine {key['engine']}"):
                 try:
                     if key["engine"] not in full:
@@ -393,7 +402,7 @@ class Timing(Workbench):
                     if not is_out_of_memory(error):
                         raise
                     full.add(key["engine"])
-                    values = {"note": "out of memory"}
+                    values = {"note": FULL[0]}
                 self._append(key, asked, {"batch_size": size, **values})
             model.release()
 
@@ -529,12 +538,10 @@ class Timing(Workbench):
     def _keep_samples(self, key: Mapping[str, Any], timed: Run) -> dict[str, Any]:
         """Write what a row was counted from, the monitor's readings and each token's time; return the files' names."""
         parts = [key["stage"], key["setting"], key["precision"], key["engine"], key.get("repeat", 0)]
-        stem = f"samples/{'.'.join(map(str, [*parts, key['fingerprint']]))}"
-        frames = {"samples": timed.readings, "token_samples": timed.tokens()}
-        names = {field: f"{stem}{'.tokens' * (field == 'token_samples')}.parquet" for field in frames}
-        hashes = {f"{field}_sha256": self._write(self.folder / names[field], pd.DataFrame(frames[field]))
-                  for field in frames}  # fmt: skip
-        return {**names, **hashes}
+        stem, kept = f"samples/{'.'.join(map(str, [*parts, key['fingerprint']]))}", {}
+        for field, part, rows in (("samples", "", timed.readings), ("token_samples", ".tokens", timed.tokens())):
+            kept[field], kept[f"{field}_sha256"] = self._write(stem + part, pd.DataFrame(rows))
+        return kept
 
     def _turns(self, repeats: int) -> Iterator[tuple[int, Precision]]:
         """Let precisions take turns, each repeat beginning with another one."""

@@ -6,12 +6,14 @@ made. One process at a time measures into a folder, and what cannot be measured 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -124,11 +126,15 @@ class Workbench:
         self.ledger = Ledger(self.folder)
         for damage in self.ledger.damaged:
             tqdm.write(f"{damage}; it is passed over, and measured again where it is asked for")
+        if not self.ledger.path.exists():  # what is there can be read and verified wherever it lies
+            self._check_writable()
+        self.model = model
+        self._check_model()
+
+    def _check_writable(self) -> None:
         parent = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         if not os.access(parent, os.W_OK):
             raise InputError(f"output {self.folder} cannot be written (no right to write in {parent}); give another")
-        self.model = model
-        self._check_model()
 
     def _check_model(self) -> None:
         model.check(self.model)
@@ -295,6 +301,7 @@ class Workbench:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Measure while no other process measures into the same folder; wait for one that does, and say so."""
+        self._check_writable()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0.5)
@@ -411,13 +418,17 @@ class Workbench:
             return "wikitext" if self.device.kind == "cuda" or self.data_dir else "sample"
         return source
 
-    def _write(self, path: Path, frame: pd.DataFrame) -> str:
-        """Write a file, whole or not at all, and return its sha256."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".draft")
-        frame.to_parquet(draft)
-        draft.replace(path)
-        return model.file_sha256(path)
+    def _write(self, stem: str, frame: pd.DataFrame) -> tuple[str, str]:
+        """Write what a row is counted from, whole or not at all; return the file's name and sha256.
+
+        Its name tells its content, so that what is measured anew leaves the file of the row before alone.
+        """
+        buffer = BytesIO()
+        frame.to_parquet(buffer)
+        sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
+        name = f"{stem}.{sha256[:8]}.parquet"
+        self._replace(name, buffer.getvalue())
+        return name, sha256
 
     def build(self, name: str) -> pd.DataFrame:
         """Make a table from the ledger's rows without keeping it; `name` is its file's."""

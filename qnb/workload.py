@@ -71,12 +71,17 @@ def paragraphs(source: str, data_dir: str | Path | None = None, split: str | Non
     Raises
     ------
     InputError
-        The source is unknown, or its data cannot be had.
+        The source is unknown, or its data cannot be had or hold no text.
     """
     check(source)
     text = DATA / "text.txt"
     lines = text.read_text(encoding="utf-8").splitlines() if source == "sample" else _wikitext(data_dir, split)
-    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("=")]
+    if found := [line.strip() for line in lines if line.strip() and not line.strip().startswith("=")]:
+        return found
+    raise InputError(
+        f"{'/'.join(WIKITEXT)} in {data_dir or 'the hub'} has no paragraph of text; give a data_dir that holds it, or "
+        "take prompts='sample'"
+    )
 
 
 def _wikitext(data_dir: str | Path | None, split: str | None) -> list[str]:
@@ -125,11 +130,11 @@ def load(
             raise InputError(f"{name} is {value}; give a whole number of at least 1")
     texts = paragraphs(source, data_dir)
     random.Random(seed).shuffle(texts)  # noqa: S311
-    # a token is rarely shorter than two characters: do not tokenize what cannot be long enough twice over
-    texts = sorted(texts, key=lambda text: len(text) < 2 * prompt_tokens)[: max(4 * requests, 64)]
-    ids = [tuple(tokenizer(text)["input_ids"][:prompt_tokens]) for text in texts]
-    ids = [prompt for prompt in ids if len(prompt) == prompt_tokens] or ids
-    return Workload(tuple(islice(cycle(ids), requests)), new_tokens, source)
+    texts.sort(key=lambda text: len(text) < 2 * prompt_tokens)  # a token is rarely shorter than two characters
+    ids = (tuple(tokenizer(text)["input_ids"][:prompt_tokens]) for text in texts)
+    whole = list(islice((prompt for prompt in ids if len(prompt) == prompt_tokens), requests))
+    prompts = whole or [tuple(tokenizer(text)["input_ids"]) for text in texts[: max(4 * requests, 64)]]
+    return Workload(tuple(islice(cycle(prompts), requests)), new_tokens, source)
 
 
 def lengths(

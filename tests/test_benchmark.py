@@ -1,12 +1,14 @@
 """Timed generation: the tokens of stock generate, times that add up, and a batch search that runs real batches."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from bench.monitor import median_interval
 
-from qnb import model
+from qnb import benchmark, model
 from qnb.benchmark import (
     Limits,
     Run,
@@ -189,6 +191,23 @@ def test_memory_of_a_gpu_is_the_allocators_or_unknown():
     process = Usage("process", 9, 2.0, peak_memory_mib=300.0)
     assert replace(device, usage=process).memory_mib is None  # as where NVML does not know the card
     assert replace(device, usage=process, on_gpu=False).memory_mib == 300
+
+
+def test_limits_are_the_best_of_what_a_busy_machine_reached(monkeypatch):
+    """They are measured again while others are at work, and say so where these never rested."""
+    busy = iter([60.0, 60.0, 0.0, 60.0, 60.0, 60.0])
+    seen = iter(
+        [Limits(2e9, {"int8": 1e9}, None), Limits(3e9, {"int8": 1e8}, None), Limits(1e9, {"int8": 5e8}, None)] * 2
+    )
+    monkeypatch.setattr(benchmark, "measure_limits", lambda device: next(seen))
+    monkeypatch.setattr(benchmark, "Window", lambda *_: nullcontext(SimpleNamespace(
+        usage=Usage("process", 9, 2.0, others_pct=next(busy)))))  # fmt: skip
+    best = Limits(3e9, {"int8": 1e9}, None, [])
+    assert benchmark.undisturbed_limits("cpu") == best
+    flagged = benchmark.undisturbed_limits("cpu")
+    assert flagged == replace(best, flags=["other processes used 60 % of the CPU"])
+    (told,) = replace(made(0.05, energy_j=1.0), limits=flagged).flags
+    assert told == "the device's limits were measured on a busy machine"
 
 
 def test_energy_is_given_whole_and_above_idle():

@@ -64,6 +64,11 @@ def test_a_change_on_the_limit_itself_is_not_promised_an_answer():
     assert "nor would any practical number" in explain(advise([edge], loss_pp=1))["The data cannot tell"][0]
 
 
+def test_what_other_processes_slowed_is_said_beside_the_recommendation():
+    advice = advise([replace(BASE, disturbed=True), SAFE])
+    assert advice.notes == ("Other processes were at work while bf16 (graphed) was timed.",)
+
+
 def test_nothing_is_recommended_when_nothing_is_shown_to_fit():
     advice = advise(memory_mib=900, loss_pp=1)
     assert advice.best is None and names(advice.unsure) == ["nf4"] and names(advice.out) == ["int4", "bf16", "int8"]

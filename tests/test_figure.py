@@ -39,6 +39,17 @@ def test_speedup_is_throughput_over_bf16s(runs):
     assert made.seconds_per_request["int8"] == 0.25
 
 
+def test_rows_that_cannot_be_compared_say_so(runs):
+    """INT8 was measured with other prompts before, or beside another process: it has no speedup, and the table why."""
+    runs = runs.assign(measured_at="2026-01-02T00:00:00", workload="new")
+    runs.loc[runs.precision == "int8", ["measured_at", "workload"]] = "2026-01-01T00:00:00", "old"
+    made = table.performance(runs, 3).set_index("precision")
+    assert made.note.to_dict() == {"bf16": "", "int8": table.OTHER} and pd.isna(made.speedup["int8"])
+    busy = [["other processes used 40 % of the CPU"] if name == "bf16" else [] for name in runs.precision]
+    made = table.performance(runs.assign(workload="one", flags=busy), 3).set_index("precision")
+    assert made.speedup.isna().all() and list(made.note) == ["", ""] and "40 %" in made["flags"]["bf16"]
+
+
 def test_published_values_stand_in_their_own_columns(runs):
     made = table.performance(runs, 3).set_index("precision")
     published = paper.performance(3).set_index("precision")

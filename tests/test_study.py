@@ -47,7 +47,7 @@ def unloaded(monkeypatch):
 
     monkeypatch.setattr(Study, "on", lambda study, precision, measure: measure(None, 0.0))
     monkeypatch.setattr(Study, "_settle", lambda study, precision: None)
-    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
+    monkeypatch.setattr(benchmark, "undisturbed_limits", lambda device: benchmark.Limits(1e9, {}, None))
 
 
 def test_a_batch_that_runs_out_of_memory_when_timed_is_made_smaller(unloaded, source, tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def apart(source, tmp_path, monkeypatch):
     monkeypatch.setattr(made, "on", lambda precision, measure: loaded.append(precision.name) or measure(None, 0.0))
     monkeypatch.setattr(made, "_settle", lambda precision: None)
     monkeypatch.setattr(benchmark, "run", run)
-    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
+    monkeypatch.setattr(benchmark, "undisturbed_limits", lambda device: benchmark.Limits(1e9, {}, None))
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "manifest.json").touch()
@@ -154,7 +154,7 @@ def test_passes_end_when_the_median_has_settled_or_at_the_limit(source, tmp_path
         Study, "on", lambda _, precision, measure: measured.append(precision.name) or measure(None, 0.0)
     )
     monkeypatch.setattr(Study, "_settle", lambda *_: None)
-    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
+    monkeypatch.setattr(benchmark, "undisturbed_limits", lambda device: benchmark.Limits(1e9, {}, None))
 
     def run(network, workload, batch_size, engine, base_mib, **_):
         spread = 0.5 if measured[-1] == "bf16" else 0.001
@@ -205,6 +205,9 @@ def test_a_time_buys_requests_the_same_for_every_precision(setting, bought, sour
         made.precisions = parse(precisions)
         workload = made.workload(setting, "2 minutes", 8, 2, "sample")
         assert len(workload.prompts) == bought and asked == ["bf16", "nf4"]
+    made.precisions, made.overwrite = parse("nf4"), True  # one measured anew gets what the others had
+    assert len(made.workload(setting, "2 minutes", 8, 2, "sample").prompts) == bought and asked == ["bf16", "nf4"]
+    made.overwrite = False
     assert len(made.workload(setting, "1 min", 8, 2, "sample").prompts) < bought
 
 
@@ -251,14 +254,14 @@ def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(unloaded, so
     from qnb import benchmark
     from qnb.monitor import Usage
 
-    made, tried = Study("smollm2-135m", "bf16", tmp_path), []
+    made, tried, room = Study("smollm2-135m", "bf16", tmp_path), [], []
 
     def run(network, workload, batch_size, engine, base_mib, **_):
         assert len(workload.prompts) == 3 * batch_size
         tried.append(batch_size)
-        if batch_size > 4 or tried == [1, 2]:
+        if (batch_size > 4 and not room) or tried == [1, 2]:
             raise torch.cuda.OutOfMemoryError("simulated")
-        batch_s = {1: 1.0, 2: 1.0, 4: 1.9}[batch_size]
+        batch_s = {1: 1.0, 2: 1.0, 4: 1.9, 8: 3.9, 12: 6.0}[batch_size]
         return benchmark.Run(engine, batch_size, 3 * batch_size, 4, 2, 3 * batch_s, (batch_s,) * 3, None, None,
                              Usage("process", 0, 1.0))  # fmt: skip
 
@@ -268,6 +271,11 @@ def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(unloaded, so
     assert swept.batch_size.tolist() == [1, 2, 4, 8, 12] and swept.knee.tolist() == [False, True, False, False, False]
     assert swept.note.tolist() == ["", "", "", "out of memory", "a smaller batch did not fit"]
     assert tried == [1, 2, 2, 4, 8, 8]  # what memory ran out of once is tried again before it ends the row
+    made.sweep(workload, 12)
+    assert tried[6:] == [8, 8]  # and once more when it is asked for again: what took the memory may be gone
+    room.append(True)
+    swept = made.sweep(workload, 12)
+    assert swept.note.tolist() == [""] * 5 and tried[8:] == [8, 12]
     other = Study("smollm2-135m", "bf16", tmp_path / "other")
     other.device = Device("cpu", "a machine", 1024, "native", "")
     assert other.sweep(workload).empty  # without a GPU none is made unless it is asked for
@@ -309,7 +317,7 @@ def test_a_model_that_keeps_not_every_key_leaves_a_row_that_says_so(source, tmp_
     monkeypatch.setattr(Device, "use", lambda _: None)
     made.device = Device("cuda", "a machine", 1024, "native", "")
     monkeypatch.setattr(made, "on", lambda precision, measure: measure(network, 0.0))
-    monkeypatch.setattr(benchmark, "measure_limits", lambda device: benchmark.Limits(1e9, {}, None))
+    monkeypatch.setattr(benchmark, "undisturbed_limits", lambda device: benchmark.Limits(1e9, {}, None))
     monkeypatch.setattr(
         benchmark, "run", lambda network, workload, batch_size, engine, base_mib, **_: benchmark.Run(
             engine, 1, 4, 4, 2, 4.0, (1.0,) * 4, None, None, Usage("process", 0, 1.0))
@@ -434,7 +442,7 @@ def test_limits_are_measured_before_anything_is_loaded_or_held_to_less_memory(so
 
     made, steps = Study("smollm2-135m", "bf16", tmp_path), []
     limits = benchmark.Limits(1e9, {}, None)
-    monkeypatch.setattr(benchmark, "measure_limits", lambda place: steps.append("limits") or limits)
+    monkeypatch.setattr(benchmark, "undisturbed_limits", lambda place: steps.append("limits") or limits)
     monkeypatch.setattr(made, "_limited", lambda allowed: steps.append("held") or nullcontext())
     monkeypatch.setattr(made, "on", lambda precision, measure: steps.append("loaded") or measure(None, 0.0))
     monkeypatch.setattr(made, "_settle", lambda precision: None)

@@ -27,6 +27,15 @@ def test_short_paragraphs_are_left_out_where_longer_ones_go_round(tokenizer):
     assert len(none.prompts) == 4 and len(none.longest) <= max(lengths)
 
 
+def test_what_is_long_enough_is_found_wherever_it_stands(tokenizer, monkeypatch):
+    """Paragraphs of many characters and few tokens are no reason to take short prompts, or one prompt twice."""
+    short, long = ["the " * 25] * 300, [f"{place} " + "the " * 40 for place in range(3)]
+    monkeypatch.setattr(workload, "paragraphs", lambda *_: short + long)
+    for seed in range(4):
+        made = workload.load(tokenizer, "sample", 3, 40, 3, seed=seed)
+        assert {len(prompt) for prompt in made.prompts} == {40} and len(set(made.prompts)) == 3
+
+
 def test_the_seed_decides_the_prompts(tokenizer):
     first, again, other = (workload.load(tokenizer, "sample", 4, 16, 3, seed=seed) for seed in (0, 0, 1))
     assert first == again and first.fingerprint == again.fingerprint != other.fingerprint
@@ -39,10 +48,13 @@ def test_wikitext_comes_from_the_data_folder(tokenizer, hub):
     assert any(paragraph.startswith(text.strip()[:40]) for paragraph in workload.paragraphs("wikitext", hub))
 
 
-def test_bad_input_is_named(tokenizer, tmp_path):
+def test_bad_input_is_named(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="sample, wikitext"):
         workload.paragraphs("novel")
     with pytest.raises(InputError, match="Salesforce/wikitext"):
+        workload.paragraphs("wikitext", tmp_path)
+    monkeypatch.setattr(workload, "_wikitext", lambda *_: [" = Heading = \n", ""])
+    with pytest.raises(InputError, match="no paragraph of text"):
         workload.paragraphs("wikitext", tmp_path)
     with pytest.raises(InputError, match="new_tokens is 0"):
         workload.load(tokenizer, "sample", 1, 1, 0)

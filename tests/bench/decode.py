@@ -85,8 +85,8 @@ def measure(
                     "kernel_ms": trace and 1000 * trace.kernel_s,
                     "kernels": trace and trace.kernels,
                     "limit_ms": limit_ms,
-                    "limit_pct": 100 * limit_ms / step_ms,
-                    "vs_eager": eager_ms and eager_ms / step_ms,
+                    "limit_pct": 100 * limit_ms / step_ms if step_ms else None,
+                    "vs_eager": eager_ms / step_ms if eager_ms and step_ms else None,
                 }
                 model.release()
 
