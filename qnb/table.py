@@ -54,15 +54,14 @@ def stacked(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
 
 
 def headline(frame: pd.DataFrame) -> pd.DataFrame:
-    """Keep one metric a task: accuracy, or exact match as strictly read; then the means over tasks.
+    """Keep one metric a task: accuracy, or exact match, read strictly where there are several ways; then the means.
 
     The aggregate weighs every task that all precisions answered alike, as the paper's "aggregate accuracy" does; its
     standard error takes the tasks as independent.
     """
     if frame.empty:
         return frame
-    strict = (frame.metric != "exact_match") | (frame["filter"] == "strict-match")
-    kept = frame[frame.metric.isin(HEADLINE) & strict]
+    kept = _read_one_way(frame[frame.metric.isin(HEADLINE)])
     whole = kept[kept.task == kept.asked]
     parts = [kept]
     for name, tasks in AVERAGED.items():
@@ -70,6 +69,15 @@ def headline(frame: pd.DataFrame) -> pd.DataFrame:
     common = whole.groupby("task").filter(lambda rows: alike(rows, whole))
     parts.append(_means(common, AGGREGATE, 1))
     return stacked(parts)
+
+
+def _read_one_way(frame: pd.DataFrame) -> pd.DataFrame:
+    """Keep one filter a task, by which its answers are read: the strict one, or none, or its first."""
+
+    def first(filters: pd.Series) -> str:
+        return str(min(filters, key=lambda name: {"strict-match": 0, "none": 1}.get(name, 2)))
+
+    return frame[frame["filter"] == frame.groupby("task")["filter"].transform(first)] if len(frame) else frame
 
 
 def alike(rows: pd.DataFrame, every: pd.DataFrame) -> bool:
@@ -176,14 +184,20 @@ def change(frame: pd.DataFrame, items: Callable[[dict[str, Any]], pd.DataFrame |
             elif len(both := _pairs(before, now)) != len(_correct(before)):
                 note = f"not compared: the items are others than {BASELINE}'s"
             else:
-                pairs[str(asked), precision] = both
                 groups = row.get("groups")
-                rows += _paired(str(asked), precision, mine, both, groups if isinstance(groups, dict) else {})
-                continue
+                if made := list(
+                    _paired(str(asked), precision, mine, both, groups if isinstance(groups, dict) else {})
+                ):
+                    pairs[str(asked), precision] = both
+                    rows += made
+                    continue
+                note = "not compared: its score is not a share of right answers"
             rows.append({"task": asked, "precision": precision, "note": note})
     if not rows:
         return pd.DataFrame()
-    table = pd.DataFrame([*rows, *_averaged(pairs)])
+    shown = headline(all_scores)
+    counted = set(shown[shown.task == shown.asked].task)  # what Table 1's means are of
+    table = pd.DataFrame([*rows, *_averaged({key: both for key, both in pairs.items() if key[0] in counted})])
     if "mcnemar_p" in table:
         tested = table.mcnemar_p.notna()
         table.loc[tested, "holm_p"] = holm(list(table.mcnemar_p[tested]))
@@ -271,8 +285,8 @@ def _pairs(before: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
 
 
 def _correct(items: pd.DataFrame) -> pd.DataFrame:
-    """Return right or wrong by (task, doc_id), generated answers as strictly read."""
-    kept = items[items["filter"].isin(["none", "strict-match"])]
+    """Return right or wrong by (task, doc_id), generated answers as `headline` reads them."""
+    kept = _read_one_way(items)
     return kept.set_index(["task", "doc_id"])[[name for name in ("correct", "p_right") if name in kept]]
 
 

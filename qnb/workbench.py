@@ -180,7 +180,7 @@ class Workbench:
         source = model.resolve(record.get("name", self.model), self.device.kind)
         if record.get("fingerprint", source.fingerprint) != source.fingerprint:
             raise InputError(
-                f"model {source.name} is not the one that output {self.folder} was measured with (its weights have "
+                f"model {source.name} is not the one that output {self.folder} was measured with (its files have "
                 "changed since); give another output folder"
             )
         facts = {"asked": record.get("asked", self.model), **asdict(source), "stamp": model.stamp(Path(source.path))}

@@ -19,14 +19,17 @@ from qnb.precision import PRECISIONS, parse
 from qnb.timing import Timing
 
 
-def test_a_model_changed_in_place_is_noticed(source, tmp_path):
+@pytest.mark.parametrize("part", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_model_changed_in_place_is_noticed(part, source, tmp_path):
     local, output = tmp_path / "model", tmp_path / "study"
     shutil.copytree(source.path, local)
     assert Study(str(local), output=output).source.fingerprint == Study(str(local), output=output).source.fingerprint
-    weights = next(Path(local).glob("*.safetensors"))
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
+    data = bytearray((local / part).read_bytes())
+    if part.endswith(".json"):
+        data += b"\n"  # still a file of its kind
+    else:
+        data[-1] ^= 1
+    (local / part).write_bytes(data)
     with pytest.raises(InputError, match="changed since"):
         _ = Study(str(local), output=output).source
 

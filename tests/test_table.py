@@ -71,7 +71,36 @@ def test_a_share_instead_of_right_or_wrong_is_left_out():
     frame = pd.DataFrame(
         [row("bf16", "shares", [score("shares", 0.4)]), row("int8", "shares", [score("shares", 0.4)])]
     )
-    assert table.change(frame, answered(bf16=[None, None], int8=[None, True])).empty
+    (made,) = table.change(frame, answered(bf16=[None, None], int8=[None, True])).to_dict("records")
+    assert made["note"] == "not compared: its score is not a share of right answers"
+
+
+def test_an_answer_is_read_one_way_whatever_that_is_called():
+    """Strictly where there is such a filter, else plainly, else as the task's first filter reads it."""
+    for kinds, chosen in (
+        (("loose", "strict-match"), "strict-match"),
+        (("trimmed", "none"), "none"),
+        (("b", "a"), "b"),
+    ):
+        scores = [score("asked", 1.0 if kind == chosen else 0.0, "exact_match", kind=kind) for kind in kinds]
+        frame = pd.DataFrame([row(name, "asked", scores) for name in ("bf16", "int8")])
+        assert list(table.headline(table.scores(frame)).query("task == 'asked'").value) == [1, 1]
+
+        def read(asked, kinds=kinds, chosen=chosen):
+            right = {chosen: [asked["precision"] == "bf16", True]}
+            return pd.DataFrame([one for kind in kinds for one in items("asked", right.get(kind, [False] * 2), kind)])
+
+        made = table.change(frame, read).iloc[0]
+        assert (made["items"], made.gained, made.lost) == (2, 0, 1)
+
+
+def test_a_task_that_is_in_no_mean_of_table_1_is_in_none_of_table_2():
+    tasks = {"easy": [1, 1, 0, 0], "hard": [1, 0, 0, 0], "text": [None] * 4}
+    frame = pd.DataFrame([row(name, task, [score(task, 0.5, "acc" if task != "text" else "bits")])
+                          for task in tasks for name in ("bf16", "int8")])  # fmt: skip
+    made = table.change(frame, lambda asked: pd.DataFrame(items(asked["task"], tasks[asked["task"]])))
+    (mean,) = (task for task in made.task if task.startswith(table.AGGREGATE))
+    assert mean == f"{table.AGGREGATE} (2)" == table.headline(table.scores(frame)).task.iloc[-1]
 
 
 def test_a_group_is_the_items_of_what_is_in_it():
