@@ -7,6 +7,7 @@ from collections.abc import Collection
 import pandas as pd
 
 from qnb import choose, look, table
+from qnb.precision import BASELINE
 from qnb.results import Results
 
 ACCURACY = "accuracy_pct"
@@ -69,7 +70,8 @@ def values(
     precisions
         Only these; empty takes all.
     baseline
-        Give values in percent of this precision's, of the same engine; empty gives them as they are.
+        Give values in percent of this precision's, of the same engine; empty gives them as they are. An accuracy's
+        interval is then that of its change, which is known against BF16 only.
     """
     words, unit, factor = QUANTITIES[quantity]
     if quantity == ACCURACY:
@@ -84,6 +86,11 @@ def values(
         base = frame[frame.precision == baseline].set_index("engine").value
         share = 100 / frame.engine.map(base)  # NaN where the baseline was not measured with that engine
         frame = frame.assign(value=frame.value * share, low=frame.low * share, high=frame.high * share)
+        if quantity == ACCURACY:  # the same items, paired: Table 2's interval, which is of BF16 alone
+            changes = choose.accuracies(results, task) if baseline == BASELINE else {}
+            for end in ("low", "high"):
+                moved = frame.precision.map({name: change.get(f"{end}_pp") for name, change in changes.items()})
+                frame[end] = 100 + moved.astype(float) * share
         title, unit = f"{title}, relative", f"% of {baseline}"
     if precisions and len(frame):
         frame = frame[frame.precision.isin(precisions)]
@@ -115,8 +122,8 @@ def _accuracy(results: Results, task: str) -> pd.DataFrame:
             "precision": rows.precision,
             "engine": "",
             "value": value,
-            "low": value - error,
-            "high": value + error,
+            "low": (value - error).clip(lower=0),
+            "high": (value + error).clip(upper=100),
             "n": counts,
         }
     )

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 from qnb import __version__, look, summary
-from qnb.model import EMBEDDED
+from qnb.model import EMBEDDED, SHAPE
 from qnb.precision import BASELINE, Precision
 from qnb.results import Results
 from qnb.table import headline, markdown
@@ -64,8 +64,11 @@ def card(results: Results, precision: Precision) -> str:
     """Return a precision's card as Markdown with its YAML head."""
     from huggingface_hub import ModelCardData
 
-    base = BASES.get(results.model, results.model)
+    base, _, revision = BASES.get(results.model, results.model).partition("@")
     title = f"{base.rsplit('/', 1)[-1]}-{precision.name}"
+    told = f"{base} (commit {revision})" if revision else base
+    if results.model == SHAPE:
+        told += ", which has random weights and is for speed and memory alone,"
     head = ModelCardData(
         model_name=title,
         base_model=base if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base, re.ASCII) else None,
@@ -79,7 +82,7 @@ def card(results: Results, precision: Precision) -> str:
         finding = "It is the baseline the others are compared with."
     body = CARD.format(
         title=escape(title),
-        model=escape(base),
+        model=escape(told),
         precision=precision.name,
         meaning=precision.meaning,
         bits=precision.bits,

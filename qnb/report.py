@@ -214,9 +214,12 @@ def limits(results: Results) -> list[str]:
         )
     if any(row.get("bf16") == "emulated" for row in results.rows):
         found.append("BF16 was emulated: the device has no units for it, and runs it slower than it would with them.")
-    asked = {str(row.get("limit")) for row in results.rows if row["stage"] == "accuracy"} - {"all", "None"}
-    if asked:
-        found.append(f"Accuracy is of a sample of each task: at most {', '.join(sorted(asked))} items.")
+    if len(results.scores):
+        asked = results.scores[results.scores.task == results.scores.asked].drop_duplicates("task")
+        part = asked[asked["items"] < asked["of"].astype(float)]
+        told = [f"{row.task} {row['items']:,} of {row['of']:,.0f}" for _, row in part.iterrows()]
+        if told:
+            found.append(f"Accuracy is of a sample of the items: {', '.join(told)}.")
     devices = {row.get("device") for row in results.rows if row.get("device")}
     if len(devices) > 1:
         found.append(f"Rows come from {len(devices)} devices; speeds are comparable only within one.")

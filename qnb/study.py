@@ -66,7 +66,7 @@ class Study(Asking, Timing):
     def push(self, push_to: str, private: bool = True, dry_run: bool = True) -> pd.DataFrame:
         """Upload every precision's checkpoint and model card to the hub, or show what would be; return a row each.
 
-        The rows are kept in push.csv.
+        The rows are kept in push.csv, each as soon as it is known; what cannot be made is said and left out.
 
         Parameters
         ----------
@@ -81,6 +81,8 @@ class Study(Asking, Timing):
         ------
         InputError
             The model cannot be had, or the push is refused.
+        RuntimeError
+            No checkpoint could be made: what stood against the last.
         """
         from qnb import modelcard
 
@@ -92,14 +94,16 @@ class Study(Asking, Timing):
         with self._alone(), self._bar(len(self.precisions), "push") as bar:
             for precision in self.precisions:
                 bar.set_postfix_str(precision.name)
-                folder = self.checkpoint(precision)
-                card = modelcard.card(self.results(), precision)
-                sent = hub.push(folder, f"{push_to}-{precision.name}", private, dry_run, card)
-                rows.append({"precision": precision.name, **asdict(sent), "files": " ".join(sent.files)})
+                folder = None
+                with self._failing(self._key("quantize", precision, {}), {}, f"{precision.name}'s checkpoint"):
+                    folder = self.checkpoint(precision)
+                if folder is not None:
+                    card = modelcard.card(self.results(), precision)
+                    sent = hub.push(folder, f"{push_to}-{precision.name}", private, dry_run, card)
+                    rows.append({"precision": precision.name, **asdict(sent), "files": " ".join(sent.files)})
+                    pd.DataFrame(rows, columns=columns).to_csv(self.folder / "push.csv", index=False)
                 bar.update()
-        frame = pd.DataFrame(rows, columns=columns)
-        frame.to_csv(self.folder / "push.csv", index=False)
-        return frame
+        return self._measured(pd.DataFrame(rows, columns=columns), "quantize")
 
     def continuation(self, prompt: str, precision: str, new_tokens: int = 24) -> list[str]:
         """Return what a precision's checkpoint writes after a prompt, greedily, token by token as text.

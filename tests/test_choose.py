@@ -153,6 +153,21 @@ def test_accuracy_is_explored_with_its_interval_and_items(studied):
     assert row.high - row.value == pytest.approx(1.96 * 100 * (row.value / 100 * (1 - row.value / 100) / 400) ** 0.5)
 
 
+def test_relative_accuracy_has_the_interval_of_the_paired_change(studied):
+    """Each precision's own error would not tell how large a difference must be; the baseline has none to itself."""
+    found = studied.results()
+    frame, _, unit = explore.values(found, "accuracy_pct", task="arc_easy", baseline="bf16")
+    rows = frame.set_index("precision")
+    changes = found.tables[2].query("task == 'arc_easy'").set_index("precision")
+    assert unit == "% of bf16" and list(rows.loc["bf16", ["low", "value", "high"]]) == [100, 100, 100]
+    share = 100 + 100 * changes.low_pp["int4"] / changes.baseline_pct["int4"]
+    assert rows.low["int4"] == pytest.approx(share, abs=1e-3) and rows.low["int4"] < rows.value["int4"]
+    other, _, _ = explore.values(found, "accuracy_pct", task="arc_easy", baseline="fp16")
+    assert other.low.isna().all()  # pairs are with BF16
+    certain = found.scores.assign(value=1.0, stderr=0.2)
+    assert explore.values(replace(found, scores=certain), "accuracy_pct", task="arc_easy")[0].high.max() == 100
+
+
 def test_a_quantity_that_was_not_measured_gives_an_empty_frame():
     kept = results.reference(ROOT / "outputs" / "reference")["h100-llama-3.2-1b-shape"]
     assert "tpot_s" in explore.measured(kept)

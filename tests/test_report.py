@@ -169,6 +169,13 @@ def test_a_card_holds_scores_as_the_hub_reads_them_and_leaves_the_checkpoint_sea
     assert path == tmp_path / "cards" / "int4" / "README.md"
     head = yaml.safe_load(path.read_text().split("---\n")[1])
     assert head["base_model"] == "example/one-billion" and "bitsandbytes" in head["tags"]
+    fetched = replace(studied.results(), model="example/one-billion@0123abc")  # as a model of the hub is called
+    page = modelcard.card(fetched, PRECISIONS["int4"])
+    again = yaml.safe_load(page.split("---\n")[1])
+    assert (again["base_model"], again["model-index"][0]["name"]) == ("example/one-billion", "one-billion-int4")
+    assert "example/one-billion (commit 0123abc) converted to **int4**" in page
+    page = modelcard.card(replace(fetched, model="shape:llama-3.2-1b"), PRECISIONS["int4"])
+    assert "base_model" not in page and "which has random weights" in page
     (index,) = head["model-index"]
     scores = {one["dataset"]["config"]: one["metrics"][0]["value"] for one in index["results"][:2]}
     shown = studied.table1().set_index("task").int4_pct
@@ -193,4 +200,9 @@ def test_provenance_names_the_ledger_by_its_bytes(page, studied):
 def test_limits_name_what_rows_flag(studied):
     found = report.limits(studied.results())
     assert any("int4, eager, batch 384: throttled" in text for text in found)
+    assert not any("of a sample" in text for text in found)
+    some = studied.results()
+    some = report.limits(replace(some, scores=some.scores.assign(of=some.scores["items"].where(
+        some.scores.task != "arc_easy", 5000))))  # fmt: skip
+    assert "Accuracy is of a sample of the items: arc_easy 400 of 5,000." in some
     assert any("One pass only" in text and "batch sizes between" in text for text in found)

@@ -10,10 +10,11 @@ from pathlib import Path
 from time import sleep
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 
-from qnb import InputError, Study, decode, model, workbench
+from qnb import InputError, Study, decode, hub, model, workbench
 from qnb.device import Device
 from qnb.precision import PRECISIONS, parse
 from qnb.timing import Timing
@@ -490,6 +491,25 @@ def test_a_study_with_one_of_the_two_settings_is_drawn_all_the_same(setting, unl
     found = made.results()
     assert (len(found.bs1), len(found.maxbatch)) == ((1, 0) if setting == "bs1" else (0, 1))
     assert made.frame("perf", "maxbatch" if setting == "bs1" else "bs1").empty
+
+
+def test_a_checkpoint_that_cannot_be_made_does_not_keep_others_from_the_hub(source, tmp_path, monkeypatch):
+    made = Study("smollm2-135m", "bf16,int8,nf4", tmp_path)
+
+    def checkpoint(precision, say=False):
+        if precision.name == "int8":
+            raise RuntimeError("no such kernel")
+        return tmp_path / precision.name
+
+    sent = hub.Push("me/x", True, ("a",), 5.0)
+    monkeypatch.setattr(made, "checkpoint", checkpoint)
+    monkeypatch.setattr(hub, "push", lambda folder, name, *_: replace(sent, repository=name))
+    frame = made.push("me/x")
+    assert list(frame.repository) == ["me/x-bf16", "me/x-nf4"]
+    assert pd.read_csv(tmp_path / "push.csv").precision.tolist() == ["bf16", "nf4"]
+    made.precisions = parse("int8")
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        made.push("me/x")
 
 
 @pytest.mark.gpu
