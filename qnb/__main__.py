@@ -27,6 +27,7 @@ try:
     from qnb import accuracy, colab, device, hub, model, timing, workload
     from qnb.error import InputError
     from qnb.ledger import FAILED, KEY
+    from qnb.monitor import disturbed
     from qnb.precision import listed
     from qnb.provenance import COMMAND, ROOT
     from qnb.study import PARAMETERS, Study
@@ -315,7 +316,18 @@ def _results(study: Study) -> list[str]:
         if files:
             lines.append(f"{kind} in {study.folder / kind}: {', '.join(path.name for path in files)}")
     page = study.folder / "report.html"
-    return [*lines, f"report: {page}"] if page.exists() else lines
+    if page.exists():
+        stale = page.stat().st_mtime < study.ledger.path.stat().st_mtime
+        again = shlex.join(["python", "-m", "qnb", "report", str(study.folder)])
+        lines.append(f"report: {page}" + f", of before what was measured now; {again} draws it anew" * stale)
+    slowed = [row for row in study.ledger if row["stage"] == "perf" and disturbed(row.get("flags"))]
+    for setting, number in (("bs1", "03"), ("maxbatch", "04")):
+        if names := list(dict.fromkeys(row["precision"] for row in slowed if row["setting"] == setting)):
+            lines.append(
+                f"disturbed by other processes in {number}: {', '.join(names)}; measured again with "
+                f"--only {number} -p precisions {','.join(names)} -p overwrite true"
+            )
+    return lines
 
 
 def report(folder: str) -> int:

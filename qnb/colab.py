@@ -1,4 +1,4 @@
-"""What a Colab runtime needs beyond a notebook server; nothing happens anywhere else.
+"""What a notebook needs before it begins, on Colab above all.
 
 The hub token needs nothing here: `huggingface_hub.get_token` asks Colab's secrets for ``HF_TOKEN`` itself.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+
+import pandas as pd
 
 from qnb.error import InputError
 
@@ -20,7 +22,8 @@ def hosted() -> bool:
 
 
 def prepare() -> None:
-    """Let widgets be drawn that Colab does not bring itself."""
+    """Show tables' texts whole, and let widgets be drawn that Colab does not bring itself."""
+    pd.set_option("display.max_colwidth", None)
     if hosted():
         from google.colab import output
 

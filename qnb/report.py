@@ -15,6 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from qnb import __version__, export, figure, look, paper, summary
+from qnb.precision import BASELINE
 from qnb.results import Results, reference
 from qnb.table import grid
 
@@ -214,6 +215,8 @@ def limits(results: Results) -> list[str]:
         )
     if any(row.get("bf16") == "emulated" for row in results.rows):
         found.append("BF16 was emulated: the device has no units for it, and runs it slower than it would with them.")
+    if len(results.scores) and BASELINE not in set(results.scores.precision):
+        found.append(f"{BASELINE} was not asked, so there is no change in accuracy to show; add it to the precisions.")
     if len(results.scores):
         asked = results.scores[results.scores.task == results.scores.asked].drop_duplicates("task")
         part = asked[asked["items"] < asked["of"].astype(float)]

@@ -30,14 +30,15 @@ def opening(results: Results) -> str:
     if len(results.scores):
         whole = results.scores[results.scores.task == results.scores.asked]
         each = whole.drop_duplicates(["precision", "task"]).groupby("precision")["items"].sum()
-        parts.append(f"{len(set(whole.task))} tasks of {int(each.max()):,} items together")
+        parts.append(f"{_counted(len(set(whole.task)), 'task')} of {_counted(int(each.max()), 'item')} together")
     for setting, words in SETTINGS.items():
         frame = results.bs1 if setting == "bs1" else results.maxbatch
         if len(frame):
             parts.append(f"{words} with {_listed(sorted(set(map(str, frame.engine))))}")
     where = f" on {results.device}" if results.device else ""
     what = f": {'; '.join(parts)}" if parts else ""
-    return f"{len(names)} precisions of {results.model} were measured{where}{what}."
+    were = "was" if len(names) == 1 else "were"
+    return f"{_counted(len(names), 'precision')} of {results.model} {were} measured{where}{what}."
 
 
 def findings(results: Results) -> dict[str, list[str]]:
@@ -49,6 +50,10 @@ def findings(results: Results) -> dict[str, list[str]]:
 def _precisions(results: Results) -> list[str]:
     frames = (results.checkpoints, results.scores, results.bs1, results.maxbatch)
     return list(dict.fromkeys(str(name) for frame in frames if "precision" in frame for name in frame.precision))
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _listed(words: list[str]) -> str:

@@ -217,7 +217,7 @@ class Timing(Workbench):
             `repeats` is below 1, or an engine is unknown or cannot run here.
         """
         self.count("repeats", repeats)
-        asked = {"workload": workload.fingerprint, "prompts": workload.source}
+        asked = {"workload": _given(workload).fingerprint, "prompts": workload.source}
         names = self._engines(engines)
         with self._alone(), self._bar(repeats * len(self.precisions), "batch size 1") as bar:
             self._repeat(_Asked("bs1", workload, repeats, lambda *_: (1, asked)), names, bar)
@@ -255,7 +255,7 @@ class Timing(Workbench):
         names = self._engines(engines)
         allowed_mib = self.count("memory_mib", memory_mib)
         limit_mib = float(allowed_mib or self.device.memory_mib)
-        cap = min(self.count("max_batch", max_batch), len(workload.prompts))
+        cap = min(self.count("max_batch", max_batch), len(_given(workload).prompts))
         wanted = {
             "workload": workload.fingerprint,
             "prompts": workload.source,
@@ -351,7 +351,7 @@ class Timing(Workbench):
             `most` is no whole number, or an engine is unknown or cannot run here.
         """
         names, largest = self._engines(engines), 0 if str(most) == "0" else self.count("sweep_batch", most)
-        asked = {"workload": workload.fingerprint, "prompts": workload.source}
+        asked = {"workload": _given(workload).fingerprint, "prompts": workload.source}
         if not largest:
             return self.build("sweep")
         found = self._largest() if most == "auto" else {}
@@ -592,6 +592,12 @@ class Timing(Workbench):
             "sweep": lambda: table.sweep(self.frame("sweep")),
             "examples": lambda: table.examples(self.frame("batch"), self.ledger.frame("lengths")),
         }
+
+
+def _given(workload: Workload) -> Workload:
+    if not isinstance(workload, Workload):
+        raise InputError(f"workload is {workload!r}; give what study.workload('bs1') or ('maxbatch') returns")
+    return workload
 
 
 def _of_speed(number: int) -> int:

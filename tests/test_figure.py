@@ -50,6 +50,13 @@ def test_rows_that_cannot_be_compared_say_so(runs):
     assert made.speedup.isna().all() and list(made.note) == ["", ""] and "40 %" in made["flags"]["bf16"]
 
 
+def test_what_is_equal_is_not_drawn_as_worst(runs):
+    """One row, or rows with one memory, are the best there is: dark, whether more or less of it is better."""
+    made = table.performance(runs.assign(memory_mib=100.0), 3)
+    shades = pd.DataFrame(figure.heatmap(made, "x").data[0].z, columns=list(figure.METRICS)[:4])
+    assert (shades.memory_mib == 1).all() and sorted(shades.throughput_rps) == [0, 1]
+
+
 def test_published_values_stand_in_their_own_columns(runs):
     made = table.performance(runs, 3).set_index("precision")
     published = paper.performance(3).set_index("precision")

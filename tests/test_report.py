@@ -131,7 +131,7 @@ def test_what_other_processes_disturbed_is_called_that(studied):
 def test_an_empty_study_says_so_and_still_makes_a_page(tmp_path):
     text = Study(output=tmp_path).report().read_text()
     assert "Nothing was measured yet." in text and "No accuracy was measured" in text
-    assert "Nothing measured yet for: Accuracy by task," in text and "&lt;b&gt;" not in text
+    assert "Not measured here: Accuracy by task," in text and "&lt;b&gt;" not in text
 
 
 def test_kept_tables_give_the_same_frames(studied, report_page, tmp_path):
@@ -205,4 +205,7 @@ def test_limits_name_what_rows_flag(studied):
     some = report.limits(replace(some, scores=some.scores.assign(of=some.scores["items"].where(
         some.scores.task != "arc_easy", 5000))))  # fmt: skip
     assert "Accuracy is of a sample of the items: arc_easy 400 of 5,000." in some
+    alone = studied.results()
+    alone = replace(alone, scores=alone.scores[alone.scores.precision == "nf4"])
+    assert any("bf16 was not asked" in text for text in report.limits(alone))
     assert any("One pass only" in text and "batch sizes between" in text for text in found)

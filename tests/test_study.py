@@ -224,6 +224,8 @@ def test_more_tokens_than_the_model_has_places_for_are_refused_before_anything_i
 
 @pytest.mark.parametrize("none", ["0 minutes", "-1 minutes", "4 hours", "minutes", "many"])
 def test_a_time_that_is_none_is_refused(none, tmp_path):
+    with pytest.raises(InputError, match="workload is 4; give what study"):
+        Study("smollm2-135m", output=tmp_path).perf_bs1(4)
     with pytest.raises(InputError, match="requests is"):
         Study(output=tmp_path).workload("bs1", none)
 
