@@ -32,9 +32,9 @@ def _have(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
     return frame.dropna(subset=list(names)) if set(names) <= set(frame) else frame[:0]
 
 
-def names(frame: pd.DataFrame) -> list[str]:
-    """Name each row by its precision, and by its engine where there is more than one."""
-    several = frame.engine.nunique() > 1
+def names(frame: pd.DataFrame, several: bool = False) -> list[str]:
+    """Name each row by its precision, and by its engine where there are `several` or more than one here."""
+    several = several or frame.engine.nunique() > 1
     pairs = zip(frame.precision, frame.engine, strict=True)
     return [f"{precision} · {engine}" if several and engine else str(precision) for precision, engine in pairs]
 
@@ -183,17 +183,19 @@ def _stacked(
     if not panels:
         return look.nothing(title)
     counts = [len(frame) for _, frame in panels]
+    several = any(frame.engine.nunique() > 1 for _, frame in panels)
     height = 150 + (look.GAP_PX + 20) * (len(panels) - 1) + 34 * sum(counts)
     figure = look.panels(height, [SETTINGS[name] for name, _ in panels], row_heights=counts)
     for place, (_, frame) in enumerate(panels, 1):
         for part, (hatch, filled) in parts.items():
             figure.add_bar(
-                orientation="h", y=names(frame), x=frame[part], showlegend=False, hovertext=frame.hover,
+                orientation="h", y=names(frame, several), x=frame[part], showlegend=False, hovertext=frame.hover,
                 marker=look.bars(list(frame.precision), filled, hatch), hoverinfo="text", row=place, col=1,
             )  # fmt: skip
         figure.add_scatter(
-            x=frame.total, y=names(frame), mode="text", text=[f" {look.number(value)}" for value in frame.total],
-            textposition="middle right", showlegend=False, hoverinfo="skip", cliponaxis=False, row=place, col=1,
+            x=frame.total, y=names(frame, several), mode="text",
+            text=[f" {look.number(value)}" for value in frame.total], textposition="middle right",
+            showlegend=False, hoverinfo="skip", cliponaxis=False, row=place, col=1,
         )  # fmt: skip
         figure.update_xaxes(range=[0, 1.18 * frame.total.max()], row=place)
         figure.update_yaxes(autorange="reversed", row=place)

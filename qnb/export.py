@@ -7,6 +7,7 @@ all pictures of a call.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -15,6 +16,14 @@ from qnb import look
 
 WIDTH_PX, SCALE = 900, 1.5
 REMEDY = "install Chromium or Chrome, or run kaleido_get_chrome"
+
+
+def _told(figure: go.Figure, of: str) -> go.Figure:
+    told = go.Figure(figure)
+    if of:
+        text = f"</b>  <span style='font-size:12px;color:{look.QUIET}'>{escape(of)}</span>"
+        told.layout.title.text = figure.layout.title.text.replace("</b>", text, 1)
+    return told
 
 
 def pages(figures: Mapping[str, go.Figure], folder: Path) -> list[Path]:
@@ -28,10 +37,13 @@ def pages(figures: Mapping[str, go.Figure], folder: Path) -> list[Path]:
     return paths
 
 
-def pictures(figures: Mapping[str, go.Figure], folder: Path, kinds: Sequence[str] = ("png", "svg")) -> str:
+def pictures(
+    figures: Mapping[str, go.Figure], folder: Path, kinds: Sequence[str] = ("png", "svg"), of: str = ""
+) -> str:
     """Write each figure that draws something as PNG and SVG; return why not where no browser draws them.
 
-    A browser that fails costs the pictures, never the run that asked for them.
+    `of`, a model and its device, stands beside the title: a picture is passed on without the page around it. A
+    browser that fails costs the pictures, never the run that asked for them.
     """
     drawn = {name: figure for name, figure in figures.items() if not look.is_empty(figure)}
     if not drawn:
@@ -47,7 +59,7 @@ def pictures(figures: Mapping[str, go.Figure], folder: Path, kinds: Sequence[str
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [
         {
-            "fig": figure,
+            "fig": _told(figure, of),
             "path": folder / f"{name}.{kind}",
             "opts": {"format": kind, "width": WIDTH_PX, "height": figure.layout.height, "scale": SCALE},
         }

@@ -18,7 +18,7 @@ from plotly.subplots import make_subplots
 from qnb.precision import PRECISIONS
 
 Box = tuple[float, float, float, float]  # left, bottom, right, top
-INK, CLEAR = "#222222", "rgba(255,255,255,0)"
+INK, QUIET, CLEAR = "#222222", "#666666", "rgba(255,255,255,0)"
 HATCHES = dict(zip(PRECISIONS, ("|", "", "/", "x", "+", "\\", "-", "-", "+"), strict=True))
 DASHES = dict(
     zip(PRECISIONS, ("dot", "solid", "dash", "dashdot", "dot", "longdash", "dot", "longdashdot", "dash"), strict=True)

@@ -99,7 +99,7 @@ def gallery(folder: Path) -> tuple[list[Path], str]:
     for name, kept in reference(folder).items():
         drawn = figure.draw_all(kept)
         wanted = {key: drawn[key] for key in GALLERY if key in drawn}
-        problems[name] = export.pictures(wanted, folder / "gallery" / name, kinds=("png",))
+        problems[name] = export.pictures(wanted, folder / "gallery" / name, ("png",), of=kept.of)
     return sorted((folder / "gallery").glob("*/*.png")), next(filter(None, problems.values()), "")
 
 

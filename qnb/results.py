@@ -43,6 +43,11 @@ class Results:
     failures: tuple[Mapping[str, Any], ...] = ()  # what could not be, each with its reason
 
     @property
+    def of(self) -> str:
+        """The model and the device, as a picture tells what it is of."""
+        return ", ".join(filter(None, (self.model, self.device)))
+
+    @property
     def speed(self) -> pd.DataFrame:
         """Batch size 1, the sweep and the largest batch, one below the other; ``setting`` tells them apart."""
         named = (("bs1", self.bs1), ("sweep", self.sweep), ("maxbatch", self.maxbatch))

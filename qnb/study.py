@@ -168,9 +168,10 @@ class Study(Asking, Timing):
         """
         from qnb import export, figure
 
-        drawn = figure.draw_all(self.results())
+        results = self.results()
+        drawn = figure.draw_all(results)
         export.pages(drawn, self.folder / "figures")
-        if pictures and (problem := export.pictures(drawn, self.folder / "figures")):
+        if pictures and (problem := export.pictures(drawn, self.folder / "figures", of=results.of)):
             tqdm.write(problem)
         return drawn
 
