@@ -17,28 +17,28 @@ import plotly.graph_objects as go
 from qnb import __version__, export, figure, look, paper, summary
 from qnb.precision import BASELINE
 from qnb.results import Results, reference
-from qnb.table import grid
+from qnb.table import MAIN, grid
 
 TEMPLATE = Path(__file__).parent / "data" / "report.html"
 # section: title, words, tables (the paper's by number) with their captions, figures with how to read them
 SECTIONS: dict[str, tuple[str, str, dict[int | str, str], dict[str, str]]] = {
     "accuracy": (
         "Accuracy",
-        "What the lost bits cost. A change is real when the same items, asked twice, say so.",
+        "What the lost bits cost. A change is real when the same questions, put to both precisions, show it.",
         {
             1: "Table 1: accuracy in percent, with one standard error in points",
             2: "Table 2: change against BF16",
             "divergence": "Perplexity, and how far the next token's probabilities are from BF16's (95 % intervals)",
         },
         {
-            "fig1_accuracy": "Bars are one standard error of each precision alone; differences are the next figures'.",
+            "fig1_accuracy": "Bars are one standard error of each precision alone. For differences see the next one.",
             "forest": "Left of the line is a loss. An interval that crosses it is no proof of a change, nor of none.",
             "fig2_change": "The paper's way to show a change: relative to BF16's accuracy, without an interval.",
         },
     ),
     "bs1": (
         "One request at a time",
-        "What they buy for a single user, where each token waits for all weights, or for Python, once.",
+        "What they buy for a single user. Each token waits until all weights are read, or Python launched the step.",
         {3: "Table 3: batch size 1"},
         {
             "fig3_bs1_metrics": "Each panel has its own unit. Published bars are a T4's.",
@@ -137,6 +137,11 @@ def _section(name: str, results: Results, drawn: dict[str, go.Figure]) -> dict[s
     title, words, tables, figures = SECTIONS[name]
     shown = [key for key in figures if not look.is_empty(drawn[key])]
     frames: dict[Any, pd.DataFrame] = {**results.tables, "divergence": results.divergence}
+    for number in (3, 4):  # results before settings: a table is wider than most windows
+        columns = frames[number].columns
+        frames[number] = frames[number][
+            sorted(columns, key=lambda name: MAIN.index(name) if name in MAIN else len(MAIN))
+        ]
     return {
         "id": name,
         "title": title,

@@ -356,11 +356,11 @@ def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
 
 OTHER = "not measured like the newest row: other prompts, device, memory or cap"
 ALIKE = ("workload", "device", "memory_limit_mib", "cap")  # in these two rows must not differ to be compared
-# what a notebook shows of Tables 3 and 4; their files have all columns
+# what a notebook shows of Tables 3 and 4, and the report first; their files have all columns
 MAIN = (
-    "precision", "engine", "batch_size", "throughput_rps", "seconds_per_request", "batch_latency_s", "utilization_pct",
-    "weights_mib", "memory_mib", "energy_j_per_request", "energy_above_idle_j_per_request", "speedup",
-    "engine_speedup", "flags", "note", "published_throughput_rps", "published_seconds_per_request",
+    "precision", "engine", "batch_size", "throughput_rps", "tpot_s", "seconds_per_request", "batch_latency_s",
+    "utilization_pct", "weights_mib", "memory_mib", "energy_j_per_request", "energy_above_idle_j_per_request",
+    "speedup", "engine_speedup", "flags", "note", "published_throughput_rps", "published_seconds_per_request",
     "published_utilization_pct", "published_vram_mib", "published_speedup",
 )  # fmt: skip
 MEDIANS = (
