@@ -319,13 +319,13 @@ def _results(study: Study) -> list[str]:
     if page.exists():
         stale = page.stat().st_mtime < study.ledger.path.stat().st_mtime
         again = shlex.join(["python", "-m", "qnb", "report", str(study.folder)])
-        lines.append(f"report: {page}" + f", of before what was measured now; {again} draws it anew" * stale)
-    slowed = [row for row in study.ledger if row["stage"] == "perf" and disturbed(row.get("flags"))]
+        lines.append(f"report: {page}" + f" (older than the newest measurements; {again} renews it)" * stale)
     for setting, number in (("bs1", "03"), ("maxbatch", "04")):
-        if names := list(dict.fromkeys(row["precision"] for row in slowed if row["setting"] == setting)):
+        rows = study.frame("perf", setting).to_dict("records")
+        if names := list(dict.fromkeys(row["precision"] for row in rows if disturbed(row.get("flags")))):
             lines.append(
-                f"disturbed by other processes in {number}: {', '.join(names)}; measured again with "
-                f"--only {number} -p precisions {','.join(names)} -p overwrite true"
+                f"disturbed by other processes in {number}: {', '.join(names)}; the same command with --only {number} "
+                f"-p precisions {','.join(names)} -p overwrite true measures them again"
             )
     return lines
 

@@ -65,7 +65,7 @@ class Limits:
     copy_bytes_per_s: float  # read and written, by a copy larger than any cache
     matmul_flop_per_s: dict[str, float]  # a square product by type; int8 counts operations
     idle_power_w: float | None  # of a GPU that waits with a context on it
-    flags: Sequence[str] = ()  # what else was at work each time they were measured
+    flags: Sequence[str] = ()  # what else was at work, even the last time they were measured
 
     def flop_per_s(self, flops: Mapping[str, float]) -> float | None:
         """Return the rate at which operations, given by type, can be done at most, one type after the other."""

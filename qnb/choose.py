@@ -247,6 +247,8 @@ def _notes(
     fitting: tuple[Judgement, ...], unsure: tuple[Judgement, ...], out: tuple[Judgement, ...], demand: Demand
 ) -> Iterable[str]:
     """Yield what qualifies the recommendation."""
+    if slowed := [one.candidate.name for one in (*fitting, *unsure, *out) if one.candidate.disturbed]:
+        yield f"Other processes were at work while {', '.join(slowed)} {'was' if len(slowed) == 1 else 'were'} timed."
     if not fitting:
         return
     best = fitting[0].candidate
@@ -259,8 +261,6 @@ def _notes(
         if abs(speed - other) < speed * best.spread / 2 + other * second.spread / 2:
             yield f"{best.name} and {second.name} differ in speed by less than their repeats do."
     faster = [one.candidate.name for one in unsure if _rank(one.candidate, demand) < _rank(best, demand)]
-    if slowed := [one.candidate.name for one in (*fitting, *unsure, *out) if one.candidate.disturbed]:
-        yield f"Other processes were at work while {', '.join(slowed)} {'was' if len(slowed) == 1 else 'were'} timed."
     if faster:
         yield f"Faster, if it were known to fit: {', '.join(faster)}."
 
@@ -271,7 +271,7 @@ def explain(advice: Advice) -> dict[str, list[str]]:
     said: dict[str, list[str]] = {}
     if advice.best is None:
         what = "no row meets everything asked" if not advice.unsure else "the data cannot tell whether anything fits"
-        said["Recommended: nothing"] = [f"{what[0].upper()}{what[1:]}."]
+        said["Recommended: nothing"] = [f"{what[0].upper()}{what[1:]}.", *advice.notes]
     else:
         words, _, _, more = SPEEDS[demand.speed]
         count = len(advice.fitting)

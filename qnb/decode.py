@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from inspect import signature
@@ -21,7 +22,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
-from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteriaList
 
 from qnb.error import InputError
 from qnb.model import release
@@ -39,6 +40,15 @@ ALIGNMENT = 16  # the cache's length is a multiple of this, as the attention ker
 # What torch.compile is given for a few rows: products of one row become reductions that it tunes, and kernels that do
 # not depend on each other one launch.
 COMPILE: dict[str, Any] | None = {"options": {"coordinate_descent_tuning": True, "combo_kernels": True}}
+# settings by which a model shapes greedy texts, where they differ from these
+PLAIN = {
+    "num_beams": 1, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "guidance_scale": 1.0,
+    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None,
+    "max_new_tokens": None, "max_time": None, "bad_words_ids": None, "sequence_bias": None, "suppress_tokens": None,
+    "begin_suppress_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None, "stop_strings": None,
+    "exponential_decay_length_penalty": None, "penalty_alpha": None, "dola_layers": None, "watermarking_config": None,
+}  # fmt: skip
+SAMPLING = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 WARM_UPS = 2  # steps run before one is recorded; there is room for them
 
 
@@ -134,7 +144,9 @@ def check_window(config: PretrainedConfig, prompt_tokens: int, new_tokens: int) 
 def _greedy(model: PreTrainedModel) -> Iterator[None]:
     """Have ``generate`` take the likeliest token, whatever penalties, beams or samples a model asks for by itself."""
     own = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=_pad_id(model))
+    greedy = deepcopy(own)
+    greedy.update(**PLAIN, **SAMPLING, pad_token_id=_pad_id(model))
+    model.generation_config = greedy
     try:
         yield
     finally:

@@ -386,16 +386,19 @@ def damage(folder: Path) -> str:
         return Path(error.filename).name if isinstance(error, OSError) and error.filename else "manifest.json"
 
 
-def digest(folder: Path, sealed: bool = True) -> str:
+def digest(folder: Path, sealed: bool = True, beside: bool = True) -> str:
     """Return 16 hexadecimal digits over a model's weights, from its manifest where it is `sealed` with one.
 
-    Where it is not, others may change its configuration and tokenizer, which decide as much: they count as well.
+    Where it is not, others may change its configuration and tokenizer, which decide as much: they count as well, but
+    not without `beside`, as before version 0.9.0.
     """
     if sealed and intact(folder):
         files = json.loads((folder / "manifest.json").read_text())
         hashes = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
     else:
-        files = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in BESIDE)
+        files = sorted(
+            path for path in folder.iterdir() if path.suffix == ".safetensors" or (beside and path.name in BESIDE)
+        )
         hashes = {path.name: file_sha256(path) for path in files}
     return sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -64,7 +64,9 @@ def card(results: Results, precision: Precision) -> str:
     """Return a precision's card as Markdown with its YAML head."""
     from huggingface_hub import ModelCardData
 
-    base, _, revision = BASES.get(results.model, results.model).partition("@")
+    base = BASES.get(results.model, results.model)
+    fetched = re.fullmatch(r"([\w.-]+/[\w.-]+)@(.+)", base, re.ASCII)  # as a model of the hub is called
+    base, revision = fetched.groups() if fetched else (base, "")
     title = f"{base.rsplit('/', 1)[-1]}-{precision.name}"
     told = f"{base} (commit {revision})" if revision else base
     if results.model == SHAPE:

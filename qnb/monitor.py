@@ -76,7 +76,12 @@ class Usage:
             found.append(f"samples missing: {', '.join(gone)}")
         if self.source == "nvml" and self.duration_s < SETTLED_S:
             found.append("too short for utilization, power and energy")
-        elif self.energy_s is not None and self.energy_j is None and not gone:
+        elif (
+            self.energy_s is not None
+            and self.energy_j is None
+            and not self.failures
+            and "energy_j" not in self.missing
+        ):
             found.append("too short for the energy counter")
         return found
 
@@ -153,11 +158,16 @@ class Window:
         def column(name: str) -> list[float]:
             return [reading[name] for reading in self.readings if reading.get(name) is not None]
 
-        # others look back to before the window
-        within_s = SETTLED_S if self._source == "nvml" else 0.0
-        rates, powers, others = ([reading[name] for reading in self.readings[1:]
-                                  if name in reading and reading["t_s"] >= within_s]
-                                 for name in ("utilization_pct", "power_w", "others_pct"))  # fmt: skip
+        within_s = SETTLED_S if self._source == "nvml" else 0.0  # what is read before looks back to before the window
+
+        def mean(name: str) -> float | None:
+            """Weigh each reading by the time since the one before: the last may come right after another."""
+            told = [(now[name], now["t_s"] - before["t_s"]) for before, now in pairwise(self.readings)
+                    if name in now and now["t_s"] >= within_s]  # fmt: skip
+            whole_s = sum(seconds for _, seconds in told)
+            return sum(value * seconds for value, seconds in told) / whole_s if whole_s else None
+
+        rate, power_w = mean("utilization_pct"), mean("power_w")
         base_mib = self._baseline_mib  # unknown: nothing can be said of what is above it
         memory = [] if base_mib is None else [value - base_mib for value in column("memory_mib")]
         energy_j, energy_s = self._energy()
@@ -165,17 +175,17 @@ class Window:
             source=self._source,
             samples=len(self.readings),
             duration_s=self._closed - self._opened,
-            utilization_pct=min(fmean(rates), 100.0) if rates else None,
+            utilization_pct=None if rate is None else min(rate, 100.0),
             memory_mib=fmean(memory) if memory else None,
             peak_memory_mib=max(memory) if memory else None,
             baseline_mib=self._baseline_mib,
-            power_w=energy_j / energy_s if energy_j and energy_s else fmean(powers) if powers else None,
+            power_w=energy_j / energy_s if energy_j and energy_s else power_w,
             clock_mhz=fmean(clock) if (clock := column("clock_mhz")) else None,
             energy_j=energy_j,
             energy_s=energy_s,
             throttle=throttles(column("throttle")),
             processes=int(max(processes)) if (processes := column("processes")) else None,
-            others_pct=fmean(others) if others else None,
+            others_pct=mean("others_pct"),
             failures=self._failures,
             missing={
                 name: count

@@ -223,7 +223,7 @@ def limits(results: Results) -> list[str]:
     if len(results.scores) and BASELINE not in set(results.scores.precision):
         found.append(f"{BASELINE} was not asked, so there is no change in accuracy to show; add it to the precisions.")
     if len(results.scores):
-        asked = results.scores[results.scores.task == results.scores.asked].drop_duplicates("task")
+        asked = results.scores[results.scores.task == results.scores.asked].drop_duplicates(["task", "items"])
         part = asked[asked["items"] < asked["of"].astype(float)]
         told = [f"{row.task} {row['items']:,} of {row['of']:,.0f}" for _, row in part.iterrows()]
         if told:

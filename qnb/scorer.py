@@ -30,6 +30,7 @@ from transformers.cache_utils import DynamicLayer
 from qnb import fuse
 from qnb.answers import Answers
 from qnb.batch import is_out_of_memory
+from qnb.decode import PLAIN
 from qnb.model import release
 
 if TYPE_CHECKING:
@@ -47,13 +48,6 @@ COMPILED_FROM = 10**16  # tokens times weights: half a minute of an H100, a quar
 STOCK_BLOCK = 256  # requests that stock scoring gets at once, so that their answers can be kept
 CHECK_STEPS = 8  # new tokens between two looks for stop sequences
 PEERS = 4  # rows that must share a beginning
-# settings by which a model shapes greedy texts, where they differ from these
-PLAIN = {
-    "num_beams": 1, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "guidance_scale": 1.0,
-    "no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0, "bad_words_ids": None, "sequence_bias": None,
-    "suppress_tokens": None, "begin_suppress_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None, "penalty_alpha": None, "dola_layers": None, "stop_strings": None,
-}  # fmt: skip
 # tokens times weights that sharing must save: it takes two passes more, and a GPU starts many kernels for each
 SAVED = {"cuda": 10**12, "cpu": 0}
 

@@ -146,7 +146,7 @@ class Study(Asking, Timing):
             name=self.folder.name,
             model=self._record.get("name", self.model),
             device=rows[-1].get("device", "") if rows else "",
-            tables={1: self.table1(), 2: self.table2(), 3: self.table3(), 4: self.table4()},
+            tables={number: self.build(name) for number, name in TABLES.items()},
             scores=self.scores(),
             bs1=medians(runs["bs1"]),
             maxbatch=medians(runs["maxbatch"]),
@@ -168,6 +168,7 @@ class Study(Asking, Timing):
         """
         from qnb import export, figure
 
+        self._check_writable()
         results = self.results()
         drawn = figure.draw_all(results)
         export.pages(drawn, self.folder / "figures")
@@ -179,6 +180,7 @@ class Study(Asking, Timing):
         """Write ``report.html``, one page that needs no network, all tables and model cards; return the page."""
         from qnb import modelcard, report
 
+        self._check_writable()
         results = self.results()
         ready = {TABLES[number]: frame for number, frame in results.tables.items()}
         for name in self._makers():

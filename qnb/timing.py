@@ -197,7 +197,7 @@ class Timing(Workbench):
                         f"the device's limits were measured while {'; '.join(row['flags'])}: what bounds a row may be "
                         "named wrong; overwrite=True measures them again"
                     )
-        return Limits(**{name: row[name] for name in Limits.__slots__ if name in row})
+        return Limits(**{name: row[name] for name in Limits.__slots__})
 
     def perf_bs1(self, workload: Workload, repeats: int = 1, engines: str | Iterable[str] = "auto") -> pd.DataFrame:
         """Time the workload one request at a time; return a row a precision, engine and repeat (Table 3).

@@ -178,7 +178,8 @@ class Workbench:
         if record and Path(record["path"]).is_dir() and model.stamp(Path(record["path"])) == record.get("stamp"):
             return Source(**{name: record[name] for name in Source.__slots__})
         source = model.resolve(record.get("name", self.model), self.device.kind)
-        if record.get("fingerprint", source.fingerprint) != source.fingerprint:
+        before = record.get("fingerprint", source.fingerprint)
+        if before not in (source.fingerprint, model.digest(Path(source.path), sealed=False, beside=False)):
             raise InputError(
                 f"model {source.name} is not the one that output {self.folder} was measured with (its files have "
                 "changed since); give another output folder"
@@ -252,7 +253,7 @@ class Workbench:
         return None if self.overwrite else self.ledger.find(**key)
 
     def _decided(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """Return what was decided for all precisions: measuring some of them anew does not decide it anew."""
+        """Return what was decided for all precisions: measuring them anew, some or all, does not decide it anew."""
         return self.ledger.find(**key)
 
     @cached_property

@@ -67,6 +67,7 @@ def test_a_change_on_the_limit_itself_is_not_promised_an_answer():
 def test_what_other_processes_slowed_is_said_beside_the_recommendation():
     advice = advise([replace(BASE, disturbed=True), SAFE])
     assert advice.notes == ("Other processes were at work while bf16 (graphed) was timed.",)
+    assert advise([replace(BASE, disturbed=True)], speed_limit=0.001).notes == advice.notes  # and where nothing fits
 
 
 def test_nothing_is_recommended_when_nothing_is_shown_to_fit():

@@ -279,7 +279,7 @@ def test_notebook_04_tells_what_was_kept():
     drawn_w = [round(card.loc["fp16", "graphed"].power_w) for card in (here, there)]
     assert (
         f"FP16 drew {drawn_w[0]} W on the H100 and {drawn_w[1]} on the H200, in passes of "
-        f"{here.loc['fp16', 'graphed'].total_s:.1f} s" in text
+        f"{here.loc['fp16', 'graphed'].total_s:.1f} and {there.loc['fp16', 'graphed'].total_s:.1f} s" in text
     )
     assert all("power cap" in card.loc["fp16", "graphed"]["flags"] for card in (here, there))
     assert f"serves {100 * (others.graphed.fp16 / rates.graphed.fp16 - 1):.0f} % more" in text

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import shutil
 from dataclasses import replace
 
 import example
@@ -11,6 +13,7 @@ import pytest
 import yaml
 
 from qnb import Study, figure, modelcard, report, results, summary, table
+from qnb.__main__ import _results
 from qnb.precision import PRECISIONS
 from qnb.provenance import ROOT
 
@@ -195,6 +198,21 @@ def test_provenance_names_the_ledger_by_its_bytes(page, studied):
     from hashlib import sha256
 
     assert sha256(studied.ledger.path.read_bytes()).hexdigest() in page
+
+
+def test_a_run_says_what_was_disturbed_and_whether_the_report_is_older(studied, tmp_path):
+    folder = shutil.copytree(studied.folder, tmp_path / "study")
+    kept = Study(precisions="all", output=folder)
+    page = kept.report()
+    assert f"report: {page}" in _results(kept) and not any("disturbed" in line for line in _results(kept))
+    row = next(row for row in kept.ledger if row["stage"] == "perf" and row["setting"] == "bs1" and row["repeat"] == 0)
+    kept.ledger.append({**row, "flags": ["another process used the GPU"]})
+    os.utime(page, (0, 0))
+    older, slowed = _results(kept)[-2:]
+    assert older.startswith(f"report: {page} (older than the newest measurements; python -m qnb report {folder}")
+    assert slowed.startswith(
+        f"disturbed by other processes in 03: {row['precision']}; the same command with --only 03"
+    )
 
 
 def test_limits_name_what_rows_flag(studied):

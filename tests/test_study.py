@@ -1,5 +1,6 @@
 """A study remembers its model, chooses counts, and shows what was asked last."""
 
+import json
 import shutil
 import weakref
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ import torch
 
 from qnb import InputError, Study, decode, hub, model, workbench
 from qnb.device import Device
+from qnb.ledger import checked, unchecked
 from qnb.precision import PRECISIONS, parse
 from qnb.timing import Timing
 
@@ -33,6 +35,29 @@ def test_a_model_changed_in_place_is_noticed(part, source, tmp_path):
     (local / part).write_bytes(data)
     with pytest.raises(InputError, match="changed since"):
         _ = Study(str(local), output=output).source
+
+
+def test_a_study_from_before_configurations_counted_goes_on_where_it_was_moved_to(source, tmp_path):
+    local, output = tmp_path / "model", tmp_path / "study"
+    shutil.copytree(source.path, local)
+    told = Study(str(local), output=output).source
+    record = json.loads(unchecked((output / "study.json").read_bytes()))
+    weights = model.digest(local, sealed=False, beside=False)
+    assert weights != told.fingerprint
+    (output / "study.json").write_bytes(checked(record | {"fingerprint": weights, "stamp": "of another disk"}))
+    assert Study(str(local), output=output).source == told
+
+
+def test_a_study_that_cannot_be_written_is_read_and_refused_where_it_would_be(studied, tmp_path, monkeypatch):
+    folder = shutil.copytree(studied.folder, tmp_path / "study")
+    monkeypatch.setattr(workbench.os, "access", lambda *_: False)
+    kept = Study(precisions="all", output=folder)
+    assert len(kept.results().tables[3]) == len(studied.results().tables[3])
+    for write in (kept.report, kept.figures):
+        with pytest.raises(InputError, match="cannot be written"):
+            write()
+    with pytest.raises(InputError, match="cannot be written"):
+        Study(output=tmp_path / "new")
 
 
 def test_counts(tmp_path):
