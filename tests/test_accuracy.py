@@ -12,7 +12,7 @@ import pytest
 from qnb import Study, accuracy, asking, model, table
 from qnb.accuracy import Evaluator, Result, Score
 from qnb.error import InputError
-from qnb.precision import PRECISIONS
+from qnb.precision import PRECISIONS, parse
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +172,9 @@ def test_a_budget_buys_every_precision_the_same_items(paced):
     spent, before = now[0], (made.folder / "ledger.jsonl").read_bytes()
     made.accuracy("sample_easy", minutes=5)
     assert now[0] == spent and (made.folder / "ledger.jsonl").read_bytes() == before
+    made.precisions, made.overwrite = parse("int8"), True  # asked anew alone, it gets what the others had
+    made.accuracy("sample_easy", minutes=5)
+    assert now[0] > spent and made.frame("accuracy").limit.tolist() == [23]
 
 
 def test_a_budget_that_is_large_enough_buys_all_and_a_limit_holds(paced):

@@ -137,6 +137,13 @@ def test_kept_runs_without_accuracy_are_still_ranked_by_speed():
     assert not choose.choose(found, Demand("throughput_rps", loss_pp=1)).fitting
 
 
+def test_a_kept_rows_range_is_as_wide_as_was_measured():
+    kept = results.reference(ROOT / "outputs" / "reference")["h100-llama-3.2-1b-shape"].bs1
+    ranges_pct = 100 * (kept.high_rps / kept.low_rps - 1)
+    assert list(ranges_pct) == pytest.approx(list(kept.throughput_spread_pct)) and ranges_pct.max() > 100
+    assert ((kept.low_rps <= kept.throughput_rps) & (kept.throughput_rps <= kept.high_rps)).all()
+
+
 def test_relative_values_are_shares_of_the_baseline_with_the_same_engine(studied):
     found = studied.results()
     frame, title, unit = explore.values(found, "memory_mib", baseline="bf16")

@@ -20,6 +20,7 @@ from qnb.device import Device
 from qnb.ledger import checked, unchecked
 from qnb.precision import PRECISIONS, parse
 from qnb.timing import Timing
+from qnb.verify import verify
 
 
 @pytest.mark.parametrize("part", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -437,6 +438,37 @@ def test_passes_that_an_overwriting_run_did_not_come_to_are_not_shown(unloaded, 
         assert (row["repeats"], row["throughput_rps"]) == (passes, pytest.approx(rate, rel=0.2))
         assert len(made.frame("perf", "bs1")) == passes
         sleep(1.1)  # rows tell seconds
+
+
+def test_a_row_measured_anew_leaves_the_file_of_the_row_before_until_it_is_there(
+    unloaded, source, tmp_path, monkeypatch
+):
+    from qnb import benchmark
+    from qnb.monitor import Usage
+
+    seconds = iter([1.0, 2.0])
+
+    def run(network, workload, batch_size, engine, base_mib, **_):
+        batch_s = (next(seconds),) * 8
+        made = benchmark.Run(engine, 1, 8, 4, 2, sum(batch_s), batch_s, None, None, Usage("process", 0, 1.0))
+        return replace(made, readings=({"t_s": batch_s[0]},))
+
+    monkeypatch.setattr(benchmark, "run", run)
+    made = Study("smollm2-135m", "bf16", tmp_path)
+    workload = made.workload("bs1", 8, 4, 2, "sample")
+    made.perf_bs1(workload)
+    anew = Study("smollm2-135m", "bf16", tmp_path, overwrite=True)
+    anew.limits()
+
+    def killed(key, asked, values):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(anew, "_append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        anew.perf_bs1(workload)
+    assert len(list(tmp_path.glob("samples/*.parquet"))) >= 3, "nothing was written before the row"
+    files = [finding for finding in verify(tmp_path) if finding.part.startswith("samples/")]
+    assert files and not [finding for finding in files if finding.wrong]
 
 
 @pytest.mark.parametrize("broken", [False, True])
