@@ -138,10 +138,8 @@ def _section(name: str, results: Results, drawn: dict[str, go.Figure]) -> dict[s
     shown = [key for key in figures if not look.is_empty(drawn[key])]
     frames: dict[Any, pd.DataFrame] = {**results.tables, "divergence": results.divergence}
     for number in (3, 4):  # results before settings: a table is wider than most windows
-        columns = frames[number].columns
-        frames[number] = frames[number][
-            sorted(columns, key=lambda name: MAIN.index(name) if name in MAIN else len(MAIN))
-        ]
+        frame = frames[number]
+        frames[number] = pd.concat([frame.filter(MAIN), frame.drop(columns=list(MAIN), errors="ignore")], axis=1)
     return {
         "id": name,
         "title": title,

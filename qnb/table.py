@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -325,17 +324,15 @@ def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
         return frame
     published = paper.performance(number).set_index("precision")
     rows: list[dict[str, Any]] = []
-    rates: dict[tuple[Any, ...], float] = {}
-    flags: dict[tuple[Any, ...], str] = {}
+    timed: dict[tuple[Any, ...], dict[str, Any]] = {}
     newest = _like(frame.sort_values("measured_at", kind="stable").iloc[-1]) if "measured_at" in frame else None
     for (precision, engine), runs in frame.groupby(["precision", "engine"], sort=False):
         last = runs.iloc[-1]
         like = _like(last)
         row: dict[str, Any] = {"precision": precision, "engine": engine, "batch_size": int(last.batch_size)}
         if pd.notna(last.get("throughput_rps")):
-            rates[precision, engine, like] = median(runs.throughput_rps)
             row |= _performance(runs)
-            flags[precision, engine, like] = row["flags"]
+            timed[precision, engine, like] = row
         note = last.get("note")
         notes = [note if isinstance(note, str) else "", OTHER if newest and like != newest else ""]
         row["note"] = "; ".join(filter(None, notes))
@@ -345,10 +342,10 @@ def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
         rows.append({**row, "like": like})
     for row in rows:
         precision, engine, like = row["precision"], row["engine"], row.pop("like")
-        mine = rates.get((precision, engine, like))
         for name, other in (("speedup", (BASELINE, engine, like)), ("engine_speedup", (precision, "eager", like))):
-            calm = not (disturbed(row.get("flags")) or disturbed(flags.get(other)))
-            row[name] = mine / rates[other] if mine and other in rates and calm else None
+            row[name], mine, base = None, timed.get((precision, engine, like)), timed.get(other)
+            if mine and base and not (disturbed(mine["flags"]) or disturbed(base["flags"])):
+                row[name] = mine["throughput_rps"] / base["throughput_rps"]
     result = pd.DataFrame(rows)
     order = [name for name in result if not str(name).startswith("published_")]
     return result[order + [name for name in result if name not in order]].round(6)

@@ -179,7 +179,8 @@ class Workbench:
             return Source(**{name: record[name] for name in Source.__slots__})
         source = model.resolve(record.get("name", self.model), self.device.kind)
         before = record.get("fingerprint", source.fingerprint)
-        if before not in (source.fingerprint, model.digest(Path(source.path), sealed=False, beside=False)):
+        # the second is what versions before 0.9.0 took; it reads all weights once more
+        if before != source.fingerprint and before != model.digest(Path(source.path), sealed=False, beside=False):
             raise InputError(
                 f"model {source.name} is not the one that output {self.folder} was measured with (its files have "
                 "changed since); give another output folder"
