@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 from qnb import look
 from qnb.batch import knee
 from qnb.precision import PRECISIONS
+from qnb.results import ALIKE
 from qnb.table import stacked
 
 SETTINGS = {"bs1": "batch size 1", "sweep": "batch sizes between", "maxbatch": "largest batch"}
@@ -24,12 +25,15 @@ TIMELINE = {
     "power_w": "power, W",
     "clock_mhz": "clock, MHz",
 }
+SWEPT = (("throughput", "requests/s"), ("batch latency", "s"))
 GREY = "#777777"
 
 
 def _have(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
-    """Return the rows that have all of `names`; none where a column is missing."""
-    return frame.dropna(subset=list(names)) if set(names) <= set(frame) else frame[:0]
+    """Return the rows that have all of `names`; none, with columns to look them up by, where one is missing."""
+    if set(names) <= set(frame):
+        return frame.dropna(subset=list(names))
+    return frame[:0].reindex(columns=frame.columns.union(sorted({*ALIKE, *names})))
 
 
 def names(frame: pd.DataFrame, several: bool = False) -> list[str]:
@@ -40,14 +44,16 @@ def names(frame: pd.DataFrame, several: bool = False) -> list[str]:
 
 
 def _repeats(row: dict[str, Any]) -> str:
-    if not row.get("requests"):  # of a bench's table
+    requests, passes = (row[name] if pd.notna(row.get(name)) else 0 for name in ("requests", "repeats"))
+    if not requests:  # of a bench's table
         return ""
-    count = int(row.get("repeats") or 1)
-    return f"<br>n = {row.get('requests', 0):,.0f} requests, {count} {'pass' if count == 1 else 'passes'}"
+    return f"<br>n = {requests:,.0f} requests, {f'{passes:.0f} passes' if passes > 1 else '1 pass'}"
 
 
 def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
     """Throughput and batch latency over batch size, a line a precision and engine, a star at the largest batch.
+
+    A largest batch of prompts or texts of other lengths than the line's is left out.
 
     Parameters
     ----------
@@ -58,50 +64,60 @@ def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
     """
     title = "Throughput and latency by batch"
     needed = ("batch_size", "throughput_rps", "batch_latency_s")
-    steps, largest = _have(steps, *needed), _have(largest, *needed)
+    alike = ["precision", "engine", "prompt_tokens", "new_tokens"]
+    steps, largest = (_have(frame, *needed, *alike[2:]) for frame in (steps, largest))
     if steps.empty:
         return look.nothing(title, "without a GPU only where sweep_batch asks for it")
-    figure = look.panels(640, ["throughput, requests/s", "batch latency, s"], shared_xaxes=True)
+    if len(largest):
+        largest = largest.merge(steps[alike].drop_duplicates(), on=alike)
+    engines = list(dict.fromkeys(steps.engine))
+    told = {engine: f" with {engine}" if len(engines) > 1 else "" for engine in engines}
+    titles = [f"{what}{told[engine]}, {unit}" for what, unit in SWEPT for engine in engines]
+    height = 240 + 200 * len(titles)
+    figure = look.panels(height, titles, shared_xaxes=True)
+    named: set[str] = set()
     for (precision, engine), rows in steps.groupby(["precision", "engine"], sort=False):
+        bent = rows.batch_size == knee(*(list(rows[name]) for name in needed))
         end = largest[(largest.precision == precision) & (largest.engine == engine)]
-        bent = rows[rows.batch_size == knee(*(list(rows[name]) for name in needed))]
-        rows = stacked([rows, end]).sort_values("batch_size")
         color = PRECISIONS[str(precision)].color
-        for row, name in enumerate(needed[1:], 1):
-            unit = ("requests/s", "s a batch")[row - 1]
-            hover = [
-                f"{precision}, {engine}, batch {one['batch_size']}: {look.number(one[name])} {unit}"
-                + (f"<br>{look.number(one['low_rps'])} to {look.number(one['high_rps'])}" if row == 1 else "")
-                + _repeats(one)
-                for one in rows.to_dict("records")
-            ]
+        for place, (name, (_, unit)) in enumerate(zip(needed[1:], SWEPT, strict=True)):
+            about = {"row": 1 + place * len(engines) + engines.index(engine), "col": 1, "hoverinfo": "text",
+                     "legendgroup": str(precision)}  # fmt: skip
+            line = stacked([rows, end]).sort_values("batch_size")
             figure.add_scatter(
-                x=rows.batch_size, y=rows[name], mode="lines+markers", row=row, col=1,
-                name=f"{precision}, {engine}", legendgroup=f"{precision} {engine}", showlegend=row == 1,
+                x=line.batch_size, y=line[name], mode="lines+markers", name=str(precision),
+                showlegend=precision not in named,
                 line={"color": color, "dash": look.DASHES[str(precision)], "width": 1.8},
-                marker=look.marker(str(precision), str(engine), 8), hovertext=hover, hoverinfo="text",
+                marker=look.marker(str(precision), str(engine), 8),
+                hovertext=[_swept(one, name, unit) for one in line.to_dict("records")], **about,
             )  # fmt: skip
-            figure.add_scatter(
-                x=bent.batch_size, y=bent[name], mode="markers", row=row, col=1, showlegend=False,
-                legendgroup=f"{precision} {engine}", hoverinfo="text",
-                marker={"symbol": "circle-open", "size": 17, "color": color, "line": {"width": 2}},
-                hovertext=[f"{precision}, {engine}: the knee, batch {size:.0f}" for size in bent.batch_size],
-            )  # fmt: skip
-            for one in end.to_dict("records"):
+            named.add(str(precision))
+            for some, ring, more in (
+                (rows[bent], {"symbol": "circle-open", "size": 17, "line": {"width": 2}}, "the knee"),
+                (end, {"symbol": "star", "size": 14, "line": {"color": look.INK, "width": 1}}, "the largest"),
+            ):
                 figure.add_scatter(
-                    x=[one["batch_size"]], y=[one[name]], mode="markers", row=row, col=1, showlegend=False,
-                    legendgroup=f"{precision} {engine}", hoverinfo="text",
-                    marker={"symbol": "star", "size": 14, "color": color, "line": {"color": look.INK, "width": 1}},
-                    hovertext=f"{precision}, {engine}, largest batch {one['batch_size']}: "
-                    f"{look.number(one[name])} {unit}{_repeats(one)}",
+                    x=some.batch_size, y=some[name], mode="markers", showlegend=False, marker={"color": color, **ring},
+                    hovertext=[f"{_swept(one, name, unit)}<br>{more}" for one in some.to_dict("records")], **about,
                 )  # fmt: skip
     sizes = sorted({*steps.batch_size, *largest.batch_size})
     shown = [size for size in sizes if size & (size - 1) == 0] or sizes
     shown = shown[:: max(1, len(shown) // 6)]
     figure.update_xaxes(type="log", tickvals=shown, ticktext=[str(int(size)) for size in shown])
-    figure.update_xaxes(title="batch size", row=2)
+    figure.update_xaxes(title="batch size", row=len(titles))
     figure.update_yaxes(type="log", dtick=1)
-    return look.layout(figure, title, 640, "logarithmic axes; ring: knee; star: largest that fits")
+    for place in range(len(titles)):  # engines share a scale
+        first = 1 + place // len(engines) * len(engines)
+        figure.update_yaxes(matches=f"y{first}" if first > 1 else "y", row=place + 1)
+    note = "logarithmic axes; ring: knee" + ("; star: largest that fits" if len(largest) else "")
+    return look.layout(figure, title, height, note)
+
+
+def _swept(row: dict[str, Any], name: str, unit: str) -> str:
+    text = f"{row['precision']}, {row['engine']}, batch {row['batch_size']}: {look.number(row[name])} {unit}"
+    if name == "throughput_rps" and row["low_rps"] < row["high_rps"]:
+        text += f"<br>{look.number(row['low_rps'])} to {look.number(row['high_rps'])}"
+    return text + _repeats(row)
 
 
 def roofline(runs: pd.DataFrame) -> go.Figure:

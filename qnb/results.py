@@ -79,6 +79,14 @@ def medians(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(made)
 
 
+def of_batches(swept: pd.DataFrame) -> pd.DataFrame:
+    """Return a sweep's rows with their batches' range in throughput: each row is one pass."""
+    if swept.empty:
+        return swept
+    times = swept.batch_s.map(list)
+    return swept.assign(low_rps=swept.batch_size / times.map(max), high_rps=swept.batch_size / times.map(min))
+
+
 def readings(folder: Path, rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Return the monitor's readings during each row that has any, one below the other."""
     parts = []
@@ -115,15 +123,15 @@ def _of_tables(name: str, kept: Mapping[str, pd.DataFrame]) -> Results:
     device, _, model = name.partition("-")
     none = pd.DataFrame()
     tables = {number: kept.get(stem, none) for number, stem in TABLES.items()}
-    speed = {number: _as_measured(tables[number]) for number in (3, 4)}
+    bs1, maxbatch, sweep = (_as_measured(table) for table in (tables[3], tables[4], kept.get("sweep", none)))
     return Results(
-        name, model, device, tables, _unfold(tables[1]), speed[3], speed[4],
+        name, model, device, tables, _unfold(tables[1]), bs1, maxbatch, sweep,
         divergence=kept.get("divergence", none),
     )  # fmt: skip
 
 
 def _as_measured(table: pd.DataFrame) -> pd.DataFrame:
-    """Return Table 3 or 4 under the names that performance rows have, without engines that could not run."""
+    """Return Table 3, 4 or a sweep's by the names that performance rows have, without engines that could not run."""
     if table.empty:
         return table
     table = table.dropna(subset=["throughput_rps"])

@@ -409,12 +409,18 @@ def _performance(runs: pd.DataFrame) -> dict[str, Any]:
 def sweep(frame: pd.DataFrame) -> pd.DataFrame:
     """Throughput, latency and memory by batch size, a row a precision, engine and size.
 
-    ``knee`` marks the batch size with the most throughput a second of latency; see `qnb.batch.knee`.
+    ``throughput_spread_pct`` is how much faster the fastest of a size's batches was than the slowest; ``knee`` marks
+    the batch size with the most throughput a second of latency; see `qnb.batch.knee`.
     """
-    columns = ["precision", "engine", "batch_size", "throughput_rps", "throughput_tps", "batch_latency_s", "ttft_s",
-               "tpot_s", "memory_mib", "cache_mib", "bound", "knee", "note"]  # fmt: skip
+    columns = ["precision", "engine", "batch_size", "requests", "prompt_tokens", "new_tokens", "throughput_rps",
+               "throughput_spread_pct", "throughput_tps", "batch_latency_s", "ttft_s", "tpot_s", "memory_mib",
+               "cache_mib", "bound", "knee", "flags", "note"]  # fmt: skip
     if frame.empty:
         return pd.DataFrame(columns=columns)
+    spread = [100 * (max(batch_s) / min(batch_s) - 1) if isinstance(batch_s, list) and len(batch_s) > 1 else None
+              for batch_s in frame.get("batch_s", [None] * len(frame))]  # fmt: skip
+    flags = ["; ".join(found) if isinstance(found, list) else "" for found in frame.get("flags", [""] * len(frame))]
+    frame = frame.assign(throughput_spread_pct=spread, flags=flags)
     frame = frame.reindex(columns=list(dict.fromkeys([*columns, *frame]))).sort_values("batch_size", kind="stable")
     parts = []
     for _, rows in frame.groupby(["precision", "engine"], sort=False):

@@ -99,6 +99,36 @@ def test_a_study_without_new_columns_still_has_its_old_figures(runs):
         assert look.is_empty(drawn) and drawn.layout.annotations[0].text.startswith("nothing measured yet")
 
 
+@pytest.mark.parametrize("only", ["scores", "bs1", "maxbatch", "sweep", "samples", "checkpoints", "divergence"])
+def test_a_study_of_one_stage_alone_is_drawn(only, studied):
+    """Each notebook runs alone, and a report is made of what there is."""
+    whole = studied.results()
+    part = results.Results("one", "m", "d", dict.fromkeys(results.TABLES, EMPTY), **{only: getattr(whole, only)})
+    shown = {name for name, one in figure.draw_all(part).items() if not look.is_empty(one)}
+    wants = {"scores": "fig1_accuracy", "bs1": "token_time", "maxbatch": "roofline", "sweep": "sweep",
+             "samples": "timeline_bs1"}  # fmt: skip
+    assert wants.get(only) in shown or (only not in wants and not shown)
+
+
+def test_a_sweep_has_a_panel_an_engine_and_a_star_only_of_its_own_lengths(studied):
+    whole = studied.results()
+    drawn = cost.sweep(whole.sweep, whole.maxbatch)
+    titles = [note.text for note in drawn.layout.annotations]
+    assert titles == ["throughput with eager, requests/s", "throughput with graphed, requests/s",
+                      "batch latency with eager, s", "batch latency with graphed, s"]  # fmt: skip
+    assert {trace.yaxis for trace in drawn.data if (trace.marker.symbol or "") == "diamond"} == {"y2", "y4"}
+    assert drawn.layout.yaxis2.matches == "y" and drawn.layout.yaxis4.matches == "y3"
+
+    def stars(figure):
+        return [trace for trace in figure.data if trace.marker.symbol == "star" and len(trace.x)]
+
+    assert len(stars(drawn)) == 2 * len(whole.maxbatch) and "star" in look.title(drawn)
+    other = cost.sweep(whole.sweep, whole.maxbatch.assign(new_tokens=7))
+    assert not stars(other) and "star" not in look.title(other)
+    low, high = whole.sweep.low_rps, whole.sweep.high_rps  # of a size's batches
+    assert (low <= whole.sweep.throughput_rps * 1.001).all() and (whole.sweep.throughput_rps <= high * 1.001).all()
+
+
 def test_no_precision_shares_colour_and_hatch_with_another():
     looks = [(one.color, look.HATCHES[name]) for name, one in PRECISIONS.items()]
     assert len({color for color, _ in looks}) == len(set(looks)) == len(PRECISIONS)

@@ -64,10 +64,10 @@ def test_badges_are_built_from_the_projects_address():
 
 
 def swept(card=SHAPE):
-    """Return NF4's requests in percent of FP16's, by batch size."""
+    """Return requests with `graphed` in percent of FP16's, by batch size and precision."""
     sweep = kept(f"{card}/sweep.csv").query("engine == 'graphed'")
     rates = sweep.pivot(index="batch_size", columns="precision", values="throughput_rps")
-    return 100 * (rates.nf4 / rates.fp16)
+    return 100 * rates.div(rates.fp16, axis=0)
 
 
 def test_the_numbers_are_those_of_the_kept_runs():
@@ -93,13 +93,17 @@ def test_the_numbers_are_those_of_the_kept_runs():
     )
     assert f"and FP16, whose kernels are BF16's, {share.eager.fp16:.0f} %" in text
     assert f"largest batch, {share.graphed.nf4:.0f} % of BF16's requests" in text
-    assert f"in 32 bit, served {share.graphed.int4:.0f} %. " in text
+    assert f"in 32 bit, served {share.graphed.int4:.0f} % (" in text
     whole = kept(f"{SHAPE}/largest_batch.csv").query("memory_gib == 'whole' and engine == 'graphed'")
     whole = whole.set_index("precision").throughput_rps
     assert f"{100 * whole.nf4 / whole.bf16:.0f} % with all of the H100's memory" in text
-    here, there = (swept(card).loc[4:256] for card in (SHAPE, LARGER))
+    here, there = (swept(card).nf4.loc[4:256] for card in (SHAPE, LARGER))
     assert f"{here.min():.0f} to {here.max():.0f} % of FP16's at batch sizes 4 to 256" in text
     assert f"at batch sizes 4 to 256 ({there.min():.0f} to {there.max():.0f} % on an H200, with a later" in text
+    int4 = swept(LARGER).int4
+    assert (
+        f"(on the H200 {int4[1]:.0f} % of FP16's at batch size 1, {int4[8]:.0f} at 8 and {int4[1024]:.0f} at" in text
+    )
     assert f"served {rates.eager.fp4:.1f} requests/s in another job" in text
     kernels = large.kernels_per_token.unstack().eager
     assert kernels.fp4 == kernels.nf4 and kernels.bf16 == kernels.fp16
@@ -270,12 +274,6 @@ def test_notebook_04_tells_what_was_kept():
     assert f"With all of the card it ended at {whole:.0f} rows, and at 1,032 its process died" in text
     assert (whole + 1) * 256 * 8192 == 2**31 and ran.loc["int8", 79.2].true_at_most.ours == 1031
     assert set(found[found.note.notna()].search) == {"accelerate"}
-    ratio = swept()
-    assert f"served {ratio[1]:.0f} % of FP16's requests at batch size 1, {ratio.loc[4:256].min():.0f} to " in text
-    assert f"to {ratio.loc[4:256].max():.0f} % at 4 to 256, and {ratio[1024]:.0f} % at 1024 (`sweep.csv`)" in text
-    ratio = swept(LARGER)
-    middle = f"{ratio.loc[4:256].min():.0f} to {ratio.loc[4:256].max():.0f}"
-    assert f"On the H200 it was {ratio[1]:.0f}, {middle} and {ratio[1024]:.0f} %;" in text
     drawn_w = [round(card.loc["fp16", "graphed"].power_w) for card in (here, there)]
     assert (
         f"FP16 drew {drawn_w[0]} W on the H100 and {drawn_w[1]} on the H200, in passes of "
@@ -345,6 +343,42 @@ def test_notebook_04_tells_what_was_kept():
     assert f"on the H100 {less.min():.0f} to {less.max():.0f} % less" in text
     assert f"({mine.batch_size['15', 'nf4', 'eager']:.0f} of NF4's and " in readme
     assert f"and {mine.batch_size['15', 'int8', 'eager']:.0f} of INT8's were timed" in readme
+
+
+def test_what_is_said_of_the_kept_sweeps_is_in_them():
+    text, about = (" ".join(one.split()) for one in (prose("04"), (KEPT / "README.md").read_text()))
+    share = swept(LARGER)
+    rows = table("| | 1 | 4 |", prose("04"))
+    assert [row[0] for row in rows] == ["fp32", "bf16", "int8-t0", "int4", "fp4", "nf4", "nf4-dq"]
+    for precision, *told in rows:
+        assert told == [f"{share[precision][size]:.0f}" for size in (1, 4, 16, 64, 256, 1024)]
+    for ratio, words in (
+        (share.nf4, "NF4 served {:.0f} % at batch size 1, {:.0f} to {:.0f} % at 4 to 256, and {:.0f} % at 1024."),
+        (swept().nf4, "On the H100 it was {:.0f}, {:.0f} to {:.0f} and {:.0f} %;"),
+    ):
+        between = ratio.loc[4:256]
+        assert words.format(ratio[1], between.min(), between.max(), ratio[1024]) in text
+    timed = kept(f"{LARGER}/sweep.csv").pivot(index=["precision", "batch_size"], columns="engine")
+    apart = timed.throughput_spread_pct
+    assert (
+        f"differed by {apart.graphed.max():.0f} % at most with `graphed` and by {apart.eager.median():.0f} % in"
+        in text
+    )
+    assert f"with `eager`, up to {apart.eager.max():.0f}, which" in text
+    gain = timed.throughput_rps.graphed / timed.throughput_rps.eager
+    first, last = (gain.xs(size, level="batch_size") for size in (1, 1024))
+    assert f"served {first.min():.0f} to {first.max():.0f} times as many requests at batch size 1, " in text
+    assert f"size 1, {last.min():.1f} to {last.max():.1f} times at 1024" in text
+    assert (
+        f"{apart.graphed.max():.0f} % at most with `graphed`, with `eager` {apart.eager.median():.0f} in the" in about
+    )
+    assert f"and up to {apart.eager.max():.0f}. From 64 rows on" in about
+    full = kept(f"{LARGER}/sweep.csv").query("batch_size >= 64").dropna(subset=["throughput_rps"])
+    capped = full["flags"].str.contains("power cap").eq(True)
+    assert f"the power cap was met, in {capped.sum()} of {len(full)} rows" in about
+    fp32 = timed.loc["fp32"].throughput_rps.graphed / timed.loc["fp32"].batch_latency_s.graphed
+    assert f"is at one row by a little: {fp32[1]:.0f} requests/s a second of" in about and fp32.idxmax() == 1
+    assert f"latency there, {fp32[32]:.0f} at 32 rows" in about
 
 
 def test_the_kept_searches_are_those_of_the_largest_batches():
