@@ -25,7 +25,7 @@ try:
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     from qnb import accuracy, colab, device, hub, model, timing, workload
-    from qnb.error import InputError
+    from qnb.error import InputError, path_of
     from qnb.ledger import FAILED, KEY
     from qnb.monitor import disturbed
     from qnb.precision import listed
@@ -207,9 +207,9 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
     values = parameters(profile, given, {"device"}.union(*known.values()))
     if output:
         here = not output.startswith(colab.DRIVE)
-        values["output"] = str(Path(output).expanduser().resolve()) if here else output
+        values["output"] = str(path_of(output).resolve()) if here else output
     if values.get("data_dir"):
-        values["data_dir"] = str(Path(str(values["data_dir"])).expanduser().resolve())
+        values["data_dir"] = str(path_of(str(values["data_dir"])).resolve())
     study = validate(values, names)
     values["output"] = str(study.folder)
     if "device" in values:
@@ -338,7 +338,7 @@ def report(folder: str) -> int:
     InputError
         `folder` holds no study.
     """
-    path = Path(folder).expanduser().resolve()
+    path = path_of(folder).resolve()
     if not (path / "ledger.jsonl").is_file():
         return _gallery(path)
     study = Study(precisions="all", output=path)

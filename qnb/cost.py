@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 
 from qnb import look
 from qnb.batch import knee
+from qnb.monitor import disturbed
 from qnb.precision import PRECISIONS
 from qnb.results import ALIKE
 from qnb.table import stacked
@@ -47,7 +48,8 @@ def _repeats(row: dict[str, Any]) -> str:
     requests, passes = (row[name] if pd.notna(row.get(name)) else 0 for name in ("requests", "repeats"))
     if not requests:  # of a bench's table
         return ""
-    return f"<br>n = {requests:,.0f} requests, {f'{passes:.0f} passes' if passes > 1 else '1 pass'}"
+    marked = "<br>disturbed by other processes" if disturbed(row.get("flags")) else ""
+    return f"<br>n = {requests:,.0f} requests, {f'{passes:.0f} passes' if passes > 1 else '1 pass'}{marked}"
 
 
 def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:

@@ -30,7 +30,7 @@ from filelock import FileLock
 
 from qnb import hub
 from qnb.device import MIB
-from qnb.error import InputError
+from qnb.error import InputError, path_of
 from qnb.hub import GATED, MIRROR
 from qnb.precision import PRECISIONS, Precision
 
@@ -117,8 +117,8 @@ def resolve(name: str, device: str) -> Source:
         return _embedded("named")
     if name == SHAPE:
         return _shape()
-    if Path(name).expanduser().is_dir():
-        return _local(Path(name).expanduser().resolve())
+    if path_of(name).is_dir():
+        return _local(path_of(name).resolve())
     return _hub(name, "named")
 
 
@@ -130,7 +130,7 @@ def check(name: str) -> None:
     InputError
         The name is none of those that `resolve` takes.
     """
-    folder = Path(name).expanduser()
+    folder = path_of(name)
     if name in ("auto", EMBEDDED, SHAPE) or folder.is_dir():
         return
     if name.startswith("shape:"):

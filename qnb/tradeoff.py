@@ -121,16 +121,17 @@ def front(found: Iterable[Candidate], cost: str, task: str = "mean over tasks") 
         for row in rows.reset_index(names="place").to_dict("records"):
             known = pd.notna(row["low_pp"]) and row["high_pp"] > row["low_pp"]
             above, below = (row["high_pp"] - row["change_pp"], row["change_pp"] - row["low_pp"]) if known else (0, 0)
+            marked = " (disturbed)" if row["disturbed"] and cost in SPEEDS else ""
             interval = f"<br>change {row['low_pp']:+.2f} to {row['high_pp']:+.2f} points (95 %)" if known else ""
             figure.add_scatter(
                 x=[row["cost"]], y=[row["accuracy_pct"]], mode="markers+text",
-                text=[f" {row['precision']} " if row["place"] in labelled else ""],
+                text=[f" {row['precision']}{marked} " if row["place"] in labelled or marked else ""],
                 textposition=look.SIDES[row["precision"]], showlegend=False, cliponaxis=False,
                 marker=look.marker(row["precision"], str(engine), 12),
                 error_y={"type": "data", "symmetric": False, "array": [above], "arrayminus": [below],
                          "color": PRECISIONS[row["precision"]].color, "thickness": 1.2, "width": 3},
                 hovertext=f"{row['name']}: {row['accuracy_pct']:.2f} %, {look.number(row['cost'])} "
-                f"{words.rsplit(' ', 1)[1]}{interval}<br>n = {row['items']:,.0f}",
+                f"{words.rsplit(' ', 1)[1]}{marked}{interval}<br>n = {row['items']:,.0f}",
                 hoverinfo="text",
             )  # fmt: skip
         look.key(figure, str(engine))

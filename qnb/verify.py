@@ -17,7 +17,7 @@ import pandas as pd
 
 from qnb import model
 from qnb.asking import items_name
-from qnb.error import InputError
+from qnb.error import InputError, path_of
 from qnb.ledger import Ledger, unchecked
 from qnb.study import Study
 from qnb.table import HEADLINE, markdown
@@ -39,7 +39,7 @@ def verify(folder: str | Path) -> Iterator[Finding]:
     InputError
         There is no study in `folder`.
     """
-    folder = Path(folder).expanduser().resolve()
+    folder = path_of(folder).resolve()
     ledger = Ledger(folder)
     if not ledger.path.exists():
         raise InputError(f"{folder} holds no study (no ledger.jsonl); give the output folder of one")

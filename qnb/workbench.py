@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from qnb import __version__, colab, device, model, table
 from qnb.batch import is_out_of_memory
 from qnb.device import MIB
-from qnb.error import InputError
+from qnb.error import InputError, path_of
 from qnb.hub import scrub
 from qnb.ledger import FAILED, Ledger, checked, fingerprint, unchecked
 from qnb.model import Source
@@ -60,7 +60,7 @@ def locate(output: str | Path) -> Path:
     """
     if str(output).startswith(colab.DRIVE):
         return colab.folder(str(output))
-    path = Path(output).expanduser()
+    path = path_of(output)
     base = ROOT if (ROOT / "notebooks").is_dir() else Path.cwd()
     return path if path.is_absolute() else base / path
 
@@ -114,7 +114,7 @@ class Workbench:
             raise InputError(f"seed is {seed!r}; give a whole number")
         self.precisions = parse(precisions)
         self.folder = locate(output)
-        self.data_dir = Path(data_dir).expanduser().resolve() if str(data_dir) else None
+        self.data_dir = path_of(data_dir).resolve() if str(data_dir) else None
         self.seed, self.overwrite, self._asked_device = seed, overwrite, device
         self._settled = False  # whether the libraries have made what they make at their first use
         self._made: set[str] = set()  # checkpoints made by this object: overwriting makes each once

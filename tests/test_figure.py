@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import example
 import pandas as pd
@@ -127,6 +128,22 @@ def test_a_sweep_has_a_panel_an_engine_and_a_star_only_of_its_own_lengths(studie
     assert not stars(other) and "star" not in look.title(other)
     low, high = whole.sweep.low_rps, whole.sweep.high_rps  # of a size's batches
     assert (low <= whole.sweep.throughput_rps * 1.001).all() and (whole.sweep.throughput_rps <= high * 1.001).all()
+
+
+def test_what_was_timed_beside_others_is_marked(studied):
+    whole = studied.results()
+    flags = [["other processes used 40 % of the CPU"] if name == "int8" else [] for name in whole.bs1.precision]
+    busy = replace(whole, bs1=whole.bs1.assign(flags=flags))
+    drawn = figure.draw_all(busy)
+    for name, labelled in (("front_tpot", True), ("front_memory", False)):
+        texts = [text for trace in drawn[name].data for text in trace.text or ()]
+        assert any("int8 (disturbed)" in text for text in texts) == labelled, name
+        assert not any("bf16 (disturbed)" in text for text in texts)
+    for name in ("roofline", "token_time"):
+        told = [trace.hovertext for trace in drawn[name].data if trace.hovertext is not None]
+        hovers = [text for texts in told for text in ([texts] if isinstance(texts, str) else texts)]
+        marked = [text for text in hovers if text.endswith("disturbed by other processes")]
+        assert marked and all(text.startswith("int8") for text in marked), name
 
 
 def test_no_precision_shares_colour_and_hatch_with_another():

@@ -193,6 +193,15 @@ def test_an_output_that_cannot_be_made_is_refused():
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "given",
+    ["report ~nouser/x", "verify ~nouser/x", "run --output ~nouser/x", "run -p data_dir ~nouser/x",
+     "run -p model ~nouser/x"],
+)  # fmt: skip
+def test_a_home_that_nobody_has_is_refused(given, capsys):
+    assert main(given.split()) == 2 and "'~nouser/x' begins with a home" in capsys.readouterr().err
+
+
 def test_an_output_of_another_model_is_refused(tmp_path):
     (tmp_path / "study.json").write_bytes(checked({"asked": "a/b", "name": "a/b", "path": "", "why": "named"}))
     done = command("run", "--profile", "smoke", "--output", str(tmp_path))
