@@ -316,12 +316,15 @@ def _results(study: Study) -> list[str]:
         if files:
             lines.append(f"{kind} in {study.folder / kind}: {', '.join(path.name for path in files)}")
     page = study.folder / "report.html"
-    if page.exists():
+    again = shlex.join(["python", "-m", "qnb", "report", str(study.folder)])
+    if not page.exists():
+        lines.append(f"no report yet: {again} draws the figures and writes one")
+    else:
         stale = page.stat().st_mtime < study.ledger.path.stat().st_mtime
-        again = shlex.join(["python", "-m", "qnb", "report", str(study.folder)])
         lines.append(f"report: {page}" + f" (older than the newest measurements; {again} renews it)" * stale)
     for setting, number in (("bs1", "03"), ("maxbatch", "04")):
         rows = study.frame("perf", setting).to_dict("records")
+        rows += study.frame("sweep").to_dict("records") if setting == "maxbatch" else []
         if names := list(dict.fromkeys(row["precision"] for row in rows if disturbed(row.get("flags")))):
             lines.append(
                 f"disturbed by other processes in {number}: {', '.join(names)}; the same command with --only {number} "
@@ -342,6 +345,10 @@ def report(folder: str) -> int:
     if not (path / "ledger.jsonl").is_file():
         return _gallery(path)
     study = Study(precisions="all", output=path)
+    if study.ledger.damaged and not len(study.ledger):
+        raise InputError(
+            f"{path / 'ledger.jsonl'} has no line that is a row; put the file back, or give another folder"
+        )
     study.figures()
     study.report()
     print("\n".join(_results(study)))

@@ -357,12 +357,13 @@ def sweep(largest_batch: int) -> tuple[int, ...]:
     return (*(2**power for power in range((largest_batch - 1).bit_length())), largest_batch)
 
 
-def knee(batch_sizes: Sequence[int], throughput_rps: Sequence[float], batch_latency_s: Sequence[float]) -> int:
-    """Return the batch size with the most throughput a second of latency, the smallest of equals.
+def knee(batch_sizes: Sequence[int], throughput_rps: Sequence[float], batch_latency_s: Sequence[float]) -> int | None:
+    """Return the batch size with the most throughput a second of latency, the smallest of equals; None at the largest.
 
     This is the knee after Kleinrock ("Power and deterministic rules of thumb for probabilistic problems in computer
     communications", ICC 1979): below it a larger batch raises throughput by a greater share than latency, above it
-    latency by the greater one. Where a batch takes a fixed time and a time a row, it is where the two are equal.
+    latency by the greater one. Where a batch takes a fixed time and a time a row, it is where the two are equal. Where
+    the largest has the most the knee was not come to.
 
     Raises
     ------
@@ -375,7 +376,8 @@ def knee(batch_sizes: Sequence[int], throughput_rps: Sequence[float], batch_late
             "give one of each for at least one batch size"
         )
     rows = sorted(zip(batch_sizes, throughput_rps, batch_latency_s, strict=True))
-    return max(rows, key=lambda row: row[1] / row[2])[0]
+    most = max(rows, key=lambda row: row[1] / row[2])
+    return most[0] if most[0] < rows[-1][0] else None
 
 
 @dataclass(frozen=True, slots=True)

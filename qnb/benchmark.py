@@ -37,7 +37,7 @@ from qnb.decode import (
 )
 from qnb.device import MIB, detect
 from qnb.model import load, quiet, release, weigh
-from qnb.monitor import SETTLED_S, ProcessSensor, Sample, Usage, Window, disturbed, sensor
+from qnb.monitor import BUSY_LIMITS, SETTLED_S, ProcessSensor, Sample, Usage, Window, disturbed, sensor
 from qnb.precision import Precision
 from qnb.step import FEW_ROWS
 from qnb.workload import Workload
@@ -192,7 +192,7 @@ class Run:
     @property
     def flags(self) -> list[str]:
         """What makes this run unlike an undisturbed one."""
-        busy = ["the device's limits were measured on a busy machine"] if self.limits and self.limits.flags else []
+        busy = [BUSY_LIMITS] if self.limits and self.limits.flags else []
         return [*self.usage.flags, *busy, *self.lost]
 
     def energy(self) -> dict[str, float]:

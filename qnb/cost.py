@@ -60,16 +60,17 @@ def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
     Parameters
     ----------
     steps
-        Rows of stage *sweep*, as `qnb.results.medians` returns.
+        `qnb.results.Results.sweep`.
     largest
-        Those of the largest batch.
+        `qnb.results.Results.maxbatch`.
     """
     title = "Throughput and latency by batch"
     needed = ("batch_size", "throughput_rps", "batch_latency_s")
     alike = ["precision", "engine", "prompt_tokens", "new_tokens"]
-    steps, largest = (_have(frame, *needed, *alike[2:]) for frame in (steps, largest))
+    steps, largest = _have(steps, *needed), _have(largest, *needed, *alike)
     if steps.empty:
         return look.nothing(title, "without a GPU only where sweep_batch asks for it")
+    steps = steps.reindex(columns=list(dict.fromkeys([*steps, *alike])))
     if len(largest):
         largest = largest.merge(steps[alike].drop_duplicates(), on=alike)
     engines = list(dict.fromkeys(steps.engine))
@@ -107,18 +108,24 @@ def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
     shown = shown[:: max(1, len(shown) // 6)]
     figure.update_xaxes(type="log", tickvals=shown, ticktext=[str(int(size)) for size in shown])
     figure.update_xaxes(title="batch size", row=len(titles))
-    figure.update_yaxes(type="log", dtick=1)
+    figure.update_yaxes(type="log")
     for place in range(len(titles)):  # engines share a scale
         first = 1 + place // len(engines) * len(engines)
-        figure.update_yaxes(matches=f"y{first}" if first > 1 else "y", row=place + 1)
-    note = "logarithmic axes; ring: knee" + ("; star: largest that fits" if len(largest) else "")
+        values = steps[needed[1 + place // len(engines)]]
+        figure.update_yaxes(dtick=1 if values.max() > 100 * values.min() else "D2", row=place + 1)  # else 1, 2 and 5
+        if place + 1 > first:
+            figure.update_yaxes(matches=f"y{first}" if first > 1 else "y", row=place + 1)
+    lengths = steps[alike[2:]].drop_duplicates()
+    tokens = "{:.0f} + {:.0f} tokens".format(*lengths.iloc[0]) if len(lengths) == 1 else "unlike lengths"
+    note = f"{tokens}; log axes; ring: knee" + ("; star: largest timed" if len(largest) else "")
     return look.layout(figure, title, height, note)
 
 
 def _swept(row: dict[str, Any], name: str, unit: str) -> str:
     text = f"{row['precision']}, {row['engine']}, batch {row['batch_size']}: {look.number(row[name])} {unit}"
-    if name == "throughput_rps" and row["low_rps"] < row["high_rps"]:
-        text += f"<br>{look.number(row['low_rps'])} to {look.number(row['high_rps'])}"
+    text += f"<br>prompts of {row['prompt_tokens']:.0f} tokens, {row['new_tokens']:.0f} new ones"
+    if name == "throughput_rps" and pd.notna(row.get("throughput_spread_pct")):
+        text += f"<br>fastest batch {row['throughput_spread_pct']:.1f} % faster than the slowest"
     return text + _repeats(row)
 
 
@@ -346,4 +353,4 @@ def timeline(samples: pd.DataFrame, setting: str) -> go.Figure:
             )  # fmt: skip
             figure.update_yaxes(rangemode="tozero", row=place)
     figure.update_xaxes(title="seconds since the run began", row=len(shown))
-    return look.layout(figure, title, height, "memory: all that the device, or on a CPU the process, has in use")
+    return look.layout(figure, title, height, "memory: the whole device's, on a CPU the process's")

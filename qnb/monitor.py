@@ -86,6 +86,9 @@ class Usage:
         return found
 
 
+BUSY_LIMITS = "the device's limits were measured on a busy machine"  # a row's flag: what bounds it is in doubt
+
+
 def disturbed(flags: Any) -> bool:
     """Return whether a row's flags, a list or a table's text, say that other processes worked meanwhile."""
     text = "; ".join(map(str, flags)) if isinstance(flags, list) else flags

@@ -53,7 +53,7 @@ SECTIONS: dict[str, tuple[str, str, dict[int | str, str], dict[str, str]]] = {
         {
             "fig5_maxbatch_metrics": "Each panel has its own unit. Published bars are a T4's.",
             "fig6_maxbatch_heatmap": "Shades compare precisions within a column; the numbers are the values.",
-            "sweep": "Where a line bends, rows stop being free. The star is the largest batch that fits.",
+            "sweep": "Where a line bends, at its ring, rows stop being free. A line without one had not bent yet.",
         },
     ),
     "tradeoff": (
@@ -80,6 +80,7 @@ SECTIONS: dict[str, tuple[str, str, dict[int | str, str], dict[str, str]]] = {
 }
 GALLERY = ("fig1_accuracy", "forest", "fig3_bs1_metrics", "fig5_maxbatch_metrics", "front_memory", "front_tpot",
            "sweep", "roofline", "token_time", "memory", "energy")  # fmt: skip
+MOST_NAMED = 12  # rows of a flag
 LIMITS = (
     "The published columns are Llama-3.2-1B's, on the paper's own hardware.",
     "LLM.int8 picks its outlier columns over a whole batch, so its scores move a little with the batch size.",
@@ -95,12 +96,13 @@ def gallery(folder: Path) -> tuple[list[Path], str]:
     tuple
         The pictures that are there, and what kept others from being drawn.
     """
-    problems = {}
+    made, problems = [], []
     for name, kept in reference(folder).items():
         drawn = figure.draw_all(kept)
-        wanted = {key: drawn[key] for key in GALLERY if key in drawn}
-        problems[name] = export.pictures(wanted, folder / "gallery" / name, ("png",), of=kept.of)
-    return sorted((folder / "gallery").glob("*/*.png")), next(filter(None, problems.values()), "")
+        wanted = {key: drawn[key] for key in GALLERY if not look.is_empty(drawn[key])}
+        problems.append(export.pictures(wanted, folder / "gallery" / name, ("png",), of=kept.of))
+        made += [folder / "gallery" / name / f"{key}.png" for key in wanted]
+    return sorted(made), next(filter(None, problems), "")
 
 
 def page(results: Results, ledger: Path | None = None) -> str:
@@ -148,7 +150,7 @@ def _section(name: str, results: Results, drawn: dict[str, go.Figure]) -> dict[s
         "figures": [
             {"html": _html(drawn[key], key), "title": look.title(drawn[key]), "how": figures[key]} for key in shown
         ],
-        "missing": [look.title(drawn[key]) for key in figures if key not in shown],
+        "missing": list(dict.fromkeys(look.title(drawn[key]) for key in figures if key not in shown)),
     }
 
 
@@ -193,18 +195,24 @@ def limits(results: Results) -> list[str]:
     """Return what these numbers do not say: what the rows themselves flag, then what always holds."""
     found = []
     speed = results.speed
-    if "repeats" in speed and (speed.repeats < 2).any():
-        once = sorted({summary.SETTINGS.get(name, "batch sizes between") for name in speed[speed.repeats < 2].setting})
-        found.append(f"One pass only, so no spread is known: {', '.join(once)}.")
+    if "repeats" in speed and (once := speed[(speed.repeats < 2) & (speed.setting != "sweep")]).size:
+        names = sorted({summary.SETTINGS[name] for name in once.setting})
+        found.append(f"One pass only, so no spread is known: {', '.join(names)}.")
+    if len(swept := results.sweep) and (apart := (swept.throughput_spread_pct > 20).sum()):
+        found.append(
+            f"In {apart} of the sweep's {len(swept)} rows its fastest batch was over 20 % faster than its slowest."
+        )
     if len(speed) and ("peak_reserved_mib" not in speed or speed.peak_reserved_mib.isna().any()):
         found.append(
             "Memory is how far a process grew, which hangs on what it ran before: trust the weights' or a GPU's."
         )
-    if "flags" in speed:
-        for row in speed.to_dict("records"):
-            if isinstance(row["flags"], list) and row["flags"]:
-                what = f"{row['precision']}, {row['engine']}, batch {row['batch_size']}"
-                found.append(f"{what}: {', '.join(map(str, row['flags']))}.")
+    flagged: dict[str, list[str]] = {}
+    for row in speed.to_dict("records"):
+        for flag in row["flags"] if isinstance(row.get("flags"), list) else ():
+            flagged.setdefault(str(flag), []).append(f"{row['precision']}, {row['engine']}, batch {row['batch_size']}")
+    for flag, rows in flagged.items():
+        more = f"; and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else ""
+        found.append(f"{'; '.join(rows[:MOST_NAMED])}{more}: {flag}.")
     for row in results.failures:
         what = ", ".join(str(row[key]) for key in ("precision", "engine", "setting", "task") if row.get(key))
         found.append(f"Could not be measured: {what} ({row['reason']}).")

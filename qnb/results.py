@@ -23,6 +23,11 @@ ALIKE = ["precision", "engine", "batch_size"]  # runs that are repeats of one an
 GROUPS = ("mmlu", "sample_exam")  # tasks whose parts stand in Table 1 beside them
 TABLES = {1: "table1_accuracy", 2: "table2_change", 3: "table3_bs1", 4: "table4_maxbatch"}
 
+SPEED = ("precision", "engine", "batch_size", "throughput_rps")
+NEEDED = {TABLES[1]: ("task", "metric", "filter", "items"), TABLES[2]: ("task", "precision", "change_pp"),
+          TABLES[3]: SPEED, TABLES[4]: SPEED, "sweep": SPEED}  # fmt: skip
+ELSE = "put back the file, or take it out of its folder"
+
 
 @dataclass(frozen=True)
 class Results:
@@ -79,14 +84,6 @@ def medians(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(made)
 
 
-def of_batches(swept: pd.DataFrame) -> pd.DataFrame:
-    """Return a sweep's rows with their batches' range in throughput: each row is one pass."""
-    if swept.empty:
-        return swept
-    times = swept.batch_s.map(list)
-    return swept.assign(low_rps=swept.batch_size / times.map(max), high_rps=swept.batch_size / times.map(min))
-
-
 def readings(folder: Path, rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Return the monitor's readings during each row that has any, one below the other."""
     parts = []
@@ -114,9 +111,18 @@ def reference(folder: Path) -> dict[str, Results]:
 
 def _read(table: Path) -> pd.DataFrame:
     try:
-        return pd.read_csv(table)
-    except ValueError as error:  # pandas' own are
-        raise InputError(f"{table} is no table ({error}); put back the file, or take it out of its folder") from error
+        frame = pd.read_csv(table)
+    except (OSError, ValueError) as error:  # pandas' own are ValueErrors
+        raise InputError(f"{table} is no table ({error}); {ELSE}") from error
+    if lacking := [name for name in NEEDED.get(table.stem, ()) if name not in frame]:
+        raise InputError(f"{table} has no column {' or '.join(lacking)}; {ELSE}")
+    for name in frame.columns.intersection(["precision"]):
+        if unknown := sorted(set(map(str, frame[name])) - set(PRECISIONS)):
+            raise InputError(f"{table} has precision {', '.join(unknown)}; there are {', '.join(PRECISIONS)}; {ELSE}")
+    for name in frame.columns.intersection(["batch_size", "throughput_rps", "batch_latency_s", "change_pp"]):
+        if not is_numeric_dtype(frame[name]):
+            raise InputError(f"{table} has text in column {name}, which is of numbers; {ELSE}")
+    return frame
 
 
 def _of_tables(name: str, kept: Mapping[str, pd.DataFrame]) -> Results:
@@ -134,6 +140,7 @@ def _as_measured(table: pd.DataFrame) -> pd.DataFrame:
     """Return Table 3, 4 or a sweep's by the names that performance rows have, without engines that could not run."""
     if table.empty:
         return table
+    table = table.reindex(columns=list(dict.fromkeys([*table, "throughput_rps", "throughput_spread_pct"])))
     table = table.dropna(subset=["throughput_rps"])
     renamed = {"utilization_pct": "monitor_utilization_pct", "power_w": "monitor_power_w"}
     table = table[[name for name in table if not name.startswith("published_")]].rename(columns=renamed)

@@ -20,7 +20,7 @@ from qnb.asking import Asking
 from qnb.error import InputError
 from qnb.ledger import FAILED
 from qnb.precision import parse
-from qnb.results import TABLES, Results, medians, of_batches, readings
+from qnb.results import TABLES, Results, medians, readings
 from qnb.timing import Timing
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Study(Asking, Timing):
             scores=self.scores(),
             bs1=medians(runs["bs1"]),
             maxbatch=medians(runs["maxbatch"]),
-            sweep=of_batches(medians(self.frame("sweep"))),
+            sweep=medians(table.with_spread(self.frame("sweep"))),
             samples=readings(self.folder, timed),
             checkpoints=self.frame("quantize"),
             divergence=table.divergence(self.frame("divergence")),

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from qnb import choose, look
-from qnb.monitor import disturbed
+from qnb.monitor import BUSY_LIMITS, disturbed
 from qnb.precision import BASELINE
 from qnb.results import Results
 
@@ -145,5 +145,6 @@ def _rate(row: dict[str, Any], base: dict[str, Any], setting: str) -> str:
     batch = f"batch {row['batch_size']} against {base['batch_size']}" if setting == "maxbatch" else ""
     whose = [str(one["precision"]).upper() for one in (row, base) if disturbed(one.get("flags"))]
     others = f"{' and '.join(whose)} disturbed by other processes" if whose else ""
-    detail = [part for part in (str(row["engine"]), BOUNDS.get(str(row.get("bound")), ""), batch, others) if part]
+    bound = "" if BUSY_LIMITS in str(row.get("flags")) else BOUNDS.get(str(row.get("bound")), "")
+    detail = [part for part in (str(row["engine"]), bound, batch, others) if part]
     return f"{rate} ({', '.join(detail)})"

@@ -325,7 +325,7 @@ def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
     published = paper.performance(number).set_index("precision")
     rows: list[dict[str, Any]] = []
     timed: dict[tuple[Any, ...], dict[str, Any]] = {}
-    newest = _like(frame.sort_values("measured_at", kind="stable").iloc[-1]) if "measured_at" in frame else None
+    newest = _newest(frame)
     for (precision, engine), runs in frame.groupby(["precision", "engine"], sort=False):
         last = runs.iloc[-1]
         like = _like(last)
@@ -372,6 +372,10 @@ def _like(row: pd.Series) -> tuple[str, ...]:
     return tuple(str(row.get(name)) for name in ALIKE)
 
 
+def _newest(frame: pd.DataFrame) -> tuple[str, ...] | None:
+    return _like(frame.sort_values("measured_at", kind="stable").iloc[-1]) if "measured_at" in frame else None
+
+
 def _performance(runs: pd.DataFrame) -> dict[str, Any]:
     """Return what the passes of one precision and engine come to."""
     last = runs.iloc[-1]
@@ -406,21 +410,34 @@ def _performance(runs: pd.DataFrame) -> dict[str, Any]:
     return row
 
 
+def with_spread(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add ``throughput_spread_pct``: how much faster the fastest of a pass's batches was than the slowest."""
+    times = frame.get("batch_s", pd.Series(None, frame.index, dtype=object))
+    spread = [100 * (max(batch_s) / min(batch_s) - 1) if isinstance(batch_s, list) and len(batch_s) > 1 else None
+              for batch_s in times]  # fmt: skip
+    return frame.assign(throughput_spread_pct=pd.Series(spread, frame.index, dtype=float))
+
+
 def sweep(frame: pd.DataFrame) -> pd.DataFrame:
     """Throughput, latency and memory by batch size, a row a precision, engine and size.
 
-    ``throughput_spread_pct`` is how much faster the fastest of a size's batches was than the slowest; ``knee`` marks
-    the batch size with the most throughput a second of latency; see `qnb.batch.knee`.
+    ``throughput_spread_pct`` is that of a size's batches, see `with_spread`; ``bound`` is empty where roofs do not
+    tell, as a sweep's kernels are not traced; ``knee`` marks the batch size with the most throughput a second of
+    latency, see `qnb.batch.knee`; ``note`` says too which rows were not measured like the newest.
     """
     columns = ["precision", "engine", "batch_size", "requests", "prompt_tokens", "new_tokens", "throughput_rps",
                "throughput_spread_pct", "throughput_tps", "batch_latency_s", "ttft_s", "tpot_s", "memory_mib",
                "cache_mib", "bound", "knee", "flags", "note"]  # fmt: skip
     if frame.empty:
         return pd.DataFrame(columns=columns)
-    spread = [100 * (max(batch_s) / min(batch_s) - 1) if isinstance(batch_s, list) and len(batch_s) > 1 else None
-              for batch_s in frame.get("batch_s", [None] * len(frame))]  # fmt: skip
-    flags = ["; ".join(found) if isinstance(found, list) else "" for found in frame.get("flags", [""] * len(frame))]
-    frame = frame.assign(throughput_spread_pct=spread, flags=flags)
+    flags = [
+        "; ".join(sorted(found)) if isinstance(found, list) else "" for found in frame.get("flags", [""] * len(frame))
+    ]
+    likes, newest = [_like(row) for _, row in frame.iterrows()], _newest(frame)
+    notes = frame.get("note", pd.Series("", frame.index)).fillna("")
+    notes = ["; ".join(filter(None, (note, OTHER if newest and like != newest else "")))
+             for note, like in zip(notes, likes, strict=True)]  # fmt: skip
+    frame = with_spread(frame).assign(flags=flags, note=notes)
     frame = frame.reindex(columns=list(dict.fromkeys([*columns, *frame]))).sort_values("batch_size", kind="stable")
     parts = []
     for _, rows in frame.groupby(["precision", "engine"], sort=False):

@@ -398,6 +398,7 @@ def test_the_knee_is_where_the_fixed_time_equals_the_rows_time():
     throughput_rps = [size / latency for size, latency in zip(sizes, latency_s, strict=True)]
     assert knee(sizes, throughput_rps, latency_s) == 16  # 0.8 s = 16 rows of 0.05 s
     assert knee((4, 1, 2), (1, 1, 1), (1, 1, 1)) == 1
+    assert knee(sizes[:4], throughput_rps[:4], latency_s[:4]) is None and knee((1,), (1.0,), (1.0,)) is None
     for nothing in ((), (), ()), ((1, 2), (1.0,), (1.0, 2.0)):
         with pytest.raises(InputError, match="one of each"):
             knee(*nothing)

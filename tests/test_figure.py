@@ -113,6 +113,9 @@ def test_a_study_of_one_stage_alone_is_drawn(only, studied):
 
 def test_a_sweep_has_a_panel_an_engine_and_a_star_only_of_its_own_lengths(studied):
     whole = studied.results()
+    slow = whole.sweep.batch_size.map({64: 10.0}).fillna(1.0)  # so that there is a knee
+    bent = {"throughput_rps": whole.sweep.throughput_rps / slow, "batch_latency_s": whole.sweep.batch_latency_s * slow}
+    whole = replace(whole, sweep=whole.sweep.assign(**bent))
     drawn = cost.sweep(whole.sweep, whole.maxbatch)
     titles = [note.text for note in drawn.layout.annotations]
     assert titles == ["throughput with eager, requests/s", "throughput with graphed, requests/s",
@@ -120,14 +123,37 @@ def test_a_sweep_has_a_panel_an_engine_and_a_star_only_of_its_own_lengths(studie
     assert {trace.yaxis for trace in drawn.data if (trace.marker.symbol or "") == "diamond"} == {"y2", "y4"}
     assert drawn.layout.yaxis2.matches == "y" and drawn.layout.yaxis4.matches == "y3"
 
-    def stars(figure):
-        return [trace for trace in figure.data if trace.marker.symbol == "star" and len(trace.x)]
+    def stars(figure, symbol="star"):
+        return sorted((trace.yaxis, trace.legendgroup, x, y) for trace in figure.data
+                      if trace.marker.symbol == symbol for x, y in zip(trace.x, trace.y, strict=True))  # fmt: skip
 
-    assert len(stars(drawn)) == 2 * len(whole.maxbatch) and "star" in look.title(drawn)
+    places = {("eager", "throughput_rps"): "y", ("graphed", "throughput_rps"): "y2",
+              ("eager", "batch_latency_s"): "y3", ("graphed", "batch_latency_s"): "y4"}  # fmt: skip
+    assert stars(drawn) == sorted(
+        (place, row["precision"], row["batch_size"], row[name])
+        for row in whole.maxbatch.to_dict("records") for (engine, name), place in places.items()
+        if row["engine"] == engine
+    )  # fmt: skip
+    made = table.sweep(whole.sweep)
+    bent = made[made.knee]
+    assert stars(drawn, "circle-open") == sorted(
+        (place, row["precision"], row["batch_size"], row[name]) for row in bent.to_dict("records")
+        for (engine, name), place in places.items() if row["engine"] == engine
+    ) and len(bent)  # fmt: skip
+    assert {axis.type for axis in (*drawn.select_xaxes(), *drawn.select_yaxes())} == {"log"}
+    one = next(trace for trace in drawn.data if trace.mode == "lines+markers" and trace.yaxis == "y2")
+    row = whole.sweep[(whole.sweep.engine == "graphed")].iloc[0]
+    assert one.hovertext[0] == (
+        f"{row.precision}, graphed, batch 1: {look.number(row.throughput_rps)} requests/s"
+        "<br>prompts of 128 tokens, 100 new ones<br>fastest batch "
+        f"{row.throughput_spread_pct:.1f} % faster than the slowest<br>n = {row.requests:.0f} requests, 1 pass"
+    )
     other = cost.sweep(whole.sweep, whole.maxbatch.assign(new_tokens=7))
     assert not stars(other) and "star" not in look.title(other)
-    low, high = whole.sweep.low_rps, whole.sweep.high_rps  # of a size's batches
-    assert (low <= whole.sweep.throughput_rps * 1.001).all() and (whole.sweep.throughput_rps <= high * 1.001).all()
+    assert look.title(drawn).endswith("128 + 100 tokens; log axes; ring: knee; star: largest timed")
+    short = whole.sweep.precision == "int4"
+    mixed = whole.sweep.assign(new_tokens=whole.sweep.new_tokens.where(~short, 7))
+    assert "unlike lengths" in look.title(cost.sweep(mixed, EMPTY))
 
 
 def test_what_was_timed_beside_others_is_marked(studied):

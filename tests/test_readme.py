@@ -365,6 +365,9 @@ def test_what_is_said_of_the_kept_sweeps_is_in_them():
         in text
     )
     assert f"with `eager`, up to {apart.eager.max():.0f}, which" in text
+    slow = timed.throughput_rps.graphed.unstack()
+    slow = 100 * (slow[1024] / slow[64] - 1)
+    assert f"from 64 rows to 1024 they gain {slow.fp32:.0f} and {slow.int4:.0f} %." in text
     gain = timed.throughput_rps.graphed / timed.throughput_rps.eager
     first, last = (gain.xs(size, level="batch_size") for size in (1, 1024))
     assert f"served {first.min():.0f} to {first.max():.0f} times as many requests at batch size 1, " in text
@@ -375,6 +378,10 @@ def test_what_is_said_of_the_kept_sweeps_is_in_them():
     assert f"and up to {apart.eager.max():.0f}. From 64 rows on" in about
     full = kept(f"{LARGER}/sweep.csv").query("batch_size >= 64").dropna(subset=["throughput_rps"])
     capped = full["flags"].str.contains("power cap").eq(True)
+    few = kept(f"{LARGER}/sweep.csv").query("batch_size < 64")
+    assert not few["flags"].str.contains("power cap").eq(True).any()
+    lines = kept(f"{LARGER}/sweep.csv").query("engine == 'eager'").groupby("precision").knee.any()
+    assert (len(lines), (~lines).sum()) == (9, 5) and "five of nine lines did not come to one" in about
     assert f"the power cap was met, in {capped.sum()} of {len(full)} rows" in about
     fp32 = timed.loc["fp32"].throughput_rps.graphed / timed.loc["fp32"].batch_latency_s.graphed
     assert f"is at one row by a little: {fp32[1]:.0f} requests/s a second of" in about and fp32.idxmax() == 1

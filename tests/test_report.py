@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from qnb import Study, figure, modelcard, report, results, summary, table
-from qnb.__main__ import _results
+from qnb.__main__ import _results, main
 from qnb.precision import PRECISIONS
 from qnb.provenance import ROOT
 
@@ -151,6 +151,32 @@ def test_kept_tables_give_the_same_frames(studied, report_page, tmp_path):
 def test_the_repositorys_kept_runs_can_be_read():
     kept = results.reference(ROOT / "outputs" / "reference")
     assert kept and all(summary.findings(one) for one in kept.values())
+    assert all(len(one.sweep) for name, one in kept.items() if "shape" in name)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("hello world\n1 2\n", "has no column precision or engine"), ("", "is no table"),
+     ("precision,engine,batch_size,throughput_rps\nfp99,eager,1,2\n", "has precision fp99; there are "),
+     ("precision,engine,batch_size,throughput_rps\nfp16,eager,one,2\n", "has text in column batch_size"),
+     (None, "is no table")],
+)  # fmt: skip
+def test_a_kept_file_that_is_no_table_is_named(content, said, tmp_path, capsys):
+    path = tmp_path / "gpu-model" / "sweep.csv"
+    path.parent.mkdir()
+    path.mkdir() if content is None else path.write_text(content)
+    assert main(["report", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert str(path) in told and said in told and len(told.splitlines()) == 1
+
+
+def test_a_kept_sweep_of_an_earlier_version_is_drawn(tmp_path):
+    (tmp_path / "gpu-model").mkdir()
+    rows = "precision,engine,batch_size,throughput_rps,batch_latency_s\nfp16,eager,1,2,0.5\nfp16,eager,2,3,0.7\n"
+    (tmp_path / "gpu-model" / "sweep.csv").write_text(rows)
+    (kept,) = results.reference(tmp_path).values()
+    drawn = figure.draw_all(kept)["sweep"]
+    assert [list(trace.y) for trace in drawn.data if trace.mode == "lines+markers"] == [[2, 3], [0.5, 0.7]]
 
 
 def test_tables_are_kept_as_csv_and_markdown(studied):
@@ -203,6 +229,8 @@ def test_provenance_names_the_ledger_by_its_bytes(page, studied):
 def test_a_run_says_what_was_disturbed_and_whether_the_report_is_older(studied, tmp_path):
     folder = shutil.copytree(studied.folder, tmp_path / "study")
     kept = Study(precisions="all", output=folder)
+    (folder / "report.html").unlink(missing_ok=True)
+    assert f"no report yet: python -m qnb report {folder} draws the figures and writes one" in _results(kept)
     page = kept.report()
     assert f"report: {page}" in _results(kept) and not any("disturbed" in line for line in _results(kept))
     row = next(row for row in kept.ledger if row["stage"] == "perf" and row["setting"] == "bs1" and row["repeat"] == 0)
@@ -213,11 +241,26 @@ def test_a_run_says_what_was_disturbed_and_whether_the_report_is_older(studied, 
     assert slowed.startswith(
         f"disturbed by other processes in 03: {row['precision']}; the same command with --only 03"
     )
+    row = next(row for row in kept.ledger if row["stage"] == "sweep" and row["precision"] == "nf4")
+    kept.ledger.append({**row, "flags": ["another process used the GPU"]})
+    assert _results(kept)[-1].startswith("disturbed by other processes in 04: nf4; ")
+
+
+def test_a_ledger_without_a_readable_row_costs_no_report(tmp_path, capsys):
+    (tmp_path / "report.html").write_text("the good one")
+    (tmp_path / "ledger.jsonl").write_bytes(os.urandom(300) + b"\n")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "has no line that is a row" in capsys.readouterr().err
+    assert (tmp_path / "report.html").read_text() == "the good one"
 
 
 def test_limits_name_what_rows_flag(studied):
     found = report.limits(studied.results())
-    assert any("int4, eager, batch 384: throttled" in text for text in found)
+    assert "int4, eager, batch 384; int4, graphed, batch 384: throttled." in found  # a line a flag
+    many = studied.results().sweep
+    many = report.limits(replace(studied.results(), sweep=many.assign(flags=[["short"]] * len(many))))
+    (short,) = [text for text in many if text.endswith(": short.")]
+    assert short.count("batch") == report.MOST_NAMED and f"; and {len(studied.results().sweep) - 12} more: " in short
     assert not any("of a sample" in text for text in found)
     some = studied.results()
     some = report.limits(replace(some, scores=some.scores.assign(of=some.scores["items"].where(
@@ -226,4 +269,10 @@ def test_limits_name_what_rows_flag(studied):
     alone = studied.results()
     alone = replace(alone, scores=alone.scores[alone.scores.precision == "nf4"])
     assert any("bf16 was not asked" in text for text in report.limits(alone))
-    assert any("One pass only" in text and "batch sizes between" in text for text in found)
+    assert not any("One pass only" in text for text in found)  # a sweep's spread is that of its batches
+    once = report.limits(replace(studied.results(), bs1=studied.results().bs1.assign(repeats=1)))
+    assert "One pass only, so no spread is known: batch size 1." in once
+    swept = studied.results().sweep
+    wide = swept.assign(throughput_spread_pct=[30.0] + [1.0] * (len(swept) - 1))
+    wide = report.limits(replace(studied.results(), sweep=wide))
+    assert f"In 1 of the sweep's {len(swept)} rows its fastest batch was over 20 % faster than its slowest." in wide

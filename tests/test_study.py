@@ -296,7 +296,7 @@ def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(unloaded, so
         batch_s = {1: 1.0, 2: 1.0, 4: 1.9, 8: 3.9, 12: 6.0}[batch_size]
         times = (batch_s, batch_s, 1.25 * batch_s)
         return benchmark.Run(engine, batch_size, 3 * batch_size, 4, 2, sum(times), times, None, None,
-                             Usage("process", 0, 1.0))  # fmt: skip
+                             Usage("process", 0, 1.0, throttle=("power cap",)))  # fmt: skip
 
     monkeypatch.setattr(benchmark, "run", run)
     workload = made.workload("maxbatch", 3, 4, 2, "sample")
@@ -308,7 +308,8 @@ def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(unloaded, so
         6,
         12,
     ]
-    assert (made.results().sweep.high_rps / made.results().sweep.low_rps).round(6).tolist() == [1.25] * 3
+    assert swept["flags"].tolist()[:3] == ["throttled: power cap"] * 3
+    assert made.results().sweep.throughput_spread_pct.round(6).tolist() == [25.0] * 3
     assert tried == [1, 2, 2, 4, 8, 8]  # what memory ran out of once is tried again before it ends the row
     made.sweep(workload, 12)
     assert tried[6:] == [8, 8]  # and once more when it is asked for again: what took the memory may be gone

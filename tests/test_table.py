@@ -227,6 +227,21 @@ def drawn(lengths, examples, window=None):
     return pd.DataFrame([{"prompts": "sample", "lengths": lengths, "examples": examples, "window": window}])
 
 
+def test_a_sweep_says_which_rows_are_of_another_workload_and_how_far_batches_differed():
+    """Hand-made: two sizes of bf16, and of int4 those of a day before with other prompts."""
+    rows = [
+        {"precision": precision, "engine": "eager", "batch_size": size, "throughput_rps": size / 2,
+         "batch_latency_s": 2.0, "batch_s": [2.0, 2.5], "workload": workload, "measured_at": f"2026-01-0{day}",
+         "note": "", "flags": []}
+        for precision, workload, day in (("bf16", "new", 2), ("int4", "old", 1)) for size in (1, 2)
+    ]  # fmt: skip
+    made = table.sweep(pd.DataFrame(rows))
+    assert made.note.tolist() == ["", "", table.OTHER, table.OTHER] and not made.knee.any()
+    assert made.throughput_spread_pct.round(6).tolist() == [25.0] * 4
+    without = table.sweep(pd.DataFrame(rows).drop(columns=["batch_s", "flags", "note", "measured_at"]))
+    assert without.throughput_spread_pct.isna().all() and set(without.note) == {""} == set(without["flags"])
+
+
 def test_the_largest_batch_follows_the_longest_prompt_not_their_number():
     """A row of 8 + 2 tokens takes 10 MiB beside 100: 12 of them in 220 MiB, and 6 of 18 + 2."""
     frame = pd.DataFrame([searched([(1, 110.0), (8, 180.0)])])
