@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import ceil
 from random import Random
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from qnb import model
+from qnb import Study, model, table
 from qnb.__main__ import ROOT
 from qnb.batch import (
     DIED,
@@ -39,11 +39,11 @@ from qnb.batch import (
     sweep,
 )
 from qnb.benchmark import PROBES, counted, largest_batch, largest_batch_apart, run, trial
-from qnb.decode import FACTORIES, Absent
+from qnb.decode import FACTORIES, Absent, window
 from qnb.device import MIB
 from qnb.error import InputError
 from qnb.precision import PRECISIONS
-from qnb.workload import load
+from qnb.workload import lengths, load
 
 CLOSE = 0.99
 examples = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -258,7 +258,8 @@ def test_where_memory_ends_before_the_line_says_the_search_comes_near(share):
     assert min(near) >= (0.93 if share >= 0.9 else 0.9) and sum(near) / len(near) >= (0.96 if share >= 0.9 else 0.93)
 
 
-KEPT = pd.read_csv(ROOT / "outputs" / "reference" / "h100-llama-3.2-1b-shape" / "searches.csv").query("took_s.notna()")
+KEPT_IN = ROOT / "outputs" / "reference" / "h100-llama-3.2-1b-shape"
+KEPT = pd.read_csv(KEPT_IN / "searches.csv").query("took_s.notna()")
 SEARCHED = ["memory_gib", "precision", "engine"]
 KEPT = KEPT.groupby(SEARCHED).filter(lambda probes: DIED not in set(probes.ended))  # else memory is not what ended it
 
@@ -289,6 +290,24 @@ def test_a_gpus_readings_lead_near_the_true_maximum_wherever_it_was(memory_gib, 
 
         found = largest(try_batch, limit_mib, 16_384, most_probes=PROBES[engine])
         assert found.batch_size >= 0.98 * most and len(found.probes) <= PROBES[engine]
+
+
+def test_the_kept_plans_are_those_of_the_kept_searches_and_prompts(hub, tmp_path):
+    """`examples.csv`, computed anew from `searches.csv` and WikiText-2's lengths."""
+    study = Study(model.SHAPE, "all", tmp_path, hub)
+    tokens = lengths(study.tokenizer, "wikitext", 5000, hub, 0)
+    drawn = {"prompts": "wikitext", "examples": [2000, 5000], "lengths": tokens, "window": window(study.config)}
+    ran = pd.read_csv(KEPT_IN / "searches.csv").query("memory_gib == '15' and fits")
+    ran = ran.rename(columns={"reserved_mib": "memory_mib"})
+    searches = []
+    for (precision, engine), rows in ran.groupby(["precision", "engine"], sort=False):
+        read = rows[["batch_size", "fits", "memory_mib", "live_mib", "squeezed", "idle_mib"]].to_dict("records")
+        probes = [asdict(Probe(**{**probe, "squeezed": probe["squeezed"] is True})) for probe in read]
+        searches.append({"precision": precision, "engine": engine, "limit_mib": 15 * 1024.0, "prompt_tokens": 128,
+                         "new_tokens": 100, "probes": probes})  # fmt: skip
+    made = table.examples(pd.DataFrame(searches), pd.DataFrame([drawn])).replace("", None)
+    kept = pd.read_csv(KEPT_IN / "examples.csv").convert_dtypes()
+    pd.testing.assert_frame_equal(made.convert_dtypes(), kept, rtol=1e-4, check_dtype=False)
 
 
 def test_the_cap_ends_the_search_and_is_said():

@@ -388,6 +388,33 @@ def test_what_is_said_of_the_kept_sweeps_is_in_them():
     assert f"latency there, {fp32[32]:.0f} at 32 rows" in about
 
 
+def test_what_is_said_of_the_kept_plans_and_the_t4_is_in_them():
+    text = " ".join(prose("04").split())
+    plans = kept(f"{SHAPE}/examples.csv").query("precision == 'fp16'").set_index(["engine", "examples", "order"])
+    few, all_of = plans.index.unique("examples")
+    longest = plans.longest_tokens.eager.unstack().sorted
+    assert f"the longest of {few:,} prompts has {longest[few]:,} tokens, that of the {all_of:,} which" in text
+    assert f"hold {longest[all_of]:,}." in text
+    most = plans.largest_batch.unstack("examples").groupby("engine").agg(["min", "max"])
+    assert (most.xs("min", axis=1, level=1) == most.xs("max", axis=1, level=1)).all(axis=None)  # whatever the order
+    most = most.xs("min", axis=1, level=1)
+    assert (
+        f"falls from {most[few].eager} rows to {most[all_of].eager} with `eager`, from {most[few].graphed} to " in text
+    )
+    assert f"to {most[all_of].graphed} with `graphed`, whatever the order" in text
+    eager = plans.loc["eager", few]
+    told = (eager.batches.unsorted, eager.padding_pct.unsorted, eager.batches.sorted, eager.padding_pct.sorted,
+            eager.batches.bucketed, eager.padding_pct.bucketed)  # fmt: skip
+    words = (
+        "are {:.0f} batches unsorted, {:.0f} % of them padding, {:.0f} sorted by length with {:.0f} %, and {:.0f} with"
+    )
+    assert words.format(*told[:5]) + f" {told[5]:.0f} % where" in text
+    t4 = kept(f"{LARGER}/t4_estimate.csv").set_index("precision").estimate_step_ms.round(1)
+    assert t4.bf16 == t4.fp16 and t4.int4 == t4.fp4 == t4.nf4 and t4.int8 == t4["int8-t0"]
+    said = "no less than {} ms a token in FP32, {} in BF16 and FP16, {} in INT8 and {} in 4 bit"
+    assert said.format(t4.fp32, t4.bf16, t4.int8, t4.nf4) in " ".join(prose("03").split())
+
+
 def test_the_kept_searches_are_those_of_the_largest_batches():
     """What they found, in how many probes, and what the page says of those that did not run again."""
     probes = kept(f"{SHAPE}/searches.csv")
