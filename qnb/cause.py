@@ -107,7 +107,8 @@ def t4(runs: pd.DataFrame, number: int) -> pd.DataFrame:
     -------
     pandas.DataFrame
         A row a precision and batch size: ``estimate_step_ms`` the longer of reading and computing,
-        ``estimate_throughput_rps`` what that allows at most, without prompts and launches.
+        ``estimate_throughput_rps`` what that allows at most, without prompts and launches. The published rate stands
+        beside rows of the published model alone.
     """
     needed = ["bytes_per_step", "flops_by_type"]
     if runs.empty or not set(needed) <= set(runs):
@@ -125,7 +126,9 @@ def t4(runs: pd.DataFrame, number: int) -> pd.DataFrame:
                 "estimate_step_ms": 1000 * step_s,
                 "estimate_bound": "bandwidth" if read_s >= computed_s else "compute",
                 "estimate_throughput_rps": row["batch_size"] / (row["new_tokens"] * step_s),
-                "published_throughput_rps": published.get(row["precision"]),
+                "published_throughput_rps": (
+                    published.get(row["precision"]) if paper.measured(str(row.get("model"))) else None
+                ),
             }
         )
     return pd.DataFrame(rows)

@@ -107,6 +107,11 @@ def performance(table: int) -> pd.DataFrame:
     return pd.DataFrame([{name: getattr(row, name) for name in names} for row in rows])
 
 
+def measured(model: str) -> bool:
+    """Return whether a model's name is the measured one's, Llama-3.2-1B, tuned ones and its bare shape among them."""
+    return "llama-3.2-1b" in model.lower()
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One claim of the paper set against its own numbers."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def _checkpoints(folder: Path, rows: list[dict[str, Any]]) -> Iterator[Finding]:
 
 def _tables(folder: Path) -> Iterator[Finding]:
     """Build every table again from the ledger's rows."""
+    study = cache(lambda *precisions: Study("auto", precisions, folder))  # each names the ledger's damage
     for path in sorted((folder / "tables").glob("*.csv")):
         part = f"tables/{path.name}"
         try:
@@ -123,7 +125,7 @@ def _tables(folder: Path) -> Iterator[Finding]:
         except (OSError, ValueError):
             yield Finding(part, "what it was built for is missing, or changed since it was written")
             continue
-        frame = Study("auto", made["precisions"], folder).build(path.stem)
+        frame = study(*made["precisions"]).build(path.stem)
         for file, text in ((path, frame.to_csv(index=False)), (path.with_suffix(".md"), markdown(frame))):
             same = file.is_file() and file.read_bytes() == text.encode()
             yield Finding(

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from qnb import cause
+from qnb import cause, paper
 
 KEY = ["left", "right", "quantity"]
 
@@ -83,7 +83,9 @@ def test_a_t4_is_held_to_the_longer_of_reading_and_computing():
         {"precision": "int8", "batch_size": 1, "new_tokens": 100, "bytes_per_step": None,
          "flops_by_type": None},
     ])  # fmt: skip
-    made = cause.t4(runs, 3).set_index("precision")
+    assert cause.t4(runs.assign(model="smollm2-135m"), 3).published_throughput_rps.isna().all()
+    made = cause.t4(runs.assign(model="shape:llama-3.2-1b"), 3).set_index("precision")
+    assert made.published_throughput_rps["bf16"] == paper.performance(3).set_index("precision").throughput_rps["bf16"]
     assert made.estimate_step_ms.round(6).to_dict() == {"fp16": 10, "bf16": 100}
     assert made.estimate_bound.to_dict() == {"fp16": "bandwidth", "bf16": "compute"}
     assert made.estimate_throughput_rps.round(6).to_dict() == {"fp16": 1, "bf16": 10}
