@@ -108,11 +108,13 @@ def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
     shown = shown[:: max(1, len(shown) // 6)]
     figure.update_xaxes(type="log", tickvals=shown, ticktext=[str(int(size)) for size in shown])
     figure.update_xaxes(title="batch size", row=len(titles))
-    figure.update_yaxes(type="log")
     for place in range(len(titles)):  # engines share a scale
         first = 1 + place // len(engines) * len(engines)
-        values = steps[needed[1 + place // len(engines)]]
-        figure.update_yaxes(dtick=1 if values.max() > 100 * values.min() else "D2", row=place + 1)  # else 1, 2 and 5
+        values = stacked([steps, largest])[needed[1 + place // len(engines)]]
+        low, high = values.min(), values.max()
+        figure.update_yaxes(
+            row=place + 1, **({"type": "log", "dtick": 1} if high > 100 * low else look.ticks(low, high))
+        )
         if place + 1 > first:
             figure.update_yaxes(matches=f"y{first}" if first > 1 else "y", row=place + 1)
     lengths = steps[alike[2:]].drop_duplicates()
