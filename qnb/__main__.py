@@ -339,13 +339,13 @@ def report(folder: str) -> int:
     Raises
     ------
     InputError
-        `folder` holds no study.
+        `folder` holds no study, or one without a row.
     """
     path = path_of(folder).resolve()
     if not (path / "ledger.jsonl").is_file():
         return _gallery(path)
     study = Study(precisions="all", output=path)
-    if study.ledger.damaged and not len(study.ledger):
+    if not len(study.ledger):
         raise InputError(
             f"{path / 'ledger.jsonl'} has no line that is a row; put the file back, or give another folder"
         )

@@ -46,9 +46,9 @@ def names(frame: pd.DataFrame, several: bool = False) -> list[str]:
 
 def _repeats(row: dict[str, Any]) -> str:
     requests, passes = (row[name] if pd.notna(row.get(name)) else 0 for name in ("requests", "repeats"))
-    if not requests:  # of a bench's table
-        return ""
     marked = "<br>disturbed by other processes" if disturbed(row.get("flags")) else ""
+    if not requests:  # of a bench's table
+        return marked
     return f"<br>n = {requests:,.0f} requests, {f'{passes:.0f} passes' if passes > 1 else '1 pass'}{marked}"
 
 
@@ -79,8 +79,10 @@ def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
     height = 240 + 200 * len(titles)
     figure = look.panels(height, titles, shared_xaxes=True)
     named: set[str] = set()
+    ringed = False
     for (precision, engine), rows in steps.groupby(["precision", "engine"], sort=False):
         bent = rows.batch_size == knee(*(list(rows[name]) for name in needed))
+        ringed |= bool(bent.any())
         end = largest[(largest.precision == precision) & (largest.engine == engine)]
         color = PRECISIONS[str(precision)].color
         for place, (name, (_, unit)) in enumerate(zip(needed[1:], SWEPT, strict=True)):
@@ -117,15 +119,16 @@ def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
         )
         if place + 1 > first:
             figure.update_yaxes(matches=f"y{first}" if first > 1 else "y", row=place + 1)
-    lengths = steps[alike[2:]].drop_duplicates()
-    tokens = "{:.0f} + {:.0f} tokens".format(*lengths.iloc[0]) if len(lengths) == 1 else "unlike lengths"
-    note = f"{tokens}; log axes; ring: knee" + ("; star: largest timed" if len(largest) else "")
-    return look.layout(figure, title, height, note)
+    lengths = [tuple(row) for row in steps[alike[2:]].dropna().drop_duplicates().to_numpy()]
+    notes = ["unlike lengths"] if len(lengths) > 1 else ["{:.0f} + {:.0f} tokens".format(*one) for one in lengths]
+    notes += ["log axes", *["ring: knee"] * ringed, *["star: largest timed"] * bool(len(largest))]
+    return look.layout(figure, title, height, "; ".join(notes))
 
 
 def _swept(row: dict[str, Any], name: str, unit: str) -> str:
     text = f"{row['precision']}, {row['engine']}, batch {row['batch_size']}: {look.number(row[name])} {unit}"
-    text += f"<br>prompts of {row['prompt_tokens']:.0f} tokens, {row['new_tokens']:.0f} new ones"
+    if pd.notna(row["prompt_tokens"]):
+        text += f"<br>prompts of {row['prompt_tokens']:.0f} tokens, {row['new_tokens']:.0f} new ones"
     if name == "throughput_rps" and pd.notna(row.get("throughput_spread_pct")):
         text += f"<br>fastest batch {row['throughput_spread_pct']:.1f} % faster than the slowest"
     return text + _repeats(row)

@@ -101,7 +101,8 @@ def gallery(folder: Path) -> tuple[list[Path], str]:
         drawn = figure.draw_all(kept)
         wanted = {key: drawn[key] for key in GALLERY if not look.is_empty(drawn[key])}
         problems.append(export.pictures(wanted, folder / "gallery" / name, ("png",), of=kept.of))
-        made += [folder / "gallery" / name / f"{key}.png" for key in wanted]
+        if not problems[-1]:
+            made += [folder / "gallery" / name / f"{key}.png" for key in wanted]
     return sorted(made), next(filter(None, problems), "")
 
 
@@ -206,13 +207,14 @@ def limits(results: Results) -> list[str]:
         found.append(
             "Memory is how far a process grew, which hangs on what it ran before: trust the weights' or a GPU's."
         )
-    flagged: dict[str, list[str]] = {}
+    flagged: dict[str, dict[str, None]] = {}  # a set in order: batch size 1 and the largest may be in a sweep too
     for row in speed.to_dict("records"):
         for flag in row["flags"] if isinstance(row.get("flags"), list) else ():
-            flagged.setdefault(str(flag), []).append(f"{row['precision']}, {row['engine']}, batch {row['batch_size']}")
+            name = f"{row['precision']}, {row['engine']}, batch {row['batch_size']}"
+            flagged.setdefault(str(flag), {})[name] = None
     for flag, rows in flagged.items():
         more = f"; and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else ""
-        found.append(f"{'; '.join(rows[:MOST_NAMED])}{more}: {flag}.")
+        found.append(f"{'; '.join(list(rows)[:MOST_NAMED])}{more}: {flag}.")
     for row in results.failures:
         what = ", ".join(str(row[key]) for key in ("precision", "engine", "setting", "task") if row.get(key))
         found.append(f"Could not be measured: {what} ({row['reason']}).")

@@ -26,6 +26,7 @@ TABLES = {1: "table1_accuracy", 2: "table2_change", 3: "table3_bs1", 4: "table4_
 SPEED = ("precision", "engine", "batch_size", "throughput_rps")
 NEEDED = {TABLES[1]: ("task", "metric", "filter", "items"), TABLES[2]: ("task", "precision", "change_pp"),
           TABLES[3]: SPEED, TABLES[4]: SPEED, "sweep": SPEED}  # fmt: skip
+POSITIVE = ["batch_size", "throughput_rps", "batch_latency_s", "tpot_s"]
 ELSE = "put back the file, or take it out of its folder"
 
 
@@ -119,9 +120,9 @@ def _read(table: Path) -> pd.DataFrame:
     for name in frame.columns.intersection(["precision"]):
         if unknown := sorted(set(map(str, frame[name])) - set(PRECISIONS)):
             raise InputError(f"{table} has precision {', '.join(unknown)}; there are {', '.join(PRECISIONS)}; {ELSE}")
-    for name in frame.columns.intersection(["batch_size", "throughput_rps", "batch_latency_s", "change_pp"]):
-        if not is_numeric_dtype(frame[name]):
-            raise InputError(f"{table} has text in column {name}, which is of numbers; {ELSE}")
+    for name in frame.columns.intersection(POSITIVE) if len(frame) else ():
+        if not is_numeric_dtype(frame[name]) or (frame[name] <= 0).any():
+            raise InputError(f"{table} has text, 0 or less in column {name}, which is of positive numbers; {ELSE}")
     return frame
 
 

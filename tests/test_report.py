@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from qnb import Study, figure, modelcard, report, results, summary, table
+from qnb import Study, figure, look, modelcard, report, results, summary, table
 from qnb.__main__ import _results, main
 from qnb.precision import PRECISIONS
 from qnb.provenance import ROOT
@@ -158,7 +158,8 @@ def test_the_repositorys_kept_runs_can_be_read():
     ("content", "said"),
     [("hello world\n1 2\n", "has no column precision or engine"), ("", "is no table"),
      ("precision,engine,batch_size,throughput_rps\nfp99,eager,1,2\n", "has precision fp99; there are "),
-     ("precision,engine,batch_size,throughput_rps\nfp16,eager,one,2\n", "has text in column batch_size"),
+     ("precision,engine,batch_size,throughput_rps\nfp16,eager,one,2\n", "has text, 0 or less in column batch_size"),
+     ("precision,engine,batch_size,throughput_rps\nfp16,eager,1,0\n", "0 or less in column throughput_rps"),
      (None, "is no table")],
 )  # fmt: skip
 def test_a_kept_file_that_is_no_table_is_named(content, said, tmp_path, capsys):
@@ -176,7 +177,11 @@ def test_a_kept_sweep_of_an_earlier_version_is_drawn(tmp_path):
     (tmp_path / "gpu-model" / "sweep.csv").write_text(rows)
     (kept,) = results.reference(tmp_path).values()
     drawn = figure.draw_all(kept)["sweep"]
-    assert [list(trace.y) for trace in drawn.data if trace.mode == "lines+markers"] == [[2, 3], [0.5, 0.7]]
+    lines = [trace for trace in drawn.data if trace.mode == "lines+markers"]
+    assert [list(trace.y) for trace in lines] == [[2, 3], [0.5, 0.7]]
+    assert look.title(drawn) == "Throughput and latency by batch: log axes" and lines[0].hovertext[0].endswith(
+        "requests/s"
+    )
 
 
 def test_tables_are_kept_as_csv_and_markdown(studied):
@@ -246,9 +251,10 @@ def test_a_run_says_what_was_disturbed_and_whether_the_report_is_older(studied, 
     assert _results(kept)[-1].startswith("disturbed by other processes in 04: nf4; ")
 
 
-def test_a_ledger_without_a_readable_row_costs_no_report(tmp_path, capsys):
+@pytest.mark.parametrize("lines", [b"", b"torn", b"\x00\xff no row\n"])
+def test_a_ledger_without_a_readable_row_costs_no_report(lines, tmp_path, capsys):
     (tmp_path / "report.html").write_text("the good one")
-    (tmp_path / "ledger.jsonl").write_bytes(os.urandom(300) + b"\n")
+    (tmp_path / "ledger.jsonl").write_bytes(lines)
     assert main(["report", str(tmp_path)]) == 2
     assert "has no line that is a row" in capsys.readouterr().err
     assert (tmp_path / "report.html").read_text() == "the good one"
@@ -258,7 +264,9 @@ def test_limits_name_what_rows_flag(studied):
     found = report.limits(studied.results())
     assert "int4, eager, batch 384; int4, graphed, batch 384: throttled." in found  # a line a flag
     many = studied.results().sweep
-    many = report.limits(replace(studied.results(), sweep=many.assign(flags=[["short"]] * len(many))))
+    small = studied.results().bs1  # the same batch size as in the sweep: named once
+    many = report.limits(replace(studied.results(), sweep=many.assign(flags=[["short"]] * len(many)),
+                                 bs1=small.assign(flags=[["short"]] * len(small))))  # fmt: skip
     (short,) = [text for text in many if text.endswith(": short.")]
     assert short.count("batch") == report.MOST_NAMED and f"; and {len(studied.results().sweep) - 12} more: " in short
     assert not any("of a sample" in text for text in found)
