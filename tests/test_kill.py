@@ -39,7 +39,7 @@ def unmeasured(row):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
 def test_killed_anywhere_it_ends_as_an_undisturbed_run(smoke, tmp_path, kills):
     """SIGKILL to the whole process group after a random time, in a random notebook; then one run to the end."""
     whole, done = smoke
