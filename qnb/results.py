@@ -117,9 +117,8 @@ def _read(table: Path) -> pd.DataFrame:
         raise InputError(f"{table} is no table ({error}); {ELSE}") from error
     if lacking := [name for name in NEEDED.get(table.stem, ()) if name not in frame]:
         raise InputError(f"{table} has no column {' or '.join(lacking)}; {ELSE}")
-    for name in frame.columns.intersection(["precision"]):
-        if unknown := sorted(set(map(str, frame[name])) - set(PRECISIONS)):
-            raise InputError(f"{table} has precision {', '.join(unknown)}; there are {', '.join(PRECISIONS)}; {ELSE}")
+    if unknown := sorted(set(map(str, frame.get("precision", ()))) - set(PRECISIONS)):
+        raise InputError(f"{table} has precision {', '.join(unknown)}; there are {', '.join(PRECISIONS)}; {ELSE}")
     for name in frame.columns.intersection(POSITIVE) if len(frame) else ():
         if not is_numeric_dtype(frame[name]) or (frame[name] <= 0).any():
             raise InputError(f"{table} has text, 0 or less in column {name}, which is of positive numbers; {ELSE}")

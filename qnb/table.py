@@ -333,9 +333,7 @@ def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
         if pd.notna(last.get("throughput_rps")):
             row |= _performance(runs)
             timed[precision, engine, like] = row
-        note = last.get("note")
-        notes = [note if isinstance(note, str) else "", OTHER if newest and like != newest else ""]
-        row["note"] = "; ".join(filter(None, notes))
+        row["note"] = _noted(last, newest)
         if engine == "eager":
             for name in ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_mib", "speedup"):
                 row[f"published_{name}"] = published[name].get(precision)
@@ -376,6 +374,18 @@ def _newest(frame: pd.DataFrame) -> tuple[str, ...] | None:
     return _like(frame.sort_values("measured_at", kind="stable").iloc[-1]) if "measured_at" in frame else None
 
 
+def _noted(row: pd.Series, newest: tuple[str, ...] | None) -> str:
+    """Return a row's own note, and whether it was not measured like the newest."""
+    note = row.get("note")
+    notes = [note if isinstance(note, str) else "", OTHER if newest and _like(row) != newest else ""]
+    return "; ".join(filter(None, notes))
+
+
+def _flags(runs: pd.DataFrame) -> str:
+    """Return the flags of all rows as a table's text."""
+    return "; ".join(sorted({flag for found in runs.get("flags", []) if isinstance(found, list) for flag in found}))
+
+
 def _performance(runs: pd.DataFrame) -> dict[str, Any]:
     """Return what the passes of one precision and engine come to."""
     last = runs.iloc[-1]
@@ -405,8 +415,7 @@ def _performance(runs: pd.DataFrame) -> dict[str, Any]:
     row["device_memory_mib"] = _median(runs, "monitor_peak_memory_mib") if on_gpu else None
     row["power_w"] = _median(runs, "monitor_power_w")
     row["clock_mhz"] = _median(runs, "monitor_clock_mhz")
-    flags = {flag for found in runs.get("flags", []) if isinstance(found, list) for flag in found}
-    row["flags"] = "; ".join(sorted(flags))
+    row["flags"] = _flags(runs)
     return row
 
 
@@ -430,13 +439,9 @@ def sweep(frame: pd.DataFrame) -> pd.DataFrame:
                "cache_mib", "bound", "knee", "flags", "note"]  # fmt: skip
     if frame.empty:
         return pd.DataFrame(columns=columns)
-    flags = [
-        "; ".join(sorted(found)) if isinstance(found, list) else "" for found in frame.get("flags", [""] * len(frame))
-    ]
-    likes, newest = [_like(row) for _, row in frame.iterrows()], _newest(frame)
-    notes = frame.get("note", pd.Series("", frame.index)).fillna("")
-    notes = ["; ".join(filter(None, (note, OTHER if newest and like != newest else "")))
-             for note, like in zip(notes, likes, strict=True)]  # fmt: skip
+    newest = _newest(frame)
+    notes = [_noted(row, newest) for _, row in frame.iterrows()]
+    flags = [_flags(frame.iloc[[place]]) for place in range(len(frame))]
     frame = with_spread(frame).assign(flags=flags, note=notes)
     frame = frame.reindex(columns=list(dict.fromkeys([*columns, *frame]))).sort_values("batch_size", kind="stable")
     parts = []

@@ -303,11 +303,8 @@ def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(unloaded, so
     swept = made.sweep(workload, 12)
     assert swept.batch_size.tolist() == [1, 2, 4, 8, 12] and swept.knee.tolist() == [False, True, False, False, False]
     assert swept.note.tolist() == ["", "", "", "out of memory", "a smaller batch did not fit"]
-    assert swept.throughput_spread_pct.round(6).tolist()[:3] == [25.0] * 3 and swept.requests.tolist()[:3] == [
-        3,
-        6,
-        12,
-    ]
+    assert swept.throughput_spread_pct.round(6).tolist()[:3] == [25.0] * 3
+    assert swept.requests.tolist()[:3] == [3, 6, 12]
     assert swept["flags"].tolist()[:3] == ["throttled: power cap"] * 3
     assert made.results().sweep.throughput_spread_pct.round(6).tolist() == [25.0] * 3
     assert tried == [1, 2, 2, 4, 8, 8]  # what memory ran out of once is tried again before it ends the row
