@@ -237,7 +237,7 @@ def _stacked(
             "fgcolor": "white" if filled else GREY,
         }
         marker = {"color": GREY if filled else "white", "line": {"color": GREY, "width": 1}, "pattern": pattern}
-        figure.add_bar(x=[None], y=[None], name=part, marker=marker)
+        figure.add_bar(x=[None], y=[None], orientation="h", name=part, marker=marker)
     figure.update_xaxes(tickformat="~r", separatethousands=True)
     figure.update_xaxes(title=unit, row=len(panels))
     figure.update_layout(barmode="stack", bargap=0.3)
