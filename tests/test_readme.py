@@ -338,6 +338,10 @@ def test_notebook_04_tells_what_was_kept():
     for precision in ("fp16", "nf4"):
         pair = [f"{larger.throughput_rps[precision, engine]:.0f}" for engine in ("eager", "graphed")]
         assert " and ".join(pair) in text, precision
+    recorded = kept(f"{SHAPE}/searches.csv").query("engine == 'graphed' and fits").groupby(["memory_gib", "precision"])
+    ends, sixth = (recorded.apply(lambda ran, most=most: ran[ran.probe <= most].batch_size.max()) for most in (8, 6))
+    more = (mine.probes.unstack().graphed.dropna() > 6).sum()
+    assert f"more than six in {more} of {len(ends)} searches" in text and (sixth / ends).min() > 0.99
     left = mine.open_pct.unstack("engine")
     wide = left.eager[left.eager > 1].round().astype(int)
     assert list(wide.index) == [("15", "int4"), ("whole", "int4")] and left.graphed.max() <= 1
@@ -345,7 +349,7 @@ def test_notebook_04_tells_what_was_kept():
     assert "1 % more rows might fit than were found" in text
     assert mine.probes["whole", "int4", "eager"] == PROBES["eager"] == 6 and "where six probes met no end" in text
     later = its.loc["15"].loc[["bf16", "fp16", "nf4"]]
-    assert later.open_pct.max() <= 1 and "So in the H200's later rows" in text
+    assert later.open_pct.max() <= 1 and "The H200's later rows are as near" in text
     older = its.drop([key for key in its.index if key[0] == "15" and key[1] in ("bf16", "fp16", "nf4")])
     assert older.probes.max() == 6 and PROBES["graphed"] == 8 and "had six probes and not eight" in text
     further = its.loc["15"].open_pct.unstack().graphed.dropna().drop(["bf16", "fp16", "nf4"])
