@@ -54,7 +54,7 @@ def causes(runs: pd.DataFrame, number: int) -> pd.DataFrame:
     pandas.DataFrame
         ``left`` and ``right`` name the rows of the table, ``ratio`` is right over left, and ``published_ratio`` the
         paper's where it has both. What was not measured is empty, and so is the ratio of two rows that differ in
-        workload, device or memory too.
+        workload, device or memory too; a pair of which nothing is known is left out.
     """
     if runs.empty:
         return pd.DataFrame()
@@ -83,7 +83,8 @@ def causes(runs: pd.DataFrame, number: int) -> pd.DataFrame:
         column = PUBLISHED_AS.get(cause.quantity)
         if column and all(pair) and "eager" == cause.left[1] == cause.right[1]:
             row["published_ratio"] = published[column][pair[1]] / published[column][pair[0]]
-        rows.append(row)
+        if pd.notna(left) or pd.notna(right) or row.get("published_ratio"):
+            rows.append(row)
     return pd.DataFrame(rows)
 
 

@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from qnb import __version__, export, figure, look, paper, summary
 from qnb.precision import BASELINE
 from qnb.results import Results, reference
-from qnb.table import MAIN, grid
+from qnb.table import MAIN, grid, knees
 
 TEMPLATE = Path(__file__).parent / "data" / "report.html"
 # section: title, words, tables (the paper's by number) with their captions, figures with how to read them
@@ -49,7 +49,10 @@ SECTIONS: dict[str, tuple[str, str, dict[int | str, str], dict[str, str]]] = {
     "maxbatch": (
         "The largest batch",
         "What the freed memory buys, where rows share the reading of the weights.",
-        {4: "Table 4: largest batch"},
+        {
+            4: "Table 4: largest batch",
+            "knees": "The sweep: where throughput a second of latency is most, and what the largest size gives",
+        },
         {
             "fig5_maxbatch_metrics": "Each panel has its own unit. Published bars are a T4's.",
             "fig6_maxbatch_heatmap": "Shades compare precisions within a column; the numbers are the values.",
@@ -139,7 +142,11 @@ def page(results: Results, ledger: Path | None = None) -> str:
 def _section(name: str, results: Results, drawn: dict[str, go.Figure]) -> dict[str, Any]:
     title, words, tables, figures = SECTIONS[name]
     shown = [key for key in figures if not look.is_empty(drawn[key])]
-    frames: dict[Any, pd.DataFrame] = {**results.tables, "divergence": results.divergence}
+    frames: dict[Any, pd.DataFrame] = {
+        **results.tables,
+        "divergence": results.divergence,
+        "knees": knees(results.sweep),
+    }
     for number in (3, 4):  # results before settings: a table is wider than most windows
         frame = frames[number]
         frames[number] = pd.concat([frame.filter(MAIN), frame.drop(columns=list(MAIN), errors="ignore")], axis=1)

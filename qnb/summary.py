@@ -35,6 +35,9 @@ def opening(results: Results) -> str:
         frame = results.bs1 if setting == "bs1" else results.maxbatch
         if len(frame):
             parts.append(f"{words} with {_listed(sorted(set(map(str, frame.engine))))}")
+    if len(results.sweep):
+        engines = _listed(sorted(set(map(str, results.sweep.engine))))
+        parts.append(f"batches of 1 to {results.sweep.batch_size.max():,.0f} with {engines}")
     where = f" on {results.device}" if results.device else ""
     what = f": {'; '.join(parts)}" if parts else ""
     were = "was" if len(names) == 1 else "were"
@@ -48,7 +51,7 @@ def findings(results: Results) -> dict[str, list[str]]:
 
 
 def _precisions(results: Results) -> list[str]:
-    frames = (results.checkpoints, results.scores, results.bs1, results.maxbatch)
+    frames = (results.checkpoints, results.scores, results.bs1, results.maxbatch, results.sweep)
     return list(dict.fromkeys(str(name) for frame in frames if "precision" in frame for name in frame.precision))
 
 

@@ -444,13 +444,51 @@ def sweep(frame: pd.DataFrame) -> pd.DataFrame:
     flags = [_flags(frame.iloc[[place]]) for place in range(len(frame))]
     frame = with_spread(frame).assign(flags=flags, note=notes)
     frame = frame.reindex(columns=list(dict.fromkeys([*columns, *frame]))).sort_values("batch_size", kind="stable")
-    parts = []
-    for _, rows in frame.groupby(["precision", "engine"], sort=False):
-        timed = rows.dropna(subset=["throughput_rps", "batch_latency_s"])
-        at = knee(*(list(timed[name]) for name in ("batch_size", "throughput_rps", "batch_latency_s"))) if len(
-            timed) else None  # fmt: skip
-        parts.append(rows.assign(knee=rows.batch_size == at))
-    return pd.concat(parts, ignore_index=True)[columns]
+    lines = frame.groupby(["precision", "engine"], sort=False)
+    return pd.concat([rows.assign(knee=rows.batch_size == _bend(rows)) for _, rows in lines], ignore_index=True)[
+        columns
+    ]
+
+
+LINE = ["batch_size", "throughput_rps", "batch_latency_s"]
+
+
+def _bend(rows: pd.DataFrame) -> int | None:
+    timed = rows.dropna(subset=LINE).sort_values("batch_size")
+    return knee(*(list(timed[name]) for name in LINE)) if len(timed) else None
+
+
+def knees(steps: pd.DataFrame) -> pd.DataFrame:
+    """Where the lines of a sweep bend, and what their largest batches reach; a row a precision and engine.
+
+    ``knee`` and what it reaches are empty where a line had not bent by ``swept_to``.
+
+    Parameters
+    ----------
+    steps
+        `sweep` or `qnb.results.Results.sweep`.
+    """
+    rows = []
+    timed = steps.dropna(subset=LINE) if set(LINE) <= set(steps) else steps.head(0)
+    for (precision, engine), line in timed.groupby(["precision", "engine"], sort=False) if len(timed) else ():
+        bend, last = line[line.batch_size == _bend(line)], line.loc[line.batch_size.idxmax()]
+        hit = [f"{int(row.batch_size)}" for row in line.itertuples() if disturbed(getattr(row, "flags", None))]
+        rows.append(
+            {
+                "precision": precision,
+                "engine": engine,
+                "knee": int(bend.batch_size.iloc[0]) if len(bend) else None,
+                "knee_throughput_rps": bend.throughput_rps.iloc[0] if len(bend) else None,
+                "knee_batch_latency_s": bend.batch_latency_s.iloc[0] if len(bend) else None,
+                "swept_to": int(last.batch_size),
+                "throughput_rps": last.throughput_rps,
+                "batch_latency_s": last.batch_latency_s,
+                "note": f"other processes disturbed batches of {', '.join(hit)}" if hit else "",
+            }
+        )
+    columns = ["precision", "engine", "knee", "knee_throughput_rps", "knee_batch_latency_s", "swept_to",
+               "throughput_rps", "batch_latency_s", "note"]  # fmt: skip
+    return pd.DataFrame(rows, columns=columns).astype({"knee": "Int64"})
 
 
 def examples(searches: pd.DataFrame, drawn: pd.DataFrame) -> pd.DataFrame:
@@ -521,9 +559,11 @@ def grid(frame: pd.DataFrame, caption: str = "") -> Grid:
 
     Percents and points have two decimals, as in the paper.
     """
-    frame = frame.dropna(axis="columns", how="all")
     rows = [[_cell(str(name), row[name]) for name in frame] for row in frame.to_dict("records")]
-    return Grid(caption, [str(name) for name in frame], rows)
+    told = [place for place in range(len(frame.columns)) if any(row[place] for row in rows)]
+    return Grid(
+        caption, [str(frame.columns[place]) for place in told], [[row[place] for place in told] for row in rows]
+    )
 
 
 def _cell(name: str, value: Any) -> str:

@@ -260,6 +260,16 @@ def test_a_ledger_without_a_readable_row_costs_no_report(lines, tmp_path, capsys
     assert (tmp_path / "report.html").read_text() == "the good one"
 
 
+def test_a_sweep_alone_has_its_sentence_and_its_knees_in_the_report(studied):
+    whole = studied.results()
+    none = dict.fromkeys(results.TABLES, pd.DataFrame())
+    text = report.page(results.Results("one", "m", "d", none, sweep=whole.sweep))
+    assert f"batches of 1 to {whole.sweep.batch_size.max():,} with eager and graphed" in text
+    table_of = text.split("<caption>The sweep: where throughput")[1].split("</table>")[0]
+    assert "swept to" in table_of and "note" not in table_of
+    assert table_of.count("<tr>") == 1 + len(table.knees(whole.sweep))
+
+
 def test_limits_name_what_rows_flag(studied):
     found = report.limits(studied.results())
     assert "int4, eager, batch 384; int4, graphed, batch 384: throttled." in found  # a line a flag

@@ -274,3 +274,26 @@ def test_what_there_is_no_plan_for_says_why():
 def test_plans_need_a_search_and_prompts():
     assert table.examples(pd.DataFrame(), drawn([8], [1])).empty
     assert table.examples(pd.DataFrame([searched([(1, 110.0), (8, 180.0)])]), pd.DataFrame()).empty
+
+
+def test_knees_are_named_with_what_they_give_and_a_line_that_did_not_bend_has_none():
+    """Throughput a second of latency: 4, 8, 6 in BF16, whose knee is 2 rows; 1, 2, 4 in NF4, which had not bent."""
+    lines = {
+        "bf16": ((1, 4.0, 1.0), (2, 8.0, 1.0), (4, 12.0, 2.0)),
+        "nf4": ((1, 1.0, 1.0), (2, 2.0, 1.0), (4, 4.0, 1.0)),
+    }
+    rows = [
+        {"precision": name, "engine": "eager", "batch_size": size, "throughput_rps": rps, "batch_latency_s": latency_s,
+         "flags": ["another process used the GPU"] if (name, size) == ("nf4", 4) else []}
+        for name, line in lines.items() for size, rps, latency_s in line
+    ]  # fmt: skip
+    rows.append({"precision": "int8", "engine": "graphed", "batch_size": 1, "note": "cannot be recorded"})
+    for frame in (pd.DataFrame(rows), table.sweep(pd.DataFrame(rows))):
+        made = table.knees(frame)
+        assert made.precision.tolist() == ["bf16", "nf4"] and made.swept_to.tolist() == [4, 4]
+        bent, straight = made.to_dict("records")
+        assert (bent["knee"], bent["knee_throughput_rps"], bent["knee_batch_latency_s"]) == (2, 8, 1)
+        assert (bent["throughput_rps"], bent["batch_latency_s"], bent["note"]) == (12, 2, "")
+        assert pd.isna(straight["knee"]) and pd.isna(straight["knee_throughput_rps"])
+        assert straight["note"] == "other processes disturbed batches of 4"
+    assert table.knees(pd.DataFrame()).empty and table.knees(table.sweep(pd.DataFrame())).empty

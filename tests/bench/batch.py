@@ -20,6 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers import AutoConfig
 
 from qnb import model
 from qnb.batch import DIED, Apart, Probe, largest
-from qnb.benchmark import counted, trial_of
+from qnb.benchmark import PROBES, counted, trial_of
 from qnb.device import MIB
 from qnb.precision import parse
 from qnb.workload import Workload
@@ -37,10 +38,11 @@ START = 2048  # of accelerate's search; doubled where that much fits, as it only
 
 
 class Trials:
-    """Every batch size tried on one precision and memory, run once."""
+    """Every batch size tried on one precision, engine and memory, run once."""
 
-    def __init__(self, try_batch: Callable[[int], Probe]) -> None:
+    def __init__(self, try_batch: Callable[[int], Probe], engine: str = "eager") -> None:
         self._try = try_batch
+        self.engine = engine
         self.seen: dict[int, Probe] = {}
         self.asked: list[int] = []
 
@@ -69,7 +71,7 @@ class Trials:
 
 def ours(trials: Trials, limit_mib: float, cap: int, cliff: int) -> int:
     """Search as `benchmark.largest_batch_apart` does."""
-    return largest(trials, limit_mib, cap, cliff).batch_size
+    return largest(trials, limit_mib, cap, cliff, most_probes=PROBES[trials.engine]).batch_size
 
 
 def accelerate(trials: Trials, limit_mib: float, cap: int, cliff: int) -> int:
@@ -139,11 +141,13 @@ def true_maximum(trials: Trials, cap: int, rows: int) -> tuple[int, int]:
 
 
 def compare(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield a row for every memory, precision and search."""
+    """Yield a row for every memory, precision, engine and search."""
+    if options.device != "cuda" and options.engines != "eager":
+        raise SystemExit(f"--engines {options.engines} needs a GPU; --device {options.device} has eager alone")
     workload = Workload((tuple(range(10, 10 + options.prompt_tokens)),), options.new_tokens, "ramp")
     folder = "" if options.device == "simulated" else model.resolve(options.model, options.device).path
     for memory_gib in options.memory_gib.split(","):
-        for precision in parse(options.precisions):
+        for precision, engine in product(parse(options.precisions), options.engines.split(",")):
             limit_mib, cliff = _limit_mib(memory_gib, options.device), 0
             if options.device == "simulated":
                 from allocator import device
@@ -151,10 +155,10 @@ def compare(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 close, begin = None, device(options.prompt_tokens, options.new_tokens, limit_mib, precision.bits)
             else:
                 cliff = counted(AutoConfig.from_pretrained(folder), options.prompt_tokens)
-                close = begin = Apart(trial_of, folder, precision, options.device, workload, limit_mib)
-            trials, rows = Trials(begin), []
+                close = begin = Apart(trial_of, folder, precision, options.device, workload, limit_mib, engine)
+            trials, rows = Trials(begin, engine), []
             for name in options.searches.split(","):
-                print(f"{precision.name}, {memory_gib} GiB, {name}", file=sys.stderr, flush=True)
+                print(f"{precision.name}, {engine}, {memory_gib} GiB, {name}", file=sys.stderr, flush=True)
                 trials.asked, found, note = [], 0, ""
                 try:
                     found = SEARCHES[name](trials, limit_mib, options.cap, cliff)
@@ -170,7 +174,7 @@ def compare(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 close.close()
             for row in rows:
                 share_pct = 100 * row["largest_batch"] / most
-                head = {"precision": precision.name, "engine": "eager", "memory_gib": round(limit_mib / 1024, 1)}
+                head = {"precision": precision.name, "engine": engine, "memory_gib": round(limit_mib / 1024, 1)}
                 yield {**head, **row, "true_batch": true, "true_at_most": most, "share_pct": share_pct}
 
 
@@ -181,7 +185,7 @@ def _limit_mib(memory_gib: str, device: str) -> float:
         raise SystemExit("--memory-gib whole needs a GPU; give a number")
     import torch
 
-    return torch.cuda.get_device_properties(0).total_memory / MIB
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / MIB
 
 
 def main() -> None:
@@ -190,6 +194,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu", "simulated"), default="cuda")
     parser.add_argument("--model", default=model.SHAPE)
     parser.add_argument("--precisions", default="fp16,int8,int4,nf4")
+    parser.add_argument("--engines", default="eager", help="graphed too, with precisions that can be recorded")
     parser.add_argument("--memory-gib", default="15,whole")
     parser.add_argument("--searches", default=",".join(SEARCHES))
     parser.add_argument("--prompt-tokens", type=int, default=256)

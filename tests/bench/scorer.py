@@ -87,7 +87,7 @@ def synthetic(names: tuple[str, ...], generated: int, generated_stock: int) -> I
     Stock generation is slow: it may be given the first of the requests only, and then seconds are a request's.
     """
     source = model.resolve(model.SHAPE, "cuda")
-    whole = torch.cuda.get_device_properties(0).total_memory
+    whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.set_per_process_memory_fraction(HELD_GIB * 2**30 / whole)
     network = model.load(source.path, PRECISIONS["fp16"], "cuda")
     options: dict[str, Any] = {"pretrained": network, "tokenizer": model.load_tokenizer(source.path)}
