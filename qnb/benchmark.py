@@ -39,6 +39,7 @@ from qnb.device import MIB, detect
 from qnb.model import load, quiet, release, weigh
 from qnb.monitor import BUSY_LIMITS, SETTLED_S, ProcessSensor, Sample, Usage, Window, disturbed, sensor
 from qnb.precision import Precision
+from qnb.roof import bound
 from qnb.step import FEW_ROWS
 from qnb.workload import Workload
 
@@ -49,8 +50,6 @@ Result = TypeVar("Result")
 
 WARM_UP_TOKENS = 4
 TRACED_STEPS = 8  # decode steps in the profiled pass
-BUSY = 0.75  # a decode step whose kernels ran for less than this share of it waited for launches
-NEAR = 0.5  # a roof is named where what both ask for explains this share of a step
 TIGHT = 0.95  # of the memory allowed: a batch that takes more has to fit twice
 PROBES = {"eager": 6, "graphed": 8}  # of a search for the largest batch; recorded, one takes a fraction of the time
 WIDTH = 0.05  # of the 95 % interval over passes, relative to their mean, at which repeating may end
@@ -170,24 +169,15 @@ class Run:
 
     @property
     def bound(self) -> str | None:
-        """What a decode step waits for; None where that cannot be told.
-
-        ``"launch"``: its kernels ran for less than three quarters of it. Else there are two roofs, the bytes it must
-        move against a copy's and its operations against a large product's: the nearer, ``"bandwidth"`` or
-        ``"compute"``, where both together explain half of the step. Where they do not, ``"kernels"``: what these do
-        beyond the least work, or how they do it. Where they cannot be timed, as on a CPU, that is not told.
-        """
+        """What a decode step waits for, see `roof.bound`; None where that cannot be told."""
         if self.tpot_s is None or self.work is None or self.limits is None:
             return None
-        if self.trace is not None and self.trace.kernel_s < BUSY * self.tpot_s:
-            return "launch"
-        shares = {"bandwidth": self.work.bytes_per_step / self.tpot_s / self.limits.copy_bytes_per_s}
-        if roof := self.limits.flop_per_s(self.work.flops):
-            shares["compute"] = self.work.flops_per_step / self.tpot_s / roof
-        nearest = max(shares, key=lambda name: shares[name])
-        if sum(shares.values()) >= NEAR:
-            return nearest
-        return "kernels" if self.trace is not None else None
+        roof = self.limits.flop_per_s(self.work.flops)
+        return bound(
+            self.trace.kernel_s / self.tpot_s if self.trace else None,
+            self.work.bytes_per_step / self.tpot_s / self.limits.copy_bytes_per_s,
+            self.work.flops_per_step / self.tpot_s / roof if roof else None,
+        )
 
     @property
     def flags(self) -> list[str]:
@@ -557,7 +547,7 @@ def settled(passes: Sequence[float]) -> bool:
     """Return whether the mean of `passes` is known to `WIDTH`: more of them would not change what is reported.
 
     A value is a pass's: its requests share the mood that the machine was in, so they are no draws of their own. The
-    interval is Student's, of 95 %, from three passes on.
+    interval is Student's, of 95 %, from three passes on; a median has one of its own from six on.
     """
     from scipy.special import stdtrit
 

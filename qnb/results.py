@@ -17,6 +17,7 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 from qnb import paper
 from qnb.error import InputError
 from qnb.precision import PRECISIONS
+from qnb.roof import bound
 from qnb.table import stacked
 
 ALIKE = ["precision", "engine", "batch_size"]  # runs that are repeats of one another
@@ -63,8 +64,8 @@ class Results:
 def medians(rows: pd.DataFrame) -> pd.DataFrame:
     """Return performance rows with repeats made one: medians, how many, and the throughput's range.
 
-    Texts are the last row's, but `bound` the first's, which alone was traced; flags are those of all. An engine that
-    could not run has a row without a speed: it is left out.
+    Texts are the last row's; ``bound`` is of the medians, as kernels are traced in the first pass alone; flags are
+    those of all. An engine that could not run has a row without a speed: it is left out.
     """
     if not {*ALIKE, "throughput_rps"} <= set(rows):
         return pd.DataFrame()
@@ -77,12 +78,23 @@ def medians(rows: pd.DataFrame) -> pd.DataFrame:
             if is_numeric_dtype(runs[name]) and not is_bool_dtype(runs[name]):
                 row[name] = values.median()
             else:
-                row[name] = values.iloc[0 if name == "bound" else -1] if len(values) else None
+                row[name] = values.iloc[-1] if len(values) else None
         row |= {"repeats": len(runs), "low_rps": runs.throughput_rps.min(), "high_rps": runs.throughput_rps.max()}
         if "flags" in runs:
             row["flags"] = list(dict.fromkeys(flag for flags in runs["flags"].dropna() for flag in flags))
+        if "bound" in runs:
+            row["bound"] = bound(*(_share(row, *names) for names in SHARES))
         made.append(row)
     return pd.DataFrame(made)
+
+
+SHARES = (("kernel_s_per_token", "tpot_s"), ("achieved_bytes_per_s", "limit_bytes_per_s"),
+          ("achieved_flop_per_s", "limit_flop_per_s"))  # fmt: skip
+
+
+def _share(row: Mapping[str, Any], part: str, whole: str) -> float | None:
+    done, limit = row.get(part), row.get(whole)
+    return done / limit if done is not None and pd.notna(done) and limit and pd.notna(limit) else None
 
 
 def readings(folder: Path, rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

@@ -141,7 +141,8 @@ class Study(Asking, Timing):
     def _results(self) -> Results:
         rows = tuple(row for row in self.ledger if not row["stage"].endswith(FAILED))
         runs = {setting: self.frame("perf", setting) for setting in ("bs1", "maxbatch")}
-        timed = [row for frame in runs.values() if len(frame) for row in frame[frame.repeat == 0].to_dict("records")]
+        timed = [row for frame in runs.values() if len(frame) for row in frame.sort_values("repeat", kind="stable")
+                 .drop_duplicates(["precision", "engine"]).to_dict("records")]  # fmt: skip
         return Results(
             name=self.folder.name,
             model=self._record.get("name", self.model),

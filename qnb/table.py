@@ -18,6 +18,7 @@ from qnb.batch import Probe, fit, knee, plans
 from qnb.error import InputError
 from qnb.monitor import disturbed
 from qnb.precision import BASELINE
+from qnb.roof import bound
 from qnb.stats import compare, holm, mean_interval, mean_of_independent
 
 # the metric a task is known by: accuracy for choices, strict exact match for generated answers
@@ -400,14 +401,15 @@ def _performance(runs: pd.DataFrame) -> dict[str, Any]:
     row |= {name: _median(runs, name) for name in MEDIANS}
     rates = runs.throughput_rps
     row["throughput_spread_pct"] = 100 * (rates.max() / rates.min() - 1) if len(rates) > 1 else None
-    step_s = row["tpot_s"]
+    step_s, shares = row["tpot_s"], []
     for name, done, limit in (
         ("kernel_share_pct", row["kernel_s_per_token"], step_s),  # of a decode step, the GPU's own part
         ("bandwidth_share_pct", _median(runs, "achieved_bytes_per_s"), _median(runs, "limit_bytes_per_s")),
         ("compute_share_pct", _median(runs, "achieved_flop_per_s"), _median(runs, "limit_flop_per_s")),
     ):
-        row[name] = 100 * done / limit if done is not None and limit else None
-    row["bound"] = next((bound for bound in runs.get("bound", []) if isinstance(bound, str)), None)
+        shares.append(done / limit if done is not None and limit else None)
+        row[name] = None if shares[-1] is None else 100 * shares[-1]
+    row["bound"] = bound(*shares)
     row["monitor"] = last.monitor_source
     row["utilization_pct"] = _median(runs, "monitor_utilization_pct")
     row["memory_mib"] = _median(runs, "memory_mib")

@@ -89,22 +89,21 @@ class Timing(Workbench):
         Raises
         ------
         InputError
-            A count is not positive, an engine is unknown or cannot run here, the prompts cannot be had, or one of them
-            with its new tokens is more than the model's context window.
+            A count is not positive, an engine is unknown or cannot run here, the prompts cannot be had, or their most
+            tokens with the new ones are more than the model's context window.
         """
         from qnb.decode import check_window
 
         if setting not in PACE_ROWS:
             raise InputError(f"setting is {setting!r}; give {' or '.join(map(repr, PACE_ROWS))}")
         tokens = self.count("prompt_tokens", prompt_tokens), self.count("new_tokens", new_tokens)
+        check_window(self.config, *tokens)
         minutes = minutes_of(requests)
         if minutes is None:
             count = self.count("requests", requests, f"{setting}_requests")
         else:
             count = self.pace(setting, minutes, *tokens, prompts, engines, repeats)
-        drawn = load_workload(self.tokenizer, self._prompts(prompts), count, *tokens, self.data_dir, self.seed)
-        check_window(self.config, len(drawn.longest), drawn.new_tokens)
-        return drawn
+        return load_workload(self.tokenizer, self._prompts(prompts), count, *tokens, self.data_dir, self.seed)
 
     def pace(
         self,
@@ -449,8 +448,23 @@ class Timing(Workbench):
         return parse_engines(names, self.device.kind)
 
     def _repeat(self, asked: _Asked, engines: Sequence[str], bar: tqdm) -> None:
-        """Time precisions and engines in turn, each until it has settled or all repeats are done."""
+        """Time precisions and engines in turn, each until it has settled or all repeats are done.
+
+        A batch that shrinks in a later pass has its earlier ones made again at its new size.
+        """
         self.limits()
+        while True:
+            sizes = self._sizes(asked, engines)
+            self._round(asked, engines, bar)
+            if self._sizes(asked, engines) == sizes:
+                return
+            bar.total += asked.repeats * len(self.precisions)
+
+    def _sizes(self, asked: _Asked, engines: Sequence[str]) -> list[int | None]:
+        found = [asked.size(precision, engine) for precision in self.precisions for engine in engines]
+        return [one and one[0] for one in found]
+
+    def _round(self, asked: _Asked, engines: Sequence[str], bar: tqdm) -> None:
         rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
         order = count()
         for repeat, precision in self._turns(asked.repeats):

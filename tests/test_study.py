@@ -105,6 +105,30 @@ def test_a_batch_that_runs_out_of_memory_when_timed_is_made_smaller(unloaded, so
     assert {(probe["fits"], probe["ended"]) for probe in found["probes"]} == {(False, "out of memory when timed")}
 
 
+def test_passes_before_a_batch_shrank_are_made_again_at_its_new_size(unloaded, source, tmp_path, monkeypatch):
+    """The second of three passes fails at eight rows: all three are of seven in the end, and nothing is left to do."""
+    from qnb import batch, benchmark
+    from qnb.monitor import Usage
+
+    made, calls = Study("smollm2-135m", "bf16", tmp_path), []
+    monkeypatch.setattr(benchmark, "largest_batch", lambda *rest: batch.Largest(8, 100.0, True, ()))
+
+    def run(network, workload, batch_size, engine, base_mib, **_):
+        calls.append(batch_size)
+        if len(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("simulated")
+        took_s = float(len(calls))  # so that passes never settle
+        return benchmark.Run(engine, batch_size, 8, 4, 2, took_s, (took_s,), 1.0, 1.0, Usage("process", 0, 1.0))
+
+    monkeypatch.setattr(benchmark, "run", run)
+    workload = made.workload("maxbatch", 8, 4, 2, "sample")
+    for _ in range(2):
+        rows = made.perf_maxbatch(workload, 8, repeats=3)
+        assert sorted(zip(rows.repeat, rows.batch_size, strict=True)) == [(0, 7), (1, 7), (2, 7)]
+        assert calls == [8, 8, 7, 7, 7]
+    assert made.table4().repeats.item() == 3
+
+
 @pytest.fixture
 def apart(source, tmp_path, monkeypatch):
     """A study of int8 that searches in a process of its own, by a trial that tests/falls.py begins there."""
