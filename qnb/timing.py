@@ -246,9 +246,10 @@ class Timing(Workbench):
         Raises
         ------
         InputError
-            A count is not positive, or an engine is unknown or cannot run here.
+            A count is not positive, an engine is unknown or cannot run here, or `memory_mib` is too little for even
+            one request in any precision.
         RuntimeError
-            Nothing could be measured, such as where not even one request fits: what stood against it.
+            Nothing could be measured: what stood against it.
         """
         self.count("repeats", repeats)
         names = self._engines(engines)
@@ -289,7 +290,12 @@ class Timing(Workbench):
                         searched[precision.name, engine] = row
                 bar.update()
             if not searched:
-                self._measured(pd.DataFrame(), "batch")
+                try:
+                    self._measured(pd.DataFrame(), "batch")
+                except RuntimeError as error:
+                    if str(memory_mib) != "auto" and "out of memory" in str(error):
+                        raise InputError(f"memory_mib is {allowed_mib}, and {error}") from None
+                    raise
             self._repeat(_Asked("maxbatch", workload, repeats, size, smaller), names, bar)
         return self._measured(self.frame("perf", "maxbatch"), "perf")
 

@@ -558,7 +558,10 @@ def test_what_there_is_not_is_named_with_what_there_is(tmp_path):
 
 def test_a_row_that_does_not_fit_is_told_with_what_there_was(tmp_path):
     made = Study("smollm2-135m", "bf16", tmp_path)
-    with pytest.raises(RuntimeError, match=r"out of memory: one request takes [\d,]+ MiB where 1 MiB are allowed"):
+    with pytest.raises(
+        InputError,
+        match=r"memory_mib is 1, and .*: out of memory: one request takes [\d,]+ MiB where 1 MiB are allowed",
+    ):
         made.perf_maxbatch(made.workload("maxbatch", 2, 4, 2, "sample"), 2, 1)
 
 
