@@ -447,15 +447,15 @@ def sweep(frame: pd.DataFrame) -> pd.DataFrame:
     frame = with_spread(frame).assign(flags=flags, note=notes)
     frame = frame.reindex(columns=list(dict.fromkeys([*columns, *frame]))).sort_values("batch_size", kind="stable")
     lines = frame.groupby(["precision", "engine"], sort=False)
-    return pd.concat([rows.assign(knee=rows.batch_size == _bend(rows)) for _, rows in lines], ignore_index=True)[
-        columns
-    ]
+    made = pd.concat([rows.assign(knee=rows.batch_size == _bend(rows)) for _, rows in lines], ignore_index=True)
+    return made[columns]
 
 
 LINE = ["batch_size", "throughput_rps", "batch_latency_s"]
 
 
 def _bend(rows: pd.DataFrame) -> int | None:
+    """Return the knee of one line of a sweep, None where it had not bent."""
     timed = rows.dropna(subset=LINE).sort_values("batch_size")
     return knee(*(list(timed[name]) for name in LINE)) if len(timed) else None
 
@@ -463,7 +463,8 @@ def _bend(rows: pd.DataFrame) -> int | None:
 def knees(steps: pd.DataFrame) -> pd.DataFrame:
     """Where the lines of a sweep bend, and what their largest batches reach; a row a precision and engine.
 
-    ``knee`` and what it reaches are empty where a line had not bent by ``swept_to``.
+    ``knee``, a batch size, and what it gives are empty where a line had not bent by ``swept_to``, the largest one run,
+    which the last two numbers are of; ``note`` names sizes that other processes disturbed.
 
     Parameters
     ----------
@@ -563,9 +564,8 @@ def grid(frame: pd.DataFrame, caption: str = "") -> Grid:
     """
     rows = [[_cell(str(name), row[name]) for name in frame] for row in frame.to_dict("records")]
     told = [place for place in range(len(frame.columns)) if any(row[place] for row in rows)]
-    return Grid(
-        caption, [str(frame.columns[place]) for place in told], [[row[place] for place in told] for row in rows]
-    )
+    names = [str(frame.columns[place]) for place in told]
+    return Grid(caption, names, [[row[place] for place in told] for row in rows])
 
 
 def _cell(name: str, value: Any) -> str:
