@@ -24,7 +24,7 @@ from qnb.batch import sweep as batch_sizes
 from qnb.error import InputError
 from qnb.ledger import fingerprint
 from qnb.precision import PRECISIONS, Precision
-from qnb.workbench import AUTO, Count, Workbench
+from qnb.workbench import AUTO, FAILED, Count, Workbench
 from qnb.workload import Workload
 from qnb.workload import lengths as load_lengths
 from qnb.workload import load as load_workload
@@ -40,6 +40,7 @@ PACE_ROWS = {"bs1": {"cuda": 1, "cpu": 1}, "maxbatch": {"cuda": 32, "cpu": 4}}  
 # traced, memory read, tokens compared. In the largest batch: three probes of its size, memory read, kernels traced.
 COST = {"bs1": (0, 3), "maxbatch": (5, 0)}
 SWEPT = 3  # batches of each size in a sweep
+NO_ROOM = "out of memory: one request"  # how a search fails that had too little memory for one row
 FULL = ("out of memory", "a smaller batch did not fit")  # sizes of a sweep that are tried again the next time
 WHEN_TIMED = "out of memory when timed"  # why a batch that ran in the search is not the largest
 
@@ -290,12 +291,12 @@ class Timing(Workbench):
                         searched[precision.name, engine] = row
                 bar.update()
             if not searched:
-                try:
-                    self._measured(pd.DataFrame(), "batch")
-                except RuntimeError as error:
-                    if str(memory_mib) != "auto" and "out of memory" in str(error):
-                        raise InputError(f"memory_mib is {allowed_mib}, and {error}") from None
-                    raise
+                mine = {precision.name for precision in self.precisions}
+                failed = [row["reason"] for row in self.ledger.failures() if row["stage"] == "batch" + FAILED
+                          and row["precision"] in mine and wanted.items() <= row.items()]  # fmt: skip
+                if str(memory_mib) != "auto" and failed and all(NO_ROOM in reason for reason in failed):
+                    raise InputError(f"memory_mib is {allowed_mib}: {failed[-1]}")
+                self._measured(pd.DataFrame(), "batch")
             self._repeat(_Asked("maxbatch", workload, repeats, size, smaller), names, bar)
         return self._measured(self.frame("perf", "maxbatch"), "perf")
 
@@ -454,40 +455,35 @@ class Timing(Workbench):
         return parse_engines(names, self.device.kind)
 
     def _repeat(self, asked: _Asked, engines: Sequence[str], bar: tqdm) -> None:
-        """Time precisions and engines in turn, each until it has settled or all repeats are done.
+        """Time precisions and engines in turn, each until it has settled or has all its passes.
 
-        A batch that shrinks in a later pass has its earlier ones made again at its new size.
+        A batch that shrinks in a later pass begins with its first again, at its new size.
         """
         self.limits()
-        while True:
-            sizes = self._sizes(asked, engines)
-            self._round(asked, engines, bar)
-            if self._sizes(asked, engines) == sizes:
-                return
-            bar.total += asked.repeats * len(self.precisions)
-
-    def _sizes(self, asked: _Asked, engines: Sequence[str]) -> list[int | None]:
-        found = [asked.size(precision, engine) for precision in self.precisions for engine in engines]
-        return [one and one[0] for one in found]
-
-    def _round(self, asked: _Asked, engines: Sequence[str], bar: tqdm) -> None:
         rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
         order = count()
-        for repeat, precision in self._turns(asked.repeats):
-            bar.set_postfix_str(precision.name)
-            mine = {engine: rows.setdefault((precision.name, engine), []) for engine in engines
-                    if asked.size(precision, engine)}  # fmt: skip
-            mine = {engine: before for engine, before in mine.items() if not _settled(before)}
-            places = {engine: next(order) for engine in mine}
-            for engine, row in self._turn(asked, precision, repeat, mine, places).items():
-                mine[engine].append(row)
-            bar.update()
+        for turn in count():
+            idle = True
+            for precision in self._in_turn(turn):
+                bar.set_postfix_str(precision.name)
+                mine = {}
+                for engine in engines:
+                    if found := asked.size(precision, engine):
+                        before = _of_size(found[0], rows.setdefault((precision.name, engine), []))
+                        if len(before) < asked.repeats and not _settled(before):
+                            mine[engine] = before
+                places = {engine: next(order) for engine in mine}
+                for engine, row in self._turn(asked, precision, mine, places).items():
+                    rows[precision.name, engine].append(row)
+                bar.update(turn < asked.repeats)
+                idle = idle and not mine
+            if idle and turn + 1 >= asked.repeats:
+                return
 
     def _turn(
         self,
         asked: _Asked,
         precision: Precision,
-        repeat: int,
         before: Mapping[str, Sequence[dict[str, Any]]],
         places: Mapping[str, int],
     ) -> dict[str, dict[str, Any]]:
@@ -501,14 +497,15 @@ class Timing(Workbench):
         def sized(engine: str) -> tuple[int, dict[str, Any], dict[str, Any]]:
             found = asked.size(precision, engine)
             assert found is not None
+            repeat = len(_of_size(found[0], before[engine]))
             key = self._key("perf", precision, found[1], engine=engine, setting=asked.setting, repeat=repeat)
             return *found, key
 
         def fit(engine: str, network: PreTrainedModel, base_mib: float | None) -> dict[str, Any]:
             while True:
                 batch_size, wanted, key = sized(engine)
-                earlier = [row for row in before[engine] if row.get("batch_size") == batch_size and "batch_s" in row]
-                passes = () if earlier else PASSES  # the first of a batch size that shrank since is a first pass too
+                earlier = [row["batch_s"] for row in _of_size(batch_size, before[engine])]
+                passes = () if earlier else PASSES
                 try:
                     values = self._time(network, base_mib, key, asked.workload, batch_size, passes)
                     break
@@ -516,7 +513,7 @@ class Timing(Workbench):
                     if not is_out_of_memory(error) or not asked.smaller(precision, engine):
                         raise
                 model.release()
-            stopped = asked.stopped(repeat, [row["batch_s"] for row in earlier], values)
+            stopped = asked.stopped(earlier, values)
             return self._append(key, wanted, {**values, "order": places[engine], "stopped": stopped})
 
         def measure(network: PreTrainedModel, base_mib: float | None) -> None:
@@ -534,7 +531,7 @@ class Timing(Workbench):
             with self._failing(key, wanted, precision.name):
                 self._settle(precision)
                 self.on(precision, measure)
-        return {engine: rows.get(engine, {"stopped": "failed"}) for engine in before}
+        return {engine: rows.get(engine, {"batch_size": sized(engine)[0], "stopped": "failed"}) for engine in before}
 
     def _time(
         self,
@@ -563,12 +560,10 @@ class Timing(Workbench):
             kept[field], kept[f"{field}_sha256"] = self._write(stem + part, pd.DataFrame(rows))
         return kept
 
-    def _turns(self, repeats: int) -> Iterator[tuple[int, Precision]]:
-        """Let precisions take turns, each repeat beginning with another one."""
-        count = len(self.precisions)
-        for repeat in range(repeats):
-            for place in range(count):
-                yield repeat, self.precisions[(place + repeat) % count]
+    def _in_turn(self, turn: int) -> tuple[Precision, ...]:
+        """Return the precisions in their order, each turn beginning with another one."""
+        first = turn % len(self.precisions)
+        return (*self.precisions[first:], *self.precisions[:first])
 
     @contextmanager
     def _limited(self, allowed_mib: int) -> Iterator[None]:
@@ -656,7 +651,7 @@ class _Asked:
     size: Callable[[Precision, str], tuple[int, dict[str, Any]] | None]  # None where none was found
     smaller: Callable[[Precision, str], bool] = lambda *_: False
 
-    def stopped(self, repeat: int, earlier: Sequence[list[float]], values: Mapping[str, Any]) -> str:
+    def stopped(self, earlier: Sequence[list[float]], values: Mapping[str, Any]) -> str:
         """Return why a pass is the last: the time has settled, or the limit of passes is hit; "" where it is not."""
         from qnb.benchmark import settled
 
@@ -664,7 +659,11 @@ class _Asked:
             return "limit"  # what cannot run need not be tried again
         if settled([median(batch_s) for batch_s in (*earlier, values["batch_s"])]):
             return "interval"
-        return "limit" if repeat + 1 == self.repeats else ""
+        return "limit" if len(earlier) + 1 == self.repeats else ""
+
+
+def _of_size(batch_size: int, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["batch_size"] == batch_size]
 
 
 def _settled(rows: Sequence[Mapping[str, Any]]) -> bool:

@@ -105,28 +105,44 @@ def test_a_batch_that_runs_out_of_memory_when_timed_is_made_smaller(unloaded, so
     assert {(probe["fits"], probe["ended"]) for probe in found["probes"]} == {(False, "out of memory when timed")}
 
 
-def test_passes_before_a_batch_shrank_are_made_again_at_its_new_size(unloaded, source, tmp_path, monkeypatch):
-    """The second of three passes fails at eight rows: all three are of seven in the end, and nothing is left to do."""
+@pytest.mark.parametrize(
+    "steady, overwrite, passes",
+    [(False, False, 3), (True, False, 6), (False, True, 3)],
+)
+def test_a_batch_that_shrinks_in_a_later_pass_begins_anew(
+    steady, overwrite, passes, unloaded, source, tmp_path, monkeypatch
+):
+    """int8's second pass fails at eight rows: its passes are of seven, bf16's stay, and nothing is left to do."""
     from qnb import batch, benchmark
     from qnb.monitor import Usage
 
-    made, calls = Study("smollm2-135m", "bf16", tmp_path), []
+    made, calls, failed = Study("smollm2-135m", "bf16,int8", tmp_path, overwrite=overwrite), [], []
     monkeypatch.setattr(benchmark, "largest_batch", lambda *rest: batch.Largest(8, 100.0, True, ()))
+    timed = Study._time
+
+    def time(self, network, base_mib, key, *rest):
+        calls.append((key["precision"], key["repeat"], rest[1]))
+        if calls.count(("int8", 1, 8)) == 1 and not failed:
+            failed.append(True)
+            raise torch.cuda.OutOfMemoryError("simulated")
+        return timed(self, network, base_mib, key, *rest)
 
     def run(network, workload, batch_size, engine, base_mib, **_):
-        calls.append(batch_size)
-        if len(calls) == 2:
-            raise torch.cuda.OutOfMemoryError("simulated")
-        took_s = float(len(calls))  # so that passes never settle
+        took_s = 1.0 if steady else float(len(calls))  # which settles in three passes, or never
         return benchmark.Run(engine, batch_size, 8, 4, 2, took_s, (took_s,), 1.0, 1.0, Usage("process", 0, 1.0))
 
+    monkeypatch.setattr(Study, "_time", time)
     monkeypatch.setattr(benchmark, "run", run)
     workload = made.workload("maxbatch", 8, 4, 2, "sample")
-    for _ in range(2):
-        rows = made.perf_maxbatch(workload, 8, repeats=3)
-        assert sorted(zip(rows.repeat, rows.batch_size, strict=True)) == [(0, 7), (1, 7), (2, 7)]
-        assert calls == [8, 8, 7, 7, 7]
-    assert made.table4().repeats.item() == 3
+    rows = made.perf_maxbatch(workload, 8, repeats=passes)
+    counts = [("bf16", place, 8) for place in range(3)] + [("int8", place, 7) for place in range(3)]
+    assert list(zip(rows.precision, rows.repeat, rows.batch_size, strict=True)) == counts
+    assert sorted(calls) == sorted([*counts, ("int8", 0, 8), ("int8", 1, 8)])
+    last = made.table4().set_index("precision")
+    assert set(last.stopped) == {"interval" if steady else "limit"} and set(last.repeats) == {3}
+    assert len({(row["precision"], row["order"]) for row in rows.to_dict("records")}) == 6
+    made = Study("smollm2-135m", "bf16,int8", tmp_path)
+    assert len(made.perf_maxbatch(workload, 8, repeats=passes)) == 6 and len(calls) == 8
 
 
 @pytest.fixture
@@ -280,7 +296,7 @@ def test_a_time_that_is_none_is_refused(none, tmp_path):
         Study(output=tmp_path).workload("bs1", none)
 
 
-def test_a_batch_that_shrinks_after_its_first_pass_begins_anew(unloaded, source, tmp_path, monkeypatch):
+def test_what_is_timed_after_a_batch_shrank_has_a_first_pass_of_its_own(unloaded, source, tmp_path, monkeypatch):
     """Memory runs out in the second pass of 200 rows: what ran next to them has a first pass of its own."""
     from qnb import benchmark
     from qnb.batch import Largest, Probe
@@ -301,9 +317,9 @@ def test_a_batch_that_shrinks_after_its_first_pass_begins_anew(unloaded, source,
     monkeypatch.setattr(benchmark, "run", run)
     workload = made.workload("maxbatch", 3, 4, 2, "sample")
     made.perf_maxbatch(replace(workload, prompts=workload.prompts * 160), "auto", 900, 3, "eager")
-    assert calls == [(200, benchmark.PASSES), (200, ()), (198, benchmark.PASSES), (198, ())]
+    assert calls == [(200, benchmark.PASSES), (200, ()), (198, benchmark.PASSES), (198, ()), (198, ())]
     (row,) = made.table4().to_dict("records")
-    assert (row["batch_size"], row["repeats"], row["memory_mib"]) == (198, 2, 700)
+    assert (row["batch_size"], row["repeats"], row["memory_mib"]) == (198, 3, 700)
 
 
 def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(unloaded, source, tmp_path, monkeypatch):
@@ -560,7 +576,7 @@ def test_a_row_that_does_not_fit_is_told_with_what_there_was(tmp_path):
     made = Study("smollm2-135m", "bf16", tmp_path)
     with pytest.raises(
         InputError,
-        match=r"memory_mib is 1, and .*: out of memory: one request takes [\d,]+ MiB where 1 MiB are allowed",
+        match=r"memory_mib is 1: out of memory: one request takes [\d,]+ MiB where 1 MiB are allowed",
     ):
         made.perf_maxbatch(made.workload("maxbatch", 2, 4, 2, "sample"), 2, 1)
 

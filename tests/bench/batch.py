@@ -30,6 +30,7 @@ from transformers import AutoConfig
 from qnb import model
 from qnb.batch import DIED, Apart, Probe, largest
 from qnb.benchmark import PROBES, counted, trial_of
+from qnb.decode import unrecordable
 from qnb.device import MIB
 from qnb.precision import parse
 from qnb.workload import Workload
@@ -148,6 +149,9 @@ def compare(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     folder = "" if options.device == "simulated" else model.resolve(options.model, options.device).path
     for memory_gib in options.memory_gib.split(","):
         for precision, engine in product(parse(options.precisions), options.engines.split(",")):
+            if engine == "graphed" and (why := unrecordable(precision.threshold)):
+                print(f"{precision.name}, {engine}: {why}", file=sys.stderr)
+                continue
             limit_mib, cliff = _limit_mib(memory_gib, options.device), 0
             if options.device == "simulated":
                 from allocator import device
@@ -205,6 +209,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.searches.split(",")) - set(SEARCHES):
         parser.error(f"searches {', '.join(sorted(unknown))} are unknown; choose from {', '.join(SEARCHES)}")
+    if unknown := set(options.engines.split(",")) - set(PROBES):
+        parser.error(f"engines {', '.join(sorted(unknown))} are unknown; choose from {', '.join(PROBES)}")
     rows = []
     for row in compare(options):
         rows.append(row)
