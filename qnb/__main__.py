@@ -13,7 +13,7 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from io import TextIOBase
@@ -232,7 +232,8 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
         for name in names:
             bar.set_description_str(name)
             try:
-                papermill.execute_notebook(
+                _started(
+                    papermill.execute_notebook,
                     NOTEBOOKS / f"{name}.ipynb",
                     executed / f"{name}.ipynb",
                     {key: value for key, value in values.items() if key in known[name]},
@@ -257,6 +258,19 @@ def execute(profile: str, output: str | None, only: str, given: Sequence[Sequenc
         what = " ".join(str(row[name]) for name in KEY if row[name] != "").replace(FAILED, "")
         print(f"qnb: {what} could not be measured: {row['reason']}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _started(run: Callable[..., Any], *arguments: Any, **more: Any) -> None:
+    """Run a notebook, and once more where its kernel died before it was there.
+
+    Two kernels that start at once may take the same port (nteract/papermill issue 511); nothing has run by then.
+    """
+    try:
+        run(*arguments, **more)
+    except RuntimeError as error:
+        if "before replying to kernel_info" not in str(error):
+            raise
+        run(*arguments, **more)
 
 
 class _Lines(TextIOBase):

@@ -86,6 +86,21 @@ def test_a_kernel_that_dies_is_said_in_one_line(broken, capfd):
     assert last.startswith("qnb: 05_figures") and "DeadKernelError" in last and "kept in" in last
 
 
+@pytest.mark.parametrize("deaths, ended", [(1, 0), (2, 1)])
+def test_a_kernel_that_dies_before_it_is_there_is_started_once_more(deaths, ended, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def start(*_, **__):
+        calls.append(1)
+        if len(calls) <= deaths:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+
+    monkeypatch.setattr(papermill, "execute_notebook", start)
+    asked = ["run", "--profile", "smoke", "--only", "05", "--output", str(tmp_path / "study")]
+    assert __main__.main(asked) == ended and len(calls) == 2
+    assert ("Kernel died" in capsys.readouterr().err) == bool(ended)
+
+
 def test_a_cell_that_hangs_is_ended(broken, capfd, monkeypatch):
     monkeypatch.setattr(__main__, "CELL_TIMEOUT_S", 2)
     assert broken("import time; time.sleep(60)") == 1
