@@ -13,11 +13,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from qnb import look
-from qnb.batch import knee
 from qnb.monitor import disturbed
 from qnb.precision import PRECISIONS
 from qnb.results import ALIKE
-from qnb.table import stacked
+from qnb.table import LINE, bend, stacked
 
 SETTINGS = {"bs1": "batch size 1", "sweep": "batch sizes between", "maxbatch": "largest batch"}
 TIMELINE = {
@@ -65,9 +64,8 @@ def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
         `qnb.results.Results.maxbatch`.
     """
     title = "Throughput and latency by batch"
-    needed = ("batch_size", "throughput_rps", "batch_latency_s")
     alike = ["precision", "engine", "prompt_tokens", "new_tokens"]
-    steps, largest = _have(steps, *needed), _have(largest, *needed, *alike)
+    steps, largest = _have(steps, *LINE), _have(largest, *LINE, *alike)
     if steps.empty:
         return look.nothing(title, "without a GPU only where sweep_batch asks for it")
     steps = steps.reindex(columns=list(dict.fromkeys([*steps, *alike])))
@@ -81,11 +79,11 @@ def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
     named: set[str] = set()
     ringed = False
     for (precision, engine), rows in steps.groupby(["precision", "engine"], sort=False):
-        bent = rows.batch_size == knee(*(list(rows[name]) for name in needed))
+        bent = rows.batch_size == bend(rows)
         ringed |= bool(bent.any())
         end = largest[(largest.precision == precision) & (largest.engine == engine)]
         color = PRECISIONS[str(precision)].color
-        for place, (name, (_, unit)) in enumerate(zip(needed[1:], SWEPT, strict=True)):
+        for place, (name, (_, unit)) in enumerate(zip(LINE[1:], SWEPT, strict=True)):
             about = {"row": 1 + place * len(engines) + engines.index(engine), "col": 1, "hoverinfo": "text",
                      "legendgroup": str(precision)}  # fmt: skip
             line = stacked([rows, end]).sort_values("batch_size")
@@ -112,7 +110,7 @@ def sweep(steps: pd.DataFrame, largest: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title="batch size", row=len(titles))
     for place in range(len(titles)):  # engines share a scale
         first = 1 + place // len(engines) * len(engines)
-        values = stacked([steps, largest])[needed[1 + place // len(engines)]]
+        values = stacked([steps, largest])[LINE[1 + place // len(engines)]]
         low, high = values.min(), values.max()
         figure.update_yaxes(
             row=place + 1, **({"type": "log", "dtick": 1} if high > 100 * low else look.ticks(low, high))

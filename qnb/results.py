@@ -17,7 +17,7 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 from qnb import paper
 from qnb.error import InputError
 from qnb.precision import PRECISIONS
-from qnb.roof import bound
+from qnb.roof import bound, shares
 from qnb.table import stacked
 
 ALIKE = ["precision", "engine", "batch_size"]  # runs that are repeats of one another
@@ -83,18 +83,9 @@ def medians(rows: pd.DataFrame) -> pd.DataFrame:
         if "flags" in runs:
             row["flags"] = list(dict.fromkeys(flag for flags in runs["flags"].dropna() for flag in flags))
         if "bound" in runs:
-            row["bound"] = bound(*(_share(row, *names) for names in SHARES))
+            row["bound"] = bound(*shares(row))
         made.append(row)
     return pd.DataFrame(made)
-
-
-SHARES = (("kernel_s_per_token", "tpot_s"), ("achieved_bytes_per_s", "limit_bytes_per_s"),
-          ("achieved_flop_per_s", "limit_flop_per_s"))  # fmt: skip
-
-
-def _share(row: Mapping[str, Any], part: str, whole: str) -> float | None:
-    done, limit = row.get(part), row.get(whole)
-    return done / limit if done is not None and pd.notna(done) and limit and pd.notna(limit) else None
 
 
 def readings(folder: Path, rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

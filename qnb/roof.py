@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+# of a decode step the GPU's own part, and what its least work would take; each by the columns whose ratio it is
+SHARES = {
+    "kernel_share_pct": ("kernel_s_per_token", "tpot_s"),
+    "bandwidth_share_pct": ("achieved_bytes_per_s", "limit_bytes_per_s"),
+    "compute_share_pct": ("achieved_flop_per_s", "limit_flop_per_s"),
+}
 BUSY = 0.75  # a decode step whose kernels ran for less than this share of it waited for launches
 NEAR = 0.5  # a roof is named where what both ask for explains this share of a step
 
@@ -28,3 +39,9 @@ def bound(kernels: float | None, bandwidth: float | None, compute: float | None)
     if bandwidth + (compute or 0.0) >= NEAR:
         return "compute" if compute is not None and compute > bandwidth else "bandwidth"
     return "kernels" if kernels is not None else None
+
+
+def shares(row: Mapping[str, Any]) -> list[float | None]:
+    """Return the shares that `bound` takes, from the columns of a performance row; None where not measured."""
+    pairs = [(row.get(done), row.get(limit)) for done, limit in SHARES.values()]
+    return [done / limit if pd.notna(done) and pd.notna(limit) and limit else None for done, limit in pairs]

@@ -18,7 +18,7 @@ from qnb.batch import Probe, fit, knee, plans
 from qnb.error import InputError
 from qnb.monitor import disturbed
 from qnb.precision import BASELINE
-from qnb.roof import bound
+from qnb.roof import SHARES, bound, shares
 from qnb.stats import compare, holm, mean_interval, mean_of_independent
 
 # the metric a task is known by: accuracy for choices, strict exact match for generated answers
@@ -401,15 +401,9 @@ def _performance(runs: pd.DataFrame) -> dict[str, Any]:
     row |= {name: _median(runs, name) for name in MEDIANS}
     rates = runs.throughput_rps
     row["throughput_spread_pct"] = 100 * (rates.max() / rates.min() - 1) if len(rates) > 1 else None
-    step_s, shares = row["tpot_s"], []
-    for name, done, limit in (
-        ("kernel_share_pct", row["kernel_s_per_token"], step_s),  # of a decode step, the GPU's own part
-        ("bandwidth_share_pct", _median(runs, "achieved_bytes_per_s"), _median(runs, "limit_bytes_per_s")),
-        ("compute_share_pct", _median(runs, "achieved_flop_per_s"), _median(runs, "limit_flop_per_s")),
-    ):
-        shares.append(done / limit if done is not None and limit else None)
-        row[name] = None if shares[-1] is None else 100 * shares[-1]
-    row["bound"] = bound(*shares)
+    parts = shares({name: _median(runs, name) for pair in SHARES.values() for name in pair})
+    row |= {name: None if part is None else 100 * part for name, part in zip(SHARES, parts, strict=True)}
+    row["bound"] = bound(*parts)
     row["monitor"] = last.monitor_source
     row["utilization_pct"] = _median(runs, "monitor_utilization_pct")
     row["memory_mib"] = _median(runs, "memory_mib")
@@ -447,15 +441,15 @@ def sweep(frame: pd.DataFrame) -> pd.DataFrame:
     frame = with_spread(frame).assign(flags=flags, note=notes)
     frame = frame.reindex(columns=list(dict.fromkeys([*columns, *frame]))).sort_values("batch_size", kind="stable")
     lines = frame.groupby(["precision", "engine"], sort=False)
-    made = pd.concat([rows.assign(knee=rows.batch_size == _bend(rows)) for _, rows in lines], ignore_index=True)
+    made = pd.concat([rows.assign(knee=rows.batch_size == bend(rows)) for _, rows in lines], ignore_index=True)
     return made[columns]
 
 
 LINE = ["batch_size", "throughput_rps", "batch_latency_s"]
 
 
-def _bend(rows: pd.DataFrame) -> int | None:
-    """Return the knee of one line of a sweep, None where it had not bent."""
+def bend(rows: pd.DataFrame) -> int | None:
+    """Return the knee of one line of a sweep, rows with `LINE`; None where it had not bent."""
     timed = rows.dropna(subset=LINE).sort_values("batch_size")
     return knee(*(list(timed[name]) for name in LINE)) if len(timed) else None
 
@@ -474,15 +468,15 @@ def knees(steps: pd.DataFrame) -> pd.DataFrame:
     rows = []
     timed = steps.dropna(subset=LINE) if set(LINE) <= set(steps) else steps.head(0)
     for (precision, engine), line in timed.groupby(["precision", "engine"], sort=False) if len(timed) else ():
-        bend, last = line[line.batch_size == _bend(line)], line.loc[line.batch_size.idxmax()]
+        at, last = line[line.batch_size == bend(line)], line.loc[line.batch_size.idxmax()]
         hit = [f"{int(row.batch_size)}" for row in line.itertuples() if disturbed(getattr(row, "flags", None))]
         rows.append(
             {
                 "precision": precision,
                 "engine": engine,
-                "knee": int(bend.batch_size.iloc[0]) if len(bend) else None,
-                "knee_throughput_rps": bend.throughput_rps.iloc[0] if len(bend) else None,
-                "knee_batch_latency_s": bend.batch_latency_s.iloc[0] if len(bend) else None,
+                "knee": int(at.batch_size.iloc[0]) if len(at) else None,
+                "knee_throughput_rps": at.throughput_rps.iloc[0] if len(at) else None,
+                "knee_batch_latency_s": at.batch_latency_s.iloc[0] if len(at) else None,
                 "swept_to": int(last.batch_size),
                 "throughput_rps": last.throughput_rps,
                 "batch_latency_s": last.batch_latency_s,

@@ -6,6 +6,7 @@ Precisions and engines take turns within a repeat, so that a machine that slows 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -460,24 +461,25 @@ class Timing(Workbench):
         A batch that shrinks in a later pass begins with its first again, at its new size.
         """
         self.limits()
-        rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        rows: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
         order = count()
+
+        def due(precision: Precision) -> dict[str, list[dict[str, Any]]]:
+            sizes = {engine: asked.size(precision, engine) for engine in engines}
+            before = {engine: _of_size(found[0], rows[precision.name, engine])
+                      for engine, found in sizes.items() if found}  # fmt: skip
+            return {engine: had for engine, had in before.items() if len(had) < asked.repeats and not _settled(had)}
+
         for turn in count():
-            idle = True
+            worked = False
             for precision in self._in_turn(turn):
                 bar.set_postfix_str(precision.name)
-                mine = {}
-                for engine in engines:
-                    if found := asked.size(precision, engine):
-                        before = _of_size(found[0], rows.setdefault((precision.name, engine), []))
-                        if len(before) < asked.repeats and not _settled(before):
-                            mine[engine] = before
-                places = {engine: next(order) for engine in mine}
-                for engine, row in self._turn(asked, precision, mine, places).items():
-                    rows[precision.name, engine].append(row)
+                if mine := due(precision):
+                    worked, places = True, {engine: next(order) for engine in mine}
+                    for engine, row in self._turn(asked, precision, mine, places).items():
+                        rows[precision.name, engine].append(row)
                 bar.update(turn < asked.repeats)
-                idle = idle and not mine
-            if idle and turn + 1 >= asked.repeats:
+            if not worked:
                 return
 
     def _turn(
