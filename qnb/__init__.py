@@ -5,7 +5,7 @@ __version__ = "0.9.2"
 import warnings
 from typing import Any
 
-from qnb.error import InputError
+from qnb.errors import InputError
 
 __all__ = ["InputError", "Study", "__version__"]
 

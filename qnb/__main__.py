@@ -24,14 +24,19 @@ try:
     from filelock import FileLock, Timeout
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    from qnb import accuracy, colab, device, hub, model, timing, workload
-    from qnb.error import InputError, path_of
+    from qnb import colab, device
+    from qnb import prompts as workload
+    from qnb.accuracy import tasks as accuracy
+    from qnb.errors import InputError, path_of
     from qnb.ledger import FAILED, KEY
-    from qnb.monitor import disturbed
     from qnb.precision import listed
     from qnb.provenance import COMMAND, ROOT
+    from qnb.quantize import checkpoint as model
+    from qnb.quantize import hub
+    from qnb.session import BESIDE
+    from qnb.speed import stages as timing
+    from qnb.speed.monitor import disturbed
     from qnb.study import PARAMETERS, Study
-    from qnb.workbench import BESIDE
 except ModuleNotFoundError as missing:
     raise SystemExit(f"qnb: {missing.name} is not installed; pip install -r requirements.txt") from None
 
@@ -188,7 +193,7 @@ def validate(values: dict[str, Any], names: Sequence[str]) -> Study:
     if values.get("device", "auto") != "auto":
         study.device  # noqa: B018 - which is refused now where there is none
     if values.get("engines", "auto") != "auto":
-        from qnb import decode  # torch with it, which takes seconds
+        from qnb.speed import engines as decode  # torch with it, which takes seconds
 
         decode.parse(values["engines"], study.device.kind)
     if values.get("prompts", "auto") != "auto":
@@ -370,7 +375,7 @@ def report(folder: str) -> int:
 
 
 def _gallery(folder: Path) -> int:
-    from qnb.report import gallery
+    from qnb.report.page import gallery
 
     pictures, problem = gallery(folder)
     if problem:
@@ -385,7 +390,7 @@ def _gallery(folder: Path) -> int:
 
 def verify(folder: str) -> int:
     """Print what is no longer as it was measured; 1 where anything is."""
-    from qnb.verify import verify as check
+    from qnb.report.verify import verify as check
 
     findings = list(check(folder))
     wrong = [finding for finding in findings if finding.wrong]
@@ -397,7 +402,7 @@ def verify(folder: str) -> int:
 
 def audit() -> int:
     """Print what the paper claims, what its own numbers say, and whether the two agree."""
-    from qnb import paper
+    from qnb.report import paper
 
     for finding in paper.audit():
         print(f"{'holds' if finding.holds else 'FAILS'}  {finding.claim}  [{finding.source}]")

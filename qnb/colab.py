@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from qnb.error import InputError
+from qnb.errors import InputError
 
 DRIVE = "drive:"
 MOUNT = Path("/content/drive")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from qnb.error import InputError
+from qnb.errors import InputError
 
 MIB = 2**20
 CHOICE = "QNB_DEVICE"  # the environment's variable for what "auto" means

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import pandas as pd
 
-from qnb.error import InputError
+from qnb.errors import InputError
 
 KEY = ("stage", "precision", "engine", "setting", "task", "repeat")
 FAILED = ".failed"  # ends the stage of a row that says why a measurement could not be made

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from qnb.error import InputError
+from qnb.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ PRECISIONS: dict[str, Precision] = {
             {"load_in_8bit": True, "llm_int8_threshold": 6.0},
         ),
         Precision(
-            "int8-t0", "bfloat16", 8, "#fdb863", "LLM.int8 without the outlier path (threshold 0)",
+            "int8-no-outliers", "bfloat16", 8, "#fdb863", "LLM.int8 without the outlier path (threshold 0)",
             {"load_in_8bit": True, "llm_int8_threshold": 0.0},
         ),
         Precision(

@@ -11,7 +11,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from qnb.hub import scrub
+from qnb.quantize.hub import scrub
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout the package runs from
 LONGEST = 2000  # characters of a command that are kept

@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from tqdm.auto import tqdm
 
-from qnb import hub, model, table
-from qnb.asking import Asking
-from qnb.error import InputError
+from qnb.accuracy.evaluate import Asking
+from qnb.errors import InputError
 from qnb.ledger import FAILED
 from qnb.precision import parse
-from qnb.results import TABLES, Results, medians, readings
-from qnb.timing import Timing
+from qnb.quantize import checkpoint as model
+from qnb.quantize import hub
+from qnb.report import tables as table
+from qnb.report.results import TABLES, Results, medians, readings
+from qnb.speed.stages import Timing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,7 +86,7 @@ class Study(Asking, Timing):
         RuntimeError
             No checkpoint could be made: what stood against the last.
         """
-        from qnb import modelcard
+        from qnb.report import model_card as modelcard
 
         rows = []
         columns = ["precision", *hub.Push.__slots__]
@@ -113,7 +115,7 @@ class Study(Asking, Timing):
         InputError
             The prompt is empty, the precision unknown, or `new_tokens` below 1.
         """
-        from qnb.decode import Eager
+        from qnb.speed.engines import Eager
 
         (asked,) = parse(precision)
         self.count("new_tokens", new_tokens)
@@ -167,7 +169,8 @@ class Study(Asking, Timing):
         pictures
             Whether to save PNG and SVG beside HTML; that takes a browser and some seconds.
         """
-        from qnb import export, figure
+        from qnb.report import export
+        from qnb.report import figures as figure
 
         self._check_writable()
         results = self.results()
@@ -179,7 +182,8 @@ class Study(Asking, Timing):
 
     def report(self) -> Path:
         """Write ``report.html``, one page that needs no network, all tables and model cards; return the page."""
-        from qnb import modelcard, report
+        from qnb.report import model_card as modelcard
+        from qnb.report import page as report
 
         self._check_writable()
         results = self.results()

@@ -19,8 +19,9 @@ import example
 import pytest
 from filelock import FileLock
 
-from qnb import model, precision
+from qnb import precision
 from qnb.provenance import ROOT
+from qnb.quantize import checkpoint as model
 
 SECRET = "hf_" + "PlantedSecretToken" * 2  # shaped as a hub token is; nothing anywhere may show it
 HUB = Path(__file__).parents[2] / "shared" / "hub"

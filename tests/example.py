@@ -12,7 +12,7 @@ import random
 import pandas as pd
 
 from qnb.ledger import Ledger, checked
-from qnb.model import file_sha256, stamp
+from qnb.quantize.checkpoint import file_sha256, stamp
 
 DEVICE, BYTES_S, FLOP_S = "Example GPU", 2.0e12, 2.0e14
 WEIGHTS_MIB = {"bf16": 1907.0, "fp16": 1907.0, "int8": 1050.0, "int4": 640.0, "nf4": 640.0}
@@ -23,7 +23,7 @@ TASKS = {"arc_easy": (400, 0.55), "arc_challenge": (300, 0.32), "hellaswag": (50
 FLIPS = {"bf16": (0, 0), "fp16": (0.004, 0.004), "int8": (0.02, 0.018), "int4": (0.22, 0.06), "nf4": (0.06, 0.045)}
 
 
-def write(folder, model="example/one-billion", precisions=tuple(WEIGHTS_MIB), engines=("eager", "graphed")):
+def write(folder, model="example/one-billion", precisions=tuple(WEIGHTS_MIB), engines=("eager", "cuda_graph")):
     """Write the study into `folder` and return it; `model` may be any text."""
     source = folder / "source"
     source.mkdir(parents=True)
@@ -123,7 +123,7 @@ def _run(precision, engine, batch, repeat):
         "bound": "launch" if kernel_s < 0.5 * step_s else "bandwidth" if batch < 100 else "compute",
         "weights_mib": WEIGHTS_MIB[precision], "peak_allocated_mib": allocated, "peak_reserved_mib": allocated * 1.06,
         "cache_mib": cache_mib, "memory_mib": allocated, "monitor_source": "nvml", "monitor_samples": 40,
-        "monitor_utilization_pct": 100 * min(1.0, kernel_s / step_s), "monitor_power_w": power_w,
+        "utilization_pct": 100 * min(1.0, kernel_s / step_s), "power_w": power_w,
         "energy_j_per_token": energy_j, "energy_above_idle_j_per_token": energy_j * (power_w - 70) / power_w,
         "flags": ["throttled"] if (precision, batch) == ("int4", 384) else [],
     }  # fmt: skip
@@ -134,9 +134,9 @@ def _samples(folder, name, row):
     path.parent.mkdir(exist_ok=True)
     jitter = random.Random(name)
     frame = pd.DataFrame({"t_s": [0.1 * step for step in range(40)]})
-    frame["utilization_pct"] = [row["monitor_utilization_pct"] * jitter.uniform(0.9, 1) for _ in frame.t_s]
+    frame["utilization_pct"] = [row["utilization_pct"] * jitter.uniform(0.9, 1) for _ in frame.t_s]
     frame["memory_mib"] = [row["memory_mib"] * min(1, 0.5 + step / 20) for step in range(40)]
-    frame["power_w"] = [row["monitor_power_w"] * jitter.uniform(0.95, 1.05) for _ in frame.t_s]
+    frame["power_w"] = [row["power_w"] * jitter.uniform(0.95, 1.05) for _ in frame.t_s]
     frame["clock_mhz"] = 1755.0
     frame.to_parquet(path)
     return f"samples/{path.name}"

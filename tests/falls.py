@@ -4,8 +4,8 @@ import os
 import sys
 import time
 
-from qnb.batch import Apart, Probe
-from qnb.error import InputError
+from qnb.errors import InputError
+from qnb.speed.batch_search import Apart, Probe
 
 
 def falls(most, refuses):
@@ -44,7 +44,7 @@ def ends_at_once(folder, precision, device, workload, limit_mib, engine):
 
 def cannot_record(folder, precision, device, workload, limit_mib, engine):
     """Begin as an engine does that cannot run this model."""
-    from qnb.decode import Absent
+    from qnb.speed.engines import Absent
 
     raise Absent(f"engine {engine} cannot run")
 

@@ -9,10 +9,14 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from qnb import Study, accuracy, asking, model, table
-from qnb.accuracy import Evaluator, Result, Score
-from qnb.error import InputError
+from qnb import Study
+from qnb.accuracy import evaluate as asking
+from qnb.accuracy import tasks as accuracy
+from qnb.accuracy.tasks import Evaluator, Result, Score
+from qnb.errors import InputError
 from qnb.precision import PRECISIONS, parse
+from qnb.quantize import checkpoint as model
+from qnb.report import tables as table
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def test_arc_easy_equals_stock_lm_eval(tiny, hub, monkeypatch):
         assert scores["acc_norm"].value == stock["results"]["arc_easy"]["acc_norm,none"]
         assert scores["acc"].items == len(result.items) == 24 and scores["acc"].of == 2376
         assert dict(zip(result.items.doc_id, result.items.correct, strict=True)) == right
-        assert scores["p_right"].value == pytest.approx(ours.items.p_right.mean(), abs=1e-5)
+        assert scores["p_correct"].value == pytest.approx(ours.items.p_correct.mean(), abs=1e-5)
 
 
 def test_items_are_drawn_in_one_order():
@@ -209,8 +213,8 @@ def test_drift_is_a_row_a_scorer(source, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(made, "on", lambda precision, measure: measure(tiny[0], 0.0))
     found = made.drift("sample_arithmetic, sample_easy", 3).set_index("scorer")
     assert set(found.index) == set(accuracy.SCORERS) and set(found.task) == {"sample_easy"}
-    assert (found["items"] == 3).all() and (found.choices == 12).all() and (found.largest_nats < 1e-3).all()
-    assert (found.other_picks == 0).all() and (tmp_path / "tables" / "drift.csv").exists()
+    assert (found["items"] == 3).all() and (found.choices == 12).all() and (found.max_abs_logprob_diff < 1e-3).all()
+    assert (found.answers_changed == 0).all() and (tmp_path / "tables" / "drift.csv").exists()
     other = Study("smollm2-135m", "bf16", tmp_path / "other")
     assert other.drift("sample_arithmetic", 3).empty and "names none of choices" in capsys.readouterr().out
 
@@ -220,8 +224,8 @@ def test_drift_by_hand():
                           "correct": [True, True], "loglikelihoods": [[-1.0, -2.0], [-3.0, -1.0]]})  # fmt: skip
     alone = usual.assign(picked=["0", "0"], correct=[True, False], loglikelihoods=[[-1.0, -2.5], [-1.0, -1.5]])
     made = accuracy.moved(usual, alone)
-    assert (made.items, made.choices, made.other_picks) == (2, 4, 1)
-    assert (made.mean_nats, made.largest_nats, made.accuracy_change_pp) == (0.75, 2.0, -50)
+    assert (made.items, made.choices, made.answers_changed) == (2, 4, 1)
+    assert (made.mean_abs_logprob_diff, made.max_abs_logprob_diff, made.accuracy_change_pp) == (0.75, 2.0, -50)
 
 
 def test_a_model_without_a_tokenizer_is_refused_before_anything_is_made(source, tmp_path):

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qnb import answers, scorer
-from qnb.accuracy import Evaluator
-from qnb.answers import Answers
+from qnb.accuracy import answer_cache as answers
+from qnb.accuracy import scorer
+from qnb.accuracy.answer_cache import Answers
+from qnb.accuracy.tasks import Evaluator
 
 
 def test_a_torn_line_and_answers_to_other_requests_are_passed_over(tmp_path):
@@ -44,8 +45,9 @@ import sys, time
 from pathlib import Path
 import torch
 from conftest import tiny_model
-from qnb import answers, scorer
-from qnb.accuracy import Evaluator
+from qnb.accuracy import answer_cache as answers
+from qnb.accuracy import scorer
+from qnb.accuracy.tasks import Evaluator
 
 torch.set_num_threads(1)
 source, kept = sys.argv[1:]

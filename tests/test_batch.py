@@ -21,9 +21,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from qnb import Study, model, table
+from qnb import Study
 from qnb.__main__ import ROOT
-from qnb.batch import (
+from qnb.device import MIB
+from qnb.errors import InputError
+from qnb.precision import PRECISIONS
+from qnb.prompts import lengths, load
+from qnb.quantize import checkpoint as model
+from qnb.report import tables as table
+from qnb.speed.batch_search import (
     DIED,
     OUT_OF_MEMORY,
     Apart,
@@ -38,12 +44,8 @@ from qnb.batch import (
     smaller,
     sweep,
 )
-from qnb.benchmark import PROBES, counted, largest_batch, largest_batch_apart, run, trial
-from qnb.decode import FACTORIES, Absent, window
-from qnb.device import MIB
-from qnb.error import InputError
-from qnb.precision import PRECISIONS
-from qnb.workload import lengths, load
+from qnb.speed.benchmark import PROBES, counted, largest_batch, largest_batch_apart, run, trial
+from qnb.speed.engines import FACTORIES, Absent, window
 
 CLOSE = 0.99
 examples = settings(max_examples=150, deadline=None, derandomize=True, database=None)
@@ -86,7 +88,7 @@ def holds(try_batch, limit_mib, cap, rows=0):
     assert len(found.probes) <= 6 and found.capped == (found.batch_size == cap)
     assert any(probe.fits and probe.batch_size == found.batch_size for probe in found.probes)
     assert min(CLOSE * true, true - rows) <= found.batch_size <= true
-    assert true <= found.batch_size * (1 + found.open_pct / 100) + 1e-6
+    assert true <= found.batch_size * (1 + found.search_gap_pct / 100) + 1e-6
 
 
 @examples
@@ -212,7 +214,7 @@ def test_where_segments_given_back_decide_the_tensors_own_line_bounds_the_search
         return Probe(batch_size, True, min(reserved_mib, 15_360), live_mib, squeezed, 2390)
 
     found = largest(try_batch, 15_360, 100_000)
-    assert 0.93 * 754 <= found.batch_size <= 754 <= found.batch_size * (1 + found.open_pct / 100)
+    assert 0.93 * 754 <= found.batch_size <= 754 <= found.batch_size * (1 + found.search_gap_pct / 100)
 
 
 def test_where_gaps_close_the_line_rises_with_the_tensors():
@@ -312,7 +314,7 @@ def test_the_kept_plans_are_those_of_the_kept_searches_and_prompts(hub, tmp_path
 
 def test_the_cap_ends_the_search_and_is_said():
     found = largest(simulated(10**6, lambda b: 2000 + b, 1999), 10**6, cap=48)
-    assert (found.batch_size, found.capped, found.open_pct) == (48, True, 0)
+    assert (found.batch_size, found.capped, found.search_gap_pct) == (48, True, 0)
     assert [probe.batch_size for probe in found.probes] == [1, 48]
     assert largest(simulated(10**6, lambda b: b), 10**6, cap=1).capped
 
@@ -343,7 +345,7 @@ def test_after_a_batch_that_kills_its_process_the_cliff_is_tried():
         return Probe(batch_size, True, 1500 + 35 * batch_size, idle_mib=1400)
 
     found = largest(try_batch, 80_000, 10**5, cliff=1023)
-    assert found.batch_size == 1023 and found.open_pct <= 1 and len(found.probes) <= 5
+    assert found.batch_size == 1023 and found.search_gap_pct <= 1 and len(found.probes) <= 5
 
 
 def test_a_batch_may_end_its_process_and_the_next_gets_a_new_one():
@@ -362,7 +364,7 @@ def test_a_plain_script_is_not_run_again_in_the_process_it_starts(tmp_path):
     """One without an ``if __name__`` holds its study's lock here and would wait for it there."""
     script = tmp_path / "plain.py"
     script.write_text(
-        "print('begun')\nfrom falls import falls\nfrom qnb.batch import Apart\n"
+        "print('begun')\nfrom falls import falls\nfrom qnb.speed.batch_search import Apart\n"
         "with Apart(falls, 100, 7) as try_batch:\n    print(try_batch(1).fits, __file__)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -434,8 +436,8 @@ def test_the_line_goes_through_the_two_largest_readings_of_their_own():
     ]
     line = fit([*probes, Probe(50, False)], 12)
     assert line == Line(200.0, 10.0, 12, rows=30, rise_mib=200.0)
-    assert line.doubt_pct(500) == 0  # read there
-    assert line.doubt_pct(800) == pytest.approx(5)  # half of the 60 rows are beyond, each 10 % more or less
+    assert line.estimate_error_pct(500) == 0  # read there
+    assert line.estimate_error_pct(800) == pytest.approx(5)  # half of the 60 rows are beyond, each 10 % more or less
     for nothing in (probes[:1], probes[3:], [Probe(1, True, 500.0), Probe(2, True, 520.0)]):
         with pytest.raises(InputError, match=r"no line: \d of \d probes"):
             fit(nothing, 12)
@@ -470,11 +472,11 @@ def test_the_number_of_examples_does_not_enter_the_largest_batch():
 
 def test_how_far_the_true_maximum_may_be():
     probes = (Probe(100, True), Probe(104, False))
-    assert Largest(100, 1.0, False, probes).open_pct == pytest.approx(3)
-    assert Largest(100, 1.0, True, probes[:1]).open_pct == 0
+    assert Largest(100, 1.0, False, probes).search_gap_pct == pytest.approx(3)
+    assert Largest(100, 1.0, True, probes[:1]).search_gap_pct == 0
     fitted = (Probe(50, True, 900, 600), Probe(100, True, 980, 950))  # 7 MiB a row, and 1,000 there are
-    assert Largest(100, 1000, False, fitted).open_pct == pytest.approx(7.14, abs=0.01)
-    assert Largest(100, 1000, False, (*fitted, probes[1])).open_pct == pytest.approx(3)
+    assert Largest(100, 1000, False, fitted).search_gap_pct == pytest.approx(7.14, abs=0.01)
+    assert Largest(100, 1000, False, (*fitted, probes[1])).search_gap_pct == pytest.approx(3)
 
 
 @pytest.fixture
@@ -561,7 +563,7 @@ def test_a_search_in_a_process_of_its_own_loads_the_checkpoint_there(checkpoint,
     assert (found.batch_size, found.capped) == (2, True) and len(found.probes) == 2
     assert all(probe.fits and probe.memory_mib > 0 for probe in found.probes)
     with pytest.raises(Absent, match="no NVIDIA GPU"):
-        largest_batch_apart(folder, PRECISIONS["bf16"], "cpu", short, 4000, 2, "graphed")
+        largest_batch_apart(folder, PRECISIONS["bf16"], "cpu", short, 4000, 2, "cuda_graph")
 
 
 @pytest.fixture
@@ -592,8 +594,8 @@ def test_a_gpus_probes_leave_memory_as_they_found_it(held, source, short):
 def test_a_gpus_largest_batch_can_be_timed_and_what_is_left_open_holds(held, source, short):
     network = model.load(source.path, PRECISIONS["fp16"], "cuda")
     found = largest_batch(network, short, held, 10**5)
-    beyond = int(found.batch_size * (1 + found.open_pct / 100) + 1e-9) + 1
-    assert len(found.probes) <= 6 and found.open_pct <= 1 and not trial(network, short, held)(beyond).fits, found
+    beyond = int(found.batch_size * (1 + found.search_gap_pct / 100) + 1e-9) + 1
+    assert len(found.probes) <= 6 and found.search_gap_pct <= 1 and not trial(network, short, held)(beyond).fits, found
     twice = replace(short, prompts=(short.longest,) * (2 * found.batch_size))
     assert run(network, twice, found.batch_size).requests == 2 * found.batch_size
 

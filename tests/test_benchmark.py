@@ -8,8 +8,12 @@ import pytest
 import torch
 from bench.monitor import median_interval
 
-from qnb import benchmark, model
-from qnb.benchmark import (
+from qnb.errors import InputError
+from qnb.precision import PRECISIONS
+from qnb.prompts import load
+from qnb.quantize import checkpoint as model
+from qnb.speed import benchmark
+from qnb.speed.benchmark import (
     Limits,
     Run,
     Trace,
@@ -23,11 +27,8 @@ from qnb.benchmark import (
     settled,
     twice,
 )
-from qnb.decode import Eager
-from qnb.error import InputError
-from qnb.monitor import Usage
-from qnb.precision import PRECISIONS
-from qnb.workload import load
+from qnb.speed.engines import Eager
+from qnb.speed.monitor import Usage
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +225,7 @@ def test_energy_is_given_whole_and_above_idle():
 
 
 def test_what_fails_beside_the_timing_costs_only_itself(network, prompts, monkeypatch):
-    from qnb import benchmark
+    from qnb.speed import benchmark
 
     def fail(*_):
         raise torch.cuda.OutOfMemoryError("no room for the comparison")
@@ -273,8 +274,8 @@ def test_longer_than_the_context_window_is_refused(network, prompts):
 def test_a_traced_run_on_a_gpu_says_what_bounds_it(source):
     network = model.load(source.path, PRECISIONS["bf16"], "cuda")
     work, found = load(model.load_tokenizer(source.path), "sample", 20, 32, 32), measure_limits("cuda")
-    eager, graphed = (run(network, work, 1, engine, limits=found) for engine in ("eager", "graphed"))
-    assert eager.bound == "launch" and eager.trace.kernels > 2 * graphed.trace.kernels > 100
-    assert graphed.trace.kernel_s < 1.2 * graphed.tpot_s and graphed.tpot_s < eager.tpot_s / 4
-    assert eager.peak_allocated_mib > eager.work.weights_mib and graphed.agreement.tokens == 32
-    assert found.copy_bytes_per_s > 1e11 and 0 < graphed.work.bytes_per_step / graphed.tpot_s < found.copy_bytes_per_s
+    eager, cuda_graph = (run(network, work, 1, engine, limits=found) for engine in ("eager", "cuda_graph"))
+    assert eager.bound == "launch" and eager.trace.kernels > 2 * cuda_graph.trace.kernels > 100
+    assert cuda_graph.trace.kernel_s < 1.2 * cuda_graph.tpot_s and cuda_graph.tpot_s < eager.tpot_s / 4
+    assert eager.peak_allocated_mib > eager.work.weights_mib and cuda_graph.agreement.tokens == 32
+    assert found.copy_bytes_per_s > 1e11 and 0 < cuda_graph.work.bytes_per_step / cuda_graph.tpot_s < found.copy_bytes_per_s

@@ -171,7 +171,7 @@ def use_chooser(page):
     panel = page.locator(".widget-vbox", has=told).last
     figure = panel.locator(".js-plotly-plot")
     figure.wait_for(timeout=30 * SECOND)
-    assert "Recommended: nf4 (graphed)" in told.inner_text()
+    assert "Recommended: nf4 (cuda_graph)" in told.inner_text()
     before = figure.evaluate(LIMIT)
     handles = panel.get_by_role("slider").or_(panel.locator(".ui-slider-handle"))  # ipywidgets 7 names no role
     assert handles.count() == 3
@@ -183,11 +183,11 @@ def use_chooser(page):
     assert before > 0 == figure.evaluate(LIMIT)
     handles.nth(0).focus()
     page.keyboard.press("End")
-    told.filter(has_text="nf4 (graphed)").wait_for(timeout=20 * SECOND)
+    told.filter(has_text="nf4 (cuda_graph)").wait_for(timeout=20 * SECOND)
     handles.nth(2).focus()
     page.keyboard.press("Home")  # no loss tolerated: only the baseline is sure
     told.filter(has_text="cannot tell").wait_for(timeout=20 * SECOND)
-    assert "Recommended: bf16 (graphed)" in told.inner_text()
+    assert "Recommended: bf16 (cuda_graph)" in told.inner_text()
     return told
 
 

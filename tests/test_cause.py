@@ -3,7 +3,8 @@
 import pandas as pd
 import pytest
 
-from qnb import cause, paper
+from qnb.report import ablations as cause
+from qnb.report import paper
 
 KEY = ["left", "right", "quantity"]
 
@@ -18,14 +19,14 @@ def test_each_choice_is_one_ratio_and_what_is_missing_stays_empty():
     runs = pd.DataFrame([
         run("fp32", "eager", 1.0),
         run("bf16", "eager", 2.0),
-        run("bf16", "graphed", 16.0),
+        run("bf16", "cuda_graph", 16.0),
         run("int8", "eager", 3.0),
     ])  # fmt: skip
     made = cause.causes(runs, 3).set_index(KEY)
     width = made.loc[("fp32 eager", "bf16 eager", "throughput_rps")]
     assert width.ratio == 2 and width.published_ratio == pytest.approx(0.3249 / 0.3143)
-    assert made.loc[("bf16 eager", "bf16 graphed", "throughput_rps")].ratio == 8
-    alone = made.loc[("int8 eager", "int8-t0 eager", "throughput_rps")]
+    assert made.loc[("bf16 eager", "bf16 cuda_graph", "throughput_rps")].ratio == 8
+    alone = made.loc[("int8 eager", "int8-no-outliers eager", "throughput_rps")]
     assert alone.left_value == 3 and pd.isna(alone.right_value) and pd.isna(alone.ratio)
     assert ("int4 eager", "fp4 eager", "throughput_rps") not in made.index  # nothing is known of either
     assert cause.causes(pd.DataFrame(), 3).empty
@@ -38,12 +39,12 @@ def test_rows_that_were_not_measured_alike_have_values_but_no_ratio(other):
         run("int4", "eager", 1.0, **limits),
         run("fp4", "eager", 2.0, **limits | other),
         run("int8", "eager", 1.0, **limits),
-        run("int8-t0", "eager", 3.0, **limits),
+        run("int8-no-outliers", "eager", 3.0, **limits),
     ])  # fmt: skip
     made = cause.causes(runs, 4).set_index(KEY)
     apart = made.loc[("int4 eager", "fp4 eager", "throughput_rps")]
     assert (apart.left_value, apart.right_value) == (1, 2) and pd.isna(apart.ratio)
-    assert made.loc[("int8 eager", "int8-t0 eager", "throughput_rps")].ratio == 3
+    assert made.loc[("int8 eager", "int8-no-outliers eager", "throughput_rps")].ratio == 3
 
 
 def test_the_papers_vram_stands_beside_peak_memory_and_not_beside_the_weights():
@@ -59,17 +60,17 @@ def test_the_papers_vram_stands_beside_peak_memory_and_not_beside_the_weights():
 
 
 def test_replayed_kernels_fill_more_of_a_step_and_untraced_rows_are_left_out():
-    """Eager: 2 ms of kernels in a step of 8. Graphed: 2 in 2.5. INT8 cannot be recorded."""
+    """Eager: 2 ms of kernels in a step of 8. CudaGraph: 2 in 2.5. INT8 cannot be recorded."""
     runs = pd.DataFrame([
         run("bf16", "eager", 1.0, kernel_s_per_token=0.002, tpot_s=0.008),
-        run("bf16", "graphed", 3.2, kernel_s_per_token=0.002, tpot_s=0.0025),
+        run("bf16", "cuda_graph", 3.2, kernel_s_per_token=0.002, tpot_s=0.0025),
         run("int8", "eager", 1.0, kernel_s_per_token=0.004, tpot_s=0.008),
-        run("int8", "graphed", None, note="cannot be recorded"),
+        run("int8", "cuda_graph", None, note="cannot be recorded"),
         run("fp16", "eager", 1.0, kernel_s_per_token=None, tpot_s=0.008),
-        run("fp16", "graphed", 1.0, kernel_s_per_token=None, tpot_s=0.008),
+        run("fp16", "cuda_graph", 1.0, kernel_s_per_token=None, tpot_s=0.008),
     ])  # fmt: skip
     made = cause.causes(runs, 3)
-    share = made[made.quantity == "kernel_share_pct"].set_index("left")
+    share = made[made.quantity == "gpu_busy_pct"].set_index("left")
     assert list(share.index) == ["bf16 eager", "int8 eager"] and set(share.choice) == {cause.LAUNCHES}
     assert share.loc["bf16 eager", ["left_value", "right_value", "ratio"]].tolist() == [25, 80, 3.2]
     assert share.left_value["int8 eager"] == 50

@@ -4,17 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from qnb import choose, explore, results
-from qnb.choose import Advice, Candidate, Demand, explain
+from qnb.accuracy.statistics import agresti_min
 from qnb.provenance import ROOT
-from qnb.stats import agresti_min
+from qnb.report import explore, results
+from qnb.report import recommend as choose
+from qnb.report.recommend import Advice, Candidate, Demand, explain
 
-BASE = Candidate("bf16", "graphed", memory_mib=2000, tpot_s=0.003, repeats=3, change_pp=0, low_pp=0, high_pp=0)
-SAFE = Candidate("int8", "graphed", memory_mib=1200, tpot_s=0.004, repeats=3, items=900,
+BASE = Candidate("bf16", "cuda_graph", memory_mib=2000, tpot_s=0.003, repeats=3, change_pp=0, low_pp=0, high_pp=0)
+SAFE = Candidate("int8", "cuda_graph", memory_mib=1200, tpot_s=0.004, repeats=3, items=900,
                  change_pp=-0.2, low_pp=-0.8, high_pp=0.4)  # fmt: skip
-UNSURE = Candidate("nf4", "graphed", memory_mib=800, tpot_s=0.002, repeats=3, items=900,
+UNSURE = Candidate("nf4", "cuda_graph", memory_mib=800, tpot_s=0.002, repeats=3, items=900,
                    change_pp=-0.6, low_pp=-2.0, high_pp=0.8)  # fmt: skip
-LOSSY = Candidate("int4", "graphed", memory_mib=800, tpot_s=0.001, repeats=3, items=900,
+LOSSY = Candidate("int4", "cuda_graph", memory_mib=800, tpot_s=0.001, repeats=3, items=900,
                   change_pp=-6, low_pp=-8, high_pp=-4)  # fmt: skip
 ALL = (BASE, SAFE, UNSURE, LOSSY)
 
@@ -37,8 +38,8 @@ def test_memory_and_speed_rule_out_with_their_numbers():
     assert names(advice.fitting) == ["int4", "nf4"] and names(advice.out) == ["bf16", "int8"]
     said = explain(advice)
     assert said["Ruled out"] == [
-        "bf16 (graphed): takes 2,000 MiB, 1,500 are allowed.",
-        "int8 (graphed): time per output token (TPOT) is 4 ms, 3.5 are allowed.",
+        "bf16 (cuda_graph): takes 2,000 MiB, 1,500 are allowed.",
+        "int8 (cuda_graph): time per output token (TPOT) is 4 ms, 3.5 are allowed.",
     ]
 
 
@@ -56,7 +57,7 @@ def test_an_interval_that_straddles_it_cannot_tell_and_how_many_items_might():
     assert (
         "about 13 times as many might" in told
     )  # the interval reaches 1.4 points, the limit is 0.4 away: (1.4/0.4)^2
-    assert advice.notes == ("Faster, if it were known to fit: nf4 (graphed).",)
+    assert advice.notes == ("Faster, if it were known to fit: nf4 (cuda_graph).",)
 
 
 def test_a_change_on_the_limit_itself_is_not_promised_an_answer():
@@ -66,7 +67,7 @@ def test_a_change_on_the_limit_itself_is_not_promised_an_answer():
 
 def test_what_other_processes_slowed_is_said_beside_the_recommendation():
     advice = advise([replace(BASE, disturbed=True), SAFE])
-    assert advice.notes == ("Other processes were at work while bf16 (graphed) was timed.",)
+    assert advice.notes == ("Other processes were at work while bf16 (cuda_graph) was timed.",)
     assert advise([replace(BASE, disturbed=True)], speed_limit=0.001).notes == advice.notes  # and where nothing fits
 
 

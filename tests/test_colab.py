@@ -8,7 +8,8 @@ import types
 
 import pytest
 
-from qnb import InputError, colab, study, workbench
+from qnb import InputError, colab, study
+from qnb import session as workbench
 from qnb.__main__ import NOTEBOOKS
 
 SHELL = '''

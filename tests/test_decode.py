@@ -16,13 +16,14 @@ from transformers import (
     StableLmConfig,
 )
 
-from qnb import decode, model
-from qnb import step as lean
-from qnb.batch import is_out_of_memory
-from qnb.decode import Clock, Decoder, Eager, agreement, pad
-from qnb.error import InputError
+from qnb.errors import InputError
 from qnb.precision import PRECISIONS
-from qnb.step import PART, EightBit, FourBit, Lean, join, likeliest
+from qnb.quantize import checkpoint as model
+from qnb.speed import decode_step as lean
+from qnb.speed import engines as decode
+from qnb.speed.batch_search import is_out_of_memory
+from qnb.speed.decode_step import PART, EightBit, FourBit, Lean, join, likeliest
+from qnb.speed.engines import Clock, Decoder, Eager, agreement, pad
 
 TINY = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
         "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1,
@@ -393,7 +394,7 @@ def texts(source):
     return [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
-@pytest.mark.parametrize("name", ["bf16", "nf4", "int8-t0"])
+@pytest.mark.parametrize("name", ["bf16", "nf4", "int8-no-outliers"])
 def test_tokens_are_eagers_but_after_a_near_tie(name, source, texts):
     """Fed the same tokens the step is as far from float32 as eager is; where free tokens part, it was a near tie."""
     rows, precision = len(texts), PRECISIONS[name]
@@ -459,18 +460,18 @@ def test_where_tokens_part_is_found_with_its_margin():
     )
 
 
-def test_graphed_is_absent_without_a_gpu_not_faked():
+def test_cuda_graph_is_absent_without_a_gpu_not_faked():
     with pytest.raises(InputError, match="GPU"):
-        decode.Graphed(tiny(LlamaConfig, {}), 1, 5, 4)
-    assert decode.parse("auto", "cpu") == ("eager",) and decode.parse("auto", "cuda") == ("eager", "graphed")
-    assert decode.parse("graphed, eager", "cuda") == ("eager", "graphed")  # the one that moves no weights first
-    for wrong, said in (("graphed", "NVIDIA GPU"), ("fast", "eager, graphed"), ("", "eager, graphed")):
+        decode.CudaGraph(tiny(LlamaConfig, {}), 1, 5, 4)
+    assert decode.parse("auto", "cpu") == ("eager",) and decode.parse("auto", "cuda") == ("eager", "cuda_graph")
+    assert decode.parse("cuda_graph, eager", "cuda") == ("eager", "cuda_graph")  # the one that moves no weights first
+    for wrong, said in (("cuda_graph", "NVIDIA GPU"), ("fast", "eager, cuda_graph"), ("", "eager, cuda_graph")):
         with pytest.raises(InputError, match=said):
             decode.parse(wrong, "cpu")
 
 
-class Repeated(decode.Graphed):
-    """Graphed with its work done again where a GPU replays it."""
+class Repeated(decode.CudaGraph):
+    """CudaGraph with its work done again where a GPU replays it."""
 
     def _record(self, work, rows):
         for _ in range(decode.WARM_UPS):
@@ -498,9 +499,9 @@ def test_llm_int8_with_outliers_cannot_be_recorded():
     from bitsandbytes import nn
 
     network = torch.nn.Sequential(nn.Linear8bitLt(64, 64, has_fp16_weights=False, threshold=6.0))
-    assert "outlier" in decode.absent("graphed", "cuda", network)
+    assert "outlier" in decode.absent("cuda_graph", "cuda", network)
     network[0].state.threshold = 0.0
-    assert decode.absent("graphed", "cuda", network) == ""
+    assert decode.absent("cuda_graph", "cuda", network) == ""
 
 
 def test_more_than_the_context_window_is_refused():
@@ -516,26 +517,26 @@ def test_more_than_the_context_window_is_refused():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [3, 12], ids=["few rows", "many rows"])
-@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "int8-t0", "int4", "fp4", "nf4", "nf4-dq"])
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16", "int8-no-outliers", "int4", "fp4", "nf4", "nf4-dq"])
 def test_a_recorded_step_is_as_near_float32_as_eager(name, rows, source, texts):
     """Fed the same tokens, and where free tokens part, it was a near tie; the same prompts in batches of any size."""
     precision, batches = PRECISIONS[name], [texts[first : first + rows] for first in range(0, len(texts), rows)]
     with model.quiet():
         network = model.load(source.path, precision, "cuda")
         exact = unrounded(network, source.path)
-        graphed = decode.Graphed(network, rows, max(map(len, texts)), 16)
+        cuda_graph = decode.CudaGraph(network, rows, max(map(len, texts)), 16)
 
         def replay(rows):
-            graphed._steps[rows].replay()
-            return graphed.logits[rows].clone()
+            cuda_graph._steps[rows].replay()
+            return cuda_graph.logits[rows].clone()
 
         found = []
         for batch in batches:
-            free, tokens = graphed.generate(batch, 16), Eager(network).generate(batch, 16)
+            free, tokens = cuda_graph.generate(batch, 16), Eager(network).generate(batch, 16)
             forced = tokens[:, :-1]
-            ours = stepped(graphed._decoder, batch, forced, replay)
+            ours = stepped(cuda_graph._decoder, batch, forced, replay)
             found.append((ours, stock(network, batch, forced), stock(exact, batch, forced), tokens, free))
-    assert graphed.note == ""
+    assert cuda_graph.note == ""
     ours, theirs, truth, tokens, free = map(torch.cat, zip(*found, strict=True))
     if name == "fp32":  # eager is the truth
         assert (ours - truth).abs().max() < 1e-2 and widest_tie(truth, tokens, free) < 2e-2
@@ -547,11 +548,11 @@ def test_a_recorded_step_is_as_near_float32_as_eager(name, rows, source, texts):
 def test_recorded_sizes_share_memory_and_each_gives_its_tokens(source, texts, monkeypatch):
     monkeypatch.setattr(decode, "COMPILE", None)  # the order of recordings, not their kernels
     network = model.load(source.path, PRECISIONS["fp32"], "cuda")
-    graphed = decode.Graphed(network, 3, max(map(len, texts)), 12)
+    cuda_graph = decode.CudaGraph(network, 3, max(map(len, texts)), 12)
     for rows in (3, 1, 2, 3):
         expected = Eager(network).generate(texts[:rows], 12)
         clock = Clock(network.device)
-        found = graphed.generate(texts[:rows], 12, clock)
+        found = cuda_graph.generate(texts[:rows], 12, clock)
         parted = agreement(network, texts[:rows], expected, found)
         assert parted.margin is None or abs(parted.margin) < 1e-2
         assert len(clock.seconds()) == 12 and sorted(clock.seconds()) == clock.seconds()
@@ -561,10 +562,10 @@ def test_recorded_sizes_share_memory_and_each_gives_its_tokens(source, texts, mo
 def test_memory_comes_back_when_an_engine_goes(source, texts):
     network = model.load(source.path, PRECISIONS["bf16"], "cuda")
     width = max(map(len, texts))
-    decode.Graphed(network, 3, width, 4).generate(texts[:3], 4)  # the step is built and libraries have what they keep
+    decode.CudaGraph(network, 3, width, 4).generate(texts[:3], 4)  # the step is built and libraries have what they keep
     model.release()
     before = torch.cuda.memory_allocated()
-    decode.Graphed(network, 24, width, 64).generate(texts * 2, 64)
+    decode.CudaGraph(network, 24, width, 64).generate(texts * 2, 64)
     model.release()
     assert torch.cuda.memory_allocated() - before < 2**20
 
@@ -580,12 +581,12 @@ def test_memory_that_runs_out_while_a_step_is_recorded_costs_that_engine_alone(s
         runs.append(rows)  # what is run before it is recorded takes little
         return torch.empty(2**30 if len(runs) <= decode.WARM_UPS else 2**41, dtype=torch.uint8, device="cuda")
 
-    made = decode.Graphed(network, 3, width, 4)
+    made = decode.CudaGraph(network, 3, width, 4)
     with pytest.raises(RuntimeError) as failed:
         made._record(work, 3)
     assert is_out_of_memory(failed.value) and torch.cuda.current_stream() == torch.cuda.default_stream()
     del made, failed
     model.release()
     assert torch.cuda.memory_reserved() - before < 2**27  # of what it had taken nothing stays
-    tokens = decode.Graphed(network, 3, width, 4).generate(texts[:3], 4)
+    tokens = decode.CudaGraph(network, 3, width, 4).generate(texts[:3], 4)
     assert tokens.shape == (3, 4)

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qnb import Study, benchmark, device
-from qnb.error import InputError
+from qnb import Study, device
+from qnb.errors import InputError
 from qnb.precision import PRECISIONS
+from qnb.speed import benchmark
 
 
 @pytest.fixture
@@ -68,8 +69,8 @@ def test_a_process_of_its_own_takes_the_same_gpu_and_holds_it_to_the_limit(asked
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
     monkeypatch.setattr(benchmark, "load", lambda folder, precision, place: (folder, place))
     monkeypatch.setattr(benchmark, "trial", lambda model, *asked: (model, asked))
-    model, (_, limit_mib, engine, _) = benchmark.trial_of("f", PRECISIONS["int8"], asked, None, 4096.0, "graphed")
-    assert model == ("f", place) and (limit_mib, engine) == (4096.0, "graphed")
+    model, (_, limit_mib, engine, _) = benchmark.trial_of("f", PRECISIONS["int8"], asked, None, 4096.0, "cuda_graph")
+    assert model == ("f", place) and (limit_mib, engine) == (4096.0, "cuda_graph")
     assert two_gpus == [index] and shares == [0.25]
 
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 import transformers
 
-from qnb import InputError, Study, decode, divergence
+from qnb import InputError, Study
+from qnb.accuracy import perplexity as divergence
+from qnb.speed import engines as decode
 
 
 @pytest.mark.parametrize(("tokens", "context", "stride"), [(10, 4, 2), (11, 4, 3), (5, 8, 4), (8, 4, 2), (2, 4, 1)])

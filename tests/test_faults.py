@@ -17,10 +17,12 @@ import torch
 import yaml
 from filelock import FileLock
 
-from qnb import InputError, Study, __main__, benchmark, model
+from qnb import InputError, Study, __main__
 from qnb.__main__ import NOTEBOOKS, ROOT
-from qnb.decode import Eager
 from qnb.ledger import Line
+from qnb.quantize import checkpoint as model
+from qnb.speed import benchmark
+from qnb.speed.engines import Eager
 
 SMOKE = yaml.safe_load((NOTEBOOKS / "profiles" / "smoke.yaml").read_text())
 
@@ -300,7 +302,7 @@ def test_out_of_memory_when_loading(tight, monkeypatch, capsys):
 
 def test_out_of_memory_in_the_scorer(tight, monkeypatch, capsys):
     """Not even one row fits: there is no smaller batch left to try."""
-    from qnb.scorer import SharedContextLM
+    from qnb.accuracy.scorer import SharedContextLM
 
     def measure(study):
         study.accuracy("sample_easy", 2)

@@ -9,8 +9,14 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from qnb import choose, cost, export, figure, look, paper, results, table, tradeoff
 from qnb.precision import PRECISIONS
+from qnb.report import cost_figures as cost
+from qnb.report import export, paper, results
+from qnb.report import figures as figure
+from qnb.report import recommend as choose
+from qnb.report import tables as table
+from qnb.report import theme as look
+from qnb.report import tradeoff_figures as tradeoff
 
 EMPTY = pd.DataFrame()
 PAPERS = ["fig1_accuracy", "fig2_change", "fig3_bs1_metrics", "fig4_bs1_heatmap", "fig5_maxbatch_metrics",
@@ -21,7 +27,7 @@ PAPERS = ["fig1_accuracy", "fig2_change", "fig3_bs1_metrics", "fig4_bs1_heatmap"
 def runs():
     """Two precisions, hand-made: 4 requests in 2 s and in 1 s."""
     row = {"engine": "eager", "batch_size": 1, "requests": 4, "prompt_tokens": 8, "new_tokens": 2, "repeat": 0,
-           "monitor_source": "fake", "monitor_utilization_pct": 50.0, "memory_mib": 100.0}  # fmt: skip
+           "monitor_source": "fake", "utilization_pct": 50.0, "memory_mib": 100.0}  # fmt: skip
     rows = []
     for precision, total_s in (("bf16", 2.0), ("int8", 1.0)):
         times = {"total_s": total_s, "throughput_rps": 4 / total_s, "throughput_tps": 8 / total_s}
@@ -118,8 +124,8 @@ def test_a_sweep_has_a_panel_an_engine_and_a_star_only_of_its_own_lengths(studie
     whole = replace(whole, sweep=whole.sweep.assign(**bent))
     drawn = cost.sweep(whole.sweep, whole.maxbatch)
     titles = [note.text for note in drawn.layout.annotations]
-    assert titles == ["throughput with eager, requests/s", "throughput with graphed, requests/s",
-                      "batch latency with eager, s", "batch latency with graphed, s"]  # fmt: skip
+    assert titles == ["throughput with eager, requests/s", "throughput with cuda_graph, requests/s",
+                      "batch latency with eager, s", "batch latency with cuda_graph, s"]  # fmt: skip
     assert {trace.yaxis for trace in drawn.data if (trace.marker.symbol or "") == "diamond"} == {"y2", "y4"}
     assert drawn.layout.yaxis2.matches == "y" and drawn.layout.yaxis4.matches == "y3"
 
@@ -127,8 +133,8 @@ def test_a_sweep_has_a_panel_an_engine_and_a_star_only_of_its_own_lengths(studie
         return sorted((trace.yaxis, trace.legendgroup, x, y) for trace in figure.data
                       if trace.marker.symbol == symbol for x, y in zip(trace.x, trace.y, strict=True))  # fmt: skip
 
-    places = {("eager", "throughput_rps"): "y", ("graphed", "throughput_rps"): "y2",
-              ("eager", "batch_latency_s"): "y3", ("graphed", "batch_latency_s"): "y4"}  # fmt: skip
+    places = {("eager", "throughput_rps"): "y", ("cuda_graph", "throughput_rps"): "y2",
+              ("eager", "batch_latency_s"): "y3", ("cuda_graph", "batch_latency_s"): "y4"}  # fmt: skip
     assert stars(drawn) == sorted(
         (place, row["precision"], row["batch_size"], row[name])
         for row in whole.maxbatch.to_dict("records") for (engine, name), place in places.items()
@@ -142,9 +148,9 @@ def test_a_sweep_has_a_panel_an_engine_and_a_star_only_of_its_own_lengths(studie
     ) and len(bent)  # fmt: skip
     assert {axis.type for axis in (*drawn.select_xaxes(), *drawn.select_yaxes())} == {"log"}
     one = next(trace for trace in drawn.data if trace.mode == "lines+markers" and trace.yaxis == "y2")
-    row = whole.sweep[(whole.sweep.engine == "graphed")].iloc[0]
+    row = whole.sweep[(whole.sweep.engine == "cuda_graph")].iloc[0]
     assert one.hovertext[0] == (
-        f"{row.precision}, graphed, batch 1: {look.number(row.throughput_rps)} requests/s"
+        f"{row.precision}, cuda_graph, batch 1: {look.number(row.throughput_rps)} requests/s"
         "<br>prompts of 128 tokens, 100 new ones<br>fastest batch "
         f"{row.throughput_spread_pct:.1f} % faster than the slowest<br>n = {row.requests:.0f} requests, 1 pass"
     )
@@ -181,9 +187,9 @@ def test_no_precision_shares_colour_and_hatch_with_another():
 def test_a_change_is_drawn_with_its_interval_and_marked_only_if_significant():
     changes = pd.DataFrame([
         {"task": "arc_easy", "precision": "int4", "change_pp": -9.0, "low_pp": -13.0, "high_pp": -5.0, "items": 400,
-         "mcnemar_p": 1e-5, "holm_p": 1e-4, "significant": True},
+         "p_mcnemar": 1e-5, "p_holm": 1e-4, "significant": True},
         {"task": "hellaswag", "precision": "int4", "change_pp": -1.0, "low_pp": -3.0, "high_pp": 1.0, "items": 500,
-         "mcnemar_p": 0.4, "holm_p": 0.4, "significant": False},
+         "p_mcnemar": 0.4, "p_holm": 0.4, "significant": False},
     ])  # fmt: skip
     points, stars = tradeoff.forest(changes).data
     assert list(points.x) == [-9, -1] and list(points.error_x.arrayminus) == [4, 2]
@@ -299,7 +305,7 @@ def test_a_browser_that_fails_costs_the_pictures_and_not_the_run(runs, tmp_path,
 def test_candidates_join_speed_and_accuracy(studied):
     found = {one.name: one for one in choose.candidates(studied.results(), "bs1")}
     assert len(found) == 10 and found["bf16 (eager)"].change_pp == 0
-    int4 = found["int4 (graphed)"]
+    int4 = found["int4 (cuda_graph)"]
     assert int4.items == sum(count for count, _ in example.TASKS.values())
     assert int4.low_pp < int4.change_pp < int4.high_pp < 0
     changes = studied.results().tables[2]

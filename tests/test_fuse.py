@@ -7,7 +7,7 @@ from test_scorer import FAMILIES, SIZES, asked, both, pairs, text, tokenizer  # 
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from qnb import fuse
+from qnb.speed import fused as fuse
 
 
 class OffsetRMSNorm(LlamaRMSNorm):

@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 from hub_server import Fault, Hub
 
-from qnb import InputError, Study, hub, model
+from qnb import InputError, Study
 from qnb.__main__ import validate
+from qnb.quantize import checkpoint as model
+from qnb.quantize import hub
 
 MINE, OTHER = "hf_" + "planted" * 4, "hf_" + "somebodyelse" * 2
 LOOP = """
@@ -28,7 +30,8 @@ waits = []
 time.sleep = waits.append  # patience is counted here, not spent
 answers, sys.stdout = sys.stdout, sys.stderr
 import qnb
-from qnb import hub, model
+from qnb.quantize import hub
+from qnb.quantize import checkpoint as model
 for line in sys.stdin:
     expression, os.environ["HF_TOKEN"] = json.loads(line)
     waits.clear()

@@ -13,10 +13,12 @@ import psutil
 import pytest
 from conftest import command
 
-from qnb import Study, figure, model
+from qnb import Study
 from qnb.__main__ import NAMES
 from qnb.ledger import Line
 from qnb.provenance import ROOT
+from qnb.quantize import checkpoint as model
+from qnb.report import figures as figure
 
 # what a clock or a sensor read, or hangs on it; everything else of a row is the same in every run
 MEASURED = re.compile(

@@ -5,7 +5,7 @@ from time import process_time
 
 import pytest
 
-from qnb.error import InputError
+from qnb.errors import InputError
 from qnb.ledger import FAILED, Ledger, Line, fingerprint, seal
 
 

@@ -6,8 +6,9 @@ from time import process_time
 import example
 import pytest
 
-from qnb import Study, widget
+from qnb import Study
 from qnb.ledger import Line, seal
+from qnb.report import widgets as widget
 
 PATIENCE_S = 3  # of one core; on one that needs as long without the lines, half as long again
 BESIDE_S = 1  # of them, what the lines may add once they are open

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qnb import model
-from qnb.error import InputError
+from qnb.errors import InputError
 from qnb.precision import PRECISIONS, STUDY
+from qnb.quantize import checkpoint as model
 
 # SmolLM2-135M: 30 layers of hidden 576, intermediate 1536, 9 heads of 64 with 3 for keys and values, vocabulary 49152
 LINEAR = 30 * (576 * 576 * 2 + 2 * 576 * 192 + 3 * 576 * 1536)
@@ -101,7 +101,7 @@ def test_a_folder_without_weights_is_refused(tmp_path, source):
 
 def test_shape_has_llama_3_2_1b_parameters():
     """On the meta device: the configuration alone decides the count."""
-    from qnb import paper
+    from qnb.report import paper
 
     folder = model.cache() / "shape-llama-3.2-1b-bf16"
     config = model.shape_config()

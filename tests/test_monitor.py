@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qnb.monitor import NvmlSensor, ProcessSensor, Window, sensor
+from qnb.speed.monitor import NvmlSensor, ProcessSensor, Window, sensor
 
 
 def test_means_and_peaks_are_those_of_the_readings():

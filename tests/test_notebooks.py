@@ -162,7 +162,7 @@ def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(source, tmp_path):
         (["-p", "bs1_requests", "all"], ["all", "at least 1, or a time such as '4 minutes', or 'auto'"]),
         (["-p", "device", "cuda:9"], ["cuda:9", "NVIDIA GPU"]),
         (["-p", "bs1_repeats", "auto"], ["bs1_repeats", "at least 1\n"]),
-        (["-p", "engines", "fast"], ["fast", "eager, graphed"]),
+        (["-p", "engines", "fast"], ["fast", "eager, cuda_graph"]),
         (["-p", "model", "5"], ["5", "name"]),
         (["-p", "overwrite", "maybe"], ["maybe", "true or false"]),
         (["-p", "tasks", "[sample_easy]"], ["tasks", "one text"]),

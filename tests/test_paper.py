@@ -2,7 +2,7 @@
 
 import pytest
 
-from qnb import paper
+from qnb.report import paper
 
 
 def test_requests_follow_from_throughput_and_time():

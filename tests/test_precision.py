@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qnb import precision
-from qnb.error import InputError
+from qnb.errors import InputError
 
 
 def test_names_and_groups_keep_their_order_once():

@@ -7,8 +7,10 @@ import pytest
 import yaml
 from lm_eval.api.task import ConfigurableTask, Task
 
-from qnb import InputError, questions, scorer
-from qnb.accuracy import Evaluator
+from qnb import InputError
+from qnb.accuracy import request_cache as questions
+from qnb.accuracy import scorer
+from qnb.accuracy.tasks import Evaluator
 
 
 def arc(folder, questions=("What falls from clouds?", "What do cows eat?"), splits=("train", "validation", "test")):

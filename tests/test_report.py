@@ -12,10 +12,17 @@ import pandas as pd
 import pytest
 import yaml
 
-from qnb import Study, figure, look, modelcard, report, results, summary, table
+from qnb import Study
 from qnb.__main__ import _results, main
 from qnb.precision import PRECISIONS
 from qnb.provenance import ROOT
+from qnb.report import figures as figure
+from qnb.report import findings as summary
+from qnb.report import model_card as modelcard
+from qnb.report import page as report
+from qnb.report import results
+from qnb.report import tables as table
+from qnb.report import theme as look
 
 EVIL = "<script>alert(1)</script>/x\"onload='alert(2)"
 
@@ -64,7 +71,7 @@ def test_what_a_model_or_a_row_says_stays_text(tmp_path):
 
 
 def test_generated_text_and_a_tasks_name_stay_text_in_figures_and_markdown():
-    from qnb import widget
+    from qnb.report import widgets as widget
 
     assert "<script>" not in widget.side_by_side({"bf16": ["<script>", "x"], "int8": ["<script>", "</mark><img>"]})
     frame = table.pd.DataFrame({"task": ["a|b<script>\n| c"], "change_pp": [-1.0]})
@@ -264,7 +271,7 @@ def test_a_sweep_alone_has_its_sentence_and_its_knees_in_the_report(studied):
     whole = studied.results()
     none = dict.fromkeys(results.TABLES, pd.DataFrame())
     text = report.page(results.Results("one", "m", "d", none, sweep=whole.sweep))
-    assert f"batches of 1 to {whole.sweep.batch_size.max():,} with eager and graphed" in text
+    assert f"batches of 1 to {whole.sweep.batch_size.max():,} with eager and cuda_graph" in text
     table_of = text.split("<caption>The sweep: where throughput")[1].split("</table>")[0]
     assert "swept to" in table_of and "note" not in table_of
     assert table_of.count("<tr>") == 1 + len(table.knees(whole.sweep))
@@ -272,7 +279,7 @@ def test_a_sweep_alone_has_its_sentence_and_its_knees_in_the_report(studied):
 
 def test_limits_name_what_rows_flag(studied):
     found = report.limits(studied.results())
-    assert "int4, eager, batch 384; int4, graphed, batch 384: throttled." in found  # a line a flag
+    assert "int4, eager, batch 384; int4, cuda_graph, batch 384: throttled." in found  # a line a flag
     many = studied.results().sweep
     small = studied.results().bs1  # the same batch size as in the sweep: named once
     many = report.limits(replace(studied.results(), sweep=many.assign(flags=[["short"]] * len(many)),

@@ -8,9 +8,9 @@ import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 
-from qnb import scorer
-from qnb.model import load_tokenizer
-from qnb.scorer import SharedContextLM
+from qnb.accuracy import scorer
+from qnb.accuracy.scorer import SharedContextLM
+from qnb.quantize.checkpoint import load_tokenizer
 
 LIMIT = 250  # tokens a model here takes
 SIZES = {

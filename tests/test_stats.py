@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from qnb import stats
-from qnb.stats import agresti_coull, agresti_min, compare, holm, mean_interval
+from qnb.accuracy import statistics as stats
+from qnb.accuracy.statistics import agresti_coull, agresti_min, compare, holm, mean_interval
 
 
 def test_hand_count():

@@ -15,12 +15,16 @@ import pandas as pd
 import pytest
 import torch
 
-from qnb import InputError, Study, decode, hub, model, workbench
+from qnb import InputError, Study
+from qnb import session as workbench
 from qnb.device import Device
 from qnb.ledger import checked, unchecked
 from qnb.precision import PRECISIONS, parse
-from qnb.timing import Timing
-from qnb.verify import verify
+from qnb.quantize import checkpoint as model
+from qnb.quantize import hub
+from qnb.report.verify import verify
+from qnb.speed import engines as decode
+from qnb.speed.stages import Timing
 
 
 @pytest.mark.parametrize("part", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -73,7 +77,7 @@ def test_counts(tmp_path):
 @pytest.fixture
 def unloaded(monkeypatch):
     """Stages time what a test's own `run` returns: no model is loaded, no limit measured."""
-    from qnb import benchmark
+    from qnb.speed import benchmark
 
     monkeypatch.setattr(Study, "on", lambda study, precision, measure: measure(None, 0.0))
     monkeypatch.setattr(Study, "_settle", lambda study, precision: None)
@@ -82,7 +86,8 @@ def unloaded(monkeypatch):
 
 def test_a_batch_that_runs_out_of_memory_when_timed_is_made_smaller(unloaded, source, tmp_path, monkeypatch):
     """The search is believed at first; the timed pass fails above 25 rows, and steps down are each twice the last."""
-    from qnb import batch, benchmark
+    from qnb.speed import batch_search as batch
+    from qnb.speed import benchmark
 
     made = Study("smollm2-135m", "bf16", tmp_path)
     monkeypatch.setattr(benchmark, "largest_batch", lambda *rest: batch.Largest(32, 100.0, True, ()))
@@ -90,7 +95,7 @@ def test_a_batch_that_runs_out_of_memory_when_timed_is_made_smaller(unloaded, so
     def run(network, workload, batch_size, engine, base_mib, **_):
         if batch_size > 25:
             raise torch.cuda.OutOfMemoryError("simulated")
-        from qnb.monitor import Usage
+        from qnb.speed.monitor import Usage
 
         usage = Usage("process", 0, 1.0)
         return benchmark.Run(engine, batch_size, 32, 4, 2, 1.0, (1.0,), 1.0, 1.0, usage)
@@ -113,8 +118,9 @@ def test_a_batch_that_shrinks_in_a_later_pass_begins_anew(
     steady, overwrite, passes, unloaded, source, tmp_path, monkeypatch
 ):
     """int8's second pass fails at eight rows: its passes are of seven, bf16's stay, and nothing is left to do."""
-    from qnb import batch, benchmark
-    from qnb.monitor import Usage
+    from qnb.speed import batch_search as batch
+    from qnb.speed import benchmark
+    from qnb.speed.monitor import Usage
 
     made, calls, failed = Study("smollm2-135m", "bf16,int8", tmp_path, overwrite=overwrite), [], []
     monkeypatch.setattr(benchmark, "largest_batch", lambda *rest: batch.Largest(8, 100.0, True, ()))
@@ -150,8 +156,8 @@ def apart(source, tmp_path, monkeypatch):
     """A study of int8 that searches in a process of its own, by a trial that tests/falls.py begins there."""
     import falls
 
-    from qnb import benchmark
-    from qnb.monitor import Usage
+    from qnb.speed import benchmark
+    from qnb.speed.monitor import Usage
 
     made, loaded = Study("smollm2-135m", "int8", tmp_path), []
 
@@ -201,14 +207,14 @@ def test_int8_alone_is_searched_apart_on_a_gpu_where_its_kernels_may_end_the_pro
     made = Study("smollm2-135m", output=tmp_path)
     work = made.workload("maxbatch", 2, 4, 2, "sample")
     last = (2**31 - 1) // (4 * 1536)
-    for kind, names in (("cuda", {"int8", "int8-t0"}), ("cpu", set())):
+    for kind, names in (("cuda", {"int8", "int8-no-outliers"}), ("cpu", set())):
         made.device = Device(kind, "a machine", 1024, "native", "")
 
         def apart(engine, most):
             return {name for name, precision in PRECISIONS.items() if most > made._counted(precision, engine, work)}
 
         assert apart("eager", last + 1) == names
-        assert not apart("eager", last) and not apart("graphed", last + 1)  # which reads prompts in parts
+        assert not apart("eager", last) and not apart("cuda_graph", last + 1)  # which reads prompts in parts
 
 
 def test_passes_end_when_the_median_has_settled_or_at_the_limit(source, tmp_path, monkeypatch):
@@ -216,8 +222,8 @@ def test_passes_end_when_the_median_has_settled_or_at_the_limit(source, tmp_path
 
     A turn's number is the same where another kernel goes on in the middle.
     """
-    from qnb import benchmark
-    from qnb.monitor import Usage
+    from qnb.speed import benchmark
+    from qnb.speed.monitor import Usage
 
     measured = []
     monkeypatch.setattr(
@@ -255,7 +261,7 @@ def test_a_time_buys_requests_the_same_for_every_precision(setting, bought, sour
     """Of two minutes 4.5 s go to the pace. At 4.5 s a request of both, 25 are left, less three; or at 4.5 s for four,
     102, which six passes share.
     """
-    from qnb import benchmark
+    from qnb.speed import benchmark
 
     made, asked = Study("smollm2-135m", "bf16,nf4,fp16", tmp_path), []
 
@@ -298,9 +304,9 @@ def test_a_time_that_is_none_is_refused(none, tmp_path):
 
 def test_what_is_timed_after_a_batch_shrank_has_a_first_pass_of_its_own(unloaded, source, tmp_path, monkeypatch):
     """Memory runs out in the second pass of 200 rows: what ran next to them has a first pass of its own."""
-    from qnb import benchmark
-    from qnb.batch import Largest, Probe
-    from qnb.monitor import Usage
+    from qnb.speed import benchmark
+    from qnb.speed.batch_search import Largest, Probe
+    from qnb.speed.monitor import Usage
 
     made, calls = Study("smollm2-135m", "bf16", tmp_path), []
     probes = Probe(199, False), Probe(198, True, 790.0), Probe(200, True, 800.0)
@@ -323,8 +329,8 @@ def test_what_is_timed_after_a_batch_shrank_has_a_first_pass_of_its_own(unloaded
 
 
 def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(unloaded, source, tmp_path, monkeypatch):
-    from qnb import benchmark
-    from qnb.monitor import Usage
+    from qnb.speed import benchmark
+    from qnb.speed.monitor import Usage
 
     made, tried, room = Study("smollm2-135m", "bf16", tmp_path), [], []
 
@@ -363,11 +369,11 @@ def test_a_sweep_ends_where_a_batch_does_not_fit_and_names_the_knee(unloaded, so
 
 
 def test_an_engine_that_cannot_run_a_precision_leaves_a_row_that_says_why(unloaded, source, tmp_path, monkeypatch):
-    from qnb import benchmark
-    from qnb.monitor import Usage
+    from qnb.speed import benchmark
+    from qnb.speed.monitor import Usage
 
     made = Study("smollm2-135m", "bf16", tmp_path)
-    monkeypatch.setattr(decode, "parse", lambda names, device: ("eager", "graphed"))
+    monkeypatch.setattr(decode, "parse", lambda names, device: ("eager", "cuda_graph"))
 
     def run(network, workload, batch_size, engine, base_mib, **_):
         return benchmark.Run(engine, 1, 8, 4, 2, 8.0, (1.0,) * 8, None, None, Usage("process", 0, 1.0))
@@ -376,15 +382,15 @@ def test_an_engine_that_cannot_run_a_precision_leaves_a_row_that_says_why(unload
     made.perf_bs1(made.workload("bs1", 8, 4, 2, "sample"), 2)
     table = made.table3().set_index("engine")
     assert table.throughput_rps["eager"] == 1 and table.note["eager"] == ""
-    assert "GPU" in table.note["graphed"] and table.throughput_rps.isna()["graphed"]
+    assert "GPU" in table.note["cuda_graph"] and table.throughput_rps.isna()["cuda_graph"]
 
 
 def test_a_model_that_keeps_not_every_key_leaves_a_row_that_says_so(source, tmp_path, monkeypatch):
     """Asked for both engines on a GPU, eager is measured for every precision."""
     from transformers import MistralConfig, MistralForCausalLM
 
-    from qnb import benchmark
-    from qnb.monitor import Usage
+    from qnb.speed import benchmark
+    from qnb.speed.monitor import Usage
 
     shape = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
              "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
@@ -401,8 +407,8 @@ def test_a_model_that_keeps_not_every_key_leaves_a_row_that_says_so(source, tmp_
     )  # fmt: skip
     made.perf_bs1(workload)
     table = made.table3().set_index(["engine", "precision"])
-    assert table.throughput_rps["eager"].tolist() == [1, 1] and table.throughput_rps["graphed"].isna().all()
-    assert all("limited to the last 5 tokens" in note for note in table.note["graphed"])
+    assert table.throughput_rps["eager"].tolist() == [1, 1] and table.throughput_rps["cuda_graph"].isna().all()
+    assert all("limited to the last 5 tokens" in note for note in table.note["cuda_graph"])
 
 
 def test_plans_are_made_of_rows_alone(source, tmp_path):
@@ -466,8 +472,8 @@ def test_a_failure_that_is_kept_holds_no_model(source, tmp_path, monkeypatch):
 
 
 def test_passes_that_an_overwriting_run_did_not_come_to_are_not_shown(unloaded, source, tmp_path, monkeypatch):
-    from qnb import benchmark
-    from qnb.monitor import Usage
+    from qnb.speed import benchmark
+    from qnb.speed.monitor import Usage
 
     seconds = iter([1.0, 1.5, 2.0, 1.0, 1.5, 2.0, *3 * [0.1], *3 * [0.2]])
 
@@ -488,8 +494,8 @@ def test_passes_that_an_overwriting_run_did_not_come_to_are_not_shown(unloaded, 
 def test_a_row_measured_anew_leaves_the_file_of_the_row_before_until_it_is_there(
     unloaded, source, tmp_path, monkeypatch
 ):
-    from qnb import benchmark
-    from qnb.monitor import Usage
+    from qnb.speed import benchmark
+    from qnb.speed.monitor import Usage
 
     seconds = iter([1.0, 2.0])
 
@@ -519,8 +525,8 @@ def test_a_row_measured_anew_leaves_the_file_of_the_row_before_until_it_is_there
 @pytest.mark.parametrize("broken", [False, True])
 def test_passes_asked_for_again_are_all_shown(broken, unloaded, source, tmp_path, monkeypatch):
     """Whatever was asked between, and whichever of them had to be measured anew."""
-    from qnb import benchmark
-    from qnb.monitor import Usage
+    from qnb.speed import benchmark
+    from qnb.speed.monitor import Usage
 
     seconds = cycle([1.0, 1.5, 2.0])
 
@@ -546,7 +552,8 @@ def test_passes_asked_for_again_are_all_shown(broken, unloaded, source, tmp_path
 
 
 def test_limits_are_measured_before_anything_is_loaded_or_held_to_less_memory(source, tmp_path, monkeypatch):
-    from qnb import batch, benchmark
+    from qnb.speed import batch_search as batch
+    from qnb.speed import benchmark
 
     made, steps = Study("smollm2-135m", "bf16", tmp_path), []
     limits = benchmark.Limits(1e9, {}, None)
@@ -583,9 +590,9 @@ def test_a_row_that_does_not_fit_is_told_with_what_there_was(tmp_path):
 
 @pytest.mark.parametrize("setting", ["bs1", "maxbatch"])
 def test_a_study_with_one_of_the_two_settings_is_drawn_all_the_same(setting, unloaded, tmp_path, monkeypatch):
-    from qnb import benchmark
-    from qnb.batch import Largest
-    from qnb.monitor import Usage
+    from qnb.speed import benchmark
+    from qnb.speed.batch_search import Largest
+    from qnb.speed.monitor import Usage
 
     def run(network, workload, batch_size, engine, base_mib, **_):
         return benchmark.Run(engine, batch_size, 2, 4, 2, 1.0, (1.0,), 1.0, 1.0, Usage("process", 0, 1.0))
@@ -631,10 +638,10 @@ def test_a_gpu_times_both_engines_alone_and_together(tmp_path, monkeypatch):
     for frame in (alone, together):
         timed = frame.dropna(subset=["throughput_rps"])
         pairs = set(zip(timed.precision, timed.engine, strict=True))
-        assert pairs == {(p, e) for p in ("bf16", "nf4") for e in ("eager", "graphed")} | {("int8", "eager")}
+        assert pairs == {(p, e) for p in ("bf16", "nf4") for e in ("eager", "cuda_graph")} | {("int8", "eager")}
         assert timed.peak_allocated_mib.notna().any()
         assert set(timed.bound.dropna()) <= {"launch", "bandwidth", "compute", "kernels"}
-        missing = frame[frame.engine.eq("graphed") & frame.precision.eq("int8")]
+        missing = frame[frame.engine.eq("cuda_graph") & frame.precision.eq("int8")]
         assert missing.note.str.contains("outlier").all()
     assert (together.dropna(subset=["throughput_rps"]).batch_size == 4).all()
     idle_mib = [row["monitor_baseline_mib"] for row in made.ledger if row.get("monitor_baseline_mib")]

@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from qnb import table
+from qnb.report import tables as table
 
 
 def score(task, value, metric="acc", group=False, items=4, kind="none"):
@@ -52,7 +52,7 @@ def test_changes_are_paired_item_by_item():
     made = table.change(frame, answered(bf16=[1, 1, 1, 0], int8=[1, 0, 0, 1])).iloc[0]
     assert (made["items"], made.gained, made.lost) == (4, 1, 2)
     assert made.change_pp == -25 and made.change_pct == pytest.approx(-100 / 3)
-    assert made.low_pp < -25 < made.high_pp and made.mcnemar_p == made.holm_p == 1 and not made.significant
+    assert made.low_pp < -25 < made.high_pp and made.p_mcnemar == made.p_holm == 1 and not made.significant
 
 
 def test_another_limit_is_named_and_not_compared():
@@ -142,7 +142,7 @@ def test_the_change_of_the_mean_has_an_interval_and_each_task_counts_once():
     mean = made.loc[f"{table.AGGREGATE} (2)"]
     assert mean.change_pp == pytest.approx((made.change_pp["easy"] + made.change_pp["hard"]) / 2) == -18.75
     assert mean.low_pp < -18.75 < mean.high_pp and mean["items"] == 12
-    assert pd.isna(mean.holm_p) and mean.significant is None and made.significant["easy"] is False
+    assert pd.isna(mean.p_holm) and mean.significant is None and made.significant["easy"] is False
 
 
 def test_where_nothing_flipped_the_mean_has_an_interval_of_its_tasks():
@@ -160,11 +160,11 @@ def test_the_probability_of_the_right_choice_is_paired():
     shares = {"bf16": [0.9, 0.8, 0.7, 0.9], "int8": [0.8, 0.8, 0.4, 0.85]}
 
     def found(asked):
-        return pd.DataFrame(items("easy", [1, 1, 1, 1])).assign(p_right=shares[asked["precision"]])
+        return pd.DataFrame(items("easy", [1, 1, 1, 1])).assign(p_correct=shares[asked["precision"]])
 
     made = table.change(frame, found).iloc[0]
-    assert made.p_right_change_pp == pytest.approx(-11.25)
-    assert made.p_right_low_pp < -11.25 < made.p_right_high_pp < 0 and made.change_pp == 0
+    assert made.p_correct_change_pp == pytest.approx(-11.25)
+    assert made.p_correct_low_pp < -11.25 < made.p_correct_high_pp < 0 and made.change_pp == 0
 
 
 def test_other_items_are_not_compared():
@@ -201,7 +201,7 @@ def test_gsm8ks_average_is_of_the_strict_readings():
         return pd.DataFrame(items(asked["task"], right[asked["precision"], asked["task"]], "strict-match"))
 
     change = table.change(frame, found).set_index("task").loc["gsm8k_average"]
-    assert change.change_pp == -50 and pd.isna(change.mcnemar_p) and "tested each" in change.note
+    assert change.change_pp == -50 and pd.isna(change.p_mcnemar) and "tested each" in change.note
 
 
 def test_speed_is_compared_on_one_workload():
@@ -249,7 +249,7 @@ def test_the_largest_batch_follows_the_longest_prompt_not_their_number():
     assert all(sizes.tolist() == [12, 12, 6] for _, sizes in made.largest_batch.groupby("order"))
     assert made.longest_tokens.groupby("examples").first().tolist() == [8, 8, 18]
     assert made.batches[24].to_dict() == {"unsorted": 2, "bucketed": 2, "sorted": 2}
-    assert (made.note == "").all() and made.doubt_pct.iloc[0] == pytest.approx(100 * (20 / 70) * (4 / 12))
+    assert (made.note == "").all() and made.estimate_error_pct.iloc[0] == pytest.approx(100 * (20 / 70) * (4 / 12))
 
 
 def test_what_there_is_no_plan_for_says_why():
@@ -287,7 +287,7 @@ def test_knees_are_named_with_what_they_give_and_a_line_that_did_not_bend_has_no
          "flags": ["another process used the GPU"] if (name, size) == ("nf4", 4) else []}
         for name, line in lines.items() for size, rps, latency_s in line
     ]  # fmt: skip
-    rows.append({"precision": "int8", "engine": "graphed", "batch_size": 1, "note": "cannot be recorded"})
+    rows.append({"precision": "int8", "engine": "cuda_graph", "batch_size": 1, "note": "cannot be recorded"})
     for frame in (pd.DataFrame(rows), table.sweep(pd.DataFrame(rows))):
         made = table.knees(frame)
         assert made.precision.tolist() == ["bf16", "nf4"] and made.swept_to.tolist() == [4, 4]

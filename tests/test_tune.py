@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qnb import tune
+from qnb.speed import autotune as tune
 
 KERNEL_MS = 0.003
 

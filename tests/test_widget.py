@@ -6,7 +6,9 @@ import ipywidgets
 import pandas as pd
 import pytest
 
-from qnb import InputError, Study, live, widget
+from qnb import InputError, Study
+from qnb.report import live
+from qnb.report import widgets as widget
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +49,7 @@ def test_the_explorer_redraws_when_a_choice_changes(studied):
     after = figure_of(panel)
     assert "Accuracy" in before and "TPOT" in after["layout"]["title"]["text"]
     assert part(panel, ipywidgets.Dropdown, "task").disabled
-    part(panel, ipywidgets.Dropdown, "engine").value = "graphed"
+    part(panel, ipywidgets.Dropdown, "engine").value = "cuda_graph"
     part(panel, ipywidgets.SelectMultiple).value = ("bf16", "nf4")
     part(panel, ipywidgets.Dropdown, "compared").value = "bf16"
     bars = figure_of(panel)["data"][0]
@@ -66,15 +68,15 @@ def test_the_explorer_shows_kept_runs_on_a_machine_that_measured_nothing(tmp_pat
 def test_the_choosers_words_and_figure_follow_its_sliders(studied):
     panel = widget.chooser(studied)
     words = part(panel, ipywidgets.HTML)
-    assert "Recommended: nf4 (graphed)" in words.value
+    assert "Recommended: nf4 (cuda_graph)" in words.value
     part(panel, ipywidgets.FloatSlider, "memory").value = 700
     assert "Recommended: nothing" in words.value
     assert figure_of(panel)["layout"]["shapes"][0]["x0"] == 700
     part(panel, ipywidgets.FloatSlider, "memory").value = 2100
     part(panel, ipywidgets.FloatSlider, "loss").value = 0
-    assert "Recommended: bf16 (graphed)" in words.value and "cannot tell" in words.value
+    assert "Recommended: bf16 (cuda_graph)" in words.value and "cannot tell" in words.value
     part(panel, ipywidgets.Dropdown, "accuracy").value = ""
-    assert "int4 (graphed)" in words.value.split("Second")[1] and "cannot tell" not in words.value
+    assert "int4 (cuda_graph)" in words.value.split("Second")[1] and "cannot tell" not in words.value
     part(panel, ipywidgets.Dropdown, "ranked").value = ("maxbatch", "throughput_rps")
     assert "requests/s, at least" in part(panel, ipywidgets.FloatSlider, "throughput").description
 
@@ -118,8 +120,8 @@ def test_the_playground_shows_what_each_ticked_precision_says_and_errors_as_word
 
 def test_a_continuation_is_the_models_own_greedy_text(source, tmp_path):
     """Its pieces joined are what transformers' generate gives for the same prompt."""
-    from qnb import model
     from qnb.precision import PRECISIONS
+    from qnb.quantize import checkpoint as model
 
     study = Study("smollm2-135m", "bf16", tmp_path)
     prompt = "The capital of France is"

@@ -2,8 +2,9 @@
 
 import pytest
 
-from qnb import model, workload
-from qnb.error import InputError
+from qnb import prompts as workload
+from qnb.errors import InputError
+from qnb.quantize import checkpoint as model
 
 
 @pytest.fixture(scope="module")

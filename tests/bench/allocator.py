@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, LlamaForCausalLM
 
-from qnb.batch import OUT_OF_MEMORY, Probe
-from qnb.decode import Decoder
 from qnb.device import MIB
-from qnb.model import shape_config
+from qnb.quantize.checkpoint import shape_config
+from qnb.speed.batch_search import OUT_OF_MEMORY, Probe
+from qnb.speed.engines import Decoder
 
 WORKSPACE = 32 * MIB  # cuBLAS's
 

@@ -27,13 +27,13 @@ from typing import Any
 import pandas as pd
 from transformers import AutoConfig
 
-from qnb import model
-from qnb.batch import DIED, Apart, Probe, largest
-from qnb.benchmark import PROBES, counted, trial_of
-from qnb.decode import unrecordable
 from qnb.device import MIB
 from qnb.precision import parse
-from qnb.workload import Workload
+from qnb.prompts import Workload
+from qnb.quantize import checkpoint as model
+from qnb.speed.batch_search import DIED, Apart, Probe, largest
+from qnb.speed.benchmark import PROBES, counted, trial_of
+from qnb.speed.engines import unrecordable
 
 START = 2048  # of accelerate's search; doubled where that much fits, as it only goes down
 
@@ -149,7 +149,7 @@ def compare(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     folder = "" if options.device == "simulated" else model.resolve(options.model, options.device).path
     for memory_gib in options.memory_gib.split(","):
         for precision, engine in product(parse(options.precisions), options.engines.split(",")):
-            if engine == "graphed" and (why := unrecordable(precision.threshold)):
+            if engine == "cuda_graph" and (why := unrecordable(precision.threshold)):
                 print(f"{precision.name}, {engine}: {why}", file=sys.stderr)
                 continue
             limit_mib, cliff = _limit_mib(memory_gib, options.device), 0
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu", "simulated"), default="cuda")
     parser.add_argument("--model", default=model.SHAPE)
     parser.add_argument("--precisions", default="fp16,int8,int4,nf4")
-    parser.add_argument("--engines", default="eager", help="graphed too, with precisions that can be recorded")
+    parser.add_argument("--engines", default="eager", help="cuda_graph too, with precisions that can be recorded")
     parser.add_argument("--memory-gib", default="15,whole")
     parser.add_argument("--searches", default=",".join(SEARCHES))
     parser.add_argument("--prompt-tokens", type=int, default=256)

@@ -1,9 +1,9 @@
 """Milliseconds a token by precision and engine, with the ratio to eager and to the device's limit, taken in one run.
 
 ``python tests/bench/decode.py``: nine precisions of Llama-3.2-1B's shape at batch size 1, six minutes on an H100
-``python tests/bench/decode.py --engines graphed --precisions fp16,nf4 --compile none,fused,descent,combo,default``:
+``python tests/bench/decode.py --engines cuda_graph --precisions fp16,nf4 --compile none,fused,descent,combo,default``:
 what torch.compile is asked for; the variants differ in batches of up to eight rows
-``python tests/bench/decode.py --engines graphed --precisions fp16,nf4 --compile default,unled,written,stock``:
+``python tests/bench/decode.py --engines cuda_graph --precisions fp16,nf4 --compile default,unled,written,stock``:
 builds of the same step, with kernels chosen by this project's timing, by parts of it and by torch.compile's own
 ``python tests/bench/decode.py --model smollm2-135m --precisions bf16 --prompt-tokens 16 --new-tokens 4``: on a CPU
 """
@@ -21,10 +21,13 @@ import pandas as pd
 import torch
 from torch._inductor.utils import fresh_cache
 
-from qnb import benchmark, decode, model, step
 from qnb.precision import Precision, parse
-from qnb.tune import kernel_ms, steadily
-from qnb.workload import load
+from qnb.prompts import load
+from qnb.quantize import checkpoint as model
+from qnb.speed import benchmark
+from qnb.speed import decode_step as step
+from qnb.speed import engines as decode
+from qnb.speed.autotune import kernel_ms, steadily
 
 # name: what torch.compile is given for the lean step
 VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -58,7 +61,7 @@ def measure(
         eager_ms = None
         kind = torch.device(options.device).type
         for engine in sorted(decode.parse(options.engines, kind), key=lambda name: name != "eager"):
-            for variant in options.compile if engine == "graphed" else [""]:
+            for variant in options.compile if engine == "cuda_graph" else [""]:
                 row: dict[str, Any] = {"precision": precision.name, "engine": engine, "batch_size": size}
                 if why := decode.absent(engine, kind, network, options.prompt_tokens + options.new_tokens):
                     yield {**row, "note": why}
@@ -108,7 +111,7 @@ def main() -> None:
     parser.add_argument("--engines", default="auto")
     parser.add_argument("--compile", default=["default"], type=variants)
     parser.add_argument("--batch-sizes", default=[1], type=lambda text: [int(size) for size in text.split(",")])
-    parser.add_argument("--requests", default=2, type=int, help="batches timed with eager; graphed gets four times")
+    parser.add_argument("--requests", default=2, type=int, help="batches timed with eager; cuda_graph gets four times")
     parser.add_argument("--prompt-tokens", default=128, type=int)
     parser.add_argument("--new-tokens", default=100, type=int)
     parser.add_argument("--output", default=Path("decode.csv"), type=Path)

@@ -14,10 +14,11 @@ from time import perf_counter, thread_time
 
 import torch
 
-from qnb import decode, model
-from qnb.monitor import Window, sensor
 from qnb.precision import PRECISIONS
-from qnb.workload import load
+from qnb.prompts import load
+from qnb.quantize import checkpoint as model
+from qnb.speed import engines as decode
+from qnb.speed.monitor import Window, sensor
 
 ALLOWED_PCT = 0.5
 
@@ -57,7 +58,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     engine = options.engine or decode.parse("auto", device.type)[-1]
-    new_tokens = options.new_tokens or (1000 if engine == "graphed" else 100)
+    new_tokens = options.new_tokens or (1000 if engine == "cuda_graph" else 100)
     source = model.resolve(options.model, device.type)
     with model.quiet():
         network = model.load(source.path, PRECISIONS["bf16"], options.device)

@@ -24,10 +24,12 @@ import pandas as pd
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from qnb import Study, accuracy, model
+from qnb import Study
+from qnb.accuracy import tasks as accuracy
+from qnb.accuracy.scorer import SharedContextLM
 from qnb.device import MIB
 from qnb.precision import PRECISIONS
-from qnb.scorer import SharedContextLM
+from qnb.quantize import checkpoint as model
 
 HELD_GIB = 15
 # contexts, tokens of one, choices, tokens of a choice

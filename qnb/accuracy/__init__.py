@@ -1,0 +1,1 @@
+"""What a format costs: tasks, perplexity and divergence, with paired statistics."""

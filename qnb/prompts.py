@@ -1,0 +1,154 @@
+"""Prompts to generate from: WikiText-2 raw paragraphs, or the built-in sample text.
+
+A prompt is the beginning of a paragraph, cut to a number of tokens; paragraphs too short for that are passed over
+while there are enough others. Which paragraphs come, and in which order, depends on the seed alone, so every
+precision gets the same prompts.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qnb.errors import InputError
+from qnb.quantize.hub import scrub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DATA = Path(__file__).parent / "data"
+WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+SOURCES = ("sample", "wikitext")
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Prompts as token ids, and the new tokens asked of each."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    new_tokens: int
+    source: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any token of any prompt and with the number of new tokens."""
+        return sha256(repr((self.prompts, self.new_tokens)).encode()).hexdigest()[:16]
+
+    @property
+    def longest(self) -> tuple[int, ...]:
+        """The longest prompt: with all new tokens, what a batch must have room for."""
+        return max(self.prompts, key=len)
+
+
+def check(source: str) -> None:
+    """Refuse a source of prompts that there is not.
+
+    Raises
+    ------
+    InputError
+        `source` is none of `SOURCES`.
+    """
+    if source not in SOURCES:
+        raise InputError(f"prompts {source!r} are unknown; choose from {', '.join(SOURCES)}")
+
+
+def paragraphs(source: str, data_dir: str | Path | None = None, split: str | None = "test") -> list[str]:
+    """Return the paragraphs of `source`, headings and blank lines left out.
+
+    Parameters
+    ----------
+    source
+        ``"sample"``, the text that comes with the package, or ``"wikitext"``, WikiText-2 raw.
+    data_dir
+        A folder laid out like the hub's dataset repositories, read instead of the hub.
+    split
+        Which part of WikiText-2; None takes all that are there.
+
+    Raises
+    ------
+    InputError
+        The source is unknown, or its data cannot be had or hold no text.
+    """
+    check(source)
+    text = DATA / "text.txt"
+    lines = text.read_text(encoding="utf-8").splitlines() if source == "sample" else _wikitext(data_dir, split)
+    if found := [line.strip() for line in lines if line.strip() and not line.strip().startswith("=")]:
+        return found
+    raise InputError(
+        f"{'/'.join(WIKITEXT)} in {data_dir or 'the hub'} has no paragraph of text; give a data_dir that holds it, or "
+        "take prompts='sample'"
+    )
+
+
+def _wikitext(data_dir: str | Path | None, split: str | None) -> list[str]:
+    import datasets
+
+    name, subset = WIKITEXT
+    if data_dir and not (Path(data_dir) / name).is_dir():
+        raise InputError(
+            f"data_dir {data_dir} has no folder {name}; give a folder laid out like the hub's dataset "
+            "repositories, or leave data_dir empty to read the hub"
+        )
+    path = str(Path(data_dir).resolve() / name) if data_dir else name
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(path, subset, split=split)
+        return [text for part in ([found] if split else found.values()) for text in part["text"]]
+    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        text = scrub(str(error)) or type(error).__name__
+        raise InputError(
+            f"{name} ({subset}) could not be read from {data_dir or 'the hub'}: {text}; "
+            "check the network, give data_dir, or take prompts='sample'"
+        ) from None  # the cause's own words may hold a signed address
+
+
+def load(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    requests: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    data_dir: str | Path | None = None,
+    seed: int = 0,
+) -> Workload:
+    """Make a workload of `requests` prompts of up to `prompt_tokens` tokens each.
+
+    All have that many tokens if any paragraph has: shorter ones would be padded, which is other work. More requests
+    than such paragraphs are filled by going round again, as the same text makes the same work.
+
+    Raises
+    ------
+    InputError
+        A count is not positive, or the source cannot be had.
+    """
+    for name, value in (("requests", requests), ("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
+        if value < 1:
+            raise InputError(f"{name} is {value}; give a whole number of at least 1")
+    texts = paragraphs(source, data_dir)
+    random.Random(seed).shuffle(texts)  # noqa: S311
+    texts.sort(key=lambda text: len(text) < 2 * prompt_tokens)  # a token is rarely shorter than two characters
+    ids = (tuple(tokenizer(text)["input_ids"][:prompt_tokens]) for text in texts)
+    whole = list(islice((prompt for prompt in ids if len(prompt) == prompt_tokens), requests))
+    prompts = whole or [tuple(tokenizer(text)["input_ids"]) for text in texts[: max(4 * requests, 64)]]
+    return Workload(tuple(islice(cycle(prompts), requests)), new_tokens, source)
+
+
+def lengths(
+    tokenizer: PreTrainedTokenizerBase, source: str, most: int, data_dir: str | Path | None = None, seed: int = 0
+) -> list[int]:
+    """Return the tokens of each of `most` paragraphs, uncut, in an order that the seed decides.
+
+    They are drawn from every split there is, and are fewer where these hold fewer: none is counted twice.
+
+    Raises
+    ------
+    InputError
+        The source is unknown, or its data cannot be had.
+    """
+    texts = paragraphs(source, data_dir, split=None)
+    random.Random(seed).shuffle(texts)  # noqa: S311
+    return [len(ids) for ids in tokenizer(texts[:most], verbose=False)["input_ids"]]

@@ -1,0 +1,1 @@
+"""What a format gives: latency, throughput, memory and energy."""
