@@ -52,9 +52,10 @@ def _checkpoint(precision):
     quantized = 0 if precision in ("bf16", "fp16") else 800_000_000
     linear_bytes = int(WEIGHTS_MIB[precision] * 2**20) - 400_000_000
     return {"parameters": 1_000_000_000, "embedding_bytes": 390_000_000, "linear_bytes": linear_bytes,
-            "other_bytes": 10_000_000, "quantized_parameters": quantized, "quantized_bytes": linear_bytes * bool(quantized),
-            "file_mib": WEIGHTS_MIB[precision] + 1, "quantize_s": 4.0, "save_s": 1.0, "load_s": 2.0,
-            "reload_identical": True, "manifest_sha256": "0" * 64}  # fmt: skip
+            "other_bytes": 10_000_000, "quantized_parameters": quantized,
+            "quantized_bytes": linear_bytes if quantized else 0, "file_mib": WEIGHTS_MIB[precision] + 1,
+            "quantize_s": 4.0, "save_s": 1.0, "load_s": 2.0, "reload_identical": True,
+            "manifest_sha256": "0" * 64}  # fmt: skip
 
 
 def _accuracy(folder, precision, task):
@@ -78,8 +79,8 @@ def _accuracy(folder, precision, task):
 def _divergence(precision):
     row = {"prompt_source": "sample", "text_sha256": "0" * 16, "tokens": 1024, "context": 128, "stride": 64}
     bits_lost = 1 - WEIGHTS_MIB[precision] / WEIGHTS_MIB["bf16"]
-    values = {"perplexity": 20 * (1 + bits_lost / 10), "perplexity_change_pct": 10 * bits_lost,
-              "kl_mean_nats": bits_lost / 20, "kl_p99_nats": bits_lost, "same_top1_pct": 100 - 9 * bits_lost}  # fmt: skip
+    values = {"perplexity": 20 + 2 * bits_lost, "perplexity_change_pct": 10 * bits_lost, "kl_mean_nats": bits_lost,
+              "kl_p99_nats": bits_lost, "same_top1_pct": 100 - 9 * bits_lost}  # fmt: skip
     for name, value in values.items():
         value = value if name == "perplexity" or precision != "bf16" else None
         row |= {name: value, f"{name}_low": value and 0.9 * value, f"{name}_high": value and 1.1 * value}
