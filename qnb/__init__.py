@@ -1,6 +1,6 @@
 """What does quantizing this model cost, and what does it give?"""
 
-__version__ = "0.9.2"
+__version__ = "1.0.0"
 
 import warnings
 from typing import Any

@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 from qnb.errors import InputError
+from qnb.memory import MIB
 
-MIB = 2**20
 CHOICE = "QNB_DEVICE"  # the environment's variable for what "auto" means
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "lm_eval", "datasets", "accelerate")
 

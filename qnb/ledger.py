@@ -1,32 +1,31 @@
-"""The append-only record of a study: one JSON object a line, true once it is there.
+"""The append-only record of a study: one JSON object a line.
 
-A row is keyed by what it is about (stage, precision, engine, setting, task, repeat) and carries the fingerprint of
-what it was measured with. The newest row of a key is the one shown; a row with the asked fingerprint is never
-measured again. Each line ends in a check of its own bytes, so that a changed one is noticed wherever it is read.
+A row is keyed by what it is about (stage, format, engine, setting, task, repeat) and carries the fingerprint of what
+it was measured with. The newest row of a key is the one shown. A row with the wanted fingerprint is never measured
+again.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from hashlib import sha256
+from hashlib import file_digest, sha256
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qnb.errors import InputError
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+Row = dict[str, Any]
 KEY = ("stage", "precision", "engine", "setting", "task", "repeat")
-FAILED = ".failed"  # ends the stage of a row that says why a measurement could not be made
-_CHECK = b', "check": "'
-# a line begins with its key and fingerprint, which are compared as they are written: quotes within are escaped
-_HEAD = re.compile(b"{" + b", ".join(b'"%b": (.*?)' % name.encode() for name in (*KEY, "fingerprint")) + b"[,}]")
+FAILED = ".failed"  # ends the stage of a row that says why a measurement failed
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
@@ -34,82 +33,46 @@ def fingerprint(parts: Mapping[str, Any]) -> str:
     return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def seal(row: Mapping[str, Any]) -> bytes:
-    """Return a row as one line: its key and fingerprint first, a check of all bytes before it last.
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
-    Raises
-    ------
-    ValueError
-        A number is not finite.
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file whole or not at all, flushed to the disk; its folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    with draft.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def write_parquet(folder: Path, stem: str, frame: pd.DataFrame) -> tuple[str, str]:
+    """Write a frame below `folder`; return the file's name there and its sha256.
+
+    The name carries the hash, so a new measurement leaves an earlier row's file alone.
     """
-    return checked({**dict.fromkeys((*KEY, "fingerprint"), ""), **row})
+    buffer = BytesIO()
+    frame.to_parquet(buffer)
+    digest = sha256(buffer.getvalue()).hexdigest()
+    name = f"{stem}.{digest[:8]}.parquet"
+    write_atomic(folder / name, buffer.getvalue())
+    return name, digest
 
 
-def checked(fields: Mapping[str, Any]) -> bytes:
-    """Return `fields` as one line of JSON whose last field is a check of all bytes before.
-
-    Raises
-    ------
-    ValueError
-        A number is not finite.
-    """
-    body = json.dumps(fields, allow_nan=False).encode()
-    return body[:-1] + _CHECK + sha256(body).hexdigest()[:16].encode() + b'"}\n'
-
-
-def unchecked(line: bytes) -> bytes:
-    """Return the JSON of a line that `checked` wrote, without its check.
-
-    Raises
-    ------
-    ValueError
-        A byte was changed since it was written.
-    """
-    body, _, check = line.rpartition(_CHECK)
-    body += b"}"
-    if check != sha256(body).hexdigest()[:16].encode() + b'"}\n':
-        raise ValueError("it was changed since it was written")
-    return body
-
-
-class Line:
-    """One sealed row, its fields read when they are asked for.
-
-    Raises
-    ------
-    ValueError
-        The line is none that `seal` wrote.
-    """
-
-    __slots__ = ("_bytes", "_row", "fingerprint", "key")
-
-    def __init__(self, line: bytes) -> None:
-        head = _HEAD.match(line)
-        if head is None:
-            raise ValueError("its key is missing")
-        self._bytes = unchecked(line)
-        self.key: tuple[bytes, ...] = head.groups()[:-1]
-        self.fingerprint: bytes = head.groups()[-1]
-        self._row: dict[str, Any] | None = None
-
-    @property
-    def stage(self) -> str:
-        """The stage it belongs to."""
-        return str(json.loads(self.key[0]))
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """Its fields."""
-        if self._row is None:
-            self._row, self._bytes = dict(json.loads(self._bytes)), b""
-        return self._row
+def row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a row is about; fields that it lacks are empty."""
+    return tuple(row.get(name, "") for name in KEY)
 
 
 class Ledger:
-    """Rows of one study in `folder`/ledger.jsonl.
+    """Rows of one study in ``folder/ledger.jsonl``.
 
-    A torn last line, as a killed process leaves it, is passed over and cut off by the next append. A whole line that
-    is no row, or was changed since it was written, is passed over and named in `damaged`.
+    A torn last line, as a killed process leaves it, is passed over and cut off by the next append. Any other line that
+    is not a row is passed over and named in `damaged`.
 
     Parameters
     ----------
@@ -127,27 +90,26 @@ class Ledger:
         self.path = self.folder / "ledger.jsonl"
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"output {self.folder} is a file; give a folder, or a name that does not exist yet")
-        self._forget()
+        self._clear()
         self.refresh()
 
-    def _forget(self) -> None:
-        self._newest: dict[tuple[bytes, ...], Line] = {}
-        self._by_fingerprint: dict[bytes, list[Line]] = {}
-        self._frames: dict[str, pd.DataFrame] = {}  # by stage, as long as no row is added
+    def _clear(self) -> None:
+        self._newest: dict[tuple[Any, ...], Row] = {}  # in the order of appending
+        self._by_fingerprint: dict[str, list[Row]] = {}
         self._end = self._lines = 0  # bytes and lines read
-        self.damaged: list[str] = []  # a text for each line that is no row
+        self.damaged: list[str] = []
 
     def refresh(self) -> None:
-        """Take in the rows that another notebook has appended to the same study since the last look."""
+        """Read the rows that another process has appended since the last look."""
         if not self.path.exists():
-            self._forget()
+            self._clear()
         elif self.path.stat().st_size != self._end:
             with self.path.open("rb") as file:
                 self._read(file)
 
     def _read(self, file: BinaryIO) -> None:
-        if file.seek(0, os.SEEK_END) < self._end:  # removed and begun anew
-            self._forget()
+        if file.seek(0, os.SEEK_END) < self._end:  # the file was removed and begun anew
+            self._clear()
         file.seek(self._end)
         for line in file:
             if not line.endswith(b"\n"):
@@ -155,36 +117,41 @@ class Ledger:
             self._end += len(line)
             self._lines += 1
             try:
-                self._add(Line(line))
-            except ValueError as error:
-                self.damaged.append(f"{self.path}, line {self._lines}, is no row of a study: {error}")
+                self._add(json.loads(line))
+            except (ValueError, AttributeError):  # not JSON, or not an object
+                self.damaged.append(f"{self.path}, line {self._lines}, is not a row of a study")
 
-    def _add(self, line: Line) -> None:
-        self._newest.pop(line.key, None)  # so that keys stand in the order in which they were last asked
-        self._newest[line.key] = line
-        self._frames.clear()
-        self._by_fingerprint.setdefault(line.fingerprint, []).append(line)
+    def _add(self, row: Row) -> None:
+        key = row_key(row)
+        if not key[0]:
+            raise ValueError("a row without a stage")
+        self._newest.pop(key, None)  # so that keys stand in the order in which they were last appended
+        self._newest[key] = row
+        self._by_fingerprint.setdefault(row.get("fingerprint", ""), []).append(row)
 
-    def append(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Write one row, whole and flushed to disk, and return it with its time stamp.
+    def append(self, row: Mapping[str, Any]) -> Row:
+        """Write one row, whole and flushed to the disk, and return it with its time stamp.
 
         Raises
         ------
         OSError
             It cannot be written; nothing of it stays.
+        ValueError
+            A number is not finite.
         """
         stamp = datetime.now(UTC).isoformat(timespec="seconds")
-        line = seal({"measured_at": stamp, **row})
+        whole = {**dict.fromkeys(KEY, ""), "measured_at": stamp, **row}
+        line = json.dumps(whole, allow_nan=False).encode() + b"\n"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path.touch()
-        with self.path.open("r+b", buffering=0) as file, _alone(file):  # a buffer would be written again when closed
+        with self.path.open("r+b", buffering=0) as file, _locked(file):  # a buffer would be written again at closing
             self.refresh()
             file.truncate(self._end)  # drops the torn line of a killed process
             file.seek(self._end)
             try:
-                left = memoryview(line)
-                while left:
-                    left = left[file.write(left) :]
+                rest = memoryview(line)
+                while rest:
+                    rest = rest[file.write(rest) :]
                 os.fsync(file.fileno())
             except OSError:
                 with suppress(OSError):
@@ -192,69 +159,73 @@ class Ledger:
                 raise
         self._end += len(line)
         self._lines += 1
-        self._add(made := Line(line))
-        return made.row
+        self._add(json.loads(line))
+        return self._newest[row_key(whole)]
 
-    def find(self, fingerprint: str, **wanted: Any) -> dict[str, Any] | None:
-        """Return the newest row with this fingerprint whose other fields equal those given; None if there is none.
-
-        A row that answers but is not the newest of its key, or was followed by a failure, is appended again, so that
-        what was asked last is what is shown.
-        """
+    def find(self, key: Mapping[str, Any]) -> Row | None:
+        """Return the newest row whose fields equal those of `key`, fingerprint included; None if there is none."""
         self.refresh()
-        for line in reversed(self._by_fingerprint.get(json.dumps(fingerprint).encode(), [])):
-            if all(line.row.get(name) == value for name, value in wanted.items()):
-                shown = line is self._newest[line.key] and not self._failed_since(line)
-                return line.row if shown else self.append(line.row)
-        return None
+        rows = reversed(self._by_fingerprint.get(key["fingerprint"], []))
+        return next((row for row in rows if all(row.get(name) == value for name, value in key.items())), None)
 
-    def _failed_since(self, line: Line) -> bool:
-        """Return whether a failure of the same key stands after a row."""
-        failed = (json.dumps(line.stage + FAILED).encode(), *line.key[1:])
-        return failed in self._newest and next(
-            key for key in reversed(self._newest) if key in (failed, line.key)) == failed  # fmt: skip
+    def is_newest(self, row: Row) -> bool:
+        """Return whether `row` is what its key shows: no other row and no failure of that key came later."""
+        key = row_key(row)
+        if self._newest.get(key) is not row:
+            return False
+        failure = (f"{key[0]}{FAILED}", *key[1:])
+        later = (name for name in reversed(self._newest) if name in (key, failure))
+        return next(later) == key
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Iterate over the newest row of each key, in the order in which these were appended."""
+    def rows(self, stage: str = "") -> list[Row]:
+        """Return the newest row of each key, oldest first; of one stage, or of all."""
         self.refresh()
-        return (line.row for line in list(self._newest.values()))
-
-    def __len__(self) -> int:
-        self.refresh()
-        return len(self._newest)
-
-    def stages(self) -> Counter[str]:
-        """Return how many keys each stage has."""
-        self.refresh()
-        counts = Counter(key[0] for key in self._newest)
-        return Counter({str(json.loads(stage)): count for stage, count in counts.items()})
+        return [row for row in self._newest.values() if stage in ("", row["stage"])]
 
     def frame(self, stage: str) -> pd.DataFrame:
         """Return the newest rows of one stage, a column a field; empty if nothing was measured."""
-        self.refresh()
-        if stage not in self._frames:
-            wanted = json.dumps(stage).encode()
-            self._frames[stage] = pd.DataFrame([line.row for line in self._newest.values() if line.key[0] == wanted])
-        return self._frames[stage].copy(deep=False)
+        import pandas as pd
 
-    def failures(self) -> list[dict[str, Any]]:
-        """Return the rows that say what could not be measured and was not measured since."""
+        return pd.DataFrame(self.rows(stage))
+
+    def failures(self) -> list[Row]:
+        """Return the rows that say what failed and was not measured since."""
+        failed = [row for row in self.rows() if row["stage"].endswith(FAILED)]
+        order = {key: place for place, key in enumerate(self._newest)}
+
+        def measured_later(row: Row) -> bool:
+            key = row_key(row)
+            return order.get((key[0].removesuffix(FAILED), *key[1:]), -1) > order[key]
+
+        return [row for row in failed if not measured_later(row)]
+
+    def stages(self) -> Counter[str]:
+        """Return how many keys each stage has."""
+        return Counter(row["stage"] for row in self.rows())
+
+    @property
+    def revision(self) -> tuple[int, int]:
+        """A value that changes whenever the ledger's content does."""
         self.refresh()
-        place = {key: place for place, key in enumerate(self._newest)}
-        failed = [line for line in self._newest.values() if line.stage.endswith(FAILED)]
-        meant = [(json.dumps(line.stage.removesuffix(FAILED)).encode(), *line.key[1:]) for line in failed]
-        return [line.row for line, key in zip(failed, meant, strict=True) if place.get(key, -1) < place[line.key]]
+        if not self.path.exists():
+            return 0, 0
+        state = self.path.stat()
+        return state.st_size, state.st_mtime_ns
+
+    def __len__(self) -> int:
+        return len(self.rows())
 
 
 @contextmanager
-def _alone(file: BinaryIO) -> Iterator[None]:
-    """Keep other processes from appending meanwhile, where the system has such locks."""
+def _locked(file: BinaryIO) -> Iterator[None]:
+    """Keep other processes from appending meanwhile, where the file system has such locks."""
     try:
         import fcntl
-    except ImportError:  # Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except (ImportError, OSError):  # Windows, and mounts such as Google Drive's
         yield
         return
-    fcntl.flock(file, fcntl.LOCK_EX)
     try:
         yield
     finally:

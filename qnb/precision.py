@@ -1,9 +1,9 @@
-"""What each precision means, as load arguments.
+"""The formats, as data: how each stores and multiplies a model's weights.
 
-A weight stored in b bits costs b/8 bytes of memory and of bandwidth; what it is *multiplied* in is a separate
-choice. LLM.int8 multiplies int8 by int8 and keeps outlier columns in 16 bit (Dettmers et al. 2022); the 4-bit
-formats are unpacked to their compute type before every product (Dettmers et al. 2023). Only linear layers inside
-the blocks are quantized: embeddings, norms and the output head stay in 16 bit. No other module branches on a name.
+A weight stored in b bits costs b/8 bytes of memory and of bandwidth. What it is *multiplied* in is a separate choice.
+LLM.int8 multiplies int8 by int8 and keeps outlier columns in 16 bit (Dettmers et al. 2022). The 4-bit formats are
+unpacked to their compute type before every product (Dettmers et al. 2023). Only linear layers inside the blocks are
+quantized: embeddings, norms and the output head stay in 16 bit. No other module branches on a format's name.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class Precision:
 
     name: str
     dtype: str  # torch type of everything that is not quantized
-    bits: float  # stored bits a quantized weight, block constants included
     color: str  # its colour in every figure
+    marker: str  # its symbol in every figure, as Plotly names it
+    label: str  # its name where there is room
     meaning: str
     quantization: dict[str, Any] = field(default_factory=dict, hash=False)  # BitsAndBytesConfig arguments
 
@@ -50,7 +51,7 @@ class Precision:
 
     @property
     def threshold(self) -> float:
-        """From what magnitude on LLM.int8 multiplies an input column in 16 bit; 0 where it keeps no outliers apart."""
+        """The magnitude from which LLM.int8 multiplies an input column in 16 bit; 0 where it has no outlier path."""
         return float(self.quantization.get("llm_int8_threshold", 0.0))
 
     def config(self) -> BitsAndBytesConfig | None:
@@ -62,34 +63,43 @@ class Precision:
         return BitsAndBytesConfig(**self.quantization)
 
 
-def _four_bit(kind: str, compute: str, **more: Any) -> dict[str, Any]:
-    return {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": compute, **more}
+def _int8(threshold: float) -> dict[str, Any]:
+    return {"load_in_8bit": True, "llm_int8_threshold": threshold}
 
 
-# Stored bits: bitsandbytes keeps a float32 maximum a row (INT8, about 0 bits) or a block of 64 weights (0.5 bit);
-# double quantization stores that maximum in 8 bits and one float32 a 256 of them (0.127 bit).
+def _four_bit(kind: str, compute: str, **options: Any) -> dict[str, Any]:
+    return {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": compute, **options}
+
+
 PRECISIONS: dict[str, Precision] = {
     precision.name: precision
     for precision in (
-        Precision("fp32", "float32", 32, "#4d4d4d", "32-bit floats, the reference"),
-        Precision("bf16", "bfloat16", 16, "#1f4e9c", "bfloat16, as the model was released: the baseline"),
-        Precision("fp16", "float16", 16, "#3d9be9", "half precision"),
+        Precision("fp32", "float32", "#4d4d4d", "circle", "FP32", "32-bit floats, the reference"),
         Precision(
-            "int8", "bfloat16", 8, "#e08214", "LLM.int8, outliers above 6.0 kept in 16 bit",
-            {"load_in_8bit": True, "llm_int8_threshold": 6.0},
+            "bf16", "bfloat16", "#1f4e9c", "square", "BF16", "bfloat16, as most models are released: the baseline"
+        ),
+        Precision("fp16", "float16", "#3d9be9", "diamond", "FP16", "half precision"),
+        Precision(
+            "int8", "bfloat16", "#e08214", "triangle-up", "INT8", "LLM.int8, outliers above 6.0 kept in 16 bit",
+            _int8(6.0),
         ),
         Precision(
-            "int8-no-outliers", "bfloat16", 8, "#fdb863", "LLM.int8 without the outlier path (threshold 0)",
-            {"load_in_8bit": True, "llm_int8_threshold": 0.0},
+            "int8-no-outliers", "bfloat16", "#fdb863", "triangle-down", "INT8 (no outlier path)",
+            "LLM.int8 without the outlier path (threshold 0)", _int8(0.0),
         ),
         Precision(
-            "int4", "bfloat16", 4.5, "#b2182b", "FP4, float32 compute: load_in_4bit=True alone, the paper's INT4",
-            _four_bit("fp4", "float32"),
+            "int4", "bfloat16", "#b2182b", "cross", "INT4 (FP4 weights, FP32 compute)",
+            "FP4, float32 compute: load_in_4bit=True alone, the paper's INT4", _four_bit("fp4", "float32"),
         ),
-        Precision("fp4", "bfloat16", 4.5, "#d6604d", "FP4, 16-bit compute", _four_bit("fp4", "bfloat16")),
-        Precision("nf4", "bfloat16", 4.5, "#1b7837", "NF4, 16-bit compute", _four_bit("nf4", "bfloat16")),
         Precision(
-            "nf4-dq", "bfloat16", 4.127, "#7fbf7b", "NF4 with double quantization, 16-bit compute",
+            "fp4", "bfloat16", "#d6604d", "x", "FP4", "FP4, 16-bit compute", _four_bit("fp4", "bfloat16")
+        ),
+        Precision(
+            "nf4", "bfloat16", "#1b7837", "star", "NF4", "NF4, 16-bit compute", _four_bit("nf4", "bfloat16")
+        ),
+        Precision(
+            "nf4-dq", "bfloat16", "#7fbf7b", "hexagon", "NF4 (double quantization)",
+            "NF4 with double quantization, 16-bit compute",
             _four_bit("nf4", "bfloat16", bnb_4bit_use_double_quant=True),
         ),
     )

@@ -1,203 +1,233 @@
-"""One model across precisions: the only thing a notebook holds.
-
-The stages are `asking`'s and `timing`'s; here are the checkpoints they are measured on and what is made of the rows:
-tables, figures, the report.
-"""
+"""Study: everything a notebook holds. It composes the stages and turns their rows into tables and figures."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from tqdm.auto import tqdm
 
-from qnb.accuracy.evaluate import Asking
-from qnb.errors import InputError
-from qnb.ledger import FAILED
-from qnb.precision import parse
-from qnb.quantize import checkpoint as model
-from qnb.quantize import hub
-from qnb.report import tables as table
-from qnb.report.results import TABLES, Results, medians, readings
-from qnb.speed.stages import Timing
+from qnb.options import Count
+from qnb.session import Session
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from qnb.prompts import Workload
+    from qnb.report.results import Results
+
+PARAMETERS = tuple(signature(Session).parameters)  # what every notebook gives to its study
 
 
-class Study(Asking, Timing):
-    """A model, precisions, and the folder in which everything measured of them lies; made as `Workbench` says."""
+class Study:
+    """One model in several formats, and the folder in which everything measured of it is kept.
+
+    The parameters are those of `qnb.session.Session`. Each method measures what is missing in the ledger, then returns
+    a frame of what the rows say.
+    """
+
+    def __init__(
+        self,
+        model: str = "auto",
+        precisions: str | Iterable[str] = "study",
+        output: str | Path = "outputs/study",
+        data_dir: str | Path = "",
+        seed: int = 0,
+        overwrite: bool = False,
+        device: str = "auto",
+    ) -> None:
+        self.session = Session(model, precisions, output, data_dir, seed, overwrite, device)
+        self.folder, self.precisions = self.session.folder, self.session.precisions
+        self._results: tuple[tuple[int, int], Results] | None = None
+
+    # What was measured
+
+    def results(self) -> Results:
+        """Return everything measured, as frames: what tables, figures, panels and the report are made of."""
+        from qnb.report.results import Results
+
+        revision = self.session.ledger.revision
+        if self._results is None or self._results[0] != revision:
+            self._results = revision, Results.read(self.session.ledger)
+        return self._results[1]
+
+    def table(self, name: str) -> pd.DataFrame:
+        """Make one of `qnb.report.tables.TABLES` from the rows, and save it below ``tables/``."""
+        from qnb.report import tables
+
+        return tables.save(self.results(), name)
 
     def card(self) -> pd.DataFrame:
         """Return the study's card: what is measured, on what, with what, and what is done already."""
-        here, done = self.device, self.ledger.stages()
-        known = self._record or asdict(self.source)  # a study that was copied here shows without its model
-        facts = {
-            "model": f"{known['name']} ({known['why']})",
-            "weights": f"fingerprint {known['fingerprint']}" + (", random" if known["random_weights"] else ""),
-            "precisions": ", ".join(precision.name for precision in self.precisions),
-            "device": f"{here.name}, {here.memory_mib / 1024:.1f} GiB"
-            + (f", driver {here.driver}" if here.driver else ""),
-            "bfloat16": here.bf16,
-            "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-            "output": str(self.folder),
-            "already measured": ", ".join(f"{count} {stage} rows" for stage, count in done.items()) or "nothing",
-        }
-        return pd.DataFrame({"": facts})
+        return pd.DataFrame({"": self.session.facts()})
+
+    # 01: checkpoints
 
     def quantize(self) -> pd.DataFrame:
-        """Make, save, reload and prove every precision's checkpoint; return a row each.
+        """Make, save, reload and prove the checkpoint of every format; one row per format."""
+        from qnb.quantize import stages
 
-        Raises
-        ------
-        InputError
-            The model cannot be had.
-        """
-        with self._alone(), self._bar(len(self.precisions), "quantize") as bar:
-            for precision in self.precisions:
-                bar.set_postfix_str(precision.name)
-                with self._failing(self._key("quantize", precision, {}), {}, f"{precision.name}'s checkpoint"):
-                    self.checkpoint(precision)
-                bar.update()
-        return self._measured(self.frame("quantize"), "quantize")
+        stages.quantize(self.session)
+        return self.results().checkpoints
 
     def push(self, push_to: str, private: bool = True, dry_run: bool = True) -> pd.DataFrame:
-        """Upload every precision's checkpoint and model card to the hub, or show what would be; return a row each.
+        """Upload checkpoints and model cards to the hub, or show what would be uploaded; one row per format."""
+        from qnb.quantize import stages
+        from qnb.report import model_card
 
-        The rows are kept in push.csv, each as soon as it is known; what cannot be made is said and left out.
-
-        Parameters
-        ----------
-        push_to
-            A hub name such as ``you/llama-3.2-1b``; each checkpoint goes to ``<push_to>-<precision>``. Empty: none.
-        private
-            Whether the repositories are private.
-        dry_run
-            Upload nothing; needs neither token nor network.
-
-        Raises
-        ------
-        InputError
-            The model cannot be had, or the push is refused.
-        RuntimeError
-            No checkpoint could be made: what stood against the last.
-        """
-        from qnb.report import model_card as modelcard
-
-        rows = []
-        columns = ["precision", *hub.Push.__slots__]
-        if not push_to:
-            return pd.DataFrame(columns=columns)
-        hub.check_push(push_to, dry_run)
-        with self._alone(), self._bar(len(self.precisions), "push") as bar:
-            for precision in self.precisions:
-                bar.set_postfix_str(precision.name)
-                folder = None
-                with self._failing(self._key("quantize", precision, {}), {}, f"{precision.name}'s checkpoint"):
-                    folder = self.checkpoint(precision)
-                if folder is not None:
-                    card = modelcard.card(self.results(), precision)
-                    sent = hub.push(folder, f"{push_to}-{precision.name}", private, dry_run, card)
-                    rows.append({"precision": precision.name, **asdict(sent), "files": " ".join(sent.files)})
-                    pd.DataFrame(rows, columns=columns).to_csv(self.folder / "push.csv", index=False)
-                bar.update()
-        return self._measured(pd.DataFrame(rows, columns=columns), "quantize")
+        options = stages.PushOptions(push_to, private, dry_run)
+        return pd.DataFrame(stages.push(self.session, options, lambda each: model_card.card(self.results(), each)))
 
     def continuation(self, prompt: str, precision: str, new_tokens: int = 24) -> list[str]:
-        """Return what a precision's checkpoint writes after a prompt, greedily, token by token as text.
+        """Return what a format writes after a prompt, greedily, token by token as text."""
+        from qnb.speed import stages
 
-        Raises
-        ------
-        InputError
-            The prompt is empty, the precision unknown, or `new_tokens` below 1.
-        """
-        from qnb.speed.engines import Eager
+        return stages.continuation(self.session, prompt, precision, new_tokens)
 
-        (asked,) = parse(precision)
-        self.count("new_tokens", new_tokens)
-        ids = self.tokenizer(prompt, verbose=False)["input_ids"] if prompt.strip() else []
-        if not ids:
-            raise InputError("the prompt is empty; give some words to go on from")
+    # 02: accuracy
 
-        def generate(network: PreTrainedModel, _: float | None) -> list[int]:
-            with model.quiet():
-                return Eager(network).generate([ids], new_tokens)[0].tolist()  # (N,)
+    def accuracy(
+        self,
+        tasks: str | Iterable[str] = "auto",
+        limit: Count = "auto",
+        batch_size: Count = "auto",
+        scorer: str = "qnb",
+        minutes: float = 0,
+    ) -> pd.DataFrame:
+        """Evaluate every format on every task; one row per task, metric and format."""
+        from qnb.accuracy import evaluate
 
-        with self._alone():  # what another process times meanwhile would notice
-            made = self.on(asked, generate)
-        # a character may take several tokens: a piece is what its token adds to the text
-        texts = [str(self.tokenizer.decode(made[:count])).rstrip("\ufffd") for count in range(len(made) + 1)]
-        return [now.removeprefix(before) for before, now in pairwise(texts)]
+        evaluate.accuracy(self.session, evaluate.AccuracyOptions(tasks, limit, batch_size, scorer, minutes))
+        return self.results().scores
 
-    def results(self) -> Results:
-        """Return everything measured, as frames: what figures, panels and the report are made of."""
-        size = self.ledger.path.stat().st_size if self.ledger.path.exists() else 0
-        if self._read is None or self._read[0] != size:
-            self._read = size, self._results()
-        return self._read[1]
+    def table1(self) -> pd.DataFrame:
+        """Return accuracy with standard errors, means over tasks, and the published values."""
+        return self.table("table1_accuracy")
 
-    def _results(self) -> Results:
-        rows = tuple(row for row in self.ledger if not row["stage"].endswith(FAILED))
-        runs = {setting: self.frame("perf", setting) for setting in ("bs1", "maxbatch")}
-        timed = [row for frame in runs.values() if len(frame) for row in frame.sort_values("repeat", kind="stable")
-                 .drop_duplicates(["precision", "engine"]).to_dict("records")]  # fmt: skip
-        return Results(
-            name=self.folder.name,
-            model=self._record.get("name", self.model),
-            device=rows[-1].get("device", "") if rows else "",
-            tables={number: self.build(name) for number, name in TABLES.items()},
-            scores=self.scores(),
-            bs1=medians(runs["bs1"]),
-            maxbatch=medians(runs["maxbatch"]),
-            sweep=medians(table.with_spread(self.frame("sweep"))),
-            samples=readings(self.folder, timed),
-            checkpoints=self.frame("quantize"),
-            divergence=table.divergence(self.frame("divergence")),
-            rows=rows,
-            failures=tuple(self.ledger.failures()),
-        )
+    def table2(self) -> pd.DataFrame:
+        """Return the change against BF16 in points and relative, with a paired test."""
+        return self.table("table2_change")
+
+    def batch_sensitivity(self, tasks: str | Iterable[str] = "auto", limit: Count = "auto") -> pd.DataFrame:
+        """Measure how far a score depends on what shares its batch; one row per format and scorer."""
+        from qnb.accuracy import evaluate
+
+        evaluate.batch_sensitivity(self.session, evaluate.SensitivityOptions(tasks, limit))
+        return self.table("batch_sensitivity")
+
+    def divergence(
+        self, prompt_source: str = "auto", ppl_tokens: Count = "auto", ppl_context: Count = "auto"
+    ) -> pd.DataFrame:
+        """Measure perplexity on running text, and KL divergence from BF16; one row per format."""
+        from qnb.accuracy import perplexity
+
+        options = perplexity.DivergenceOptions(prompt_source, ppl_tokens, ppl_context)
+        perplexity.divergence(self.session, options)
+        return self.table("divergence")
+
+    def choice_probabilities(self, item: int = 0) -> pd.DataFrame:
+        """Return the probability that each format gives to each choice of one item: the paper's p(y_i)."""
+        from qnb.report import tables
+
+        return tables.choice_probabilities(self.results(), item)
+
+    # 03 and 04: speed
+
+    def workload(
+        self,
+        setting: str,
+        requests: Count = "auto",
+        prompt_tokens: Count = "auto",
+        new_tokens: Count = "auto",
+        prompt_source: str = "auto",
+        engines: str | Iterable[str] = "auto",
+        repeats: int = 1,
+    ) -> Workload:
+        """Return the prompts that every format gets; `setting` is ``"bs1"`` or ``"maxbatch"``."""
+        from qnb.speed import stages
+
+        options = stages.WorkloadOptions(setting, requests, prompt_tokens, new_tokens, prompt_source, engines, repeats)
+        return stages.workload(self.session, options)
+
+    def device_peaks(self) -> pd.DataFrame:
+        """Measure the device's bandwidth and matrix products once; one row per peak."""
+        from qnb.speed import stages
+
+        peaks = stages.device_peaks(self.session)
+        return pd.DataFrame(peaks.rows(), columns=["peak", "measured", "unit"])
+
+    def perf_bs1(self, workload: Workload, repeats: int = 1, engines: str | Iterable[str] = "auto") -> pd.DataFrame:
+        """Time the workload one request at a time; one row per format, engine and pass (Table 3)."""
+        from qnb.speed import stages
+
+        stages.perf_bs1(self.session, stages.BatchOneOptions(workload, repeats, engines))
+        return self.results().bs1_passes
+
+    def perf_maxbatch(
+        self,
+        workload: Workload,
+        max_batch: Count = "auto",
+        memory_mib: Count = "auto",
+        repeats: int = 1,
+        engines: str | Iterable[str] = "auto",
+    ) -> pd.DataFrame:
+        """Find the largest batch of each format and engine, then time the workload at it (Table 4)."""
+        from qnb.speed import stages
+
+        options = stages.LargestBatchOptions(workload, max_batch, memory_mib, repeats, engines)
+        stages.perf_maxbatch(self.session, options)
+        return self.results().maxbatch_passes
+
+    def sweep(
+        self, workload: Workload, largest: Count = "auto", engines: str | Iterable[str] = "auto"
+    ) -> pd.DataFrame:
+        """Time batches of 1, 2, 4 ... requests; one row per format, engine and batch size."""
+        from qnb.speed import stages
+
+        stages.sweep(self.session, stages.SweepOptions(workload, largest, engines))
+        return self.table("sweep")
+
+    def batch_plans(self, prompt_source: str = "auto", counts: Sequence[int] = (20, 2000, 5000)) -> pd.DataFrame:
+        """Plan the batches of so many prompts in three orders; computed from the searches, not run."""
+        from qnb.speed import stages
+
+        stages.prompt_lengths(self.session, stages.PlanOptions(prompt_source, tuple(counts)))
+        return self.table("batch_plans")
+
+    def sensor(self) -> Callable[[], dict[str, float]]:
+        """Return what reads the device now, for a live monitor."""
+        from qnb.speed import monitor
+
+        return monitor.open_sensor(self.session.device.place).sample
+
+    def table3(self) -> pd.DataFrame:
+        """Return performance at batch size 1, and the published values."""
+        return self.table("table3_bs1")
+
+    def table4(self) -> pd.DataFrame:
+        """Return performance at the largest batch, and the published values."""
+        return self.table("table4_maxbatch")
+
+    def ablations(self, number: int) -> pd.DataFrame:
+        """Compare rows of Table 3 or 4 that differ in one choice of the harness."""
+        return self.table(f"table{number}_ablations")
+
+    def t4_estimate(self, number: int) -> pd.DataFrame:
+        """Estimate from its datasheet the least time that a T4 needs for the work of Table 3 or 4."""
+        return self.table(f"table{number}_t4_estimate")
+
+    # 05: figures and report
 
     def figures(self, pictures: bool = True) -> dict[str, Any]:
-        """Draw every figure, save them below ``figures/``, and return them by name.
-
-        Parameters
-        ----------
-        pictures
-            Whether to save PNG and SVG beside HTML; that takes a browser and some seconds.
-        """
+        """Draw every figure and save it below ``figures/``; `pictures` adds PNG and SVG, which take a browser."""
         from qnb.report import export
-        from qnb.report import figures as figure
 
-        self._check_writable()
-        results = self.results()
-        drawn = figure.draw_all(results)
-        export.pages(drawn, self.folder / "figures")
-        if pictures and (problem := export.pictures(drawn, self.folder / "figures", of=results.of)):
-            tqdm.write(problem)
-        return drawn
+        self.session.check_writable()
+        return export.save_figures(self.results(), self.folder / "figures", pictures)
 
     def report(self) -> Path:
         """Write ``report.html``, one page that needs no network, all tables and model cards; return the page."""
-        from qnb.report import model_card as modelcard
-        from qnb.report import page as report
+        from qnb.report import page
 
-        self._check_writable()
-        results = self.results()
-        ready = {TABLES[number]: frame for number, frame in results.tables.items()}
-        for name in self._makers():
-            self._keep(name, ready[name] if name in ready else self.build(name))
-        path = self.folder / "report.html"
-        draft = path.with_suffix(".draft")
-        draft.write_text(report.page(results, self.ledger.path), encoding="utf-8")
-        draft.replace(path)
-        for precision in self.precisions:
-            if precision.name in set(results.checkpoints.get("precision", ())):
-                modelcard.write(results, precision, self.folder / "cards")
-        return path
-
-
-PARAMETERS = tuple(signature(Study).parameters)  # what every notebook gives to its study
+        self.session.check_writable()
+        return page.write(self.results())

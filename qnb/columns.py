@@ -1,0 +1,179 @@
+"""Every quantity once: its name, label, unit, which direction is better, and how it is printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """How a quantity is shown."""
+
+    name: str
+    label: str
+    unit: str = ""
+    better: str = ""  # "more", "less", or "" where neither is
+    scale: float = 1.0  # from the stored unit to the one shown, such as 1000 from seconds to milliseconds
+
+    @property
+    def header(self) -> str:
+        """Label and unit, as an axis or a column's head says it."""
+        return f"{self.label}, {self.unit}" if self.unit else self.label
+
+
+_COLUMNS = (
+    Column("precision", "format"),
+    Column("engine", "engine"),
+    Column("task", "task"),
+    Column("metric", "metric"),
+    Column("filter", "filter"),
+    Column("n_items", "items"),
+    Column("n_total", "of"),
+    Column("batch_size", "batch size"),
+    Column("requests", "requests"),
+    Column("passes", "passes"),
+    Column("flags", "flags"),
+    Column("note", "note"),
+    # accuracy
+    Column("accuracy_pct", "accuracy", "%", "more"),
+    Column("baseline_pct", "baseline accuracy", "%", "more"),
+    Column("change_pp", "change in accuracy", "points", "more"),
+    Column("low_pp", "95 % low", "points", "more"),
+    Column("high_pp", "95 % high", "points", "more"),
+    Column("change_pct", "relative change", "%", "more"),
+    Column("p_mcnemar", "McNemar p"),
+    Column("p_holm", "p after Holm"),
+    Column("p_correct", "p(correct)", "", "more"),
+    Column("perplexity", "perplexity", "", "less"),
+    Column("perplexity_change_pct", "change in perplexity", "%", "less"),
+    Column("kl_mean_nats", "mean KL divergence", "nats", "less"),
+    Column("kl_p99_nats", "99th percentile of KL divergence", "nats", "less"),
+    Column("same_top1_pct", "same likeliest token", "%", "more"),
+    Column("mean_abs_logprob_diff", "mean |difference| of log-probabilities", "nats", "less"),
+    Column("max_abs_logprob_diff", "largest |difference| of log-probabilities", "nats", "less"),
+    Column("answers_changed", "answers changed", "", "less"),
+    # checkpoints
+    Column("weights_mib", "weights", "MiB", "less"),
+    Column("file_mib", "file", "MiB", "less"),
+    Column("bits_per_weight", "bits per weight", "", "less"),
+    Column("quantize_s", "quantize", "s", "less"),
+    Column("save_s", "save", "s", "less"),
+    Column("load_s", "load", "s", "less"),
+    Column("reload_identical", "reload identical"),
+    # speed
+    Column("throughput_rps", "throughput", "requests/s", "more"),
+    Column("throughput_tps", "throughput", "tokens/s", "more"),
+    Column("throughput_spread_pct", "range of throughput", "%", "less"),
+    Column("seconds_per_request", "seconds per request", "s", "less"),
+    Column("batch_latency_s", "batch latency", "s", "less"),
+    Column("ttft_s", "time to first token (TTFT)", "ms", "less", 1000),
+    Column("tpot_s", "time per output token (TPOT)", "ms", "less", 1000),
+    Column("itl_p50_s", "inter-token latency, median", "ms", "less", 1000),
+    Column("itl_p95_s", "inter-token latency, 95th percentile", "ms", "less", 1000),
+    Column("itl_p99_s", "inter-token latency, 99th percentile", "ms", "less", 1000),
+    Column("latency_p99_s", "batch latency, 99th percentile", "s", "less"),
+    Column("kernel_s_per_token", "kernel time per token", "ms", "less", 1000),
+    Column("kernels_per_token", "kernels per token", "", "less"),
+    Column("gpu_busy_pct", "GPU busy", "%", "more"),
+    Column("mbu_pct", "bandwidth utilization (MBU)", "%", "more"),
+    Column("mfu_pct", "arithmetic utilization (MFU)", "%", "more"),
+    Column("bound", "bound by"),
+    Column("speedup", "speed-up over BF16", "x", "more"),
+    Column("engine_speedup", "speed-up over eager", "x", "more"),
+    # memory and energy
+    Column("peak_memory_mib", "peak memory", "MiB", "less"),
+    Column("peak_used_memory_mib", "device memory in use", "MiB", "less"),
+    Column("peak_reserved_mib", "memory reserved", "MiB", "less"),
+    Column("used_memory_mib", "memory in use", "MiB", "less"),
+    Column("memory_mib", "memory in use", "MiB", "less"),
+    Column("kv_cache_mib", "KV cache", "MiB", "less"),
+    Column("limit_mib", "memory limit", "MiB"),
+    Column("utilization_pct", "utilization", "%"),
+    Column("power_w", "power", "W", "less"),
+    Column("clock_mhz", "clock", "MHz"),
+    Column("energy_j_per_request", "energy per request", "J", "less"),
+    Column("energy_j_per_token", "energy per token", "J", "less"),
+    Column("energy_above_idle_j_per_request", "energy above idle per request", "J", "less"),
+    Column("energy_above_idle_j_per_token", "energy above idle per token", "J", "less"),
+    Column("search_gap_pct", "search gap", "%", "less"),
+    Column("estimate_error_pct", "estimate error", "%", "less"),
+)
+COLUMNS = {column.name: column for column in _COLUMNS}
+
+
+def column(name: str) -> Column:
+    """Return a quantity's column; one that is not registered is labelled by its name."""
+    return COLUMNS.get(name) or Column(name, name.replace("_", " "))
+
+
+def header(name: str) -> str:
+    """Return a quantity's label with its unit."""
+    return column(name).header
+
+
+def format_number(value: float) -> str:
+    """Return a number with the digits that carry it: four significant ones, thousands apart."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def format_value(name: str, value: Any) -> str:
+    """Return a value as text, in the unit of `header`; empty where it is missing."""
+    if value is None or str(value) in ("nan", "NaT", "<NA>"):
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return "; ".join(map(str, value))
+    if not isinstance(value, (int, float)):
+        return str(value)
+    if name.startswith("p_") and name != "p_correct" and value < 1e-6:
+        return "< 0.000001"
+    value *= column(name).scale
+    if name.endswith(("_pct", "_pp")):
+        return f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else format_number(value)
+
+
+class Flag(StrEnum):
+    """What makes a timed row unlike an undisturbed one. Rows hold the value; the words are printed only."""
+
+    THROTTLED = "throttled"
+    GPU_SHARED = "gpu_shared"
+    CPU_SHARED = "cpu_shared"
+    PEAKS_DISTURBED = "peaks_disturbed"
+    SAMPLES_MISSING = "samples_missing"
+    TOO_SHORT = "too_short"
+    TRACE_FAILED = "trace_failed"
+    COMPARISON_FAILED = "comparison_failed"
+
+    @property
+    def text(self) -> str:
+        """The flag in words."""
+        return _FLAG_TEXTS[self]
+
+
+_FLAG_TEXTS = {
+    Flag.THROTTLED: "the GPU's clocks were held down",
+    Flag.GPU_SHARED: "another process used the GPU",
+    Flag.CPU_SHARED: "other processes used the CPU",
+    Flag.PEAKS_DISTURBED: "the device's peaks were measured on a busy machine",
+    Flag.SAMPLES_MISSING: "some of the monitor's readings are missing",
+    Flag.TOO_SHORT: "too short for utilization, power and energy",
+    Flag.TRACE_FAILED: "kernels were not traced",
+    Flag.COMPARISON_FAILED: "tokens were not compared with eager's",
+}
+DISTURBED = frozenset({Flag.GPU_SHARED, Flag.CPU_SHARED})
+
+
+def flag_text(flags: Iterable[str] | None) -> str:
+    """Return flags in words, separated by semicolons; unknown ones as they are."""
+    known = {flag.value: flag.text for flag in Flag}
+    return "; ".join(known.get(flag, flag) for flag in flags or ())
+
+
+def is_disturbed(flags: Any) -> bool:
+    """Return whether a row's flags say that other processes were at work meanwhile."""
+    return isinstance(flags, (list, tuple)) and not DISTURBED.isdisjoint(flags)

@@ -1,0 +1,119 @@
+"""Memory: recognise that it ran out, give it back, limit it, and count the KV cache's bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from traceback import clear_frames
+from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+MIB = 2**20
+# the texts of torch, the driver and cuBLAS for one event
+_OUT_OF_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cublas_status_not_initialized")
+_captures: WeakSet[Any] = WeakSet()  # captured steps, which must find cuBLAS's workspaces where they were
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether `error` says that memory ran out, or was raised while such an error was handled."""
+    import torch
+
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    return any(text in str(error).lower() for text in _OUT_OF_MEMORY) or is_out_of_memory(error.__context__)
+
+
+def register_capture(capture: Any) -> None:
+    """Keep cuBLAS's workspaces for as long as `capture`, a captured CUDA graph, is alive."""
+    _captures.add(capture)
+
+
+def release(workspaces: bool = False) -> None:
+    """Collect garbage, empty the GPU's cache, and return the heap's free pages to the system.
+
+    Parameters
+    ----------
+    workspaces
+        Free cuBLAS's workspaces too (32 MiB a stream on an H100), unless a captured step needs them. A workspace that
+        stands between the pieces of a model's memory keeps all of it from the device.
+    """
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        if workspaces and not _captures:
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
+    with suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@contextmanager
+def released() -> Iterator[None]:
+    """Give memory back when the block ends, including what the frames of a failure hold.
+
+    A notebook keeps its last traceback, and with it every local variable of a failed measurement.
+    """
+    try:
+        yield
+    except BaseException as error:
+        failures: list[BaseException | None] = [error]
+        for failure in failures:
+            if failure is not None:
+                clear_frames(failure.__traceback__)
+                failures += [each for each in (failure.__cause__, failure.__context__) if each not in failures]
+        raise
+    finally:
+        release(workspaces=True)
+
+
+@contextmanager
+def limited(device_memory_mib: float, allowed_mib: float) -> Iterator[None]:
+    """Hold the GPU's allocator to `allowed_mib` within the block; 0 leaves it the whole device."""
+    if not allowed_mib:
+        yield
+        return
+    import torch
+
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed_mib / device_memory_mib))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that may still be allocated: free memory and the allocator's unused, up to its limit."""
+    if device.type != "cuda":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    return int(min(free + torch.cuda.memory_reserved(device), allowed) - torch.cuda.memory_allocated(device))
+
+
+def kv_cache_bytes_per_token(config: PretrainedConfig, bytes_per_value: int) -> int:
+    """Return the bytes that one token's keys and values take in all layers: 2 x layers x KV heads x head size.
+
+    Raises
+    ------
+    AttributeError
+        The model has no attention heads, as a state-space model.
+    """
+    text = config.get_text_config()
+    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * kv_heads * head_size * bytes_per_value)

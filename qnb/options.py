@@ -1,0 +1,86 @@
+"""What a user may pass: counts, "auto", and budgets of minutes."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from qnb.errors import InputError
+
+Count = int | str  # a number, or "auto": what the device allows in minutes
+AUTO: dict[str, dict[str, int]] = {
+    "cuda": {"bs1_requests": 20, "maxbatch_requests": 512, "prompt_tokens": 128, "new_tokens": 100, "limit": 200,
+             "batch_size": 32, "max_batch": 512, "memory_mib": 0, "ppl_tokens": 65536, "ppl_context": 512,
+             "sweep_batch": 256, "sensitivity_limit": 100},
+    "cpu": {"bs1_requests": 4, "maxbatch_requests": 16, "prompt_tokens": 32, "new_tokens": 8, "limit": 12,
+            "batch_size": 8, "max_batch": 16, "memory_mib": 400, "ppl_tokens": 1024, "ppl_context": 128,
+            "sweep_batch": 0, "sensitivity_limit": 4},
+}  # fmt: skip
+# a word that may stand in place of a number
+WORDS = {"limit": "all", "ppl_tokens": "all", "sweep_batch": "0"}
+
+
+def check_count(name: str, value: Count) -> None:
+    """Refuse what is neither a whole number of at least 1, nor ``"auto"``, nor the word that `name` allows.
+
+    Raises
+    ------
+    InputError
+        `value` is none of these.
+    """
+    word = WORDS.get(name)
+    has_auto = name in AUTO["cpu"]
+    if (has_auto and value == "auto") or (word is not None and str(value) == word and not isinstance(value, bool)):
+        return
+    if not isinstance(value, bool) and re.fullmatch(r"0*[1-9]\d{0,17}", str(value), re.ASCII):
+        return
+    choices = ["a whole number of at least 1", repr(word) if word else "", "'auto'" if has_auto else ""]
+    raise InputError(f"{name} is {str(value)[:40]!r}; give {', or '.join(filter(None, choices))}")
+
+
+def resolve_count(name: str, value: Count, device_kind: str) -> int:
+    """Return a checked count as a number: what was given, or for ``"auto"`` what suits the device."""
+    check_count(name, value)
+    return AUTO[device_kind][name] if value == "auto" else int(value)
+
+
+def check_minutes(minutes: float) -> None:
+    """Refuse a time budget that is not a number, or is below 0.
+
+    Raises
+    ------
+    InputError
+        `minutes` is no such number.
+    """
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 <= minutes < math.inf:
+        raise InputError(f"minutes is {minutes!r}; give a number, or 0 for no budget")
+
+
+def minutes_of(requests: Count) -> float | None:
+    """Return the minutes in a text such as ``"4 minutes"``; None for a number of requests or ``"auto"``.
+
+    Raises
+    ------
+    InputError
+        The time is 0.
+    """
+    match = re.fullmatch(r"(\d{1,4}(?:\.\d{1,3})?) ?min(?:ute)?s?", str(requests).strip())
+    if match and not float(match[1]):
+        raise InputError(f"requests is {requests!r}; give a time above 0, such as '4 minutes'")
+    return float(match[1]) if match else None
+
+
+def check_requests(name: str, value: Count) -> None:
+    """Refuse what is neither a count nor a time such as ``"4 minutes"``.
+
+    Raises
+    ------
+    InputError
+        `value` is neither.
+    """
+    if minutes_of(value) is not None:
+        return
+    try:
+        check_count(name, value)
+    except InputError as error:
+        raise InputError(f"{error}, or a time such as '4 minutes'") from None

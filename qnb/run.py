@@ -1,0 +1,367 @@
+"""Run the notebooks with papermill, each into ``<output>/notebooks/``, as one study."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from io import TextIOBase
+from pathlib import Path
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
+
+from qnb import colab, device
+from qnb.columns import is_disturbed
+from qnb.errors import InputError, expand_path
+from qnb.ledger import FAILED, KEY, Row, row_key
+from qnb.options import check_count
+from qnb.precision import listed
+from qnb.provenance import COMMAND, ROOT
+from qnb.quantize.hub import scrub
+from qnb.study import PARAMETERS, Study
+
+NOTEBOOKS = ROOT / "notebooks"
+NAMES = ("01_quantize", "02_accuracy", "03_perf_bs1", "04_perf_maxbatch", "05_figures")
+CELL_TIMEOUT_S = 24 * 3600  # a cell that hangs ends one day, and the run with it
+
+
+def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[str]]) -> int:
+    """Execute notebooks, print where the results are, and return the exit code.
+
+    Parameters
+    ----------
+    profile
+        A parameter file in ``notebooks/profiles``, by its name.
+    output
+        The study's folder; None takes the profile's.
+    only
+        Numbers of notebooks, such as ``"02,03"``; empty takes all.
+    given
+        Names and values of parameters, in place of the profile's.
+
+    Raises
+    ------
+    InputError
+        A parameter cannot be used; no notebook was run.
+    """
+    names = chosen(only)
+    if not NOTEBOOKS.is_dir():
+        raise InputError(f"there are no notebooks in {NOTEBOOKS}; run from a clone of the repository")
+    import papermill
+
+    known = {name: set(papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb")) for name in NAMES}
+    values = parameters(profile, given, {"device"}.union(*known.values()))
+    _absolute_paths(values, output)
+    study = check_parameters(values, names)
+    values["output"] = str(study.folder)
+    if "device" in values:
+        os.environ[device.CHOICE] = values["device"]  # for the notebooks' kernels
+    os.environ[COMMAND] = shlex.join(["qnb", *sys.argv[1:]])
+    earlier = {_identity(row) for row in study.session.ledger.failures()}  # this run may not retry all of them
+    with _interruptible(), _alone(study.folder), _own_kernel(), _progress(study, len(names)) as bar:
+        for name in names:
+            bar.set_description_str(name)
+            failed = _execute(study, name, {key: value for key, value in values.items() if key in known[name]})
+            if failed:
+                bar.close()
+                return _report_failure(*failed, study)
+            if _interrupted.is_set():
+                raise KeyboardInterrupt
+            bar.update()
+    print("\n".join(summary(study)))
+    if "01_quantize" in names and values.get("push_to") and values.get("dry_run", True):
+        print(f"nothing was uploaded: {study.folder / 'push.csv'} says what would be, -p dry_run false does it")
+    failures = [row for row in study.session.ledger.failures() if _identity(row) not in earlier]
+    for row in failures:
+        what = " ".join(str(row[name]) for name in KEY if row[name] != "").replace(FAILED, "")
+        print(f"qnb: {what} could not be measured: {row['reason']}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+# Parameters
+
+
+def chosen(only: str) -> list[str]:
+    """Return the notebooks named by numbers such as ``"02,3"``, in their order; all if none is named.
+
+    Raises
+    ------
+    InputError
+        A number is not a notebook's.
+    """
+    numbers = {name[:2]: name for name in NAMES}
+    words = listed(only)
+    for word in words:
+        if word.zfill(2) not in numbers:
+            raise InputError(f"notebook {word!r} is unknown; choose from {', '.join(NAMES)} by number")
+    picked = {numbers[word.zfill(2)] for word in words}
+    return [name for name in NAMES if name in picked or not words]
+
+
+def parameters(profile: str, given: Sequence[Sequence[str]], known: set[str]) -> dict[str, Any]:
+    """Return a profile's parameters, replaced by those given on the command line.
+
+    Raises
+    ------
+    InputError
+        There is no such profile, or a parameter is not one of `known`.
+    """
+    files = {path.stem: path for path in sorted((NOTEBOOKS / "profiles").glob("*.yaml"))}
+    if profile not in files:
+        raise InputError(f"profile {profile!r} is unknown; choose from {', '.join(files)}")
+    values = _plain(f"profile {files[profile]}", files[profile].read_text(encoding="utf-8"))
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise InputError(f"profile {files[profile]} is no list of names and values; give lines such as 'limit: 40'")
+    values |= {name: _plain(f"parameter {name}", text) for name, text in given}
+    for name in values:
+        if name not in known:
+            near = get_close_matches(name, sorted(known), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"parameter {name!r} is unknown; choose from {', '.join(sorted(known))}{hint}")
+    return values
+
+
+def _plain(what: str, text: str) -> Any:
+    """Return the plain value that YAML reads in `text`."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
+        raise InputError(f"{what} holds {text[:40]!r}, which is not a plain value") from error
+
+
+def _absolute_paths(values: dict[str, Any], output: str | None) -> None:
+    """Make paths absolute, as kernels may run elsewhere."""
+    if output:
+        on_drive = output.startswith(colab.DRIVE)
+        values["output"] = output if on_drive else str(expand_path(output).resolve())
+    if values.get("data_dir"):
+        values["data_dir"] = str(expand_path(str(values["data_dir"])).resolve())
+
+
+def check_parameters(values: Mapping[str, Any], names: Sequence[str]) -> Study:
+    """Build each stage's options, so that input is refused before any notebook runs; return the shared study."""
+    from qnb.accuracy import evaluate, perplexity, tasks
+    from qnb.quantize.stages import PushOptions
+    from qnb.speed.stages import WorkloadOptions
+
+    def pick(**fields: str) -> dict[str, Any]:
+        """Return options by field from parameters by name."""
+        return {field: values[name] for field, name in fields.items() if name in values}
+
+    study = Study(**{name: values[name] for name in PARAMETERS if name in values})
+    if values.get("device", "auto") != "auto":
+        study.session.device  # noqa: B018  # raises where there is no such device
+    for name in ("pictures",):
+        if not isinstance(values.get(name, True), bool):
+            raise InputError(f"{name} is {values[name]!r}; give true or false")
+    if "01_quantize" in names:
+        PushOptions(**pick(push_to="push_to", private="private", dry_run="dry_run")).check()
+    accuracy = pick(tasks="tasks", limit="limit", batch_size="batch_size", scorer="scorer", minutes="minutes")
+    options = evaluate.AccuracyOptions(**accuracy)
+    evaluate.SensitivityOptions(**pick(tasks="tasks", limit="sensitivity_limit"))
+    perplexity.DivergenceOptions(
+        **pick(prompt_source="prompt_source", ppl_tokens="ppl_tokens", ppl_context="ppl_context")
+    )
+    if "02_accuracy" in names:
+        study.session.check_weights()
+        if options.tasks != "auto":
+            tasks.check(options.tasks)
+    shared = {name: name for name in ("prompt_tokens", "new_tokens", "prompt_source", "engines")}
+    for setting in ("bs1", "maxbatch"):
+        fields = pick(requests=f"{setting}_requests", repeats=f"{setting}_repeats", **shared)
+        WorkloadOptions(setting, **fields)
+    for name in ("max_batch", "memory_mib", "sweep_batch"):
+        check_count(name, values.get(name, "auto"))
+    return study
+
+
+# Running
+
+
+_interrupted = threading.Event()  # an exception raised in a callback may be passed over; this is not
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """End at SIGTERM as at Ctrl-C: the notebook's kernel is stopped and locks are given back."""
+
+    def interrupt(*_: object) -> NoReturn:
+        _interrupted.set()
+        logging.disable(logging.CRITICAL)  # nobody asked how the stopped cell and its kernel ended
+        raise KeyboardInterrupt
+
+    _interrupted.clear()
+    main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {each: signal.signal(each, interrupt) for each in signals}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuse a folder that another run is using, or that cannot be written."""
+    lock = FileLock(folder / ".run.lock", timeout=0)
+    locked = True
+    try:
+        (folder / "notebooks").mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"output {folder} is in use by another run; let it end, or give another --output") from None
+    except NotImplementedError:  # a network mount without locks
+        locked = False
+    except OSError as error:
+        raise InputError(f"output {folder} cannot be written ({error.strerror}); give another") from error
+    try:
+        yield
+    finally:
+        if locked:
+            lock.release()
+
+
+@contextmanager
+def _own_kernel() -> Iterator[None]:
+    """Let this interpreter execute the notebooks, whatever environment the kernelspec ``python3`` belongs to."""
+    from ipykernel.kernelspec import write_kernel_spec
+
+    path = os.environ.get("JUPYTER_PATH")
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # an older kernel's debugger writes to the console
+    with tempfile.TemporaryDirectory() as folder:
+        write_kernel_spec(Path(folder) / "kernels" / "python3")
+        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (folder, path)))
+        try:
+            yield
+        finally:
+            os.environ.pop("JUPYTER_PATH")
+            if path is not None:
+                os.environ["JUPYTER_PATH"] = path
+
+
+def _execute(study: Study, name: str, values: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """Execute one notebook; return the place, kind and text of what stopped it, or None."""
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    def execute() -> None:
+        papermill.execute_notebook(
+            NOTEBOOKS / f"{name}.ipynb",
+            study.folder / "notebooks" / f"{name}.ipynb",
+            values,
+            kernel_name="python3",
+            progress_bar=False,
+            execution_timeout=CELL_TIMEOUT_S,
+            extra_arguments=["--log-level=CRITICAL"],  # the kernel's remarks would break the progress line
+        )
+
+    try:
+        _retry_start(execute)
+    except papermill.PapermillExecutionError as error:
+        return f"{name}, cell {error.cell_index + 1}", error.ename, error.evalue
+    except CellTimeoutError as error:
+        return name, type(error).__name__, str(error).strip().splitlines()[0]
+    except (DeadKernelError, OSError) as error:
+        return name, type(error).__name__, str(error)
+    return None
+
+
+def _retry_start(execute: Callable[[], None]) -> None:
+    """Execute a notebook, and once more if its kernel died before it answered.
+
+    Two kernels that start at once may take the same port (nteract/papermill issue 511); nothing has run by then.
+    """
+    try:
+        execute()
+    except RuntimeError as error:
+        if "before replying to kernel_info" not in str(error):
+            raise
+        execute()
+
+
+def _report_failure(place: str, kind: str, text: str, study: Study) -> int:
+    """Print in one line what stopped the run; return 2 when the input was at fault, else 1."""
+    last = (text.strip().splitlines() or [""])[-1]
+    if kind == InputError.__name__:
+        print(f"qnb: {last}", file=sys.stderr)
+        return 2
+    reason = f"{kind}: {scrub(last)}".rstrip(": ")
+    print(f"qnb: {place}: {reason}; what was measured is kept in {study.folder}", file=sys.stderr)
+    return 1
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    return (*row_key(row), row["measured_at"])
+
+
+class _Lines(TextIOBase):
+    """Standard error for a log: each state of a progress line on a line of its own, once."""
+
+    _last = ""
+
+    def write(self, text: str) -> int:
+        state = text.strip()
+        if state and state != self._last:
+            print(state, file=sys.stderr, flush=True)
+            self._last = state
+        return len(text)
+
+
+@contextmanager
+def _progress(study: Study, total: int) -> Iterator[Any]:
+    """Show one line for the whole run: the notebook at work, rows measured so far, time gone."""
+    from tqdm import tqdm
+
+    stop = threading.Event()
+    line = sys.stderr if sys.stderr.isatty() else _Lines()
+    pause_s = 1 if line is sys.stderr else 30
+
+    def watch() -> None:
+        while not stop.wait(pause_s):
+            bar.set_postfix_str(f"{len(study.session.ledger)} rows")
+
+    form = "{desc} {bar:20} {n}/{total}, {elapsed} elapsed{postfix}"
+    with tqdm(total=total, unit="notebook", bar_format=form, file=line) as bar:
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield bar
+        finally:
+            stop.set()
+            watcher.join()
+
+
+def summary(study: Study) -> list[str]:
+    """Return a line for each kind of result there is."""
+    ledger, page = study.session.ledger, study.folder / "report.html"
+    lines = [f"{len(ledger)} measurements in {ledger.path}"]
+    for kind, pattern in (("tables", "*.csv"), ("figures", "*.html"), ("notebooks", "*.ipynb")):
+        if files := sorted((study.folder / kind).glob(pattern)):
+            lines.append(f"{kind} in {study.folder / kind}: {', '.join(path.name for path in files)}")
+    renew = shlex.join(["qnb", "report", str(study.folder)])
+    if not page.exists():
+        lines.append(f"no report yet: {renew} draws the figures and writes one")
+    else:
+        stale = ledger.path.exists() and page.stat().st_mtime < ledger.path.stat().st_mtime
+        lines.append(f"report: {page}" + f" (older than the newest measurements; {renew} renews it)" * stale)
+    results = study.results()
+    for number, frames in (("03", [results.bs1]), ("04", [results.maxbatch, results.sweep])):
+        rows = [row for frame in frames for row in frame.to_dict("records")]
+        if names := dict.fromkeys(row["precision"] for row in rows if is_disturbed(row.get("flags"))):
+            lines.append(
+                f"disturbed by other processes in {number}: {', '.join(names)}; the same command with --only {number} "
+                f"-p precisions {','.join(names)} -p overwrite true measures them again"
+            )
+    return lines
