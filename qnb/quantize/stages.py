@@ -1,0 +1,102 @@
+"""The stages of notebook 01: make every format's checkpoint, push the checkpoints to the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qnb.errors import InputError
+from qnb.ledger import write_atomic
+from qnb.precision import Precision
+from qnb.quantize import hub
+
+if TYPE_CHECKING:
+    from qnb.session import Session
+
+
+def quantize(session: Session) -> None:
+    """Make, save and reload every format's checkpoint; the ledger gets a row each.
+
+    Raises
+    ------
+    InputError
+        The model cannot be fetched or loaded.
+    RuntimeError
+        No checkpoint could be made.
+    """
+    with session.exclusive(), session.progress(len(session.precisions), "quantize") as bar:
+        for precision in session.precisions:
+            bar.set_postfix_str(precision.name)
+            _try_checkpoint(session, precision)
+            bar.update()
+    session.require("quantize")
+
+
+def _try_checkpoint(session: Session, precision: Precision) -> Path | None:
+    """Return the folder of a format's checkpoint; None, with the failure recorded, where it cannot be made."""
+    with session.failing(session.key("quantize", precision), f"the checkpoint of {precision.name}"):
+        return session.checkpoint(precision)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class PushOptions:
+    """Where checkpoints are pushed to.
+
+    Parameters
+    ----------
+    push_to
+        A hub name such as ``you/llama-3.2-1b``; each checkpoint goes to ``<push_to>-<format>``. Empty: nowhere.
+    private
+        Whether the repositories are private.
+    dry_run
+        Upload nothing, only list what would be uploaded; needs neither token nor network.
+
+    Raises
+    ------
+    InputError
+        The hub allows no such name, a flag is no flag, or there is no token for an upload.
+    """
+
+    push_to: str
+    private: bool = True
+    dry_run: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("private", "dry_run"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} is {getattr(self, name)!r}; give true or false")
+        if self.push_to:
+            hub.check_push(self.push_to, self.dry_run)
+
+
+def push(session: Session, options: PushOptions, card: Callable[[Precision], str]) -> list[dict[str, Any]]:
+    """Push every format's checkpoint with its model card, or list what would be pushed; return a row each.
+
+    push.csv in the study's folder gets each row as soon as it is known. A checkpoint that cannot be made is left out.
+
+    Raises
+    ------
+    InputError
+        The model cannot be fetched, or the hub refuses.
+    RuntimeError
+        No checkpoint could be made.
+    """
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    if not options.push_to:
+        return rows
+    with session.exclusive(), session.progress(len(session.precisions), "push") as bar:
+        for precision in session.precisions:
+            bar.set_postfix_str(precision.name)
+            if folder := _try_checkpoint(session, precision):
+                repository = f"{options.push_to}-{precision.name}"
+                pushed = hub.push(folder, repository, options.private, options.dry_run, card(precision))
+                rows.append({"precision": precision.name, **asdict(pushed), "files": " ".join(pushed.files)})
+                write_atomic(session.folder / "push.csv", pd.DataFrame(rows).to_csv(index=False))
+            bar.update()
+    session.require("quantize")
+    return rows
