@@ -21,7 +21,8 @@ from filelock import FileLock
 
 from qnb import precision
 from qnb.provenance import ROOT
-from qnb.quantize import checkpoint as model
+from qnb.quantize import checkpoint as checkpoints
+from qnb.quantize import sources
 
 SECRET = "hf_" + "PlantedSecretToken" * 2  # shaped as a hub token is; nothing anywhere may show it
 HUB = Path(__file__).parents[2] / "shared" / "hub"
@@ -47,7 +48,7 @@ def hub():
 @pytest.fixture(scope="session")
 def source():
     """The embedded model, fetched once into the cache."""
-    return model.resolve(model.EMBEDDED, "cpu")
+    return sources.resolve(sources.EMBEDDED, "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -65,9 +66,9 @@ def checkpoint(source, shared):
         folder, record = shared / "checkpoints" / name, shared / f"{name}.json"
         with FileLock(shared / f"{name}.lock"):
             if not record.exists():
-                made = model.convert(source, precision.PRECISIONS[name], folder, "cpu")
+                made = checkpoints.convert(source, precision.PRECISIONS[name], folder, "cpu")
                 record.write_text(json.dumps(asdict(made)))
-        return folder, model.Checkpoint(**json.loads(record.read_text()))
+        return folder, checkpoints.Checkpoint(**json.loads(record.read_text()))
 
     return make
 
@@ -77,7 +78,7 @@ def tiny_model(folder):
     import torch
     import transformers
 
-    tokenizer = model.load_tokenizer(folder)
+    tokenizer = checkpoints.load_tokenizer(folder)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
