@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("qnb: interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
         return 130
     except Exception as error:  # the last resort: no traceback is shown, and nothing measured is lost
-        from qnb.quantize.hub import scrub
+        from qnb.errors import scrub
 
         text = f"{type(error).__name__}: {scrub(' '.join(str(error).split()))}".rstrip(": ")
         print(f"qnb: {text}; what was measured is kept", file=sys.stderr)

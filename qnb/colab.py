@@ -1,4 +1,4 @@
-"""What a notebook needs before it begins, on Colab above all.
+"""What a notebook needs before it begins, mostly on Colab.
 
 The hub token needs nothing here: `huggingface_hub.get_token` asks Colab's secrets for ``HF_TOKEN`` itself.
 """
@@ -22,7 +22,7 @@ def hosted() -> bool:
 
 
 def prepare() -> None:
-    """Show tables' texts whole, and let widgets be drawn that Colab does not bring itself."""
+    """Show long texts in tables whole, and enable widgets that Colab does not bring itself."""
     pd.set_option("display.max_colwidth", None)
     if hosted():
         from google.colab import output

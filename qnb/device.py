@@ -40,12 +40,12 @@ class Device:
             torch.cuda.set_device(self.index)
 
 
-def detect(asked: str = "auto") -> Device:
+def detect(wanted: str = "auto") -> Device:
     """Describe a device; nothing is put on it.
 
     Parameters
     ----------
-    asked
+    wanted
         ``"cpu"``, ``"cuda"``, ``"cuda:1"`` for the second GPU, or ``"auto"``: what the variable QNB_DEVICE
         names, else the first GPU, else the CPU.
 
@@ -54,33 +54,42 @@ def detect(asked: str = "auto") -> Device:
     InputError
         There is no such device.
     """
-    asked = os.environ.get(CHOICE, asked) if asked == "auto" else asked
-    if not isinstance(asked, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", asked):
-        raise InputError(f"device is {asked!r}; give 'auto', 'cpu', 'cuda', or 'cuda:1' for the second GPU")
-    index, gpus = int(asked.partition(":")[2] or 0), 0
-    driver = _driver() if asked != "cpu" else ""
-    if driver:  # importing torch takes seconds, and without a driver there is nothing to ask it
-        import torch
-
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if index < gpus:
-            properties = torch.cuda.get_device_properties(index)
-            return Device(
-                kind="cuda",
-                name=properties.name,
-                memory_mib=properties.total_memory / MIB,
-                bf16="native" if properties.major >= 8 else "emulated",  # from Ampere on
-                driver=driver,
-                index=index,
-            )
-    if asked.startswith("cuda"):
+    wanted = os.environ.get(CHOICE, wanted) if wanted == "auto" else wanted
+    if not isinstance(wanted, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", wanted):
+        raise InputError(f"device is {wanted!r}; give 'auto', 'cpu', 'cuda', or 'cuda:1' for the second GPU")
+    index = int(wanted.partition(":")[2] or 0)
+    gpus = _count_gpus() if wanted != "cpu" else 0
+    if index < gpus:
+        return _gpu(index)
+    if wanted.startswith("cuda"):
         seen = f"{gpus or 'no'} NVIDIA GPU{'s' * (gpus > 1)}"
-        raise InputError(f"device is {asked!r}, and PyTorch sees {seen} here; take 'auto'")
+        raise InputError(f"device is {wanted!r}, and PyTorch sees {seen} here; take 'auto'")
     import psutil
 
     native = "bfloat16" in cpu_types()
     name = f"{_cpu_field('model name') or platform.machine()}, {os.cpu_count()} cores"
     return Device("cpu", name, psutil.virtual_memory().total / MIB, "native" if native else "emulated", "")
+
+
+def _count_gpus() -> int:
+    """Return how many GPUs PyTorch can use: PyTorch names them, NVML only reads them."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _gpu(index: int) -> Device:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        kind="cuda",
+        name=properties.name,
+        memory_mib=properties.total_memory / MIB,
+        bf16="native" if properties.major >= 8 else "emulated",  # from Ampere on
+        driver=_driver(),
+        index=index,
+    )
 
 
 def cpu_types() -> set[str]:
@@ -92,7 +101,7 @@ def cpu_types() -> set[str]:
 
 def _cpu_field(name: str) -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return ""
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
@@ -118,16 +127,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "absent"
     return found
-
-
-def quantizes(kind: str) -> bool:
-    """Return whether bitsandbytes can quantize a matrix on this kind of device and multiply by it."""
-    import torch
-
-    try:
-        from bitsandbytes import functional
-
-        packed, state = functional.quantize_4bit(torch.ones(64, 64, device=kind), quant_type="nf4")
-        return bool(torch.equal(functional.dequantize_4bit(packed, state), torch.ones(64, 64, device=kind)))
-    except (ImportError, RuntimeError, NotImplementedError, OSError):
-        return False

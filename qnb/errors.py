@@ -1,5 +1,6 @@
-"""The one exception a user is meant to see."""
+"""The one exception a user is meant to see, and what may be said of others."""
 
+import re
 from pathlib import Path
 
 
@@ -22,3 +23,14 @@ def expand_path(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:  # raised by pathlib
         raise InputError(f"{str(path)!r} begins with an unknown user's home; give the folder itself") from error
+
+
+def scrub(text: str, length: int = 200) -> str:
+    """Return the first line of a text from elsewhere, shortened, with whatever may be a secret blotted out."""
+    from huggingface_hub import get_token
+
+    line = (text.strip().splitlines() or [""])[0]
+    if token := get_token():
+        line = line.replace(token, "***")
+    line = re.sub(r"hf_\w+|(?<=://)[^/\s@]+(?=@)|(?i:(?<=bearer )\S+)", "***", line)
+    return re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", line)[:length]  # a signature stands in an address's query

@@ -1,8 +1,8 @@
-"""Prompts to generate from: WikiText-2 raw paragraphs, or the built-in sample text.
+"""Texts and prompts: WikiText-2 raw, a folder laid out like the hub, or the built-in sample text.
 
-A prompt is the beginning of a paragraph, cut to a number of tokens; paragraphs too short for that are passed over
-while there are enough others. Which paragraphs come, and in which order, depends on the seed alone, so every
-precision gets the same prompts.
+A prompt is the beginning of a paragraph, cut to a number of tokens. Paragraphs that are too short are skipped while
+there are enough others. Which paragraphs come, and in which order, depends on the seed alone, so every format gets the
+same prompts.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qnb.errors import InputError
-from qnb.quantize.hub import scrub
+from qnb.errors import InputError, scrub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +44,7 @@ class Workload:
 
 
 def check(source: str) -> None:
-    """Refuse a source of prompts that there is not.
+    """Refuse a source of prompts that does not exist.
 
     Raises
     ------
@@ -53,11 +52,11 @@ def check(source: str) -> None:
         `source` is none of `SOURCES`.
     """
     if source not in SOURCES:
-        raise InputError(f"prompts {source!r} are unknown; choose from {', '.join(SOURCES)}")
+        raise InputError(f"prompt_source is {source!r}; choose from {', '.join(SOURCES)}")
 
 
 def paragraphs(source: str, data_dir: str | Path | None = None, split: str | None = "test") -> list[str]:
-    """Return the paragraphs of `source`, headings and blank lines left out.
+    """Return the paragraphs of `source`, without headings and blank lines.
 
     Parameters
     ----------
@@ -66,7 +65,7 @@ def paragraphs(source: str, data_dir: str | Path | None = None, split: str | Non
     data_dir
         A folder laid out like the hub's dataset repositories, read instead of the hub.
     split
-        Which part of WikiText-2; None takes all that are there.
+        Which split of WikiText-2; None takes all.
 
     Raises
     ------
@@ -76,11 +75,12 @@ def paragraphs(source: str, data_dir: str | Path | None = None, split: str | Non
     check(source)
     text = DATA / "text.txt"
     lines = text.read_text(encoding="utf-8").splitlines() if source == "sample" else _wikitext(data_dir, split)
-    if found := [line.strip() for line in lines if line.strip() and not line.strip().startswith("=")]:
-        return found
+    stripped = [line.strip() for line in lines]
+    if kept := [line for line in stripped if line and not line.startswith("=")]:
+        return kept
     raise InputError(
         f"{'/'.join(WIKITEXT)} in {data_dir or 'the hub'} has no paragraph of text; give a data_dir that holds it, or "
-        "take prompts='sample'"
+        "take prompt_source='sample'"
     )
 
 
@@ -96,13 +96,13 @@ def _wikitext(data_dir: str | Path | None, split: str | None) -> list[str]:
     path = str(Path(data_dir).resolve() / name) if data_dir else name
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(path, subset, split=split)
-        return [text for part in ([found] if split else found.values()) for text in part["text"]]
+        loaded = datasets.load_dataset(path, subset, split=split)
+        return [text for part in ([loaded] if split else loaded.values()) for text in part["text"]]
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         text = scrub(str(error)) or type(error).__name__
         raise InputError(
             f"{name} ({subset}) could not be read from {data_dir or 'the hub'}: {text}; "
-            "check the network, give data_dir, or take prompts='sample'"
+            "check the network, give data_dir, or take prompt_source='sample'"
         ) from None  # the cause's own words may hold a signed address
 
 
@@ -117,8 +117,8 @@ def load(
 ) -> Workload:
     """Make a workload of `requests` prompts of up to `prompt_tokens` tokens each.
 
-    All have that many tokens if any paragraph has: shorter ones would be padded, which is other work. More requests
-    than such paragraphs are filled by going round again, as the same text makes the same work.
+    All have that many tokens if any paragraph has: shorter ones would be padded, which is other work. If there are
+    fewer such paragraphs than requests, they repeat: the same text makes the same work.
 
     Raises
     ------
@@ -142,7 +142,7 @@ def lengths(
 ) -> list[int]:
     """Return the tokens of each of `most` paragraphs, uncut, in an order that the seed decides.
 
-    They are drawn from every split there is, and are fewer where these hold fewer: none is counted twice.
+    They are drawn from every split, each at most once, so there may be fewer than `most`.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Where a number comes from: the command that asked for it and the commit of the code that measured it."""
+"""Where a number comes from: the command that was given and the commit of the code that measured it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from qnb.quantize.hub import scrub
+from qnb.errors import scrub
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout the package runs from
 LONGEST = 2000  # characters of a command that are kept
-COMMAND = "QNB_COMMAND"  # the environment variable by which a run tells its notebooks what was asked
+COMMAND = "QNB_COMMAND"  # the environment variable by which a run tells its notebooks the command line
 
 
 def command() -> str:
-    """Return the command line that asked for what is measured, secrets blotted out; empty for an open notebook."""
-    if asked := os.environ.get(COMMAND):
-        return scrub(asked, LONGEST)
+    """Return the command line that was given, without secrets; empty in an open notebook."""
+    if given := os.environ.get(COMMAND):
+        return scrub(given, LONGEST)
     program = Path(sys.argv[0]).name
     return "" if program.startswith("ipykernel") else scrub(shlex.join([program, *sys.argv[1:]]), LONGEST)
 
@@ -30,7 +30,7 @@ def command() -> str:
 def commit() -> str:
     """Return the commit of the package's source, with ``+changes`` where files differ from it; empty if unknown.
 
-    Asked of the checkout, else of what pip recorded when it installed from a repository (PEP 610).
+    Source: the checkout, else what pip recorded when it installed from a repository (PEP 610).
     """
     if (ROOT / ".git").exists():
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import logging
 import os
 import shlex
@@ -20,12 +22,11 @@ from filelock import FileLock, Timeout
 
 from qnb import colab, device
 from qnb.columns import is_disturbed
-from qnb.errors import InputError, expand_path
+from qnb.errors import InputError, expand_path, scrub
 from qnb.ledger import FAILED, KEY, Row, row_key
 from qnb.options import check_count
 from qnb.precision import listed
 from qnb.provenance import COMMAND, ROOT
-from qnb.quantize.hub import scrub
 from qnb.study import PARAMETERS, Study
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -55,9 +56,7 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
     names = chosen(only)
     if not NOTEBOOKS.is_dir():
         raise InputError(f"there are no notebooks in {NOTEBOOKS}; run from a clone of the repository")
-    import papermill
-
-    known = {name: set(papermill.inspect_notebook(NOTEBOOKS / f"{name}.ipynb")) for name in NAMES}
+    known = {name: notebook_parameters(NOTEBOOKS / f"{name}.ipynb") for name in NAMES}
     values = parameters(profile, given, {"device"}.union(*known.values()))
     _absolute_paths(values, output)
     study = check_parameters(values, names)
@@ -104,6 +103,15 @@ def chosen(only: str) -> list[str]:
             raise InputError(f"notebook {word!r} is unknown; choose from {', '.join(NAMES)} by number")
     picked = {numbers[word.zfill(2)] for word in words}
     return [name for name in NAMES if name in picked or not words]
+
+
+def notebook_parameters(path: Path) -> set[str]:
+    """Return the names that a notebook's two parameter cells set; papermill injects after the second."""
+    tags = {"parameters", "rarely-used"}
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in cells if tags.intersection(cell["metadata"].get("tags", ()))]
+    targets = (target for text in texts for node in ast.parse(text).body for target in getattr(node, "targets", ()))
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def parameters(profile: str, given: Sequence[Sequence[str]], known: set[str]) -> dict[str, Any]:

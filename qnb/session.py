@@ -19,14 +19,13 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from qnb import __version__, colab, device
-from qnb.errors import InputError, expand_path
+from qnb.errors import InputError, expand_path, scrub
 from qnb.ledger import FAILED, Ledger, Row, file_sha256, fingerprint, row_key, write_atomic
 from qnb.memory import is_out_of_memory, release, released
 from qnb.options import Count, resolve_count
 from qnb.precision import Precision, parse
 from qnb.provenance import ROOT, command, commit
 from qnb.quantize import checkpoint, sources
-from qnb.quantize.hub import scrub
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -7,14 +7,13 @@ secrets that the client's own messages may hold.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
-from qnb.errors import InputError
+from qnb.errors import InputError, scrub
 from qnb.memory import MIB
 
 SILENCE_S = 60  # the longest wait for an answer: the hub checks large files before it confirms them
@@ -181,14 +180,3 @@ def _explain(what: str, error: BaseException) -> InputError:
     if status >= 500:
         return InputError(f"{what}: the hub is out of order ({status}); try again later")
     return InputError(f"{what}: {ANSWERS.get(status, f'the hub answers {status}: {scrub(str(answer))}')}")
-
-
-def scrub(text: str, length: int = 200) -> str:
-    """Return the first line of a text from elsewhere, shortened, with whatever may be a secret blotted out."""
-    from huggingface_hub import get_token
-
-    line = (text.strip().splitlines() or [""])[0]
-    if token := get_token():
-        line = line.replace(token, "***")
-    line = re.sub(r"hf_\w+|(?<=://)[^/\s@]+(?=@)|(?i:(?<=bearer )\S+)", "***", line)
-    return re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", line)[:length]  # a signature stands in an address's query
