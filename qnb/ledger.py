@@ -118,13 +118,16 @@ class Ledger:
             self._lines += 1
             try:
                 self._add(json.loads(line))
-            except (ValueError, AttributeError):  # not JSON, or not an object
+            except (ValueError, TypeError, RecursionError):
                 self.damaged.append(f"{self.path}, line {self._lines}, is not a row of a study")
 
     def _add(self, row: Row) -> None:
+        if not isinstance(row, dict):
+            raise TypeError("a row is an object")
         key = row_key(row)
-        if not key[0]:
-            raise ValueError("a row without a stage")
+        parts = (*key, row.get("fingerprint", ""))
+        if not (key[0] and isinstance(key[0], str) and all(isinstance(part, str | int) for part in parts)):
+            raise TypeError("a row's key is made of texts and numbers")
         self._newest.pop(key, None)  # so that keys stand in the order in which they were last appended
         self._newest[key] = row
         self._by_fingerprint.setdefault(row.get("fingerprint", ""), []).append(row)

@@ -32,12 +32,7 @@ def test_plain_types_carry_no_quantization():
     assert precision.PRECISIONS["fp16"].torch_dtype is torch.float16
 
 
-def test_stored_bits_follow_the_block_layout():
-    # 64 weights of 4 bits and one float32; doubly: 64 of 4, one byte, and a float32 a 256 blocks
-    assert precision.PRECISIONS["nf4"].bits == (64 * 4 + 32) / 64
-    assert precision.PRECISIONS["nf4-dq"].bits == pytest.approx((64 * 4 + 8 + 32 / 256) / 64, abs=1e-3)
-
-
-def test_colours_are_distinct():
-    colors = [p.color for p in precision.PRECISIONS.values()]
-    assert len(set(colors)) == len(colors)
+def test_colours_markers_and_labels_are_distinct():
+    for field in ("color", "marker", "label"):
+        values = [getattr(each, field) for each in precision.PRECISIONS.values()]
+        assert len(set(values)) == len(values), field

@@ -2,74 +2,74 @@
 
 import pytest
 
-from qnb import prompts as workload
+from qnb import prompts
 from qnb.errors import InputError
-from qnb.quantize import checkpoint as model
+from qnb.quantize import checkpoint
 
 
 @pytest.fixture(scope="module")
 def tokenizer(source):
-    return model.load_tokenizer(source.path)
+    return checkpoint.load_tokenizer(source.path)
 
 
 def test_prompts_are_as_many_and_as_long_as_asked(tokenizer):
-    made = workload.load(tokenizer, "sample", 5, 16, 3)
+    made = prompts.load(tokenizer, "sample", 5, 16, 3)
     assert [len(prompt) for prompt in made.prompts] == [16] * 5 and made.new_tokens == 3
     assert len(made.longest) == 16
 
 
 def test_short_paragraphs_are_left_out_where_longer_ones_go_round(tokenizer):
-    lengths = [len(tokenizer(text)["input_ids"]) for text in workload.paragraphs("sample")]
+    lengths = [len(tokenizer(text)["input_ids"]) for text in prompts.paragraphs("sample")]
     most = sorted(lengths)[len(lengths) // 2] + 1
     assert min(lengths) < most <= max(lengths)
-    made = workload.load(tokenizer, "sample", 2 * len(lengths), most, 3)
+    made = prompts.load(tokenizer, "sample", 2 * len(lengths), most, 3)
     assert {len(prompt) for prompt in made.prompts} == {most}
-    none = workload.load(tokenizer, "sample", 4, max(lengths) + 1, 3)
+    none = prompts.load(tokenizer, "sample", 4, max(lengths) + 1, 3)
     assert len(none.prompts) == 4 and len(none.longest) <= max(lengths)
 
 
 def test_what_is_long_enough_is_found_wherever_it_stands(tokenizer, monkeypatch):
     """Paragraphs of many characters and few tokens are no reason to take short prompts, or one prompt twice."""
     short, long = ["the " * 25] * 300, [f"{place} " + "the " * 40 for place in range(3)]
-    monkeypatch.setattr(workload, "paragraphs", lambda *_: short + long)
+    monkeypatch.setattr(prompts, "paragraphs", lambda *_: short + long)
     for seed in range(4):
-        made = workload.load(tokenizer, "sample", 3, 40, 3, seed=seed)
+        made = prompts.load(tokenizer, "sample", 3, 40, 3, seed=seed)
         assert {len(prompt) for prompt in made.prompts} == {40} and len(set(made.prompts)) == 3
 
 
 def test_the_seed_decides_the_prompts(tokenizer):
-    first, again, other = (workload.load(tokenizer, "sample", 4, 16, 3, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (prompts.load(tokenizer, "sample", 4, 16, 3, seed=seed) for seed in (0, 0, 1))
     assert first == again and first.fingerprint == again.fingerprint != other.fingerprint
 
 
 def test_wikitext_comes_from_the_data_folder(tokenizer, hub):
-    made = workload.load(tokenizer, "wikitext", 3, 64, 5, hub)
+    made = prompts.load(tokenizer, "wikitext", 3, 64, 5, hub)
     assert [len(prompt) for prompt in made.prompts] == [64] * 3
     text = tokenizer.decode(made.prompts[0])
-    assert any(paragraph.startswith(text.strip()[:40]) for paragraph in workload.paragraphs("wikitext", hub))
+    assert any(paragraph.startswith(text.strip()[:40]) for paragraph in prompts.paragraphs("wikitext", hub))
 
 
 def test_bad_input_is_named(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="sample, wikitext"):
-        workload.paragraphs("novel")
+        prompts.paragraphs("novel")
     with pytest.raises(InputError, match="Salesforce/wikitext"):
-        workload.paragraphs("wikitext", tmp_path)
-    monkeypatch.setattr(workload, "_wikitext", lambda *_: [" = Heading = \n", ""])
+        prompts.paragraphs("wikitext", tmp_path)
+    monkeypatch.setattr(prompts, "_wikitext", lambda *_: [" = Heading = \n", ""])
     with pytest.raises(InputError, match="no paragraph of text"):
-        workload.paragraphs("wikitext", tmp_path)
+        prompts.paragraphs("wikitext", tmp_path)
     with pytest.raises(InputError, match="new_tokens is 0"):
-        workload.load(tokenizer, "sample", 1, 1, 0)
+        prompts.load(tokenizer, "sample", 1, 1, 0)
 
 
 def test_lengths_are_of_whole_paragraphs_and_none_is_counted_twice(tokenizer):
-    texts = workload.paragraphs("sample")
-    every, some = (workload.lengths(tokenizer, "sample", most) for most in (5000, 7))
+    texts = prompts.paragraphs("sample")
+    every, some = (prompts.lengths(tokenizer, "sample", most) for most in (5000, 7))
     assert sorted(every) == sorted(len(tokenizer(text)["input_ids"]) for text in texts) and some == every[:7]
-    assert workload.lengths(tokenizer, "sample", 7, seed=1) != some
+    assert prompts.lengths(tokenizer, "sample", 7, seed=1) != some
 
 
 def test_lengths_are_drawn_from_every_split(tokenizer, hub):
-    test, every = (workload.paragraphs("wikitext", hub, split) for split in ("test", None))
+    test, every = (prompts.paragraphs("wikitext", hub, split) for split in ("test", None))
     assert len(test) < len(every) and set(test) < set(every)
-    found = workload.lengths(tokenizer, "wikitext", 5000, hub)
+    found = prompts.lengths(tokenizer, "wikitext", 5000, hub)
     assert len(found) == min(5000, len(every)) and max(found) > 400 > 10 > min(found)
