@@ -129,7 +129,7 @@ def format_value(name: str, value: Any) -> str:
         return "; ".join(map(str, value))
     if not isinstance(value, (int, float)):
         return str(value)
-    if name.startswith("p_") and name != "p_correct" and value < 1e-6:
+    if name in ("p_mcnemar", "p_holm") and value < 1e-6:
         return "< 0.000001"
     value *= column(name).scale
     if name.endswith(("_pct", "_pp")):

@@ -31,7 +31,7 @@ def write(folder, model="example/one-billion", precisions=tuple(WEIGHTS_MIB), en
     def append(stage, *values, **fields):
         context = {"model": model, "model_reason": "named", "weights": "0" * 16, "device": DEVICE, "driver": "580.1",
                    "bf16": "native", "versions": {"torch": "2.11.0"}, "seed": 0, "command": "qnb run"}  # fmt: skip
-        key = {"stage": stage, "fingerprint": stage + fields.get("precision", "") + fields.get("setting", "")}
+        key = {"stage": stage, "fingerprint": stage + fields.get("precision", "")}
         ledger.append({**key, **fields, **{name: value for part in values for name, value in part.items()}, **context})
 
     append("peaks", {"copy_bytes_per_s": BYTES_S, "matmul_flop_per_s": {"bfloat16": FLOP_S}, "idle_power_w": IDLE_W,

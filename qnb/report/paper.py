@@ -1,115 +1,55 @@
-"""What the paper published, as data, and the arithmetic that audits it.
+"""What the paper published, as data; the arithmetic that audits it; and why its tables look as they do.
 
 Source: N. Maddel, S. Ohol, A. Khobragade, "Optimizing Llama 3.2 1B Using Quantization Techniques Using
 Bitsandbytes for Efficient AI Deployment", IJAR, March 2025 (CC BY 4.0). Numbers stand as printed; what follows
-from them (requests, bytes a parameter) is computed here, never typed in.
+from them (requests, bytes a parameter) is computed here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from qnb.device import MIB
+from qnb.memory import MIB
 
+DATA = Path(__file__).parents[1] / "data"
 PARAMETERS = 1_235_814_400  # Llama-3.2-1B, tied embeddings counted once
-PRECISIONS = ("bf16", "fp16", "int8", "int4")
-
-# Table 1: accuracy in percent, at each task's default shots.
-TABLE1: dict[str, tuple[float, ...]] = {
-    "arc_challenge": (31.31, 31.31, 31.46, 30.38),
-    "arc_easy": (65.49, 65.53, 64.84, 59.85),
-    "gsm8k_average": (5.84, 5.61, 5.98, 2.73),
-    "hellaswag": (47.72, 47.73, 47.41, 44.15),
-    "mmlu": (37.70, 37.64, 36.72, 27.57),
-    "mmlu_humanities": (35.26, 35.38, 34.73, 27.86),
-    "mmlu_other": (41.41, 41.35, 40.19, 29.74),
-    "mmlu_social_sciences": (41.24, 41.20, 40.39, 26.75),
-    "mmlu_stem": (34.23, 33.87, 32.71, 25.82),
-}
-# Table 2: change against BF16 in percent of BF16's accuracy, for FP16, INT8, INT4.
-TABLE2: dict[str, tuple[float, ...]] = {
-    "arc_challenge": (0.00, 0.48, -2.97),
-    "arc_easy": (0.06, -0.99, -8.61),
-    "gsm8k_average": (-3.94, 2.40, -53.25),
-    "hellaswag": (0.02, -0.65, -7.49),
-    "mmlu": (-0.16, -2.60, -26.86),
-    "mmlu_humanities": (0.34, -1.50, -21.00),
-    "mmlu_other": (-0.14, -2.95, -28.19),
-    "mmlu_social_sciences": (-0.10, -2.06, -35.15),
-    "mmlu_stem": (-1.05, -4.43, -24.55),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Performance:
-    """One row of Table 3 or 4, on a Colab T4."""
-
-    precision: str
-    throughput_rps: float
-    total_s: float
-    seconds_per_request: float  # printed as "average latency": total time over requests
-    utilization_pct: float
-    vram_mib: float  # printed as MB; the overheads show that MiB is meant
-    speedup: float
-
-    @property
-    def requests(self) -> float:
-        """Requests that throughput times total time implies."""
-        return self.throughput_rps * self.total_s
-
-    @property
-    def bytes_per_parameter(self) -> float:
-        """Bytes a parameter if all memory were weights: an upper bound of their width."""
-        return self.vram_mib * MIB / PARAMETERS
-
-
-TABLE3 = (
-    Performance("bf16", 0.3143, 636.28, 3.1814, 88.35, 4879.85, 1.0000),
-    Performance("fp16", 0.3249, 615.59, 3.0779, 52.44, 2523.89, 1.0336),
-    Performance("int8", 0.1288, 1552.40, 7.7620, 35.80, 1621.06, 0.4099),
-    Performance("int4", 0.2938, 680.66, 3.4033, 52.66, 1361.97, 0.9348),
-)
-TABLE4 = (
-    Performance("bf16", 2.8262, 707.66, 0.3538, 98.76, 7376.07, 1.0000),
-    Performance("fp16", 8.5661, 233.48, 0.1167, 97.42, 4800.91, 3.0309),
-    Performance("int8", 8.4604, 236.39, 0.1182, 97.75, 9744.56, 2.9935),
-    Performance("int4", 4.1443, 482.59, 0.2413, 99.18, 5226.48, 1.4664),
-)
 STATED_REQUESTS = {3: 2000, 4: 5000}  # in the text and in Table 4's caption
 
 
 def accuracy() -> pd.DataFrame:
-    """Return Table 1 as a tidy frame: task, precision, acc (a share, not percent)."""
-    rows = [
-        {"task": task, "precision": precision, "acc": value / 100}
-        for task, values in TABLE1.items()
-        for precision, value in zip(PRECISIONS, values, strict=True)
-    ]
-    return pd.DataFrame(rows)
+    """Return Tables 1 and 2 as printed, a row a task and format, at each task's default shots.
+
+    ``accuracy_pct`` is Table 1's, ``acc`` the same as a share. ``change_pct`` is Table 2's change in percent of BF16's
+    accuracy.
+    """
+    return pd.read_csv(DATA / "paper_accuracy.csv").assign(acc=lambda frame: frame.accuracy_pct / 100)
 
 
-def change() -> pd.DataFrame:
-    """Return Table 2 as a tidy frame: task, precision, change_pct (relative to BF16, in percent)."""
-    rows = [
-        {"task": task, "precision": precision, "change_pct": value}
-        for task, values in TABLE2.items()
-        for precision, value in zip(PRECISIONS[1:], values, strict=True)
-    ]
-    return pd.DataFrame(rows)
+def performance(number: int) -> pd.DataFrame:
+    """Return Table 3 (batch size 1) or 4 (largest batch), on a Colab T4; a row a format.
+
+    ``seconds_per_request`` is printed as "average latency": total time over requests. ``vram_mib`` is printed as MB;
+    the overheads show that MiB is meant. ``requests`` is what throughput times total time implies, and
+    ``bytes_per_parameter`` what a weight takes if all memory were weights: an upper bound of its width.
+    """
+    frame = pd.read_csv(DATA / "paper_performance.csv")
+    frame = frame[frame.table == number].drop(columns="table").reset_index(drop=True)
+    return frame.assign(
+        requests=frame.throughput_rps * frame.total_s, bytes_per_parameter=frame.vram_mib * MIB / PARAMETERS
+    )
 
 
-def performance(table: int) -> pd.DataFrame:
-    """Return Table 3 (batch size 1) or Table 4 (largest batch), a row a precision, units in the column names."""
-    rows = {3: TABLE3, 4: TABLE4}[table]
-    names = [name for name in Performance.__slots__]
-    return pd.DataFrame([{name: getattr(row, name) for name in names} for row in rows])
-
-
-def measured(model: str) -> bool:
-    """Return whether a model's name is the measured one's, Llama-3.2-1B, tuned ones and its bare shape among them."""
+def is_published_model(model: str) -> bool:
+    """Return whether a model's name is the published one's: Llama-3.2-1B, tuned ones and its bare shape among them."""
     return "llama-3.2-1b" in model.lower()
+
+
+# What its numbers say
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,95 +63,177 @@ class Finding:
 
 
 def audit() -> list[Finding]:
-    """Check the paper's arithmetic; every number computed from the tables above.
+    """Check the paper's arithmetic; every number is computed from the tables above.
 
     Checked: requests = throughput x time (Tables 3, 4), latency = time / requests, speed-up = throughput over
     BF16's, Table 2 from Table 1 within what rounding to 0.01 points allows, and the weight width that VRAM implies.
     """
-    findings = []
-    for number, table in ((3, TABLE3), (4, TABLE4)):
-        stated, source = STATED_REQUESTS[number], f"Table {number}"
-        implied = [row.requests for row in table]
-        requests = round(implied[0], -1)
-        findings.append(
-            Finding(
-                f"{stated:,} requests were run",
-                f"{source} and its text",
-                f"throughput x total time = {min(implied):,.1f} to {max(implied):,.1f} requests",
-                all(abs(value / stated - 1) < 0.01 for value in implied),
-            )
-        )
-        error = max(abs(row.total_s / requests - row.seconds_per_request) for row in table)
-        findings.append(
-            Finding(
-                f"average latency is total time / requests, over {requests:,.0f} requests",
-                source,
-                f"largest difference {error:.4f} s; a batch of b requests really takes b times as long",
-                error < 2e-3,
-            )
-        )
-        base = table[0]
-        error = max(abs(row.throughput_rps / base.throughput_rps - row.speedup) for row in table)
-        findings.append(
-            Finding("speed-up is throughput over BF16's", source, f"largest difference {error:.4f}", error < 1e-3)
-        )
-    findings.extend(_audit_change())
-    overhead = {row.precision: row.vram_mib for row in TABLE3}
-    half, full = PARAMETERS * 2 / MIB, PARAMETERS * 4 / MIB
-    findings.append(
-        Finding(
-            "the BF16 baseline held its weights in 16 bit",
-            "Table 3, VRAM",
-            f"{TABLE3[0].bytes_per_parameter:.2f} bytes a parameter; "
-            f"{overhead['bf16'] - full:.1f} MiB above 32-bit weights, "
-            f"as FP16 is {overhead['fp16'] - half:.1f} MiB above 16-bit weights: it was most likely FP32",
-            overhead["bf16"] < full,
-        )
-    )
-    ratio = TABLE4[1].throughput_rps / TABLE4[0].throughput_rps
-    findings.append(
-        Finding(
-            "FP16 is three times as fast as BF16 at the largest batch",
-            "Table 4",
-            f"{ratio:.2f}x as printed, but the baseline's weights are 32 bit wide by Table 3",
-            overhead["bf16"] < full,
-        )
-    )
-    return findings
+    return [*_audit_performance(3), *_audit_performance(4), *_audit_change(), *_audit_baseline()]
 
 
-def _audit_change() -> list[Finding]:
-    """Set Table 2, and what the text says of it, against Table 1."""
-    worst, off = 0.0, []
-    for task, values in TABLE2.items():
-        base = TABLE1[task][0]
-        for precision, printed, value in zip(PRECISIONS[1:], values, TABLE1[task][1:], strict=True):
-            error = abs((value / base - 1) * 100 - printed)
-            # both accuracies are rounded to 0.005 points, the printed change to 0.005 percent
-            allowed = (0.005 / base + 0.005 * value / base**2) * 100 + 0.005
-            worst = max(worst, error)
-            if error > allowed:
-                off.append(f"{task} {precision}")
-    table = Finding(
+def _audit_performance(number: int) -> Iterator[Finding]:
+    table, stated, source = performance(number), STATED_REQUESTS[number], f"Table {number}"
+    requests = round(table.requests[0], -1)
+    latency_error = (table.total_s / requests - table.seconds_per_request).abs().max()
+    speedup_error = (table.throughput_rps / table.throughput_rps[0] - table.speedup).abs().max()
+    yield Finding(
+        f"{stated:,} requests were run",
+        f"{source} and its text",
+        f"throughput x total time = {table.requests.min():,.1f} to {table.requests.max():,.1f} requests",
+        bool((abs(table.requests / stated - 1) < 0.01).all()),
+    )
+    yield Finding(
+        f"average latency is total time / requests, over {requests:,.0f} requests",
+        source,
+        f"largest difference {latency_error:.4f} s; a batch of b requests really takes b times as long",
+        bool(latency_error < 2e-3),
+    )
+    difference = f"largest difference {speedup_error:.4f}"
+    yield Finding("speed-up is throughput over BF16's", source, difference, bool(speedup_error < 1e-3))
+
+
+def _audit_change() -> Iterator[Finding]:
+    """Hold Table 2, and what the text says of it, against Table 1."""
+    table = accuracy()
+    table["base_pct"] = table.task.map(table[table.precision == "bf16"].set_index("task").accuracy_pct)
+    table = table.dropna(subset=["change_pct"]).set_index(["task", "precision"])
+    error = (100 * (table.accuracy_pct / table.base_pct - 1) - table.change_pct).abs()
+    # both accuracies are rounded to 0.005 points, the printed change to 0.005 percent
+    rounding = 0.5 / table.base_pct + 0.5 * table.accuracy_pct / table.base_pct**2 + 0.005
+    beyond = ", ".join(map(" ".join, table.index[error > rounding]))
+    yield Finding(
         "Table 2 is Table 1's relative change",
         "Table 2",
-        f"largest difference {worst:.3f} %; "
-        + (f"beyond rounding: {', '.join(off)}" if off else "all within rounding"),
-        not off,
+        f"largest difference {error.max():.3f} %; {f'beyond rounding: {beyond}' if beyond else 'all within rounding'}",
+        not beyond,
     )
-    points = TABLE1["mmlu_social_sciences"][0] - TABLE1["mmlu_social_sciences"][3]
-    text = Finding(
+    int4 = table.loc[("mmlu_social_sciences", "int4")]
+    points = int4.base_pct - int4.accuracy_pct
+    yield Finding(
         "INT4 loses 14.49 % on MMLU Social Sciences",
         "text below Table 2",
-        f"{points:.2f} percentage points, which is {-TABLE2['mmlu_social_sciences'][2]:.2f} % of BF16's accuracy",
-        abs(points + TABLE2["mmlu_social_sciences"][2]) < 0.01,
+        f"{points:.2f} percentage points, which is {-int4.change_pct:.2f} % of BF16's accuracy",
+        abs(points + int4.change_pct) < 0.01,
     )
-    spread = [abs(values[1] - values[0]) for values in TABLE1.values()]
-    fp16 = Finding(
+    fp16 = table.xs("fp16", level="precision")
+    change_pp, most = (fp16.accuracy_pct - fp16.base_pct).abs(), fp16.change_pct.abs().max()
+    yield Finding(
         "FP16 changes accuracy by 0.00 to 0.36 %",
         "text below Table 2",
-        f"{min(spread):.2f} to {max(spread):.2f} percentage points; relative, Table 2 says up to "
-        f"{max(abs(values[0]) for values in TABLE2.values()):.2f} %",
-        max(abs(values[0]) for values in TABLE2.values()) <= 0.36,
+        f"{change_pp.min():.2f} to {change_pp.max():.2f} percentage points; relative, Table 2 says up to {most:.2f} %",
+        most <= 0.36,
     )
-    return [table, text, fp16]
+
+
+def _audit_baseline() -> Iterator[Finding]:
+    """Hold the memory of Table 3's BF16 row against weights of 16 and 32 bit."""
+    table = performance(3).set_index("precision")
+    half, full = PARAMETERS * 2 / MIB, PARAMETERS * 4 / MIB
+    is_half = bool(table.vram_mib["bf16"] < full)
+    yield Finding(
+        "the BF16 baseline held its weights in 16 bit",
+        "Table 3, VRAM",
+        f"{table.bytes_per_parameter['bf16']:.2f} bytes a parameter; "
+        f"{table.vram_mib['bf16'] - full:.1f} MiB above 32-bit weights, "
+        f"as FP16 is {table.vram_mib['fp16'] - half:.1f} MiB above 16-bit weights: it was most likely FP32",
+        is_half,
+    )
+    speedup = performance(4).throughput_rps[1] / performance(4).throughput_rps[0]
+    yield Finding(
+        "FP16 is three times as fast as BF16 at the largest batch",
+        "Table 4",
+        f"{speedup:.2f}x as printed, but the baseline's weights are 32 bit wide by Table 3",
+        is_half,
+    )
+
+
+# Why its tables look as they do: choices of a harness that move its numbers more than the formats do
+
+ABLATIONS = (  # the choice, the two rows that differ in it alone, the quantities compared
+    ("the baseline's weights in 32 bit or in 16", "fp32 eager", "bf16 eager",
+     ("peak_memory_mib", "weights_mib", "throughput_rps")),
+    ("4-bit weights multiplied in 32 bit or in 16", "int4 eager", "fp4 eager", ("throughput_rps",)),
+    ("4-bit weights multiplied in 32 bit or in 16", "int4 cuda_graph", "fp4 cuda_graph", ("throughput_rps",)),
+    ("LLM.int8 with outliers in 16 bit or without", "int8 eager", "int8-no-outliers eager", ("throughput_rps",)),
+)  # fmt: skip
+LAUNCHES = "kernels launched one by one or replayed"
+# by its memory, the paper's BF16 row is 32 bit wide and FP16's is 16; its VRAM is a peak, not the weights
+PUBLISHED_ROWS = {"fp32 eager": "bf16", "bf16 eager": "fp16"}
+PUBLISHED_COLUMNS = {"peak_memory_mib": "vram_mib", "throughput_rps": "throughput_rps"}
+
+
+def ablations(runs: pd.DataFrame, number: int) -> pd.DataFrame:
+    """Set rows that differ in one choice of the harness against each other; a row a choice and quantity.
+
+    ``ratio`` is right over left, ``published_ratio`` the paper's where it has both. What was not measured is empty,
+    and so is the ratio of rows that were measured under other conditions. A pair without any value is left out.
+
+    Parameters
+    ----------
+    runs
+        `Results.bs1` or `Results.maxbatch`.
+    number
+        The table of the paper that they are held against, 3 or 4.
+    """
+    measured = {f"{row['precision']} {row['engine']}": row for row in runs.to_dict("records")}
+    published = performance(number).set_index("precision")
+    launches = [(LAUNCHES, f"{name} eager", f"{name} cuda_graph", ("throughput_rps", "gpu_busy_pct"))
+                for name in dict.fromkeys(runs.precision)]  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for choice, *names, quantities in (*ABLATIONS, *launches) if measured else ():
+        pair = [measured.get(name, {}) for name in names]
+        is_alike = pair[0].get("conditions") == pair[1].get("conditions")
+        for quantity in quantities:
+            left, right = (row.get(quantity) for row in pair)
+            row = {"choice": choice, "quantity": quantity, "left": names[0], "right": names[1], "left_value": left,
+                   "right_value": right, "ratio": None, "published_ratio": None}  # fmt: skip
+            if is_alike and pd.notna(left) and pd.notna(right):
+                row["ratio"] = right / left
+            if set(names) <= set(PUBLISHED_ROWS) and quantity in PUBLISHED_COLUMNS:
+                before, now = (published[PUBLISHED_COLUMNS[quantity]][PUBLISHED_ROWS[name]] for name in names)
+                row["published_ratio"] = now / before
+            if pd.notna(left) or pd.notna(right) or row["published_ratio"]:
+                rows.append(row)
+    return pd.DataFrame(rows).round(6)
+
+
+# NVIDIA T4 datasheet (DS-09120): GDDR6 320+ GB/s; FP16 65 TFLOP/s, FP32 8.1, INT8 130 TOPS. Turing has no bfloat16
+# units: such products are done in 32 bit.
+T4_BYTES_PER_S = 320e9
+T4_FLOP_PER_S = {"float16": 65e12, "float32": 8.1e12, "bfloat16": 8.1e12, "int8": 130e12}
+
+
+def t4_estimate(runs: pd.DataFrame, number: int) -> pd.DataFrame:
+    """Estimate the least time that a T4 needs for the work of measured rows, from its datasheet alone.
+
+    No program passes these limits, and eager generation stays far below them. ``estimate_step_ms`` is the longer of
+    reading and computing. ``estimate_throughput_rps`` leaves out prompts and launches. The published rate stands
+    beside rows of the published model alone.
+
+    Parameters
+    ----------
+    runs
+        `Results.bs1` or `Results.maxbatch`, with the bytes and the operations of a decode step.
+    number
+        Table 3 or 4, for the published throughput.
+    """
+    runs = runs.dropna(subset=["bytes_per_step", "flops_by_type"]).drop_duplicates(["precision", "batch_size"])
+    read_s = runs.bytes_per_step.astype(float) / T4_BYTES_PER_S
+    compute_s = pd.Series([_t4_compute_s(flops) for flops in runs.flops_by_type], runs.index, dtype=float)
+    step_s = read_s.combine(compute_s, max)
+    published = performance(number).set_index("precision").throughput_rps
+    is_published = [is_published_model(str(model)) for model in runs.model]
+    return pd.DataFrame(
+        {
+            "precision": runs.precision,
+            "batch_size": runs.batch_size,
+            "estimate_step_ms": 1000 * step_s,
+            "estimate_bound": (read_s >= compute_s).map({True: "bandwidth", False: "compute"}),
+            "estimate_throughput_rps": runs.batch_size / (runs.new_tokens * step_s),
+            "published_throughput_rps": runs.precision.map(published).where(is_published),
+        }
+    )
+
+
+def _t4_compute_s(flops_by_type: dict[str, float]) -> float:
+    return sum(count / T4_FLOP_PER_S[name] for name, count in flops_by_type.items())

@@ -1,6 +1,6 @@
 """What a study measured, as frames: read from its ledger, or from the tables that were kept of one.
 
-Figures, panels and the report take these and nothing else, so they draw a study on a machine that has neither its
+Figures, panels and the report take these frames and nothing else. They draw a study on a machine that has neither its
 GPU nor its model.
 """
 
@@ -8,166 +8,275 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from qnb.errors import InputError
+from qnb.ledger import FAILED, Ledger, Row, file_sha256
+from qnb.memory import MIB
 from qnb.precision import PRECISIONS
-from qnb.report import paper
-from qnb.report.tables import stacked
-from qnb.speed.roofline import bound, shares
+from qnb.speed.roofline import derived
 
-ALIKE = ["precision", "engine", "batch_size"]  # runs that are repeats of one another
-GROUPS = ("mmlu", "sample_exam")  # tasks whose parts stand in Table 1 beside them
-TABLES = {1: "table1_accuracy", 2: "table2_change", 3: "table3_bs1", 4: "table4_maxbatch"}
+# columns that every frame of speeds has, as Tables 3 and 4 show them; missing values are NaN
+SPEED = (
+    "precision", "engine", "batch_size", "capped", "requests", "prompt_tokens", "new_tokens", "passes", "stop_reason",
+    "throughput_rps", "throughput_tps", "total_s", "seconds_per_request", "batch_latency_s", "ttft_s", "tpot_s",
+    "itl_p50_s", "itl_p95_s", "itl_p99_s", "latency_p50_s", "latency_p95_s", "latency_p99_s", "kernel_s_per_token",
+    "kernels_per_token", "weights_mib", "kv_cache_mib", "peak_reserved_mib", "energy_j_per_request",
+    "energy_above_idle_j_per_request", "energy_j_per_token", "energy_above_idle_j_per_token", "throughput_spread_pct",
+    "gpu_busy_pct", "mbu_pct", "mfu_pct", "bound", "monitor", "utilization_pct", "peak_memory_mib",
+    "peak_used_memory_mib", "power_w", "clock_mhz", "flags", "note",
+)  # fmt: skip
+# more columns that they all have
+BESIDE = ("low_rps", "high_rps", "batch_spread_pct", "bytes_per_step", "flops_per_step", "flops_by_type",
+          "peak_bytes_per_s", "peak_flop_per_s", "idle_power_w", "peak_allocated_mib", "measured_at", "conditions",
+          "model", "setting")  # fmt: skip
+CONDITIONS = ("workload", "device", "memory_limit_mib", "cap")  # two rows that differ in one are not compared
+OF_MEDIANS = ("gpu_busy_pct", "mbu_pct", "mfu_pct", "bound")  # kernels are traced in the first pass alone
+# words of tasks' names that are written in another way
+WORDS = {"arc": "ARC", "gsm8k": "GSM8K", "cot": "CoT", "hellaswag": "HellaSwag", "mmlu": "MMLU", "stem": "STEM"}
 
-SPEED = ("precision", "engine", "batch_size", "throughput_rps")
-NEEDED = {TABLES[1]: ("task", "metric", "filter", "items"), TABLES[2]: ("task", "precision", "change_pp"),
-          TABLES[3]: SPEED, TABLES[4]: SPEED, "sweep": SPEED}  # fmt: skip
-POSITIVE = ["batch_size", "throughput_rps", "batch_latency_s", "tpot_s"]
-ELSE = "put back the file, or take it out of its folder"
+
+def task_name(task: str) -> str:
+    """Return a task's name as people read it."""
+    return " ".join(WORDS.get(word, word) for word in task.removeprefix("sample_").split("_"))
+
+
+def _speeds() -> pd.DataFrame:
+    return pd.DataFrame(columns=[*SPEED, *BESIDE], dtype=float)
 
 
 @dataclass(frozen=True)
 class Results:
-    """One study's frames; an empty frame where nothing was measured."""
+    """One study's frames; a frame is empty where nothing was measured.
+
+    Formats stand in the order of `PRECISIONS`, and eager before other engines. Every frame of speeds has all columns
+    of `SPEED` and `BESIDE`.
+    """
 
     name: str  # of the study
     model: str
     device: str
-    tables: Mapping[int, pd.DataFrame]  # the paper's four, by number
-    scores: pd.DataFrame = field(default_factory=pd.DataFrame)  # a row a task, metric, filter and precision
-    bs1: pd.DataFrame = field(default_factory=pd.DataFrame)  # a row a precision, engine and batch size, as `medians`
-    maxbatch: pd.DataFrame = field(default_factory=pd.DataFrame)  # the same
-    sweep: pd.DataFrame = field(default_factory=pd.DataFrame)  # the same
-    samples: pd.DataFrame = field(default_factory=pd.DataFrame)  # the monitor's readings: setting, precision, t_s, ...
-    checkpoints: pd.DataFrame = field(default_factory=pd.DataFrame)  # rows of stage quantize
+    folder: Path | None = None  # where the files that rows name lie; None for kept tables
+    scores: pd.DataFrame = field(default_factory=pd.DataFrame)  # a row a task, metric, filter and format
+    accuracy_rows: pd.DataFrame = field(default_factory=pd.DataFrame)
+    bs1: pd.DataFrame = field(default_factory=_speeds)  # a row a format and engine: medians over passes
+    maxbatch: pd.DataFrame = field(default_factory=_speeds)  # the same
+    bs1_passes: pd.DataFrame = field(default_factory=_speeds)  # a row a pass, and one an engine that cannot run
+    maxbatch_passes: pd.DataFrame = field(default_factory=_speeds)  # the same
+    sweep: pd.DataFrame = field(default_factory=_speeds)  # a row a format, engine and batch size that was timed
+    sweep_rows: pd.DataFrame = field(default_factory=_speeds)  # what did not fit too
+    batches: pd.DataFrame = field(default_factory=pd.DataFrame)  # searches for the largest batch
     divergence: pd.DataFrame = field(default_factory=pd.DataFrame)
-    rows: tuple[Mapping[str, Any], ...] = ()  # what was measured; none where tables were read
-    failures: tuple[Mapping[str, Any], ...] = ()  # what could not be, each with its reason
+    batch_sensitivity: pd.DataFrame = field(default_factory=pd.DataFrame)
+    lengths: pd.DataFrame = field(default_factory=pd.DataFrame)  # one row: the prompts' lengths
+    checkpoints: pd.DataFrame = field(default_factory=pd.DataFrame)
+    rows: tuple[Row, ...] = ()  # what was measured; none for kept tables
+    failures: tuple[Row, ...] = ()  # what could not be, each with its reason
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # kept ones by name
+    built: dict[str, pd.DataFrame] = field(default_factory=dict, init=False, repr=False)  # tables made of the others
+
+    @classmethod
+    def read(cls, ledger: Ledger) -> Results:
+        """Read the newest row of each key."""
+        rows = tuple(row for row in ledger.rows() if not row["stage"].endswith(FAILED))
+
+        def stage(name: str, setting: str = "") -> list[Row]:
+            return [row for row in rows if row["stage"] == name and setting in ("", row["setting"])]
+
+        def frame(name: str) -> pd.DataFrame:
+            return in_order(pd.DataFrame(stage(name)))
+
+        bs1, maxbatch, sweep = (_passes(stage(*key)) for key in (("perf", "bs1"), ("perf", "maxbatch"), ("sweep",)))
+        return cls(
+            name=ledger.folder.resolve().name,
+            model=rows[-1].get("model", "") if rows else "",
+            device=rows[-1].get("device", "") if rows else "",
+            folder=ledger.folder,
+            scores=in_order(_scores(stage("accuracy"))),
+            accuracy_rows=frame("accuracy"),
+            bs1=medians(bs1),
+            maxbatch=medians(maxbatch),
+            bs1_passes=bs1,
+            maxbatch_passes=maxbatch,
+            sweep=medians(sweep),
+            sweep_rows=sweep,
+            batches=frame("batch"),
+            divergence=frame("divergence"),
+            batch_sensitivity=frame("batch_sensitivity"),
+            lengths=frame("lengths"),
+            checkpoints=_checkpoints(frame("quantize")),
+            rows=rows,
+            failures=tuple(ledger.failures()),
+        )
+
+    @classmethod
+    def of_tables(cls, folder: Path) -> Results:
+        """Read the tables that were kept of a study, in a folder named device-model.
+
+        Raises
+        ------
+        InputError
+            A file there is not such a table.
+        """
+        try:
+            tables = {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))}
+            names = ("table3_bs1", "table4_maxbatch", "sweep")
+            bs1, maxbatch, sweep = (_kept_speeds(tables[name]) if name in tables else _speeds() for name in names)
+        except (OSError, ValueError, KeyError) as error:  # pandas' own are ValueErrors
+            raise InputError(f"{folder} holds a file that is no table of a study ({error}); remove it") from error
+        device, _, model = folder.name.partition("-")
+        frames = {name: tables[name] for name in ("scores", "divergence", "batch_sensitivity") if name in tables}
+        return cls(folder.name, model, device, bs1=bs1, maxbatch=maxbatch, sweep=sweep, tables=tables, **frames)
 
     @property
-    def of(self) -> str:
-        """The model and the device, as a picture tells what it is of."""
+    def label(self) -> str:
+        """The model and the device."""
         return ", ".join(filter(None, (self.model, self.device)))
 
     @property
+    def precisions(self) -> list[str]:
+        """The formats that anything was measured of."""
+        frames = (self.checkpoints, self.scores, self.divergence, self.bs1, self.maxbatch, self.sweep)
+        names = {name for frame in frames if "precision" in frame for name in frame.precision}
+        return [name for name in PRECISIONS if name in names]
+
+    def timed(self, setting: str) -> pd.DataFrame:
+        """Return the medians of setting ``"bs1"`` or ``"maxbatch"``."""
+        return {"bs1": self.bs1, "maxbatch": self.maxbatch}[setting]
+
+    @property
     def speed(self) -> pd.DataFrame:
-        """Batch size 1, the sweep and the largest batch, one below the other; ``setting`` tells them apart."""
-        named = (("bs1", self.bs1), ("sweep", self.sweep), ("maxbatch", self.maxbatch))
-        return stacked(frame.assign(setting=setting) for setting, frame in named if len(frame))
+        """Batch size 1, the sweep and the largest batch in one frame; ``setting`` tells them apart."""
+        frames = {"bs1": self.bs1, "sweep": self.sweep, "maxbatch": self.maxbatch}
+        return stack([frame.assign(setting=setting) for setting, frame in frames.items()])
+
+    @cached_property
+    def samples(self) -> pd.DataFrame:
+        """The monitor's readings during each first pass: t_s, the readings, setting, precision and engine."""
+        parts = []
+        for frame in (self.bs1_passes, self.maxbatch_passes):
+            first = frame.dropna(subset=["total_s"]).drop_duplicates(["precision", "engine"])
+            for row in first.to_dict("records"):
+                path = self._path(row.get("samples_file"))
+                if path is not None and path.is_file():
+                    about = {name: row[name] for name in ("setting", "precision", "engine")}
+                    parts.append(pd.read_parquet(path).assign(**about))
+        return stack(parts)
+
+    def items(self, row: Mapping[str, Any]) -> pd.DataFrame | None:
+        """Return the items that an accuracy row was counted from; None where their file is gone or was changed."""
+        path = self._path(row.get("items_file"))
+        if path is None or not path.is_file() or file_sha256(path) != row["items_sha256"]:
+            return None
+        return pd.read_parquet(path)
+
+    def _path(self, name: Any) -> Path | None:
+        return self.folder / name if self.folder is not None and isinstance(name, str) and name else None
 
 
-def medians(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return performance rows with repeats made one: medians, how many, and the throughput's range.
-
-    Texts are the last row's; ``bound`` is of the medians, as kernels are traced in the first pass alone; flags are
-    those of all. An engine that could not run has a row without a speed: it is left out.
-    """
-    if not {*ALIKE, "throughput_rps"} <= set(rows):
-        return pd.DataFrame()
-    rows = rows.dropna(subset=["batch_size", "throughput_rps"]).astype({"batch_size": int})
-    made = []
-    for key, runs in rows.groupby(ALIKE, sort=False):
-        row = dict(zip(ALIKE, key, strict=True))
-        for name in runs.columns.difference(ALIKE, sort=False):
-            values = runs[name].dropna()
-            if is_numeric_dtype(runs[name]) and not is_bool_dtype(runs[name]):
-                row[name] = values.median()
-            else:
-                row[name] = values.iloc[-1] if len(values) else None
-        row |= {"repeats": len(runs), "low_rps": runs.throughput_rps.min(), "high_rps": runs.throughput_rps.max()}
-        if "flags" in runs:
-            row["flags"] = list(dict.fromkeys(flag for flags in runs["flags"].dropna() for flag in flags))
-        if "bound" in runs:
-            row["bound"] = bound(*shares(row))
-        made.append(row)
-    return pd.DataFrame(made)
-
-
-def readings(folder: Path, rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Return the monitor's readings during each row that has any, one below the other."""
-    parts = []
-    for row in rows:
-        name = row.get("samples")
-        path = folder / "samples" / Path(name).name if isinstance(name, str) and name else None
-        if path and path.exists():
-            about = {key: row[key] for key in ("setting", "precision", "engine")}
-            parts.append(pd.read_parquet(path).assign(**about))
-    return stacked(parts)
-
-
-def reference(folder: Path) -> dict[str, Results]:
-    """Return the studies whose tables were kept, each in a folder of its own, named device-model, below `folder`.
+def read_reference(folder: Path) -> dict[str, Results]:
+    """Return the studies kept below `folder`, each as tables in a folder named device-model.
 
     Raises
     ------
     InputError
-        A file there is no table.
+        A file there is not such a table.
     """
-    kept = {path.name: {table.stem: _read(table) for table in path.glob("*.csv")}
-            for path in sorted(folder.glob("*-*/"))}  # fmt: skip
-    return {name: _of_tables(name, tables) for name, tables in kept.items() if tables}
+    return {path.name: Results.of_tables(path) for path in sorted(folder.glob("*-*/")) if any(path.glob("*.csv"))}
 
 
-def _read(table: Path) -> pd.DataFrame:
-    try:
-        frame = pd.read_csv(table)
-    except (OSError, ValueError) as error:  # pandas' own are ValueErrors
-        raise InputError(f"{table} is no table ({error}); {ELSE}") from error
-    if lacking := [name for name in NEEDED.get(table.stem, ()) if name not in frame]:
-        raise InputError(f"{table} has no column {' or '.join(lacking)}; {ELSE}")
-    if unknown := sorted(set(map(str, frame.get("precision", ()))) - set(PRECISIONS)):
-        raise InputError(f"{table} has precision {', '.join(unknown)}; there are {', '.join(PRECISIONS)}; {ELSE}")
-    for name in frame.columns.intersection(POSITIVE) if len(frame) else ():
-        if not is_numeric_dtype(frame[name]) or (frame[name] <= 0).any():
-            raise InputError(f"{table} has text, 0 or less in column {name}, which is of positive numbers; {ELSE}")
-    return frame
+def stack(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Return the rows of several frames, one below the other, with every column that any of them has."""
+    frames = list(frames)
+    columns = list(dict.fromkeys(name for frame in frames for name in frame))
+    # a column that is empty in one frame has no say in the type of the whole
+    filled = [frame.dropna(axis="columns", how="all") for frame in frames if len(frame)]
+    return pd.concat(filled, ignore_index=True).reindex(columns=columns) if filled else pd.DataFrame(columns=columns)
 
 
-def _of_tables(name: str, kept: Mapping[str, pd.DataFrame]) -> Results:
-    device, _, model = name.partition("-")
-    none = pd.DataFrame()
-    tables = {number: kept.get(stem, none) for number, stem in TABLES.items()}
-    bs1, maxbatch, sweep = (_as_measured(table) for table in (tables[3], tables[4], kept.get("sweep", none)))
-    return Results(
-        name, model, device, tables, _unfold(tables[1]), bs1, maxbatch, sweep,
-        divergence=kept.get("divergence", none),
-    )  # fmt: skip
+def in_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """Sort rows by format as `PRECISIONS` lists them, eager first; otherwise they stay as they are."""
+    if frame.empty or "precision" not in frame:
+        return frame
+    rank = frame.precision.map({name: place for place, name in enumerate(PRECISIONS)})
+    later = frame.engine != "eager" if "engine" in frame else False
+    order = frame.assign(rank=rank, later=later).sort_values(["rank", "later"], kind="stable").index
+    return frame.loc[order].reset_index(drop=True)
 
 
-def _as_measured(table: pd.DataFrame) -> pd.DataFrame:
-    """Return Table 3, 4 or a sweep's by the names that performance rows have, without engines that could not run."""
-    if table.empty:
-        return table
-    table = table.reindex(columns=list(dict.fromkeys([*table, "throughput_rps", "throughput_spread_pct"])))
-    table = table.dropna(subset=["throughput_rps"])
-    renamed = {"utilization_pct": "utilization_pct", "power_w": "power_w"}
-    table = table[[name for name in table if not name.startswith("published_")]].rename(columns=renamed)
-    half = (1 + table.throughput_spread_pct.fillna(0) / 100) ** 0.5  # the spread is the range over the lowest
-    return table.assign(low_rps=table.throughput_rps / half, high_rps=table.throughput_rps * half)
+def medians(passes: pd.DataFrame) -> pd.DataFrame:
+    """Reduce passes to a row a format, engine and batch size; what was not timed is left out.
 
-
-def _unfold(table: pd.DataFrame) -> pd.DataFrame:
-    """Return Table 1 as scores: a row a task, metric, filter and precision."""
+    Numbers are medians. Other values are the last pass's. Flags are those of all passes.
+    """
     rows = []
-    for row in table.to_dict("records"):
-        if row["metric"].startswith("mean"):  # computed anew from the others
-            continue
-        asked = next((group for group in GROUPS if row["task"].startswith(f"{group}_")), row["task"])
-        about = {name: row[name] for name in ("task", "metric", "filter", "items")}
-        about |= {
-            "of": row.get("of"),
-            "asked": asked,
-            "limit": row["items"],
-            "group": row["task"] in GROUPS or (asked != row["task"] and row["task"] in paper.TABLE1),
-        }
-        for precision in PRECISIONS:
-            value = row.get(f"{precision}_pct")
-            if value is not None and pd.notna(value):
-                error = row[f"{precision}_stderr_pp"] / 100
-                rows.append({**about, "precision": precision, "value": value / 100, "stderr": error})
-    return pd.DataFrame(rows)
+    for _, runs in passes.dropna(subset=["total_s"]).groupby(["precision", "engine", "batch_size"], sort=False):
+        row = {name: known.iloc[-1] if len(known := values.dropna()) else None for name, values in runs.items()}
+        row |= runs.select_dtypes("number").median().to_dict()
+        low, high = runs.throughput_rps.min(), runs.throughput_rps.max()
+        row |= {"passes": len(runs), "low_rps": low, "high_rps": high}
+        row["throughput_spread_pct"] = 100 * (high / low - 1) if len(runs) > 1 else None
+        row["flags"] = list(dict.fromkeys(flag for flags in runs["flags"] for flag in flags))
+        shares = derived(row)
+        rows.append(row | {name: shares[name] for name in OF_MEDIANS})
+    return _speed_frame(pd.DataFrame(rows))
+
+
+def _passes(rows: list[Row]) -> pd.DataFrame:
+    """Return a row a pass of the newest workload, with derived values and the conditions it was measured under."""
+    if not rows:
+        return _speeds()
+    conditions = [", ".join(str(row.get(name)) for name in CONDITIONS) for row in rows]
+    frame = _speed_frame(pd.DataFrame([{**row, **derived(row)} for row in rows]).assign(conditions=conditions))
+    group = [frame.precision, frame.engine]
+    frame = frame[frame.fingerprint == frame.fingerprint.groupby(group).transform("last")]
+    frame = in_order(frame.sort_values("repeat", kind="stable", key=lambda repeats: repeats.astype(str)))
+    # passes end where an earlier one settled after they were measured: that run was a new one
+    stopped = pd.to_datetime(frame.measured_at).where(frame.stop_reason.fillna("").ne(""))
+    settled = stopped.groupby([frame.precision, frame.engine]).transform(lambda times: times.cummax().shift())
+    return frame[~(settled > pd.to_datetime(frame.measured_at))].reset_index(drop=True)
+
+
+def _speed_frame(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame of speeds with all their columns, whole batch sizes, and flags as lists."""
+    frame = frame.dropna(axis="columns", how="all")
+    frame = in_order(frame.reindex(columns=list(dict.fromkeys([*SPEED, *BESIDE, *frame]))))
+    flags = [value if isinstance(value, list) else [] for value in frame["flags"]]
+    return frame.assign(flags=pd.Series(flags, frame.index, dtype=object)).astype({"batch_size": int})
+
+
+def _scores(rows: list[Row]) -> pd.DataFrame:
+    """Unfold accuracy rows to a row a score; ``asked`` is the task that was asked for."""
+    return pd.DataFrame(
+        [
+            {"precision": row["precision"], "asked": row["task"], "limit": row["limit"], **score}
+            for row in rows
+            for score in row["scores"]
+        ]
+    )
+
+
+def _checkpoints(frame: pd.DataFrame) -> pd.DataFrame:
+    """Add the weights in MiB, and the measured bits of a quantized weight (of any where none is quantized)."""
+    if frame.empty:
+        return frame
+    stored = frame.embedding_bytes + frame.linear_bytes + frame.other_bytes
+    is_quantized = frame.quantized_parameters > 0
+    counted_bytes = frame.quantized_bytes.where(is_quantized, stored)
+    counted = frame.quantized_parameters.where(is_quantized, frame.parameters)
+    return frame.assign(weights_mib=stored / MIB, bits_per_weight=8 * counted_bytes / counted)
+
+
+def _kept_speeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a kept Table 3, 4 or sweep as a frame of speeds, without engines that could not run."""
+    frame = table.dropna(subset=["throughput_rps"])
+    if set(frame.precision) - set(PRECISIONS):
+        raise ValueError(f"unknown formats beside {', '.join(PRECISIONS)}")
+    flags = [text.split("; ") if isinstance(text, str) else [] for text in frame["flags"]]
+    frame = _speed_frame(frame.assign(flags=pd.Series(flags, frame.index, dtype=object)))
+    half = (1 + frame.throughput_spread_pct.fillna(0) / 100) ** 0.5  # the spread is the range over the lowest
+    return frame.assign(low_rps=frame.throughput_rps / half, high_rps=frame.throughput_rps * half)

@@ -1,4 +1,4 @@
-"""The paper's four tables from the ledger's rows, the published values in columns of their own.
+"""The paper's four tables and those around them, made of a study's frames; published values have their own columns.
 
 The published values are Llama-3.2-1B's (accuracy on a T1000, performance on a T4). They stand beside whatever model
 was measured, under their own name, never in its place.
@@ -7,586 +7,384 @@ was measured, under their own name, never in its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from qnb.accuracy.statistics import compare, holm, mean_interval, mean_of_independent
-from qnb.errors import InputError
+from qnb.columns import flag_text, format_value, header, is_disturbed
+from qnb.ledger import write_atomic
 from qnb.precision import BASELINE
 from qnb.report import paper
-from qnb.speed.batch_search import Probe, fit, knee, plans
-from qnb.speed.monitor import disturbed
-from qnb.speed.roofline import SHARES, bound, shares
+from qnb.report.batch_plans import plans
+from qnb.report.results import SPEED, Results, in_order, stack
 
 # the metric a task is known by: accuracy for choices, strict exact match for generated answers
 HEADLINE = ("acc", "exact_match")
-AGGREGATE = "mean over tasks"
-# GSM8K has four readings: the 5-shot task and the 8-shot chain-of-thought one, each with the answer read strictly
-# (the number after "####", or after "The answer is") and flexibly (the last number there is). What the paper calls
-# "GSM8K (average of strict and CoT)" is the mean of the two strict ones
+MEAN = "mean over tasks"
+# The paper's "GSM8K (average of strict and CoT)" is the mean of two strict readings: the 5-shot task's, and the 8-shot
+# chain-of-thought one's
 AVERAGED = {"gsm8k_average": ("gsm8k", "gsm8k_cot")}
 SIGNIFICANT = 0.05
 Z95 = 1.96  # standard errors each way
+CHANGE = ("task", "precision", "n_items", "baseline_pct", "accuracy_pct", "change_pp", "low_pp", "high_pp",
+          "change_pct", "gained", "lost", "p_mcnemar", "p_correct_change_pp", "p_correct_low_pp", "p_correct_high_pp",
+          "note", "p_holm", "significant", "published_change_pct")  # fmt: skip
+ESTIMATES = ("perplexity", "perplexity_change_pct", "kl_mean_nats", "kl_p99_nats", "same_top1_pct")
+DIVERGENCE = ("precision", "prompt_source", "tokens", "context", "stride",
+              *(name + end for name in ESTIMATES for end in ("", "_low", "_high")))  # fmt: skip
+SENSITIVITY = ("precision", "scorer", "task", "n_items", "n_choices", "mean_abs_logprob_diff",
+               "max_abs_logprob_diff", "answers_changed", "accuracy_change_pp")  # fmt: skip
+SWEEP = ("precision", "engine", "batch_size", "requests", "prompt_tokens", "new_tokens", "throughput_rps",
+         "batch_spread_pct", "throughput_tps", "batch_latency_s", "ttft_s", "tpot_s", "peak_memory_mib",
+         "kv_cache_mib", "bound", "knee", "flags", "note")  # fmt: skip
+PUBLISHED = ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_mib", "speedup")
+# what a notebook shows of Tables 3 and 4, and the report first; their files have all columns
+MAIN = (
+    "precision", "engine", "batch_size", "throughput_rps", "tpot_s", "seconds_per_request", "batch_latency_s",
+    "utilization_pct", "weights_mib", "peak_memory_mib", "energy_j_per_request", "energy_above_idle_j_per_request",
+    "speedup", "engine_speedup", "flags", "note", *(f"published_{name}" for name in PUBLISHED),
+)  # fmt: skip
+LINE = ["precision", "engine"]  # one line of a sweep
+OTHER = "not measured like the newest row: other prompts, device, memory or cap"
 
 
-def scores(frame: pd.DataFrame) -> pd.DataFrame:
-    """Unfold accuracy rows to a row a task, metric, filter and precision; ``asked`` is the task that was asked for."""
-    rows = [
-        {"precision": row["precision"], "asked": row["task"], "limit": row["limit"], "of": None, **score}
-        for row in frame.to_dict("records")
-        for score in row["scores"]
-    ]
-    return pd.DataFrame(rows)
-
-
-def stacked(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """Return the rows of several frames, one below the other, with every column that any of them has.
-
-    A column that is empty in one frame has no say in the type of the whole, whatever pandas' version.
-    """
-    parts = list(parts)
-    columns = list(dict.fromkeys(name for part in parts for name in part))
-    told = [part.dropna(axis="columns", how="all") for part in parts if len(part)]
-    return pd.concat(told, ignore_index=True).reindex(columns=columns) if told else pd.DataFrame(columns=columns)
-
-
-def headline(frame: pd.DataFrame) -> pd.DataFrame:
+def headline(scores: pd.DataFrame) -> pd.DataFrame:
     """Keep one metric a task: accuracy, or exact match, read strictly where there are several ways; then the means.
 
-    The aggregate weighs every task that all precisions answered alike, as the paper's "aggregate accuracy" does; its
-    standard error takes the tasks as independent.
+    `MEAN` weighs every task that all formats answered alike, as the paper's "aggregate accuracy" does. Its standard
+    error takes the tasks as independent.
     """
-    if frame.empty:
-        return frame
-    kept = _read_one_way(frame[frame.metric.isin(HEADLINE)])
-    whole = kept[kept.task == kept.asked]
-    parts = [kept]
-    for name, tasks in AVERAGED.items():
-        parts.append(_means(whole[whole.task.isin(tasks)], name, len(tasks)))
-    common = whole.groupby("task").filter(lambda rows: alike(rows, whole))
-    parts.append(_means(common, AGGREGATE, 1))
-    return stacked(parts)
+    if scores.empty:
+        return scores
+    shown = _one_filter(scores[scores.metric.isin(HEADLINE)])
+    whole = shown[shown.task == shown.asked]
+    parts = [shown] + [_means(whole[whole.task.isin(tasks)], name, len(tasks)) for name, tasks in AVERAGED.items()]
+    common = whole[whole.task.isin(common_tasks(shown))]
+    return stack([*parts, _means(common, f"{MEAN} ({common.task.nunique()})", 1)])
 
 
-def _read_one_way(frame: pd.DataFrame) -> pd.DataFrame:
+def common_tasks(shown: pd.DataFrame) -> list[str]:
+    """Return the tasks of a headline that every format answered, on as many items each."""
+    whole = shown[(shown.task == shown.asked) & (shown.metric != "mean")]
+    formats = whole.precision.nunique()
+    return [
+        str(task)
+        for task, rows in whole.groupby("task", sort=False)
+        if rows.precision.nunique() == formats and rows.n_items.nunique() == 1
+    ]
+
+
+def _one_filter(frame: pd.DataFrame) -> pd.DataFrame:
     """Keep one filter a task, by which its answers are read: the strict one, or none, or its first."""
-
-    def first(filters: pd.Series) -> str:
-        return str(min(filters, key=lambda name: {"strict-match": 0, "none": 1}.get(name, 2)))
-
-    return frame[frame["filter"] == frame.groupby("task")["filter"].transform(first)] if len(frame) else frame
-
-
-def alike(rows: pd.DataFrame, every: pd.DataFrame) -> bool:
-    """Return whether a task's rows are of every precision there is, on as many items each."""
-    return set(rows.precision) == set(every.precision) and rows["items"].nunique() == 1
+    order = {"strict-match": 0, "none": 1}
+    best = {task: min(names, key=lambda name: order.get(name, 2)) for task, names in frame.groupby("task")["filter"]}
+    return frame[frame["filter"] == frame.task.map(best)]
 
 
 def _means(whole: pd.DataFrame, name: str, least: int) -> pd.DataFrame:
-    """Return a row a precision: the mean over its tasks, where there are at least so many."""
+    """Return a row a format: the mean over its tasks, where there are at least so many."""
     rows = []
     for precision, group in whole.groupby("precision", sort=False):
-        if len(group) < least:
-            continue
-        known = group.stderr.notna().all()
-        rows.append(
-            {
-                "precision": precision,
-                "asked": name,
-                "limit": group.limit.iloc[0],
-                "task": f"{name} ({len(group)})" if name == AGGREGATE else name,
-                "metric": "mean",
-                "filter": "none",
-                "value": group.value.mean(),
-                "stderr": math.sqrt((group.stderr**2).sum()) / len(group) if known else None,
-                "items": int(group["items"].sum()),
-                "of": group["of"].sum() if group["of"].notna().all() else None,
-                "shots": 0,
-                "group": True,
-            }
-        )
+        if len(group) >= least:
+            about = {"precision": precision, "asked": name.partition(" (")[0], "task": name, "metric": "mean"}
+            sums = {column: group[column].sum(skipna=False) for column in ("n_items", "n_total")}
+            error = math.sqrt((group.stderr.astype(float) ** 2).sum(skipna=False)) / len(group)
+            rows.append({**about, "filter": "none", "limit": group.limit.iloc[0], "value": group.value.mean(),
+                         "stderr": error, **sums, "shots": 0, "group": True})  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def accuracy(frame: pd.DataFrame) -> pd.DataFrame:
-    """Table 1: a row a task, metric and number of items; a column a precision in percent and its error in points.
+def _accuracy(results: Results) -> pd.DataFrame:
+    """Table 1: a row a task, metric and number of items; a column a format in percent and its error in points.
 
-    Metrics are lm-eval's, with the mean probability of the right choice (``p_correct``) beside them; ``mean`` rows are
-    averages of others, followed by their 95 % intervals, 1.96 standard errors each way. Rows of a sample never share
-    a cell with rows of a whole task: ``items``, and ``of`` how many there are, are part of the key.
+    ``p_correct`` is the mean probability of the right choice, ``mean`` an average of other rows, followed by the ends
+    of its 95 % interval. Rows of a sample never share a cell with rows of a whole task: ``n_items`` and ``n_total``
+    are part of the key.
     """
-    if frame.empty:
-        return frame
+    if results.scores.empty:
+        return pd.DataFrame()
     published = paper.accuracy().set_index(["task", "precision"]).acc
-    every = headline(frame)
-    frame = stacked([frame, *_ends(every[every.metric == "mean"])])
-    keys = ["task", "metric", "filter", "items", "of"]
+    means = headline(results.scores).query("metric == 'mean'")
+    ends = [
+        means.assign(
+            metric=f"mean, 95 % {end}", value=(means.value + sign * Z95 * means.stderr).clip(0, 1), stderr=None
+        )
+        for end, sign in (("low", -1), ("high", 1))
+    ]
+    keys = ["task", "metric", "filter", "n_items", "n_total"]
     rows = []
-    for key, group in frame.groupby(keys, sort=False, dropna=False):
+    for key, group in stack([results.scores, means, *ends]).groupby(keys, sort=False, dropna=False):
         row = dict(zip(keys, key, strict=True))
         for score in group.itertuples():
             row[f"{score.precision}_pct"] = 100 * score.value
-            row[f"{score.precision}_stderr_pp"] = 100 * score.stderr if score.stderr is not None else None
+            row[f"{score.precision}_stderr_pp"] = 100 * score.stderr if pd.notna(score.stderr) else None
         if row["metric"] in ("acc", "mean") and row["task"] in published:
-            for precision, share in published[row["task"]].items():
-                row[f"published_{precision}_pct"] = 100 * share
+            row |= {f"published_{name}_pct": 100 * share for name, share in published[row["task"]].items()}
         rows.append(row)
     return pd.DataFrame(rows).round(4)
 
 
-def _ends(means: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """Yield rows of means, and of the ends of their 95 % intervals."""
-    if len(means):
-        yield means
-        for end, sign in (("low", -1), ("high", 1)):
-            value = means.value + sign * Z95 * means.stderr.astype(float)
-            yield means.assign(metric=f"mean, 95 % {end}", value=value.clip(0, 1), stderr=None)
-
-
-def change(frame: pd.DataFrame, items: Callable[[dict[str, Any]], pd.DataFrame | None]) -> pd.DataFrame:
-    """Table 2: a row a task and precision, the change against BF16 with its interval and paired test.
+def _change(results: Results) -> pd.DataFrame:
+    """Table 2: a row a task and format, the change against BF16 with its interval and paired test.
 
     Only answers to the same items are compared; where there are none, ``note`` says why. ``p_holm`` is McNemar's p
     corrected for all cells of the table, and ``significant`` whether it is below 0.05. ``p_correct`` columns are the
-    change of the mean probability of the right choice, on the same items. Means over tasks have an interval, for which
-    each task's items are resampled by themselves; their parts are tested, they are not.
-
-    Parameters
-    ----------
-    frame
-        Accuracy rows.
-    items
-        Returns the items an accuracy row was counted from, or None where they are gone.
+    change of the mean probability of the right choice. Means over tasks have an interval, for which each task's items
+    are resampled by themselves; their parts are tested, they are not.
     """
-    if frame.empty or BASELINE not in set(frame.precision):
-        return pd.DataFrame()
-    published = paper.change().set_index(["task", "precision"]).change_pct
-    all_scores = scores(frame)
     rows: list[dict[str, Any]] = []
-    pairs: dict[tuple[str, str], pd.DataFrame] = {}  # by task and precision
-    for asked, group in frame.groupby("task", sort=False):
+    pairs: dict[tuple[str, str], pd.DataFrame] = {}  # by task and format
+    for task, group in results.accuracy_rows.groupby("task", sort=False) if len(results.accuracy_rows) else ():
         measured = {row["precision"]: row for row in group.to_dict("records")}
         base = measured.pop(BASELINE, None)
-        if base is None:
-            continue
-        before = items(base)
-        mine = all_scores[all_scores.asked == asked]
-        for precision, row in measured.items():
-            if row["limit"] != base["limit"]:
-                note = f"not compared: limit {row['limit']}, {BASELINE} has {base['limit']}"
-            elif row.get("data_sha256") != base.get("data_sha256"):
-                note = f"not compared: its questions are others than {BASELINE}'s"
-            elif before is None or (now := items(row)) is None:
-                note = "not compared: the items' file is gone or was changed"
-            elif len(both := _pairs(before, now)) != len(_correct(before)):
-                note = f"not compared: the items are others than {BASELINE}'s"
+        for precision, row in measured.items() if base else ():
+            both = _pairs(results, base, row)
+            compared = [] if isinstance(both, str) else list(_compare(row, both))
+            if compared:
+                pairs[str(task), precision] = both
             else:
-                groups = row.get("groups")
-                if made := list(
-                    _paired(str(asked), precision, mine, both, groups if isinstance(groups, dict) else {})
-                ):
-                    pairs[str(asked), precision] = both
-                    rows += made
-                    continue
-                note = "not compared: its score is not a share of right answers"
-            rows.append({"task": asked, "precision": precision, "note": note})
-    if not rows:
-        return pd.DataFrame()
-    shown = headline(all_scores)
-    counted = set(shown[shown.task == shown.asked].task)  # what Table 1's means are of
-    table = pd.DataFrame([*rows, *_averaged({key: both for key, both in pairs.items() if key[0] in counted})])
-    if "p_mcnemar" in table:
-        tested = table.p_mcnemar.notna()
-        table.loc[tested, "p_holm"] = holm(list(table.p_mcnemar[tested]))
-        table["significant"] = (table.p_holm < SIGNIFICANT).astype(object).where(tested, None)
-    keys = zip(table.task, table.precision, strict=True)
-    table["published_change_pct"] = [published.get(key) for key in keys]
-    table["note"] = table.note.fillna("") if "note" in table else ""
-    return table.round(6)
+                reason = both if isinstance(both, str) else "its score is not a share of right answers"
+                compared = [{"task": task, "precision": precision, "note": f"not compared: {reason}"}]
+            rows += compared
+    shown = headline(results.scores)
+    counted = set(shown[shown.task == shown.asked].task) if rows else set()  # what Table 1's means are of
+    rows += _averaged({key: both for key, both in pairs.items() if key[0] in counted})
+    table = pd.DataFrame(rows).reindex(columns=list(CHANGE))
+    tested = table.p_mcnemar.notna()
+    table.loc[tested, "p_holm"] = holm(list(table.p_mcnemar[tested]))
+    table["significant"] = (table.p_holm < SIGNIFICANT).astype(object).where(tested, None)
+    published = paper.accuracy().set_index(["task", "precision"]).change_pct
+    table["published_change_pct"] = [published.get(key) for key in zip(table.task, table.precision, strict=True)]
+    return table.assign(note=table.note.fillna("")).round(6)
 
 
-def _paired(
-    asked: str, precision: str, mine: pd.DataFrame, pairs: pd.DataFrame, groups: dict[str, Sequence[str]]
-) -> Iterator[dict[str, Any]]:
-    """Compare one task's items, and those of each group in it, which lm-eval weighs by their items."""
-    kept = mine[mine.metric.isin(HEADLINE) & ((mine.task == asked) | mine.group.astype(bool))]
-    for task in kept.task.unique():
-        part = pairs if task == asked else pairs[pairs.task.isin(groups.get(task, ()))]
-        if part.empty or part[["correct_base", "correct"]].isna().any(axis=None):
-            continue  # right and wrong are what is paired; a task that gives shares has neither
-        paired = compare(list(part.correct_base), list(part.correct))
+def _pairs(results: Results, base: Mapping[str, Any], row: Mapping[str, Any]) -> pd.DataFrame | str:
+    """Return a row an item that both formats answered, the baseline's as ``_base``; a text says why there is none."""
+    if row["limit"] != base["limit"]:
+        return f"limit {row['limit']}, {BASELINE} has {base['limit']}"
+    if row.get("data_sha256") != base.get("data_sha256"):
+        return f"its questions are others than {BASELINE}'s"
+    before, now = results.items(base), results.items(row)
+    if before is None or now is None:
+        return "the items' file is gone or was changed"
+    both = _answers(before).join(_answers(now), lsuffix="_base", how="inner", validate="one_to_one")
+    return both.reset_index() if len(both) == len(_answers(before)) else f"the items are others than {BASELINE}'s"
+
+
+def _answers(items: pd.DataFrame) -> pd.DataFrame:
+    """Return right or wrong by (task, doc_id), generated answers as `headline` reads them."""
+    return _one_filter(items).set_index(["task", "doc_id"]).reindex(columns=["correct", "p_correct"])
+
+
+def _compare(row: Mapping[str, Any], pairs: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Compare a task's items, and those of each group in it, which lm-eval weighs by their items."""
+    asked = row["task"]
+    names = [score["task"] for score in row["scores"]
+             if score["metric"] in HEADLINE and (score["group"] or score["task"] == asked)]  # fmt: skip
+    for task in dict.fromkeys(names):
+        part = pairs if task == asked else pairs[pairs.task.isin((row.get("groups") or {}).get(task, ()))]
+        if not _is_counted(part):
+            continue
+        change = compare(list(part.correct_base), list(part.correct))
         yield {
-            "task": task,
-            "precision": precision,
-            "items": paired.items,
-            "baseline_pct": 100 * paired.baseline,
-            "accuracy_pct": 100 * paired.accuracy,
-            "change_pp": paired.change_pp,
-            "low_pp": paired.low_pp,
-            "high_pp": paired.high_pp,
-            "change_pct": paired.change_pct,
-            "gained": paired.gained,
-            "lost": paired.lost,
-            "p_mcnemar": paired.p_value,
-            **_belief(part),
-        }
+            "task": task, "precision": row["precision"], "n_items": change.items,
+            "baseline_pct": 100 * change.baseline, "accuracy_pct": 100 * change.accuracy,
+            "change_pp": change.change_pp, "low_pp": change.low_pp, "high_pp": change.high_pp,
+            "change_pct": change.change_pct, "gained": change.gained, "lost": change.lost,
+            "p_mcnemar": change.p_value, **_p_correct(part),
+        }  # fmt: skip
 
 
-def _belief(pairs: pd.DataFrame) -> dict[str, float | None]:
+def _is_counted(pairs: pd.DataFrame) -> bool:
+    """Return whether every item is right or wrong; a task that gives shares has neither to pair."""
+    return len(pairs) > 0 and not pairs[["correct_base", "correct"]].isna().any(axis=None)
+
+
+def _p_correct(pairs: pd.DataFrame) -> dict[str, float | None]:
     """Return how the mean probability of the right choice changed, where all items are choices."""
-    if "p_correct" not in pairs or pairs[["p_correct_base", "p_correct"]].isna().any(axis=None):
+    change_pp = 100 * (pairs.p_correct - pairs.p_correct_base).astype(float)
+    if change_pp.isna().any():
         return {}
-    moved = 100 * (pairs.p_correct - pairs.p_correct_base)
-    low, high = mean_interval(moved.to_numpy()) or (None, None)
-    return {"p_correct_change_pp": float(moved.mean()), "p_correct_low_pp": low, "p_correct_high_pp": high}
+    low, high = mean_interval(change_pp.to_numpy()) or (None, None)
+    return {"p_correct_change_pp": change_pp.mean(), "p_correct_low_pp": low, "p_correct_high_pp": high}
 
 
-def _averaged(pairs: dict[tuple[str, str], pd.DataFrame]) -> Iterator[dict[str, Any]]:
-    """Yield the means' changes: of GSM8K's strict readings, and over the tasks compared for every precision."""
+def _averaged(pairs: Mapping[tuple[str, str], pd.DataFrame]) -> Iterator[dict[str, Any]]:
+    """Yield the means' changes: of GSM8K's strict readings, and over the tasks compared for every format."""
+    whole = {key: both for key, both in pairs.items() if _is_counted(both)}
     precisions = list(dict.fromkeys(precision for _, precision in pairs))
-    whole = {key: both for key, both in pairs.items() if not both[["correct_base", "correct"]].isna().any(axis=None)}
     common = [task for task in dict.fromkeys(task for task, _ in whole)
               if all((task, precision) in whole for precision in precisions)]  # fmt: skip
-    for name, tasks in {**AVERAGED, f"{AGGREGATE} ({len(common)})": tuple(common)}.items():
+    for name, tasks in {**AVERAGED, f"{MEAN} ({len(common)})": tuple(common)}.items():
         for precision in precisions:
             parts = [whole[task, precision] for task in tasks if (task, precision) in whole]
-            if len(parts) < max(2, len(tasks)):
-                continue  # one task is its own mean
-            before, now = (sum(100 * part[column].mean() for part in parts) / len(parts)
-                           for column in ("correct_base", "correct"))  # fmt: skip
-            flips = [100 * (part.correct.astype(float) - part.correct_base.astype(float)).to_numpy() for part in parts]
-            low, high = mean_interval(*flips) or _of_parts(parts)
-            yield {
-                "task": name,
-                "precision": precision,
-                "items": sum(map(len, parts)),
-                "baseline_pct": before,
-                "accuracy_pct": now,
-                "change_pp": now - before,
-                "low_pp": low,
-                "high_pp": high,
-                "change_pct": 100 * (now / before - 1) if before else None,
-                "note": f"mean of {', '.join(tasks)}, which are tested each",
-            }
+            if len(parts) == len(tasks) > 1:  # one task is its own mean
+                yield {"task": name, "precision": precision, **_mean_change(parts),
+                       "note": f"mean of {', '.join(tasks)}, which are tested each"}  # fmt: skip
 
 
-def _of_parts(parts: Iterable[pd.DataFrame]) -> tuple[float, float]:
-    """Return the interval of the mean change over tasks on which nothing flipped, from each task's own."""
-    changes = [compare(list(part.correct_base), list(part.correct)) for part in parts]
-    return mean_of_independent((change.change_pp, change.low_pp, change.high_pp) for change in changes)[1:]
+def _mean_change(parts: Sequence[pd.DataFrame]) -> dict[str, Any]:
+    """Return the mean change over tasks, each weighing the same, with its interval."""
+    before, now = (100 * sum(part[name].mean() for part in parts) / len(parts) for name in ("correct_base", "correct"))
+    flips = [100 * (part.correct.astype(float) - part.correct_base.astype(float)).to_numpy() for part in parts]
+    interval = mean_interval(*flips)
+    if interval is None:  # nothing flipped: each task has an interval of its own
+        changes = [compare(list(part.correct_base), list(part.correct)) for part in parts]
+        interval = mean_of_independent((change.change_pp, change.low_pp, change.high_pp) for change in changes)[1:]
+    return {"n_items": sum(map(len, parts)), "baseline_pct": before, "accuracy_pct": now, "change_pp": now - before,
+            "low_pp": interval[0], "high_pp": interval[1],
+            "change_pct": 100 * (now / before - 1) if before else None}  # fmt: skip
 
 
-def _pairs(before: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
-    """Return a row an item that both answered, with ``_base`` columns of the first."""
-    return _correct(before).join(_correct(now), lsuffix="_base", how="inner", validate="one_to_one").reset_index()
-
-
-def _correct(items: pd.DataFrame) -> pd.DataFrame:
-    """Return right or wrong by (task, doc_id), generated answers as `headline` reads them."""
-    kept = _read_one_way(items)
-    return kept.set_index(["task", "doc_id"])[[name for name in ("correct", "p_correct") if name in kept]]
-
-
-def divergence(frame: pd.DataFrame) -> pd.DataFrame:
-    """Perplexity and divergence from BF16, a row a precision, each with its 95 % interval."""
-    rows = []
-    for row in frame.to_dict("records"):
-        told = ("precision", "text", "tokens", "context", "stride", "disk_mib")
-        found: dict[str, Any] = {name: row.get(name) for name in told}
-        for name in ("perplexity", "perplexity_change_pct", "kl_mean_nats", "kl_p99_nats", "same_top1_pct"):
-            estimate = row.get(name)
-            estimate = estimate if isinstance(estimate, dict) else {}
-            found |= {name: estimate.get("value"), f"{name}_low": estimate.get("low"),
-                      f"{name}_high": estimate.get("high")}  # fmt: skip
-        rows.append(found)
-    return pd.DataFrame(rows)
-
-
-def drift(frame: pd.DataFrame) -> pd.DataFrame:
-    """How far scores moved between the usual batches and each row alone, a row a precision and scorer."""
-    names = ["precision", "engine", "task", "items", "choices", "mean_abs_logprob_diff", "max_abs_logprob_diff", "answers_changed",
-             "accuracy_change_pp"]  # fmt: skip
-    return frame[names].rename(columns={"engine": "scorer"}) if len(frame) else frame
-
-
-def performance(frame: pd.DataFrame, number: int) -> pd.DataFrame:
-    """Tables 3 and 4: a row a precision and engine, medians over passes, published columns last.
+def _performance(results: Results, setting: str, number: int) -> pd.DataFrame:
+    """Tables 3 and 4: a row a format and engine, medians over passes, published columns last.
 
     ``seconds_per_request`` is total time over requests (the paper's "average latency"); ``batch_latency_s`` is what a
-    request really waits for. ``speedup`` is throughput over BF16's with the same engine on the same workload, device
-    and memory, ``engine_speedup`` over eager's of the same precision; empty where that was not measured so, and where
-    other processes disturbed either. ``note`` says why an engine could not run, and which rows were not measured like
-    the newest. Published values stand beside eager alone, the engine they are of.
+    request really waits for. ``speedup`` is throughput over BF16's with the same engine, ``engine_speedup`` over
+    eager's of the same format. Both are empty where the two rows were measured under other conditions, or other
+    processes disturbed one. ``note`` says why an engine could not run. Published values stand beside eager alone.
     """
-    if frame.empty:
-        return frame
+    passes = getattr(results, f"{setting}_passes")
+    unable = passes[passes.total_s.isna()].drop_duplicates(["precision", "engine"])
+    table = in_order(stack([results.timed(setting), unable]))
+    if table.empty:
+        return table
+    rates = {(row.precision, row.engine, row.conditions): row.throughput_rps for row in table.itertuples()
+             if not is_disturbed(row.flags)}  # fmt: skip
+    rows = list(zip(table.precision, table.engine, table.conditions, strict=True))
+    table["speedup"] = [_ratio(rates, row, (BASELINE, *row[1:])) for row in rows]
+    table["engine_speedup"] = [_ratio(rates, row, (row[0], "eager", row[2])) for row in rows]
     published = paper.performance(number).set_index("precision")
-    rows: list[dict[str, Any]] = []
-    timed: dict[tuple[Any, ...], dict[str, Any]] = {}
-    newest = _newest(frame)
-    for (precision, engine), runs in frame.groupby(["precision", "engine"], sort=False):
-        last = runs.iloc[-1]
-        like = _like(last)
-        row: dict[str, Any] = {"precision": precision, "engine": engine, "batch_size": int(last.batch_size)}
-        if pd.notna(last.get("throughput_rps")):
-            row |= _performance(runs)
-            timed[precision, engine, like] = row
-        row["note"] = _noted(last, newest)
-        if engine == "eager":
-            for name in ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_mib", "speedup"):
-                row[f"published_{name}"] = published[name].get(precision)
-        rows.append({**row, "like": like})
-    for row in rows:
-        precision, engine, like = row["precision"], row["engine"], row.pop("like")
-        for name, other in (("speedup", (BASELINE, engine, like)), ("engine_speedup", (precision, "eager", like))):
-            row[name], mine, base = None, timed.get((precision, engine, like)), timed.get(other)
-            if mine and base and not (disturbed(mine["flags"]) or disturbed(base["flags"])):
-                row[name] = mine["throughput_rps"] / base["throughput_rps"]
-    result = pd.DataFrame(rows)
-    order = [name for name in result if not str(name).startswith("published_")]
-    return result[order + [name for name in result if name not in order]].round(6)
+    for name in PUBLISHED:
+        table[f"published_{name}"] = table.precision.map(published[name]).where(table.engine == "eager")
+    table = table.assign(note=_notes(table), flags=table["flags"].map("; ".join))
+    columns = [*SPEED, "speedup", "engine_speedup", *(f"published_{name}" for name in PUBLISHED)]
+    return table[columns].round(6)
 
 
-OTHER = "not measured like the newest row: other prompts, device, memory or cap"
-ALIKE = ("workload", "device", "memory_limit_mib", "cap")  # in these two rows must not differ to be compared
-# what a notebook shows of Tables 3 and 4, and the report first; their files have all columns
-MAIN = (
-    "precision", "engine", "batch_size", "throughput_rps", "tpot_s", "seconds_per_request", "batch_latency_s",
-    "utilization_pct", "weights_mib", "memory_mib", "energy_j_per_request", "energy_above_idle_j_per_request",
-    "speedup", "engine_speedup", "flags", "note", "published_throughput_rps", "published_seconds_per_request",
-    "published_utilization_pct", "published_vram_mib", "published_speedup",
-)  # fmt: skip
-MEDIANS = (
-    "throughput_rps", "throughput_tps", "total_s", "seconds_per_request", "batch_latency_s", "ttft_s", "tpot_s",
-    "itl_p50_s", "itl_p95_s", "itl_p99_s", "latency_p50_s", "latency_p95_s", "latency_p99_s", "kernel_s_per_token",
-    "kernels_per_token", "weights_mib", "cache_mib", "peak_reserved_mib", "energy_j_per_request",
-    "energy_above_idle_j_per_request", "energy_j_per_token", "energy_above_idle_j_per_token",
-)  # fmt: skip
+def _ratio(rates: Mapping[Any, float], row: Any, base: Any) -> float | None:
+    return rates[row] / rates[base] if row in rates and base in rates else None
 
 
-def _like(row: pd.Series) -> tuple[str, ...]:
-    return tuple(str(row.get(name)) for name in ALIKE)
+def _notes(frame: pd.DataFrame) -> list[str]:
+    """Return each row's own note, and whether it was measured under other conditions than the newest row."""
+    newest = frame.sort_values("measured_at", kind="stable").conditions.iloc[-1]
+    other = frame.conditions.notna() & frame.conditions.ne(newest)
+    return ["; ".join(filter(None, (note if isinstance(note, str) else "", OTHER * is_other)))
+            for note, is_other in zip(frame.note, other, strict=True)]  # fmt: skip
 
 
-def _newest(frame: pd.DataFrame) -> tuple[str, ...] | None:
-    return _like(frame.sort_values("measured_at", kind="stable").iloc[-1]) if "measured_at" in frame else None
+def _sweep(results: Results) -> pd.DataFrame:
+    """Throughput, latency and memory by batch size, a row a format, engine and size.
 
-
-def _noted(row: pd.Series, newest: tuple[str, ...] | None) -> str:
-    """Return a row's own note, and whether it was not measured like the newest."""
-    note = row.get("note")
-    notes = [note if isinstance(note, str) else "", OTHER if newest and _like(row) != newest else ""]
-    return "; ".join(filter(None, notes))
-
-
-def _flags(runs: pd.DataFrame) -> str:
-    """Return the flags of all rows as a table's text."""
-    return "; ".join(sorted({flag for found in runs.get("flags", []) if isinstance(found, list) for flag in found}))
-
-
-def _performance(runs: pd.DataFrame) -> dict[str, Any]:
-    """Return what the passes of one precision and engine come to."""
-    last = runs.iloc[-1]
-    row: dict[str, Any] = {
-        "capped": last.get("capped") is True or last.get("capped") == 1,
-        "requests": int(last.requests),
-        "prompt_tokens": int(last.prompt_tokens),
-        "new_tokens": int(last.new_tokens),
-        "repeats": len(runs),
-        "stopped": last.get("stopped") or "",
-    }
-    row |= {name: _median(runs, name) for name in MEDIANS}
-    rates = runs.throughput_rps
-    row["throughput_spread_pct"] = 100 * (rates.max() / rates.min() - 1) if len(rates) > 1 else None
-    parts = shares({name: _median(runs, name) for pair in SHARES.values() for name in pair})
-    row |= {name: None if part is None else 100 * part for name, part in zip(SHARES, parts, strict=True)}
-    row["bound"] = bound(*parts)
-    row["monitor"] = last.monitor_source
-    row["utilization_pct"] = _median(runs, "utilization_pct")
-    row["memory_mib"] = _median(runs, "memory_mib")
-    on_gpu = last.monitor_source != "process"  # a process's memory is the column before
-    row["device_memory_mib"] = _median(runs, "monitor_peak_memory_mib") if on_gpu else None
-    row["power_w"] = _median(runs, "power_w")
-    row["clock_mhz"] = _median(runs, "clock_mhz")
-    row["flags"] = _flags(runs)
-    return row
-
-
-def with_spread(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add ``throughput_spread_pct``: how much faster the fastest of a pass's batches was than the slowest."""
-    times = frame.get("batch_s", pd.Series(None, frame.index, dtype=object))
-    spread = [100 * (max(batch_s) / min(batch_s) - 1) if isinstance(batch_s, list) and len(batch_s) > 1 else None
-              for batch_s in times]  # fmt: skip
-    return frame.assign(throughput_spread_pct=pd.Series(spread, frame.index, dtype=float))
-
-
-def sweep(frame: pd.DataFrame) -> pd.DataFrame:
-    """Throughput, latency and memory by batch size, a row a precision, engine and size.
-
-    ``throughput_spread_pct`` is that of a size's batches, see `with_spread`; ``bound`` is empty where roofs do not
-    tell, as a sweep's kernels are not traced; ``knee`` marks the batch size with the most throughput a second of
-    latency, see `qnb.speed.batch_search.knee`; ``note`` says too which rows were not measured like the newest.
+    ``bound`` is empty where it cannot be told without a trace of the kernels. ``knee`` marks the batch size with the
+    most throughput per second of latency.
     """
-    columns = ["precision", "engine", "batch_size", "requests", "prompt_tokens", "new_tokens", "throughput_rps",
-               "throughput_spread_pct", "throughput_tps", "batch_latency_s", "ttft_s", "tpot_s", "memory_mib",
-               "cache_mib", "bound", "knee", "flags", "note"]  # fmt: skip
-    if frame.empty:
-        return pd.DataFrame(columns=columns)
-    newest = _newest(frame)
-    notes = [_noted(row, newest) for _, row in frame.iterrows()]
-    flags = [_flags(frame.iloc[[place]]) for place in range(len(frame))]
-    frame = with_spread(frame).assign(flags=flags, note=notes)
-    frame = frame.reindex(columns=list(dict.fromkeys([*columns, *frame]))).sort_values("batch_size", kind="stable")
-    lines = frame.groupby(["precision", "engine"], sort=False)
-    made = pd.concat([rows.assign(knee=rows.batch_size == bend(rows)) for _, rows in lines], ignore_index=True)
-    return made[columns]
-
-
-LINE = ["batch_size", "throughput_rps", "batch_latency_s"]
-
-
-def bend(rows: pd.DataFrame) -> int | None:
-    """Return the knee of one line of a sweep, rows with `LINE`; None where it had not bent."""
-    timed = rows.dropna(subset=LINE).sort_values("batch_size")
-    return knee(*(list(timed[name]) for name in LINE)) if len(timed) else None
+    table = stack([results.sweep, results.sweep_rows[results.sweep_rows.total_s.isna()]])
+    if table.empty:
+        return pd.DataFrame(columns=list(SWEEP))
+    table = in_order(table.sort_values("batch_size", kind="stable"))
+    bends = knees(results.sweep).dropna(subset=["knee"]).set_index([*LINE, "knee"]).index
+    table["knee"] = pd.MultiIndex.from_frame(table[[*LINE, "batch_size"]]).isin(bends)
+    return table.assign(note=_notes(table), flags=table["flags"].map("; ".join))[list(SWEEP)].round(6)
 
 
 def knees(steps: pd.DataFrame) -> pd.DataFrame:
-    """Where the lines of a sweep bend, and what their largest batches reach; a row a precision and engine.
+    """Return where the lines of a sweep bend, and what their largest batches reach; a row a format and engine.
 
-    ``knee``, a batch size, and what it gives are empty where a line had not bent by ``swept_to``, the largest one run,
-    which the last two numbers are of; ``note`` names sizes that other processes disturbed.
+    The knee is the batch size with the most throughput per second of latency (Kleinrock, "Power and deterministic
+    rules of thumb for probabilistic problems in computer communications", ICC 1979): below it a larger batch raises
+    throughput by a greater share than latency, above it latency by the greater one. ``knee`` and what it gives are
+    empty where a line had not bent by ``swept_to``, the largest batch run. ``note`` names disturbed sizes.
 
     Parameters
     ----------
     steps
-        `sweep` or `qnb.report.results.Results.sweep`.
+        `qnb.report.results.Results.sweep`.
     """
-    rows = []
-    timed = steps.dropna(subset=LINE) if set(LINE) <= set(steps) else steps.head(0)
-    for (precision, engine), line in timed.groupby(["precision", "engine"], sort=False) if len(timed) else ():
-        at, last = line[line.batch_size == bend(line)], line.loc[line.batch_size.idxmax()]
-        hit = [f"{int(row.batch_size)}" for row in line.itertuples() if disturbed(getattr(row, "flags", None))]
-        rows.append(
-            {
-                "precision": precision,
-                "engine": engine,
-                "knee": int(at.batch_size.iloc[0]) if len(at) else None,
-                "knee_throughput_rps": at.throughput_rps.iloc[0] if len(at) else None,
-                "knee_batch_latency_s": at.batch_latency_s.iloc[0] if len(at) else None,
-                "swept_to": int(last.batch_size),
-                "throughput_rps": last.throughput_rps,
-                "batch_latency_s": last.batch_latency_s,
-                "note": f"other processes disturbed batches of {', '.join(hit)}" if hit else "",
-            }
-        )
-    columns = ["precision", "engine", "knee", "knee_throughput_rps", "knee_batch_latency_s", "swept_to",
-               "throughput_rps", "batch_latency_s", "note"]  # fmt: skip
-    return pd.DataFrame(rows, columns=columns).astype({"knee": "Int64"})
+    steps = steps.dropna(subset=["throughput_rps", "batch_latency_s"]).sort_values("batch_size", kind="stable")
+    power = (steps.throughput_rps / steps.batch_latency_s).groupby([steps.precision, steps.engine])
+    best, last = steps.loc[power.idxmax()].set_index(LINE), steps.groupby(LINE).tail(1).set_index(LINE)
+    knee = best[best.batch_size < last.batch_size.reindex(best.index)]
+    disturbed = steps[steps["flags"].map(is_disturbed).astype(bool)].groupby(LINE).batch_size
+    note = disturbed.agg(lambda sizes: f"other processes disturbed batches of {', '.join(map(str, sizes))}")
+    table = pd.DataFrame(
+        {"knee": knee.batch_size, "knee_throughput_rps": knee.throughput_rps,
+         "knee_batch_latency_s": knee.batch_latency_s, "swept_to": last.batch_size,
+         "throughput_rps": last.throughput_rps, "batch_latency_s": last.batch_latency_s, "note": note},
+        index=last.index,
+    )  # fmt: skip
+    return in_order(table.reset_index()).astype({"knee": "Int64", "note": object}).fillna({"note": ""})
 
 
-def examples(searches: pd.DataFrame, drawn: pd.DataFrame) -> pd.DataFrame:
-    """Plan batches for each number of prompts, a row a precision, engine, number and order; see `qnb.speed.batch_search.plans`.
-
-    ``largest_batch`` is of the longest prompt, and ``estimate_error_pct`` by how much it may be off for the grain of memory
-    readings alone. Where there is no plan, ``note`` says why.
-
-    Parameters
-    ----------
-    searches
-        Rows of stage *batch*.
-    drawn
-        The row of stage *lengths*; empty where none was asked for.
-    """
-    columns = ["precision", "engine", "examples", "order", "longest_tokens", "largest_batch", "estimate_error_pct", "batches",
-               "mean_batch", "padding_pct", "limit_mib", "note"]  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    for row in searches.to_dict("records"):
-        for prompts in drawn.to_dict("records"):
-            about = {"precision": row["precision"], "engine": row["engine"], "limit_mib": row["limit_mib"]}
-            rows += [{**about, **plan} for plan in _planned(row, prompts)]
-    whole = ["examples", "longest_tokens", "largest_batch", "batches"]
-    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(whole, "Int64")).round(6)
+def choice_probabilities(results: Results, item: int = 0) -> pd.DataFrame:
+    """Return one item of the first multiple-choice task as each format sees it: the paper's p(y_i) of each choice."""
+    rows: dict[str, dict[str, Any]] = {}
+    first = None
+    for row in results.accuracy_rows.to_dict("records"):
+        items = results.items(row) if first in (None, row["task"]) else None
+        if items is not None and "probabilities" in items:
+            first = row["task"]
+            answer = items.iloc[item]
+            shares = {f"p(choice {number})": share for number, share in enumerate(answer.probabilities)}
+            rows[row["precision"]] = {**shares, "picked": answer.picked, "gold": answer.gold}
+    return pd.DataFrame(rows).T.infer_objects()
 
 
-def _planned(row: dict[str, Any], prompts: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the plans that one search's line gives for each number of prompts."""
-    asked: dict[int, list[int]] = {}
-    for count in prompts["examples"]:
-        asked.setdefault(min(count, len(prompts["lengths"])), []).append(count)
-    for count, wanted in asked.items():
-        notes = []
-        if wanted != [count]:
-            numbers = " and ".join(f"{number:,}" for number in wanted)
-            notes.append(f"{prompts['prompts']} has no more prompts; {numbers} were asked for")
-        try:
-            if pd.isna(row.get("prompt_tokens")):
-                raise InputError("the search's row does not say how long its prompt was; search with overwrite")
-            new_tokens = int(row["new_tokens"])
-            line = fit([Probe(**probe) for probe in row["probes"]], int(row["prompt_tokens"]) + new_tokens)
-            most = math.inf if pd.isna(prompts["window"]) else int(prompts["window"]) - new_tokens
-            lengths = [int(min(tokens, most)) for tokens in prompts["lengths"][:count]]
-            if cut := sum(tokens > most for tokens in prompts["lengths"][:count]):
-                notes.append(f"cut to the context window: {cut:,}")
-            for plan in plans(lengths, new_tokens, line, row["limit_mib"]):
-                yield {**asdict(plan), "estimate_error_pct": line.estimate_error_pct(row["limit_mib"]), "note": "; ".join(notes)}
-        except InputError as error:
-            yield {"examples": count, "note": "; ".join([*notes, str(error)])}
+def _columns(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    return frame.reindex(columns=list(names)) if len(frame) else pd.DataFrame()
 
 
-def _median(runs: pd.DataFrame, name: str) -> float | None:
-    values = runs[name].dropna().astype(float) if name in runs else pd.Series(dtype=float)
-    return float(values.median()) if len(values) else None
+TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
+    "table1_accuracy": _accuracy,
+    "table2_change": _change,
+    "divergence": lambda results: _columns(results.divergence, DIVERGENCE),
+    "batch_sensitivity": lambda results: _columns(
+        results.batch_sensitivity.rename(columns={"setting": "scorer"}), SENSITIVITY
+    ),
+    "table3_bs1": lambda results: _performance(results, "bs1", 3),
+    "table4_maxbatch": lambda results: _performance(results, "maxbatch", 4),
+    "table3_ablations": lambda results: paper.ablations(results.bs1, 3),
+    "table4_ablations": lambda results: paper.ablations(results.maxbatch, 4),
+    "table3_t4_estimate": lambda results: paper.t4_estimate(results.bs1, 3),
+    "table4_t4_estimate": lambda results: paper.t4_estimate(results.maxbatch, 4),
+    "sweep": _sweep,
+    "batch_plans": plans,
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """A table as text."""
-
-    caption: str
-    columns: list[str]
-    rows: list[list[str]]
+def build(results: Results, name: str) -> pd.DataFrame:
+    """Return a table, made once a study; one that was kept is returned as it was. Do not write into it."""
+    if name not in results.built:
+        results.built[name] = results.tables[name] if name in results.tables else TABLES[name](results)
+    return results.built[name]
 
 
-def grid(frame: pd.DataFrame, caption: str = "") -> Grid:
-    """Return a frame as text: empty columns left out, numbers in the digits that carry them.
+def save(results: Results, name: str) -> pd.DataFrame:
+    """Write a table below ``tables/`` as CSV and Markdown, and return it; an empty one is not written."""
+    table = build(results, name)
+    if len(table) and results.folder is not None:
+        write_atomic(results.folder / "tables" / f"{name}.csv", table.to_csv(index=False))
+        write_atomic(results.folder / "tables" / f"{name}.md", markdown(table))
+    return table
 
-    Percents and points have two decimals, as in the paper.
-    """
-    rows = [[_cell(str(name), row[name]) for name in frame] for row in frame.to_dict("records")]
-    told = [place for place in range(len(frame.columns)) if any(row[place] for row in rows)]
-    names = [str(frame.columns[place]) for place in told]
-    return Grid(caption, names, [[row[place] for place in told] for row in rows])
+
+def as_text(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return a frame's cells as text, in the units of `qnb.columns.header`, without columns that are empty."""
+    text = pd.DataFrame({name: [_cell(str(name), value) for value in frame[name]] for name in frame}, dtype=object)
+    return text[[name for name in text if any(text[name])]]
 
 
 def _cell(name: str, value: Any) -> str:
-    if value is None or (not isinstance(value, str | list) and pd.isna(value)):
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        if name.endswith("_p") and value < 1e-6:  # tables are rounded to six places
-            return "< 0.000001"
-        if name.endswith(("_pct", "_pp")):
-            return f"{value:.2f}"
-        return f"{value:,.0f}" if value == round(value) and abs(value) >= 100 else f"{value:,.4g}"
-    return str(value)
+    if name == "flags":
+        return flag_text(value.split("; ") if isinstance(value, str) and value else value)
+    return format_value(name, value)
 
 
 def markdown(frame: pd.DataFrame) -> str:
     """Return a frame as a Markdown table for pasting; a cell can neither end itself nor carry a tag."""
-    made = grid(frame)
-
-    def line(cells: list[str]) -> str:
-        kept = (
-            cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for cell in cells
-        )
-        return f"| {' | '.join(kept)} |"
-
-    rule = "|" + "|".join("---" if place == 0 else "---:" for place in range(len(made.columns))) + "|"
-    return "\n".join([line(made.columns), rule, *map(line, made.rows)]) + "\n"
+    escapes = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;", "\n": " "})
+    text = as_text(frame).map(lambda cell: cell.translate(escapes))
+    return text.to_markdown(index=False, headers=[header(name) for name in text], disable_numparse=True) + "\n"
