@@ -1,14 +1,13 @@
 """The largest batch: ours against accelerate's and Lightning's searches and the true maximum, in one run.
 
 ``python tests/bench/batch.py --csv batch.csv``: Llama-3.2-1B's shape on a GPU, whole and held to 15 GiB
-``python tests/bench/batch.py --device simulated``: its allocations served by an outline of torch's allocator, no GPU
 ``python tests/bench/batch.py --device cpu --model smollm2-135m --memory-gib 0.6 --cap 48``: by a process's growth
 
-A batch size that several searches ask for is run once: every run begins from the same emptied memory, so it would end
-the same, and its seconds count for each of them. The searches leave a bracket around the true maximum; it is halved
-to one row, and then the next even sizes are tried, as they may fit where an odd one did not. Where a run takes long,
-on a whole card, ``--within-rows 16 --searches ours,accelerate`` saves most of them.
-Runs are made in a process of their own, which a batch may end; a search of a peer ends with it, as it would there.
+A batch size that several searches try runs once: every run begins with the same emptied memory, so it would end the
+same, and its seconds count for each search. The searches leave a bracket around the true maximum, which is halved to
+one row. Then the next even sizes are tried, as they may fit where an odd one did not. ``--within-rows 16 --searches
+ours,accelerate`` saves most runs where they take long, on a whole card.
+Runs are made in a child process, which a batch may end. A peer's search then ends too, as it would in its own process.
 """
 
 from __future__ import annotations
@@ -27,34 +26,33 @@ from typing import Any
 import pandas as pd
 from transformers import AutoConfig
 
-from qnb.device import MIB
+from qnb.memory import MIB
 from qnb.precision import parse
 from qnb.prompts import Workload
-from qnb.quantize import checkpoint as model
-from qnb.speed.batch_search import DIED, Apart, Probe, largest
-from qnb.speed.benchmark import PROBES, counted, trial_of
-from qnb.speed.engines import unrecordable
+from qnb.quantize.sources import SHAPE, resolve
+from qnb.speed.batch_search import DIED, ChildTrials, Probe, TryBatch, find_largest_batch, int32_rows
+from qnb.speed.batch_trials import load_trials
+from qnb.speed.engines import FACTORIES, why_unavailable
 
 START = 2048  # of accelerate's search; doubled where that much fits, as it only goes down
 
 
-class Trials:
-    """Every batch size tried on one precision, engine and memory, run once."""
+class Remembered:
+    """A `TryBatch` that runs each batch size once."""
 
-    def __init__(self, try_batch: Callable[[int], Probe], engine: str = "eager") -> None:
-        self._try = try_batch
-        self.engine = engine
-        self.seen: dict[int, Probe] = {}
-        self.asked: list[int] = []
+    def __init__(self, try_batch: TryBatch) -> None:
+        self._try_batch = try_batch
+        self.probes: dict[int, Probe] = {}
+        self.sizes: list[int] = []  # in the order of the search at work
 
     def __call__(self, batch_size: int) -> Probe:
         """Return what came of the batch, now or before."""
-        self.asked.append(batch_size)
-        if batch_size not in self.seen:
-            self.seen[batch_size] = probe = self._try(batch_size)
-            end = probe.ended or f"{probe.memory_mib or 0:,.0f} MiB{', squeezed' * probe.squeezed}"
+        self.sizes.append(batch_size)
+        if batch_size not in self.probes:
+            self.probes[batch_size] = probe = self._try_batch(batch_size)
+            end = probe.ended or f"{probe.reserved_mib or 0:,.0f} MiB{', squeezed' * probe.squeezed}"
             print(f"  {batch_size}: {end}, {probe.took_s or 0:.1f} s", file=sys.stderr, flush=True)
-        return self.seen[batch_size]
+        return self.probes[batch_size]
 
     def run(self, batch_size: int) -> None:
         """Run the batch as a peer sees it: an error where it does not fit."""
@@ -65,17 +63,17 @@ class Trials:
             raise RuntimeError("CUDA out of memory. The batch does not fit.")
 
     @property
-    def good(self) -> int:
+    def largest(self) -> int:
         """The largest batch that fitted."""
-        return max((size for size, probe in self.seen.items() if probe.fits), default=0)
+        return max((size for size, probe in self.probes.items() if probe.fits), default=0)
 
 
-def ours(trials: Trials, limit_mib: float, cap: int, cliff: int) -> int:
-    """Search as `benchmark.largest_batch_apart` does."""
-    return largest(trials, limit_mib, cap, cliff, most_probes=PROBES[trials.engine]).batch_size
+def ours(trials: Remembered, limit_mib: float, cap: int, last_safe: int) -> int:
+    """Search as a study does."""
+    return find_largest_batch(trials, limit_mib, cap, last_safe).batch_size
 
 
-def accelerate(trials: Trials, limit_mib: float, cap: int, cliff: int) -> int:
+def accelerate(trials: Remembered, limit_mib: float, cap: int, last_safe: int) -> int:
     """Search with accelerate's decorator: nine tenths of what did not fit, from a size that must not fit."""
     from accelerate.utils import find_executable_batch_size
 
@@ -84,12 +82,12 @@ def accelerate(trials: Trials, limit_mib: float, cap: int, cliff: int) -> int:
         return batch_size
 
     start = min(START, cap)
-    while (found := find_executable_batch_size(attempt, starting_batch_size=start)()) == start and start < cap:
+    while (largest := find_executable_batch_size(attempt, starting_batch_size=start)()) == start and start < cap:
         start = min(2 * start, cap)
-    return found
+    return largest
 
 
-def lightning(mode: str, trials: Trials, limit_mib: float, cap: int, cliff: int) -> int:
+def lightning(mode: str, trials: Remembered, limit_mib: float, cap: int, last_safe: int) -> int:
     """Search with Lightning's `Tuner`: one step a trial where its default is three, no margin taken off at the end."""
     import pytorch_lightning
     import torch
@@ -117,7 +115,7 @@ def lightning(mode: str, trials: Trials, limit_mib: float, cap: int, cliff: int)
         return Tuner(trainer).scale_batch_size(Module(), method="validate", **options) or 0
 
 
-SEARCHES: dict[str, Callable[[Trials, float, int, int], int]] = {
+SEARCHES: dict[str, Callable[[Remembered, float, int, int], int]] = {
     "ours": ours,
     "accelerate": accelerate,
     "lightning power": partial(lightning, "power"),
@@ -125,20 +123,20 @@ SEARCHES: dict[str, Callable[[Trials, float, int, int], int]] = {
 }
 
 
-def true_maximum(trials: Trials, cap: int, rows: int) -> tuple[int, int]:
+def true_maximum(trials: Remembered, cap: int, rows: int) -> tuple[int, int]:
     """Return the largest batch that ran, and the most that could: `rows` apart at most, less one.
 
     What the searches left open is halved; down to one row, the next larger multiples of 2, 4 and 8 are tried too.
     """
     while True:
-        good = trials.good
-        bad = min((size for size, probe in trials.seen.items() if not probe.fits and size > good), default=cap + 1)
-        while bad - good > rows:
-            middle = (good + bad) // 2
-            good, bad = (middle, bad) if trials(middle).fits else (good, middle)
-        even = {good + step - good % step for step in (2, 4, 8)} if rows == 1 else set()
+        fits = trials.largest
+        fails = min((size for size, probe in trials.probes.items() if not probe.fits and size > fits), default=cap + 1)
+        while fails - fits > rows:
+            middle = (fits + fails) // 2
+            fits, fails = (middle, fails) if trials(middle).fits else (fits, middle)
+        even = {fits + step - fits % step for step in (2, 4, 8)} if rows == 1 else set()
         if not any([trials(size).fits for size in sorted(even) if size <= cap]):
-            return good, bad - 1
+            return fits, fails - 1
 
 
 def compare(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -146,40 +144,37 @@ def compare(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if options.device != "cuda" and options.engines != "eager":
         raise SystemExit(f"--engines {options.engines} needs a GPU; --device {options.device} has eager alone")
     workload = Workload((tuple(range(10, 10 + options.prompt_tokens)),), options.new_tokens, "ramp")
-    folder = "" if options.device == "simulated" else model.resolve(options.model, options.device).path
-    for memory_gib in options.memory_gib.split(","):
-        for precision, engine in product(parse(options.precisions), options.engines.split(",")):
-            if engine == "cuda_graph" and (why := unrecordable(precision.threshold)):
-                print(f"{precision.name}, {engine}: {why}", file=sys.stderr)
-                continue
-            limit_mib, cliff = _limit_mib(memory_gib, options.device), 0
-            if options.device == "simulated":
-                from allocator import device
-
-                close, begin = None, device(options.prompt_tokens, options.new_tokens, limit_mib, precision.bits)
-            else:
-                cliff = counted(AutoConfig.from_pretrained(folder), options.prompt_tokens)
-                close = begin = Apart(trial_of, folder, precision, options.device, workload, limit_mib, engine)
-            trials, rows = Trials(begin, engine), []
-            for name in options.searches.split(","):
-                print(f"{precision.name}, {engine}, {memory_gib} GiB, {name}", file=sys.stderr, flush=True)
-                trials.asked, found, note = [], 0, ""
-                try:
-                    found = SEARCHES[name](trials, limit_mib, options.cap, cliff)
-                except ProcessLookupError as error:
-                    note = str(error)
-                except ImportError as error:  # a peer that is not installed costs its own row
-                    note = f"{error.name} is not installed"
-                took_s = sum(trials.seen[size].took_s or 0 for size in trials.asked)
-                numbers = {"largest_batch": found, "probes": len(trials.asked), "seconds": took_s}
-                rows.append({"search": name, **numbers, "note": note})
+    folder = resolve(options.model, options.device).path
+    last_safe_int8 = int32_rows(AutoConfig.from_pretrained(folder), options.prompt_tokens)
+    formats = product(options.memory_gib.split(","), parse(options.precisions), options.engines.split(","))
+    for memory_gib, precision, engine in formats:
+        if why := why_unavailable(engine, options.device, precision.threshold):
+            print(f"{precision.name}, {engine}: {why}", file=sys.stderr)
+            continue
+        limit_mib = _limit_mib(memory_gib, options.device)
+        last_safe = last_safe_int8 if precision.eight_bit and engine == "eager" else 0
+        about = {"precision": precision.name, "engine": engine, "memory_gib": round(limit_mib / 1024, 1)}
+        print(about, file=sys.stderr, flush=True)
+        with ChildTrials(load_trials, folder, precision, options.device, workload, limit_mib, engine) as try_batch:
+            trials = Remembered(try_batch)
+            rows = [search(name, trials, limit_mib, options.cap, last_safe) for name in options.searches.split(",")]
             true, most = true_maximum(trials, options.cap, options.within_rows)
-            if close:
-                close.close()
-            for row in rows:
-                share_pct = 100 * row["largest_batch"] / most
-                head = {"precision": precision.name, "engine": engine, "memory_gib": round(limit_mib / 1024, 1)}
-                yield {**head, **row, "true_batch": true, "true_at_most": most, "share_pct": share_pct}
+        for row in rows:
+            share_pct = 100 * row["largest_batch"] / most
+            yield {**about, **row, "true_batch": true, "true_at_most": most, "share_pct": share_pct}
+
+
+def search(name: str, trials: Remembered, limit_mib: float, cap: int, last_safe: int) -> dict[str, Any]:
+    """Search once and return what the search found and cost."""
+    trials.sizes, largest, note = [], 0, ""
+    try:
+        largest = SEARCHES[name](trials, limit_mib, cap, last_safe)
+    except ProcessLookupError as error:
+        note = str(error)
+    except ImportError as error:  # a peer that is not installed costs its own row
+        note = f"{error.name} is not installed"
+    seconds = sum(trials.probes[size].took_s or 0 for size in trials.sizes)
+    return {"search": name, "largest_batch": largest, "probes": len(trials.sizes), "seconds": seconds, "note": note}
 
 
 def _limit_mib(memory_gib: str, device: str) -> float:
@@ -195,22 +190,22 @@ def _limit_mib(memory_gib: str, device: str) -> float:
 def main() -> None:
     """Print the table as it grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu", "simulated"), default="cuda")
-    parser.add_argument("--model", default=model.SHAPE)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--model", default=SHAPE)
     parser.add_argument("--precisions", default="fp16,int8,int4,nf4")
-    parser.add_argument("--engines", default="eager", help="cuda_graph too, with precisions that can be recorded")
+    parser.add_argument("--engines", default="eager", help="cuda_graph too, with formats that can be captured")
     parser.add_argument("--memory-gib", default="15,whole")
     parser.add_argument("--searches", default=",".join(SEARCHES))
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=100)
     parser.add_argument("--cap", type=int, default=16_384)
-    parser.add_argument("--within-rows", type=int, default=1, help="how closely the true maximum is told")
+    parser.add_argument("--within-rows", type=int, default=1, help="how closely the true maximum is known")
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     if unknown := set(options.searches.split(",")) - set(SEARCHES):
         parser.error(f"searches {', '.join(sorted(unknown))} are unknown; choose from {', '.join(SEARCHES)}")
-    if unknown := set(options.engines.split(",")) - set(PROBES):
-        parser.error(f"engines {', '.join(sorted(unknown))} are unknown; choose from {', '.join(PROBES)}")
+    if unknown := set(options.engines.split(",")) - set(FACTORIES):
+        parser.error(f"engines {', '.join(sorted(unknown))} are unknown; choose from {', '.join(FACTORIES)}")
     rows = []
     for row in compare(options):
         rows.append(row)

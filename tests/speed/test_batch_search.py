@@ -1,0 +1,269 @@
+"""The search against simulated memories and a GPU's kept readings, whose true maximum is known; the child process."""
+
+import os
+import subprocess
+import sys
+from math import ceil
+from random import Random
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from child_trials import __file__ as child_trials_file
+from child_trials import ends_above, fails
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qnb.errors import InputError
+from qnb.provenance import ROOT
+from qnb.speed.batch_search import (
+    DIED,
+    MAX_PROBES,
+    OUT_OF_MEMORY,
+    WHEN_TIMED,
+    ChildTrials,
+    LargestBatch,
+    OneRequestDoesNotFit,
+    Probe,
+    find_largest_batch,
+    int32_rows,
+    sweep_sizes,
+)
+
+
+def simulated(limit_mib, takes_mib, idle_mib=0.0, reads_mib=None):
+    """A `TryBatch` on memory that takes `takes_mib(batch)`, and reads `reads_mib(batch)` where it fits."""
+
+    def try_batch(batch_size):
+        if takes_mib(batch_size) > limit_mib:
+            return Probe(batch_size, False, idle_mib=idle_mib, ended=OUT_OF_MEMORY)
+        return Probe(batch_size, True, (reads_mib or takes_mib)(batch_size), idle_mib=idle_mib)
+
+    return try_batch
+
+
+def true_maximum(try_batch, cap):
+    fits, fails = 0, cap + 1
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        fits, fails = (middle, fails) if try_batch(middle).fits else (fits, middle)
+    return fits
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(
+    weights_mib=st.floats(100, 20_000),
+    room_mib=st.floats(0, 80_000),
+    row_mib=st.floats(0.3, 500),
+    segment_mib=st.sampled_from([0, 2, 20]),
+    noise=st.sampled_from([0, 0.001]),
+    cap=st.integers(1, 50_000),
+)
+def test_any_memory_that_grows_with_the_batch(weights_mib, room_mib, row_mib, segment_mib, noise, cap):
+    """Rows may take whole segments, as the allocator takes them from the device; readings may be 0.1 % off."""
+    room_mib += 200 * segment_mib
+    limit_mib = weights_mib + room_mib
+
+    def takes_mib(batch_size):
+        rows_mib = row_mib * batch_size
+        return weights_mib + (segment_mib * ceil(rows_mib / segment_mib) if segment_mib else rows_mib)
+
+    def reads_mib(batch_size):
+        return takes_mib(batch_size) + Random(batch_size).uniform(-noise, noise) * row_mib * batch_size
+
+    try_batch = simulated(limit_mib, takes_mib, weights_mib, reads_mib)
+    true = true_maximum(try_batch, cap)
+    if not true:
+        with pytest.raises(OneRequestDoesNotFit, match="shorten the prompts"):
+            find_largest_batch(try_batch, limit_mib, cap)
+        return
+    largest = find_largest_batch(try_batch, limit_mib, cap)
+    assert largest == find_largest_batch(try_batch, limit_mib, cap)
+    assert len(largest.probes) <= MAX_PROBES and largest.capped == (largest.batch_size == cap)
+    assert Probe(largest.batch_size, True) in [Probe(probe.batch_size, probe.fits) for probe in largest.probes]
+    assert min(0.99 * true, true - bool(segment_mib)) <= largest.batch_size <= true
+    assert true <= largest.batch_size * (1 + largest.search_gap_pct / 100) + 1e-6
+
+
+def test_live_tensors_bound_the_search_where_segments_given_back_decide():
+    """Short prompts and a cache that grows: reserved says 350 rows, live tensors 1,170, and 754 run."""
+
+    def try_batch(batch_size):
+        if batch_size > 754:
+            return Probe(batch_size, False, ended=OUT_OF_MEMORY)
+        reserved_mib, live_mib = 2400 + 37 * batch_size, 2400 + 11.07 * batch_size
+        return Probe(batch_size, True, min(reserved_mib, 15_360), live_mib, reserved_mib > 15_360, 2390)
+
+    largest = find_largest_batch(try_batch, 15_360, 100_000)
+    assert 0.97 * 754 <= largest.batch_size <= 754 <= largest.batch_size * (1 + largest.search_gap_pct / 100)
+
+
+def test_readings_coarser_than_a_row_are_followed_in_steps():
+    largest = find_largest_batch(simulated(200, lambda b: 100 + 20 * ceil(b / 500), 100), 200, 100_000)
+    assert 0.9 * 2500 <= largest.batch_size <= 2500
+
+
+def test_a_row_that_nearly_fills_the_memory_is_followed_by_two():
+    """The allocator gave memory back for one row, so its reading tells nothing."""
+    largest = find_largest_batch(lambda b: Probe(b, b < 2, 900, squeezed=True), 1000, 512)
+    assert [probe.batch_size for probe in largest.probes] == [1, 2]
+
+
+SEARCH = ["memory_gib", "precision", "engine"]
+SEARCHES = pd.read_csv(ROOT / "outputs/reference/h100-llama-3.2-1b-shape/searches.csv").query("took_s.notna()")
+SEARCHES = SEARCHES.groupby(SEARCH).filter(lambda probes: DIED not in set(probes.ended))  # memory did not end those
+
+
+def replay(ran, limit_mib, most):
+    """Search over a GPU's readings, interpolated between the batches that `ran`; more than `most` rows fail."""
+
+    def read(name, batch_size):
+        clean = ran[~ran.squeezed.astype(bool)] if name == "reserved_mib" else ran
+        sizes, mib = clean.batch_size.to_numpy(), clean[name].to_numpy()
+        beyond_mib = max(0, batch_size - sizes[-1]) * (mib[-1] - mib[-2]) / (sizes[-1] - sizes[-2])
+        return float(np.interp(batch_size, sizes, mib) + beyond_mib)
+
+    idle_mib = ran.idle_mib.iloc[0]
+
+    def try_batch(batch_size):
+        if batch_size > most:
+            return Probe(batch_size, False, idle_mib=idle_mib, ended=OUT_OF_MEMORY)
+        reserved_mib, live_mib = read("reserved_mib", batch_size), read("live_mib", batch_size)
+        squeezed = reserved_mib > limit_mib  # then a GPU read 97 to 100 % of it
+        return Probe(batch_size, True, 0.97 * limit_mib if squeezed else reserved_mib, live_mib, squeezed, idle_mib)
+
+    return find_largest_batch(try_batch, limit_mib, 16_384)
+
+
+@pytest.mark.parametrize("engine", ["eager", "cuda_graph"])
+def test_a_gpus_readings_lead_near_the_true_maximum_wherever_it_was(engine):
+    """It lies between the last batch to run and the first to fail, or earlier: other readings end there as well."""
+    shares, probes = [], []
+    for (memory_gib, *_), rows in SEARCHES[SEARCHES.engine == engine].groupby(SEARCH):
+        ran = rows[rows.fits].sort_values("batch_size")
+        limit_mib = 15 * 1024 if memory_gib == "15" else rows.room_mib.min()
+        last = ran.batch_size.max()
+        fails = min(rows[~rows.fits].batch_size, default=last + last // 50)
+        for most in (last, (last + fails - 1) // 2, fails - 1, int(0.97 * last), int(0.92 * last)):
+            largest = replay(ran, limit_mib, most)
+            shares.append(largest.batch_size / most)
+            probes.append(len(largest.probes))
+    assert len(shares) == 5 * 16
+    assert np.mean(shares) >= 0.993 and min(shares) >= 0.975 and max(probes) <= MAX_PROBES
+
+
+def test_the_cap_ends_the_search():
+    largest = find_largest_batch(simulated(10**6, lambda b: 2000 + b, 1999), 10**6, cap=47)
+    assert (largest.batch_size, largest.capped, largest.search_gap_pct) == (47, True, 0)
+    assert [probe.batch_size for probe in largest.probes] == [1, 24, 47]
+    assert find_largest_batch(simulated(10**6, lambda b: b), 10**6, cap=1).capped
+
+
+def test_one_row_too_many_and_a_cap_of_none_say_what_to_do():
+    with pytest.raises(OneRequestDoesNotFit, match="takes more than there is where 550 MiB are allowed; shorten"):
+        find_largest_batch(simulated(550, lambda b: 500 + 100 * b), 550, cap=8)
+    with pytest.raises(OneRequestDoesNotFit, match="takes 600 MiB where 550 MiB"):
+        find_largest_batch(lambda b: Probe(b, False, 600.0), 550, cap=8)
+    with pytest.raises(RuntimeError, match=DIED):
+        find_largest_batch(lambda b: Probe(b, False, ended=DIED), 550, cap=8)
+    with pytest.raises(InputError, match="at least 1"):
+        find_largest_batch(simulated(5, lambda b: b), 5, cap=0)
+
+
+def test_less_room_than_allowed_is_the_limit():
+    def try_batch(batch_size):
+        fits = 1000 + 10 * batch_size <= 5000
+        return Probe(batch_size, fits, 1000 + 10 * batch_size if fits else None, idle_mib=900, room_mib=5000)
+
+    largest = find_largest_batch(try_batch, 80_000, 10**5)
+    assert largest.limit_mib == 5000 and 396 <= largest.batch_size <= 400
+
+
+def test_the_last_safe_batch_is_tried_and_one_beyond_it():
+    """Only that batch ends its process, which then loads the model again."""
+
+    def try_batch(batch_size):
+        if batch_size > 1023:
+            return Probe(batch_size, False, ended=DIED)
+        return Probe(batch_size, True, 1500 + 35 * batch_size, idle_mib=1400)
+
+    largest = find_largest_batch(try_batch, 80_000, 10**5, last_safe=1023)
+    assert largest.batch_size == 1023 and largest.search_gap_pct <= 1
+    assert [probe.ended for probe in largest.probes].count(DIED) == 1
+
+
+def test_how_far_the_true_maximum_may_be():
+    probes = (Probe(100, True), Probe(104, False))
+    assert LargestBatch(100, 1.0, False, probes).search_gap_pct == pytest.approx(3)
+    assert LargestBatch(100, 1.0, True, probes[:1]).search_gap_pct == 0
+    ran = (Probe(50, True, 900, 600), Probe(100, True, 980, 950))  # 7 MiB a row of 1,000
+    assert LargestBatch(100, 1000, False, ran).search_gap_pct == pytest.approx(7.14, abs=0.01)
+    assert LargestBatch(100, 1000, False, (*ran, probes[1])).search_gap_pct == pytest.approx(3)
+
+
+@pytest.mark.parametrize(("size", "ran", "then"), [(976, (1, 968), 968), (976, (965,), 965), (32, (), 31), (2, (), 1)])
+def test_a_batch_that_runs_out_of_memory_when_timed_gives_way_to_the_next_smaller(size, ran, then):
+    probes = tuple(Probe(batch_size, True) for batch_size in (*ran, size))
+    smaller = LargestBatch(size, 1000.0, True, probes).smaller()
+    assert (smaller.batch_size, smaller.capped) == (then, False)
+    assert smaller.probes == (*probes, Probe(size, False, ended=WHEN_TIMED))
+
+
+def test_a_batch_shrinks_by_twice_as_much_each_time():
+    largest, sizes = LargestBatch(1000, 1000.0, False, ()), []
+    for _ in range(6):
+        largest = largest.smaller()
+        sizes.append(largest.batch_size)
+    assert sizes == [984, 960, 920, 840, 704, 476]  # 1, 2, 4, 8, 16, 32 % less, rounded down
+
+
+def test_a_search_is_read_back_from_its_row():
+    row = {"batch_size": 2, "limit_mib": 9.0, "capped": True, "stage": "batch",
+           "probes": [{"batch_size": 2, "fits": True, "reserved_mib": 8.0, "ended": ""}]}  # fmt: skip
+    assert LargestBatch.from_row(row) == LargestBatch(2, 9.0, True, (Probe(2, True, 8.0),))
+
+
+def test_where_a_layers_outputs_outgrow_32_bits():
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(intermediate_size=1536))
+    assert int32_rows(config, 256) == (2**31 - 1) // (256 * 1536)
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(1, (1,)), (2, (1, 2)), (8, (1, 2, 4, 8)), (11, (1, 2, 4, 8, 11))])
+def test_a_sweep_doubles_up_to_the_largest(most, sizes):
+    assert sweep_sizes(most) == sizes
+    with pytest.raises(InputError, match="at least 1"):
+        sweep_sizes(0)
+
+
+def test_a_batch_may_end_its_process_and_the_next_gets_a_new_one():
+    with ChildTrials(ends_above, 100, 7) as try_batch:
+        first, second, dead, after = (try_batch(batch_size) for batch_size in (1, 2, 101, 3))
+        with pytest.raises(ValueError, match="shape mismatch"):
+            try_batch(7)
+    assert first.reserved_mib == second.reserved_mib != os.getpid()  # process ids
+    assert (dead.fits, dead.ended) == (False, DIED) and dead.took_s > 0
+    assert after.fits and after.reserved_mib != first.reserved_mib
+    with ChildTrials(fails, InputError("no model")) as try_batch, pytest.raises(InputError, match="no model"):
+        try_batch(1)
+
+
+def test_a_plain_script_is_not_run_again_in_the_child(tmp_path):
+    """A script without ``if __name__`` holds its study's lock here and would wait for it there."""
+    script = tmp_path / "plain.py"
+    script.write_text(
+        "print('begun')\nfrom child_trials import ends_above\nfrom qnb.speed.batch_search import ChildTrials\n"
+        "with ChildTrials(ends_above, 100, 7) as try_batch:\n    print(try_batch(1).fits, __file__)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=90, env=environment)
+    assert run.stdout.splitlines() == ["begun", f"True {script}"], run.stderr
+
+
+def test_the_child_does_not_outlive_a_killed_parent():
+    parent = subprocess.Popen([sys.executable, child_trials_file, "60"], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.communicate()
+    child.wait(10)
