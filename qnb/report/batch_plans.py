@@ -102,23 +102,12 @@ def fit_line(probes: Sequence[Mapping[str, Any]], row_tokens: int) -> MemoryLine
 def plan_batches(
     prompt_tokens: Sequence[int], new_tokens: int, line: MemoryLine, limit_mib: float
 ) -> list[dict[str, Any]]:
-    """Cut requests into batches in three orders, each batch as large as its longest prompt admits; return a row each.
+    """Cut prompts into batches in three orders, each batch as large as its longest prompt admits; return a row each.
 
-    The number of requests does not enter the largest batch, which follows from the longest prompt. The order changes
-    what the other batches can be. *unsorted* takes requests as they come; a batch's longest prompt is not known
-    before, so all batches have the size that the longest of all admits. *bucketed* puts prompts of up to
-    `BUCKET_TOKENS`, 2 `BUCKET_TOKENS` ... tokens together. *sorted* goes from the longest down.
-
-    Parameters
-    ----------
-    prompt_tokens
-        Each prompt's length, in the order of arrival.
-    new_tokens
-        New tokens of every request.
-    line
-        The memory of a batch.
-    limit_mib
-        The memory there is.
+    The number of prompts does not enter the largest batch, which follows from the longest prompt. The order changes
+    what the other batches can be. *unsorted* takes prompts as they arrive, in the order of `prompt_tokens`. A batch's
+    longest prompt is not known before, so all batches have the size that the longest of all admits. *bucketed* puts
+    prompts of up to `BUCKET_TOKENS`, 2 `BUCKET_TOKENS` ... tokens together. *sorted* goes from the longest down.
 
     Raises
     ------
@@ -150,7 +139,6 @@ def plan_batches(
 
 def _count(batches: Sequence[Sequence[int]]) -> dict[str, float]:
     """Count batches of prompt lengths, their mean size, and the padding's percent of the prompt tokens processed."""
-    sizes = [len(batch) for batch in batches]
     padded = sum(len(batch) * max(batch) for batch in batches)
     padding_pct = 100 * (1 - sum(map(sum, batches)) / padded)
-    return {"batches": len(batches), "mean_batch": fmean(sizes), "padding_pct": padding_pct}
+    return {"batches": len(batches), "mean_batch": fmean(map(len, batches)), "padding_pct": padding_pct}
