@@ -1,10 +1,8 @@
-"""A window of samples over the device while something runs.
+"""Watch a device while a block of code runs: utilization, memory, power, clocks, energy, and who else is at work.
 
-With an NVIDIA GPU the samples come from NVML; without one from the process itself. NVML's utilization is the share
-of a short period in which any kernel ran, not how much of the GPU worked. Memory is the whole device's, less what
-was in use when the window opened: containers such as Colab's hide the memory of single processes. NVML's utilization
-and power are means over up to a second before a reading, and its energy counter moves in steps: a window of less than
-a second has none of the three. The thread reads counters only, never the model.
+A GPU is read through NVML, a CPU through this process. NVML's utilization is the share of time in which any kernel
+ran, not how much of the GPU worked. Its memory is the whole device's, so what was in use before is subtracted:
+containers such as Colab's hide the memory of single processes. The thread reads counters only, never the model.
 """
 
 from __future__ import annotations
@@ -16,19 +14,23 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import fmean
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qnb.device import MIB
+from qnb.columns import Flag
+from qnb.memory import MIB
 
-Sample = dict[str, float]
+if TYPE_CHECKING:
+    import torch
 
-SETTLED_S = 1.0  # what NVML's rates look back over at most (NVML API reference)
-ENERGY_STEPS = 5  # times the energy counter must have moved in a window before a difference of it means anything
-COVERED = 0.95  # of a window, by the energy counter, for its joules to be the window's
-OTHERS_PCT = 10.0  # of the CPU in other hands, from which on a row says so
+Reading = dict[str, float]
+
+LOOK_BACK_S = 1.0  # NVML's utilization and power are means over up to this long before a reading (NVML reference)
+LOOKING_BACK = ("utilization_pct", "power_w")
+LEAST_ENERGY_STEPS = 5  # times the energy counter must move in a window before a difference of it means anything
+LEAST_ENERGY_SHARE = 0.95  # of a window that the counter's readings must cover for its joules to be the window's
+CPU_SHARED_PCT = 10.0  # of the CPU used by other processes, from which on a row is flagged
 # NVML's bits (nvmlClocksEventReasons) that say the clocks are held below what the work asks for
-THROTTLES = {
+THROTTLE_REASONS = {
     0x4: "software power cap",
     0x8: "hardware slowdown",
     0x20: "software thermal slowdown",
@@ -37,216 +39,202 @@ THROTTLES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What a window saw; None where the source does not tell.
+    """What a window saw. None where the monitor does not tell.
 
-    Source: NVML API reference (utilization rates, memory info, power usage, clock info); psutil's process view.
+    Sources: the NVML API reference (utilization rates, memory info, power usage, clock info, total energy); psutil.
     """
 
-    source: str  # "nvml" or "process"
+    monitor: str  # "nvml", "process", or "host": a GPU without NVML, of which nothing but the host's CPU is read
     samples: int
     duration_s: float
-    utilization_pct: float | None = None  # mean; of the GPU, or of all the machine's cores
-    memory_mib: float | None = None  # mean; device in use above the baseline, or resident set
-    peak_memory_mib: float | None = None
-    baseline_mib: float | None = None  # device in use when the window opened; 0 for a process
-    power_w: float | None = None  # mean: energy by time where the counter told it, else of the readings
+    utilization_pct: float | None = None  # mean, of the GPU or of all cores
+    used_memory_mib: float | None = None  # mean above the baseline, of the whole device or of this process
+    peak_used_memory_mib: float | None = None
+    baseline_mib: float | None = None  # in use before the model was loaded
+    power_w: float | None = None  # mean
     clock_mhz: float | None = None  # mean, streaming multiprocessors
-    energy_j: float | None = None  # of the whole device; None where its counter moved too few times
-    energy_s: float | None = None  # seconds that the energy counter was read over; None where there is none
-    throttle: tuple[str, ...] = ()  # why clocks were held down, at any sample
-    processes: int | None = None  # most that used the GPU at once, this one among them
-    others_pct: float | None = None  # mean of all the machine's cores, by other processes
-    failures: int = 0  # readings of nothing at all
-    missing: dict[str, int] = field(default_factory=dict)  # a metric that failed: in how many of the readings
-
-    @property
-    def flags(self) -> list[str]:
-        """What makes this window unlike an undisturbed one."""
-        found = [f"throttled: {', '.join(self.throttle)}"] if self.throttle else []
-        if (self.processes or 0) > 1:
-            found.append("another process used the GPU")
-        if (self.others_pct or 0.0) > OTHERS_PCT:
-            found.append(f"other processes used {self.others_pct:.0f} % of the CPU")
-        gone = [f"{name} in {count} of {self.samples}" for name, count in self.missing.items()]
-        if self.failures:
-            gone.append(f"{self.failures} readings whole")
-        if gone:
-            found.append(f"samples missing: {', '.join(gone)}")
-        if self.source == "nvml" and self.duration_s < SETTLED_S:
-            found.append("too short for utilization, power and energy")
-        elif (
-            self.energy_s is not None
-            and self.energy_j is None
-            and not self.failures
-            and "energy_j" not in self.missing
-        ):
-            found.append("too short for the energy counter")
-        return found
+    energy_j: float | None = None  # of the whole device
+    energy_s: float | None = None  # between the energy counter's first and last reading
+    throttle: tuple[str, ...] = ()  # why clocks were held down at any time
+    gpu_processes: int | None = None  # most at once, this one included
+    others_cpu_pct: float | None = None  # mean, of all the host's cores, used by other processes
+    failed_readings: int = 0  # readings that told nothing
+    missing_readings: dict[str, int] = field(default_factory=dict)  # by metric that failed at times
 
 
-BUSY_LIMITS = "the device's limits were measured on a busy machine"  # a row's flag: what bounds it is in doubt
-
-
-def disturbed(flags: Any) -> bool:
-    """Return whether a row's flags, a list or a table's text, say that other processes worked meanwhile."""
-    text = "; ".join(map(str, flags)) if isinstance(flags, list) else flags
-    return isinstance(text, str) and "other process" in text
+def flags_of(usage: Usage) -> list[Flag]:
+    """Return what makes a window unlike an undisturbed one."""
+    energy_lost = usage.failed_readings or "energy_j" in usage.missing_readings
+    energy_short = usage.energy_s is not None and usage.energy_j is None and not energy_lost
+    conditions = {
+        Flag.THROTTLED: usage.throttle,
+        Flag.GPU_SHARED: (usage.gpu_processes or 0) > 1,
+        Flag.CPU_SHARED: (usage.others_cpu_pct or 0) > CPU_SHARED_PCT,
+        Flag.SAMPLES_MISSING: usage.failed_readings or usage.missing_readings,
+        Flag.TOO_SHORT: energy_short or (usage.monitor == "nvml" and usage.duration_s < LOOK_BACK_S),
+    }
+    return [flag for flag, holds in conditions.items() if holds]
 
 
 class Window:
-    """Samples `sample()` every `period_s` seconds in a thread between ``with`` and its end.
+    """Take a reading every `period_s` seconds in a thread while the block runs.
+
+    A reading that fails is counted and raises nothing: what is timed goes on.
 
     Parameters
     ----------
-    sample
-        Returns one reading: any of utilization_pct, memory_mib, power_w, clock_mhz, energy_j, throttle, processes.
-    source
-        What `sample` reads, written into the usage.
+    sensor
+        What is read.
     period_s
-        Seconds between two samples.
+        Seconds between two readings.
     baseline_mib
-        Memory in use before anything was loaded, subtracted from every reading.
-
-    Raises
-    ------
-    Nothing: a reading that fails is counted in `Usage.failures`; what is timed goes on.
+        Memory in use before the model was loaded, subtracted from every reading; None where it is unknown.
     """
 
-    def __init__(
-        self, sample: Callable[[], Sample], source: str, period_s: float = 0.1, baseline_mib: float | None = 0.0
-    ) -> None:
-        self._sample, self._source, self._period_s = sample, source, period_s
-        self._baseline_mib = baseline_mib
-        self._begun, self._stop = threading.Event(), threading.Event()
+    def __init__(self, sensor: HostSensor, period_s: float = 0.1, baseline_mib: float | None = 0.0) -> None:
+        self._sensor, self._period_s, self._baseline_mib = sensor, period_s, baseline_mib
+        self._has_begun, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="qnb-monitor", daemon=True)
-        self.readings: list[Sample] = []  # each with t_s, seconds since the window opened
-        self._failures = 0
-        self._opened = self._closed = 0.0
+        self._opened_s = self._closed_s = 0.0
+        self._failed_readings = 0
+        self.readings: list[Reading] = []  # each with t_s, seconds since the window opened
 
-    def _read(self) -> None:
-        try:
-            reading = self._sample()
-        except Exception:  # any driver error: a broken sensor must not break a measurement
-            self._failures += 1
-            return
-        self.readings.append({"t_s": time.perf_counter() - self._opened, **reading})
+    def __enter__(self) -> Window:
+        self._opened_s = time.perf_counter()
+        self._thread.start()
+        self._has_begun.wait()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._closed_s = time.perf_counter()
 
     def _watch(self) -> None:
-        """Read from start to end, in one thread: psutil's shares are of the time since that thread last asked."""
+        """Take all readings in one thread: psutil's shares are of the time since that thread asked before."""
         self._read()
-        self._begun.set()
+        self._has_begun.set()
         while not self._stop.wait(self._period_s):
             self._read()
         self._read()
 
-    def __enter__(self) -> Window:
-        self._opened = time.perf_counter()
-        self._thread.start()
-        self._begun.wait()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._closed = time.perf_counter()
+    def _read(self) -> None:
+        try:
+            reading = self._sensor.sample()
+        except Exception:  # any driver error: a broken sensor must not break a measurement
+            self._failed_readings += 1
+        else:
+            self.readings.append({"t_s": time.perf_counter() - self._opened_s, **reading})
 
     @property
     def usage(self) -> Usage:
-        """Means and peaks over the window."""
-
-        def column(name: str) -> list[float]:
-            return [reading[name] for reading in self.readings if reading.get(name) is not None]
-
-        within_s = SETTLED_S if self._source == "nvml" else 0.0  # what is read before looks back to before the window
-
-        def mean(name: str) -> float | None:
-            """Weigh each reading by the time since the one before: the last may come right after another."""
-            told = [(now[name], now["t_s"] - before["t_s"]) for before, now in pairwise(self.readings)
-                    if name in now and now["t_s"] >= within_s]  # fmt: skip
-            whole_s = sum(seconds for _, seconds in told)
-            return sum(value * seconds for value, seconds in told) / whole_s if whole_s else None
-
-        rate, power_w = mean("utilization_pct"), mean("power_w")
-        base_mib = self._baseline_mib  # unknown: nothing can be said of what is above it
-        memory = [] if base_mib is None else [value - base_mib for value in column("memory_mib")]
+        """Means and peaks over the closed window."""
         energy_j, energy_s = self._energy()
+        utilization_pct, baseline_mib, in_use_mib = self._mean("utilization_pct"), self._baseline_mib, []
+        if baseline_mib is not None:
+            in_use_mib = [memory_mib - baseline_mib for memory_mib in self._column("memory_mib")]
+        names = sorted({name for reading in self.readings for name in reading})
+        missing = {name: len(self.readings) - len(self._column(name)) for name in names}
         return Usage(
-            source=self._source,
+            monitor=self._sensor.monitor,
             samples=len(self.readings),
-            duration_s=self._closed - self._opened,
-            utilization_pct=None if rate is None else min(rate, 100.0),
-            memory_mib=fmean(memory) if memory else None,
-            peak_memory_mib=max(memory) if memory else None,
-            baseline_mib=self._baseline_mib,
-            power_w=energy_j / energy_s if energy_j and energy_s else power_w,
-            clock_mhz=fmean(clock) if (clock := column("clock_mhz")) else None,
+            duration_s=self._closed_s - self._opened_s,
+            utilization_pct=None if utilization_pct is None else min(utilization_pct, 100.0),
+            used_memory_mib=fmean(in_use_mib) if in_use_mib else None,
+            peak_used_memory_mib=max(in_use_mib, default=None),
+            baseline_mib=baseline_mib if "memory_mib" in names else None,
+            power_w=energy_j / energy_s if energy_j and energy_s else self._mean("power_w"),
+            clock_mhz=fmean(clocks_mhz) if (clocks_mhz := self._column("clock_mhz")) else None,
             energy_j=energy_j,
             energy_s=energy_s,
-            throttle=throttles(column("throttle")),
-            processes=int(max(processes)) if (processes := column("processes")) else None,
-            others_pct=mean("others_pct"),
-            failures=self._failures,
-            missing={
-                name: count
-                for name in sorted({name for reading in self.readings for name in reading})
-                if (count := len(self.readings) - len(column(name)))
-            },
+            throttle=throttle_reasons(self._column("throttle")),
+            gpu_processes=int(max(counts)) if (counts := self._column("gpu_processes")) else None,
+            others_cpu_pct=self._mean("others_cpu_pct"),
+            failed_readings=self._failed_readings,
+            missing_readings={name: number for name, number in missing.items() if number},
         )
 
-    def _energy(self) -> tuple[float | None, float | None]:
-        """Return the energy between the first and last reading that have it, and the seconds between them.
+    def _column(self, name: str) -> list[float]:
+        return [reading[name] for reading in self.readings if name in reading]
 
-        None is told of a window that the counter was lost in, or that was too short for it.
+    def _mean(self, name: str) -> float | None:
+        """Return a mean that weighs each reading by the time since the one before: the last may follow at once.
+
+        The first reading is of the time before the window, and so are NVML's rates for a second.
         """
-        read = [(reading["t_s"], reading["energy_j"]) for reading in self.readings if "energy_j" in reading]
-        if not read:
+        since_s = LOOK_BACK_S if self._sensor.monitor == "nvml" and name in LOOKING_BACK else 0.0
+        weighted = [
+            (now[name], now["t_s"] - before["t_s"])
+            for before, now in pairwise(self.readings)
+            if name in now and now["t_s"] >= since_s
+        ]
+        total_s = sum(seconds for _, seconds in weighted)
+        return sum(value * seconds for value, seconds in weighted) / total_s if total_s else None
+
+    def _energy(self) -> tuple[float | None, float | None]:
+        """Return the joules and seconds between the counter's first and last reading.
+
+        The joules are None in a window in which the counter was lost, or that was too short for its steps.
+        """
+        counter = [(reading["t_s"], reading["energy_j"]) for reading in self.readings if "energy_j" in reading]
+        if not counter:
             return None, None
-        seconds = read[-1][0] - read[0][0]
-        steps = sum(after != before for (_, before), (_, after) in pairwise(read))
-        whole = seconds >= max(SETTLED_S, COVERED * (self._closed - self._opened))
-        return (read[-1][1] - read[0][1] if whole and steps >= ENERGY_STEPS else None), seconds
+        (first_s, first_j), (last_s, last_j) = counter[0], counter[-1]
+        least_s = max(LOOK_BACK_S, LEAST_ENERGY_SHARE * (self._closed_s - self._opened_s))
+        steps = sum(after != before for (_, before), (_, after) in pairwise(counter))
+        is_whole = last_s - first_s >= least_s and steps >= LEAST_ENERGY_STEPS
+        return last_j - first_j if is_whole else None, last_s - first_s
 
 
-def throttles(masks: Iterable[float]) -> tuple[str, ...]:
+def throttle_reasons(masks: Iterable[float]) -> tuple[str, ...]:
     """Return the names of the reasons set in any of NVML's masks."""
-    seen = 0
-    for mask in masks:
-        seen |= int(mask)
-    return tuple(name for bit, name in THROTTLES.items() if seen & bit)
+    bits = {bit for mask in masks for bit in THROTTLE_REASONS if int(mask) & bit}
+    return tuple(name for bit, name in THROTTLE_REASONS.items() if bit in bits)
 
 
-class ProcessSensor:
-    """Reads this process: share of all cores in use, and what others use of them; resident set."""
+class HostSensor:
+    """Reads what other processes use of the host's CPU, which launches a GPU's kernels."""
 
-    source = "process"
+    monitor = "host"
+    note = "NVML does not answer: utilization, memory in use, power, clocks and energy of the GPU are unknown"
 
     def __init__(self) -> None:
         import psutil
 
         self._process, self._cores = psutil.Process(), psutil.cpu_count() or 1
-        self._process.cpu_percent()
-        self._machine: Callable[[], float] = psutil.cpu_percent
-        self._machine()
+        self._machine_pct: Callable[[], float] = psutil.cpu_percent
+        self._shares()  # psutil's first answers are of no time at all
 
-    def sample(self) -> Sample:
-        """Return utilization_pct and others_pct since the last call, and memory_mib now."""
-        mine = min(100.0, self._process.cpu_percent() / self._cores)  # of a moment it may read more
-        return {
-            "utilization_pct": mine,
-            "others_pct": max(0.0, self._machine() - mine),
-            "memory_mib": self._process.memory_info().rss / MIB,
-        }
+    def _shares(self) -> tuple[float, float]:
+        """Return the percent of all cores that this process and others used since the last call."""
+        own_pct = min(100.0, self._process.cpu_percent() / self._cores)  # of a moment it may read more
+        return own_pct, max(0.0, self._machine_pct() - own_pct)
+
+    def sample(self) -> Reading:
+        """Return others_cpu_pct since the last call."""
+        return {"others_cpu_pct": self._shares()[1]}
 
 
-class NvmlSensor:
-    """Reads one GPU through NVML; a metric the device refuses at first is not asked again.
+class ProcessSensor(HostSensor):
+    """Reads this process: its share of all cores, what others use of them, and its resident set."""
 
-    One that fails later is missing from that reading only. A process counts once it holds a context on the device;
-    containers hide which processes those are, not how many.
+    monitor, note = "process", ""
+
+    def sample(self) -> Reading:
+        """Return utilization_pct and others_cpu_pct since the last call, and memory_mib now."""
+        own_pct, others_pct = self._shares()
+        memory_mib = self._process.memory_info().rss / MIB
+        return {"utilization_pct": own_pct, "others_cpu_pct": others_pct, "memory_mib": memory_mib}
+
+
+class NvmlSensor(HostSensor):
+    """Reads one GPU through NVML, and what other processes use of the host's CPU.
+
+    A metric that the device refuses at first is not asked again; one that fails later is missing from that reading
+    only. A process counts once it holds a context on the device: containers hide which processes those are, not how
+    many.
 
     Parameters
     ----------
@@ -256,16 +244,17 @@ class NvmlSensor:
     Raises
     ------
     pynvml.NVMLError
-        NVML or the device cannot be had.
+        NVML does not answer, or does not know the device.
     """
 
-    source = "nvml"
+    monitor = "nvml"
 
     def __init__(self, uuid: str | None = None) -> None:
         import pynvml
 
+        super().__init__()
         pynvml.nvmlInit()
-        handle = self._named(uuid) if uuid else pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = self._handle(uuid) if uuid else pynvml.nvmlDeviceGetHandleByIndex(0)
         probes: dict[str, Callable[[], float]] = {
             "utilization_pct": lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu,
             "memory_mib": lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used / MIB,
@@ -273,18 +262,18 @@ class NvmlSensor:
             "clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
             "energy_j": lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000,
             "throttle": lambda: pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle),
-            "processes": lambda: len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)),
+            "gpu_processes": lambda: len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)),
         }
-        self.probes: dict[str, Callable[[], float]] = {}
+        self._probes: dict[str, Callable[[], float]] = {}
         for name, probe in probes.items():
-            try:
+            with suppress(pynvml.NVMLError):
                 probe()
-            except pynvml.NVMLError:
-                continue
-            self.probes[name] = probe
+                self._probes[name] = probe
+        refused = sorted(probes.keys() - self._probes.keys())
+        self.note = f"NVML does not tell {', '.join(refused)}" if refused else ""
 
     @staticmethod
-    def _named(uuid: str) -> Any:
+    def _handle(uuid: str) -> Any:
         import pynvml
 
         bare = uuid.removeprefix("GPU-")
@@ -293,29 +282,51 @@ class NvmlSensor:
         except pynvml.NVMLError:
             return pynvml.nvmlDeviceGetHandleByUUID(f"MIG-{bare}")  # a part of one
 
-    def sample(self) -> Sample:
-        """Return the metrics this device has, in the units their names say, without those that fail now."""
+    def sample(self) -> Reading:
+        """Return the metrics that this device has, without those that fail now.
+
+        Raises
+        ------
+        OSError
+            All of them fail.
+        """
         import pynvml
 
-        found: Sample = {}
-        for name, probe in self.probes.items():
+        reading: Reading = {}
+        for name, probe in self._probes.items():
             with suppress(pynvml.NVMLError):
-                found[name] = float(probe())
-        if self.probes and not found:
-            raise OSError("NVML answers no more")
-        return found
+                reading[name] = float(probe())
+        if self._probes and not reading:
+            raise OSError("NVML no longer answers")
+        return reading | super().sample()
 
 
-def sensor(device: Any) -> ProcessSensor | NvmlSensor:
-    """Return the sensor for a torch device: NVML on CUDA where a driver answers, else the process."""
+def open_sensor(device: str | torch.device) -> HostSensor:
+    """Return the sensor for a torch device. A GPU's metrics come from NVML alone: where it fails, they stay empty."""
     import torch
 
     device = torch.device(device)
-    if device.type == "cuda":
-        import pynvml
+    if device.type != "cuda":
+        return ProcessSensor()
+    import pynvml
 
-        try:
-            return NvmlSensor(str(torch.cuda.get_device_properties(device).uuid))
-        except pynvml.NVMLError:
-            pass
-    return ProcessSensor()
+    try:
+        return NvmlSensor(str(torch.cuda.get_device_properties(device).uuid))
+    except (pynvml.NVMLError, AttributeError):  # torch does not tell the UUID of every GPU
+        return HostSensor()
+
+
+def used_memory_mib(device: str | torch.device) -> float | None:
+    """Return the memory in use without what torch's allocator holds unused; None where no sensor tells.
+
+    Read before a model is loaded, it is the baseline: the model is loaded into what the allocator still holds.
+    """
+    import torch
+
+    try:
+        memory_mib = open_sensor(device).sample().get("memory_mib")
+    except OSError:
+        return None
+    if memory_mib is None or torch.device(device).type != "cuda":
+        return memory_mib
+    return memory_mib - (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / MIB

@@ -1,0 +1,118 @@
+"""Measure the peaks of a device: the rates of the simplest work there is, which a decode step is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from time import sleep
+from typing import Any
+
+import torch
+
+from qnb.columns import Flag, is_disturbed
+from qnb.memory import MIB
+from qnb.speed.engines import Clock
+from qnb.speed.monitor import LOOK_BACK_S, Window, flags_of, open_sensor
+
+# sizes that fill a device without taking long: MiB copied, rows of a square product
+SIZES = {"cuda": (1024, 8192), "cpu": (64, 512)}
+TYPES = ("float32", "float16", "bfloat16", "int8")
+IDLE_READINGS, IDLE_PERIOD_S = 10, 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePeaks:
+    """The rates that a device reaches at most, and its power when idle."""
+
+    copy_bytes_per_s: float  # read and written, by a copy larger than any cache
+    matmul_flop_per_s: dict[str, float]  # of a square product, by type; int8 counts operations
+    idle_power_w: float | None = None  # of a GPU that waits with a context on it
+    flags: tuple[Flag, ...] = ()  # the other processes at work, even in the last attempt
+
+    def flop_per_s(self, flops_by_type: Mapping[str, float] | None) -> float | None:
+        """Return the most operations a second of a mix of types, done one type after the other; None where unknown."""
+        if not flops_by_type or not all(self.matmul_flop_per_s.get(name) for name in flops_by_type):
+            return None
+        least_s = sum(flops / self.matmul_flop_per_s[name] for name, flops in flops_by_type.items())
+        return sum(flops_by_type.values()) / least_s
+
+    def columns(self, flops_by_type: Mapping[str, float] | None) -> dict[str, float | None]:
+        """Return what a timed row keeps of the peaks, for a decode step's mix of types."""
+        flop_per_s = self.flop_per_s(flops_by_type)
+        return {
+            "peak_bytes_per_s": self.copy_bytes_per_s,
+            "peak_flop_per_s": flop_per_s,
+            "idle_power_w": self.idle_power_w,
+        }
+
+    def rows(self) -> list[tuple[str, float, str]]:
+        """Return a row a peak: what it is of, its value and unit."""
+        rows = [("copy", self.copy_bytes_per_s / 1e9, "GB/s")]
+        for name, rate in self.matmul_flop_per_s.items():
+            rows.append((f"product in {name}", rate / 1e12, "Top/s" if name == "int8" else "TFLOP/s"))
+        if self.idle_power_w is not None:
+            rows.append(("power when idle", self.idle_power_w, "W"))
+        return rows
+
+
+def measure_peaks(device: torch.device | str, attempts: int = 3) -> DevicePeaks:
+    """Measure the peaks, again while other processes are at work; return the best of each: work is only slowed."""
+    device = torch.device(device)
+    tries: list[DevicePeaks] = []
+    flags: tuple[Flag, ...] = ()
+    for _ in range(attempts):
+        with Window(open_sensor(device)) as window:
+            tries.append(_measure_once(device))
+        flags = tuple(flag for flag in flags_of(window.usage) if is_disturbed([flag]))
+        if not flags:
+            break
+    copy_bytes_per_s = max(peaks.copy_bytes_per_s for peaks in tries)
+    flop_per_s = {name: max(peaks.matmul_flop_per_s[name] for peaks in tries) for name in tries[0].matmul_flop_per_s}
+    idle_power_w = min(filter(None, (peaks.idle_power_w for peaks in tries)), default=None)
+    return DevicePeaks(copy_bytes_per_s, flop_per_s, idle_power_w, flags)
+
+
+def _measure_once(device: torch.device) -> DevicePeaks:
+    """Measure a GPU's power when idle, then a copy, then square products; float32 is what PyTorch does by default."""
+    idle_power_w = _idle_power_w(device) if device.type == "cuda" else None
+    copied_mib, side = SIZES[device.type]
+    source = torch.ones(copied_mib * MIB, dtype=torch.uint8, device=device)
+    copy_s = _fastest_s(partial(torch.empty_like(source).copy_, source), device)
+    flop_per_s = {}
+    for name in TYPES:
+        matrix = torch.ones(side, side, device=device, dtype=getattr(torch, name))
+        multiply = torch._int_mm if name == "int8" else torch.mm
+        with suppress(RuntimeError, NotImplementedError):  # the device has no such product
+            # transposed, as layers have it: the int8 units take the right matrix by columns, or crawl
+            flop_per_s[name] = 2 * side**3 / _fastest_s(partial(multiply, matrix, matrix.t()), device)
+    return DevicePeaks(2 * copied_mib * MIB / copy_s, flop_per_s, idle_power_w)
+
+
+def _idle_power_w(device: torch.device) -> float | None:
+    """Return the median power of a GPU that nothing runs on; None where it is not told."""
+    torch.zeros(1, device=device)  # a context keeps the clocks from falling
+    torch.cuda.synchronize(device)
+    sensor, powers_w = open_sensor(device), []
+    sleep(LOOK_BACK_S)
+    for _ in range(IDLE_READINGS):
+        sleep(IDLE_PERIOD_S)
+        with suppress(OSError, KeyError):  # a sensor that no longer answers, or never told
+            powers_w.append(sensor.sample()["power_w"])
+    return median(powers_w) if powers_w else None
+
+
+def _fastest_s(work: Callable[[], Any], device: torch.device, least_runs: int = 3, least_s: float = 0.2) -> float:
+    """Return the fastest of several runs, in seconds."""
+    work()
+    times_s: list[float] = []
+    while len(times_s) < least_runs or sum(times_s) < least_s:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        clock = Clock(device)
+        work()
+        clock.tick()
+        times_s += clock.elapsed_s()
+    return min(times_s)

@@ -1,0 +1,188 @@
+"""Timed generation: times that add up, work counted by hand, and bookkeeping that costs only itself."""
+
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+
+from qnb.columns import Flag
+from qnb.errors import InputError
+from qnb.precision import PRECISIONS
+from qnb.prompts import Workload, load
+from qnb.quantize import checkpoint as checkpoints
+from qnb.speed import benchmark, device_peaks, engines
+from qnb.speed.benchmark import run, twice
+from qnb.speed.decode_work import count_work
+from qnb.speed.device_peaks import DevicePeaks, measure_peaks
+from qnb.speed.engines import Eager
+from qnb.speed.kernel_trace import Trace, last_steps
+from qnb.speed.monitor import Usage
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return tiny[0]
+
+
+@pytest.fixture(scope="module")
+def five(tiny):
+    """Two full batches of two, and one prompt more."""
+    return load(tiny[1], "sample", 5, 12, 4)
+
+
+def test_a_run_counts_full_batches_and_its_times_add_up(model, five):
+    timed = run(model, five, batch_size=2)
+    row, times_s = timed.run, timed.token_times_s
+    assert (row.batch_size, row.requests, row.new_tokens, row.prompt_tokens, row.monitor) == (2, 4, 4, 12, "process")
+    assert len(row.batch_s) == 2 and sum(row.batch_s) == pytest.approx(row.total_s)
+    assert [len(times) for times in times_s] == [4, 4]
+    for times, batch_s in zip(times_s, row.batch_s, strict=True):
+        assert 0 < times[0] < times[-1] <= batch_s
+    assert row.ttft_s == pytest.approx((times_s[0][0] + times_s[1][0]) / 2)
+    assert row.tpot_s == pytest.approx(sum((times[-1] - times[0]) / 3 for times in times_s) / 2)
+    assert row.itl_p50_s <= row.itl_p95_s <= row.itl_p99_s and row.latency_p50_s == pytest.approx(sum(row.batch_s) / 2)
+    assert len(timed.token_rows()) == 8 and {token["requests"] for token in timed.token_rows()} == {2}
+    assert row.kernels_per_token is row.peak_allocated_mib is row.compared_tokens is None and row.note == ""
+    assert set(row.flags) <= {Flag.CPU_SHARED}  # tests run beside each other
+
+
+def test_fewer_prompts_than_a_batch_are_one_batch_and_one_token_has_no_rate(model, five):
+    row = run(model, replace(five, new_tokens=1), batch_size=9).run
+    assert (row.batch_size, row.requests, len(row.batch_s)) == (5, 5, 1) and row.tpot_s is row.itl_p50_s is None
+
+
+def test_longer_than_the_context_window_is_refused(model, five):
+    with pytest.raises(InputError, match="context window"):
+        run(model, replace(five, new_tokens=10**6))
+
+
+SHAPE = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+
+
+def test_work_is_counted_as_by_hand():
+    layer = 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 48  # head size 8
+    norms, cache = 3 * 2 * 32 + 32, 3 * 2 * 2 * 8  # numbers
+    seen = 10 + 6 / 2
+    tied = count_work(LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)), 5, 10, 6)
+    assert tied.bytes_per_step == 4 * (3 * layer + norms + 100 * 32 + 5 * seen * cache)
+    assert tied.flops_by_type == {"float32": 2 * 5 * (3 * layer + 100 * 32 + 2 * 3 * 32 * seen)}
+    assert tied.kv_cache_mib == 4 * 5 * 16 * cache / 2**20
+    untied = count_work(LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False)), 5, 10, 6)
+    assert untied.bytes_per_step == tied.bytes_per_step + 4 * 5 * 32  # the rows looked up
+    assert untied.weights_mib - tied.weights_mib == pytest.approx(4 * 100 * 32 / 2**20)
+
+
+def test_products_of_other_layer_classes_are_counted():
+    """GPT-2 multiplies in Conv1D: 12 hidden^2 a block, the tied head, and attention over 8 + 1 tokens."""
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_positions=64, n_embd=32, n_layer=2, n_head=4))
+    assert count_work(gpt2, 1, 8, 2).flops_by_type == {"float32": 2 * (2 * 12 * 32**2 + 100 * 32) + 4 * 2 * 32 * 9}
+
+
+def test_products_are_held_against_the_peak_of_their_own_type(checkpoint):
+    """int4 multiplies in 32 bit, as load_in_4bit=True alone means it; the head and attention in the model's 16."""
+    folder, _ = checkpoint("int4")
+    model = checkpoints.load(folder, PRECISIONS["int4"], "cpu")
+    flops, head = count_work(model, 1, 8, 2).flops_by_type, model.get_output_embeddings()
+    head_flops = 2 * head.in_features * head.out_features
+    attention = 4.0 * model.config.num_hidden_layers * model.config.hidden_size * (8 + 2 / 2)
+    linear = sum(2 * one.in_features * one.out_features for one in model.modules() if isinstance(one, torch.nn.Linear))
+    assert flops == {"bfloat16": head_flops + attention, "float32": linear - head_flops}
+    peaks = DevicePeaks(1e9, {"float32": 1e12, "bfloat16": 4e12})
+    assert peaks.flop_per_s({"float32": 1e12, "bfloat16": 4e12}) == 5e12 / 2  # a second each
+    assert peaks.flop_per_s({"float32": 1e12, "int8": 1.0}) is peaks.flop_per_s(None) is None
+
+
+def test_a_model_without_attention_is_timed_and_what_cannot_be_counted_is_empty():
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
+    row = run(mamba, Workload(((1, 2, 3), (4, 5, 6)), 3, "sample"), 2, peaks=DevicePeaks(1e9, {"float32": 1e9})).run
+    assert row.tpot_s > 0 and row.weights_mib > 0
+    assert row.kv_cache_mib is row.bytes_per_step is row.flops_by_type is row.peak_flop_per_s is None
+
+
+def test_what_fails_beside_the_timing_costs_only_itself(model, five, monkeypatch):
+    def fail(*_):
+        raise AttributeError("no such layer")
+
+    monkeypatch.setattr(engines, "compare_tokens", fail)
+    monkeypatch.setattr(benchmark, "count_work", fail)
+    monkeypatch.setitem(engines.FACTORIES, "second", lambda model, *_: Eager(model))
+    row = run(model, five, 1, "second").run
+    assert row.total_s > 0 and row.weights_mib is row.compared_tokens is None
+    assert Flag.COMPARISON_FAILED in row.flags
+
+
+def test_another_engines_tokens_are_compared_with_eagers(model, five, monkeypatch):
+    monkeypatch.setitem(engines.FACTORIES, "second", lambda model, *_: Eager(model))
+    row = run(model, five, 2, "second", peaks=DevicePeaks(1e9, {}, flags=(Flag.CPU_SHARED,))).run
+    assert (row.compared_tokens, row.first_difference) == (4, None) and Flag.PEAKS_DISTURBED in row.flags
+
+
+def test_what_memory_ran_out_of_is_done_once_more():
+    calls = []
+
+    def work(failures):
+        calls.append(failures)
+        if len(calls) <= failures:
+            raise torch.cuda.OutOfMemoryError("simulated")
+        return len(calls)
+
+    assert twice(lambda: work(1)) == 2
+    calls.clear()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        twice(lambda: work(2))
+    with pytest.raises(ZeroDivisionError):
+        twice(lambda: 1 // 0)
+
+
+def test_the_last_steps_are_timed_by_their_own_kernels():
+    """Two steps of two kernels, 1 s each with 0.5 s between, after five of 9 s each."""
+    prompt = [(10.0 * n, 10.0 * n + 9) for n in range(5)]
+    steps = [(50.0, 51), (51.5, 52.5), (53.0, 54), (54.5, 55.5)]
+    assert last_steps(prompt + steps, 4, 2) == Trace(kernel_s_per_token=2.0, kernels_per_token=2.0)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        last_steps(prompt, 0, 8)
+
+
+def test_peaks_are_the_best_of_what_a_busy_machine_reached(monkeypatch):
+    """They are measured again while others are at work, and say so where these never rested."""
+    tries = [DevicePeaks(2e9, {"int8": 1e9}), DevicePeaks(3e9, {"int8": 1e8}), DevicePeaks(1e9, {"int8": 5e8})]
+    seen, busy = iter(tries * 2), iter([60.0, 60.0, 0.0, 60.0, 60.0, 60.0])
+
+    class Closed:
+        def __init__(self, _):
+            self.usage = Usage(monitor="process", samples=9, duration_s=2.0, others_cpu_pct=next(busy))
+
+        __enter__, __exit__ = lambda self: self, lambda *_: None
+
+    monkeypatch.setattr(device_peaks, "_measure_once", lambda device: next(seen))
+    monkeypatch.setattr(device_peaks, "Window", Closed)
+    assert measure_peaks("cpu") == DevicePeaks(3e9, {"int8": 1e9})
+    assert measure_peaks("cpu") == DevicePeaks(3e9, {"int8": 1e9}, flags=(Flag.CPU_SHARED,))
+
+
+def test_a_devices_peaks_are_above_what_a_model_reaches(model, five):
+    peaks = measure_peaks("cpu", attempts=1)
+    assert peaks.copy_bytes_per_s > 1e8 and peaks.matmul_flop_per_s["float32"] > 1e8 and peaks.idle_power_w is None
+    row = run(model, five, 5, peaks=peaks).run
+    assert row.bytes_per_step / row.tpot_s < row.peak_bytes_per_s == peaks.copy_bytes_per_s
+    assert row.peak_flop_per_s == pytest.approx(peaks.matmul_flop_per_s["float32"])
+    assert [unit for _, _, unit in peaks.rows()][:2] == ["GB/s", "TFLOP/s"]
+
+
+@pytest.mark.gpu
+def test_a_traced_run_on_a_gpu_tells_what_bounds_it(source):
+    from qnb.speed.roofline import derived
+
+    network = checkpoints.load(source.path, PRECISIONS["bf16"], "cuda")
+    work = load(checkpoints.load_tokenizer(source.path), "sample", 20, 32, 32)
+    peaks = measure_peaks("cuda")
+    eager, captured = (run(network, work, 1, engine, peaks=peaks).run for engine in ("eager", "cuda_graph"))
+    assert derived(asdict(eager))["bound"] == "launch"
+    assert eager.kernels_per_token > 2 * captured.kernels_per_token > 100
+    assert captured.kernel_s_per_token < 1.2 * captured.tpot_s and captured.tpot_s < eager.tpot_s / 4
+    assert eager.peak_allocated_mib > eager.weights_mib and captured.compared_tokens == 32
+    assert eager.others_cpu_pct is not None and 0 < derived(asdict(captured))["mbu_pct"] < 100
+    assert peaks.copy_bytes_per_s > 1e11 and SimpleNamespace(**asdict(captured)).monitor == "nvml"

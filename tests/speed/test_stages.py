@@ -1,0 +1,339 @@
+"""The speed stages: what is timed, in which order, until when, and what a failure costs. Only the search is real."""
+
+import weakref
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+
+import child_trials
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from qnb.device import Device
+from qnb.errors import InputError
+from qnb.precision import PRECISIONS, parse
+from qnb.session import Session
+from qnb.speed import batch_search, batch_trials, benchmark, device_peaks, engines, passes, stages
+from qnb.speed.batch_search import LargestBatch, Probe
+from qnb.speed.benchmark import Run, Timed
+from qnb.speed.engines import EngineUnavailable
+from qnb.speed.stages import (
+    BatchOneOptions,
+    LargestBatchOptions,
+    PlanOptions,
+    SweepOptions,
+    WorkloadOptions,
+    perf_bs1,
+    perf_maxbatch,
+    sweep,
+)
+
+
+class Lab:
+    """A session whose timings, models and searches are a test's own; what it loads and times is listed."""
+
+    def __init__(self, monkeypatch, folder):
+        self.monkeypatch, self.folder, self.loaded, self.timed, self.model = monkeypatch, folder, [], [], None
+        self.seconds = lambda call: 1.0
+        monkeypatch.setattr(device_peaks, "measure_peaks", lambda place: device_peaks.DevicePeaks(1e9, {}))
+        monkeypatch.setattr(benchmark, "run", self._run)
+        monkeypatch.setattr(passes, "_is_warmed_up", True)
+        for module in (passes, stages):
+            monkeypatch.setattr(module, "with_model", self._with_model)
+
+    def open(self, precisions="bf16", **options):
+        return Session("smollm2-135m", precisions, self.folder, **options)
+
+    def search_finds(self, *found):
+        """Let a search tell what `found` does, without a model."""
+        self.monkeypatch.setattr(batch_trials, "Trials", lambda *_: None)
+        self.monkeypatch.setattr(stages, "find_largest_batch", lambda *_: LargestBatch(*found))
+
+    def _with_model(self, session, precision, measure):
+        self.loaded.append(precision.name)
+        return measure(self.model, 0.0)
+
+    def _run(self, model, workload, batch_size, engine="eager", baseline_mib=0.0, peaks=None, passes=benchmark.PASSES):
+        self.timed.append((self.loaded[-1], batch_size, passes))
+        batch_s = self.seconds(len(self.timed))
+        batch_s = batch_s if isinstance(batch_s, tuple) else (batch_s,) * 2
+        values = dict.fromkeys(("latency_p50_s", "latency_p95_s", "latency_p99_s"), 1.0)
+        shape = {"batch_size": batch_size, "prompt_tokens": 4, "new_tokens": 2, "requests": len(workload.prompts)}
+        run = Run(**shape, **values, monitor="process", samples=0, duration_s=1.0, total_s=sum(batch_s), ttft_s=1.0,
+                  batch_s=batch_s)  # fmt: skip
+        return Timed(run, [{"t_s": 0.0}], [[0.5, 1.0]] * 2)
+
+
+@pytest.fixture
+def lab(source, monkeypatch, tmp_path):
+    return Lab(monkeypatch, tmp_path)
+
+
+def workload(session, setting="bs1", requests=8):
+    return stages.workload(session, WorkloadOptions(setting, requests, 4, 2, "sample"))
+
+
+def rows(session, stage="perf"):
+    return session.ledger.rows(stage)
+
+
+def out_of_memory():
+    raise torch.cuda.OutOfMemoryError("simulated")
+
+
+def test_passes_have_settled_when_students_interval_is_narrow():
+    """Of 1, 1.01 and 1.02 the standard error is 0.01 / sqrt(3), and t is 4.303: a width of 0.0497."""
+    assert passes.is_settled([1.0, 1.01, 1.02])
+    assert not passes.is_settled([1.0, 1.0105, 1.021]) and not passes.is_settled([1.0, 1.0])
+
+
+def test_formats_take_turns_until_each_has_settled_and_a_killed_study_goes_on(lab):
+    """bf16's passes never settle, fp16's do after three; each turn begins with another format."""
+    seen = Counter()
+
+    def seconds(_):
+        seen[lab.loaded[-1]] += 1
+        return 1 + (0.5 if lab.loaded[-1] == "bf16" else 0.001) * (seen[lab.loaded[-1]] % 3)
+
+    lab.seconds, session = seconds, lab.open("bf16,fp16")
+    work = workload(session)
+    for _ in range(2):  # the second time nothing is left to do
+        perf_bs1(session, BatchOneOptions(work, 4))
+        reasons = {name: [row["stop_reason"] for row in rows(session) if row["precision"] == name] for name in seen}
+        assert reasons == {"bf16": ["", "", "", "limit"], "fp16": ["", "", "interval"]}
+    assert lab.loaded == ["bf16", "fp16", "fp16", "bf16", "bf16", "fp16", "bf16"]
+    assert all((lab.folder / row[name]).exists() for row in rows(session) for name in ("samples_file", "tokens_file"))
+    ledger = lab.folder / "ledger.jsonl"
+    ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-2]))  # killed before two passes
+    again = lab.open("bf16,fp16")
+    perf_bs1(again, BatchOneOptions(work, 4))
+    assert lab.loaded[7:] == ["fp16", "bf16"] and len(rows(again)) == 7
+    perf_bs1(lab.open("fp16", overwrite=True), BatchOneOptions(work, 4))
+    assert lab.loaded[9:] == ["fp16"] * 3
+
+
+def test_a_pass_that_fails_costs_its_format_alone(lab):
+    lab.seconds = lambda call: 1 // 0 if lab.loaded[-1] == "nf4" else 1.0
+    session = lab.open("nf4,bf16")
+    perf_bs1(session, BatchOneOptions(workload(session), 3))
+    assert [row["precision"] for row in rows(session)] == ["bf16"] * 3
+    (failure,) = session.ledger.failures()
+    assert (failure["stage"], failure["precision"], failure["error"]) == ("perf.failed", "nf4", "ZeroDivisionError")
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        perf_bs1(lab.open("nf4"), BatchOneOptions(workload(session), 3))
+
+
+@pytest.mark.parametrize("layers", [None, {"sliding_window": 5}])
+def test_an_engine_that_cannot_run_leaves_a_row_that_says_why(layers, lab, monkeypatch):
+    shape = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    session = lab.open()
+    work = workload(session)
+    monkeypatch.setattr(engines, "parse", lambda names, kind: ("eager", "cuda_graph"))
+    if layers:
+        lab.model = MistralForCausalLM(MistralConfig(**shape, **layers))
+        session.device = Device("cuda", "a card", 1024, "native", "")
+        monkeypatch.setattr(Device, "use", lambda _: None)
+    perf_bs1(session, BatchOneOptions(work, 2))
+    eager, _, captured = sorted(rows(session), key=lambda row: row["engine"], reverse=True)
+    assert eager["total_s"] and "total_s" not in captured
+    assert ("last 5 tokens" if layers else "no NVIDIA GPU") in captured["note"]
+
+
+def test_a_batch_that_runs_out_of_memory_when_timed_shrinks(lab):
+    """It fits up to 25 rows; each step down is twice the last. The search's row tells what became of it."""
+    lab.search_finds(32, 100.0, True, ())
+    lab.seconds = lambda call: out_of_memory() if lab.timed[-1][1] > 25 else 1.0
+    session = lab.open()
+    perf_maxbatch(session, LargestBatchOptions(workload(session, "maxbatch", 32), 32))
+    (row,), (search,) = rows(session), rows(session, "batch")
+    assert row["batch_size"] == search["batch_size"] == lab.timed[-1][1] <= 25 and not row["capped"]
+    assert [probe["batch_size"] for probe in search["probes"]] == [size for _, size, _ in lab.timed[:-1]]
+    assert {(probe["fits"], probe["ended"]) for probe in search["probes"]} == {(False, "out of memory when timed")}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_batch_that_shrinks_in_a_later_pass_begins_again_alone(overwrite, lab):
+    """int8's second pass does not fit 200 rows; 198 ran in the search. bf16's passes stay, and none is left to do."""
+    probes = (Probe(199, False), Probe(198, True, 790.0), Probe(200, True, 800.0))
+    lab.search_finds(200, 900.0, False, probes)
+    lab.seconds = lambda call: out_of_memory() if lab.timed[-1] == ("int8", 200, ()) else float(call)
+    session = lab.open("bf16,int8", overwrite=overwrite)
+    options = LargestBatchOptions(workload(session, "maxbatch", 200), 200, repeats=3)
+    perf_maxbatch(session, options)
+    counts = Counter((name, size, bool(passes)) for name, size, passes in lab.timed)
+    assert counts == {("bf16", 200, True): 1, ("bf16", 200, False): 2, ("int8", 200, True): 1,
+                      ("int8", 200, False): 1, ("int8", 198, True): 1, ("int8", 198, False): 2}  # fmt: skip
+    newest = {(row["precision"], row["repeat"]): row for row in rows(session)}
+    assert {(name, row["batch_size"]) for (name, _), row in newest.items()} == {("bf16", 200), ("int8", 198)}
+    assert [newest["int8", repeat]["stop_reason"] for repeat in range(3)] == ["", "", "limit"]
+    perf_maxbatch(lab.open("bf16,int8"), options)
+    assert len(lab.timed) == 8
+
+
+@pytest.fixture
+def in_child(lab, monkeypatch):
+    """Search int8 in a child process, by trials that `child_trials` begins there."""
+
+    def search(name, *arguments, memory_mib="auto"):
+        session = lab.open("int8")
+        monkeypatch.setattr(batch_trials, "load_trials", getattr(child_trials, name))
+        child = batch_search.ChildTrials
+        monkeypatch.setattr(stages, "ChildTrials", lambda begin, *_: child(begin, *arguments))
+        monkeypatch.setattr(stages, "_last_safe_batch", lambda *_: 0)
+        monkeypatch.setattr(session, "checkpoint", lambda precision: lab.folder)
+        options = LargestBatchOptions(workload(session, "maxbatch", 8), 8, memory_mib)
+        perf_maxbatch(session, options)
+        return session
+
+    return search
+
+
+def test_a_batch_that_ends_its_process_costs_its_probe_alone(lab, in_child):
+    session = in_child("ends_above", 5, 0)
+    (row,), (search,) = rows(session), rows(session, "batch")
+    assert row["batch_size"] == search["batch_size"] == 5 and not search["capped"]
+    assert lab.loaded == ["int8"]  # to be timed: while it was searched nothing was loaded here
+    assert {probe["ended"] for probe in search["probes"] if not probe["fits"]} == {"its process died"}
+
+
+def test_what_is_raised_in_the_child_is_raised_here(lab, in_child):
+    with pytest.raises(InputError, match="context window"):
+        in_child("fails", InputError("more than the model's context window"))
+    for arguments, error in ((("ends_above", 0, 0), "RuntimeError"), (("holds_nothing",), "OneRequestDoesNotFit")):
+        with pytest.raises(RuntimeError, match="one request"):
+            in_child(*arguments)
+        (failure,) = lab.open().ledger.failures()
+        assert (failure["stage"], failure["error"]) == ("batch.failed", error)
+    with pytest.raises(InputError, match="memory_mib is 7: one request takes"):  # the user's own limit
+        in_child("holds_nothing", memory_mib=7)
+    (row,) = rows(in_child("fails", EngineUnavailable("not this model")))
+    assert row["batch_size"] == 1  # its row says why it cannot run
+
+
+def test_eager_int8_alone_may_end_its_process_on_a_gpu(lab):
+    session = lab.open()
+    work = workload(session)
+    for kind, names in (("cuda", {"int8", "int8-no-outliers"}), ("cpu", set())):
+        session.device = Device(kind, "a machine", 1024, "native", "")
+        last_safe = {name: stages._last_safe_batch(session, PRECISIONS[name], "eager", work) for name in PRECISIONS}
+        assert {name for name, size in last_safe.items() if size == (2**31 - 1) // (4 * 1536)} == names
+        assert set(last_safe.values()) <= {None, (2**31 - 1) // (4 * 1536)}
+        assert stages._last_safe_batch(session, PRECISIONS["int8"], "cuda_graph", work) is None
+
+
+def test_a_sweep_ends_where_a_batch_does_not_fit_and_tries_it_again(lab, monkeypatch):
+    room = 4
+    lab.seconds = lambda call: out_of_memory() if lab.timed[-1][1] > room or call == 2 else (1.0, 1.0, 1.25)
+    session = lab.open()
+    work = workload(session, "maxbatch", 3)
+    sweep(session, SweepOptions(work, 12))
+    notes = {row["batch_size"]: row.get("note") for row in rows(session, "sweep")}
+    assert notes == {1: "", 2: "", 4: "", 8: "out of memory", 12: "a smaller batch did not fit"}
+    assert [row["requests"] for row in rows(session, "sweep")[:3]] == [3, 6, 12]
+    assert [size for _, size, _ in lab.timed] == [1, 2, 2, 4, 8, 8]  # tried twice before it ends the sizes
+    room = 12
+    sweep(session, SweepOptions(work, 12))
+    assert [size for _, size, _ in lab.timed[6:]] == [8, 12] and len(rows(session, "sweep")) == 5
+    lab.folder = lab.folder / "other"
+    other = lab.open()
+    other.device = Device("cpu", "a machine", 1024, "native", "")
+    sweep(other, SweepOptions(work))
+    assert not rows(other, "sweep")  # without a GPU there is none unless it is asked for
+    other.device = replace(other.device, kind="cuda")
+    monkeypatch.setattr(Device, "use", lambda _: None)
+    other.append(other.key("batch", other.precisions[0], {}, engine="eager"), {"batch_size": 4})
+    sweep(other, SweepOptions(work, "auto", "eager"))
+    assert [row["batch_size"] for row in rows(other, "sweep")] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(("setting", "bought"), [("bs1", 22), ("maxbatch", 17)])
+def test_a_time_buys_requests_the_same_for_every_format(setting, bought, lab):
+    """Of two minutes 4.5 s go to the pace. At 4.5 s a request of both, 25 are left, less three; or at 4.5 s for four,
+    102, which six passes share.
+    """
+    totals = {"bf16": (1.5,), "nf4": (3.0,)}
+    lab.seconds = lambda call: totals.get(lab.loaded[-1]) or out_of_memory()
+    session = lab.open("bf16,nf4,fp16")
+    for precisions, overwrite in (("bf16,nf4,fp16", False), ("int8,bf16", False), ("nf4", True)):
+        session.precisions, session.overwrite = parse(precisions), overwrite
+        assert len(workload(session, setting, "2 minutes").prompts) == bought
+        assert lab.loaded == ["bf16", "nf4", "fp16"] and {len(passes) for *_, passes in lab.timed} == {0}
+    assert len(workload(session, setting, "1 min").prompts) < bought
+
+
+def test_peaks_are_measured_before_anything_is_loaded_or_held_to_less_memory(lab, monkeypatch):
+    steps = []
+    peaks = device_peaks.DevicePeaks(1e9, {"int8": 1.0}, flags=("cpu_shared",))
+    monkeypatch.setattr(device_peaks, "measure_peaks", lambda place: steps.append("peaks") or peaks)
+    monkeypatch.setattr(stages.memory, "limited", lambda *_: nullcontext(steps.append("limited")))
+    lab.search_finds(2, 100.0, True, ())
+    lab.seconds = lambda call: steps.append("timed") or 1.0
+    session = lab.open()
+    perf_maxbatch(session, LargestBatchOptions(workload(session, "maxbatch", 2), 2))
+    assert steps == ["peaks", "limited", "timed"]
+    assert stages.device_peaks(lab.open()).flop_per_s({"int8": 2.0}) == 1.0  # read from the ledger
+
+
+def test_a_model_is_loaded_into_released_memory_and_no_failure_holds_it(source, tmp_path, monkeypatch):
+    """A notebook keeps its last traceback, whose frames would keep the model on the device."""
+    session, steps, held = Session("smollm2-135m", "bf16", tmp_path), [], []
+    monkeypatch.setattr(session, "checkpoint", lambda precision: tmp_path)
+    monkeypatch.setattr(passes.memory, "release", lambda **options: steps.append("released"))
+    monkeypatch.setattr("qnb.speed.monitor.used_memory_mib", lambda place: steps.append("read") or 7.0)
+    monkeypatch.setattr("qnb.quantize.checkpoint.load", lambda *_: steps.append("loaded") or torch.nn.Linear(2, 2))
+    precision = session.precisions[0]
+    assert passes.with_model(session, precision, lambda model, baseline_mib: baseline_mib) == 7
+    assert steps[:2] == ["released", "read"] and "loaded" in steps
+
+    def interrupted(model, baseline_mib):
+        cache = model.weight.clone()
+        held.extend([weakref.ref(model), weakref.ref(cache)])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        passes.with_model(session, precision, interrupted)
+    assert caught.value.__traceback__ and [each() for each in held] == [None, None]
+
+
+def test_lengths_of_prompts_are_recorded_once(lab):
+    session = lab.open()
+    for _ in range(2):
+        stages.prompt_lengths(session, PlanOptions("sample", (2000, 20)))
+    (row,) = rows(session, "lengths")
+    assert row["counts"] == [20, 2000] and row["window"] == 8192 and len(row["lengths"]) == 24
+
+
+def test_a_continuation_is_told_token_by_token(source, tmp_path):
+    session = Session("smollm2-135m", "bf16", tmp_path)
+    pieces = stages.continuation(session, "The capital of France is", "bf16", 4)
+    assert len(pieces) == 4 and "Paris" in "".join(pieces)
+    with pytest.raises(InputError, match="prompt is empty"):
+        stages.continuation(session, " ", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("options", "values", "message"),
+    [
+        (WorkloadOptions, ("bs2",), "setting is 'bs2'; give 'bs1' or 'maxbatch'"),
+        (WorkloadOptions, ("bs1", "0 minutes"), "requests is"),
+        (WorkloadOptions, ("bs1", "4 hours"), "requests is"),
+        (WorkloadOptions, ("bs1", 0), "requests is"),
+        (WorkloadOptions, ("bs1", 1, 4, 2, "books"), "prompt_source is 'books'"),
+        (BatchOneOptions, (4,), "workload is 4; give what study"),
+        (SweepOptions, (4,), "workload is 4"),
+        (PlanOptions, ("sample", ()), "counts"),
+        (PlanOptions, ("sample", (0,)), "counts"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(options, values, message):
+    with pytest.raises(InputError, match=message):
+        options(*values)
+
+
+def test_a_request_beyond_the_context_window_is_refused_before_anything_is_measured(lab):
+    session = lab.open()
+    with pytest.raises(InputError, match=r"8 prompt and 9000 new tokens are more than .* 8192"):
+        stages.workload(session, WorkloadOptions("bs1", 2, 8, 9000, "sample"))
+    assert not session.ledger.path.exists()
