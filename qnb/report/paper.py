@@ -113,7 +113,7 @@ def _audit_change() -> Iterator[Finding]:
         "INT4 loses 14.49 % on MMLU Social Sciences",
         "text below Table 2",
         f"{points:.2f} percentage points, which is {-int4.change_pct:.2f} % of BF16's accuracy",
-        abs(points + int4.change_pct) < 0.01,
+        bool(abs(points + int4.change_pct) < 0.01),
     )
     fp16 = table.xs("fp16", level="precision")
     change_pp, most = (fp16.accuracy_pct - fp16.base_pct).abs(), fp16.change_pct.abs().max()
@@ -121,7 +121,7 @@ def _audit_change() -> Iterator[Finding]:
         "FP16 changes accuracy by 0.00 to 0.36 %",
         "text below Table 2",
         f"{change_pp.min():.2f} to {change_pp.max():.2f} percentage points; relative, Table 2 says up to {most:.2f} %",
-        most <= 0.36,
+        bool(most <= 0.36),
     )
 
 

@@ -234,10 +234,10 @@ def _passes(rows: list[Row]) -> pd.DataFrame:
     frame = _speed_frame(pd.DataFrame([{**row, **derived(row)} for row in rows]).assign(conditions=conditions))
     group = [frame.precision, frame.engine]
     frame = frame[frame.fingerprint == frame.fingerprint.groupby(group).transform("last")]
-    frame = in_order(frame.sort_values("repeat", kind="stable", key=lambda repeats: repeats.astype(str)))
+    frame = in_order(frame.sort_values("repeat", kind="stable", key=pd.to_numeric))
     # passes end where an earlier one settled after they were measured: that run was a new one
     stopped = pd.to_datetime(frame.measured_at).where(frame.stop_reason.fillna("").ne(""))
-    settled = stopped.groupby([frame.precision, frame.engine]).transform(lambda times: times.cummax().shift())
+    settled = stopped.groupby([frame.precision, frame.engine]).transform(lambda times: times.cummax().ffill().shift())
     return frame[~(settled > pd.to_datetime(frame.measured_at))].reset_index(drop=True)
 
 

@@ -57,7 +57,9 @@ def _scores(results: Results) -> Iterator[Finding]:
     """Count each task's right answers again, item by item."""
     for row in results.accuracy_rows.to_dict("records"):
         items = results.items(row)
-        for score in row["scores"] if items is not None else ():
+        if items is None:
+            continue
+        for score in row["scores"]:
             correct = items[(items.task == score["task"]) & (items["filter"] == score["filter"])].correct
             if score["metric"] in HEADLINE and len(correct) and correct.notna().all():
                 same = abs(correct.astype(float).mean() - score["value"]) < 1e-9
