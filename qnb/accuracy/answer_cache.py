@@ -1,59 +1,57 @@
-"""A model's answers, kept on disk while they are given, so that an interrupted task goes on where it was.
-
-Answers are written when a while has passed since the last time, not one by one: a GPU would wait for the disk. A kill
-loses what was answered in that while, and tears one line at most, which is passed over.
-"""
+"""Keep a model's answers on disk while a long task runs, so that a killed task goes on where it was."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from qnb.ledger import checked, unchecked
-
-KEEP_S = 10.0  # what an interrupted run may lose, besides the batch it is at
+WRITE_EVERY_S = 10.0  # what a killed run may lose; a GPU would wait for a disk that is written to more often
 
 
-class Answers:
-    """Answers to one list of requests, by a request's place in it.
+class AnswerCache:
+    """Answers to one list of requests, by a request's position in it.
 
     Parameters
     ----------
     path
-        The file; one for each model and task. Lists of requests may share it. None keeps nothing.
+        The file, one for each model and task. Several lists of requests may share it. None writes nothing.
     requests
-        What is asked, as lm-eval's arguments: answers to any other list are not these.
+        The arguments of lm-eval's requests. Answers to any other list are not read.
     """
 
     def __init__(self, path: Path | None, requests: Sequence[Any]) -> None:
         self.path = path
-        self.known: dict[int, Any] = {}
-        self._of = "" if path is None else sha256(repr(requests).encode()).hexdigest()[:16]
-        self._last = monotonic()
+        self.answers: dict[int, Any] = {}
+        self._written_at = monotonic()
+        self._requests_sha256 = "" if path is None else sha256(repr(requests).encode()).hexdigest()
         if path is not None and path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                with contextlib.suppress(ValueError):  # torn by a kill, or changed since: asked again
-                    kept = json.loads(unchecked(line))
-                    if kept["of"] == self._of:
-                        self.known |= zip(kept["places"], kept["answers"], strict=True)
+            for line in path.read_bytes().splitlines():
+                with suppress(ValueError):  # a kill tore the line
+                    row = json.loads(line)
+                    if row["requests_sha256"] == self._requests_sha256:
+                        self.answers |= zip(row["positions"], row["answers"], strict=True)
 
     @property
     def due(self) -> bool:
-        """Whether it is time to keep what was answered since the last time."""
-        return self.path is not None and monotonic() - self._last >= KEEP_S
+        """Whether new answers have waited long enough to be written."""
+        return self.path is not None and monotonic() - self._written_at >= WRITE_EVERY_S
 
-    def keep(self, found: Mapping[int, Any]) -> None:
-        """Remember answers by place, and write them: one line that is whole or not read."""
-        self.known |= found
-        if self.path is None or not found:
+    def has(self, positions: Iterable[int]) -> bool:
+        """Return whether all these requests are answered."""
+        return all(position in self.answers for position in positions)
+
+    def keep(self, answers: Mapping[int, Any]) -> None:
+        """Remember answers by position, and append them to the file as one line."""
+        self.answers |= answers
+        if self.path is None or not answers:
             return
-        line = checked({"of": self._of, "places": list(found), "answers": list(found.values())})
+        row = {"requests_sha256": self._requests_sha256, "positions": [*answers], "answers": [*answers.values()]}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            file.write(b"\n" + line)
-        self._last = monotonic()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps(row)}")  # the line before may be torn, so a line begins with its line feed
+        self._written_at = monotonic()

@@ -26,7 +26,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qnb.speed.batch_search import is_out_of_memory
+from qnb.accuracy.backbone import Backbone, separation_error
+from qnb.memory import is_out_of_memory
 
 Piece = TypeVar("Piece", bound=Callable[..., Any])
 log = logging.getLogger(__name__)
@@ -253,3 +254,41 @@ def _is_rotary(own: Callable[..., Any] | None) -> bool:
             continue
         alike.append(all(map(torch.equal, theirs, rotated(query, key, cos, sin))))
     return all(alike)
+
+
+COMPILED_FROM = 10**16  # tokens times weights: half a minute of an H100, a quarter of an hour of a T4
+_fusable: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+@contextmanager
+def applied(backbone: Backbone, tokens: int = 0) -> Iterator[None]:
+    """Fuse what a backbone runs between its products while the block runs, on a GPU and where its results agree.
+
+    Kernels are compiled, which takes some fifteen seconds, where there are `tokens` enough to read.
+    """
+    if backbone.kind != "cuda":
+        yield
+        return
+    if backbone.model not in _fusable:
+        with _pieces(backbone, compiled=False):
+            error, bound = separation_error(backbone)
+        _fusable[backbone.model] = error <= bound
+    if not _fusable[backbone.model]:
+        yield
+        return
+    enough = tokens * backbone.parameters >= COMPILED_FROM
+    with _pieces(backbone, compiled=enough and compiles(backbone.device, backbone.model.dtype)):
+        yield
+
+
+@contextmanager
+def _pieces(backbone: Backbone, compiled: bool) -> Iterator[None]:
+    with fused(backbone.model, compiled) as pieces:
+        backbone.likelihoods = pieces.likelihoods
+        if backbone.config._attn_implementation == GROUPED:
+            backbone.attention_mask = lambda visible: grouped(visible, backbone.model)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            backbone.likelihoods = likelihoods
+            vars(backbone).pop("attention_mask", None)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
-from test_scorer import FAMILIES, SIZES, asked, both, pairs, text, tokenizer  # noqa: F401  # fixtures among them
+from test_scorer import FAMILIES, SIZES, assert_same_scores, both, pairs, request, text, tokenizer  # noqa: F401
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from qnb.speed import fused as fuse
+from qnb.accuracy import fused
 
 
 class OffsetRMSNorm(LlamaRMSNorm):
@@ -31,7 +31,7 @@ def test_norms_are_replaced_where_they_are_the_models_own_arithmetic(dtype):
         torch.nn.init.uniform_(norm.weight, 0.5, 2)
     hidden = torch.randn(2, 7, 64).to(dtype)
     expected = [norm(hidden) for norm in network.norms]
-    with fuse.fused(network):
+    with fused.fused(network):
         assert ["forward" in vars(norm) for norm in network.norms] == [True, False, True]
         for norm, own in zip(network.norms, expected, strict=True):
             assert torch.allclose(norm(hidden), own, rtol=4 * torch.finfo(dtype).eps, atol=0)
@@ -48,28 +48,20 @@ def test_norms_are_replaced_where_they_are_the_models_own_arithmetic(dtype):
         ("capped logits", set()),
     ],
 )
-def test_a_fused_model_scores_as_stock_does(family, kinds, tokenizer, pairs):  # noqa: F811
-    ours, stock = both(FAMILIES[family](len(tokenizer)), tokenizer)
-    ours._fusable = True  # as on a GPU
-    seen, attention, forward = set(), set(), ours._forward
-
-    def watched(*given):
-        seen.update(replaced(ours.model))
-        attention.add(ours.model.config._attn_implementation)
-        return forward(*given)
-
-    ours._forward = watched
-    requests = [asked(*pair) for pair in pairs]
-    mine, theirs = (lm.loglikelihood(requests, disable_tqdm=True) for lm in (ours, stock))
-    assert [value for value, _ in mine] == pytest.approx([value for value, _ in theirs], abs=1e-3)
-    assert [greedy for _, greedy in mine] == [greedy for _, greedy in theirs]
-    assert seen == kinds and not replaced(ours.model)
-    assert (attention == {fuse.GROUPED}) is bool(kinds)
-    assert ours.model.config._attn_implementation == stock.model.config._attn_implementation != fuse.GROUPED
-
-    prompts = [asked(context, {"until": ["a"], "max_gen_toks": 20}) for context in sorted({c for c, _ in pairs[:21]})]
-    mine, theirs = (lm.generate_until(prompts, disable_tqdm=True) for lm in (ours, stock))
-    assert mine == theirs
+def test_a_fused_model_scores_as_stock_does(family, kinds, both, tokenizer, pairs):  # noqa: F811
+    ours, stock = both(FAMILIES[family](len(tokenizer)))
+    with fused._pieces(ours.backbone, compiled=False):  # as on a GPU
+        assert replaced(ours.model) == kinds
+        assert (ours.model.config._attn_implementation == fused.GROUPED) is bool(kinds)
+        contexts = sorted({context for context, _ in pairs[:21]})
+        prompts = [request(context, {"until": ["a"], "max_gen_toks": 20}) for context in contexts]
+        scores = ours.loglikelihood([request(*pair) for pair in pairs], disable_tqdm=True)
+        texts = ours.generate_until(prompts, disable_tqdm=True)
+    assert not replaced(ours.model)
+    assert ours.model.config._attn_implementation == stock.model.config._attn_implementation != fused.GROUPED
+    ours.loglikelihood = lambda *_, **__: scores
+    assert_same_scores(ours, stock, pairs)
+    assert texts == stock.generate_until(prompts, disable_tqdm=True)
 
 
 def partial_heads():
@@ -80,14 +72,14 @@ def partial_heads():
 def test_angles_of_a_part_of_each_head_turn_that_part():
     network, ids = partial_heads(), torch.arange(20)[None] + 3
     expected = network(ids).logits
-    with fuse.fused(network):
+    with fused.fused(network):
         assert torch.allclose(network(ids).logits, expected, atol=1e-5)
 
 
 def test_a_gate_of_another_kind_keeps_its_own(tokenizer):  # noqa: F811
     network = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(vocab_size=64, **SIZES))
     network.model.layers[1].mlp.act_fn = torch.nn.GELU()
-    with fuse.fused(network):
+    with fused.fused(network):
         assert ["forward" in vars(layer.mlp) for layer in network.model.layers] == [True, False, True]
 
 
@@ -95,10 +87,10 @@ def test_a_mask_too_large_for_groups_comes_back_as_it_is(monkeypatch):
     network = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(vocab_size=64, **SIZES))
     seen, ids = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril(), torch.arange(20)[None] + 3
     expected = network(ids, attention_mask=seen).logits
-    with fuse.fused(network):
-        assert fuse.grouped(seen, network).shape == (1, 1, 40, 20)
-        monkeypatch.setattr(fuse, "MASK_BYTES", 100)
-        assert fuse.grouped(seen, network) is seen
+    with fused.fused(network):
+        assert fused.grouped(seen, network).shape == (1, 1, 40, 20)
+        monkeypatch.setattr(fused, "MASK_BYTES", 100)
+        assert fused.grouped(seen, network) is seen
         assert torch.allclose(network(ids, attention_mask=seen).logits, expected, atol=1e-5)
 
 
@@ -110,17 +102,17 @@ def test_a_kernel_that_cannot_be_built_runs_as_its_operations_and_is_said_once(m
         return run
 
     monkeypatch.setattr(torch, "compile", broken)
-    fuse._compiled.cache_clear()
+    fused._compiled.cache_clear()
     try:
-        pieces, ones = fuse.Pieces(compiled=True), torch.ones(2, 4)
+        pieces, ones = fused.Pieces(compiled=True), torch.ones(2, 4)
         for _ in range(2):
-            assert torch.equal(pieces.gated(ones, ones), fuse.gated(ones, ones))
+            assert torch.equal(pieces.gated(ones, ones), fused.gated(ones, ones))
         assert [record.getMessage() for record in caplog.records] == [
             "gated is not fused: RuntimeError: no compiler here"
         ]
     finally:
-        fuse._compiled.cache_clear()
-        fuse._broken.clear()
+        fused._compiled.cache_clear()
+        fused._broken.clear()
 
 
 def test_rotary_angles_are_replaced_while_it_lasts_and_given_back_after_an_error():
@@ -129,7 +121,7 @@ def test_rotary_angles_are_replaced_while_it_lasts_and_given_back_after_an_error
     own = home.apply_rotary_pos_emb
     ids = torch.arange(20)[None] + 3
     expected = network(ids).logits
-    with pytest.raises(ZeroDivisionError), fuse.fused(network):
+    with pytest.raises(ZeroDivisionError), fused.fused(network):
         assert home.apply_rotary_pos_emb is not own
         assert torch.allclose(network(ids).logits, expected, atol=1e-5)
         raise ZeroDivisionError
@@ -147,9 +139,9 @@ def test_compiled_pieces_are_as_near_to_float32_as_the_models_own_kernels(dtype)
         truth = network(ids).logits
         network.to(dtype)
         own = (network(ids, attention_mask=seen).logits.float() - truth).abs().mean()
-        assert fuse.compiles(network.device, dtype)
-        with fuse.fused(network, compiled=True) as pieces:
-            logits = network(ids, attention_mask=fuse.grouped(seen, network)).logits
+        assert fused.compiles(network.device, dtype)
+        with fused.fused(network, compiled=True) as pieces:
+            logits = network(ids, attention_mask=fused.grouped(seen, network)).logits
             mine, wrong = pieces.likelihoods(logits[0], ids[0])
         assert (logits.float() - truth).abs().mean() < 1.5 * own
     assert torch.allclose(mine, logits[0].float().log_softmax(1).gather(1, ids[0][:, None])[:, 0], atol=1e-4)

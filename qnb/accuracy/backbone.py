@@ -1,0 +1,203 @@
+"""Run a causal language model without its output head, and project only the positions that are scored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache
+from inspect import signature
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from qnb.accuracy.rows import Row, pack
+from qnb.memory import free_bytes
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+MAX_TOKENS = {"cuda": 32768, "cpu": 2048}  # of a forward pass; more no longer helps
+# of one chunk of logits: in the model's type, in float32, and the softmax's
+LOGITS_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}
+
+
+def likelihoods(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-likelihoods of targets in float32, and 1 where another token is likelier.
+
+    (N, V), (N,) -> (N,), (N,).
+    """
+    wide = logits.float()
+    chosen = wide.gather(1, targets[:, None])[:, 0]
+    return chosen - torch.logsumexp(wide, 1), (logits.argmax(1) != targets).long()
+
+
+class Backbone:
+    """A causal language model whose output head is applied apart."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.device, self.config = model, model.device, model.config.get_text_config()
+        self.kind = "cuda" if self.device.type == "cuda" else "cpu"
+        # transformers 5.24 renames the argument, and warns about the old name
+        renamed = "cache" in signature(model.base_model.forward).parameters
+        self._cache_name = "cache" if renamed else "past_key_values"
+        self.likelihoods = likelihoods
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters there are; two 4-bit ones count as one."""
+        return sum(weight.numel() for weight in self.model.parameters())
+
+    @property
+    def activation_bytes(self) -> int:
+        """What the activations of one token take that are alive at once, in float32."""
+        inner = getattr(self.config, "intermediate_size", None) or 4 * self.config.hidden_size
+        return int(4 * (10 * self.config.hidden_size + 4 * inner))
+
+    def fitting_tokens(self) -> int:
+        """Return the tokens a forward pass may hold: what half of the free memory takes, and no more than helps."""
+        free = free_bytes(self.device) // 2 - LOGITS_BYTES[self.kind]
+        return int(max(256, min(MAX_TOKENS[self.kind], free // self.activation_bytes)))
+
+    def integers(self, values: Any) -> torch.Tensor:
+        """Return integers as a tensor on the device, without waiting for the device to get to it."""
+        tensor = torch.from_numpy(np.asarray(values, dtype=np.int64))  # torch.tensor takes seven times as long
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.kind == "cuda" else tensor
+
+    def run(self, ids: torch.Tensor, past: Cache | None = None, **options: Any) -> tuple[torch.Tensor, Any]:
+        """Read tokens (B, L) behind a KV cache; return hidden states (B, L, D) and the cache with these tokens."""
+        cached = {} if past is None else {self._cache_name: past}
+        output = self.model.base_model(input_ids=ids, **cached, **options)
+        return output.last_hidden_state, output.get(self._cache_name)
+
+    @torch.inference_mode()
+    def read(self, tokens: Sequence[int]) -> Cache:
+        """Return the KV cache of one row of tokens."""
+        return self.run(self.integers([tokens]), use_cache=True)[1]
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits of hidden states, (N, D) -> (N, V), as the model scales and caps them."""
+        logits = self.model.get_output_embeddings()(hidden)
+        if scale := getattr(self.config, "logit_scale", None):  # Cohere
+            logits = logits * scale
+        if divisor := getattr(self.config, "logits_scaling", None):  # Granite
+            logits = logits / divisor
+        if cap := getattr(self.config, "final_logit_softcapping", None):  # Gemma 2
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    @torch.inference_mode()
+    def score(self, rows: Sequence[Row], prefix_length: int, past: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log-likelihood of each continuation in float64, and how many of its tokens are not the likeliest.
+
+        Both are (C,) for the C continuations of all rows, in order, and on the device: nothing waits for them.
+        """
+        continuations = [tokens for row in rows for tokens in row.continuations]
+        owners = self.integers(np.repeat(np.arange(len(continuations)), [len(tokens) for tokens in continuations]))
+        targets = self.integers([*chain.from_iterable(continuations)])  # (N,)
+        hidden = self.hidden_states(rows, prefix_length, past)  # (N, D)
+        size = max(64, LOGITS_BYTES[self.kind] // (10 * self.model.get_output_embeddings().weight.shape[0]))
+        chunks = zip(hidden.split(size), targets.split(size), strict=True)
+        scores = [self.likelihoods(self.project(some), wanted) for some, wanted in chunks]
+        values, misses = (torch.cat(parts) for parts in zip(*scores, strict=True))  # (N,)
+        sums = torch.zeros(len(continuations), dtype=torch.float64, device=self.device)
+        return sums.index_add(0, owners, values.double()), sums.long().index_add(0, owners, misses)
+
+    def hidden_states(self, rows: Sequence[Row], prefix_length: int = 0, past: Cache | None = None) -> torch.Tensor:
+        """Run rows whose first `prefix_length` tokens `past` holds; return what predicts each scored token, (N, D)."""
+        layout, predictors = pack(rows, prefix_length)
+        tokens, positions, segments = self.integers(layout)  # (B, L) each
+        options: dict[str, Any] = {"use_cache": past is not None}
+        if not all(row.is_causal for row in rows):
+            mask = self.segment_mask(segments, prefix_length)
+            options |= {"position_ids": positions, "attention_mask": mask}
+        hidden, _ = self.run(tokens, repeat(past, len(rows)), **options)  # (B, L, D)
+        return hidden.flatten(0, 1)[self.integers(predictors)]
+
+    def segment_mask(self, segments: torch.Tensor, prefix_length: int) -> torch.Tensor:
+        """Return a mask (B, 1, L, P+L) by which a token sees the prefix, the context, and its own segment so far."""
+        length = segments.shape[1]
+        order = torch.arange(length, device=segments.device)
+        earlier = order[:, None] >= order  # (L, L)
+        related = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # (B, L, L)
+        visible = earlier & related | torch.eye(length, dtype=torch.bool, device=segments.device)
+        return self.attention_mask(torch.nn.functional.pad(visible, (prefix_length, 0), value=True)[:, None])
+
+    def attention_mask(self, visible: torch.Tensor) -> torch.Tensor:
+        """Return a mask of who sees whom, (B, 1, L, P+L), in the form that the model's attention takes."""
+        if self.config._attn_implementation == "sdpa":
+            return visible
+        dtype = self.model.dtype  # other implementations add the mask to the scores
+        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+def repeat(past: Cache | None, rows: int) -> Cache | None:
+    """Return a copy of a row's KV cache for so many rows."""
+    past = deepcopy(past)
+    if past is not None:
+        past.batch_repeat_interleave(rows)
+    return past
+
+
+_separates: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def separates(backbone: Backbone) -> bool:
+    """Return whether the model keeps two continuations of one row apart; a model is asked once, by `separation_error`.
+
+    A model that does not is named in a warning.
+    """
+    if backbone.model not in _separates:
+        try:
+            error, bound = separation_error(backbone)
+            reason = "" if error <= bound else f"a difference of {error:.2g}"
+        except Exception as failure:  # whatever a model raises when it is given a mask that it cannot take
+            reason = f"{type(failure).__name__}: {failure}".splitlines()[0][:120]
+        if reason:
+            _warn_once(type(backbone.model).__name__, reason)
+        _separates[backbone.model] = not reason
+    return _separates[backbone.model]
+
+
+@cache
+def _warn_once(model: str, reason: str) -> None:
+    log.warning("%s cannot score continuations in one row (%s); stock scoring is used", model, reason)
+
+
+@torch.inference_mode()
+def separation_error(backbone: Backbone) -> tuple[float, float]:
+    """Return how far a shared row's second continuation is from the same one in its own row, and the bound.
+
+    The unit is the standard deviation of logits. In float32 nothing but rounding may differ. Elsewhere rounding is
+    large (LLM.int8's outlier columns depend on the batch), so the bound is half of what either fault would cause: a
+    continuation that sees the one before it, or one whose positions run on. SmolLM2-135M: bfloat16 0.09 where the
+    faults cause 0.53 and 0.86, LLM.int8 0.22 where they cause 0.64 and 0.91.
+    """
+    model = backbone.model
+    words = min(1000, int(model.get_output_embeddings().weight.shape[0]))
+    drawn = torch.randint(10, words, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    context, first, second = drawn[:8], drawn[8:16], drawn[16:]
+    expected = model(backbone.integers([context + second[:-1]])).logits[0, 8:].float()  # (7, V)
+
+    def error(positions: list[int], segments: list[int], cached: int = 0) -> float:
+        ids = backbone.integers([context + first[:-1] + second[:-1]])  # (1, 22)
+        hidden, _ = backbone.run(
+            ids[:, cached:],
+            backbone.read(context[:cached]) if cached else None,
+            position_ids=backbone.integers([positions[cached:]]),
+            attention_mask=backbone.segment_mask(backbone.integers([segments[cached:]]), cached),
+        )
+        logits = backbone.project(hidden[0, -7:]).float()  # (7, V)
+        return float((logits - expected).abs().mean() / expected.std(-1).mean())
+
+    restarted, apart = [*range(15), *range(8, 15)], [0] * 8 + [1] * 7 + [2] * 7
+    worst = max(error(restarted, apart), error(restarted, apart, cached=4))
+    if model.dtype == torch.float32 and not getattr(model, "is_quantized", False):
+        return worst, 1e-3
+    faults = error(restarted, [0] * 22), error([*range(22)], apart)
+    return worst, max(0.1, min(faults) / 2)

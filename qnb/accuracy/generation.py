@@ -1,0 +1,224 @@
+"""Continue prompts greedily, many at a time: a shared prefix is read once, and a row that is done leaves its batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicLayer
+
+from qnb.accuracy.backbone import Backbone, repeat
+from qnb.accuracy.rows import Tokens
+from qnb.memory import free_bytes, kv_cache_bytes_per_token
+
+if TYPE_CHECKING:
+    from transformers import Cache, GenerationConfig
+
+MAX_ROWS = {"cuda": 512, "cpu": 16}
+CHECK_EVERY = 8  # new tokens between two looks for stop sequences
+# settings by which a model's own configuration shapes greedy texts, and the values by which it does not
+NEUTRAL = {
+    "num_beams": 1, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "guidance_scale": 1.0,
+    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None,
+    "max_new_tokens": None, "max_time": None, "bad_words_ids": None, "sequence_bias": None, "suppress_tokens": None,
+    "begin_suppress_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None, "stop_strings": None,
+    "exponential_decay_length_penalty": None, "penalty_alpha": None, "dola_layers": None, "watermarking_config": None,
+}  # fmt: skip
+
+
+def is_shaped(config: GenerationConfig) -> bool:
+    """Return whether a model's own settings make its greedy texts other than its likeliest tokens."""
+    return any(getattr(config, name, None) not in (None, neutral) for name, neutral in NEUTRAL.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A context to continue, for the request at `position`."""
+
+    position: int
+    tokens: Tokens
+    stop_sequences: list[str]
+    max_new_tokens: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the context and of the longest text after it."""
+        return len(self.tokens) + self.max_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class GreedyGenerator:
+    """Greedy generation by one model.
+
+    Parameters
+    ----------
+    backbone
+        The model.
+    decode
+        A function from token ids to text, special tokens included.
+    end_tokens
+        Tokens that end a text.
+    prefill_tokens
+        Tokens of contexts that are read in one forward pass.
+    windowed
+        Whether some layers see a window only. The model then makes its own mask for each kind of layer.
+    """
+
+    backbone: Backbone
+    decode: Callable[[list[int]], str]
+    end_tokens: set[int]
+    prefill_tokens: int
+    windowed: bool
+
+    def fitting_rows(self, length: int) -> int:
+        """Return how many rows of `length` tokens fit with their KV cache, beside a pass over contexts."""
+        backbone, config = self.backbone, self.backbone.config
+        token_bytes = kv_cache_bytes_per_token(config, backbone.model.dtype.itemsize)
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        # attention reads keys and values of one layer at a time, repeated for each of its queries' heads
+        repeated = (1 + config.num_attention_heads / kv_heads) / config.num_hidden_layers
+        free = free_bytes(backbone.device) - self.prefill_tokens * backbone.activation_bytes
+        rows = 0.9 * free // (token_bytes * length * (1 + repeated))
+        return int(max(1, min(rows, MAX_ROWS[backbone.kind])))
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], prefix_length: int, past: Cache | None) -> list[list[int]]:
+        """Return each prompt's new tokens, up to the first end token; stop sequences are not cut off.
+
+        `past` holds the first `prefix_length` tokens, which all prompts share.
+        """
+        # 1) prefill
+        batch = _Batch(self, prompts, prefix_length, past)
+        # 2) decode, and look at the new tokens every few steps
+        texts: list[list[int]] = [[] for _ in prompts]
+        running = list(range(len(prompts)))
+        unread: list[torch.Tensor] = []  # (B, 1) each
+        last_step = max(prompt.max_new_tokens for prompt in prompts)
+        for step in range(1, last_step + 1):
+            unread.append(batch.choose())
+            if step % CHECK_EVERY == 0 or step == last_step:
+                for row, tokens in zip(running, torch.cat(unread, 1).tolist(), strict=True):
+                    texts[row] += tokens
+                unread = []
+                going = [place for place, row in enumerate(running) if not self._is_done(texts[row], prompts[row])]
+                if not going:
+                    break
+                running = [running[place] for place in going]
+                batch.keep(going)
+            batch.advance()
+        # 3) cut
+        return [self._cut(text[: prompt.max_new_tokens]) for text, prompt in zip(texts, prompts, strict=True)]
+
+    def _is_done(self, text: list[int], prompt: Prompt) -> bool:
+        """Return whether a text needs no more tokens, looking only at what is new since the last look.
+
+        A stop sequence found there is looked for in the whole text, which is cut at it later. One that is missed
+        because words look different at the edge costs a few tokens, no answer.
+        """
+        tail = text[-(CHECK_EVERY + max(map(len, prompt.stop_sequences), default=0)) :]
+        if len(text) >= prompt.max_new_tokens or not self.end_tokens.isdisjoint(tail):
+            return True
+        return all(any(stop in self.decode(part) for stop in prompt.stop_sequences) for part in (tail, text))
+
+    def _cut(self, text: list[int]) -> list[int]:
+        """Return a text without what was generated after its first end token."""
+        end = next((place for place, token in enumerate(text) if token in self.end_tokens), len(text))
+        return text[: end + 1]
+
+
+class _Batch:
+    """Rows that are generated together: their KV cache, mask and positions, one token after another."""
+
+    def __init__(
+        self, generator: GreedyGenerator, prompts: Sequence[Prompt], prefix_length: int, past: Cache | None
+    ) -> None:
+        self.backbone, self.windowed = generator.backbone, generator.windowed
+        width = max(len(prompt.tokens) for prompt in prompts)
+        paddings = [width - len(prompt.tokens) for prompt in prompts]
+        padded = [[0] * n + [*prompt.tokens[prefix_length:]] for n, prompt in zip(paddings, prompts, strict=True)]
+        ids, start = self.backbone.integers(padded), self.backbone.integers(paddings)[:, None]  # (B, L), (B, 1)
+        order = torch.arange(width - prefix_length, device=ids.device)
+        positions = (prefix_length + order - start).clamp(min=0)  # (B, L)
+        mask = pad(order >= start, (prefix_length, 0), value=True)  # (B, P+L)
+        new_tokens = max(prompt.max_new_tokens for prompt in prompts)
+        self.width, self.positions = width, positions[:, -1:]
+        self.mask = pad(mask, (0, new_tokens), value=True)  # (B, P+L+new)
+        # contexts take more memory than steps, so they are read some at a time, and their caches joined
+        size = max(1, generator.prefill_tokens // ids.shape[1])
+        caches, last = [], []
+        for rows in zip(ids.split(size), mask.long().split(size), positions.split(size), strict=True):
+            hidden, grown = self._read(*rows, repeat(past, len(rows[0])))
+            caches.append(grown)
+            last.append(hidden[:, -1])
+        self.past, self.last = _join(caches, width + new_tokens), torch.cat(last)  # last: (B, D)
+
+    def _read(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: Cache | None) -> Any:
+        return self.backbone.run(ids, past, attention_mask=mask, position_ids=positions, use_cache=True)
+
+    def choose(self) -> torch.Tensor:
+        """Return the likeliest next token of each row, (B, 1)."""
+        self.ids = self.backbone.project(self.last).argmax(-1, keepdim=True)
+        return self.ids
+
+    def keep(self, places: list[int]) -> None:
+        """Drop all other rows."""
+        if len(places) < len(self.ids):
+            rows = self.backbone.integers(places)
+            self.past.batch_select_indices(rows)
+            self.ids, self.positions, self.mask = self.ids[rows], self.positions[rows], self.mask[rows]
+
+    def advance(self) -> None:
+        """Read the tokens that were chosen."""
+        self.width += 1
+        self.positions = self.positions + 1
+        seen = self.mask[:, : self.width]
+        mask = seen.long() if self.windowed else self.backbone.attention_mask(seen[:, None, None])
+        hidden, self.past = self._read(self.ids, mask, self.positions, self.past)
+        self.last = hidden[:, -1]
+
+
+def _join(caches: list[Cache], room: int) -> Cache:
+    """Join the caches of some rows each into one with room for `room` tokens a row."""
+    joined = caches[0]
+    for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+        layer = layers[0]
+        layer.keys, layer.values = (torch.cat([getattr(part, name) for part in layers]) for name in ("keys", "values"))
+        for part in layers[1:]:
+            part.keys = part.values = None  # a large batch leaves no memory for both
+        if type(layer) is DynamicLayer:  # a sliding window stays as long as it is
+            joined.layers[number] = RoomyLayer(layer, room)
+    return joined
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values with room for tokens to come.
+
+    transformers' `DynamicLayer` copies the whole cache for each token, and its `StaticLayer` drops no rows.
+    """
+
+    def __init__(self, layer: DynamicLayer, room: int) -> None:
+        """Take over a layer, with room for `room` tokens."""
+        super().__init__()
+        vars(self).update(vars(layer))
+        self.length = layer.get_seq_length()
+        self.buffers = [pad(getattr(layer, name), (0, 0, 0, room - self.length)) for name in ("keys", "values")]
+        self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)  # (B, H, L, D) each
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """Write new keys and values (B, H, L, D) behind those there are; return all."""
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start : self.length] = states
+        self._show()
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Drop all rows but these."""
+        self.buffers = [buffer[indices] for buffer in self.buffers]
+        self._show()
