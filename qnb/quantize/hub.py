@@ -137,8 +137,8 @@ def _talking(what: str) -> Iterator[None]:
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import get_session, logging
 
-    session, handlers = get_session(), logging.get_logger().handlers
-    timeout, session.timeout = session.timeout, SILENCE_S
+    hooks, handlers = get_session().event_hooks["request"], logging.get_logger().handlers
+    hooks.append(_bound_silence)
     for handler in handlers:
         handler.addFilter(_scrub_record)
     try:
@@ -148,9 +148,14 @@ def _talking(what: str) -> Iterator[None]:
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         raise _explain(what, error) from None  # the error's own text may hold a secret
     finally:
-        session.timeout = timeout
+        hooks.remove(_bound_silence)
         for handler in handlers:
             handler.removeFilter(_scrub_record)
+
+
+def _bound_silence(request: Any) -> None:
+    timeouts = request.extensions["timeout"]
+    timeouts.update({phase: SILENCE_S for phase, limit_s in timeouts.items() if limit_s is None})
 
 
 def _scrub_record(record: LogRecord) -> bool:

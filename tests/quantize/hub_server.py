@@ -1,8 +1,8 @@
-"""A hub on loopback: what the hub's own client asks of one, answered from memory and one folder.
+"""A hub on loopback: what huggingface_hub's client asks of one, answered from memory and one folder.
 
-Written after what huggingface_hub's client sends (`hf_api.py`, `_commit_api.py`, `lfs.py`, `file_download.py`; large
-files by git-lfs' batch protocol), without Xet. As on the real one, large files lie on another host than the pages
-(here: another name of the same machine), which must never see a token.
+It follows the client's requests (`hf_api.py`, `_commit_api.py`, `lfs.py`, `file_download.py`; large files by git-lfs'
+batch protocol), without Xet. As on the real hub, large files lie on another host than the pages (here: another name of
+the same machine), which must never see a token.
 """
 
 import base64
@@ -16,9 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
-
-BLOCK = 1 << 20
+from urllib.parse import unquote, urlsplit
 
 
 @dataclass
@@ -53,7 +51,7 @@ class Fault:
 
 
 @dataclass
-class Asked:
+class Request:
     """A request that came in."""
 
     method: str
@@ -65,21 +63,20 @@ class Asked:
 class Hub:
     """The hub's state, and a server of it for the length of a ``with``."""
 
-    def __init__(self, folder: Path, tokens: dict[str, str], part_bytes: int = 1 << 30) -> None:
-        self.folder, self.tokens, self.part_bytes = folder, tokens, part_bytes  # token -> its owner
+    def __init__(self, folder: Path, tokens: dict[str, str]) -> None:
+        self.folder, self.tokens = folder, tokens  # token -> its owner
         self.repositories: dict[str, Repository] = {}
         self.faults: list[Fault] = []
-        self.asked: list[Asked] = []
+        self.received: list[Request] = []
         self.lock = threading.Lock()
 
     @contextlib.contextmanager
     def serving(self) -> Iterator["Hub"]:
         server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         server.daemon_threads = True
-        self.port = server.server_address[1]
-        self.url, self.store_url = f"http://127.0.0.1:{self.port}", f"http://localhost:{self.port}/store"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
+        port = server.server_address[1]
+        self.url, self.store_url = f"http://127.0.0.1:{port}", f"http://localhost:{port}/store"
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         try:
             yield self
         finally:
@@ -88,19 +85,20 @@ class Hub:
 
     def publish(self, name: str, files: dict[str, bytes], **flags: bool) -> str:
         """Put a repository there by hand and return its commit."""
-        made = self.repositories.setdefault(name, Repository(name.split("/")[0]))
-        made.private, made.gated = flags.get("private", made.private), flags.get("gated", made.gated)
-        return made.commit({path: self.blob(path, data) for path, data in files.items()})
+        repository = self.repositories.setdefault(name, Repository(name.split("/")[0]))
+        for flag, value in flags.items():
+            setattr(repository, flag, value)
+        return repository.commit({path: self.blob(path, data) for path, data in files.items()})
 
     def blob(self, path: str, data: bytes) -> dict:
-        large = is_large(path, len(data))
+        large = is_large(path)
         oid = hashlib.sha256(data).hexdigest() if large else git_sha1(data)
         (self.folder / oid).write_bytes(data)
         return {"oid": oid, "size": len(data), "lfs": large}
 
     def requests(self, method: str, pattern: str) -> list[str]:
-        """Return the paths of the requests there were, in their order."""
-        return [each.path for each in self.asked if each.method == method and re.search(pattern, each.path)]
+        """Return the paths of the requests that came, in their order."""
+        return [each.path for each in self.received if each.method == method and re.search(pattern, each.path)]
 
     def fault(self, method: str, path: str) -> Fault | None:
         with self.lock:
@@ -113,9 +111,9 @@ class Hub:
         return None
 
 
-def is_large(path: str, size: int) -> bool:
+def is_large(path: str) -> bool:
     """Return whether a new repository's .gitattributes put a file under LFS."""
-    return path.endswith((".safetensors", ".bin")) or size > 10 * BLOCK
+    return path.endswith((".safetensors", ".bin"))
 
 
 def git_sha1(data: bytes) -> str:
@@ -135,18 +133,13 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def log_message(self, *_: object) -> None:
-        """Keep quiet; `Hub.asked` is the log."""
+        """Keep quiet; `Hub.received` is the log."""
 
     def do_GET(self) -> None:
-        self.serve()
-
-    do_HEAD = do_POST = do_PUT = do_GET
-
-    def serve(self) -> None:
-        hub, heads = self.hub, self.headers
-        self.left = int(heads.get("Content-Length") or 0)  # of the request's body
-        asked = Asked(self.command, self.path, heads["Host"].split(":")[0], heads.get("Authorization", ""))
-        hub.asked.append(asked)
+        hub, headers = self.hub, self.headers
+        self.left = int(headers.get("Content-Length") or 0)  # bytes of the request's body not read yet
+        host, token = headers["Host"].split(":")[0], headers.get("Authorization", "")
+        hub.received.append(Request(self.command, self.path, host, token))
         self.fault = hub.fault(self.command, self.path)
         try:
             if self.fault and self.fault.status:
@@ -154,16 +147,17 @@ class Handler(BaseHTTPRequestHandler):
             if self.fault and self.command in ("PUT", "POST"):
                 self.rfile.read(self.left // 2)
                 return self.cut()
-            url = urlsplit(self.path)
-            self.query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+            path = unquote(urlsplit(self.path).path)
             for methods, pattern, act in ROUTES:
-                found = re.fullmatch(pattern, unquote(url.path))
-                if found and self.command in methods:
-                    return act(self, **found.groupdict())
+                match = re.fullmatch(pattern, path)
+                if match and self.command in methods:
+                    return act(self, **match.groupdict())
             raise Refused(404, "Sorry, we can't find the page you are looking for.")
         except Refused as refused:
             code = {"X-Error-Code": refused.code, "X-Error-Message": str(refused)} if refused.code else {}
             self.answer(refused.status, {"error": str(refused)}, **code)
+
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def cut(self) -> None:
         self.close_connection = True
@@ -177,12 +171,15 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status: int, content: object, **headers: str) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.body()  # what is not read would be taken for the next request
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
+        self.send_head(status, {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers})
         if self.command != "HEAD":
             self.wfile.write(data)
+
+    def send_head(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
 
     # who asks, and for what
 
@@ -193,20 +190,20 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(401, "Invalid credentials in Authorization header")
         return self.hub.tokens.get(token, "")
 
-    def found(self, name: str, write: bool = False) -> Repository:
-        user, made = self.user(), self.hub.repositories.get(name)
-        if made is None or (made.private and user != made.owner):
+    def repository(self, name: str, write: bool = False) -> Repository:
+        user, repository = self.user(), self.hub.repositories.get(name)
+        if repository is None or (repository.private and user != repository.owner):
             raise Refused(404 if user else 401, "Repository not found", "RepoNotFound")
-        if write and user != made.owner:
+        if write and user != repository.owner:
             raise Refused(403, f"You don't have the rights to write to {name}")
-        return made
+        return repository
 
-    def at(self, name: str, revision: str) -> tuple[str, dict[str, dict]]:
-        made = self.found(name)
-        commit = made.refs.get(revision, revision)
-        if commit not in made.commits:
+    def files(self, name: str, revision: str) -> tuple[str, dict[str, dict]]:
+        repository = self.repository(name)
+        commit = repository.refs.get(revision, revision)
+        if commit not in repository.commits:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return commit, made.commits[commit]
+        return commit, repository.commits[commit]
 
     # pages
 
@@ -220,81 +217,60 @@ class Handler(BaseHTTPRequestHandler):
         if name in self.hub.repositories:
             return self.answer(409, {"error": "You already created this model repo", **content})
         private = wanted.get("visibility") == "private" or wanted.get("private") is True
-        made = self.hub.repositories[name] = Repository(owner, private)
-        made.commit({".gitattributes": self.hub.blob(".gitattributes", b"*.safetensors filter=lfs\n")})
+        self.hub.repositories[name] = Repository(owner, private)
+        self.hub.publish(name, {".gitattributes": b"*.safetensors filter=lfs\n"})
         return self.answer(200, content)
 
     def info(self, name: str, revision: str | None) -> None:
-        commit, files = self.at(name, revision or "main")
-        made = self.hub.repositories[name]
-        flags = {"private": made.private, "gated": "manual" if made.gated else False}
+        commit, files = self.files(name, revision or "main")
         siblings = [{"rfilename": path} for path in files]
+        flags = {"private": self.hub.repositories[name].private, "gated": self.hub.repositories[name].gated}
         self.answer(200, {"id": name, "sha": commit, "siblings": siblings, **flags})
 
     def tree(self, name: str, revision: str) -> None:
-        _, files = self.at(name, revision)
-        self.answer(200, [entry(path, blob) for path, blob in files.items()])
+        """List a commit's files; the `oid` of a large one is its pointer's."""
+        entries = []
+        for path, blob in self.files(name, revision)[1].items():
+            entry = {"type": "file", "path": path, "size": blob["size"], "oid": blob["oid"]}
+            if blob["lfs"]:
+                entry["oid"] = git_sha1(blob["oid"].encode())
+                entry["lfs"] = {"oid": blob["oid"], "size": blob["size"], "pointerSize": 134}
+            entries.append(entry)
+        self.answer(200, entries)
 
     def check_card(self) -> None:
-        self.body()
         self.answer(200, {"errors": [], "warnings": []})
 
     # uploads
 
     def preupload(self, name: str, revision: str) -> None:
-        self.found(name, write=True)
-        files, asked = self.at(name, revision)[1], json.loads(self.body())["files"]
+        self.repository(name, write=True)
+        files = self.files(name, revision)[1]
         self.answer(200, {"files": [
-            {"path": file["path"], "uploadMode": "lfs" if is_large(file["path"], file["size"]) else "regular",
-             "shouldIgnore": False, "oid": files.get(file["path"], {}).get("oid")} for file in asked
+            {"path": file["path"], "uploadMode": "lfs" if is_large(file["path"]) else "regular",
+             "shouldIgnore": False, "oid": files.get(file["path"], {}).get("oid")}
+            for file in json.loads(self.body())["files"]
         ]})  # fmt: skip
 
     def batch(self, name: str) -> None:
-        """Say where each object is to be put: whole, in parts, or nowhere as it is here."""
-        self.found(name, write=True)
-        hub, objects = self.hub, []
-        for wanted in json.loads(self.body())["objects"]:
-            oid, size, made = wanted["oid"], wanted["size"], {"oid": wanted["oid"], "size": wanted["size"]}
-            if not (hub.folder / oid).exists():
-                upload: dict = {"href": f"{hub.store_url}/{oid}?X-Amz-Signature=signed", "header": {}}
-                if size > hub.part_bytes:
-                    parts = range(1, -(-size // hub.part_bytes) + 1)
-                    upload["header"] = {str(part): f"{hub.store_url}/{oid}/{part}" for part in parts}
-                    upload["header"]["chunk_size"] = str(hub.part_bytes)
-                    upload["href"] = f"{hub.url}/complete/{oid}"
-                made["actions"] = {"upload": upload, "verify": {"href": f"{hub.url}/verify/{oid}", "header": {}}}
-            objects.append(made)
+        """Say where each object is to be put: nowhere if it is here."""
+        self.repository(name, write=True)
+        objects = [{"oid": wanted["oid"], "size": wanted["size"]} for wanted in json.loads(self.body())["objects"]]
+        for each in objects:
+            if not (self.hub.folder / each["oid"]).exists():
+                address = f"{self.hub.store_url}/{each['oid']}?X-Amz-Signature=signed"
+                each["actions"] = {"upload": {"href": address, "header": {}}}
         self.answer(200, {"transfer": "basic", "objects": objects})
 
-    def put(self, oid: str, part: str | None) -> None:
-        """Keep an object under its sha256, or one of its parts beside it."""
-        draft, digest = self.hub.folder / f"{oid}.{part}.{threading.get_ident()}", hashlib.sha256()
-        with draft.open("wb") as file:
-            while block := self.rfile.read(min(BLOCK, self.left)):
-                self.left -= len(block)
-                digest.update(block)
-                file.write(block)
-        if not part and digest.hexdigest() != oid:
+    def put(self, oid: str) -> None:
+        data = self.body()
+        if hashlib.sha256(data).hexdigest() != oid:
             raise Refused(400, "the content is not that of its oid")
-        draft.replace(self.hub.folder / (f"{oid}.part{part}" if part else oid))
-        self.answer(200, b"", ETag=f'"{digest.hexdigest()}"')
-
-    def complete(self, oid: str) -> None:
-        """Join an object's parts, which must be the ones named."""
-        parts = json.loads(self.body())["parts"]
-        data = b"".join((self.hub.folder / f"{oid}.part{part['partNumber']}").read_bytes() for part in parts)
-        if hashlib.sha256(data).hexdigest() != oid or not all(part["etag"] for part in parts):
-            raise Refused(400, "the parts do not make the object")
         (self.hub.folder / oid).write_bytes(data)
-        self.answer(200, {})
-
-    def verify(self, oid: str) -> None:
-        if (self.hub.folder / oid).stat().st_size != json.loads(self.body())["size"]:
-            raise Refused(400, "the size is not the one announced")
-        self.answer(200, {})
+        self.answer(200, b"")
 
     def commit(self, name: str, revision: str) -> None:
-        made, hub, changes = self.found(name, write=True), self.hub, {}
+        hub, repository, changes = self.hub, self.repository(name, write=True), {}
         for line in map(json.loads, self.body().splitlines()):
             value = line["value"]
             if line["key"] == "file":
@@ -303,7 +279,7 @@ class Handler(BaseHTTPRequestHandler):
                 if not (hub.folder / value["oid"]).exists():
                     raise Refused(400, f"the object of {value['path']} was never uploaded")
                 changes[value["path"]] = {"oid": value["oid"], "size": value["size"], "lfs": True}
-        sha = made.commit(changes, revision)
+        sha = repository.commit(changes, revision)
         url = f"{hub.url}/{name}/commit/{sha}"
         self.answer(200, {"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
 
@@ -311,8 +287,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         """Answer with a file, or for a large one with where it lies."""
-        commit, files = self.at(name, revision)
-        if self.hub.repositories[name].gated and self.user() != self.hub.repositories[name].owner:
+        commit, files = self.files(name, revision)
+        repository = self.hub.repositories[name]
+        if repository.gated and self.user() != repository.owner:
             words = f"Access to model {name} is restricted and you are not in the authorized list."
             raise Refused(403 if self.user() else 401, words, "GatedRepo")
         if path not in files:
@@ -321,44 +298,23 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": commit, "ETag": f'"{blob["oid"]}"'}
         if blob["lfs"]:
             linked = {"X-Linked-Etag": f'"{blob["oid"]}"', "X-Linked-Size": str(blob["size"])}
-            where = f"{self.hub.store_url}/{blob['oid']}?X-Amz-Signature=signed"
-            return self.answer(302, b"", **headers, **linked, Location=where)
-        return self.send_file(blob["oid"], headers)
+            address = f"{self.hub.store_url}/{blob['oid']}?X-Amz-Signature=signed"
+            return self.answer(302, b"", **headers, **linked, Location=address)
+        return self.get(blob["oid"], headers)
 
-    def get(self, oid: str, part: str | None) -> None:
-        self.send_file(oid, {"ETag": f'"{oid}"'})
-
-    def send_file(self, oid: str, headers: dict[str, str]) -> None:
+    def get(self, oid: str, headers: dict[str, str] | None = None) -> None:
         """Send an object or the range asked for; under a fault break off halfway."""
-        path = self.hub.folder / oid
-        size, first, status = path.stat().st_size, 0, 200
-        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, status = int(found[1]), 206
-            headers = {**headers, "Content-Range": f"bytes {first}-{size - 1}/{size}"}
-        length = size - first
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(length), "Accept-Ranges": "bytes"}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        left = length // 2 if self.fault else length
-        with path.open("rb") as file:
-            file.seek(first)
-            while left and (block := file.read(min(BLOCK, left))):
-                left -= len(block)
-                self.wfile.write(block)
-        if self.fault:
-            self.cut()
-
-
-def entry(path: str, blob: dict) -> dict:
-    """Return a file as the tree names it; of a large one `oid` is the pointer's."""
-    made = {"type": "file", "path": path, "size": blob["size"], "oid": blob["oid"]}
-    if blob["lfs"]:
-        made["oid"] = git_sha1(blob["oid"].encode())
-        made["lfs"] = {"oid": blob["oid"], "size": blob["size"], "pointerSize": 134}
-    return made
+        data, first, status = (self.hub.folder / oid).read_bytes(), 0, 200
+        headers = {"ETag": f'"{oid}"', **(headers or {})}
+        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, status = int(wanted[1]), 206
+            headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+        length = len(data) - first
+        self.send_head(status, {**headers, "Content-Length": str(length), "Accept-Ranges": "bytes"})
+        if self.command != "HEAD":
+            self.wfile.write(data[first : first + (length // 2 if self.fault else length)])
+            if self.fault:
+                self.cut()
 
 
 NAME, REVISION, OID = r"(?P<name>[\w.-]+/[\w.-]+)", r"(?P<revision>[^/]+)", r"(?P<oid>[0-9a-f]{64})"
@@ -370,9 +326,7 @@ ROUTES = (
     (("POST",), rf"/api/models/{NAME}/preupload/{REVISION}", Handler.preupload),
     (("POST",), rf"/{NAME}\.git/info/lfs/objects/batch", Handler.batch),
     (("POST",), rf"/api/models/{NAME}/commit/{REVISION}", Handler.commit),
-    (("PUT",), rf"/store/{OID}(/(?P<part>\d+))?", Handler.put),
-    (("GET", "HEAD"), rf"/store/{OID}(/(?P<part>\d+))?", Handler.get),
-    (("POST",), rf"/complete/{OID}", Handler.complete),
-    (("POST",), rf"/verify/{OID}", Handler.verify),
+    (("PUT",), rf"/store/{OID}", Handler.put),
+    (("GET", "HEAD"), rf"/store/{OID}", Handler.get),
     (("GET", "HEAD"), rf"/{NAME}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
 )
