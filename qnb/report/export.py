@@ -1,4 +1,4 @@
-"""Figures as files: a page that needs no network, and a picture where a browser is found to draw it.
+"""Figures as files: pages that need no network, and pictures where a browser is found to draw them.
 
 kaleido is called itself: Plotly's own ``write_image`` refuses some pairs of versions that work. One browser draws
 all pictures of a call.
@@ -6,68 +6,82 @@ all pictures of a call.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 import plotly.graph_objects as go
 
-from qnb.report import theme as look
+from qnb.report import theme
+from qnb.report.figures import draw_all
+from qnb.report.results import Results
 
+LOGGER = logging.getLogger(__name__)
 WIDTH_PX, SCALE = 900, 1.5
 REMEDY = "install Chromium or Chrome, or run kaleido_get_chrome"
 
 
-def _told(figure: go.Figure, of: str) -> go.Figure:
-    told = go.Figure(figure)
-    if of:
-        text = f"</b>  <span style='font-size:12px;color:{look.QUIET}'>{escape(of)}</span>"
-        told.layout.title.text = figure.layout.title.text.replace("</b>", text, 1)
-    return told
+def save_figures(results: Results, folder: Path, with_pictures: bool = True) -> dict[str, go.Figure]:
+    """Draw every figure, save it as a page, and as PNG and SVG where wanted; return the figures by name."""
+    figures = draw_all(results)
+    pages(figures, folder)
+    if with_pictures and (problem := pictures(figures, folder, label=results.label)):
+        LOGGER.warning(problem)
+    return figures
 
 
 def pages(figures: Mapping[str, go.Figure], folder: Path) -> list[Path]:
     """Write each figure as HTML; plotly.js lies once beside them, so no network is needed to look."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, figure in figures.items():
-        path = folder / f"{name}.html"
-        figure.write_html(path, include_plotlyjs="directory", full_html=True, config={"responsive": True})
-        paths.append(path)
+    paths = [folder / f"{name}.html" for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        figure.write_html(path, include_plotlyjs="directory", config={"responsive": True})
     return paths
 
 
 def pictures(
-    figures: Mapping[str, go.Figure], folder: Path, kinds: Sequence[str] = ("png", "svg"), of: str = ""
+    figures: Mapping[str, go.Figure], folder: Path, kinds: Sequence[str] = ("png", "svg"), label: str = ""
 ) -> str:
-    """Write each figure that draws something as PNG and SVG; return why not where no browser draws them.
+    """Write each figure that draws something as PNG and SVG; return why not, or nothing.
 
-    `of`, a model and its device, stands beside the title: a picture is passed on without the page around it. A
-    browser that fails costs the pictures, never the run that asked for them.
+    A browser that fails costs the pictures, never the run that asked for them.
+
+    Parameters
+    ----------
+    figures
+        Figures by file name.
+    folder
+        Where the pictures go.
+    kinds
+        File types that kaleido knows.
+    label
+        Model and device: they stand beside the title, since a picture is passed on without the page around it.
     """
-    drawn = {name: figure for name, figure in figures.items() if not look.is_empty(figure)}
-    if not drawn:
+    shown = {name: _labelled(figure, label) for name, figure in figures.items() if not theme.is_empty(figure)}
+    if not shown:
         return ""
     try:
         from choreographer.browsers.chromium import Chromium
         from kaleido import write_fig_from_object_sync
         from kaleido.errors import KaleidoError
     except ModuleNotFoundError:
-        return "figures are saved as HTML only: kaleido is not installed; pip install kaleido, and " + REMEDY
+        return f"figures are saved as HTML only: kaleido is not installed; pip install kaleido, and {REMEDY}"
     if not Chromium.find_browser(skip_local=False):
         return f"figures are saved as HTML only: there is no browser to draw PNG and SVG; {REMEDY}"
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [
-        {
-            "fig": _told(figure, of),
-            "path": folder / f"{name}.{kind}",
-            "opts": {"format": kind, "width": WIDTH_PX, "height": figure.layout.height, "scale": SCALE},
-        }
-        for name, figure in drawn.items()
-        for kind in kinds
-    ]
+    jobs = [
+        {"fig": figure, "path": folder / f"{name}.{kind}",
+         "opts": {"format": kind, "width": WIDTH_PX, "height": figure.layout.height, "scale": SCALE}}
+        for name, figure in shown.items() for kind in kinds
+    ]  # fmt: skip
     try:
-        write_fig_from_object_sync(wanted, cancel_on_error=True, kopts={"mathjax": False, "timeout": 30})
+        write_fig_from_object_sync(jobs, cancel_on_error=True, kopts={"mathjax": False, "timeout": 30})
     except (RuntimeError, OSError, KaleidoError) as error:
         return f"figures are saved as HTML only: the browser did not draw them ({error}); {REMEDY}"
     return ""
+
+
+def _labelled(figure: go.Figure, label: str) -> go.Figure:
+    text = f"  <span style='font-size:12px;font-weight:400;color:{theme.QUIET}'>{escape(label)}</span>"
+    return go.Figure(figure).update_layout(title_text=figure.layout.title.text + text * bool(label))
