@@ -276,7 +276,9 @@ def _kept_speeds(table: pd.DataFrame) -> pd.DataFrame:
     frame = table.dropna(subset=["throughput_rps"])
     if set(frame.precision) - set(PRECISIONS):
         raise ValueError(f"unknown formats beside {', '.join(PRECISIONS)}")
-    flags = [text.split("; ") if isinstance(text, str) else [] for text in frame["flags"]]
+    flags = [
+        text.split("; ") if isinstance(text, str) and text else [] for text in frame.get("flags", [""] * len(frame))
+    ]
     frame = _speed_frame(frame.assign(flags=pd.Series(flags, frame.index, dtype=object)))
     half = (1 + frame.throughput_spread_pct.fillna(0) / 100) ** 0.5  # the spread is the range over the lowest
     return frame.assign(low_rps=frame.throughput_rps / half, high_rps=frame.throughput_rps * half)

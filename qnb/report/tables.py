@@ -164,7 +164,7 @@ def _pairs(results: Results, base: Mapping[str, Any], row: Mapping[str, Any]) ->
     """Return a row an item that both formats answered, the baseline's as ``_base``; a text says why there is none."""
     if row["limit"] != base["limit"]:
         return f"limit {row['limit']}, {BASELINE} has {base['limit']}"
-    if row.get("data_sha256") != base.get("data_sha256"):
+    if row["data_sha256"] != base["data_sha256"]:
         return f"its questions are others than {BASELINE}'s"
     before, now = results.items(base), results.items(row)
     if before is None or now is None:
@@ -184,7 +184,7 @@ def _compare(row: Mapping[str, Any], pairs: pd.DataFrame) -> Iterator[dict[str, 
     names = [score["task"] for score in row["scores"]
              if score["metric"] in HEADLINE and (score["group"] or score["task"] == asked)]  # fmt: skip
     for task in dict.fromkeys(names):
-        part = pairs if task == asked else pairs[pairs.task.isin((row.get("groups") or {}).get(task, ()))]
+        part = pairs if task == asked else pairs[pairs.task.isin(row["groups"].get(task, ()))]
         if not _is_counted(part):
             continue
         change = compare(list(part.correct_base), list(part.correct))
@@ -378,9 +378,8 @@ def as_text(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cell(name: str, value: Any) -> str:
-    if name == "flags":
-        return flag_text(value.split("; ") if isinstance(value, str) and value else value)
-    return format_value(name, value)
+    flags = value.split("; ") if isinstance(value, str) else value
+    return flag_text(flags) if name == "flags" and isinstance(flags, list) else format_value(name, value)
 
 
 def markdown(frame: pd.DataFrame) -> str:

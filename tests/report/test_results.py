@@ -120,6 +120,15 @@ def test_kept_tables_give_the_same_speeds(studied, tmp_path):
         assert mine["flags"].tolist() == other["flags"].tolist()
 
 
+def test_a_kept_sweep_needs_no_more_than_its_rates(tmp_path):
+    rows = "precision,engine,batch_size,throughput_rps,batch_latency_s\nfp16,eager,1,2,0.5\nfp16,eager,2,3,0.7\n"
+    (tmp_path / "sweep.csv").write_text(rows)
+    sweep = Results.of_tables(tmp_path).sweep
+    assert (
+        sweep.throughput_rps.tolist() == [2, 3] and sweep.tpot_s.isna().all() and sweep["flags"].tolist() == [[], []]
+    )
+
+
 def test_the_repositorys_kept_runs_can_be_read():
     kept = read_reference(ROOT / "outputs" / "reference")
     assert len(kept) == 3 and all(study.precisions for study in kept.values())
