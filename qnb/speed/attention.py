@@ -94,16 +94,16 @@ def layout(slots: Tensor, padding: Tensor | None, length: int) -> tuple[Tensor, 
     return (slots - padding[:, None]).clamp(min=0), visible[:, None]
 
 
-def attend_sdpa(query: Tensor, kv: KV, at: Position, scaling: float) -> Tensor:
+def attend_sdpa(query: Tensor, kv: KV, position: Position, scaling: float) -> Tensor:
     """Attend with one token a row, (B, H, G, S), by PyTorch's kernel.
 
     The queries of one KV head stand where the tokens of a sequence would: no key is repeated, in memory or in reading.
     All L slots are read, whether a row attends to them or not.
     """
-    return functional.scaled_dot_product_attention(query, *kv, attn_mask=at.mask, scale=scaling)
+    return functional.scaled_dot_product_attention(query, *kv, attn_mask=position.mask, scale=scaling)
 
 
-def attend_reductions(query: Tensor, kv: KV, at: Position, scaling: float) -> Tensor:
+def attend_reductions(query: Tensor, kv: KV, position: Position, scaling: float) -> Tensor:
     """Attend as `attend_sdpa` does, by reductions in float32; to be compiled, for a few rows.
 
     torch.compile spreads each reduction over the whole GPU and keeps no product in memory. For one row on an H100 that
@@ -111,22 +111,22 @@ def attend_reductions(query: Tensor, kv: KV, at: Position, scaling: float) -> Te
     """
     keys, values = kv
     products = query[:, :, :, None].float() * keys[:, :, None].float()  # (B, H, G, L, S)
-    scores = products.sum(-1) * scaling + at.mask  # (B, H, G, L)
+    scores = products.sum(-1) * scaling + position.mask  # (B, H, G, L)
     shares = torch.softmax(scores, -1)
     return (shares[..., None] * values[:, :, None].float()).sum(-2).to(query.dtype)  # (B, H, G, S)
 
 
-def attend_flex(query: Tensor, kv: KV, at: Position, scaling: float) -> Tensor:
+def attend_flex(query: Tensor, kv: KV, position: Position, scaling: float) -> Tensor:
     """Attend as `attend_sdpa` does, by flex attention, which reads only the blocks in use; to be compiled.
 
     Sixteen layers of Llama-3.2-1B's shape with 1,384 rows of 240 slots take PyTorch's kernel 7.7 ms on an H100. Flex
     attention takes 3.9 ms with all slots in use, near the time of reading them.
     """
-    groups, length, mask = query.shape[2], kv[0].shape[2], at.mask
+    groups, length, mask = query.shape[2], kv[0].shape[2], position.mask
     tile_rows = max(16, 1 << (groups - 1).bit_length())  # a power of two, and no fewer than tensor cores multiply
     order = torch.arange(-(-length // FLEX_BLOCK), dtype=torch.int32, device=query.device)
     in_use = BlockMask.from_kv_blocks(
-        at.blocks.view(1, 1, 1), order.view(1, 1, 1, -1), BLOCK_SIZE=(tile_rows, FLEX_BLOCK),
+        position.blocks.view(1, 1, 1), order.view(1, 1, 1, -1), BLOCK_SIZE=(tile_rows, FLEX_BLOCK),
         seq_lengths=(groups, length), compute_q_blocks=False,
     )  # fmt: skip
 

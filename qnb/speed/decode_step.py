@@ -79,82 +79,83 @@ class Shape(NamedTuple):
     has_gqa_kernel: bool  # whether SDPA's kernels for no mask know heads that share keys
 
 
-# The functions that torch.compile fuses. Each adds the last product's output, `delta`, to the residual stream itself,
+# The functions that torch.compile fuses. Each adds the last product's output, `delta`, to the hidden states itself,
 # so that the sum is one kernel with the norm after it.
 
 
-def project_qkv(residual: Tensor, layer: Layer, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries (..., H*G, S), keys and values (..., H, S) of the residual stream (..., D), not yet rotated."""
-    normed = rms_norm(residual, layer.input_norm, shape.epsilon).reshape(-1, residual.shape[-1])
-    heads = multiply_all(layer.qkv, normed).view(*residual.shape[:-1], -1, shape.head_size)
+def project_qkv(hidden: Tensor, layer: Layer, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries (..., H*G, S), keys and values (..., H, S) of the hidden states (..., D), not yet rotated."""
+    normed = rms_norm(hidden, layer.input_norm, shape.epsilon).reshape(-1, hidden.shape[-1])
+    heads = multiply_all(layer.qkv, normed).view(*hidden.shape[:-1], -1, shape.head_size)
     query, key, value = heads.split((shape.kv_heads * shape.groups, shape.kv_heads, shape.kv_heads), -2)
     if layer.qk_norms:
         query, key = (rms_norm(x, norm, shape.epsilon) for x, norm in zip((query, key), layer.qk_norms, strict=True))
     return query, key, value
 
 
-def project_output(residual: Tensor, attended: Tensor, layer: Layer, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Add the projection of `attended` to the residual stream; return that and the MLP's output, (..., D) each."""
-    rows = residual.numel() // residual.shape[-1]
-    residual = residual + layer.output.multiply(attended.reshape(rows, -1)).view_as(residual)
-    normed = rms_norm(residual, layer.post_attention_norm, epsilon).reshape(-1, residual.shape[-1])
+def project_output(hidden: Tensor, attended: Tensor, layer: Layer, epsilon: float) -> tuple[Tensor, Tensor]:
+    """Add the projection of `attended` to the hidden states; return that and the MLP's output, (..., D) each."""
+    rows = hidden.numel() // hidden.shape[-1]
+    hidden = hidden + layer.output.multiply(attended.reshape(rows, -1)).view_as(hidden)
+    normed = rms_norm(hidden, layer.post_attention_norm, epsilon).reshape(-1, hidden.shape[-1])
     gate, up = multiply_all(layer.gate_up, normed).chunk(2, -1)
-    return residual, layer.down.multiply(functional.silu(gate) * up).view_as(residual)
+    return hidden, layer.down.multiply(functional.silu(gate) * up).view_as(hidden)
 
 
 def embed(
     embedding: Tensor, angles: Angles, token: Tensor, slot: Tensor, padding: Tensor, length: int
 ) -> tuple[Tensor, Position]:
-    """Return the residual stream (B, D) and the positions of tokens (B,) to be written at `slot`."""
-    position, visible = attention.layout(slot, padding, length)  # (B, 1), (B, 1, 1, L)
+    """Return the hidden states (B, D) and the positions of tokens (B,) to be written at `slot`."""
+    places, visible = attention.layout(slot, padding, length)  # (B, 1), (B, 1, 1, L)
     assert visible is not None
     mask = torch.zeros(visible.shape, dtype=embedding.dtype, device=token.device).masked_fill(~visible, float("-inf"))
-    cos, sin = (angle[position] for angle in angles)  # (B, 1, S)
+    cos, sin = (angle[places] for angle in angles)  # (B, 1, S)
     return embedding[token], Position(cos, sin, mask, (slot // attention.FLEX_BLOCK + 1).to(torch.int32))
 
 
 def decode_layer(
-    residual: Tensor, delta: Tensor, layer: Layer, kv: KV, slot: Tensor, at: Position, shape: Shape, attend: Attend
+    hidden: Tensor, delta: Tensor, layer: Layer, kv: KV, slot: Tensor, position: Position, shape: Shape, attend: Attend
 ) -> tuple[Tensor, Tensor]:
-    """Run one decoder layer for one token a row, (B, D); return the residual stream and what is to be added to it."""
-    residual = residual + delta
-    query, key, value = project_qkv(residual, layer, shape)
-    for part, new in zip(kv, (rotate(key, at.cos, at.sin), value), strict=True):
+    """Run one decoder layer for one token a row, (B, D); return the hidden states and what is to be added to it."""
+    hidden = hidden + delta
+    query, key, value = project_qkv(hidden, layer, shape)
+    for part, new in zip(kv, (rotate(key, position.cos, position.sin), value), strict=True):
         part.index_copy_(2, slot, new[:, :, None])
-    query = query.reshape(len(residual), shape.kv_heads, shape.groups, shape.head_size)
-    attended = attend(rotate(query, at.cos[:, None], at.sin[:, None]), kv, at, shape.scaling)  # (B, H, G, S)
-    return project_output(residual, attended, layer, shape.epsilon)
+    query = query.reshape(len(hidden), shape.kv_heads, shape.groups, shape.head_size)
+    query = rotate(query, position.cos[:, None], position.sin[:, None])  # (B, H, G, S)
+    attended = attend(query, kv, position, shape.scaling)  # (B, H, G, S)
+    return project_output(hidden, attended, layer, shape.epsilon)
 
 
 def prefill_layer(
-    residual: Tensor, delta: Tensor, layer: Layer, kv: KV, at: PromptPosition, shape: Shape, is_last: bool
+    hidden: Tensor, delta: Tensor, layer: Layer, kv: KV, position: PromptPosition, shape: Shape, is_last: bool
 ) -> tuple[Tensor, Tensor]:
-    """Run one decoder layer for whole prompts, (B, T, D); return the residual stream and what is to be added to it.
+    """Run one decoder layer for whole prompts, (B, T, D); return the hidden states and what is to be added to it.
 
     Beyond keys and values, the last layer runs only for each prompt's last token, (B, D).
     """
-    residual, (cos, sin, mask), attend = residual + delta, at, functional.scaled_dot_product_attention
-    query, key, value = project_qkv(residual, layer, shape)
+    hidden, (cos, sin, mask), attend = hidden + delta, position, functional.scaled_dot_product_attention
+    query, key, value = project_qkv(hidden, layer, shape)
     for part, new in zip(kv, (rotate(key, cos, sin), value), strict=True):
         part.copy_(new.transpose(1, 2))
     if is_last:
         query = rotate(query[:, -1:], cos[:, -1:], sin[:, -1:])  # (B, 1, H*G, S)
-        query = query.reshape(len(residual), shape.kv_heads, shape.groups, shape.head_size)
+        query = query.reshape(len(hidden), shape.kv_heads, shape.groups, shape.head_size)
         mask = None if mask is None else mask[:, :, -1:]  # (B, 1, 1, T)
         attended = attend(query, *kv, attn_mask=mask, scale=shape.scaling)
-        return project_output(residual[:, -1], attended, layer, shape.epsilon)
+        return project_output(hidden[:, -1], attended, layer, shape.epsilon)
     query = rotate(query, cos, sin).transpose(1, 2)  # (B, H*G, T, S)
     if mask is None and shape.has_gqa_kernel:
         attended = attend(query, *kv, is_causal=True, scale=shape.scaling, enable_gqa=True)
     else:
         repeated = (part.repeat_interleave(shape.groups, 1) for part in kv)
         attended = attend(query, *repeated, attn_mask=mask, is_causal=mask is None, scale=shape.scaling)
-    return project_output(residual, attended.transpose(1, 2), layer, shape.epsilon)
+    return project_output(hidden, attended.transpose(1, 2), layer, shape.epsilon)
 
 
-def predict(residual: Tensor, delta: Tensor, norm: Tensor, head: Product, suppressed: Tensor, epsilon: float) -> Next:
+def predict(hidden: Tensor, delta: Tensor, norm: Tensor, head: Product, suppressed: Tensor, epsilon: float) -> Next:
     """Return the next token's logits, (B, V), and the likeliest token that is not suppressed, (B,)."""
-    logits = head.multiply(rms_norm(residual + delta, norm, epsilon))
+    logits = head.multiply(rms_norm(hidden + delta, norm, epsilon))
     return logits, argmax_in_parts(logits + suppressed)
 
 
@@ -171,7 +172,7 @@ def argmax_in_parts(scores: Tensor) -> Tensor:
 
 
 class Functions(NamedTuple):
-    """The functions of a step and of a prefill, as written or compiled, and the way that a step attends."""
+    """The functions of a step and of a prefill, as written or compiled, and how a step attends."""
 
     embed: Callable[..., Any] = embed
     decode_layer: Callable[..., Any] = decode_layer
@@ -272,30 +273,30 @@ class FusedStep:
         functions, slot = self._functions(len(token)), cache.slot
         with sdpa_kernel(SDPA_BACKENDS):
             _allow_any_batch(token, cache.padding)
-            residual, at = functions.embed(self.embedding, angles, token, slot, cache.padding, cache.length)
-            delta = torch.zeros_like(residual)
-            _allow_any_batch(at.cos, at.sin, at.mask)
+            hidden, position = functions.embed(self.embedding, angles, token, slot, cache.padding, cache.length)
+            delta = torch.zeros_like(hidden)
+            _allow_any_batch(position.cos, position.sin, position.mask)
             for layer, kv in zip(self.layers, cache.layers, strict=True):
-                _allow_any_batch(residual, delta, *kv)
-                inputs = residual, delta, layer, kv, slot, at, self.shape, functions.attend
-                residual, delta = functions.decode_layer(*inputs)
-            _allow_any_batch(residual, delta)
-            return functions.predict(residual, delta, self.norm, self.head, suppressed, self.shape.epsilon)
+                _allow_any_batch(hidden, delta, *kv)
+                inputs = hidden, delta, layer, kv, slot, position, self.shape, functions.attend
+                hidden, delta = functions.decode_layer(*inputs)
+            _allow_any_batch(hidden, delta)
+            return functions.predict(hidden, delta, self.norm, self.head, suppressed, self.shape.epsilon)
 
     def _prefill(self, ids: Tensor, cache: KVCache, padded: bool, angles: Angles, suppressed: Tensor) -> Next:
-        slots, residual = torch.arange(ids.shape[1], device=ids.device), self.embedding[ids]  # (T,), (B, T, D)
+        slots, hidden = torch.arange(ids.shape[1], device=ids.device), self.embedding[ids]  # (T,), (B, T, D)
         positions, mask = attention.layout(slots, cache.padding if padded else None, len(slots))
         cos, sin = (angle[positions][:, :, None] for angle in angles)  # (B or 1, T, 1, S)
-        at, delta = PromptPosition(cos, sin, mask), torch.zeros_like(residual)
-        _allow_any_batch(*(tensor for tensor in at if tensor is not None))
+        position, delta = PromptPosition(cos, sin, mask), torch.zeros_like(hidden)
+        _allow_any_batch(*(tensor for tensor in position if tensor is not None))
         for layer, layer_kv in zip(self.layers, cache.layers, strict=True):
             kv = tuple(part[:, :, : len(slots)] for part in layer_kv)  # (B, H, T, S)
-            _allow_any_batch(residual, delta, *kv)
-            inputs = residual, delta, layer, kv, at, self.shape, layer is self.layers[-1]
-            residual, delta = self._large.prefill_layer(*inputs)  # (B, T, D), the last (B, D)
-        _allow_any_batch(residual, delta)
+            _allow_any_batch(hidden, delta, *kv)
+            inputs = hidden, delta, layer, kv, position, self.shape, layer is self.layers[-1]
+            hidden, delta = self._large.prefill_layer(*inputs)  # (B, T, D), the last (B, D)
+        _allow_any_batch(hidden, delta)
         predict = self._functions(len(ids)).predict
-        return predict(residual, delta, self.norm, self.head, suppressed, self.shape.epsilon)
+        return predict(hidden, delta, self.norm, self.head, suppressed, self.shape.epsilon)
 
 
 def _allow_any_batch(*tensors: Tensor) -> None:

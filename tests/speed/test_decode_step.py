@@ -1,0 +1,171 @@
+"""The fused step and its decoder against the model's own forward: the same logits to rounding, on any batch."""
+
+import copy
+
+import decode_oracle as oracle
+import pytest
+import torch
+from decode_oracle import ONE, THREE, decode_forced, decode_stock, tiny_model
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, StableLmConfig
+
+from qnb.memory import is_out_of_memory
+from qnb.precision import PRECISIONS
+from qnb.quantize import checkpoint
+from qnb.speed import attention, decode_step, decoder
+from qnb.speed.decode_step import ARGMAX_PART, Functions, argmax_in_parts
+from qnb.speed.decoder import Decoder
+from qnb.speed.engines import COMPILE_OPTIONS, Eager
+
+FAMILIES = [
+    pytest.param(LlamaConfig, {"tie_word_embeddings": True}, id="llama, tied"),
+    pytest.param(LlamaConfig, {"attention_bias": True}, id="llama, own head and biases"),
+    pytest.param(MistralConfig, {}, id="mistral"),
+    pytest.param(Qwen2Config, {}, id="qwen2"),
+    pytest.param(Qwen3Config, {"head_dim": 32}, id="qwen3"),
+]
+BATCHES = pytest.mark.parametrize("prompts", [ONE, THREE], ids=["one", "three, padded"])
+
+
+def assert_same_logits(model, decoder, prompts, new_tokens=4):
+    forced = torch.randint(0, 300, (len(prompts), new_tokens))
+    logits, expected = decode_forced(decoder, prompts, forced), decode_stock(model, prompts, forced)
+    assert (logits - expected[:, 1:]).abs().max() < 1e-4
+    assert torch.equal(decoder.new_ids(len(prompts), 1 + new_tokens), expected.argmax(-1))
+
+
+@BATCHES
+@pytest.mark.parametrize(("config", "more"), FAMILIES)
+def test_the_fused_step_is_the_models_forward(config, more, prompts):
+    model = tiny_model(config, **more)
+    decoder = Decoder(model, len(prompts) + 1, 6, 9)
+    assert decoder.network.note == ""
+    assert_same_logits(model, decoder, prompts, 9)
+    half, forced = copy.deepcopy(model).bfloat16(), torch.randint(0, 300, (len(prompts), 9))
+    truth, theirs = (decode_stock(each, prompts, forced)[:, 1:] for each in (copy.deepcopy(half).float(), half))
+    ours = decode_forced(Decoder(half, 3, 6, 9), prompts, forced)
+    assert oracle.error_ratio(ours, theirs, truth) <= oracle.ROUNDING
+
+
+@BATCHES
+def test_another_family_runs_its_own_forward_and_says_so(prompts):
+    model = tiny_model(StableLmConfig)
+    decoder = Decoder(model, len(prompts), 6, 9)
+    assert "stablelm" in decoder.network.note
+    assert_same_logits(model, decoder, prompts)
+
+
+def test_memory_serves_smaller_batches_and_shorter_prompts_one_after_the_other():
+    model = tiny_model(LlamaConfig)
+    decoder = Decoder(model, 3, 9, 9)
+    for prompts in (THREE, ONE, [[3, 4], [9, 8]]):
+        assert_same_logits(model, decoder, prompts)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(5, [1, 1, 1]), (12, [2, 2]), (17, [2, 2]), (18, [3])])
+def test_prompts_are_read_in_chunks_of_one_size(tokens, rows, monkeypatch):
+    """The last chunk begins before its rows do: their keys and values are those of their own prompts."""
+    monkeypatch.setattr(decoder, "PREFILL_TOKENS", tokens)
+    model, chunks = tiny_model(LlamaConfig), []
+    read = Decoder(model, 3, 6, 4)
+    prefill = read.network.prefill
+    monkeypatch.setattr(read.network, "prefill", lambda ids, *more: chunks.append(len(ids)) or prefill(ids, *more))
+    assert_same_logits(model, read, THREE)
+    assert chunks == rows
+
+
+@pytest.mark.parametrize("size", [1, ARGMAX_PART - 1, ARGMAX_PART, 3 * ARGMAX_PART + 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_argmax_is_the_first_of_the_highest_scores(size, dtype):
+    scores = torch.randint(-3, 3, (50, size)).to(dtype)  # ties are the rule
+    scores[0] = float("-inf")
+    first = torch.where(scores == scores.amax(-1, keepdim=True), torch.arange(size), size).amin(-1)
+    assert torch.equal(argmax_in_parts(scores), first)
+
+
+@BATCHES
+@pytest.mark.parametrize("attend", [attention.attend_sdpa, attention.attend_reductions])
+def test_a_compiled_step_is_the_same_and_compiled_once_for_all_layers(prompts, attend, monkeypatch):
+    monkeypatch.setattr(attention, "attend_reductions", attend)
+    model = tiny_model(LlamaConfig)
+    counters.clear()
+    decoder = Decoder(model, len(prompts), 6, 9, COMPILE_OPTIONS)
+    assert_same_logits(model, decoder, prompts)
+    # embed, layer, prefill of the first and of the last layer, predict
+    assert decoder.network.note == "" and counters["stats"]["unique_graphs"] == 5
+
+
+@pytest.mark.parametrize("attend", [attention.attend_sdpa, attention.attend_flex])
+def test_compiled_for_more_than_a_few_rows_the_step_serves_any_number(attend, monkeypatch):
+    monkeypatch.setattr(decode_step, "SMALL_BATCH", 1)
+    monkeypatch.setattr(attention, "attend_large_batch", lambda *_: attend)
+    model, compiled = tiny_model(LlamaConfig), []
+    for rows in (3, 2):
+        decoder = Decoder(model, 3, 6, 9, COMPILE_OPTIONS)
+        assert_same_logits(model, decoder, THREE[:rows])
+        compiled.append(counters["stats"]["unique_graphs"])
+        assert decoder.network.note == ""
+    assert compiled[0] == compiled[1]
+
+
+def test_large_batches_attend_by_blocks_where_a_kernel_of_them_fits(monkeypatch):
+    chosen = []
+    for head_bytes, generation in ((128, 9), (256, 8), (128, 7), (512, 9), (16, 9)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, generation=generation: (generation, 0))
+        chosen.append(attention.attend_large_batch(head_bytes, torch.device("cuda")))
+    assert chosen == 2 * [attention.attend_flex] + 3 * [attention.attend_sdpa]
+
+
+def break_compiler(monkeypatch, name, error):
+    def backend(graph, inputs):
+        raise error
+
+    function = torch.compile(getattr(decode_step, name), backend=backend)
+    monkeypatch.setattr(Functions, "compiled", lambda functions, *_: functions._replace(**{name: function}))
+
+
+@pytest.mark.parametrize("name", ["prefill_layer", "decode_layer", "predict"])
+def test_what_cannot_be_compiled_runs_uncompiled_and_says_so(name, monkeypatch):
+    break_compiler(monkeypatch, name, RuntimeError("no compiler here"))
+    model = tiny_model(LlamaConfig)
+    for _ in range(2):  # the second decoder finds the same fused step
+        decoder = Decoder(model, 1, 6, 9, COMPILE_OPTIONS)
+        assert_same_logits(model, decoder, ONE)
+        assert "no compiler here" in decoder.network.note
+
+
+def test_memory_that_runs_out_while_compiling_is_not_the_compilers_fault(monkeypatch):
+    break_compiler(monkeypatch, "decode_layer", torch.cuda.OutOfMemoryError("no more"))
+    decoder = Decoder(tiny_model(LlamaConfig), 1, 6, 9, COMPILE_OPTIONS)
+    with pytest.raises(Exception, match="no more") as caught:
+        decoder.step(1)
+    assert is_out_of_memory(caught.value) and decoder.network.note == ""
+
+
+def test_more_shapes_than_are_kept_compiled_run_uncompiled(monkeypatch):
+    monkeypatch.setattr(decode_step, "RECOMPILE_LIMIT", 1)
+    function = torch.compile(decode_step.prefill_layer, fullgraph=True, backend="eager")
+    monkeypatch.setattr(Functions, "compiled", lambda functions, *_: functions._replace(prefill_layer=function))
+    model = tiny_model(LlamaConfig)
+    for width in (6, 7, 8):
+        decoder = Decoder(model, 1, width, 9, COMPILE_OPTIONS)
+        assert_same_logits(model, decoder, ONE)
+    assert "torch.compile failed" in decoder.network.note
+
+
+@pytest.mark.parametrize("name", ["bf16", "nf4", "int8-no-outliers"])
+def test_tokens_are_eagers_but_after_a_near_tie(name, source):
+    """Fed the same tokens the step is as far from float32 as eager is; its own tokens differ after a near tie."""
+    texts = oracle.tokenized(source)
+    with checkpoint.quiet():
+        model = checkpoint.load(source.path, PRECISIONS[name], "cpu")
+        exact = oracle.unrounded(model, source.path)
+        decoder = Decoder(model, len(texts), max(map(len, texts)), 8)
+        tokens = Eager(model).generate(texts, 8)
+        truth, theirs = (decode_stock(each, texts, tokens[:, :-1]) for each in (exact, model))
+        ours = decode_forced(decoder, texts, tokens[:, :-1])
+        decoder.prefill(len(texts))
+        for _ in range(7):
+            decoder.step(len(texts))
+    assert decoder.network.note == ""
+    oracle.assert_differs_by_rounding(ours, theirs, truth, tokens, decoder.new_ids(len(texts), 8))

@@ -1,0 +1,213 @@
+"""Engines: greedy whatever a model asks for, with a KV cache, refused where they cannot run, and captured on a GPU."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import decode_oracle as oracle
+import pytest
+import torch
+from bitsandbytes import nn
+from decode_oracle import ONE, THREE, decode_forced, decode_stock, tiny_model
+from transformers import LlamaConfig, MambaConfig, MambaForCausalLM, MistralConfig, Qwen3Config
+
+from qnb.errors import InputError
+from qnb.memory import is_out_of_memory, release
+from qnb.precision import PRECISIONS
+from qnb.quantize import checkpoint
+from qnb.speed import engines
+from qnb.speed.decoder import WARM_UP_STEPS, Decoder
+from qnb.speed.engines import Clock, CudaGraph, Eager, TokenComparison, compare_tokens, why_unavailable
+
+
+@pytest.fixture(scope="module")
+def texts(source):
+    return oracle.tokenized(source)
+
+
+def test_eager_ticks_once_a_token_and_changes_none():
+    model = tiny_model(LlamaConfig)
+    clock = Clock(model.device)
+    timed = Eager(model).generate(THREE, 6, clock)
+    times_s = clock.elapsed_s()
+    assert len(times_s) == 6 and sorted(times_s) == times_s and times_s[0] > 0
+    assert torch.equal(timed, Eager(model).generate(THREE, 6)) and timed.shape == (3, 6)
+
+
+def test_a_models_own_penalties_and_beams_do_not_reach_eager():
+    model = tiny_model(LlamaConfig)
+    plain, own = Eager(model).generate(THREE, 12), model.generation_config
+    own.repetition_penalty, own.no_repeat_ngram_size, own.num_beams, own.do_sample = 1.5, 2, 3, True
+    own.max_time, own.num_return_sequences, own.return_dict_in_generate, own.min_length = 1e-6, 2, True, 40
+    assert len(set(plain[0].tolist())) < 12, "nothing is repeated that a penalty would stop"
+    assert torch.equal(Eager(model).generate(THREE, 12), plain)
+    assert model.generation_config is own and own.num_beams == 3
+
+
+@pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config])
+@pytest.mark.parametrize("of_generation", [True, False])
+def test_the_kv_cache_is_on_whatever_a_model_asks_for(config, of_generation):
+    model = tiny_model(config, use_cache=False)
+    model.generation_config.use_cache = False if of_generation else None
+    read = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
+    tokens = Eager(model).generate(ONE, 4)
+    assert read == [len(ONE[0]), 1, 1, 1]
+    decoder = Decoder(model, 1, 5, 4)
+    decoder.prefill(1, decoder.load(ONE))
+    for _ in range(3):
+        decoder.step(1)
+    assert torch.equal(decoder.new_ids(1, 4), tokens)
+
+
+def test_an_end_of_sequence_is_barred_as_generate_bars_it():
+    model = tiny_model(LlamaConfig)
+    model.lm_head.weight.data[7] = 40 * model.lm_head.weight.data[7].sign()  # often the likeliest token
+    expected = Eager(model).generate(THREE, 6)
+    decoder = Decoder(model, 3, 5, 6)
+    decoder.prefill(3, decoder.load(THREE))
+    for _ in range(5):
+        decoder.step(3)
+    assert torch.equal(decoder.new_ids(3, 6), expected) and not (expected == 7).any()
+
+
+def test_the_first_difference_is_found_with_its_margin():
+    model = tiny_model(LlamaConfig)
+    first = Eager(model).generate(THREE, 5)
+    assert compare_tokens(model, THREE, first, first.clone()) == TokenComparison(5, None, None)
+    second = first.clone()
+    second[1, 3:] = (second[1, 3:] + 1) % 300
+    second[2, 4] = (second[2, 4] + 1) % 300
+    compared = compare_tokens(model, THREE, first, second)
+    logits = model(torch.tensor([THREE[1] + first[1, :3].tolist()])).logits[0, -1].detach()
+    margin = float(logits[first[1, 3]] - logits[second[1, 3]])
+    assert compared.first_difference == 3 and compared.difference_margin == pytest.approx(margin, abs=1e-5)
+    assert margin > 0
+
+
+def test_cuda_graph_is_refused_without_a_gpu_not_faked():
+    with pytest.raises(InputError, match="GPU"):
+        CudaGraph(tiny_model(LlamaConfig), 1, 5, 4)
+    assert engines.parse("auto", "cpu") == ("eager",) and engines.parse("auto", "cuda") == ("eager", "cuda_graph")
+    assert engines.parse("cuda_graph, eager", "cuda") == ("eager", "cuda_graph")  # the one that moves no weights first
+    for wrong, reason in (("cuda_graph", "NVIDIA GPU"), ("fast", "eager, cuda_graph"), ("", "eager, cuda_graph")):
+        with pytest.raises(InputError, match=reason):
+            engines.parse(wrong, "cpu")
+
+
+def test_a_model_whose_step_no_graph_can_capture_is_refused():
+    def why(model, tokens=0):
+        return why_unavailable("cuda_graph", "cuda", model=model, tokens=tokens)
+
+    llama = tiny_model(LlamaConfig)
+    assert why(llama, 64) == "" and why_unavailable("eager", "cpu", 6.0) == ""
+    assert "outlier" in why_unavailable("cuda_graph", "cuda", 6.0)
+    llama.outliers = nn.Linear8bitLt(64, 64, has_fp16_weights=False, threshold=6.0)
+    assert "outlier" in why(llama)
+    llama.outliers.state.threshold = 0.0
+    assert why(llama) == ""
+    assert why(MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2)))
+    narrow = tiny_model(MistralConfig, sliding_window=8)
+    assert why(narrow, 8) == "" and "last 8 tokens" in why(narrow, 9)
+
+
+def test_more_than_the_context_window_is_refused():
+    with pytest.raises(InputError, match="context window of 64"):
+        Eager(tiny_model(LlamaConfig)).generate(ONE, 60)
+
+
+class Repeated(CudaGraph):
+    """CudaGraph that does its work again where a GPU replays it."""
+
+    def _capture(self, work, batch_size):
+        for _ in range(WARM_UP_STEPS):
+            work(batch_size)
+        return SimpleNamespace(replay=lambda: work(batch_size))
+
+
+@pytest.mark.parametrize("captured_tokens", [0, 4096], ids=["prefill launched", "prefill captured"])
+def test_batches_of_any_size_and_length_follow_each_other(captured_tokens, monkeypatch):
+    """The order of loading, capturing and replaying, on a CPU."""
+    monkeypatch.setattr(engines, "CAPTURED_PREFILL_TOKENS", captured_tokens)
+    monkeypatch.setattr(engines, "why_unavailable", lambda *_, **__: "")
+    monkeypatch.setattr(engines, "COMPILE_OPTIONS", None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    model = tiny_model(LlamaConfig)
+    with pytest.raises(InputError, match="context window of 64"):
+        Repeated(model, 1, 5, 60)
+    engine = Repeated(model, 3, 6, 8)
+    for prompts, new_tokens in ((THREE, 8), (ONE, 3), (THREE, 1), ([[3, 4], [9]], 8), (ONE, 8)):
+        clock = Clock(model.device)
+        assert torch.equal(engine.generate(prompts, new_tokens, clock), Eager(model).generate(prompts, new_tokens))
+        assert len(clock.elapsed_s()) == new_tokens
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [3, 12], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("name", ["bf16", "int8-no-outliers", "int4", "nf4", "nf4-dq"])
+def test_a_captured_step_is_as_near_float32_as_eager(name, rows, source, texts):
+    """Fed the same tokens, and where its own tokens differ, it was a near tie."""
+    with checkpoint.quiet():
+        model = checkpoint.load(source.path, PRECISIONS[name], "cuda")
+        exact = oracle.unrounded(model, source.path)
+        engine = CudaGraph(model, rows, max(map(len, texts)), 16)
+        decoder, step = engine._decoder, engine._decoder.step
+        held = torch.zeros(rows, model.config.vocab_size, dtype=model.dtype, device="cuda")
+        decoder.step = lambda batch_size: held.copy_(step(batch_size))  # captured with the step
+
+        def replay(batch_size):
+            engine._steps[batch_size].replay()
+            return held.clone()
+
+        results = []
+        for batch in (texts[first : first + rows] for first in range(0, len(texts), rows)):
+            own, tokens = engine.generate(batch, 16), Eager(model).generate(batch, 16)
+            forced = tokens[:, :-1]
+            ours = decode_forced(decoder, batch, forced, replay)
+            results.append((ours, decode_stock(model, batch, forced), decode_stock(exact, batch, forced), tokens, own))
+    assert engine.note == ""
+    oracle.assert_differs_by_rounding(*map(torch.cat, zip(*results, strict=True)))
+
+
+@pytest.mark.gpu
+def test_captured_sizes_share_memory_which_comes_back_when_the_engine_goes(source, texts, monkeypatch):
+    monkeypatch.setattr(engines, "COMPILE_OPTIONS", None)  # the order of captures, not their kernels
+    model = checkpoint.load(source.path, PRECISIONS["fp32"], "cuda")
+    width = max(map(len, texts))
+    CudaGraph(model, 3, width, 4).generate(texts[:3], 4)  # the step is built, and libraries have their workspaces
+    release()
+    before = torch.cuda.memory_allocated()
+    engine = CudaGraph(model, 12, width, 12)
+    for rows in (3, 1, 12, 2, 3):
+        clock = Clock(model.device)
+        tokens = engine.generate(texts[:rows], 12, clock)
+        compared = compare_tokens(model, texts[:rows], Eager(model).generate(texts[:rows], 12), tokens)
+        assert compared.difference_margin is None or abs(compared.difference_margin) < 1e-2
+        assert len(clock.elapsed_s()) == 12 and sorted(clock.elapsed_s()) == clock.elapsed_s()
+    del engine, tokens
+    release()
+    assert torch.cuda.memory_allocated() - before < 2**20
+
+
+@pytest.mark.gpu
+def test_memory_that_runs_out_while_a_step_is_captured_costs_that_engine_alone(source, texts):
+    model = checkpoint.load(source.path, PRECISIONS["bf16"], "cuda")
+    width, runs = max(map(len, texts)), []
+    release()
+    before = torch.cuda.memory_reserved()
+
+    def work(batch_size):
+        runs.append(batch_size)  # the runs before the capture take little
+        return torch.empty(2**30 if len(runs) <= WARM_UP_STEPS else 2**41, dtype=torch.uint8, device="cuda")
+
+    engine = CudaGraph(model, 3, width, 4)
+    with pytest.raises(RuntimeError) as failed:
+        engine._capture(work, 3)
+    assert is_out_of_memory(failed.value) and torch.cuda.current_stream() == torch.cuda.default_stream()
+    del engine, failed
+    release()
+    assert torch.cuda.memory_reserved() - before < 2**27  # nothing of what it had taken stays
+    assert CudaGraph(model, 3, width, 4).generate(texts[:3], 4).shape == (3, 4)
