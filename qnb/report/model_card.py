@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qnb import __version__
 from qnb.columns import format_value
@@ -31,6 +31,7 @@ DATASETS = {  # task: the hub's data set, configuration and split that lm-eval a
     "gsm8k": ("openai/gsm8k", "main", "test"),
     "gsm8k_cot": ("openai/gsm8k", "main", "test"),
 }
+BASE_SENTENCE = "It is the baseline the others are compared with."
 COLUMNS = ["task", "n_items", "baseline_pct", "accuracy_pct", "change_pp", "low_pp", "high_pp", "p_holm"]
 
 
@@ -48,30 +49,23 @@ def card(results: Results, precision: Precision) -> str:
     name, _, revision = BASES.get(results.model, results.model).partition("@")
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name, re.ASCII) is not None
     title = f"{name.rsplit('/', 1)[-1]}-{precision.name}"
-    model = f"{name} (commit {revision})" if revision else name
-    if name.startswith(RANDOM):
-        model += ", which has random weights and is for speed and memory alone,"
     data = ModelCardData(
-        model_name=title,
-        base_model=name if is_hub_name else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["qnb", precision.name, *(["bitsandbytes"] if precision.quantized else [])],
+        model_name=title, base_model=name if is_hub_name else None, library_name="transformers",
+        pipeline_tag="text-generation", tags=["qnb", precision.name, *(["bitsandbytes"] * precision.quantized)],
         eval_results=_scores(results, precision.name) or None,
-    )
+    )  # fmt: skip
     is_baseline = precision.name == BASELINE
-    rows = results.checkpoints
-    bits = rows[rows.precision == precision.name].bits_per_weight.tolist() if len(rows) else []
+    rows = results.checkpoints.to_dict("records")
+    bits = [row["bits_per_weight"] for row in rows if row["precision"] == precision.name]
     changes = build(results, "table2_change")
     changes = changes[changes.precision == precision.name].dropna(subset=["change_pp"])
     return str(
         ModelCard.from_template(
-            data, str(TEMPLATE), title=title, model=model, precision=precision, version=__version__,
+            data, str(TEMPLATE), title=title, model=name, revision=revision, precision=precision,
+            is_random=name.startswith(RANDOM), version=__version__, device=results.device or "an unnamed device",
             bits_per_weight=format_value("bits_per_weight", bits[0]) if bits else "",
-            sentences=["It is the baseline the others are compared with."] if is_baseline
-            else about(results, precision.name),
+            sentences=[BASE_SENTENCE] if is_baseline else about(results, precision.name),
             accuracy=markdown(changes[COLUMNS]) if len(changes) else "",
-            device=results.device or "a device that was not recorded",
         )
     )  # fmt: skip
 
@@ -80,21 +74,15 @@ def _scores(results: Results, precision: str) -> list[EvalResult]:
     """Return a format's scores as the hub's evaluation results."""
     from huggingface_hub import EvalResult
 
-    shown = headline(results.scores)
-    shown = (
-        shown[(shown.precision == precision) & (shown.task == shown.asked) & (shown.metric != "mean")]
-        if len(shown)
-        else shown
-    )
     scores = []
-    for row in shown.to_dict("records"):
-        dataset, config, split = DATASETS.get(row["task"], (row["task"], None, None))
-        about_task: dict[str, Any] = {"task_name": task_name(row["task"]), "dataset_name": task_name(row["task"])}
-        scores.append(
-            EvalResult(
-                task_type="text-generation", dataset_type=dataset, dataset_config=config, dataset_split=split,
-                metric_type=row["metric"], metric_name=f"{row['metric']}, {row['n_items']:,} items",
-                metric_value=round(float(row["value"]), 6), **about_task,
-            )
-        )  # fmt: skip
+    for row in headline(results.scores).to_dict("records"):
+        if row["precision"] == precision and row["task"] == row["asked"] and row["metric"] != "mean":
+            task, (dataset, config, split) = row["task"], DATASETS.get(row["task"], (row["task"], None, None))
+            scores.append(
+                EvalResult(
+                    task_type="text-generation", task_name=task_name(task), dataset_name=task_name(task),
+                    dataset_type=dataset, dataset_config=config, dataset_split=split, metric_type=row["metric"],
+                    metric_name=f"{row['metric']}, {row['n_items']:,} items", metric_value=round(row["value"], 6),
+                )
+            )  # fmt: skip
     return scores
