@@ -134,7 +134,8 @@ def accuracies(results: Results, task: str = MEAN) -> dict[str, dict[str, Any]]:
     values = shown[shown.asked == MEAN] if task == MEAN else shown[shown.task == task]
     only = common_tasks(shown)  # one task is its own mean, and Table 2 has it once
     meant = only[0] if task == MEAN and len(only) == 1 else task
-    changes = changes[changes.task.str.partition(" (")[0] == meant].dropna(subset=list(CHANGE)).set_index("precision")
+    changes = changes[changes.task.map(lambda name: name.partition(" (")[0]) == meant]  # of an empty column too
+    changes = changes.dropna(subset=list(CHANGE)).set_index("precision")
     known = {BASELINE: dict.fromkeys(CHANGE, 0.0), **changes[list(CHANGE)].to_dict("index")}
     return {
         row.precision: {"accuracy_pct": 100 * row.value, "n_items": int(row.n_items), **known.get(row.precision, {})}
