@@ -29,7 +29,7 @@ def accuracy(results: Results) -> go.Figure:
     frame = _lanes(frame.assign(above=above, below=below), "accuracy_pct", "stderr_pp")
     figure = px.bar(frame, x="accuracy_pct", error_x="above", error_x_minus="below", **_bars(frame))
     if paper.is_published_model(results.model):
-        published = paper.accuracy().assign(published=lambda rows: 100 * rows.acc)
+        published = paper.accuracy().rename(columns={"accuracy_pct": "published"})
         _published(figure, frame.merge(published, on=["task", "precision"]))
     figure.update_traces(error_x={"color": theme.INK, "thickness": 1.2, "width": 2}, selector={"type": "bar"})
     figure.update_xaxes(title=header("accuracy_pct"), rangemode="tozero")

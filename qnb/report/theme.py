@@ -84,7 +84,7 @@ def log_ticks(values: pd.Series) -> dict[str, Any]:
     """Return a logarithmic axis with its ticks written out: as few round numbers as give three, else the ends."""
     low, high = values.min(), values.max()
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
+    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
         ticks = [digit * 10.0**power for power in powers for digit in digits]
         inside = sum(low <= tick <= high for tick in ticks)
         if inside > 2:
