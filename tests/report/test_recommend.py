@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import example
 import pytest
 
+from qnb.ledger import Ledger
 from qnb.provenance import ROOT
 from qnb.report import recommend
 from qnb.report.recommend import Advice, Candidate, Demand, explain
@@ -110,6 +112,11 @@ def test_candidates_join_speed_with_the_accuracy_of_a_task_or_of_the_mean(studie
         assert (int4.tpot_s, int4.peak_memory_mib, int4.passes) == (row.tpot_s, row.peak_memory_mib, 3)
         assert (int4.change_pp, int4.low_pp) == tuple(changes.loc[(name, "int4"), ["change_pp", "low_pp"]])
     assert recommend.tasks(study) == [recommend.MEAN, "arc_easy", "arc_challenge", "hellaswag"]
+
+
+def test_without_the_baseline_there_is_an_accuracy_and_no_change(tmp_path):
+    study = Results.read(Ledger(example.write(tmp_path / "study", precisions=("int8",))))
+    assert {(each.accuracy_pct > 40, each.change_pp) for each in recommend.candidates(study, "bs1")} == {(True, None)}
 
 
 def test_kept_runs_without_accuracy_are_still_ranked_by_speed():
