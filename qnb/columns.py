@@ -26,17 +26,8 @@ class Column:
 
 _COLUMNS = (
     Column("precision", "format"),
-    Column("engine", "engine"),
-    Column("task", "task"),
-    Column("metric", "metric"),
-    Column("filter", "filter"),
     Column("n_items", "items"),
     Column("n_total", "of"),
-    Column("batch_size", "batch size"),
-    Column("requests", "requests"),
-    Column("passes", "passes"),
-    Column("flags", "flags"),
-    Column("note", "note"),
     # accuracy
     Column("accuracy_pct", "accuracy", "%", "more"),
     Column("baseline_pct", "baseline accuracy", "%", "more"),
@@ -57,11 +48,7 @@ _COLUMNS = (
     Column("answers_changed", "answers changed", "", "less"),
     # checkpoints
     Column("weights_mib", "weights", "MiB", "less"),
-    Column("file_mib", "file", "MiB", "less"),
     Column("bits_per_weight", "bits per weight", "", "less"),
-    Column("quantize_s", "quantize", "s", "less"),
-    Column("save_s", "save", "s", "less"),
-    Column("load_s", "load", "s", "less"),
     Column("reload_identical", "reload identical"),
     # speed
     Column("throughput_rps", "throughput", "requests/s", "more"),
@@ -71,10 +58,6 @@ _COLUMNS = (
     Column("batch_latency_s", "batch latency", "s", "less"),
     Column("ttft_s", "time to first token (TTFT)", "ms", "less", 1000),
     Column("tpot_s", "time per output token (TPOT)", "ms", "less", 1000),
-    Column("itl_p50_s", "inter-token latency, median", "ms", "less", 1000),
-    Column("itl_p95_s", "inter-token latency, 95th percentile", "ms", "less", 1000),
-    Column("itl_p99_s", "inter-token latency, 99th percentile", "ms", "less", 1000),
-    Column("latency_p99_s", "batch latency, 99th percentile", "s", "less"),
     Column("kernel_s_per_token", "kernel time per token", "ms", "less", 1000),
     Column("kernels_per_token", "kernels per token", "", "less"),
     Column("gpu_busy_pct", "GPU busy", "%", "more"),
@@ -87,10 +70,8 @@ _COLUMNS = (
     Column("peak_memory_mib", "peak memory", "MiB", "less"),
     Column("peak_used_memory_mib", "device memory in use", "MiB", "less"),
     Column("peak_reserved_mib", "memory reserved", "MiB", "less"),
-    Column("used_memory_mib", "memory in use", "MiB", "less"),
     Column("memory_mib", "memory in use", "MiB", "less"),
     Column("kv_cache_mib", "KV cache", "MiB", "less"),
-    Column("limit_mib", "memory limit", "MiB"),
     Column("utilization_pct", "utilization", "%"),
     Column("power_w", "power", "W", "less"),
     Column("clock_mhz", "clock", "MHz"),
@@ -98,8 +79,6 @@ _COLUMNS = (
     Column("energy_j_per_token", "energy per token", "J", "less"),
     Column("energy_above_idle_j_per_request", "energy above idle per request", "J", "less"),
     Column("energy_above_idle_j_per_token", "energy above idle per token", "J", "less"),
-    Column("search_gap_pct", "search gap", "%", "less"),
-    Column("estimate_error_pct", "estimate error", "%", "less"),
 )
 COLUMNS = {column.name: column for column in _COLUMNS}
 

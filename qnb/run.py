@@ -14,8 +14,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from io import TextIOBase
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
@@ -65,16 +65,16 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
         os.environ[device.CHOICE] = values["device"]  # for the notebooks' kernels
     os.environ[COMMAND] = shlex.join(["qnb", *sys.argv[1:]])
     earlier = {_identity(row) for row in study.session.ledger.failures()}  # this run may not retry all of them
-    with _interruptible(), _alone(study.folder), _own_kernel(), _progress(study, len(names)) as bar:
+    with _interruptible(), _alone(study.folder), _own_kernel():
         for name in names:
-            bar.set_description_str(name)
+            started = perf_counter()
             failed = _execute(study, name, {key: value for key, value in values.items() if key in known[name]})
             if failed:
-                bar.close()
                 return _report_failure(*failed, study)
             if _interrupted.is_set():
                 raise KeyboardInterrupt
-            bar.update()
+            rows = len(study.session.ledger)
+            print(f"{name}: done in {perf_counter() - started:.0f} s, {rows} rows", file=sys.stderr, flush=True)
     print("\n".join(summary(study)))
     if "01_quantize" in names and values.get("push_to") and values.get("dry_run", True):
         print(f"nothing was uploaded: {study.folder / 'push.csv'} says what would be, -p dry_run false does it")
@@ -270,7 +270,7 @@ def _execute(study: Study, name: str, values: Mapping[str, Any]) -> tuple[str, s
             study.folder / "notebooks" / f"{name}.ipynb",
             values,
             kernel_name="python3",
-            progress_bar=False,
+            progress_bar={"desc": name, "leave": False, "disable": not sys.stderr.isatty()},
             execution_timeout=CELL_TIMEOUT_S,
             extra_arguments=["--log-level=CRITICAL"],  # the kernel's remarks would break the progress line
         )
@@ -312,43 +312,6 @@ def _report_failure(place: str, kind: str, text: str, study: Study) -> int:
 
 def _identity(row: Row) -> tuple[Any, ...]:
     return (*row_key(row), row["measured_at"])
-
-
-class _Lines(TextIOBase):
-    """Standard error for a log: each state of a progress line on a line of its own, once."""
-
-    _last = ""
-
-    def write(self, text: str) -> int:
-        state = text.strip()
-        if state and state != self._last:
-            print(state, file=sys.stderr, flush=True)
-            self._last = state
-        return len(text)
-
-
-@contextmanager
-def _progress(study: Study, total: int) -> Iterator[Any]:
-    """Show one line for the whole run: the notebook at work, rows measured so far, time gone."""
-    from tqdm import tqdm
-
-    stop = threading.Event()
-    line = sys.stderr if sys.stderr.isatty() else _Lines()
-    pause_s = 1 if line is sys.stderr else 30
-
-    def watch() -> None:
-        while not stop.wait(pause_s):
-            bar.set_postfix_str(f"{len(study.session.ledger)} rows")
-
-    form = "{desc} {bar:20} {n}/{total}, {elapsed} elapsed{postfix}"
-    with tqdm(total=total, unit="notebook", bar_format=form, file=line) as bar:
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield bar
-        finally:
-            stop.set()
-            watcher.join()
 
 
 def summary(study: Study) -> list[str]:

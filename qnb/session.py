@@ -340,7 +340,8 @@ class Session:
             locked = False
         try:
             self.device.use()
-            yield
+            with released():
+                yield
         finally:
             if locked:
                 self._lock.release()
@@ -384,8 +385,8 @@ class Session:
     def loaded(self, precision: Precision) -> Iterator[PreTrainedModel]:
         """Load a format's checkpoint for the block, and give its memory back.
 
-        The block should stand in a function that is called once per format: the caller's variable keeps the model
-        alive for as long as it lives.
+        The block should stand in a function that is called once per format, within `exclusive`: the caller's variable
+        keeps the model alive for as long as its frame lives.
         """
         folder = self.checkpoint(precision)
         release(workspaces=True)

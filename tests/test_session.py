@@ -1,0 +1,212 @@
+"""A session remembers its model, finds what was measured, records what failed, and proves its checkpoints."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+
+from qnb import InputError, Study
+from qnb import session as module
+from qnb.ledger import file_sha256
+from qnb.quantize import checkpoint, sources
+from qnb.session import Session
+
+
+@pytest.fixture
+def session(source, tmp_path):
+    return Session("smollm2-135m", "bf16,int8", tmp_path / "study")
+
+
+def flip(path, place=-1):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_model_changed_in_place_is_noticed(part, source, tmp_path):
+    local, output = tmp_path / "model", tmp_path / "study"
+    shutil.copytree(source.path, local)
+    first = Session(str(local), output=output).source.fingerprint
+    assert Session(str(local), output=output).source.fingerprint == first
+    if part.endswith(".json"):
+        (local / part).write_bytes((local / part).read_bytes() + b"\n")  # still a file of its kind
+    else:
+        flip(local / part)
+    with pytest.raises(InputError, match="changed since"):
+        _ = Session(str(local), output=output).source
+
+
+def test_a_folder_of_another_model_or_a_broken_record_is_refused(tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps({"requested": "a/b", "name": "a/b@1", "path": "", "reason": ""}))
+    assert Session("auto", output=tmp_path).record["name"] == "a/b@1"
+    with pytest.raises(InputError, match=r"study of a/b@1, not of smollm2-135m"):
+        Session("smollm2-135m", output=tmp_path)
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(InputError, match="not JSON"):
+        Session("auto", output=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"model": 5}, "model is 5"), ({"precisions": ""}, "precisions is ''"), ({"output": "a\0b"}, "give folders"),
+     ({"overwrite": "yes"}, "true or false"), ({"seed": 1.5}, "whole number"), ({"data_dir": "/no/data"}, "data_dir"),
+     ({"model": "nonsense"}, "smollm2-135m"), ({"model": __file__}, "or a folder with config.json")],
+)  # fmt: skip
+def test_what_cannot_be_used_is_named(options, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        Session(**{"output": tmp_path / "study", **options})
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_study_that_cannot_be_written_is_read_and_refused_where_it_would_be(studied, tmp_path, monkeypatch):
+    folder = shutil.copytree(studied.folder, tmp_path / "study")
+    monkeypatch.setattr(module.os, "access", lambda *_: False)
+    study = Study(precisions="all", output=folder)
+    assert len(study.results().bs1) == len(studied.results().bs1)
+    for write in (study.report, study.figures):
+        with pytest.raises(InputError, match="cannot be written"):
+            write()
+    with pytest.raises(InputError, match="cannot be written"):
+        Study(output=tmp_path / "new")
+
+
+def test_the_card_fetches_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "resolve", lambda *_: pytest.fail("the model was looked for"))
+    facts = Session("some/model", output=tmp_path).facts()
+    assert "not fetched yet" in facts["model"] and facts["already measured"] == "nothing"
+
+
+def test_only_versions_that_can_change_a_row_are_in_its_key(session, monkeypatch):
+    """Another `datasets` measures nothing again; another `bitsandbytes` measures all but the device's peaks."""
+    stages = ("quantize", "accuracy", "divergence", "perf", "peaks")
+    precision, versions = session.precisions[0], module.device.versions()
+
+    def keys(**changed):
+        monkeypatch.setattr(module.device, "versions", lambda: {**versions, **changed})
+        return {stage: session.key(stage, precision)["fingerprint"] for stage in stages}
+
+    before = keys()
+    assert keys(datasets="99.0", accelerate="99.0") == before
+    changed = keys(bitsandbytes="99.0")
+    assert {stage for stage in stages if changed[stage] != before[stage]} == set(stages) - {"peaks"}
+    assert keys(lm_eval="99.0") == {**before, "accuracy": keys(lm_eval="99.0")["accuracy"]} != before
+
+
+def test_a_key_changes_with_everything_that_was_asked(session):
+    bf16, int8 = session.precisions
+    prints = [
+        session.key("perf", bf16, {"a": 1})["fingerprint"],
+        session.key("perf", bf16, {"a": 2})["fingerprint"],
+        session.key("perf", int8, {"a": 1})["fingerprint"],
+    ]
+    assert len(set(prints)) == 3
+    key = session.key("perf", bf16, {"a": 1}, engine="eager", repeat=2)
+    assert (key["precision"], key["engine"], key["repeat"], key["fingerprint"]) == ("bf16", "eager", 2, prints[0])
+
+
+def test_what_was_asked_last_is_shown_and_overwriting_measures_once(session):
+    first, second = (session.key("perf", session.precisions[0], {"limit": limit}) for limit in (1, 2))
+    session.append(first, {"x": 1}), session.append(second, {"x": 2})
+    assert session.find(first)["x"] == 1 and session.ledger.frame("perf").x.tolist() == [1]
+    session.find(first)
+    assert len(session.ledger.path.read_bytes().splitlines()) == 3, "what is shown already is not written again"
+    again = Session("smollm2-135m", "bf16", session.folder, overwrite=True)
+    assert again.find(first) is None and again.decided(first)["x"] == 1
+    again.append(first, {"x": 3})
+    assert again.find(first)["x"] == 3
+
+
+def test_a_failure_is_recorded_with_its_reason_and_the_others_go_on(session, capsys):
+    key = session.key("perf", session.precisions[0])
+    with session.failing(key, "bf16"):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    (failure,) = session.ledger.failures()
+    assert (failure["stage"], failure["error"], failure["reason"]) == (
+        "perf.failed", "OutOfMemoryError", "out of memory")  # fmt: skip
+    assert "bf16 could not be measured (out of memory)" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="nothing of stage perf could be measured: out of memory"):
+        session.require("perf")
+    for error in (InputError("bad"), OSError("disk")):
+        with pytest.raises(type(error)), session.failing(key, "bf16"):
+            raise error
+    session.append(key, {"x": 1})
+    session.require("perf")
+    assert session.ledger.failures() == []
+
+
+def test_a_secret_in_a_reason_is_blotted_out(session, monkeypatch):
+    with session.failing(session.key("perf", session.precisions[0]), "bf16"):
+        raise RuntimeError("https://user:hunter2@host/x?sig=abc hf_secret123")
+    reason = session.ledger.failures()[0]["reason"]
+    assert "hunter2" not in reason and "sig=" not in reason and "hf_secret" not in reason
+
+
+def test_a_second_process_waits_for_the_first(session, capsys):
+    session.folder.mkdir()
+    code = "import sys, time; from filelock import FileLock\n"
+    code += "with FileLock(sys.argv[1]):\n    print('held', flush=True); time.sleep(2)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(session.folder / ".lock")], stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    with session.exclusive(), session.exclusive():
+        assert other.wait(5) == 0
+    assert "waiting for it" in capsys.readouterr().out
+
+
+def test_a_folder_without_locks_is_measured_into_with_a_notice(session, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise NotImplementedError("no flock here")
+
+    monkeypatch.setattr(type(session._lock), "acquire", refuse)
+    with session.exclusive():
+        pass
+    assert "no file locks (no flock here)" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_noticed_and_made_again(tiny, tmp_path, capsys):
+    """Flipped in one bit, truncated, a file gone, its manifest changed: each is named and made again."""
+    model = str(tmp_path / "model")
+    for part in tiny:
+        part.save_pretrained(model)
+    Session(model, "bf16", tmp_path).checkpoint(module.parse("bf16")[0])
+    folder = tmp_path / "checkpoints" / "bf16"
+    weights = folder / "model.safetensors"
+    whole = file_sha256(weights)
+    damages = {
+        "model.safetensors": lambda: flip(weights),
+        "model.safetensors ": lambda: os.truncate(weights, 1000),
+        "config.json": lambda: (folder / "config.json").unlink(),
+        "manifest.json": lambda: flip(folder / "manifest.json", 20),
+    }
+    for name, damage in damages.items():
+        damage()
+        Session(model, "bf16", tmp_path).checkpoint(module.parse("bf16")[0])
+        assert f"{name.strip()} in" in capsys.readouterr().out
+        assert checkpoint.damage(folder) == "" and file_sha256(weights) == whole
+
+
+def test_a_failed_measurement_holds_no_model(session, monkeypatch):
+    """A notebook keeps its last traceback, whose frames would keep the model and its caches on the device."""
+    monkeypatch.setattr(session, "checkpoint", lambda precision: session.folder)
+    monkeypatch.setattr(checkpoint, "load", lambda *_: torch.nn.Linear(2, 2))
+    references = []
+
+    def measure():
+        with session.loaded(session.precisions[0]) as model:
+            cache = model.weight.clone()
+            references.extend([weakref.ref(model), weakref.ref(cache)])
+            try:
+                raise RuntimeError("of a library")
+            except RuntimeError:
+                raise KeyboardInterrupt from None
+
+    with pytest.raises(KeyboardInterrupt) as caught, session.exclusive():
+        measure()
+    assert caught.value.__traceback__ and [each() for each in references] == [None, None]
