@@ -10,10 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from statistics import median
 from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from qnb.quantize.checkpoint import quiet
 from qnb.speed import engines
 from qnb.speed.decode_work import Work, count_work
 from qnb.speed.device_peaks import DevicePeaks
-from qnb.speed.engines import Clock, Engine, Prompts
+from qnb.speed.engines import Clock, Prompts
 from qnb.speed.kernel_trace import Trace, trace_decode
 from qnb.speed.monitor import Reading, Usage, Window, flags_of, open_sensor
 
@@ -79,19 +78,11 @@ class Timed:
 
     def token_rows(self) -> list[dict[str, float]]:
         """Return a row a batch and new token: t_s is when it was there."""
-        requests = self.run.batch_size
-        rows = [
-            (batch, token, t_s) for batch, times in enumerate(self.token_times_s) for token, t_s in enumerate(times)
+        return [
+            {"batch": batch, "token": token, "t_s": seconds}
+            for batch, times_s in enumerate(self.token_times_s)
+            for token, seconds in enumerate(times_s)
         ]
-        return [{"batch": batch, "requests": requests, "token": token, "t_s": t_s} for batch, token, t_s in rows]
-
-
-class Shape(NamedTuple):
-    """What an engine is built for."""
-
-    batch_size: int
-    prompt_tokens: int
-    new_tokens: int
 
 
 def run(
@@ -116,44 +107,24 @@ def run(
     torch.cuda.OutOfMemoryError
         The batch does not fit.
     """
-    batches, on_gpu = full_batches(workload.prompts, batch_size), model.device.type == "cuda"
-    shape = Shape(len(batches[0]), len(workload.longest), workload.new_tokens)
-    engines.check_context_window(model.config, shape.prompt_tokens, shape.new_tokens)
-    flags = [Flag.PEAKS_DISTURBED] if peaks and peaks.flags else []
-    values: dict[str, Any] = {}
+    engines.check_context_window(model.config, len(workload.longest), workload.new_tokens)
+    bench = _Bench(model, workload, batch_size, engine)
+    on_gpu = model.device.type == "cuda"
     with quiet():
-        # 1) build the engine
-        generator = _build(model, engine, workload.longest, shape)
+        # 1) build the engine and warm up
+        bench.build()
         # 2) read the allocator's peak
         if on_gpu and "memory" in passes:
-            values |= _peak_memory(generator, workload.longest, shape, model.device)
-        # 3) warm up and time
-        _warm_up(generator, batches, shape.new_tokens)
-        sensor = open_sensor(model.device)
-        with Window(sensor, baseline_mib=baseline_mib) as window:
-            batch_s, token_times_s, tokens = _time(generator, batches, shape.new_tokens, model.device)
+            bench.read_peak_memory()
+        # 3) time
+        bench.time(baseline_mib)
         # 4) trace kernels
-        if on_gpu and "trace" in passes and shape.new_tokens > 1:
-            trace = partial(trace_decode, generator, batches[0], shape.new_tokens, model.device)
-            values |= _attempt(trace, flags, Flag.TRACE_FAILED)
+        if on_gpu and "trace" in passes and workload.new_tokens > 1:
+            bench.attempt(bench.trace, Flag.TRACE_FAILED)
         # 5) compare tokens with eager's
         if engine != "eager" and "comparison" in passes:
-            prompt, eager = batches[0][:1], engines.Eager(model)
-            values |= _attempt(
-                lambda: engines.compare_tokens(model, prompt, eager.generate(prompt, shape.new_tokens), tokens),
-                flags,
-                Flag.COMPARISON_FAILED,
-            )
-    # 6) count a step's work
-    values |= _attempt(partial(count_work, model, *shape), flags)
-    values |= shape._asdict() | _latency(batch_s, token_times_s)
-    if peaks:
-        values |= peaks.columns(values.get("flops_by_type"))
-    values["flags"] = (*flags_of(window.usage), *flags)
-    values["note"] = "; ".join(filter(None, (generator.note, sensor.note)))
-    requests = shape.batch_size * len(batches)
-    result = Run(**asdict(window.usage), **values, requests=requests, total_s=sum(batch_s), batch_s=tuple(batch_s))
-    return Timed(result, window.readings, token_times_s)
+            bench.attempt(bench.compare, Flag.COMPARISON_FAILED)
+    return bench.result(peaks)
 
 
 def full_batches(prompts: Prompts, batch_size: int) -> list[Prompts]:
@@ -166,57 +137,100 @@ def full_batches(prompts: Prompts, batch_size: int) -> list[Prompts]:
     return [prompts[start : start + batch_size] for start in range(0, last, batch_size)]
 
 
-def _build(model: PreTrainedModel, engine: str, longest: Sequence[int], shape: Shape) -> Engine:
-    """Build the engine; on a GPU, first load the kernels and workspaces that stay as long as the model.
+class _Bench:
+    """The passes over a workload with one engine. `values` are the row's; each pass adds its own."""
 
-    A workspace taken in the midst of a batch would stand between pieces of memory ever after, and be counted as the
-    batch's.
-    """
-    make = engines.FACTORIES[engine]
-    if model.device.type == "cuda":
-        release(workspaces=True)
-        rows = min(shape.batch_size, engines.warm_up_batch_sizes(engine, shape.prompt_tokens)[-1])
-        warm_up = make(model, *shape._replace(batch_size=rows))
-        warm_up.generate([longest] * rows, min(WARM_UP_TOKENS, shape.new_tokens))
-        del warm_up
-        release()
-        torch.cuda.reset_peak_memory_stats(model.device)
-    return make(model, *shape)
+    def __init__(self, model: PreTrainedModel, workload: Workload, batch_size: int, engine: str) -> None:
+        self.model, self.device, self.engine_name = model, model.device, engine
+        self.longest, self.new_tokens = workload.longest, workload.new_tokens
+        self.batches = full_batches(workload.prompts, batch_size)
+        self.shape = (len(self.batches[0]), len(workload.longest), workload.new_tokens)
+        self.flags: list[Flag] = []
+        self.values: dict[str, Any] = {}
+
+    def build(self) -> None:
+        """Build the engine; on a GPU, first load the kernels and workspaces that stay as long as the model.
+
+        A workspace taken in the midst of a batch would stand between pieces of memory ever after, and be counted as
+        the batch's.
+        """
+        make, (batch_size, prompt_tokens, new_tokens) = engines.FACTORIES[self.engine_name], self.shape
+        if self.device.type == "cuda":
+            release(workspaces=True)
+            rows = min(batch_size, engines.warm_up_batch_sizes(self.engine_name, prompt_tokens)[-1])
+            make(self.model, rows, prompt_tokens, new_tokens).generate(
+                [self.longest] * rows, min(WARM_UP_TOKENS, new_tokens)
+            )
+            release()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.engine = make(self.model, *self.shape)
+
+    def read_peak_memory(self) -> None:
+        """Generate for a batch of the longest prompts, and read the allocator."""
+        self.engine.generate([self.longest] * self.shape[0], self.new_tokens)
+        self.synchronize()
+        self.values["peak_allocated_mib"] = torch.cuda.max_memory_allocated(self.device) / MIB
+        self.values["peak_reserved_mib"] = torch.cuda.max_memory_reserved(self.device) / MIB
+
+    def time(self, baseline_mib: float | None) -> None:
+        """Warm up, then time every batch under the monitor."""
+        padded = (batch for batch in self.batches if min(map(len, batch)) < len(self.longest))  # read under a mask
+        for batch in (next(padded, self.batches[0]), self.batches[0]):
+            self.engine.generate(batch, min(WARM_UP_TOKENS, self.new_tokens))
+        self.synchronize()
+        clocks: list[Clock] = []
+        outputs: list[torch.Tensor] = []
+        sensor = open_sensor(self.device)
+        with Window(sensor, baseline_mib=baseline_mib) as self.window:
+            ends_s = [perf_counter()]
+            for batch in self.batches:
+                clocks.append(Clock(self.device))
+                outputs.append(self.engine.generate(batch, self.new_tokens, clocks[-1])[:1])  # (1, N)
+                self.synchronize()
+                ends_s.append(perf_counter())
+        self.first_tokens = outputs[0]
+        self.token_times_s = [clock.elapsed_s() for clock in clocks]
+        batch_s = np.diff(ends_s).tolist()
+        self.values |= asdict(self.window.usage) | latency(batch_s, self.token_times_s)
+        self.values |= {"batch_s": tuple(batch_s), "total_s": sum(batch_s)}
+        self.values["note"] = "; ".join(filter(None, (self.engine.note, sensor.note)))
+
+    def trace(self) -> Trace:
+        """Trace the kernels of a decode step."""
+        return trace_decode(self.engine, self.batches[0], self.new_tokens, self.device)
+
+    def compare(self) -> engines.TokenComparison:
+        """Compare the first request's tokens with eager's."""
+        prompt = self.batches[0][:1]
+        eager_tokens = engines.Eager(self.model).generate(prompt, self.new_tokens)
+        return engines.compare_tokens(self.model, prompt, eager_tokens, self.first_tokens)
+
+    def attempt(self, measure: Callable[[], Any], flag: Flag | None = None) -> None:
+        """Add what `measure` tells beside the timing; where it fails, log why and set `flag`."""
+        try:
+            self.values |= asdict(twice(measure))
+        except Exception as error:  # bookkeeping must not take the measurement with it
+            LOG.warning("%s: %s: %s", flag or "work not counted", type(error).__name__, error)
+            self.flags += [flag] if flag else []
+
+    def result(self, peaks: DevicePeaks | None) -> Timed:
+        """Count a step's work, and reduce all passes to a row."""
+        self.attempt(lambda: count_work(self.model, *self.shape))
+        if peaks:
+            self.values |= peaks.columns(self.values.get("flops_by_type"))
+            self.flags += [Flag.PEAKS_DISTURBED] if peaks.flags else []
+        shape: dict[str, Any] = dict(zip(("batch_size", "prompt_tokens", "new_tokens"), self.shape, strict=True))
+        flags = (*flags_of(self.window.usage), *self.flags)
+        result = Run(**self.values, **shape, requests=sum(map(len, self.batches)), flags=flags)
+        return Timed(result, self.window.readings, self.token_times_s)
+
+    def synchronize(self) -> None:
+        """Wait until a GPU has done what was launched."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
-def _peak_memory(generator: Engine, longest: Sequence[int], shape: Shape, device: torch.device) -> dict[str, float]:
-    generator.generate([longest] * shape.batch_size, shape.new_tokens)
-    torch.cuda.synchronize(device)
-    return {
-        "peak_allocated_mib": torch.cuda.max_memory_allocated(device) / MIB,
-        "peak_reserved_mib": torch.cuda.max_memory_reserved(device) / MIB,
-    }
-
-
-def _warm_up(generator: Engine, batches: Sequence[Prompts], new_tokens: int) -> None:
-    """Generate a few tokens for the first batch, and for one of uneven prompts, which is read under a mask."""
-    uneven = next((batch for batch in batches if len(set(map(len, batch))) > 1), batches[0])
-    for batch in (uneven, batches[0]):
-        generator.generate(batch, min(WARM_UP_TOKENS, new_tokens))
-
-
-def _time(
-    generator: Engine, batches: Sequence[Prompts], new_tokens: int, device: torch.device
-) -> tuple[list[float], list[list[float]], torch.Tensor]:
-    """Return each batch's seconds, the times of its tokens, and the first request's new ids, (1, N)."""
-    clocks, ends_s, first_tokens = [], [], torch.empty(0)
-    for batch in (None, *batches):
-        if batch is not None:
-            clocks.append(Clock(device))
-            tokens = generator.generate(batch, new_tokens, clocks[-1])  # (B, N)
-            first_tokens = first_tokens if len(first_tokens) else tokens[:1]  # (1, N)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        ends_s.append(perf_counter())
-    return np.diff(ends_s).tolist(), [clock.elapsed_s() for clock in clocks], first_tokens
-
-
-def _latency(batch_s: Sequence[float], token_times_s: Sequence[Sequence[float]]) -> dict[str, Any]:
+def latency(batch_s: Sequence[float], token_times_s: Sequence[Sequence[float]]) -> dict[str, Any]:
     """Reduce the times of batches and tokens to medians and percentiles; what needs two tokens may be missing."""
     gaps_s = [np.diff(times_s) for times_s in token_times_s if len(times_s) > 1]
     latency: dict[str, Any] = {"ttft_s": median(times_s[0] for times_s in token_times_s)}
@@ -237,13 +251,3 @@ def twice(work: Callable[[], Result]) -> Result:
             raise
     release()
     return work()
-
-
-def _attempt(work: Callable[[], Any], flags: list[Flag], flag: Flag | None = None) -> dict[str, Any]:
-    """Return the fields of what `work` measures beside the timing; where it fails, log why and set `flag`."""
-    try:
-        return asdict(twice(work))
-    except Exception as error:  # bookkeeping must not take the measurement with it
-        LOG.warning("%s: %s: %s", flag or "a decode step's work was not counted", type(error).__name__, error)
-        flags += [flag] if flag else []
-        return {}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from qnb.columns import Flag, is_disturbed
+from qnb.columns import Flag
 from qnb.memory import MIB
 from qnb.speed.engines import Clock
 from qnb.speed.monitor import LOOK_BACK_S, Window, flags_of, open_sensor
@@ -30,7 +30,7 @@ class DevicePeaks:
     copy_bytes_per_s: float  # read and written, by a copy larger than any cache
     matmul_flop_per_s: dict[str, float]  # of a square product, by type; int8 counts operations
     idle_power_w: float | None = None  # of a GPU that waits with a context on it
-    flags: tuple[Flag, ...] = ()  # the other processes at work, even in the last attempt
+    flags: tuple[Flag, ...] = ()  # whether other processes used the device meanwhile
 
     def flop_per_s(self, flops_by_type: Mapping[str, float] | None) -> float | None:
         """Return the most operations a second of a mix of types, done one type after the other; None where unknown."""
@@ -53,42 +53,27 @@ class DevicePeaks:
         rows = [("copy", self.copy_bytes_per_s / 1e9, "GB/s")]
         for name, rate in self.matmul_flop_per_s.items():
             rows.append((f"product in {name}", rate / 1e12, "Top/s" if name == "int8" else "TFLOP/s"))
-        if self.idle_power_w is not None:
-            rows.append(("power when idle", self.idle_power_w, "W"))
-        return rows
+        return rows + ([] if self.idle_power_w is None else [("power when idle", self.idle_power_w, "W")])
 
 
-def measure_peaks(device: torch.device | str, attempts: int = 3) -> DevicePeaks:
-    """Measure the peaks, again while other processes are at work; return the best of each: work is only slowed."""
-    device = torch.device(device)
-    tries: list[DevicePeaks] = []
-    flags: tuple[Flag, ...] = ()
-    for _ in range(attempts):
-        with Window(open_sensor(device)) as window:
-            tries.append(_measure_once(device))
-        flags = tuple(flag for flag in flags_of(window.usage) if is_disturbed([flag]))
-        if not flags:
-            break
-    copy_bytes_per_s = max(peaks.copy_bytes_per_s for peaks in tries)
-    flop_per_s = {name: max(peaks.matmul_flop_per_s[name] for peaks in tries) for name in tries[0].matmul_flop_per_s}
-    idle_power_w = min(filter(None, (peaks.idle_power_w for peaks in tries)), default=None)
-    return DevicePeaks(copy_bytes_per_s, flop_per_s, idle_power_w, flags)
-
-
-def _measure_once(device: torch.device) -> DevicePeaks:
+def measure_peaks(device: torch.device | str) -> DevicePeaks:
     """Measure a GPU's power when idle, then a copy, then square products; float32 is what PyTorch does by default."""
-    idle_power_w = _idle_power_w(device) if device.type == "cuda" else None
+    device = torch.device(device)
     copied_mib, side = SIZES[device.type]
-    source = torch.ones(copied_mib * MIB, dtype=torch.uint8, device=device)
-    copy_s = _fastest_s(partial(torch.empty_like(source).copy_, source), device)
     flop_per_s = {}
-    for name in TYPES:
-        matrix = torch.ones(side, side, device=device, dtype=getattr(torch, name))
-        multiply = torch._int_mm if name == "int8" else torch.mm
-        with suppress(RuntimeError, NotImplementedError):  # the device has no such product
-            # transposed, as layers have it: the int8 units take the right matrix by columns, or crawl
-            flop_per_s[name] = 2 * side**3 / _fastest_s(partial(multiply, matrix, matrix.t()), device)
-    return DevicePeaks(2 * copied_mib * MIB / copy_s, flop_per_s, idle_power_w)
+    with Window(open_sensor(device)) as window:
+        idle_power_w = _idle_power_w(device) if device.type == "cuda" else None
+        source = torch.ones(copied_mib * MIB, dtype=torch.uint8, device=device)
+        copy_s = _fastest_s(partial(torch.empty_like(source).copy_, source), device)
+        for name in TYPES:
+            matrix = torch.ones(side, side, device=device, dtype=getattr(torch, name))
+            multiply = torch._int_mm if name == "int8" else torch.mm
+            with suppress(RuntimeError, NotImplementedError):  # the device has no such product
+                # transposed, as layers have it: the int8 units take the right matrix by columns, or crawl
+                flop_per_s[name] = 2 * side**3 / _fastest_s(partial(multiply, matrix, matrix.t()), device)
+    disturbance = Flag.GPU_SHARED if device.type == "cuda" else Flag.CPU_SHARED
+    flags = tuple(flag for flag in flags_of(window.usage) if flag == disturbance)
+    return DevicePeaks(2 * copied_mib * MIB / copy_s, flop_per_s, idle_power_w, flags)
 
 
 def _idle_power_w(device: torch.device) -> float | None:

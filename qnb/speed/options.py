@@ -17,10 +17,16 @@ SETTINGS = ("bs1", "maxbatch")
 class _Checked:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
+            if name == "setting" and value not in SETTINGS:
+                raise InputError(f"setting is {value!r}; give {' or '.join(map(repr, SETTINGS))}")
+            if name == "requests":
+                check_requests(f"{vars(self)['setting']}_requests", value)
             if name == "workload" and not isinstance(value, Workload):
                 raise InputError(f"workload is {value!r}; give what study.workload('bs1') or ('maxbatch') returns")
             if name == "prompt_source" and value != "auto":
                 prompts.check(value)
+            if name == "largest":
+                check_count("sweep_batch", value)
             if name in ("prompt_tokens", "new_tokens", "max_batch", "memory_mib", "repeats"):
                 check_count(name, value)
 
@@ -56,12 +62,6 @@ class WorkloadOptions(_Checked):
     prompt_source: str = "auto"
     engines: Engines = "auto"
     repeats: int = 1
-
-    def __post_init__(self) -> None:
-        if self.setting not in SETTINGS:
-            raise InputError(f"setting is {self.setting!r}; give {' or '.join(map(repr, SETTINGS))}")
-        check_requests(f"{self.setting}_requests", self.requests)
-        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,6 @@ class SweepOptions(_Checked):
     workload: Workload
     largest: Count = "auto"
     engines: Engines = "auto"
-
-    def __post_init__(self) -> None:
-        check_count("sweep_batch", self.largest)
-        super().__post_init__()
 
 
 @dataclass(frozen=True)

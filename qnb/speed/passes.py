@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import count
 from statistics import fmean, median, stdev
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from qnb import memory
 from qnb.ledger import Row, write_parquet
@@ -28,10 +28,18 @@ if TYPE_CHECKING:
     from qnb.speed.device_peaks import DevicePeaks
 
 Result = TypeVar("Result")
+Passes = Sequence[str]  # see `qnb.speed.benchmark.PASSES`
 
 LEAST_PASSES = 3
 SETTLED_WIDTH = 0.05  # of the 95 % interval over passes, relative to their mean
 _is_warmed_up = False  # whether this process has run a model
+
+
+class Loaded(NamedTuple):
+    """A model, and the memory in use before it was loaded, None where that is unknown."""
+
+    model: PreTrainedModel
+    baseline_mib: float | None
 
 
 def is_settled(pass_medians_s: Sequence[float]) -> bool:
@@ -69,12 +77,14 @@ class Series:
         """What a pass depends on."""
         return {**self.asked, **{name: self.search[name] for name in ("batch_size", "capped") if name in self.search}}
 
-    def stop_reason(self, *new: Mapping[str, Any]) -> str:
+    def stop_reason(self, repeats: int, *new: Mapping[str, Any]) -> str:
         """Return why no pass follows its rows and `new` ones: "interval", "limit", or "" where one does."""
         rows = (*self.rows, *new)
         if any("batch_s" not in row for row in rows):  # the engine cannot run
             return "limit"
-        return "interval" if is_settled([median(row["batch_s"]) for row in rows]) else ""
+        if is_settled([median(row["batch_s"]) for row in rows]):
+            return "interval"
+        return "limit" if len(rows) >= repeats else ""
 
 
 @dataclass(frozen=True)
@@ -94,16 +104,14 @@ class Timer:
             first, is_over = turn % len(precisions), True
             for precision in (*precisions[first:], *precisions[:first]):
                 bar.set_postfix_str(precision.name)
-                due = [each for each in all_series if each.precision == precision and self._is_due(each)]
+                mine = [each for each in all_series if each.precision == precision and not each.has_failed]
+                due = [each for each in mine if not each.stop_reason(self.repeats)]
                 if due:
                     is_over = False
                     self._time_turn(due)
                 bar.update(turn < self.repeats)
             if is_over:
                 return
-
-    def _is_due(self, series: Series) -> bool:
-        return not series.has_failed and len(series.rows) < self.repeats and not series.stop_reason()
 
     def _time_turn(self, due: Sequence[Series]) -> None:
         """Add a pass to each series of one format."""
@@ -120,25 +128,24 @@ class Timer:
                 warm_up_libraries(self.session, precision)
                 with_model(self.session, precision, partial(self._time_missing, missing))
 
-    def _time_missing(self, missing: Sequence[Series], model: PreTrainedModel, baseline_mib: float | None) -> None:
+    def _time_missing(self, missing: Sequence[Series], loaded: Loaded) -> None:
         for series in missing:
             with self.session.failing(self._key(series), f"{series.precision.name} with engine {series.engine}"):
-                values = self._time_pass(series, model, baseline_mib)
-                is_last = len(series.rows) + 1 == self.repeats
-                stop_reason = series.stop_reason(values) or ("limit" if is_last else "")
-                key, reason = self._key(series), {"stop_reason": stop_reason}
-                series.rows.append(self.session.append(key, series.pass_asked, values, reason))
+                values = self._time_pass(series, loaded)
+                reason = {"stop_reason": series.stop_reason(self.repeats, values)}
+                row = self.session.append(self._key(series), series.pass_asked, values, reason)
+                series.rows.append(row)
                 series.has_failed = False
             memory.release()
 
-    def _time_pass(self, series: Series, model: PreTrainedModel, baseline_mib: float | None) -> dict[str, Any]:
+    def _time_pass(self, series: Series, loaded: Loaded) -> dict[str, Any]:
         """Time one pass. Where memory runs out, the batch shrinks and the series begins again."""
         from qnb.speed.benchmark import PASSES
 
         while True:
             key, batch_size, passes = self._key(series), series.search["batch_size"], () if series.rows else PASSES
             try:
-                return time_row(self.session, key, model, baseline_mib, self.workload, batch_size, self.peaks, passes)
+                return time_row(self.session, key, loaded, self.workload, batch_size, self.peaks, passes)
             except (RuntimeError, MemoryError) as error:
                 if not memory.is_out_of_memory(error) or batch_size == 1 or "probes" not in series.search:
                     raise
@@ -160,14 +167,7 @@ def record_batch(session: Session, series: Series, workload: Workload, largest: 
 
 
 def time_row(
-    session: Session,
-    key: Row,
-    model: PreTrainedModel,
-    baseline_mib: float | None,
-    workload: Workload,
-    batch_size: int,
-    peaks: DevicePeaks,
-    passes: Sequence[str],
+    session: Session, key: Row, loaded: Loaded, workload: Workload, batch_size: int, peaks: DevicePeaks, passes: Passes
 ) -> dict[str, Any]:
     """Run the workload with the key's engine; return the row's values, or a note where the engine cannot run.
 
@@ -179,9 +179,9 @@ def time_row(
     from qnb.speed.engines import why_unavailable
 
     engine, tokens = key["engine"], len(workload.longest) + workload.new_tokens
-    if reason := why_unavailable(engine, session.device.kind, model=model, tokens=tokens):
+    if reason := why_unavailable(engine, session.device.kind, model=loaded.model, tokens=tokens):
         return {"batch_size": batch_size, "note": reason}
-    timed = run(model, workload, batch_size, engine, baseline_mib=baseline_mib, peaks=peaks, passes=passes)
+    timed = run(loaded.model, workload, batch_size, engine, loaded.baseline_mib, peaks, passes)
     values = asdict(timed.run)
     parts = ("stage", "setting", "precision", "engine", "repeat", "fingerprint")
     stem = "samples/" + ".".join(str(key.get(name, 0)) for name in parts)
@@ -191,21 +191,15 @@ def time_row(
     return values
 
 
-def with_model(
-    session: Session, precision: Precision, measure: Callable[[PreTrainedModel, float | None], Result]
-) -> Result:
-    """Load a format's checkpoint, measure it, and give its memory back.
-
-    `measure` gets the model, which it must not keep, and the memory in MiB that was in use before it was loaded, None
-    where that is unknown.
-    """
+def with_model(session: Session, precision: Precision, measure: Callable[[Loaded], Result]) -> Result:
+    """Load a format's checkpoint, measure it, and give its memory back; `measure` must not keep the model."""
     from qnb.speed.monitor import used_memory_mib
 
     session.checkpoint(precision)
     memory.release(workspaces=True)
     baseline_mib = used_memory_mib(session.device.place)
     with ExitStack() as stack:  # no variable here may hold the model: a notebook keeps its last traceback
-        return measure(stack.enter_context(session.loaded(precision)), baseline_mib)
+        return measure(Loaded(stack.enter_context(session.loaded(precision)), baseline_mib))
 
 
 def warm_up_libraries(session: Session, precision: Precision) -> None:
@@ -216,5 +210,5 @@ def warm_up_libraries(session: Session, precision: Precision) -> None:
         from qnb.speed.engines import Eager
 
         with quiet():
-            with_model(session, precision, lambda model, _: Eager(model).generate([[1, 2, 3, 4]], 2))
+            with_model(session, precision, lambda loaded: Eager(loaded.model).generate([[1, 2, 3, 4]], 2))
         _is_warmed_up = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from statistics import median
 from typing import Any
@@ -15,34 +16,35 @@ def derived(row: Mapping[str, Any]) -> dict[str, Any]:
 
     ``seconds_per_request`` is the paper's "average latency". A request waits for its whole batch:
     ``batch_latency_s``. ``mbu_pct`` and ``mfu_pct`` hold the step's least bytes and operations against the device's
-    measured peaks.
+    measured peaks. ``peak_memory_mib`` of a GPU is its allocator's, which counts no other process.
     """
-    requests, total_s, step_s = (_number(row, name) for name in ("requests", "total_s", "tpot_s"))
-    tokens = _product(requests, _number(row, "new_tokens"))
-    energy_j = _number(row, "energy_j")
-    idle_j = _product(_number(row, "idle_power_w"), _number(row, "energy_s"))
-    above_idle_j = None if energy_j is None or idle_j is None else energy_j - idle_j
-    flops_by_type = row.get("flops_by_type")
-    flops = sum(flops_by_type.values()) if isinstance(flops_by_type, Mapping) and flops_by_type else None
-    batch_s = row.get("batch_s")
-    batch_s = batch_s if isinstance(batch_s, list | tuple) and batch_s else None
+    requests, new_tokens, total_s = _numbers(row, "requests", "new_tokens", "total_s")
+    energy_j, energy_s, idle_power_w = _numbers(row, "energy_j", "energy_s", "idle_power_w")
+    step_s, bytes_per_step, kernel_s = _numbers(row, "tpot_s", "bytes_per_step", "kernel_s_per_token")
+    peak_bytes_per_s, peak_flop_per_s = _numbers(row, "peak_bytes_per_s", "peak_flop_per_s")
+    memory = "peak_used_memory_mib" if row.get("monitor") == "process" else "peak_allocated_mib"
+    flops_by_type, batch_s = row.get("flops_by_type"), row.get("batch_s")
+    batch_s = batch_s if isinstance(batch_s, list | tuple) else [math.nan]
+    flops = sum(flops_by_type.values()) if isinstance(flops_by_type, Mapping) else math.nan
+    above_idle_j = energy_j - idle_power_w * energy_s
     values = {
-        "throughput_rps": _ratio(requests, total_s),
-        "throughput_tps": _ratio(tokens, total_s),
-        "seconds_per_request": _ratio(total_s, requests),
-        "batch_latency_s": median(batch_s) if batch_s else None,
-        "batch_spread_pct": 100 * (max(batch_s) / min(batch_s) - 1) if batch_s and len(batch_s) > 1 else None,
-        "peak_memory_mib": _number(row, _peak_column(row)),
-        "energy_j_per_request": _ratio(energy_j, requests),
-        "energy_j_per_token": _ratio(energy_j, tokens),
-        "energy_above_idle_j_per_request": _ratio(above_idle_j, requests),
-        "energy_above_idle_j_per_token": _ratio(above_idle_j, tokens),
+        "throughput_rps": requests / total_s,
+        "throughput_tps": requests * new_tokens / total_s,
+        "seconds_per_request": total_s / requests,
+        "batch_latency_s": median(batch_s),
+        "batch_spread_pct": 100 * (max(batch_s) / min(batch_s) - 1) if len(batch_s) > 1 else math.nan,
+        "peak_memory_mib": _numbers(row, memory)[0],
+        "energy_j_per_request": energy_j / requests,
+        "energy_j_per_token": energy_j / (requests * new_tokens),
+        "energy_above_idle_j_per_request": above_idle_j / requests,
+        "energy_above_idle_j_per_token": above_idle_j / (requests * new_tokens),
         "flops_per_step": flops,
-        "mbu_pct": _percent(_number(row, "bytes_per_step"), _product(step_s, _number(row, "peak_bytes_per_s"))),
-        "mfu_pct": _percent(flops, _product(step_s, _number(row, "peak_flop_per_s"))),
-        "gpu_busy_pct": _percent(_number(row, "kernel_s_per_token"), step_s),
+        "mbu_pct": 100 * bytes_per_step / step_s / peak_bytes_per_s,
+        "mfu_pct": 100 * flops / step_s / peak_flop_per_s,
+        "gpu_busy_pct": 100 * kernel_s / step_s,
     }
-    return {**values, "bound": bound_of(values)}
+    known = {name: None if math.isnan(value) else value for name, value in values.items()}
+    return {**known, "bound": bound_of(known)}
 
 
 def bound(gpu_busy_pct: float | None, mbu_pct: float | None, mfu_pct: float | None) -> str | None:
@@ -64,28 +66,10 @@ def bound(gpu_busy_pct: float | None, mbu_pct: float | None, mfu_pct: float | No
 
 def bound_of(row: Mapping[str, Any]) -> str | None:
     """Name what bounds a row's decode step, from its ``gpu_busy_pct``, ``mbu_pct`` and ``mfu_pct``."""
-    return bound(*(_number(row, name) for name in ("gpu_busy_pct", "mbu_pct", "mfu_pct")))
+    shares_pct = _numbers(row, "gpu_busy_pct", "mbu_pct", "mfu_pct")
+    return bound(*(None if math.isnan(share_pct) else share_pct for share_pct in shares_pct))
 
 
-def _peak_column(row: Mapping[str, Any]) -> str:
-    """Return which peak is the row's: a GPU's is its allocator's, which counts no other process."""
-    return "peak_used_memory_mib" if row.get("monitor") == "process" else "peak_allocated_mib"
-
-
-def _number(row: Mapping[str, Any], name: str) -> float | None:
-    """Return a value of `row`; None where it is missing or, as in a frame, NaN."""
-    value = row.get(name)
-    return None if value is None or value != value else value
-
-
-def _product(first: float | None, second: float | None) -> float | None:
-    return None if first is None or second is None else first * second
-
-
-def _ratio(part: float | None, whole: float | None) -> float | None:
-    return None if part is None or not whole else part / whole
-
-
-def _percent(part: float | None, whole: float | None) -> float | None:
-    ratio = _ratio(part, whole)
-    return None if ratio is None else 100 * ratio
+def _numbers(row: Mapping[str, Any], *names: str) -> list[float]:
+    """Return values of a row, NaN where one is missing: what is computed from it is then missing too."""
+    return [math.nan if row.get(name) is None else row[name] for name in names]

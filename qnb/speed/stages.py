@@ -24,11 +24,9 @@ from qnb.speed.batch_search import (
     sweep_sizes,
 )
 from qnb.speed.options import BatchOneOptions, Engines, LargestBatchOptions, PlanOptions, SweepOptions, WorkloadOptions
-from qnb.speed.passes import Series, Timer, record_batch, time_row, warm_up_libraries, with_model
+from qnb.speed.passes import Loaded, Series, Timer, record_batch, time_row, warm_up_libraries, with_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from qnb.session import Session
     from qnb.speed.device_peaks import DevicePeaks
 
@@ -52,12 +50,11 @@ def workload(session: Session, options: WorkloadOptions) -> Workload:
     prompt_tokens = session.count("prompt_tokens", options.prompt_tokens)
     new_tokens = session.count("new_tokens", options.new_tokens)
     check_context_window(session.config, prompt_tokens, new_tokens)
-    source = _prompt_source(session, options.prompt_source)
+    source, engines = _prompt_source(session, options.prompt_source), sorted(_engines(session, options.engines))
+    options = replace(
+        options, prompt_tokens=prompt_tokens, new_tokens=new_tokens, prompt_source=source, engines=engines
+    )
     if minutes := minutes_of(options.requests):
-        engines = sorted(_engines(session, options.engines))
-        options = replace(
-            options, prompt_tokens=prompt_tokens, new_tokens=new_tokens, prompt_source=source, engines=engines
-        )
         requests = _affordable_requests(session, options, minutes)
     else:
         requests = session.count(f"{options.setting}_requests", options.requests)
@@ -83,9 +80,8 @@ def _affordable_requests(session: Session, options: WorkloadOptions, minutes: fl
         batch, seconds = workload(session, replace(options, requests=batch_size)), {}
         for precision in session.precisions:
             with suppress(RuntimeError, MemoryError):  # it is recorded where it is measured
-                seconds[precision.name] = with_model(
-                    session, precision, lambda model, _: run(model, batch, batch_size, passes=()).run.total_s
-                )
+                timed = with_model(session, precision, lambda loaded: run(loaded.model, batch, batch_size, passes=()))
+                seconds[precision.name] = timed.run.total_s
         requests = AUTO["cpu"][f"{options.setting}_requests"]
         if seconds:
             spent_s, (times, more) = sum(seconds.values()), EXTRA_COST[options.setting]
@@ -176,8 +172,9 @@ def _search(session: Session, series: Series, workload: Workload) -> Row:
     if why_unavailable(engine, session.device.kind, precision.threshold):
         return not_searched
 
-    def search(model: PreTrainedModel, baseline_mib: float | None) -> LargestBatch:
-        return find_largest_batch(Trials(model, workload, limit_mib, engine, baseline_mib), limit_mib, cap)
+    def search(loaded: Loaded) -> LargestBatch:
+        trials = Trials(loaded.model, workload, limit_mib, engine, loaded.baseline_mib)
+        return find_largest_batch(trials, limit_mib, cap)
 
     warm_up_libraries(session, precision)
     last_safe = _last_safe_batch(session, precision, engine, workload)
@@ -238,12 +235,7 @@ def sweep(session: Session, options: SweepOptions) -> None:
 
 
 def _sweep_format(
-    session: Session,
-    keys: Sequence[Row],
-    workload: Workload,
-    peaks: DevicePeaks,
-    model: PreTrainedModel,
-    baseline_mib: float | None,
+    session: Session, keys: Sequence[Row], workload: Workload, peaks: DevicePeaks, loaded: Loaded
 ) -> None:
     """Time a batch size a key with a loaded format, and record the rows."""
     from qnb.speed.benchmark import twice
@@ -258,7 +250,7 @@ def _sweep_format(
                 values = {"note": "not tried: bitsandbytes counts an INT8 layer's outputs in 32 bits"}
             elif engine not in full_engines:
                 try:
-                    time = partial(time_row, session, key, model, baseline_mib, batches, size, peaks, ("memory",))
+                    time = partial(time_row, session, key, loaded, batches, size, peaks, ("memory",))
                     values = twice(time)
                 except (RuntimeError, MemoryError) as error:
                     if not memory.is_out_of_memory(error):
@@ -307,7 +299,7 @@ def continuation(session: Session, prompt: str, precision: str, new_tokens: int 
         raise InputError("the prompt is empty; give some words to go on from")
     with session.exclusive(), quiet():  # a measurement of another process would be disturbed
         new_ids = with_model(
-            session, named, lambda model, _: Eager(model).generate([prompt_ids], tokens)[0].tolist()
+            session, named, lambda loaded: Eager(loaded.model).generate([prompt_ids], tokens)[0].tolist()
         )  # (N,)
     # a character may take several tokens: a piece is what its token adds to the text
     texts = [str(session.tokenizer.decode(new_ids[:end])).rstrip("\ufffd") for end in range(len(new_ids) + 1)]

@@ -1,5 +1,6 @@
 """Timed generation: times that add up, work counted by hand, and bookkeeping that costs only itself."""
 
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -43,7 +44,7 @@ def test_a_run_counts_full_batches_and_its_times_add_up(model, five):
     assert row.ttft_s == pytest.approx((times_s[0][0] + times_s[1][0]) / 2)
     assert row.tpot_s == pytest.approx(sum((times[-1] - times[0]) / 3 for times in times_s) / 2)
     assert row.itl_p50_s <= row.itl_p95_s <= row.itl_p99_s and row.latency_p50_s == pytest.approx(sum(row.batch_s) / 2)
-    assert len(timed.token_rows()) == 8 and {token["requests"] for token in timed.token_rows()} == {2}
+    assert len(timed.token_rows()) == 8
     assert row.kernels_per_token is row.peak_allocated_mib is row.compared_tokens is None and row.note == ""
     assert set(row.flags) <= {Flag.CPU_SHARED}  # tests run beside each other
 
@@ -146,25 +147,17 @@ def test_the_last_steps_are_timed_by_their_own_kernels():
         last_steps(prompt, 0, 8)
 
 
-def test_peaks_are_the_best_of_what_a_busy_machine_reached(monkeypatch):
-    """They are measured again while others are at work, and say so where these never rested."""
-    tries = [DevicePeaks(2e9, {"int8": 1e9}), DevicePeaks(3e9, {"int8": 1e8}), DevicePeaks(1e9, {"int8": 5e8})]
-    seen, busy = iter(tries * 2), iter([60.0, 60.0, 0.0, 60.0, 60.0, 60.0])
-
-    class Closed:
-        def __init__(self, _):
-            self.usage = Usage(monitor="process", samples=9, duration_s=2.0, others_cpu_pct=next(busy))
-
-        __enter__, __exit__ = lambda self: self, lambda *_: None
-
-    monkeypatch.setattr(device_peaks, "_measure_once", lambda device: next(seen))
-    monkeypatch.setattr(device_peaks, "Window", Closed)
-    assert measure_peaks("cpu") == DevicePeaks(3e9, {"int8": 1e9})
-    assert measure_peaks("cpu") == DevicePeaks(3e9, {"int8": 1e9}, flags=(Flag.CPU_SHARED,))
+def test_peaks_measured_on_a_busy_machine_say_so(monkeypatch):
+    usage = Usage(monitor="process", samples=9, duration_s=2.0, others_cpu_pct=60.0)
+    monkeypatch.setattr(device_peaks, "_fastest_s", lambda work, device: 1.0)
+    monkeypatch.setattr(device_peaks, "Window", lambda sensor: nullcontext(SimpleNamespace(usage=usage)))
+    peaks = measure_peaks("cpu")
+    assert (peaks.copy_bytes_per_s, peaks.flags) == (2 * 64 * 2**20, (Flag.CPU_SHARED,))
+    assert peaks.matmul_flop_per_s["float32"] == 2 * 512**3
 
 
 def test_a_devices_peaks_are_above_what_a_model_reaches(model, five):
-    peaks = measure_peaks("cpu", attempts=1)
+    peaks = measure_peaks("cpu")
     assert peaks.copy_bytes_per_s > 1e8 and peaks.matmul_flop_per_s["float32"] > 1e8 and peaks.idle_power_w is None
     row = run(model, five, 5, peaks=peaks).run
     assert row.bytes_per_step / row.tpot_s < row.peak_bytes_per_s == peaks.copy_bytes_per_s

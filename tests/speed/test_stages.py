@@ -33,17 +33,21 @@ from qnb.speed.stages import (
 class Lab:
     """A session whose timings, models and searches are a test's own; what it loads and times is listed."""
 
-    def __init__(self, monkeypatch, folder):
-        self.monkeypatch, self.folder, self.loaded, self.timed, self.model = monkeypatch, folder, [], [], None
+    def __init__(self, monkeypatch, folder, source, tokenizer):
+        self.monkeypatch, self.folder, self.source, self.tokenizer = monkeypatch, folder, source, tokenizer
+        self.loaded, self.timed, self.model = [], [], None
         self.seconds = lambda call: 1.0
         monkeypatch.setattr(device_peaks, "measure_peaks", lambda place: device_peaks.DevicePeaks(1e9, {}))
         monkeypatch.setattr(benchmark, "run", self._run)
         monkeypatch.setattr(passes, "_is_warmed_up", True)
+        monkeypatch.setattr(passes.memory, "release", lambda **_: None)
         for module in (passes, stages):
             monkeypatch.setattr(module, "with_model", self._with_model)
 
     def open(self, precisions="bf16", **options):
-        return Session("smollm2-135m", precisions, self.folder, **options)
+        session = Session("smollm2-135m", precisions, self.folder, **options)
+        session.source, session.tokenizer = self.source, self.tokenizer  # not read anew for each
+        return session
 
     def search_finds(self, *found):
         """Let a search tell what `found` does, without a model."""
@@ -52,7 +56,7 @@ class Lab:
 
     def _with_model(self, session, precision, measure):
         self.loaded.append(precision.name)
-        return measure(self.model, 0.0)
+        return measure(passes.Loaded(self.model, 0.0))
 
     def _run(self, model, workload, batch_size, engine="eager", baseline_mib=0.0, peaks=None, passes=benchmark.PASSES):
         self.timed.append((self.loaded[-1], batch_size, passes))
@@ -66,8 +70,8 @@ class Lab:
 
 
 @pytest.fixture
-def lab(source, monkeypatch, tmp_path):
-    return Lab(monkeypatch, tmp_path)
+def lab(source, tiny, monkeypatch, tmp_path):
+    return Lab(monkeypatch, tmp_path, source, tiny[1])
 
 
 def workload(session, setting="bs1", requests=8):
@@ -284,11 +288,11 @@ def test_a_model_is_loaded_into_released_memory_and_no_failure_holds_it(source, 
     monkeypatch.setattr("qnb.speed.monitor.used_memory_mib", lambda place: steps.append("read") or 7.0)
     monkeypatch.setattr("qnb.quantize.checkpoint.load", lambda *_: steps.append("loaded") or torch.nn.Linear(2, 2))
     precision = session.precisions[0]
-    assert passes.with_model(session, precision, lambda model, baseline_mib: baseline_mib) == 7
+    assert passes.with_model(session, precision, lambda loaded: loaded.baseline_mib) == 7
     assert steps[:2] == ["released", "read"] and "loaded" in steps
 
-    def interrupted(model, baseline_mib):
-        cache = model.weight.clone()
+    def interrupted(loaded):
+        model, cache = loaded.model, loaded.model.weight.clone()
         held.extend([weakref.ref(model), weakref.ref(cache)])
         raise KeyboardInterrupt
 
