@@ -119,9 +119,10 @@ def chooser(study: Any) -> widgets.VBox:
 
 
 def _chooser(results: Results) -> list[widgets.Widget]:
+    settings_of = comparison.measured(results)
     speeds = [
         (f"{header(name)}, {theme.SETTINGS[setting]}", (setting, name))
-        for name, settings in comparison.measured(results).items() if name in recommend.SPEEDS for setting in settings
+        for name in recommend.SPEEDS for setting in settings_of.get(name, ())
     ]  # fmt: skip
     ranked = _dropdown("ranked by", speeds)
     # a study without accuracy cannot be asked for it

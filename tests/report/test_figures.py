@@ -112,8 +112,8 @@ def test_engines_are_a_pair_of_dots_and_one_engine_bars(study, drawn):
 def test_published_values_stand_beside_the_same_model_only(study, drawn):
     llama = replace(study, model="meta-llama/Llama-3.2-1B")
     figure = figures.metrics(llama, "bs1")
-    marks = {(x, y) for trace in figure.data if trace.customdata is not None
-             for x, y, row in zip(trace.x, trace.y, trace.customdata, strict=True) if "published" in row[0]}  # fmt: skip
+    marks = {mark for trace in figure.data if trace.customdata is not None and "published" in trace.customdata[0][0]
+             for mark in zip(trace.x, trace.y, strict=True)}  # fmt: skip
     rates = paper.performance(3)
     assert {*zip(rates.throughput_rps, rates.precision, strict=True), (4879.85, "bf16")} <= marks
     accuracy = [trace for trace in figures.accuracy(llama).data if trace.name == "published"]
@@ -144,15 +144,16 @@ def test_a_change_is_drawn_with_its_interval_and_filled_only_if_significant():
 
 def test_a_formats_symbol_and_lane_do_not_depend_on_the_order_of_rows():
     rows = {"change_pp": -1.0, "low_pp": -3.0, "high_pp": 1.0, "significant": False, "task": "a"}
+    studies = [changes(precision=order, **rows) for order in (["fp16", "nf4"], ["nf4", "fp16"])]
     marks = [{trace.name: (trace.marker.symbol, trace.y[0]) for trace in figures.forest(study).data}
-             for study in (changes(precision=["fp16", "nf4"], **rows), changes(precision=["nf4", "fp16"], **rows))]  # fmt: skip
+             for study in studies]  # fmt: skip
     assert marks[0] == marks[1] and marks[0]["fp16"][0] == "diamond-open"
 
 
 def test_errors_end_where_accuracy_does():
     scores = pd.DataFrame({"task": "a", "asked": "a", "precision": ["bf16", "nf4"], "metric": "acc", "filter": "none",
-                           "value": [0.02, 0.99], "stderr": 0.05, "n_items": 20, "n_total": 20, "limit": 20, "shots": 0,
-                           "group": False})  # fmt: skip
+                           "value": [0.02, 0.99], "stderr": 0.05, "n_items": 20, "n_total": 20, "limit": 20,
+                           "shots": 0, "group": False})  # fmt: skip
     bars = figures.accuracy(Results("", "m", "d", scores=scores)).data
     ends = [(bar.x[0] - bar.error_x.arrayminus[0], bar.x[0] + bar.error_x.array[0]) for bar in bars]
     assert ends == [(pytest.approx(0), pytest.approx(7)), (pytest.approx(94), pytest.approx(100))]

@@ -1,0 +1,136 @@
+"""The report is one page, computed from rows; what it was given stays text, and its limits are counted."""
+
+import re
+from dataclasses import replace
+from hashlib import sha256
+
+import example
+import pytest
+
+from qnb.ledger import Ledger
+from qnb.provenance import ROOT
+from qnb.report import page, widgets
+from qnb.report.results import Results
+from qnb.report.tables import TABLES, build, knees
+
+EVIL = "<script>alert(1)</script>/x\"onload='alert(2)"
+
+
+@pytest.fixture(scope="module")
+def study(studied):
+    return studied.results()
+
+
+@pytest.fixture(scope="module")
+def text(report_page):
+    return report_page.read_text()
+
+
+def body(text):
+    """Return what follows plotly.js, which has strings of its own that look like markup."""
+    return text.split("</head>")[-1]
+
+
+def cells(text, caption):
+    """Return a table's rows as texts."""
+    rows = text.split(f"<caption>{caption}")[1].split("</table>")[0].split("<tr>")[2:]
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
+
+
+def test_the_page_is_one_small_file_with_plotly_in_it_once(text, report_page):
+    assert report_page.stat().st_size < 6e6
+    assert text.count("* plotly.js v") == 1
+    assert not re.search(r'(src|href|action)="(?!#)', body(text))  # the browser's test sees that nothing is asked for
+    assert "default-src 'none'" in text
+
+
+def test_the_page_holds_every_table_and_figure_the_card_the_audit_and_limits(text, study):
+    for part in ("The study's card", "Limits", "2,000 requests were run", "Example GPU", "kernels at work"):
+        assert part in text, part
+    assert len(re.findall(r'<div class="figure"', text)) == 16
+    rows = cells(text, "Table 2: change against BF16")
+    assert len(rows) == len(build(study, "table2_change")) and rows[0][0] == "arc_easy"
+    assert len(cells(text, "Table 4: largest batch")) == len(study.maxbatch)
+    assert len(cells(text, "Perplexity, and how far")) == 5
+    assert len(cells(text, "The sweep: where throughput")) == len(knees(study.sweep))
+    assert sha256(Ledger(study.folder).path.read_bytes()).hexdigest() in text
+
+
+def test_published_columns_stand_beside_the_same_model_only(text, study):
+    assert 'class="published"' not in body(text)
+    assert 'class="published"' in page.page(replace(study, model="meta-llama/Llama-3.2-1B", rows=()))
+
+
+def test_writing_a_report_saves_every_table_that_rows_give_and_a_card_per_checkpoint(study, report_page):
+    saved = {path.stem for path in (study.folder / "tables").glob("*.csv")}
+    assert saved == {name for name in TABLES if len(build(study, name))} >= {"batch_plans", "sweep"}
+    assert {path.parent.name for path in (study.folder / "cards").glob("*/README.md")} == set(study.precisions)
+
+
+def test_what_a_model_or_a_row_says_stays_text(tmp_path):
+    """A model's name, an engine, a note and a failure that carry tags reach the page as text."""
+    ledger = Ledger(example.write(tmp_path / "study", EVIL, ("bf16", "int8"), ("eager",)))
+    ledger.append({"stage": "perf", "setting": "bs1", "precision": "int8", "engine": EVIL, "note": EVIL,
+                   "batch_size": 1, "fingerprint": "f"})  # fmt: skip
+    ledger.append({"stage": "accuracy.failed", "precision": "int8", "task": EVIL, "reason": EVIL, "fingerprint": "f"})
+    text = body(page.write(Results.read(ledger)).read_text())
+    assert text.count("&lt;script&gt;alert(1)") > 4
+    assert not re.search(r"<script>alert|<[^>]*onload=", text)
+    assert "<script>" not in widgets.side_by_side({"bf16": ["<script>"], "int8": ["</mark><script>"]})
+
+
+def test_an_empty_study_says_so_and_still_makes_a_page(tmp_path):
+    text = body(page.page(Results.read(Ledger(tmp_path))))
+    assert "Nothing was measured yet." in text and "No accuracy was measured" in text
+    assert "Not measured here: How accurate is each format?" in text and "<figure>" not in text
+
+
+def test_a_sweep_alone_has_its_knees_in_the_report(study):
+    text = page.page(Results("one", "m", "d", sweep=study.sweep))
+    rows = cells(text, "The sweep: where throughput")
+    assert len(rows) == 10 and text.count('<div class="figure"') == 2  # the roofline has the sweep's rows too
+
+
+def test_limits_count_what_rows_flag(study):
+    found = page.limits(study)
+    assert "The GPU's clocks were held down: 2 of 60 timed rows." in found  # INT4's two largest batches
+    assert not any("One pass" in line or "of a sample" in line or "process grew" in line for line in found)
+    flagged = page.limits(replace(study, sweep=study.sweep.assign(flags=[["cpu_shared", "too_short"]] * 40)))
+    assert sum(": 40 of 60 timed rows." in line for line in flagged) == 2
+    once = replace(study, bs1=study.bs1.assign(passes=1, peak_reserved_mib=float("nan")))
+    assert "One pass only, so no spread is known: batch size 1." in page.limits(once)
+    assert any("how far the process grew" in line for line in page.limits(once))
+
+
+def test_limits_say_what_failed_and_what_accuracy_lacks(study):
+    failures = [{"stage": "perf.failed", "precision": name, "engine": "eager", "reason": "out of memory"}
+                for name in ("bf16", "fp16")]  # fmt: skip
+    found = page.limits(replace(study, failures=failures))
+    assert "Could not be measured: bf16 eager, fp16 eager (out of memory)." in found
+    part = study.scores.assign(n_total=study.scores.n_items.where(study.scores.task != "arc_easy", 5000))
+    assert "Accuracy is of a sample: 400 of 5,000 items." in page.limits(replace(study, scores=part))
+    alone = page.limits(replace(study, scores=study.scores[study.scores.precision == "nf4"]))
+    assert any(line.startswith("bf16 was not measured") for line in alone)
+
+
+def test_the_card_says_what_rows_say(study):
+    card = page.card(study)
+    assert (card["model"], card["device"], card["versions"]) == ("example/one-billion", "Example GPU", "torch 2.11.0")
+    assert "60 perf" in card["rows"] and page.card(Results("", "", "")).get("rows") == "nothing was measured"
+    both = [{**row, "device": device} for row, device in zip(study.rows, ("A", "B"), strict=False)]
+    assert page.card(replace(study, rows=both))["device"] == "A; B"
+    assert any("several devices" in line for line in page.limits(replace(study, rows=both)))
+
+
+def test_the_kept_studies_have_pictures(monkeypatch):
+    drawn = {}
+
+    def pictures(drawings, folder, kinds, label):
+        drawn[folder.name] = set(drawings)
+        return ""
+
+    monkeypatch.setattr(page.export, "pictures", pictures)
+    paths, problem = page.gallery(ROOT / "outputs" / "reference")
+    assert problem == "" and len(paths) == sum(map(len, drawn.values())) and len(drawn) == 3
+    assert drawn["h100-smollm2-135m"] == {"fig1_accuracy", "forest"}
+    assert {"sweep", "energy", "token_time"} <= drawn["h200-llama-3.2-1b-shape"]
