@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from inspect import signature
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 MAX_TOKENS = {"cuda": 32768, "cpu": 2048}  # of a forward pass; more no longer helps
 # of one chunk of logits: in the model's type, in float32, and the softmax's
 LOGITS_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}
+# tokens times parameters from which compiling pays: half a minute of an H100, a quarter of an hour of a T4
+MIN_COMPILED_WORK = {"cuda": 1e16, "cpu": float("inf")}
+COMPILE: dict[str, Any] = {"dynamic": True}  # a batch is as wide as its longest row
 
 
 def likelihoods(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,6 +146,31 @@ def repeat(past: Cache | None, rows: int) -> Cache | None:
     if past is not None:
         past.batch_repeat_interleave(rows)
     return past
+
+
+@contextmanager
+def compiled(backbone: Backbone, tokens: int) -> Iterator[None]:
+    """Compile decoder layers and likelihoods while the block runs, if it reads `tokens` enough on a GPU.
+
+    Between two matrix products transformers runs a kernel for each operation, and each reads and writes every
+    activation: an RMS norm takes eight. Compiled, scoring is 1.3 to 1.4 times as fast (H200, Llama-3.2-1B's shape,
+    fp16). Compiling takes about 10 s there. A layer that cannot be compiled runs as it is.
+    """
+    if tokens * backbone.parameters < MIN_COMPILED_WORK[backbone.kind]:
+        yield
+        return
+    names = backbone.model._no_split_modules or ()
+    layers = [module for module in backbone.model.modules() if type(module).__name__ in names]
+    with torch._dynamo.config.patch(recompile_limit=64, suppress_errors=True):
+        for layer in layers:
+            layer.compile(**COMPILE)
+        backbone.likelihoods = torch.compile(likelihoods, **COMPILE)
+        try:
+            yield
+        finally:
+            backbone.likelihoods = likelihoods
+            for layer in layers:
+                del layer._compiled_call_impl
 
 
 _separates: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()

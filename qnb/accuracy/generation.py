@@ -189,11 +189,11 @@ def _join(caches: list[Cache], room: int) -> Cache:
         for part in layers[1:]:
             part.keys = part.values = None  # a large batch leaves no memory for both
         if type(layer) is DynamicLayer:  # a sliding window stays as long as it is
-            joined.layers[number] = RoomyLayer(layer, room)
+            joined.layers[number] = PreallocatedLayer(layer, room)
     return joined
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """A layer's keys and values with room for tokens to come.
 
     transformers' `DynamicLayer` copies the whole cache for each token, and its `StaticLayer` drops no rows.

@@ -60,10 +60,12 @@ def build_rows(requests: Sequence[Request], max_length: int, window: int) -> lis
 
 def shared_prefix(lists: Sequence[Tokens]) -> Tokens:
     """Return the tokens that all lists begin with, at most all but one of the shortest; none where that cannot pay."""
+    if len(lists) < MIN_PREFIX_ROWS:
+        return ()
     low, high = min(lists), max(lists)
     longest = min(map(len, lists)) - 1
     length = next((place for place in range(longest) if low[place] != high[place]), longest)
-    return low[:length] if len(lists) >= MIN_PREFIX_ROWS and length >= MIN_PREFIX_TOKENS else ()
+    return low[:length] if length >= MIN_PREFIX_TOKENS else ()
 
 
 def prefix_groups(rows: Sequence[Row], window: int, min_saved_tokens: float) -> Iterator[tuple[Tokens, list[Row]]]:

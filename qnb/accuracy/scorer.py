@@ -19,9 +19,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from qnb.accuracy import fused
 from qnb.accuracy.answer_cache import AnswerCache
-from qnb.accuracy.backbone import Backbone, separates
+from qnb.accuracy.backbone import Backbone, compiled, separates
 from qnb.accuracy.generation import GreedyGenerator, Prompt, is_shaped
 from qnb.accuracy.rows import Request, Row, Tokens, build_rows, prefix_groups, shared_prefix
 from qnb.memory import is_out_of_memory, release
@@ -135,7 +134,7 @@ class SharedContextLM(HFLM):
         rows = build_rows(requests, self.max_length, self._window)
         scores = _Scores(answers)
         min_saved_tokens = MIN_SAVED_WORK[self.backbone.kind] / self.backbone.parameters
-        with fused.applied(self.backbone, sum(row.width for row in rows)):
+        with compiled(self.backbone, sum(row.width for row in rows)):
             for prefix, group in prefix_groups(rows, self._window, min_saved_tokens):
                 for is_causal in (False, True):  # faster kernels know causal attention
                     self._score_group(prefix, [row for row in group if row.is_causal is is_causal], scores)
@@ -205,8 +204,7 @@ class SharedContextLM(HFLM):
                               for prompt, text in zip(batch, texts, strict=True)})  # fmt: skip
 
         rows = 1 if self._alone else generator.fitting_rows(prompts[0].length)
-        with fused.applied(self.backbone):
-            _in_batches(prompts, lambda _: 1, rows, generate)
+        _in_batches(prompts, lambda _: 1, rows, generate)
 
     @property
     def _window(self) -> int:
@@ -264,8 +262,8 @@ def _in_batches(items: Sequence[Any], cost: Callable[[Any], int], limit: int, wo
     """
     done = 0
     while done < len(items):
-        each = cost(items[done])
-        batch = items[done : done + max(1, limit // each)]
+        item_cost = cost(items[done])
+        batch = items[done : done + max(1, limit // item_cost)]
         try:
             work(batch)
             done += len(batch)
@@ -273,6 +271,6 @@ def _in_batches(items: Sequence[Any], cost: Callable[[Any], int], limit: int, wo
         except Exception as error:
             if len(batch) == 1 or not is_out_of_memory(error):
                 raise
-        limit = max(1, min(limit, len(batch) * each) // 2)
+        limit = max(1, min(limit, len(batch) * item_cost) // 2)
         release()  # here, where no error holds what the batch made
     return limit

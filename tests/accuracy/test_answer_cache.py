@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from qnb.accuracy import answer_cache
 from qnb.accuracy.answer_cache import AnswerCache
@@ -77,7 +78,16 @@ def scores(tiny, path):
     return scorer(tiny, path).loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True)
 
 
-def test_a_killed_task_resumes_and_ends_with_the_same_scores(tiny, source, tmp_path):
+@pytest.fixture
+def one_thread():
+    """Sums are taken in one order, here and in the child."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_killed_task_resumes_and_ends_with_the_same_scores(tiny, source, tmp_path, one_thread):
     """SIGKILL once two batches are kept. Then only the others are computed, and all scores are equal to the bit."""
     path = tmp_path / "answers.jsonl"
     child = subprocess.Popen([sys.executable, "-c", CHILD, source.path, path], cwd=Path(__file__).parent)

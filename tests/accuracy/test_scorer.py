@@ -8,9 +8,9 @@ import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 
-from qnb.accuracy import scorer
+from qnb.accuracy import backbone, scorer
 from qnb.accuracy.backbone import Backbone
-from qnb.accuracy.generation import RoomyLayer
+from qnb.accuracy.generation import PreallocatedLayer
 from qnb.accuracy.scorer import SharedContextLM
 from qnb.quantize.checkpoint import load_tokenizer
 
@@ -127,6 +127,38 @@ def test_a_shared_prefix_is_read_once_if_it_saves_enough(min_saved_work, reads, 
     assert len(lengths) == reads and all(length > 40 for length in lengths)
 
 
+def test_compiled_layers_give_the_same_scores_and_are_given_back(both, tokenizer, pairs, monkeypatch):
+    ours, stock = both(FAMILIES["untied head"](len(tokenizer)))
+    monkeypatch.setitem(backbone.MIN_COMPILED_WORK, "cpu", 0)
+    monkeypatch.setitem(backbone.COMPILE, "backend", "eager")
+    compiled, score = [], Backbone.score
+
+    def watched(self, *arguments):
+        compiled.append(sum(bool(module._compiled_call_impl) for module in self.model.modules()))
+        return score(self, *arguments)
+
+    monkeypatch.setattr(Backbone, "score", watched)
+    assert_same_scores(ours, stock, pairs)
+    assert set(compiled) == {SIZES["num_hidden_layers"]}
+    assert not any(module._compiled_call_impl for module in ours.model.modules())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_compiled_layers_are_as_near_to_float32_as_the_models_own_kernels(dtype, both, tokenizer, pairs, monkeypatch):
+    ours, stock = both(FAMILIES["untied head"](len(tokenizer)))
+    requests = [request(*pair) for pair in pairs]
+    expected = torch.tensor([value for value, _ in stock.loglikelihood(requests, disable_tqdm=True)])
+    model = ours.model.to("cuda", dtype)
+    errors = []
+    for work in (float("inf"), 0):
+        monkeypatch.setitem(backbone.MIN_COMPILED_WORK, "cuda", work)
+        lm = SharedContextLM(pretrained=model, tokenizer=tokenizer, max_length=MAX_LENGTH)
+        values = torch.tensor([value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)])
+        errors.append(float((values - expected).abs().mean()))
+    assert errors[1] < 1.5 * errors[0]
+
+
 def test_a_model_that_takes_no_mask_is_left_to_stock(both, tokenizer, pairs, caplog):
     config = transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=64, n_layer=2, n_head=4)
     ours, stock = both(config)
@@ -153,7 +185,7 @@ def test_a_layer_with_room_holds_what_a_growing_one_holds():
     draw = torch.Generator().manual_seed(0)
     growing = transformers.cache_utils.DynamicLayer()
     growing.update(*torch.randn(2, 3, 2, 5, 4, generator=draw))  # (B, H, L, D) each
-    roomy = RoomyLayer(growing, room=8)
+    roomy = PreallocatedLayer(growing, room=8)
     for rows in (3, 2):
         step = torch.randn(2, rows, 2, 1, 4, generator=draw)
         for layer in (growing, roomy):

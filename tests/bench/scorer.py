@@ -1,19 +1,20 @@
-"""Shared contexts against stock lm-eval, in turn and in one process: seconds, their ratio, peak memory, equal picks.
+"""Shared contexts against stock lm-eval, in one process: seconds, their ratio, peak memory, equal picks.
 
-Of three passes over drawn choices ours counts the fastest; its first, in which kernels are compiled, stands beside.
+``python tests/bench/scorer.py synthetic``: choices and generation on Llama-3.2-1B's shape, fp16, 15 GiB of a GPU
+``python tests/bench/scorer.py study --data-dir HUB --tasks T --precisions P``: real tasks from start to end
 
-``python tests/bench/scorer.py synthetic``: choices and generation on Llama-3.2-1B's shape, 16 bit, 15 GiB of a GPU
-``python tests/bench/scorer.py study --data-dir HUB --tasks T --precisions P --limit N``: real tasks, start to end
-``python -m qnb run --only 02`` measures what a score owes to its batch (stage *drift*).
+Of three passes over drawn choices the fastest counts. The first one, which compiles kernels, stands beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -24,12 +25,12 @@ import pandas as pd
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from qnb import Study
-from qnb.accuracy import tasks as accuracy
+from qnb.accuracy import backbone
 from qnb.accuracy.scorer import SharedContextLM
-from qnb.device import MIB
-from qnb.precision import PRECISIONS
-from qnb.quantize import checkpoint as model
+from qnb.memory import MIB, release
+from qnb.precision import PRECISIONS, parse
+from qnb.quantize import checkpoint, sources
+from qnb.session import Session
 
 HELD_GIB = 15
 # contexts, tokens of one, choices, tokens of a choice
@@ -38,26 +39,32 @@ SHAPES = {
     "ARC-like": (2000, (15, 45), 4, (2, 10)),
     "MMLU-like": (1000, (60, 400), 4, (1, 1)),
 }
+COMPILE: dict[str, dict[str, Any] | None] = {  # what layers are compiled with
+    "none": None,
+    "default": backbone.COMPILE,
+    "static-first": {},
+    "tuned": {"dynamic": True, "options": {"coordinate_descent_tuning": True}},
+}
 
 
-def requests(count: int, context: tuple[int, int], choices: int, choice: tuple[int, int]) -> list[Any]:
+def draw_requests(count: int, context: tuple[int, int], choices: int, choice: tuple[int, int]) -> list[Any]:
     """Draw (key, context ids, continuation ids) as lm-eval hands them to a model, the same in every run."""
-    draw, made = random.Random(0), []
+    draw, requests = random.Random(0), []
+
+    def ids(length: tuple[int, int]) -> list[int]:
+        return draw.choices(range(10, 120_000), k=draw.randint(*length))
+
     for number in range(count):
-        ids = draw.choices(range(10, 120_000), k=draw.randint(*context))
-        for place in range(choices):
-            made.append(((str(number), str(place)), ids, draw.choices(range(10, 120_000), k=draw.randint(*choice))))
-    return made
+        shared = ids(context)
+        requests += [((str(number), str(place)), shared, ids(choice)) for place in range(choices)]
+    return requests
 
 
-Timed = tuple[Any, float, float, float]
-
-
-def timed(work: Callable[[], Any], repeats: int = 1) -> Timed:
-    """Return what `work` returned, its fastest and its first wall clock (s), and the allocator's peak (MiB)."""
+def timed(work: Callable[[], Any], repeats: int = 1) -> tuple[Any, dict[str, float]]:
+    """Return what `work` returns, and its fastest and first wall clock (s) and the allocator's peak (MiB)."""
     seconds, peak_mib = [], 0.0
     for _ in range(repeats):
-        model.release()
+        release()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         started = perf_counter()
@@ -66,99 +73,107 @@ def timed(work: Callable[[], Any], repeats: int = 1) -> Timed:
             torch.cuda.synchronize()
             peak_mib = max(peak_mib, torch.cuda.max_memory_allocated() / MIB)
         seconds.append(perf_counter() - started)
-    return result, min(seconds), seconds[0], peak_mib
+    return result, {"s": min(seconds), "first_s": seconds[0], "peak_mib": peak_mib}
+
+
+def row(work: str, stock: dict[str, float], ours: dict[str, float], equal: float) -> dict[str, Any]:
+    """Return one line of the table."""
+    return {
+        "work": work, "stock_s": stock["s"], "ours_s": ours["s"], "ours_first_s": ours["first_s"],
+        "ratio": stock["s"] / ours["s"], "stock_peak_mib": stock["peak_mib"], "ours_peak_mib": ours["peak_mib"],
+        "equal_pct": 100 * equal,
+    }  # fmt: skip
 
 
 def picks(answers: list[tuple[float, bool]], choices: int) -> list[int]:
     """Return the likeliest choice of each item."""
-    values = [value for value, _ in answers]
-    items = (values[at : at + choices] for at in range(0, len(values), choices))
-    return [item.index(max(item)) for item in items]
+    values = torch.tensor([value for value, _ in answers]).view(-1, choices)
+    return values.argmax(1).tolist()
 
 
-def row(work: str, stock: Timed, ours: Timed, equal: float) -> dict[str, Any]:
-    """Return one line of the table."""
-    return {"work": work, "stock_s": stock[1], "ours_s": ours[1], "ours_first_s": ours[2],
-            "ratio": stock[1] / ours[1], "stock_peak_mib": stock[3], "ours_peak_mib": ours[3],
-            "equal_pct": 100 * equal}  # fmt: skip
+def share_equal(one: list[Any], other: list[Any]) -> float:
+    """Return the share of equal entries, of as many as both have."""
+    pairs = list(zip(one, other, strict=False))
+    return sum(a == b for a, b in pairs) / len(pairs)
 
 
-def synthetic(names: tuple[str, ...], generated: int, generated_stock: int) -> Iterator[dict[str, Any]]:
-    """Choices and greedy generation; stock finds its batch size itself (``auto``).
-
-    Stock generation is slow: it may be given the first of the requests only, and then seconds are a request's.
-    """
-    source = model.resolve(model.SHAPE, "cuda")
+def synthetic(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Time choices and greedy generation. Stock looks for its batch size itself (``auto``)."""
+    source = sources.resolve(sources.SHAPE, "cuda")
     whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.set_per_process_memory_fraction(HELD_GIB * 2**30 / whole)
-    network = model.load(source.path, PRECISIONS["fp16"], "cuda")
-    options: dict[str, Any] = {"pretrained": network, "tokenizer": model.load_tokenizer(source.path)}
-    options["max_length"] = 2048  # stock looks for its batch at the full length, and 131,072 tokens fit no batch
-    stock, ours = HFLM(batch_size="auto", **options), SharedContextLM(batch_size=8, compiled=True, **options)
+    model = checkpoint.load(source.path, PRECISIONS["fp16"], "cuda")
+    # stock looks for its batch at the full length, and no batch of 131,072 tokens fits
+    shared = {"pretrained": model, "tokenizer": checkpoint.load_tokenizer(source.path), "max_length": 2048}
+    stock, ours = HFLM(batch_size="auto", **shared), SharedContextLM(batch_size=8, **shared)
     assert ours.shared
-    for name, shape in ((name, SHAPES[name]) for name in names if name in SHAPES):
-        asked = requests(*shape)
-        for lm in (stock, ours):
-            lm._loglikelihood_tokens(asked[:64], disable_tqdm=True)  # libraries load their kernels
-        mine = timed(lambda asked=asked: ours._loglikelihood_tokens(asked, disable_tqdm=True), 3)
-        theirs = timed(lambda asked=asked: stock._loglikelihood_tokens(asked, disable_tqdm=True))
-        same = [a == b for a, b in zip(picks(mine[0], shape[2]), picks(theirs[0], shape[2]), strict=True)]
-        yield row(f"{name}, {shape[0]} items", theirs, mine, sum(same) / len(same))
+    for name in (name for name in options.work.split(",") if name in SHAPES):
+        count, context, choices, choice = SHAPES[name]
+        requests = draw_requests(count, context, choices, choice)
+        stock._loglikelihood_tokens(requests[:64], disable_tqdm=True)  # libraries load their kernels
+        theirs, stock_times = timed(partial(stock._loglikelihood_tokens, requests, disable_tqdm=True))
+        for compile_name in options.compile.split(","):
+            backbone.MIN_COMPILED_WORK["cuda"] = 0 if COMPILE[compile_name] is not None else float("inf")
+            backbone.COMPILE = COMPILE[compile_name] or {}
+            torch._dynamo.reset()
+            mine, times = timed(partial(ours._loglikelihood_tokens, requests), 3)
+            equal = share_equal(picks(mine, choices), picks(theirs, choices))
+            yield row(f"{name}, {count} items, compiled: {compile_name}", stock_times, times, equal)
+    if "GSM8K-like" in options.work:
+        yield generation(stock, ours, options.generated, options.generated_stock)
+
+
+def generation(stock: HFLM, ours: HFLM, count: int, stock_count: int) -> dict[str, Any]:
+    """Time greedy generation, in seconds a request; slow stock gets the first requests only."""
     draw = random.Random(0)
-    texts = ["".join(draw.choices("abcdefgh ", k=draw.randint(800, 1000))) for _ in range(generated)]
-    asked = [SimpleNamespace(args=(text, {"until": ["\n\n"], "max_gen_toks": 256})) for text in texts]
-    if "GSM8K-like" not in names:
-        return
-    for lm in (stock, ours):
-        lm.generate_until(
-            [SimpleNamespace(args=(texts[0], {"until": ["\n\n"], "max_gen_toks": 2}))], disable_tqdm=True
-        )
-    mine = timed(lambda: ours.generate_until(asked, disable_tqdm=True))
-    print(f"ours: {len(asked)} requests in {mine[1]:.1f} s", file=sys.stderr, flush=True)
-    theirs = timed(lambda: stock.generate_until(asked[:generated_stock], disable_tqdm=True))
-    same = [a == b for a, b in zip(mine[0], theirs[0], strict=False)]
-    work = f"GSM8K-like, 256 new tokens, a request of {len(asked)} and {generated_stock}"
-    a_request = [(answers, seconds / len(answers), first / len(answers), peak)
-                 for answers, seconds, first, peak in (theirs, mine)]  # fmt: skip
-    yield row(work, *a_request, sum(same) / len(same))
+    texts = ["".join(draw.choices("abcdefgh ", k=draw.randint(800, 1000))) for _ in range(count)]
+
+    def generate(lm: HFLM, some: list[str], new_tokens: int) -> list[str]:
+        settings = {"until": ["\n\n"], "max_gen_toks": new_tokens}
+        return lm.generate_until([SimpleNamespace(args=(text, dict(settings))) for text in some], disable_tqdm=True)
+
+    results = []
+    for lm, some in ((ours, texts), (stock, texts[:stock_count])):
+        generate(lm, texts[:1], 2)  # libraries load their kernels
+        answers, times = timed(partial(generate, lm, some, 256))
+        print(f"{type(lm).__name__}: {len(some)} requests in {times['s']:.1f} s", file=sys.stderr, flush=True)
+        results.append((answers, {name: value / (1 if "mib" in name else len(some)) for name, value in times.items()}))
+    (mine, times), (theirs, stock_times) = results
+    work = f"GSM8K-like, 256 new tokens, a request of {count} and {stock_count}"
+    return row(work, stock_times, times, share_equal(mine, theirs))
 
 
-def study(data_dir: Path, tasks: str, names: str, limit: int | None) -> Iterator[dict[str, Any]]:
-    """Score real tasks with the embedded model, start to end: stock builds its tasks anew for each precision."""
+def study(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Score real tasks with the embedded model. Stock builds its tasks anew for each format, ours for the first."""
+    from qnb.accuracy.evaluate import AccuracyOptions, accuracy
+
     with tempfile.TemporaryDirectory() as folder:
-        made = Study(model.EMBEDDED, names, folder, data_dir)
-        for precision in made.precisions:
-            made.checkpoint(precision)
-        import lm_eval.evaluator  # noqa: F401  # neither is charged for what both import
-
-        evaluator, total = (
-            accuracy.Evaluator(tasks, limit, 8, data_dir, requests=Path(folder) / "requests"),
-            [0.0, 0.0],
-        )
-        for precision in made.precisions:
-            network = model.load(made.checkpoint(precision), precision, made.device.kind)
-
-            def score(network: Any = network) -> pd.DataFrame:
-                return pd.concat(evaluator.evaluate(network, made.tokenizer, task).items for task in evaluator.tasks)
-
-            mine = timed(score)
-            drawn = {name: these for task in evaluator.tasks for name, these in (evaluator.drawn(task) or {}).items()}
-            theirs = timed(lambda network=network, drawn=drawn: _stock(network, made.tokenizer, evaluator, drawn))
-            keys = ["task", "doc_id", "filter"]
-            both = mine[0].merge(theirs[0], on=keys, suffixes=("", "_stock"), validate="one_to_one")
-            assert len(both) == len(mine[0]) == len(theirs[0])
-            total = [total[0] + theirs[1], total[1] + mine[1]]
-            yield row(f"{tasks}, {precision.name}", theirs, mine, float((both.picked == both.picked_stock).mean()))
-            del network, score, mine, theirs
-        yield {"work": f"{tasks}, all", "stock_s": total[0], "ours_s": total[1], "ratio": total[0] / total[1]}
+        for precision in parse(options.precisions):
+            session = Session(sources.EMBEDDED, precision.name, folder, options.data_dir)
+            path = session.checkpoint(precision)
+            asked = AccuracyOptions(options.tasks, options.limit or "all")
+            _, times = timed(partial(accuracy, session, asked))
+            rows = [row for row in session.ledger.rows("accuracy") if row["precision"] == precision.name]
+            mine = pd.concat(pd.read_parquet(session.folder / row["items_file"]) for row in rows)
+            model = checkpoint.load(path, precision, session.device.kind)
+            theirs, stock_times = timed(partial(_stock, model, session.tokenizer, options))
+            both = mine.merge(theirs, on=["task", "doc_id"], suffixes=("", "_stock"))
+            assert options.limit or len(both) == len(mine) == len(theirs)
+            equal = float((both.picked == both.picked_stock).mean())
+            yield row(f"{options.tasks}, {precision.name}, {len(mine)} items", stock_times, times, equal)
+            del model
 
 
-def _stock(network: Any, tokenizer: Any, evaluator: accuracy.Evaluator, drawn: dict[str, list[int]]) -> pd.DataFrame:
-    """Evaluate as ``lm_eval --model hf --batch_size auto`` does, on the items that `evaluator` draws."""
-    with accuracy._hushed(), model.quiet(), accuracy._only_from(evaluator.data_dir):
-        lm = HFLM(pretrained=network, tokenizer=tokenizer, batch_size="auto")
-        results = lm_eval.simple_evaluate(lm, tasks=[*evaluator.tasks], samples=drawn or None, bootstrap_iters=0)
-    return accuracy._items(results)
+def _stock(model: Any, tokenizer: Any, options: argparse.Namespace) -> pd.DataFrame:
+    """Evaluate as ``lm_eval --model hf --batch_size auto`` does; `datasets` finds the data by their folders' names."""
+    with contextlib.chdir(options.data_dir):
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size="auto")
+        results = lm_eval.simple_evaluate(lm, tasks=options.tasks.split(","), limit=options.limit, bootstrap_iters=0)
+    items = [(task, sample["doc_id"], [float(response[0]) for response in sample["filtered_resps"]])
+             for task, samples in results["samples"].items() for sample in samples]  # fmt: skip
+    return pd.DataFrame(
+        [{"task": task, "doc_id": doc, "picked": str(values.index(max(values)))} for task, doc, values in items]
+    )
 
 
 def main() -> None:
@@ -170,18 +185,15 @@ def main() -> None:
     parser.add_argument("--precisions", default="study")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--work", default=",".join((*SHAPES, "GSM8K-like")), help="of synthetic")
+    parser.add_argument("--compile", default="none,default", help=f"of synthetic: {', '.join(COMPILE)}")
     parser.add_argument("--generated", type=int, default=512)
     parser.add_argument("--generated-stock", type=int, default=96)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
-    real = (options.data_dir, options.tasks, options.precisions, options.limit)
-    drawn = (tuple(options.work.split(",")), options.generated, options.generated_stock)
-    parts = synthetic(*drawn) if options.what == "synthetic" else study(*real)
     rows = []
-    for made in parts:
-        rows.append(made)
-        print(", ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
-                        for key, value in made.items()), file=sys.stderr, flush=True)  # fmt: skip
+    for line in synthetic(options) if options.what == "synthetic" else study(options):
+        rows.append(line)
+        print(pd.DataFrame(rows[-1:]).round(3).to_string(index=False), file=sys.stderr, flush=True)
         if options.csv:
             pd.DataFrame(rows).round(3).to_csv(options.csv, index=False)
     print(pd.DataFrame(rows).round(3).to_string(index=False))
