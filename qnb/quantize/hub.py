@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
@@ -120,27 +119,23 @@ def push(folder: Path, repository: str, private: bool = True, dry_run: bool = Tr
         api = HfApi()
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repository).private:
-            raise InputError(
-                f"{repository!r} exists and is public, so nothing was uploaded; give another push_to, or set private "
-                "to false"
-            )
+            raise InputError(f"{repository!r} exists and is public; give another push_to, or set private to false")
         commit = api.create_commit(repository, operations, commit_message=f"Add {folder.name}").commit_url
     return Push(repository, private, tuple(contents), total_mib, commit)
 
 
 @contextlib.contextmanager
 def _talking(what: str) -> Iterator[None]:
-    """Bound the client's patience within the block, scrub its log, and turn its errors into one line.
+    """Bound the client's patience within the block, mute its log, and turn its errors into one line.
 
     By itself the client waits for an answer without end, and logs addresses that are signed.
     """
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import get_session, logging
 
-    hooks, handlers = get_session().event_hooks["request"], logging.get_logger().handlers
+    level, hooks = logging.get_verbosity(), get_session().event_hooks["request"]
+    logging.set_verbosity(logging.CRITICAL)
     hooks.append(_bound_silence)
-    for handler in handlers:
-        handler.addFilter(_scrub_record)
     try:
         yield
     except InputError:
@@ -149,18 +144,12 @@ def _talking(what: str) -> Iterator[None]:
         raise _explain(what, error) from None  # the error's own text may hold a secret
     finally:
         hooks.remove(_bound_silence)
-        for handler in handlers:
-            handler.removeFilter(_scrub_record)
+        logging.set_verbosity(level)
 
 
 def _bound_silence(request: Any) -> None:
     timeouts = request.extensions["timeout"]
     timeouts.update({phase: SILENCE_S for phase, limit_s in timeouts.items() if limit_s is None})
-
-
-def _scrub_record(record: LogRecord) -> bool:
-    record.msg, record.args = scrub(record.getMessage()), ()
-    return True
 
 
 def _explain(what: str, error: BaseException) -> InputError:
@@ -178,9 +167,7 @@ def _explain(what: str, error: BaseException) -> InputError:
             reason = f"no answer from {scrub(constants.ENDPOINT)} ({reason}); check the network and try again"
         return InputError(f"{what}: {reason}")
     if isinstance(answer, GatedRepoError):
-        return GatedModelError(
-            f"{what}: it is gated and this token has no access; ask for it on the model's page and set HF_TOKEN"
-        )
+        return GatedModelError(f"{what}: it is gated; ask for access on the model's page and set HF_TOKEN")
     status = 404 if isinstance(answer, RepositoryNotFoundError) else answer.response.status_code
     if status >= 500:
         return InputError(f"{what}: the hub is out of order ({status}); try again later")

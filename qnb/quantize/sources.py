@@ -165,6 +165,11 @@ def _embedded(reason: str) -> Source:
     return _from_folder(EMBEDDED, folder, reason)
 
 
+def embedded_is_cached() -> bool:
+    """Return whether the embedded model needs no network."""
+    return not damage(cache_folder() / f"{EMBEDDED}-bf16", sizes_only=True)
+
+
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
     """Return a folder of the cache; make it where it is missing or damaged. Other processes wait meanwhile."""
     folder = cache_folder() / name
