@@ -148,7 +148,7 @@ def prefill_layer(
     if mask is None and shape.has_gqa_kernel:
         attended = attend(query, *kv, is_causal=True, scale=shape.scaling, enable_gqa=True)
     else:
-        repeated = (part.repeat_interleave(shape.groups, 1) for part in kv)
+        repeated = [part.repeat_interleave(shape.groups, 1) for part in kv]
         attended = attend(query, *repeated, attn_mask=mask, is_causal=mask is None, scale=shape.scaling)
     return project_output(hidden, attended.transpose(1, 2), layer, shape.epsilon)
 

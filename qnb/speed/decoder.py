@@ -139,7 +139,7 @@ def fused_step(model: PreTrainedModel, compile_options: CompileOptions) -> Fused
     """Return a model's fused step, built once: it joins the weights."""
     if model not in _fused_steps:
         if compile_options is not None:
-            torch.compiler.reset()  # another model's step is no use, and only so many may be kept
+            torch.compiler.reset()  # another model's step is no use, and only so many stay compiled
         _fused_steps[model] = FusedStep(model, compile_options)
     return _fused_steps[model]
 

@@ -42,8 +42,7 @@ class EngineUnavailable(InputError):
 class Clock:
     """Notes when each new token was there, without waiting for it.
 
-    On a GPU a tick is an event in the stream, read after the last one: the host runs ahead as it would untimed. On a
-    CPU it is the time of day.
+    On a GPU a tick is an event in the stream, read after the last one: the host runs ahead as it would untimed.
     """
 
     def __init__(self, device: torch.device) -> None:
