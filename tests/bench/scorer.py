@@ -26,6 +26,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from qnb.accuracy import backbone
+from qnb.accuracy.evaluate import AccuracyOptions, accuracy
 from qnb.accuracy.scorer import SharedContextLM
 from qnb.memory import MIB, release
 from qnb.precision import PRECISIONS, parse
@@ -145,8 +146,6 @@ def generation(stock: HFLM, ours: HFLM, count: int, stock_count: int) -> dict[st
 
 def study(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Score real tasks with the embedded model. Stock builds its tasks anew for each format, ours for the first."""
-    from qnb.accuracy.evaluate import AccuracyOptions, accuracy
-
     with tempfile.TemporaryDirectory() as folder:
         for precision in parse(options.precisions):
             session = Session(sources.EMBEDDED, precision.name, folder, options.data_dir)
@@ -156,19 +155,22 @@ def study(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             rows = [row for row in session.ledger.rows("accuracy") if row["precision"] == precision.name]
             mine = pd.concat(pd.read_parquet(session.folder / row["items_file"]) for row in rows)
             model = checkpoint.load(path, precision, session.device.kind)
-            theirs, stock_times = timed(partial(_stock, model, session.tokenizer, options))
+            drawn = (
+                {task: sorted(set(items.doc_id)) for task, items in mine.groupby("task")} if options.limit else None
+            )
+            theirs, stock_times = timed(partial(_stock, model, session.tokenizer, options, drawn))
             both = mine.merge(theirs, on=["task", "doc_id"], suffixes=("", "_stock"))
-            assert options.limit or len(both) == len(mine) == len(theirs)
+            assert len(both) == len(mine) == len(theirs)
             equal = float((both.picked == both.picked_stock).mean())
             yield row(f"{options.tasks}, {precision.name}, {len(mine)} items", stock_times, times, equal)
             del model
 
 
-def _stock(model: Any, tokenizer: Any, options: argparse.Namespace) -> pd.DataFrame:
+def _stock(model: Any, tokenizer: Any, options: argparse.Namespace, drawn: dict[str, Any] | None) -> pd.DataFrame:
     """Evaluate as ``lm_eval --model hf --batch_size auto`` does; `datasets` finds the data by their folders' names."""
     with contextlib.chdir(options.data_dir):
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size="auto")
-        results = lm_eval.simple_evaluate(lm, tasks=options.tasks.split(","), limit=options.limit, bootstrap_iters=0)
+        results = lm_eval.simple_evaluate(lm, tasks=options.tasks.split(","), samples=drawn, bootstrap_iters=0)
     items = [(task, sample["doc_id"], [float(response[0]) for response in sample["filtered_resps"]])
              for task, samples in results["samples"].items() for sample in samples]  # fmt: skip
     return pd.DataFrame(
