@@ -169,11 +169,11 @@ def check_parameters(values: Mapping[str, Any], names: Sequence[str]) -> Study:
     study = Study(**{name: values[name] for name in PARAMETERS if name in values})
     if values.get("device", "auto") != "auto":
         study.session.device  # noqa: B018  # raises where there is no such device
-    for name in ("pictures",):
+    for name in ("pictures", "private", "dry_run"):
         if not isinstance(values.get(name, True), bool):
             raise InputError(f"{name} is {values[name]!r}; give true or false")
-    if "01_quantize" in names:
-        PushOptions(**pick(push_to="push_to", private="private", dry_run="dry_run")).check()
+    if "01_quantize" in names and values.get("push_to"):
+        PushOptions(**pick(push_to="push_to", private="private", dry_run="dry_run"))
     accuracy = pick(tasks="tasks", limit="limit", batch_size="batch_size", scorer="scorer", minutes="minutes")
     options = evaluate.AccuracyOptions(**accuracy)
     evaluate.SensitivityOptions(**pick(tasks="tasks", limit="sensitivity_limit"))

@@ -209,6 +209,12 @@ class Session:
         """Return a count as a number: what was given, or for ``"auto"`` what suits the device."""
         return resolve_count(name, value, self.device.kind)
 
+    def prompt_source(self, source: str) -> str:
+        """Return where prompts come from; ``"auto"`` is WikiText-2 where there is a GPU or a `data_dir`."""
+        if source == "auto":
+            return "wikitext" if self.device.kind == "cuda" or self.data_dir else "sample"
+        return source
+
     def facts(self) -> dict[str, str]:
         """Return what is measured, on what, with what, and what is done already. Nothing is fetched for it."""
         here, source = self.device, self.record
@@ -245,7 +251,7 @@ class Session:
         **fields
             Further parts of the key: engine, setting, task, repeat.
         """
-        versions = {"qnb": __version__.rpartition(".")[0], **device.versions()}
+        versions = {**self.versions, "qnb": __version__.rpartition(".")[0]}  # patch releases measure alike
         parts: dict[str, Any] = {
             "device": self.device.name,
             "versions": {name: versions[name] for name in LIBRARIES.get(stage, ())},
@@ -311,7 +317,7 @@ class Session:
             self.append(failure, {"error": type(error).__name__, "reason": reason})
             tqdm.write(f"{what} could not be measured ({reason}); it is tried again on the next run")
 
-    def require(self, stage: str) -> None:
+    def require(self, stage: str, setting: str | None = None) -> None:
         """Raise the last reason of a failure if nothing of a stage could be measured for this session's formats.
 
         Raises
@@ -320,8 +326,9 @@ class Session:
             There is no row, and a failure.
         """
         names = {precision.name for precision in self.precisions}
+        rows = (row for row in self.ledger.rows(stage) if setting in (None, row["setting"]))
         failures = [row for row in self.ledger.failures() if row["stage"] == stage + FAILED]
-        if failures and not any(row["precision"] in names for row in self.ledger.rows(stage)):
+        if failures and not any(row["precision"] in names for row in rows):
             raise RuntimeError(f"nothing of stage {stage} could be measured: {failures[-1]['reason']}")
 
     @contextmanager

@@ -8,14 +8,16 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
 
-from qnb import __main__
-from qnb.__main__ import NOTEBOOKS
+from qnb import run, session
+from qnb.__main__ import main
 from qnb.ledger import Ledger
+from qnb.run import NOTEBOOKS, notebook_parameters
 
 calm = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-PARAMETERS = sorted(set().union(*(papermill.inspect_notebook(str(path)) for path in NOTEBOOKS.glob("*.ipynb"))))
+PARAMETERS = sorted(set().union(*map(notebook_parameters, NOTEBOOKS.glob("*.ipynb"))))
+WORDS = ["run", "audit", "--profile", "smoke", "--only", "05", "-p", "limit", "--output", "report", "verify", "--help"]
 words = some.text(max_size=30) | some.sampled_from(["auto", "all", "bf16,int8", "0", "-1", "1e9", "nan", "~", "[1]"])
 plain = some.recursive(
     some.none() | some.booleans() | some.integers() | some.floats() | some.text(max_size=20),
@@ -30,9 +32,9 @@ def ask(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
-    def run(*given_words):
+    def run_with(*given_words):
         try:
-            code = __main__.main([str(word) for word in given_words])
+            code = main([str(word) for word in given_words])
         except SystemExit as end:
             code = end.code
         said = capfd.readouterr().err
@@ -41,7 +43,7 @@ def ask(tmp_path, monkeypatch, capfd):
         assert len(lines) == (code == 2) and "Traceback" not in said, said
         return code
 
-    return run
+    return run_with
 
 
 @calm
@@ -52,7 +54,7 @@ def test_any_ledger_opens_and_takes_a_row(tmp_path_factory, lines):
     before = Ledger(folder)
     after = before.append({"stage": "perf", "fingerprint": "a"})
     again = Ledger(folder)
-    assert list(before) == list(again) == [after] and again.damaged == before.damaged
+    assert before.rows() == again.rows() == [after] and again.damaged == before.damaged
 
 
 @calm
@@ -83,47 +85,19 @@ def test_any_profile_is_taken_or_refused(ask, tmp_path, monkeypatch, content):
     if not folder.exists():
         shutil.copytree(NOTEBOOKS, folder)
     (folder / "profiles" / "mine.yaml").write_bytes(content)
-    monkeypatch.setattr(__main__, "NOTEBOOKS", folder)
+    monkeypatch.setattr(run, "NOTEBOOKS", folder)
     ask("run", "--profile", "mine", "--output", tmp_path / "study")
 
 
 @calm
 @given(
     some.lists(
-        some.sampled_from(
-            [
-                "run",
-                "audit",
-                "--profile",
-                "smoke",
-                "--only",
-                "05",
-                "-p",
-                "limit",
-                "--output",
-                "report",
-                "verify",
-                "--help",
-                "x",
-                "",
-            ]
-        )
+        some.sampled_from([*WORDS, ""])
         | some.text(max_size=8),
         max_size=6,
     )
 )
 def test_any_command_line_is_taken_or_refused(ask, tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(__main__.Study, "__init__", _into(tmp_path, __main__.Study.__init__))
+    monkeypatch.setattr(session, "locate", lambda output: tmp_path / "relative")
     ask(*line)
-
-
-def _into(folder, init):
-    """Keep a study that the words ask for out of the project's own folders."""
-
-    def inside(self, *values, **named):
-        if isinstance(named.get("output"), str) and not named["output"].startswith("/"):
-            named["output"] = str(folder / "relative")
-        init(self, *values, **named)
-
-    return inside

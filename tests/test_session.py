@@ -82,13 +82,13 @@ def test_the_card_fetches_nothing(tmp_path, monkeypatch):
     assert "not fetched yet" in facts["model"] and facts["already measured"] == "nothing"
 
 
-def test_only_versions_that_can_change_a_row_are_in_its_key(session, monkeypatch):
+def test_only_versions_that_can_change_a_row_are_in_its_key(session):
     """Another `datasets` measures nothing again; another `bitsandbytes` measures all but the device's peaks."""
     stages = ("quantize", "accuracy", "divergence", "perf", "peaks")
-    precision, versions = session.precisions[0], module.device.versions()
+    precision, versions = session.precisions[0], session.versions
 
     def keys(**changed):
-        monkeypatch.setattr(module.device, "versions", lambda: {**versions, **changed})
+        session.versions = {**versions, **changed}
         return {stage: session.key(stage, precision)["fingerprint"] for stage in stages}
 
     before = keys()

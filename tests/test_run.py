@@ -1,0 +1,270 @@
+"""Runs: what goes wrong is said in one line, nothing finished is lost, and the next run goes on."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import papermill
+import psutil
+import pytest
+from conftest import command
+from filelock import FileLock
+
+from qnb import Study, run
+from qnb.__main__ import main
+from qnb.ledger import Ledger
+from qnb.provenance import ROOT
+from qnb.quantize.checkpoint import damage
+from qnb.run import NAMES, NOTEBOOKS
+
+# What a clock or a sensor reads, or depends on it. Everything else of a row is the same in every run.
+MEASURED = re.compile(
+    r".*_(s|mib|rps|tps|pct|w|mhz|j|sha256|file)|samples|failed_readings|missing_readings|throttle|gpu_processes"
+    r"|measured_at|command|probes|matmul_flop_per_s|flags|stop_reason"
+)
+EXACT = ("accuracy", "divergence", "batch_sensitivity")  # stages in which nothing that counts is read off a clock
+
+
+def start(folder, *arguments):
+    """Start a run in a process group of its own."""
+    words = [sys.executable, "-m", "qnb", "run", "--profile", "smoke", "--output", str(folder), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, cwd=ROOT, start_new_session=True, **pipes)
+
+
+def rows(folder):
+    """The newest rows of a ledger; no line of it may be damaged."""
+    ledger = Ledger(folder)
+    assert ledger.damaged == []
+    return ledger.rows()
+
+
+def wait_for(condition, seconds=120):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.1)
+
+
+# Notebooks
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """Returns a function that runs 05 with a cell of one's own in place of the setup."""
+
+    def execute(source):
+        shutil.copytree(NOTEBOOKS, tmp_path / "notebooks")
+        path = tmp_path / "notebooks" / "05_figures.ipynb"
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        notebook["cells"][2]["source"] = [source]
+        path.write_text(json.dumps(notebook))
+        monkeypatch.setattr(run, "NOTEBOOKS", tmp_path / "notebooks")
+        return main(["run", "--profile", "smoke", "--only", "05", "--output", str(tmp_path / "study")])
+
+    return execute
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("import os; os._exit(3)", "05_figures: DeadKernelError"), ("1 / 0", "05_figures, cell 3: ZeroDivisionError"),
+     ("import time; time.sleep(60)", "05_figures: CellTimeoutError: A cell timed out")],
+)  # fmt: skip
+def test_what_stops_a_notebook_is_said_in_one_line(source, reason, broken, capfd, monkeypatch):
+    monkeypatch.setattr(run, "CELL_TIMEOUT_S", 10)
+    assert broken(source) == 1
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith(f"qnb: {reason}") and "what was measured is kept in" in last
+
+
+@pytest.mark.parametrize(("deaths", "code"), [(1, 0), (2, 1)])
+def test_a_kernel_that_dies_before_it_answers_is_started_once_more(deaths, code, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def execute(*_, **__):
+        calls.append(1)
+        if len(calls) <= deaths:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    words = ["run", "--profile", "smoke", "--only", "05", "--output", str(tmp_path / "study")]
+    assert main(words) == code and len(calls) == 2
+    assert ("Kernel died" in capsys.readouterr().err) == bool(code)
+
+
+def test_the_interpreter_that_started_the_run_executes_the_notebooks(tmp_path, monkeypatch):
+    """A kernelspec `python3` of another environment is passed over."""
+    other = tmp_path / "kernels" / "python3"
+    other.mkdir(parents=True)
+    (other / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    from jupyter_client.kernelspec import get_kernel_spec
+
+    with run._own_kernel():
+        assert get_kernel_spec("python3").argv[0] == sys.executable
+    assert os.environ["JUPYTER_PATH"] == str(tmp_path)
+
+
+def test_figures_of_an_empty_folder_end_well(tmp_path, capsys):
+    assert main(["run", "--profile", "smoke", "--only", "05", "--output", str(tmp_path / "study")]) == 0
+    assert "0 measurements" in capsys.readouterr().out and (tmp_path / "study" / "report.html").exists()
+
+
+def test_a_run_names_what_was_disturbed_and_a_report_that_is_older(studied, tmp_path):
+    folder = shutil.copytree(studied.folder, tmp_path / "study")
+    study = Study(output=folder)
+    study.report()
+    row = next(row for row in study.session.ledger.rows("perf") if row["setting"] == "bs1" and "total_s" in row)
+    time.sleep(0.01)
+    study.session.ledger.append({**row, "flags": ["cpu_shared"]})
+    text = "\n".join(run.summary(study))
+    assert f"disturbed by other processes in 03: {row['precision']}" in text and "older than the newest" in text
+    study.session.ledger.append({**row, "flags": ["throttled"]})
+    assert "disturbed" not in "\n".join(run.summary(study))
+
+
+# Ended, and two at once
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_told_to_end_ends_cleanly(source, tmp_path, sent):
+    """Exit code 130, one line, no kernel left behind, what was measured kept, locks free."""
+    process = start(tmp_path / "study", "--only", "01")
+    wait_for(lambda: rows(tmp_path / "study"))
+    kernels = psutil.Process(process.pid).children(recursive=True)
+    assert any("ipykernel" in " ".join(kernel.cmdline()) for kernel in kernels)
+    process.send_signal(sent)
+    said = process.communicate(timeout=60)[1].strip().splitlines()
+    assert process.returncode == 130 and len(said) == 1 and "what was measured is kept" in said[0]
+    _, left = psutil.wait_procs(kernels, timeout=10)
+    assert not left and rows(tmp_path / "study")
+    FileLock(tmp_path / "study" / ".lock", timeout=5).acquire().lock.release()
+
+
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
+    (tmp_path / "study").mkdir()
+    with FileLock(tmp_path / "study" / ".run.lock"):
+        process = start(tmp_path / "study", "--only", "05")
+        said = process.communicate(timeout=120)[1].strip()
+    assert process.returncode == 2 and said.startswith("qnb: ") and "in use by another run" in said
+    assert len(said.splitlines()) == 1 and not rows(tmp_path / "study")
+
+
+# Disks
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 100 MiB, where it can be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if os.name != "posix" or os.geteuid() or mount is None:
+        pytest.skip("mounting a small disk needs root")
+    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder)]).returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+    yield folder
+    subprocess.run([shutil.which("umount"), "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_what_was_measured_and_goes_on_when_there_is_room(source, small_disk):
+    """The checkpoint's 257 MiB do not fit: nothing half-written is left."""
+    study = Study("smollm2-135m", "bf16", small_disk / "study")
+    with pytest.raises((RuntimeError, OSError), match=r"[Nn]o space"):
+        study.quantize()
+    assert not list((small_disk / "study" / "checkpoints").glob("[a-z]*"))
+    subprocess.run([shutil.which("mount"), "-o", "remount,size=1g", str(small_disk)], check=True)
+    again = Study("smollm2-135m", "bf16", small_disk / "study")
+    assert again.quantize().reload_identical.tolist() == [True] and again.session.ledger.failures() == []
+
+
+def test_a_disk_that_is_full_to_the_last_byte_is_one_line(small_disk, capsys):
+    (small_disk / "study").mkdir()
+    with (small_disk / "filler").open("wb") as file, pytest.raises(OSError, match="space"):
+        while True:
+            file.write(bytes(2**20))
+    assert main(["run", "--profile", "smoke", "--only", "05", "--output", str(small_disk / "study")]) in (1, 2)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("qnb: ") and "space" in said
+
+
+def test_a_read_only_folder_is_refused(small_disk, capsys):
+    subprocess.run([shutil.which("mount"), "-o", "remount,ro", str(small_disk)], check=True)
+    assert main(["run", "--profile", "smoke", "--output", str(small_disk / "study")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "cannot be written" in said and len(said.splitlines()) == 1
+
+
+# Killed, and run twice
+
+
+def unmeasured(row):
+    """A row without what is different in every run."""
+    if row["stage"] in EXACT:
+        return {**row, "measured_at": "", "command": "", "evaluate_s": 0}
+    return {name: value for name, value in row.items() if not MEASURED.fullmatch(name)}
+
+
+def key(row):
+    return (row["stage"], row["precision"], row["engine"], row["setting"], row["task"], row["repeat"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
+def test_killed_anywhere_it_ends_as_an_undisturbed_run(smoke, tmp_path, kills):
+    """SIGKILL to the whole process group after a random time, in a random notebook; then one run to the end."""
+    whole, done = smoke
+    assert done.returncode == 0, done.stderr
+    folder, draw, counts = tmp_path / "study", random.Random(kills), set()
+    for _ in range(kills):
+        only, seconds = draw.choice(NAMES)[:2], draw.uniform(2, 18)
+        process = start(folder, "--only", only)
+        try:
+            process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            kernels = psutil.Process(process.pid).children(recursive=True)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            for kernel in kernels if draw.random() < 0.5 else ():  # else one outlives its run, and meets the next
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    kernel.kill()
+            counts.add(len(rows(folder)))
+        time.sleep(draw.uniform(0, 0.5))
+    assert kills < 25 or {count for count in counts if 0 < count < len(rows(whole))}, "no kill fell in the middle"
+    done = command("run", "--profile", "smoke", "--output", str(folder))
+    assert done.returncode == 0, done.stderr
+    resumed, expected = rows(folder), {key(row): row for row in rows(whole)}
+    assert len((folder / "ledger.jsonl").read_bytes().splitlines()) == len(resumed) == len(expected)
+    for row in resumed:
+        assert unmeasured(row) == unmeasured(expected[key(row)])
+    for checkpoint in (folder / "checkpoints").glob("[a-z]*"):
+        assert damage(checkpoint) == ""
+    assert not [path for path in (folder / "checkpoints").glob(".*") if path.suffix != ".lock"]
+
+
+@pytest.mark.slow
+def test_two_runs_are_equal(smoke, tmp_path):
+    """One seed, one machine: equal accuracy, divergence, checkpoints, and tables of them, to the last bit."""
+    again = command("run", "--profile", "smoke", "--output", str(tmp_path / "study"), "--only", "01,02")
+    assert again.returncode == 0, again.stderr
+    expected = {key(row): row for row in rows(smoke[0])}
+    repeated = rows(tmp_path / "study")
+    assert {row["stage"] for row in repeated} == {"quantize", *EXACT}
+    for row in repeated:
+        assert unmeasured(row) == unmeasured(expected[key(row)])
+    for name in ("table1_accuracy", "table2_change", "divergence", "batch_sensitivity"):
+        first, second = (folder / "tables" / f"{name}.csv" for folder in (smoke[0], tmp_path / "study"))
+        assert first.read_text() == second.read_text(), name
+
+
+def test_every_notebook_is_in_the_folder():
+    assert sorted(path.stem for path in Path(NOTEBOOKS).glob("*.ipynb")) == list(NAMES)
