@@ -62,13 +62,10 @@ def pictures(
     if not shown:
         return ""
     try:
-        from choreographer.browsers.chromium import Chromium
         from kaleido import write_fig_from_object_sync
         from kaleido.errors import KaleidoError
     except ModuleNotFoundError:
         return f"figures are saved as HTML only: kaleido is not installed; pip install kaleido, and {REMEDY}"
-    if not Chromium.find_browser(skip_local=False):
-        return f"figures are saved as HTML only: there is no browser to draw PNG and SVG; {REMEDY}"
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [
         {"fig": figure, "path": folder / f"{name}.{kind}",

@@ -26,6 +26,7 @@ TEMPLATE = Path(__file__).parents[1] / "data" / "report.html"
 SHOWN = ("table1_accuracy", "table2_change", "divergence", "table3_bs1", "table4_maxbatch")
 GALLERY = ("fig1_accuracy", "forest", "fig3_bs1_metrics", "fig5_maxbatch_metrics", "front_memory", "front_tpot",
            "sweep", "roofline", "token_time", "memory", "energy")  # fmt: skip
+CARD = {"model": "model", "model_reason": "why this one", "device": "device", "bf16": "bfloat16"}
 
 
 def gallery(folder: Path) -> tuple[list[Path], str]:
@@ -103,21 +104,17 @@ def _figures(results: Results) -> dict[str, dict[str, str]]:
 
 def card(results: Results) -> dict[str, str]:
     """Return what was measured, on what and with what, and which file holds it, as the rows say."""
-    facts: dict[str, list[str]] = {}
-    names = {"model": "model", "why this one": "model_reason", "device": "device", "bfloat16": "bf16"}
-    for row in results.rows:
-        for name, key in names.items():
-            facts.setdefault(name, []).append(str(row.get(key) or ""))
-        facts.setdefault("versions", []).append(", ".join(map(" ".join, (row.get("versions") or {}).items())))
-        facts.setdefault("measured", []).append(str(row.get("measured_at", ""))[:10])
-    stages = Counter(str(row["stage"]) for row in results.rows)
-    facts["rows"] = [f"{count} {stage}" for stage, count in stages.items()] or ["nothing was measured"]
-    facts["checkpoints"] = list(map(str, results.checkpoints.get("fingerprint", ())))
+    rows = pd.DataFrame(results.rows, columns=["stage", "versions", "measured_at", *CARD])
+    facts: dict[str, Iterable[str]] = {words: rows[name].dropna() for name, words in CARD.items()}
+    facts["versions"] = rows.versions.dropna().map(lambda versions: ", ".join(map(" ".join, versions.items())))
+    facts["measured"] = rows.measured_at.dropna().str[:10].sort_values()
+    facts["rows"] = [f"{count} {stage}" for stage, count in rows.stage.value_counts(sort=False).items()]
+    facts["checkpoints"] = results.checkpoints.get("fingerprint", [])
+    facts["written by"] = [f"qnb {__version__}"]
     if results.folder and (ledger := results.folder / "ledger.jsonl").exists():
         facts["ledger"] = [f"{ledger.name}, sha256 {file_sha256(ledger)}"]
-    facts["written by"] = [f"qnb {__version__}"]
-    texts = {name: "; ".join(filter(None, dict.fromkeys(values))) for name, values in facts.items()}
-    return {name: text for name, text in texts.items() if text}
+    texts = {words: "; ".join(dict.fromkeys(str(one) for one in values if one)) for words, values in facts.items()}
+    return {words: text for words, text in texts.items() if text}
 
 
 def limits(results: Results) -> list[str]:

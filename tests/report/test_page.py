@@ -116,7 +116,7 @@ def test_limits_say_what_failed_and_what_accuracy_lacks(study):
 def test_the_card_says_what_rows_say(study):
     card = page.card(study)
     assert (card["model"], card["device"], card["versions"]) == ("example/one-billion", "Example GPU", "torch 2.11.0")
-    assert "60 perf" in card["rows"] and page.card(Results("", "", "")).get("rows") == "nothing was measured"
+    assert "60 perf" in card["rows"] and set(page.card(Results("", "", ""))) == {"written by"}
     both = [{**row, "device": device} for row, device in zip(study.rows, ("A", "B"), strict=False)]
     assert page.card(replace(study, rows=both))["device"] == "A; B"
     assert any("several devices" in line for line in page.limits(replace(study, rows=both)))
