@@ -1,359 +1,334 @@
-"""What every precision is asked: lm-eval's tasks, running text, and the same items in other batches.
+"""The stages that ask tasks: accuracy, within a time budget if there is one, and what a score owes to its batch.
 
-Every precision answers the same items, and each answer is kept, so that any two can be paired afterwards.
+Every format answers the same items, and each answer is kept, so that any two formats can be compared item by item.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from tqdm.auto import tqdm
 
-from qnb.accuracy.perplexity import distances, summarize
-from qnb.accuracy.tasks import SCORERS, Evaluator, check_minutes, moved, wide_products
-from qnb.device import MIB
+from qnb.accuracy.tasks import Task, TaskResult, check, names
 from qnb.errors import InputError
-from qnb.ledger import fingerprint
-from qnb.precision import BASELINE, PRECISIONS, Precision
-from qnb.prompts import paragraphs
-from qnb.quantize import checkpoint as model
-from qnb.report import tables as table
-from qnb.session import Count, Workbench
+from qnb.ledger import Row, file_sha256, write_parquet
+from qnb.options import Count, check_count, check_minutes
+from qnb.precision import Precision
+from qnb.quantize.checkpoint import quiet
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import pandas as pd
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qnb.accuracy.scorer import Encoded
+    from qnb.session import Session
+
+SCORERS = ("qnb", "hf")
+FIRST_LIMIT = {"cuda": 8, "cpu": 4}  # items a task, to learn the pace from; MMLU is 57 tasks
+PLANNED_SHARE = 0.9  # of the time left that a round is planned for
+MIN_GROWTH = 1.5  # times as many items, or another round is not worth its time
 
 
-FIRST_ROUND = {"cuda": 8, "cpu": 4}  # items a task, to learn a pace from; MMLU is 57 tasks
-SAFE = 0.9  # of the time left that a round is planned for
-WORTHWHILE = 1.5  # times as many items, or a round is not worth its time
+@dataclass(frozen=True, slots=True)
+class AccuracyOptions:
+    """What `accuracy` asks.
+
+    Parameters
+    ----------
+    tasks
+        ``"sample"``, ``"paper"``, ``"auto"`` (the paper's on a GPU, else the sample) or names of lm-eval tasks.
+    limit
+        Items a task or subtask, the first of one fixed random order; ``"all"`` takes all.
+    batch_size
+        Rows a forward pass in stock scoring.
+    scorer
+        ``"qnb"`` reads a context once for all its choices; ``"hf"`` is lm-eval's own.
+    minutes
+        A budget for all formats and tasks together; 0 sets none. The number of items follows from it, the same for
+        every format. `limit` then is the most there may be, and ``"auto"`` means all.
+
+    Raises
+    ------
+    InputError
+        A value is not one of these.
+    """
+
+    tasks: str | Iterable[str] = "auto"
+    limit: Count = "auto"
+    batch_size: Count = "auto"
+    scorer: str = "qnb"
+    minutes: float = 0
+
+    def __post_init__(self) -> None:
+        names(self.tasks)
+        check_count("limit", self.limit)
+        check_count("batch_size", self.batch_size)
+        check_minutes(self.minutes)
+        if self.scorer not in SCORERS:
+            raise InputError(f"scorer is {self.scorer!r}; choose from {', '.join(SCORERS)}")
 
 
-class Asking(Workbench):
-    """The stages of accuracy: tasks, drift between batchings, perplexity and divergence."""
+@dataclass(frozen=True, slots=True)
+class SensitivityOptions:
+    """What `batch_sensitivity` asks: the first task of choices among `tasks`, and so many items of it.
 
-    def accuracy(
-        self,
-        tasks: str | Iterable[str] = "auto",
-        limit: Count = "auto",
-        batch_size: Count = "auto",
-        scorer: str = "qnb",
-        minutes: float = 0,
-    ) -> pd.DataFrame:
-        """Evaluate every precision on every task; return a row a task, metric and precision.
+    Raises
+    ------
+    InputError
+        No task is named, or `limit` is not a count.
+    """
 
-        Parameters
-        ----------
-        tasks
-            ``"sample"``, ``"paper"``, ``"auto"`` (the paper's with a GPU, else the sample) or names of lm-eval tasks.
-        limit
-            Items a task, the first of one fixed random order; ``"all"`` takes all.
-        batch_size
-            Rows a forward pass, where stock scoring is used.
-        scorer
-            ``"qnb"``, or ``"hf"`` for lm-eval's own.
-        minutes
-            A budget for all precisions and tasks together; 0 sets none. Then `limit` follows from it, the same for
-            every precision, and what was given as `limit` is the most there may be (``"auto"`` is all).
+    tasks: str | Iterable[str] = "auto"
+    limit: Count = "auto"
 
-        Raises
-        ------
-        InputError
-            A task is unknown, its data cannot be read, a count is not positive, the model has no tokenizer, or its
-            weights are random.
-        """
-        check_minutes(minutes)
-        every = limit == "all" or (limit == "auto" and minutes > 0)
-        most = None if every else self.count("limit", limit)
-        evaluator = self._evaluator(tasks, most, self.count("batch_size", batch_size), scorer)
-        if minutes:
-            with self._alone():
-                self._spend(evaluator, minutes)
-        else:
-            self._evaluate(evaluator)
-        return self._measured(self.scores(), "accuracy")
+    def __post_init__(self) -> None:
+        names(self.tasks)
+        check_count("sensitivity_limit", self.limit)
 
-    def _evaluator(
-        self, tasks: str | Iterable[str], limit: int | None, batch_size: int, scorer: str = "qnb"
-    ) -> Evaluator:
-        """Return an evaluator whose tasks are known and whose model can be asked."""
-        self.check_weights()
-        if tasks == "auto":
-            tasks = "sample" if self.device.kind == "cpu" else "paper"
-        evaluator = Evaluator(tasks, limit, batch_size, self.data_dir, scorer, self.folder / "requests")
-        _ = self.tokenizer  # a model without one ends this before a checkpoint is made
-        return evaluator
 
-    def _evaluate(self, evaluator: Evaluator, more: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Return a row a precision and task; what is missing is measured, and gets the fields `more` as well."""
-        asked = {
-            "limit": evaluator.limit or "all",
-            "scorer": evaluator.scorer,
-            "batch_size": evaluator.batch_size if evaluator.scorer == "hf" else None,
-        }
-        # data that cannot be read end this before a checkpoint is made; other data are another measurement
-        data = {task: evaluator.asked(task).data_sha256 for task in evaluator.tasks}
-        keys = {
-            (precision.name, task): self._key("accuracy", precision, {**asked, "data": data[task]}, task=task)
-            for precision in self.precisions
-            for task in evaluator.tasks
-        }
-        with self._alone(), self._bar(len(keys), "accuracy") as bar:
-            rows = {pair: row for pair, key in keys.items() if (row := self._scored(key))}
-            bar.update(len(rows))
-            for precision in self.precisions:
-                todo = [task for task in evaluator.tasks if (precision.name, task) not in rows]
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What every format is asked, and how."""
 
-                def answer(
-                    network: PreTrainedModel, _: float | None, name: str = precision.name, todo: list = todo
-                ) -> None:
-                    for task in todo:
-                        bar.set_postfix_str(f"{name} {task}")
-                        key, started = keys[name, task], perf_counter()
-                        kept = self.folder / f"{_items_stem(key)}.answers"
-                        if self.overwrite:
-                            kept.unlink(missing_ok=True)
-                        with self._failing(key, asked, f"{name} on {task}"):
-                            result = evaluator.evaluate(network, self.tokenizer, task, kept)
-                            file, sha256 = self._write(_items_stem(key), result.items)
-                            values = {
-                                "scores": [asdict(score) for score in result.scores],
-                                "items_file": file,
-                                "items_sha256": sha256,
-                                "data_sha256": result.data_sha256,
-                                "groups": result.groups,
-                                "evaluate_s": perf_counter() - started,
-                                **(more or {}),
-                            }
-                            rows[name, task] = self._append(key, asked, values)
-                            kept.unlink(missing_ok=True)
-                        bar.update()
+    tasks: Sequence[Task]
+    limit: int | None  # items of each task, or of each of its subtasks; None takes all
+    scorer: str
+    batch_size: int
+    alone: bool = False  # every row in a batch of its own
+    minutes: float = 0  # the budget that the round is a part of
+    encoded: Encoded = field(default_factory=dict)  # token ids by text, which all formats share
 
-                if todo:
-                    with self._failing(keys[precision.name, todo[0]], asked, f"{precision.name}'s accuracy"):
-                        self.on(precision, answer)
-        return list(rows.values())
-
-    def _spend(self, evaluator: Evaluator, minutes: float) -> None:
-        """Evaluate rounds of more and more items, every precision the same ones, until the budget is spent.
-
-        A round's pace says how many items the next may have; of few items each takes longer, so first guesses are low.
-        The number of items is in the ledger before a round begins: an interrupted one goes on with it, and so do
-        precisions that are added later.
-        """
-        tasks, cap = ", ".join(evaluator.tasks), evaluator.limit
-        asked = {"minutes": minutes, "scorer": evaluator.scorer, "cap": cap or "all"}
-        key = self._shared_key("budget", {**asked, "tasks": tasks}, task=tasks, setting=f"{minutes:g} min")
-        sizes = {task: evaluator.asked(task).sizes for task in evaluator.tasks}
-        largest = max(size for parts in sizes.values() for size in parts.values())
-        cap = min(cap or largest, largest)
-        first = {"limit": min(FIRST_ROUND[self.device.kind], cap), "spent_s": 0.0, "done": False}
-        plan = self._decided(key) or self._append(key, asked, first)
-        while True:
-            started, limit = perf_counter(), int(plan["limit"])
-            rows = self._evaluate(evaluator.limited(limit), {"minutes": minutes})
-            if plan["done"] or len(rows) < len(self.precisions) * len(evaluator.tasks):
-                return  # what failed has no pace: the round is asked again the next time
-            spent_s = plan["spent_s"] + max(perf_counter() - started, sum(row["evaluate_s"] for row in rows))
-            overhead_s = spent_s - plan["spent_s"] - sum(row["evaluate_s"] for row in rows)
-            left_s = 60 * minutes - spent_s - overhead_s
-
-            def cost_s(items: int, rows: list = rows, limit: int = limit) -> float:
-                return sum(row["evaluate_s"] * _items_of(sizes[row["task"]], items)
-                           / _items_of(sizes[row["task"]], limit) for row in rows)  # fmt: skip
-
-            more = bisect_right(range(1, cap + 1), SAFE * left_s, key=cost_s)  # the most items that still fit
-            if more < WORTHWHILE * limit:
-                self._append(key, asked, {"limit": limit, "spent_s": spent_s, "done": True})
-                return
-            plan = self._append(key, asked, {"limit": more, "spent_s": spent_s, "done": False})
-
-    def drift(self, tasks: str | Iterable[str] = "auto", limit: Count = "auto") -> pd.DataFrame:
-        """Measure what a choice's score owes to its neighbours in a batch; return a row a precision and scorer.
-
-        The same items are scored in the usual batches and each row alone, by this project's scorer and by lm-eval's.
-        In 16 bit the difference is rounding; LLM.int8 chooses its outlier columns over the whole batch.
-
-        Parameters
-        ----------
-        tasks
-            As for `accuracy`; the first task of choices among them is asked, and nothing where there is none.
-        limit
-            Items of it.
-
-        Raises
-        ------
-        InputError
-            As for `accuracy`.
-        """
-        usual = self._evaluator(tasks, self.count("limit", limit, "sensitivity_limit"), 32)
-        task = next((task for task in usual.tasks if usual.chooses(task)), None)
-        if task is None:
-            tqdm.write(f"no drift: tasks {tasks!r} names none of choices, such as sample_easy or arc_easy")
-            return self.build("drift")
-        asked = {"limit": usual.limit}
-        with self._alone(), self._bar(len(self.precisions), "drift") as bar:
-            for precision in self.precisions:
-                keys = {name: self._key("drift", precision, asked, engine=name, task=task) for name in SCORERS}
-                missing = [name for name, key in keys.items() if not self._find(key)]
-
-                def compare(
-                    network: PreTrainedModel, _: float | None, missing: list = missing, keys: dict = keys
-                ) -> None:
-                    for name in missing:
-                        with self._failing(keys[name], asked, f"drift by scorer {name}"):
-                            found = [
-                                each.evaluate(network, self.tokenizer, task).items
-                                for each in (usual.scored_by(name), usual.scored_by(name, alone=True))
-                            ]
-                            self._append(keys[name], asked, asdict(moved(*found)))
-
-                bar.set_postfix_str(precision.name)
-                if missing:
-                    with self._failing(keys[missing[0]], asked, f"{precision.name}'s drift"):
-                        self.on(precision, compare)
-                bar.update()
-        return self._measured(self._save("drift"), "drift")
-
-    def divergence(self, prompts: str = "auto", ppl_tokens: Count = "auto", context: Count = "auto") -> pd.DataFrame:
-        """Measure perplexity on running text, and how far each precision's predictions are from BF16's.
-
-        Parameters
-        ----------
-        prompts
-            ``"wikitext"`` (WikiText-2's test split), ``"sample"``, or ``"auto"``, as for `workload`.
-        ppl_tokens
-            Tokens taken from the text's beginning; ``"all"`` takes all.
-        context
-            Tokens in a window; it moves on by half of them.
-
-        Raises
-        ------
-        InputError
-            A count is not positive, the text cannot be had, the weights are random, or a window is longer than the
-            model's.
-        """
-        from qnb.speed.engines import window
-
-        most = None if ppl_tokens == "all" else self.count("ppl_tokens", ppl_tokens)
-        width = self.count("context", context)
-        self.check_weights()
-        most_tokens = window(self.config) or width
-        if width > most_tokens and context != "auto":
-            raise InputError(f"context is {width}, and the model's window {most_tokens} tokens; give at most these")
-        source = self._prompts(prompts)
-        text = "\n\n".join(paragraphs(source, self.data_dir))
-        ids = self.tokenizer(text, verbose=False)["input_ids"][:most]
-        width = max(2, min(width, most_tokens, len(ids)))
-        asked = {"text": source, "text_sha256": fingerprint({"ids": ids}), "tokens": len(ids), "context": width,
-                 "stride": width // 2}  # fmt: skip
-        with self._alone(), self._bar(len(self.precisions), "divergence") as bar:
-            for precision in self.precisions:
-                bar.set_postfix_str(precision.name)
-                key = self._key("divergence", precision, asked)
-                if not self._find(key):
-                    with self._failing(key, asked, f"{precision.name}'s divergence"):
-                        tokens = self.on(precision, partial(self._distances, precision, ids, width))
-                        found = {name: asdict(estimate) for name, estimate in summarize(tokens).items()}
-                        self._append(key, asked, {**found, **self._keep_tokens(key, tokens)})
-                bar.update()
-        return self._measured(self._save("divergence"), "divergence")
-
-    def _keep_tokens(self, key: dict[str, Any], tokens: pd.DataFrame) -> dict[str, Any]:
-        """Write a row's tokens; return what the row says of them. Nothing else of a divergence is ever on the disk."""
-        name, sha256 = self._write(f"samples/divergence.{key['precision']}.{key['fingerprint']}", tokens)
-        return {"samples": name, "samples_sha256": sha256, "disk_mib": (self.folder / name).stat().st_size / MIB}
-
-    def _distances(
-        self, precision: Precision, ids: list[int], context: int, network: PreTrainedModel, _: float | None
-    ) -> pd.DataFrame:
-        """Compare a loaded precision with BF16, loaded beside it."""
-        base = PRECISIONS[BASELINE]
-        baseline = None
-        if precision != base:
-            baseline = model.load(self.checkpoint(base, say=True), base, self.device.place)
-        with model.quiet(), wide_products(self.device.kind):
-            return distances(network, baseline, ids, context, context // 2)
-
-    def check_weights(self) -> None:
-        """Refuse a model of random weights, without fetching it.
-
-        Raises
-        ------
-        InputError
-            The model is a shape, or this study was made with one.
-        """
-        if self.model == model.SHAPE or self._record.get("random_weights"):
-            raise InputError(
-                f"model {self._record.get('name', self.model)} has random weights, so its accuracy means nothing; "
-                "leave 02_accuracy out, or take smollm2-135m or a model from the hub"
-            )
-
-    def _scored(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the row that answers, if its items are those it was counted from."""
-        row = self._find(key)
-        return row if row is not None and self.items(row) is not None else None
-
-    def items(self, row: dict[str, Any]) -> pd.DataFrame | None:
-        """Return every item that an accuracy row was counted from: gold, picked, correct, log-likelihoods.
-
-        None where the file is gone or is not the one written then.
-        """
-        path = self.folder / items_name(row)
-        if not path.exists() or model.file_sha256(path) != row["items_sha256"]:
-            return None
-        return pd.read_parquet(path)
-
-    def beliefs(self, place: int = 0) -> pd.DataFrame:
-        """Return one item of the first multiple-choice task as each precision sees it: the paper's p(y_i) a choice."""
-        rows: dict[str, dict[str, Any]] = {}
-        found = ((row, self.items(row)) for row in self.frame("accuracy").to_dict("records"))
-        choices = [(row, items) for row, items in found if items is not None and "probabilities" in items]
-        for row, items in choices:
-            if row["task"] == choices[0][0]["task"]:
-                item = items.iloc[place]
-                shares = {f"p(choice {number})": share for number, share in enumerate(item.probabilities)}
-                rows[row["precision"]] = {**shares, "picked": item.picked, "gold": item.gold}
-        return pd.DataFrame(rows).T.infer_objects()
-
-    def scores(self) -> pd.DataFrame:
-        """Return a row a task, metric, filter and precision."""
-        return table.scores(self.frame("accuracy"))
-
-    def table1(self) -> pd.DataFrame:
-        """Accuracy with standard errors, the aggregate, and the published values beside."""
-        return self._save("table1_accuracy")
-
-    def table2(self) -> pd.DataFrame:
-        """Change against BF16 in points and relative, with a paired test, and the published values beside."""
-        return self._save("table2_change")
-
-    def _makers(self) -> dict[str, Callable[[], pd.DataFrame]]:
+    def asked(self, task: Task) -> dict[str, Any]:
+        """Return what the answers to a task depend on, beside the model."""
         return {
-            **super()._makers(),
-            "table1_accuracy": lambda: table.accuracy(self.scores()),
-            "table2_change": lambda: table.change(self.frame("accuracy"), self.items),
-            "divergence": lambda: table.divergence(self.frame("divergence")),
-            "drift": lambda: table.drift(self.frame("drift")),
+            "limit": self.limit or "all",
+            "scorer": self.scorer,
+            "batch_size": self.batch_size if self.scorer == "hf" else None,  # ours follows from the memory
+            "data_sha256": task.data_sha256(self.limit),
         }
 
+    def evaluate(
+        self, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers_path: Path | None = None
+    ) -> TaskResult:
+        """Score a model on a task; `answers_path` keeps its answers meanwhile, for a run that goes on after a kill."""
+        from lm_eval.models.huggingface import HFLM
 
-def _items_of(sizes: Mapping[str, int], limit: int) -> int:
-    """Return the items a task and its subtasks have with a limit each."""
-    return sum(min(limit, size) for size in sizes.values())
+        from qnb.accuracy.scorer import SharedContextLM
+
+        options: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer, "batch_size": self.batch_size}
+        with quiet():
+            if self.scorer == "hf":
+                lm = HFLM(**options)
+            else:
+                lm = SharedContextLM(**options, encoded=self.encoded, answers_path=answers_path, alone=self.alone)
+            return task.evaluate(lm, self.limit)
 
 
-def items_name(row: Mapping[str, Any]) -> str:
-    """Return the file of an accuracy row's items, below the study's folder."""
-    name = row.get("items_file")  # not told before version 0.9.0
-    return name if isinstance(name, str) else f"{_items_stem(row)}.parquet"
+# Accuracy
 
 
-def _items_stem(row: Mapping[str, Any]) -> str:
-    return f"items/{row['task']}.{row['precision']}.{row['fingerprint']}"
+def accuracy(session: Session, options: AccuracyOptions) -> None:
+    """Evaluate every format on every task; the ledger gets a row each, and a file of items.
+
+    Raises
+    ------
+    InputError
+        A task is unknown or its data cannot be read, the model has no tokenizer, or its weights are random.
+    RuntimeError
+        Nothing could be measured.
+    """
+    tasks = list(_load_tasks(session, options.tasks))
+    takes_all = options.limit == "all" or (options.limit == "auto" and options.minutes > 0)
+    limit = None if takes_all else session.count("limit", options.limit)
+    batch_size = session.count("batch_size", options.batch_size)
+    whole = Round(tasks, limit, options.scorer, batch_size, minutes=options.minutes)
+    with session.exclusive():
+        if options.minutes:
+            _spend_budget(session, whole)
+        else:
+            _evaluate(session, whole)
+    session.require("accuracy")
+
+
+def _load_tasks(session: Session, tasks: str | Iterable[str]) -> Iterator[Task]:
+    """Yield tasks with their data; whatever cannot be asked is refused here, before a checkpoint is made."""
+    session.check_weights()
+    if tasks == "auto":
+        tasks = "sample" if session.device.kind == "cpu" else "paper"
+    checked = check(tasks)
+    _ = session.tokenizer
+    return (Task(name, session.data_dir) for name in checked)
+
+
+def _evaluate(session: Session, asked: Round) -> list[Row]:
+    """Return a row a format and task; those that are missing are measured."""
+    rows: list[Row] = []
+    with session.progress(len(session.precisions) * len(asked.tasks), "accuracy") as bar:
+        for precision in session.precisions:
+            rows += _evaluate_format(session, precision, asked, bar)
+    return rows
+
+
+def _evaluate_format(session: Session, precision: Precision, asked: Round, bar: tqdm) -> list[Row]:
+    keys = {task: session.key("accuracy", precision, asked.asked(task), task=task.name) for task in asked.tasks}
+    rows = {task: row for task, key in keys.items() if (row := _find(session, key))}
+    bar.update(len(rows))
+    missing = [task for task in asked.tasks if task not in rows]
+    if missing:
+        what = f"{precision.name}'s accuracy"
+        with session.failing(keys[missing[0]], what), session.loaded(precision) as model:
+            for task in missing:
+                bar.set_postfix_str(f"{precision.name} {task.name}")
+                with session.failing(keys[task], f"{what} on {task.name}"):
+                    rows[task] = _measure(session, keys[task], model, task, asked)
+                bar.update()
+    return list(rows.values())
+
+
+def _find(session: Session, key: Mapping[str, Any]) -> Row | None:
+    """Return the row that answers, if the file of its items is the one written then."""
+    row = session.find(key)
+    if row is None:
+        return None
+    path = session.folder / row["items_file"]
+    return row if path.exists() and file_sha256(path) == row["items_sha256"] else None
+
+
+def _measure(session: Session, key: Mapping[str, Any], model: PreTrainedModel, task: Task, asked: Round) -> Row:
+    started = perf_counter()
+    stem = f"items/{task.name}.{key['precision']}.{key['fingerprint']}"
+    answers_path = session.folder / f"{stem}.answers"
+    if session.overwrite:
+        answers_path.unlink(missing_ok=True)
+    result = asked.evaluate(task, model, session.tokenizer, answers_path)
+    items_file, items_sha256 = write_parquet(session.folder, stem, result.items)
+    values = {
+        "scores": [asdict(score) for score in result.scores],
+        "groups": task.groups,
+        "items_file": items_file,
+        "items_sha256": items_sha256,
+        "evaluate_s": perf_counter() - started,
+    }
+    budget = {"minutes": asked.minutes} if asked.minutes else {}
+    row = session.append(key, asked.asked(task), values, budget)
+    answers_path.unlink(missing_ok=True)
+    return row
+
+
+# A time budget
+
+
+def _spend_budget(session: Session, whole: Round) -> None:
+    """Evaluate rounds of more and more items, the same for every format, until the budget is spent.
+
+    The pace of a round says how many items the next may have. Few items take longer each, so first guesses are low.
+    The number of items is in the ledger before a round begins: an interrupted round goes on with it, and so do formats
+    that are added later.
+    """
+    sizes = {task.name: list(task.sizes.values()) for task in whole.tasks}
+    largest = max(size for parts in sizes.values() for size in parts)
+    limit = min(whole.limit or largest, largest)
+    asked = {"minutes": whole.minutes, "scorer": whole.scorer, "cap": limit}
+    key = session.key("budget", asked=asked, task=", ".join(sizes), setting=f"{whole.minutes:g} min")
+    first = {"limit": min(FIRST_LIMIT[session.device.kind], limit), "spent_s": 0.0, "done": False}
+    plan = session.decided(key) or session.append(key, asked, first)
+    while True:
+        started, items = perf_counter(), plan["limit"]
+        rows = _evaluate(session, replace(whole, limit=items))
+        if plan["done"] or len(rows) < len(session.precisions) * len(whole.tasks):
+            return  # what failed has no pace: the round is asked again on the next run
+        evaluate_s = sum(row["evaluate_s"] for row in rows)
+        round_s = max(perf_counter() - started, evaluate_s)  # rows of an earlier run took their time then
+        spent_s = plan["spent_s"] + round_s
+        left_s = 60 * whole.minutes - spent_s - (round_s - evaluate_s)  # the next round loads models too
+        cost_s = partial(_cost_s, rows, sizes, items)
+        next_items = bisect_right(range(1, limit + 1), PLANNED_SHARE * left_s, key=cost_s)  # the most that fit
+        done = next_items < MIN_GROWTH * items
+        plan = session.append(key, asked, {"limit": items if done else next_items, "spent_s": spent_s, "done": done})
+        if done:
+            return
+
+
+def _cost_s(rows: Sequence[Row], sizes: Mapping[str, Sequence[int]], limit: int, items: int) -> float:
+    """Return the seconds that `items` a task take at the pace of `rows`, which had `limit`."""
+
+    def count(task: str, limit: int) -> int:
+        return sum(min(limit, size) for size in sizes[task])
+
+    return sum(row["evaluate_s"] * count(row["task"], items) / count(row["task"], limit) for row in rows)
+
+
+# What a score owes to its batch
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSensitivity:
+    """How far scores of the same choices differ between batches of many rows and of one."""
+
+    n_items: int
+    n_choices: int
+    mean_abs_logprob_diff: float
+    max_abs_logprob_diff: float
+    answers_changed: int  # items whose likeliest choice differs
+    accuracy_change_pp: float
+
+
+def batch_sensitivity(session: Session, options: SensitivityOptions) -> None:
+    """Score the same choices in the usual batches and one row at a time, by each scorer; the ledger gets a row each.
+
+    In 16 bit the difference is rounding. LLM.int8 chooses its outlier columns over the whole batch.
+
+    Raises
+    ------
+    InputError
+        As for `accuracy`.
+    RuntimeError
+        Nothing could be measured.
+    """
+    task = next((task for task in _load_tasks(session, options.tasks) if task.is_multiple_choice), None)
+    if task is None:
+        tqdm.write(f"no batch sensitivity: tasks {options.tasks!r} name none of choices; sample_easy and arc_easy are")
+        return
+    limit = session.count("sensitivity_limit", options.limit)
+    with session.exclusive(), session.progress(len(session.precisions), "batch sensitivity") as bar:
+        for precision in session.precisions:
+            bar.set_postfix_str(precision.name)
+            _compare_batchings(session, precision, task, limit)
+            bar.update()
+    session.require("batch_sensitivity")
+
+
+def _compare_batchings(session: Session, precision: Precision, task: Task, limit: int) -> None:
+    asked = {"limit": limit, "data_sha256": task.data_sha256(limit)}
+    keys = {scorer: session.key("batch_sensitivity", precision, asked, setting=scorer, task=task.name)
+            for scorer in SCORERS}  # fmt: skip
+    missing = [scorer for scorer, key in keys.items() if not session.find(key)]
+    if not missing:
+        return
+    what = f"{precision.name}'s batch sensitivity"
+    with session.failing(keys[missing[0]], what), session.loaded(precision) as model:
+        for scorer in missing:
+            with session.failing(keys[scorer], f"{what} by scorer {scorer}"):
+                usual, alone = Round([task], limit, scorer, 32), Round([task], limit, scorer, 1, alone=True)
+                items = (each.evaluate(task, model, session.tokenizer).items for each in (usual, alone))
+                session.append(keys[scorer], asked, asdict(compare_items(*items)))
+
+
+def compare_items(usual: pd.DataFrame, alone: pd.DataFrame) -> BatchSensitivity:
+    """Compare the items of one task of choices, scored twice by one model and in the same order."""
+    pairs = zip(usual.loglikelihoods, alone.loglikelihoods, strict=True)
+    differences = [abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)]
+    return BatchSensitivity(
+        n_items=len(usual),
+        n_choices=len(differences),
+        mean_abs_logprob_diff=sum(differences) / len(differences),
+        max_abs_logprob_diff=max(differences),
+        answers_changed=int((usual.picked != alone.picked).sum()),
+        accuracy_change_pp=100 * float(alone.correct.mean() - usual.correct.mean()),
+    )

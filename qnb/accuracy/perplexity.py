@@ -1,38 +1,122 @@
-"""How far a precision's predictions are from BF16's, token by token: perplexity, and the divergence behind it.
+"""How far a format's predictions are from BF16's, token by token: perplexity, and KL divergence behind it.
 
 Accuracy moves only when a pick does; the predicted distribution moves before. Both models read the same text in
-windows that overlap, and each token is predicted once, with at least the overlap before it (but for the first window).
-BF16 is computed again beside each precision, so no logits are kept: the disk holds four numbers a token.
+windows that overlap. Each token is predicted once, with at least the overlap before it (but for the first window).
+BF16 is computed again beside each format, so no logits are kept: the disk holds four numbers a token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
+from qnb import prompts
+from qnb.accuracy.patches import wide_products
 from qnb.errors import InputError
+from qnb.ledger import fingerprint, write_parquet
+from qnb.options import Count, check_count
+from qnb.precision import BASELINE, PRECISIONS, Precision
+from qnb.quantize import checkpoint
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from transformers import PreTrainedModel
+
+    from qnb.session import Session
 
 LOGITS_BYTES = 1 << 29  # of a batch of windows, in 16 bit
 ROWS = 256  # tokens whose distributions are held in float32 at once
 RESAMPLES = 500
+Columns = Mapping[str, np.ndarray]
+# What is said of a text's tokens, from the columns of `distances`. All but perplexity need a baseline.
+QUANTITIES: dict[str, Callable[[Columns], float]] = {
+    "perplexity": lambda tokens: math.exp(tokens["nll"].mean()),
+    "perplexity_change_pct": lambda tokens: 100 * math.expm1((tokens["nll"] - tokens["nll_base"]).mean()),
+    "kl_mean_nats": lambda tokens: float(tokens["kl"].mean()),
+    "kl_p99_nats": lambda tokens: float(np.quantile(tokens["kl"], 0.99)),
+    "same_top1_pct": lambda tokens: float(100 * tokens["same"].mean()),
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
-    """A number of a text's tokens and its 95 % interval, by the bootstrap over windows."""
+class DivergenceOptions:
+    """What `divergence` reads.
 
-    value: float
-    low: float | None  # None for fewer than two windows
-    high: float | None
+    Parameters
+    ----------
+    prompt_source
+        ``"wikitext"`` (WikiText-2's test split), ``"sample"``, or ``"auto"``: the first on a GPU or with a data
+        folder, else the second.
+    ppl_tokens
+        Tokens taken from the text's beginning; ``"all"`` takes all.
+    ppl_context
+        Tokens in a window; it moves on by half of them.
+
+    Raises
+    ------
+    InputError
+        A value is not one of these.
+    """
+
+    prompt_source: str = "auto"
+    ppl_tokens: Count = "auto"
+    ppl_context: Count = "auto"
+
+    def __post_init__(self) -> None:
+        check_count("ppl_tokens", self.ppl_tokens)
+        check_count("ppl_context", self.ppl_context)
+        if self.prompt_source != "auto":
+            prompts.check(self.prompt_source)
+
+
+def divergence(session: Session, options: DivergenceOptions) -> None:
+    """Measure perplexity on running text, and each format's divergence from BF16; the ledger gets a row each.
+
+    Raises
+    ------
+    InputError
+        The text cannot be had, the weights are random, or a window is longer than the model's.
+    RuntimeError
+        Nothing could be measured.
+    """
+    session.check_weights()
+    context = session.count("ppl_context", options.ppl_context)
+    longest = getattr(session.config.get_text_config(), "max_position_embeddings", None) or context
+    if context > longest and options.ppl_context != "auto":
+        raise InputError(f"ppl_context is {context}, and the model's window {longest} tokens; give at most these")
+    source = session.prompt_source(options.prompt_source)
+    text = "\n\n".join(prompts.paragraphs(source, session.data_dir))
+    most = None if options.ppl_tokens == "all" else session.count("ppl_tokens", options.ppl_tokens)
+    ids = session.tokenizer(text, verbose=False)["input_ids"][:most]
+    context = max(2, min(context, longest, len(ids)))
+    asked = {"prompt_source": source, "text_sha256": fingerprint({"ids": ids}), "tokens": len(ids), "context": context,
+             "stride": context // 2}  # fmt: skip
+    with session.exclusive(), session.progress(len(session.precisions), "divergence") as bar:
+        for precision in session.precisions:
+            bar.set_postfix_str(precision.name)
+            key = session.key("divergence", precision, asked)
+            if not session.find(key):
+                with session.failing(key, f"{precision.name}'s divergence"):
+                    tokens = _read(session, precision, ids, context)
+                    stem = f"samples/divergence.{precision.name}.{key['fingerprint']}"
+                    file, sha256 = write_parquet(session.folder, stem, tokens)
+                    session.append(key, asked, summarize(tokens), {"samples_file": file, "samples_sha256": sha256})
+            bar.update()
+    session.require("divergence")
+
+
+def _read(session: Session, precision: Precision, ids: Sequence[int], context: int) -> pd.DataFrame:
+    """Compare a format with BF16, loaded beside it."""
+    base, place = PRECISIONS[BASELINE], session.device.place
+    with session.loaded(precision) as model:
+        baseline = None if precision == base else checkpoint.load(session.checkpoint(base), base, place)
+        with checkpoint.quiet(), wide_products(session.device.kind):
+            return distances(model, baseline, ids, context, context // 2)
 
 
 def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -41,11 +125,10 @@ def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, 
     Raises
     ------
     InputError
-        A window would score nothing, or the text is shorter than two tokens.
+        The text is shorter than two tokens.
     """
-    if tokens < 2 or context < 2 or not 0 < stride < context:
-        raise InputError(f"{tokens} tokens, context {context} and stride {stride}; give 2 tokens at least, a stride "
-                         "of at least 1 and a longer context")  # fmt: skip
+    if tokens < 2:
+        raise InputError(f"the text has {tokens} tokens; give ppl_tokens of 2 at least, so that one can be predicted")
     scored, start = 1, 0
     while scored < tokens:
         end = min(start + context, tokens)
@@ -56,12 +139,12 @@ def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 def distances(
     model: PreTrainedModel, baseline: PreTrainedModel | None, ids: Sequence[int], context: int, stride: int
 ) -> pd.DataFrame:
-    """Predict every token by `model`, and by `baseline` where there is one.
+    """Predict every token by `model`, and by `baseline` if there is one.
 
     Parameters
     ----------
     model, baseline
-        Two precisions of one model, on one device.
+        Two formats of one model, on one device.
     ids
         The text's token ids.
     context, stride
@@ -71,75 +154,64 @@ def distances(
     -------
     pandas.DataFrame
         A row a token: ``window``, ``nll`` in nats, and with a baseline ``nll_base``, ``kl`` (of the baseline's
-        distribution from the model's, in nats) and ``same`` (whether both hold the same token for likeliest).
+        distribution from the model's, in nats) and ``same`` (whether both find the same token likeliest).
     """
     import torch
 
+    parts: list[pd.DataFrame] = []
     spans = list(windows(len(ids), context, stride))
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])
-    size = max(1, LOGITS_BYTES // (2 * context * vocabulary))
-    parts = []
+    size = max(1, LOGITS_BYTES // (2 * context * model.config.get_text_config().vocab_size))
     for at in range(0, len(spans), size):
         batch = spans[at : at + size]
-        rows = [list(ids[start:end]) for start, _, end in batch]
-        rows = [row + [0] * (context - len(row)) for row in rows]  # after all that is scored, where nothing looks
-        given = torch.tensor(rows, device=model.device)  # (B, C)
+        rows = [list(ids[start:end]) + [0] * (context - (end - start)) for start, _, end in batch]
+        tokens = torch.tensor(rows, device=model.device)  # (B, C)
         with torch.inference_mode():
-            own, base = model(given).logits, baseline(given).logits if baseline else None  # (B, C, V)
+            own, base = model(tokens).logits, baseline(tokens).logits if baseline else None  # (B, C, V)
             for place, (start, first, end) in enumerate(batch):
-                chosen = slice(first - start - 1, end - start - 1)
-                targets = given[place, first - start : end - start]  # (n,)
-                for low in range(0, len(targets), ROWS):
-                    part = slice(chosen.start + low, min(chosen.start + low + ROWS, chosen.stop))
-                    other = None if base is None else base[place, part]
-                    values = _distances(own[place, part], other, targets[low : low + ROWS])
-                    parts.append(pd.DataFrame({"window": at + place, **values}))
+                predicting = slice(first - start - 1, end - start - 1)
+                targets = tokens[place, first - start : end - start]  # (n,)
+                other = None if base is None else base[place, predicting]  # (n, V)
+                parts += [part.assign(window=at + place) for part in _compare(own[place, predicting], other, targets)]
     return pd.concat(parts, ignore_index=True)
 
 
-def _distances(own: torch.Tensor, base: torch.Tensor | None, targets: torch.Tensor) -> dict[str, Any]:
-    """Return a column a quantity, of logits (n, V) and the tokens that came, (n,)."""
+def _compare(own: torch.Tensor, base: torch.Tensor | None, targets: torch.Tensor) -> Iterator[pd.DataFrame]:
+    """Yield a column a quantity from logits (n, V) and the tokens that came, (n,), some rows at a time."""
     import torch
 
-    log_p = torch.log_softmax(own, 1, dtype=torch.float32)  # (n, V)
-    found = {"nll": -log_p.gather(1, targets[:, None])[:, 0]}
-    if base is not None:
-        log_q = torch.log_softmax(base, 1, dtype=torch.float32)  # (n, V)
-        found["nll_base"] = -log_q.gather(1, targets[:, None])[:, 0]
-        found["kl"] = (log_q.exp() * (log_q - log_p)).sum(1).clamp(min=0)
-        found["same"] = own.argmax(1) == base.argmax(1)
-    return {name: value.cpu().numpy() for name, value in found.items()}
+    for start in range(0, len(targets), ROWS):
+        rows = slice(start, start + ROWS)
+        expected = targets[rows, None]  # (r, 1)
+        log_p = torch.log_softmax(own[rows], 1, dtype=torch.float32)  # (r, V)
+        columns = {"nll": -log_p.gather(1, expected)[:, 0]}
+        if base is not None:
+            log_q = torch.log_softmax(base[rows], 1, dtype=torch.float32)  # (r, V)
+            columns["nll_base"] = -log_q.gather(1, expected)[:, 0]
+            columns["kl"] = (log_q.exp() * (log_q - log_p)).sum(1).clamp(min=0)
+            columns["same"] = own[rows].argmax(1) == base[rows].argmax(1)
+        yield pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()})
 
 
-def summarize(tokens: pd.DataFrame) -> dict[str, Estimate]:
-    """Return perplexity, and against a baseline its change, the mean and 99th percentile of the divergence, agreement.
+def summarize(tokens: pd.DataFrame) -> dict[str, float | None]:
+    """Return each of `QUANTITIES` with the ends of its 95 % interval, ``_low`` and ``_high``; None where unknown.
 
-    Intervals resample whole windows: neighbouring tokens are not independent.
+    Intervals resample whole windows, as neighbouring tokens are not independent. One window has none.
     """
-    import numpy as np
-
-    wanted: dict[str, Callable[[dict[str, np.ndarray]], float]] = {
-        "perplexity": lambda part: math.exp(part["nll"].mean()),
-    }
-    if "kl" in tokens:
-        wanted |= {
-            "perplexity_change_pct": lambda part: 100 * math.expm1((part["nll"] - part["nll_base"]).mean()),
-            "kl_mean_nats": lambda part: float(part["kl"].mean()),
-            "kl_p99_nats": lambda part: float(np.quantile(part["kl"], 0.99)),
-            "same_top1_pct": lambda part: float(100 * part["same"].mean()),
-        }
     columns = {str(name): tokens[name].to_numpy() for name in tokens if name != "window"}
-    places = list(tokens.groupby("window").indices.values())
-    draw = np.random.default_rng(0)
-    drawn: dict[str, list[float]] = {name: [] for name in wanted}
-    for _ in range(RESAMPLES if len(places) > 1 else 0):
-        rows = np.concatenate([places[place] for place in draw.integers(0, len(places), len(places))])
-        part = {name: values[rows] for name, values in columns.items()}
-        for name, statistic in wanted.items():
-            drawn[name].append(statistic(part))
-    found = {}
-    for name, statistic in wanted.items():
-        low, high = np.quantile(drawn[name], [0.025, 0.975]) if drawn[name] else (None, None)
-        found[name] = Estimate(statistic(columns), None if low is None else float(low),
-                               None if high is None else float(high))  # fmt: skip
-    return found
+    quantities = QUANTITIES if "kl" in columns else {"perplexity": QUANTITIES["perplexity"]}
+    windows = list(tokens.groupby("window").indices.values())
+    generator, resampled = np.random.default_rng(0), []
+
+    def measure(rows: slice | np.ndarray) -> list[float]:
+        sample = {name: values[rows] for name, values in columns.items()}
+        return [quantity(sample) for quantity in quantities.values()]
+
+    for _ in range(RESAMPLES if len(windows) > 1 else 0):
+        picked = generator.integers(0, len(windows), len(windows))
+        resampled.append(measure(np.concatenate([windows[window] for window in picked])))
+    summary = dict.fromkeys(name + end for name in QUANTITIES for end in ("", "_low", "_high"))
+    summary |= zip(quantities, measure(slice(None)), strict=True)
+    if resampled:
+        for end, ends in zip(("_low", "_high"), np.quantile(resampled, [0.025, 0.975], axis=0).tolist(), strict=True):
+            summary |= zip((name + end for name in quantities), ends, strict=True)
+    return summary
