@@ -24,9 +24,11 @@ SETTINGS = ("bs1", "maxbatch")
 
 def measured(results: Results) -> dict[str, list[str]]:
     """Return the quantities that were measured, each with the settings it was measured in; accuracy has none."""
-    settings = {name: [one for one in SETTINGS if results.timed(one)[name].notna().any()] for name in QUANTITIES[1:]}
-    speeds = {name: where for name, where in settings.items() if where}
-    return ({ACCURACY: []} if len(results.scores) else {}) | speeds
+    quantities: dict[str, list[str]] = {ACCURACY: []} if len(results.scores) else {}
+    for name in QUANTITIES[1:]:
+        if settings := [each for each in SETTINGS if results.timed(each)[name].notna().any()]:
+            quantities[name] = settings
+    return quantities
 
 
 def compare(
@@ -98,5 +100,6 @@ def _relative(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     scaled = frame.assign(value=frame.value * share, low=frame.low * share, high=frame.high * share)
     if "low_pp" not in frame:
         return scaled
-    known = 1.0 if baseline == BASELINE else float("nan")
-    return scaled.assign(low=known * (100 + frame.low_pp * share), high=known * (100 + frame.high_pp * share))
+    if baseline != BASELINE:
+        return scaled.assign(low=float("nan"), high=float("nan"))
+    return scaled.assign(low=100 + frame.low_pp * share, high=100 + frame.high_pp * share)

@@ -38,10 +38,10 @@ def gallery(folder: Path) -> tuple[list[Path], str]:
         The pictures that were drawn, and what kept others from being drawn.
     """
     paths, problems = [], []
-    for name, kept in read_reference(folder).items():
-        figures = {key: FIGURES[key](kept) for key in GALLERY}
+    for name, results in read_reference(folder).items():
+        figures = {key: FIGURES[key](results) for key in GALLERY}
         figures = {key: figure for key, figure in figures.items() if not theme.is_empty(figure)}
-        problems.append(export.pictures(figures, folder / "gallery" / name, ("png",), kept.label))
+        problems.append(export.pictures(figures, folder / "gallery" / name, ("png",), results.label))
         if not problems[-1]:
             paths += [folder / "gallery" / name / f"{key}.png" for key in figures]
     return sorted(paths), next(filter(None, problems), "")
@@ -113,7 +113,7 @@ def card(results: Results) -> dict[str, str]:
     facts["written by"] = [f"qnb {__version__}"]
     if results.folder and (ledger := results.folder / "ledger.jsonl").exists():
         facts["ledger"] = [f"{ledger.name}, sha256 {file_sha256(ledger)}"]
-    texts = {words: "; ".join(dict.fromkeys(str(one) for one in values if one)) for words, values in facts.items()}
+    texts = {words: "; ".join(dict.fromkeys(str(each) for each in values if each)) for words, values in facts.items()}
     return {words: text for words, text in texts.items() if text}
 
 
@@ -123,9 +123,9 @@ def limits(results: Results) -> list[str]:
     for flag, count in Counter(flag for flags in speed["flags"] for flag in set(flags)).most_common():
         words = flag_text([flag])
         lines.append(f"{words[:1].upper()}{words[1:]}: {count} of {len(speed)} timed rows.")
-    once = [words for name, words in findings.SETTINGS.items() if (results.timed(name).passes < 2).any()]
-    if once:
-        lines.append(f"One pass only, so no spread is known: {' and '.join(once)}.")
+    single = [words for name, words in findings.SETTINGS.items() if (results.timed(name).passes < 2).any()]
+    if single:
+        lines.append(f"One pass only, so no spread is known: {' and '.join(single)}.")
     if speed.peak_reserved_mib.isna().any():
         lines.append("Without a GPU's allocator, memory is how far the process grew: compare the weights instead.")
     lines += [f"Could not be measured: {what} ({reason})." for what, reason in _by_text(results.failures, "reason")]

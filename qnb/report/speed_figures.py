@@ -109,8 +109,8 @@ def sweep(results: Results) -> go.Figure:
         facet_row_spacing=0.06, facet_col_spacing=0.03, **look,
     )  # fmt: skip
     for line in figure.data:
-        one = theme.symbol(line.name)
-        line.marker = {"symbol": ["circle-open" if ring else one for _, ring, _ in line.customdata],
+        marker = theme.symbol(line.name)
+        line.marker = {"symbol": ["circle-open" if ring else marker for _, ring, _ in line.customdata],
                        "size": [16 if ring else size for _, ring, size in line.customdata]}  # fmt: skip
     figure.update_xaxes(**theme.log_ticks(frame.batch_size), title="").update_xaxes(title=header("batch_size"), row=1)
     columns = frame.engine.nunique()
@@ -118,7 +118,7 @@ def sweep(results: Results) -> go.Figure:
         first = "" if row == 0 else str(1 + row * columns)
         figure.update_yaxes(**theme.log_ticks(rows[name]), matches=f"y{first}", title="", row=row + 1)
         figure.update_yaxes(title=header(name), matches=None, row=row + 1, col=1)
-    figure.layout.annotations = [one for one in figure.layout.annotations if one.text.startswith("engine=")]
+    figure.layout.annotations = [each for each in figure.layout.annotations if each.text.startswith("engine=")]
     note = "logarithmic; ring: knee" + "; large point: the largest batch" * bool(len(largest))
     return theme.finish(figure, title, 620, note)
 

@@ -62,7 +62,7 @@ def pareto(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def decision(advice: Advice) -> go.Figure:
-    """Draw speed over memory, with what is allowed: solid fits, pale may fit, grey does not, a ring is recommended.
+    """Draw speed over memory, with what is allowed: solid fits, pale may fit, faint does not, a ring is recommended.
 
     Parameters
     ----------
@@ -71,14 +71,7 @@ def decision(advice: Advice) -> go.Figure:
     """
     title = "What fits, and what is recommended?"
     demand, speed = advice.demand, column(advice.demand.rank_by)
-    groups = (("fits", 1.0, advice.fitting), ("may fit", 0.45, advice.unsure), ("ruled out", 0.15, advice.ruled_out))
-    frame = pd.DataFrame(
-        {**asdict(one.candidate), "name": one.candidate.name, "opacity": opacity,
-         "marker": theme.symbol(one.candidate.precision, one.candidate.engine),
-         "hover": "<br>".join((f"{one.candidate.name}: {state}", facts(one.candidate, demand),
-                               *one.against, *one.unknown))}
-        for state, opacity, judged in groups for one in judged
-    )  # fmt: skip
+    frame = _candidates(advice)
     frame = frame.dropna(subset=["peak_memory_mib", demand.rank_by]) if len(frame) else frame
     if frame.empty:
         return theme.nothing(title)
@@ -102,3 +95,19 @@ def decision(advice: Advice) -> go.Figure:
     figure.update_yaxes(title=header(demand.rank_by), **theme.log_ticks(frame.speed))
     note = "solid: fits; pale: may fit; faint: does not; ring: recommended; dashed: what is allowed"
     return theme.finish(theme.key(figure, frame), title, 460, note)
+
+
+def _candidates(advice: Advice) -> pd.DataFrame:
+    """Return a row per candidate: its marker, its opacity, and what the pointer shows."""
+    groups = (("fits", 1.0, advice.fitting), ("may fit", 0.45, advice.unsure), ("ruled out", 0.15, advice.ruled_out))
+    rows = []
+    for state, opacity, judgements in groups:
+        for judgement in judgements:
+            candidate = judgement.candidate
+            lines = [f"{candidate.name}: {state}", facts(candidate, advice.demand), *judgement.against]
+            rows.append(
+                {**asdict(candidate), "name": candidate.name, "opacity": opacity,
+                 "marker": theme.symbol(candidate.precision, candidate.engine),
+                 "hover": "<br>".join([*lines, *judgement.unknown])}
+            )  # fmt: skip
+    return pd.DataFrame(rows)

@@ -41,7 +41,7 @@ def sources(study: Any) -> dict[str, Results]:
     """Return what a panel can show: this study if anything was measured, then the studies kept in the repository."""
     mine = study.results()
     return ({f"this study ({mine.name})": mine} if mine.rows else {}) | {
-        f"kept: {name}": kept for name, kept in read_reference(REFERENCE).items()
+        f"kept: {name}": results for name, results in read_reference(REFERENCE).items()
     }
 
 
@@ -67,13 +67,13 @@ def _choose_study(
     study: Any, usable: Callable[[Results], bool], build: Callable[[Results], list[widgets.Widget]]
 ) -> widgets.VBox:
     """Return a panel that lists the studies that can be shown, above what `build` makes of the one chosen."""
-    known = {name: results for name, results in sources(study).items() if usable(results)}
-    if not known:
+    studies = {name: results for name, results in sources(study).items() if usable(results)}
+    if not studies:
         return widgets.VBox([widgets.Label(NOTHING)])
-    source, below = _dropdown("study", list(known)), widgets.VBox()
+    source, below = _dropdown("study", list(studies)), widgets.VBox()
 
     def rebuild() -> None:
-        below.children = build(known[source.value])
+        below.children = build(studies[source.value])
 
     _observe([source], rebuild)
     rebuild()
@@ -156,11 +156,11 @@ def _chooser(results: Results) -> list[widgets.Widget]:
 def _limits(candidates: Sequence[recommend.Candidate], speed: str, accuracy: bool) -> dict[str, widgets.FloatSlider]:
     """Return a slider per limit, by its name in `recommend.Demand`; at first they allow everything but a loss."""
     sliders = {}
-    memory = [one.peak_memory_mib for one in candidates if one.peak_memory_mib is not None]
+    memory = [each.peak_memory_mib for each in candidates if each.peak_memory_mib is not None]
     if memory:
         sliders["memory_mib"] = _slider("memory, MiB, at most", 1.1 * max(memory), 1.1 * max(memory), 10)
     about, more = column(speed), column(speed).better == "more"
-    top = 1.1 * about.scale * max(value for one in candidates if (value := getattr(one, speed)) is not None)
+    top = 1.1 * about.scale * max(value for each in candidates if (value := getattr(each, speed)) is not None)
     short = about.label.rpartition("(")[2].rstrip(")")  # TPOT: a slider has little room
     words = f"{short}, {about.unit}, at {'least' if more else 'most'}"
     sliders["speed_limit"] = _slider(words, top, 0 if more else top, top / 100)

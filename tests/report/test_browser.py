@@ -31,9 +31,9 @@ OUTSIDE = """() => [...document.querySelectorAll('.js-plotly-plot text')].filter
 }).map(text => text.textContent)"""
 LIMIT = "figure => figure.layout.shapes[0].x0"  # where the chooser's figure draws the memory allowed
 AT_ZERO = """() => [...document.querySelectorAll('.js-plotly-plot')].some(
-  one => one.layout.shapes?.length === 2 && one.layout.shapes[0].x0 === 0)"""
+  each => each.layout.shapes?.length === 2 && each.layout.shapes[0].x0 === 0)"""
 DRAWN = """() => [...document.querySelectorAll('.js-plotly-plot')].filter(
-  one => one.querySelector('.cartesianlayer path, .cartesianlayer image')).length === 16"""
+  each => each.querySelector('.cartesianlayer path, .cartesianlayer image')).length === 16"""
 RAN = "() => /\\[\\d+\\]/.test(document.querySelector('.jp-CodeCell .jp-InputPrompt')?.textContent)"
 SECOND = 1000  # milliseconds
 
@@ -46,36 +46,37 @@ def browser():
         running.close()
 
 
+def is_served(address):
+    """Return whether a server answers anything at all."""
+    try:
+        urllib.request.urlopen(address, timeout=2)
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)
+    return True
+
+
 @contextlib.contextmanager
 def served(command, folder, path=""):
     """Run a server on a free port of the loopback until the block ends; gives its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", *command, f"--port={address.rpartition(':')[2]}"]
     with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", *command, f"--port={port}"], stdout=log, stderr=subprocess.STDOUT, cwd=folder
-        )
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+    try:
+        deadline = time.monotonic() + 60
+        while not is_served(address + path) and time.monotonic() < deadline:
+            assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
+            time.sleep(0.25)
+        yield address
+    finally:
+        server.terminate()
         try:
-            for _ in range(240):
-                try:
-                    urllib.request.urlopen(address + path, timeout=2)
-                    break
-                except urllib.error.HTTPError:  # an answer of any kind: it is there
-                    break
-                except (urllib.error.URLError, ConnectionError, TimeoutError):
-                    pass
-                assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
-                time.sleep(0.25)
-            yield address
-        finally:
-            server.terminate()
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:  # it waits for what never answered; its kernels end with it
-                server.kill()
-                server.wait()
+            server.wait(20)
+        except subprocess.TimeoutExpired:  # it waits for what never answered; its kernels end with it
+            server.kill()
+            server.wait()
 
 
 def prepared(name, folder, **values):
@@ -111,17 +112,9 @@ def lab(tmp_path_factory, studied):
         "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
     }
     (settings / "overrides.json").write_text(json.dumps(overrides))
-    command = [
-        "jupyterlab",
-        "--no-browser",
-        "--allow-root",
-        "--ip=127.0.0.1",
-        "--IdentityProvider.token=",
-        f"--notebook-dir={folder}",
-        "--ServerApp.password=",
-        f"--LabApp.app_settings_dir={settings}",
-        "--LabApp.extension_manager=readonly",
-    ]
+    command = ["jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--IdentityProvider.token=",
+               "--ServerApp.password=", f"--notebook-dir={folder}", f"--LabApp.app_settings_dir={settings}",
+               "--LabApp.extension_manager=readonly"]  # fmt: skip
     with served(command, folder, "/api/status") as address:
         yield address
 
@@ -129,7 +122,8 @@ def lab(tmp_path_factory, studied):
 def kernel_state(address, notebook):
     """Return what the server says of a notebook's kernel; the page itself looks idle before it asks for one."""
     sessions = json.load(urllib.request.urlopen(f"{address}/api/sessions", timeout=20))
-    return next((one["kernel"]["execution_state"] for one in sessions if one["path"] == f"{notebook}.ipynb"), "none")
+    states = {each["path"]: each["kernel"]["execution_state"] for each in sessions}
+    return states.get(f"{notebook}.ipynb", "none")
 
 
 def run_all(page, address, notebook):
@@ -158,30 +152,30 @@ def page(browser):
 
 def use_chooser(page):
     """Move its sliders with the keyboard; the recommendation and the figure must follow."""
-    told = page.get_by_role("status").filter(has_text="Recommended")
-    told.wait_for(timeout=90 * SECOND)
-    told.scroll_into_view_if_needed()
-    panel = page.locator(".widget-vbox", has=told).last
+    advice = page.get_by_role("status").filter(has_text="Recommended")
+    advice.wait_for(timeout=90 * SECOND)
+    advice.scroll_into_view_if_needed()
+    panel = page.locator(".widget-vbox", has=advice).last
     figure = panel.locator(".js-plotly-plot")
     figure.wait_for(timeout=30 * SECOND)
-    assert "Recommended: nf4 (cuda_graph)" in told.inner_text()
+    assert "Recommended: nf4 (cuda_graph)" in advice.inner_text()
     before = figure.evaluate(LIMIT)
     handles = panel.get_by_role("slider").or_(panel.locator(".ui-slider-handle"))  # ipywidgets 7 names no role
     assert handles.count() == 3
     handles.nth(0).focus()
     page.keyboard.press("Home")  # no memory at all
-    told.filter(has_text="Recommended: nothing").wait_for(timeout=20 * SECOND)
-    assert "Ruled out" in told.inner_text()
+    advice.filter(has_text="Recommended: nothing").wait_for(timeout=20 * SECOND)
+    assert "Ruled out" in advice.inner_text()
     page.wait_for_function(AT_ZERO, timeout=20 * SECOND)
     assert before > 0 == figure.evaluate(LIMIT)
     handles.nth(0).focus()
     page.keyboard.press("End")
-    told.filter(has_text="nf4 (cuda_graph)").wait_for(timeout=20 * SECOND)
+    advice.filter(has_text="nf4 (cuda_graph)").wait_for(timeout=20 * SECOND)
     handles.nth(2).focus()
     page.keyboard.press("Home")  # no loss tolerated: only the baseline is sure
-    told.filter(has_text="cannot tell").wait_for(timeout=20 * SECOND)
-    assert "Recommended: bf16 (cuda_graph)" in told.inner_text()
-    return told
+    advice.filter(has_text="cannot tell").wait_for(timeout=20 * SECOND)
+    assert "Recommended: bf16 (cuda_graph)" in advice.inner_text()
+    return advice
 
 
 def test_05_in_jupyterlab_runs_and_its_chooser_follows_the_sliders(page, lab):
@@ -199,7 +193,7 @@ def test_05_in_jupyterlab_runs_and_its_chooser_follows_the_sliders(page, lab):
     was = title.text_content()
     quantity.select_option(label="peak memory, MiB")
     page.wait_for_function(
-        "was => ![...document.querySelectorAll('.gtitle')].some(one => one.textContent === was)", arg=was
+        "was => ![...document.querySelectorAll('.gtitle')].some(each => each.textContent === was)", arg=was
     )
     keep(page, "lab_explorer")
 

@@ -34,9 +34,14 @@ def points(figure, **chosen):
     return sorted((x, y) for each in traces for x, y in zip(each.x, each.y, strict=True) if x is not None)
 
 
+def marks(figure):
+    """Return each point that the pointer can show: its trace's name, x, y and the custom data, what it shows first."""
+    traces = [trace for trace in figure.data if trace.customdata is not None]
+    return [(each.name, *point) for each in traces for point in zip(each.x, each.y, each.customdata, strict=True)]
+
+
 def hovers(figure):
-    """Return what the pointer shows of each point."""
-    return [str(row[0]) for trace in figure.data for row in (trace.customdata if trace.customdata is not None else ())]
+    return [str(custom[0]) for *_, custom in marks(figure)]
 
 
 def changes(**columns):
@@ -112,11 +117,9 @@ def test_engines_are_a_pair_of_dots_and_one_engine_bars(study, drawn):
 def test_published_values_stand_beside_the_same_model_only(study, drawn):
     llama = replace(study, model="meta-llama/Llama-3.2-1B")
     figure = figures.metrics(llama, "bs1")
-    marks = {(x, y) for trace in figure.data if trace.customdata is not None
-             for x, y, row in zip(trace.x, trace.y, trace.customdata, strict=True)
-             if row[0].startswith("published")}  # fmt: skip
+    published = {(x, y) for _, x, y, custom in marks(figure) if custom[0].startswith("published")}
     rates = paper.performance(3)
-    assert {*zip(rates.throughput_rps, rates.precision, strict=True), (4879.85, "bf16")} <= marks
+    assert {*zip(rates.throughput_rps, rates.precision, strict=True), (4879.85, "bf16")} <= published
     accuracy = [trace for trace in figures.accuracy(llama).data if trace.name == "published"]
     assert 65.49 in accuracy[0].x  # BF16's ARC Easy
     assert any(trace.name == "published" for trace in figures.change(llama).data)
@@ -146,9 +149,9 @@ def test_a_change_is_drawn_with_its_interval_and_filled_only_if_significant():
 def test_a_formats_symbol_and_lane_do_not_depend_on_the_order_of_rows():
     rows = {"change_pp": -1.0, "low_pp": -3.0, "high_pp": 1.0, "significant": False, "task": "a"}
     studies = [changes(precision=order, **rows) for order in (["fp16", "nf4"], ["nf4", "fp16"])]
-    marks = [{trace.name: (trace.marker.symbol, trace.y[0]) for trace in figures.forest(study).data}
-             for study in studies]  # fmt: skip
-    assert marks[0] == marks[1] and marks[0]["fp16"][0] == "diamond-open"
+    first, second = ({trace.name: (trace.marker.symbol, trace.y[0]) for trace in figures.forest(study).data}
+                     for study in studies)  # fmt: skip
+    assert first == second and first["fp16"][0] == "diamond-open"
 
 
 def test_errors_end_where_accuracy_does():
@@ -170,17 +173,16 @@ def test_a_sweep_has_a_column_an_engine_a_ring_at_each_knee_and_its_own_largest_
     eager = sorted(row for frame in (steps, study.maxbatch)
                    for row in zip(frame.batch_size, frame.throughput_rps, frame.engine, strict=True))  # fmt: skip
     assert points(figure, yaxis="y3") == [(size, rate) for size, rate, engine in eager if engine == "eager"]
-    rings = [x for trace in figure.data for x, row in zip(trace.x, trace.customdata, strict=True) if row[1]]
+    rings = [x for _, x, _, custom in marks(figure) if custom[1]]
     assert sorted(rings) == sorted(2 * list(knees(steps).knee.dropna())) and len(rings) > 2
     other = figures.sweep(replace(study, sweep=steps, maxbatch=study.maxbatch.assign(new_tokens=7)))
     assert max(x for x, _ in points(other)) == 64 and "largest" not in theme.caption(other)
 
 
 def test_no_point_lies_above_the_measured_roof(study, drawn):
-    marks = [(x, y) for trace in drawn["roofline"].data if trace.customdata is not None
-             for x, y in zip(trace.x, trace.y, strict=True)]  # fmt: skip
-    assert len(marks) == len(study.speed)
-    assert all(tflops <= min(each * example.BYTES_S, example.FLOP_S) / 1e12 for each, tflops in marks)
+    steps = marks(drawn["roofline"])
+    assert len(steps) == len(study.speed)
+    assert all(tflops <= min(each * example.BYTES_S, example.FLOP_S) / 1e12 for _, each, tflops, _ in steps)
 
 
 @pytest.mark.parametrize(
@@ -215,8 +217,7 @@ def test_the_decision_shows_what_fits_what_may_and_what_does_not(study):
         recommend.candidates(study, "bs1"), recommend.Demand("tpot_s", 1500, speed_limit=0.02, loss_pp=1)
     )
     figure = tradeoff_figures.decision(advice)
-    states = {(row[0].split(":")[0], row[1]) for trace in figure.data if trace.customdata is not None
-              for row in trace.customdata}  # fmt: skip
+    states = {(text.split(":")[0], opacity) for *_, (text, opacity) in marks(figure)}
     assert len(states) == 10 and {opacity for _, opacity in states} <= {1.0, 0.45, 0.15}
     assert ("bf16 (cuda_graph)", 0.15) in states and (advice.best.name, 1.0) in states  # 1,984 MiB are too many
     assert [(line.x0, line.y0) for line in figure.layout.shapes] == [(1500, 0), (0, 20)]
