@@ -36,7 +36,6 @@ def compare(
     quantity: str,
     setting: str = "bs1",
     task: str = MEAN,
-    engine: str = "",
     precisions: Collection[str] = (),
     baseline: str = "",
 ) -> go.Figure:
@@ -52,8 +51,6 @@ def compare(
         Of a speed: ``"bs1"`` or ``"maxbatch"``.
     task
         Of accuracy: a task, or the mean over tasks.
-    engine
-        Of a speed: this one only; empty takes all.
     precisions
         These formats only; empty takes all.
     baseline
@@ -63,7 +60,6 @@ def compare(
     about, unit = column(quantity), column(quantity).unit
     title, where = about.label[:1].upper() + about.label[1:], theme.SETTINGS[setting]
     frame = _accuracy(results, task) if quantity == ACCURACY else _speed(results, quantity, setting)
-    frame = frame[frame.engine == engine] if engine and quantity != ACCURACY else frame
     if baseline:
         frame, unit = _relative(frame, baseline), f"% of {baseline}"
     frame = frame[frame.precision.isin(precisions or frame.precision)].dropna(subset=["value"])

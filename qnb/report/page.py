@@ -20,7 +20,7 @@ from qnb.precision import BASELINE, PRECISIONS
 from qnb.report import export, findings, model_card, paper, theme
 from qnb.report.figures import FIGURES, draw_all
 from qnb.report.results import Results, read_reference
-from qnb.report.tables import MAIN, TABLES, as_text, build, knees, save
+from qnb.report.tables import SPEED_MAIN, TABLES, as_text, build, knees, save
 
 TEMPLATE = Path(__file__).parents[1] / "data" / "report.html"
 SHOWN = ("table1_accuracy", "table2_change", "divergence", "table3_bs1", "table4_maxbatch")
@@ -85,7 +85,7 @@ def _tables(results: Results) -> dict[str, pd.DataFrame]:
     if not paper.is_published_model(results.model):
         frames = {name: frame.filter(regex="^(?!published_)") for name, frame in frames.items()}
     for name in ("table3_bs1", "table4_maxbatch"):
-        frames[name] = frames[name][sorted(frames[name], key=lambda column: column not in MAIN)]
+        frames[name] = frames[name][sorted(frames[name], key=lambda column: column not in SPEED_MAIN)]
     return {name: as_text(frame) for name, frame in frames.items()}
 
 
@@ -130,11 +130,6 @@ def limits(results: Results) -> list[str]:
         lines.append("Without a GPU's allocator, memory is how far the process grew: compare the weights instead.")
     lines += [f"Could not be measured: {what} ({reason})." for what, reason in _by_text(results.failures, "reason")]
     lines += [f"{what}: {note}." for what, note in _by_text(results.rows, "note")]
-    capped = list(dict.fromkeys(row["precision"] for row in results.rows if row.get("capped")))
-    if capped:
-        lines.append(f"The search for the largest batch ended at its cap: {', '.join(capped)}.")
-    if len({row["device"] for row in results.rows if row.get("device")}) > 1:
-        lines.append("Rows come from several devices: speeds are comparable only within one.")
     return [*lines, *_accuracy_limits(results.scores)]
 
 

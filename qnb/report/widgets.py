@@ -81,32 +81,30 @@ def _choose_study(
 
 
 def explorer(study: Any) -> widgets.VBox:
-    """Return a panel that draws one quantity, for a setting, a task, an engine, formats, against a baseline."""
+    """Return a panel that draws one quantity, for a setting, a task, formats, against a baseline."""
     return _choose_study(study, lambda results: bool(comparison.measured(results)), _explorer)
 
 
 def _explorer(results: Results) -> list[widgets.Widget]:
     settings_of = comparison.measured(results)
     settings = [name for name in comparison.SETTINGS if len(results.timed(name))]
-    engines = dict.fromkeys(engine for name in settings for engine in results.timed(name).engine)
     names = results.precisions
     quantity = _dropdown("quantity", [(header(name), name) for name in settings_of])
     setting = _dropdown("setting", [(theme.SETTINGS[name], name) for name in settings])
     task = _dropdown("task", [(task_name(name), name) for name in recommend.tasks(results)])
-    engine = _dropdown("engine", [("all", ""), *((name, name) for name in engines)])
     ticked = _several(names)
     baseline = _dropdown("compared with", [("nothing: as measured", ""), *((name, name) for name in names)])
     output = widgets.Output()
 
     def redraw() -> None:
         of_accuracy = quantity.value == comparison.ACCURACY
-        task.disabled, setting.disabled, engine.disabled = not of_accuracy, of_accuracy, of_accuracy
+        task.disabled, setting.disabled = not of_accuracy, of_accuracy
         if not of_accuracy and setting.value not in settings_of[quantity.value]:
             setting.value = settings_of[quantity.value][0]  # draws again
-        choice = (quantity.value, setting.value or "bs1", task.value or MEAN, engine.value)
+        choice = (quantity.value, setting.value or "bs1", task.value or MEAN)
         show(output, comparison.compare(results, *choice, ticked.value, baseline.value))
 
-    controls = [quantity, setting, task, engine, ticked, baseline]
+    controls = [quantity, setting, task, ticked, baseline]
     _observe(controls, redraw)
     redraw()
     return [*controls, output]

@@ -119,7 +119,6 @@ def test_the_card_says_what_rows_say(study):
     assert "60 perf" in card["rows"] and set(page.card(Results("", "", ""))) == {"written by"}
     both = [{**row, "device": device} for row, device in zip(study.rows, ("A", "B"), strict=False)]
     assert page.card(replace(study, rows=both))["device"] == "A; B"
-    assert any("several devices" in line for line in page.limits(replace(study, rows=both)))
 
 
 def test_the_kept_studies_have_pictures(monkeypatch):
