@@ -5,21 +5,21 @@ import math
 import numpy as np
 import pytest
 
-from qnb.accuracy import statistics as stats
-from qnb.accuracy.statistics import agresti_coull, agresti_min, compare, holm, mean_interval
+from qnb.accuracy import statistics
+from qnb.accuracy.statistics import agresti_coull, agresti_min, compare, holm, mean_interval, mean_of_independent
 
 
 def test_hand_count():
     change = compare([1, 1, 1, 0, 0, 1], [1, 0, 0, 0, 1, 0])
-    assert (change.items, change.gained, change.lost) == (6, 1, 3)
+    assert (change.n_items, change.gained, change.lost) == (6, 1, 3)
     assert change.change_pp == pytest.approx(-100 / 3) and change.change_pct == pytest.approx(-50)
     # exact two-sided: twice the binomial tail of min(1, 3) in 4 fair tosses
-    assert change.p_value == pytest.approx(2 * (math.comb(4, 0) + math.comb(4, 1)) / 2**4)
+    assert change.p_mcnemar == pytest.approx(2 * (math.comb(4, 0) + math.comb(4, 1)) / 2**4)
 
 
 def test_no_discordant_item_is_no_evidence():
     change = compare([True, False], [True, False])
-    assert change.p_value == 1 and change.change_pp == 0
+    assert change.p_mcnemar == 1 and change.change_pp == 0
 
 
 def test_a_baseline_of_zero_has_no_relative_change():
@@ -38,8 +38,8 @@ def test_the_interval_holds_the_change_and_narrows_with_items():
     few, many = compare(baseline, other), compare(baseline * 16, other * 16)
     assert few.low_pp < few.change_pp < few.high_pp
     # the normal approximation is close for so many items: 1.96 standard errors each way
-    flips = (few.gained + few.lost) / few.items
-    error = 100 * math.sqrt((flips - (few.change_pp / 100) ** 2) / many.items)
+    flips = (few.gained + few.lost) / few.n_items
+    error = 100 * math.sqrt((flips - (few.change_pp / 100) ** 2) / many.n_items)
     assert (many.low_pp, many.high_pp) == pytest.approx(
         (many.change_pp - 1.96 * error, many.change_pp + 1.96 * error), abs=0.15 * error
     )
@@ -58,6 +58,11 @@ def test_holm_by_hand():
     assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
 
 
+def test_the_mean_of_two_changes_by_hand():
+    """Half-widths of 3 and 4 below, of 6 and 8 above, add to 5 and 10; the mean halves them."""
+    assert mean_of_independent([(1, -2, 7), (3, -1, 11)]) == pytest.approx((2, -0.5, 7))
+
+
 def test_all_wrong_still_has_an_error():
     """0 of 10: 2 of 14 with two right and two wrong added."""
     assert agresti_coull(0, 10) == pytest.approx(math.sqrt(2 / 14 * 12 / 14 / 14))
@@ -68,7 +73,7 @@ def test_the_bootstrap_is_scipys(sizes, monkeypatch):
     """The same method over the same strata; the draws differ, so the ends may by a fraction of a standard error."""
     from scipy.stats import bootstrap
 
-    monkeypatch.setattr(stats, "RESAMPLES", 20_000)
+    monkeypatch.setattr(statistics, "RESAMPLES", 20_000)
     draw = np.random.default_rng(1)
     strata = [draw.exponential(size=size) + place for place, size in enumerate(sizes)]
 
@@ -97,4 +102,4 @@ def test_mcnemar_is_the_exact_permutation_test():
     before = np.array([1, 1, 1, 0, 1, 0, 1, 1, 1, 0, 1])
     now = np.array([1, 0, 0, 1, 0, 0, 0, 1, 0, 0, 1])
     exact = permutation_test((before, now), lambda a, b: (b - a).sum(), permutation_type="samples", n_resamples=10**4)
-    assert compare(list(before), list(now)).p_value == pytest.approx(exact.pvalue)
+    assert compare(list(before), list(now)).p_mcnemar == pytest.approx(exact.pvalue)

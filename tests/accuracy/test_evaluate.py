@@ -1,0 +1,177 @@
+"""The accuracy stages: budgets by a clock that is moved, batch sensitivity against a hand count, refused input."""
+
+import json
+import math
+import shutil
+from contextlib import contextmanager
+
+import pandas as pd
+import pytest
+
+from qnb import InputError
+from qnb.accuracy import evaluate
+from qnb.accuracy.evaluate import AccuracyOptions, Round, SensitivityOptions, accuracy, batch_sensitivity
+from qnb.accuracy.tasks import Score, TaskResult, draw
+from qnb.precision import parse
+from qnb.session import Session
+
+
+@pytest.fixture
+def paced(source, tmp_path, monkeypatch):
+    """Returns a function that makes a session whose models take so many seconds an item, by a clock that is moved."""
+    now = [0.0]
+    monkeypatch.setattr(evaluate, "perf_counter", lambda: now[0])
+
+    def make(**seconds):
+        session, loads = Session("smollm2-135m", list(seconds), tmp_path), []
+
+        @contextmanager
+        def loaded(precision):
+            loads.append(precision.name)
+            now[0] += 1
+            yield precision.name
+
+        def score(self, task, model, tokenizer, answers_path=None):
+            now[0] += self.limit * seconds[model]
+            drawn, total = draw(task.name, task.sizes[task.name], self.limit), task.sizes[task.name]
+            items = pd.DataFrame({"task": task.name, "doc_id": drawn, "filter": "none", "correct": True})
+            return TaskResult((Score(task.name, "acc", "none", 1.0, 0.1, len(drawn), total, 0, False),), items)
+
+        monkeypatch.setattr(session, "loaded", loaded)
+        monkeypatch.setattr(Round, "evaluate", score)
+        return session, loads, now
+
+    return make
+
+
+def limits(session):
+    return {row["precision"]: row["limit"] for row in session.ledger.rows("accuracy")}
+
+
+def test_a_budget_buys_every_format_the_same_items(paced):
+    """2 and 8 s an item, 5 minutes: 4 items each take 42 s, and 0.9 of the 256 s that then remain buy 23 - 2 more."""
+    session, _, now = paced(bf16=2, int8=8)
+    options = AccuracyOptions("sample_easy", minutes=5)
+    accuracy(session, options)
+    rows = session.ledger.rows("accuracy")
+    assert limits(session) == {"bf16": 23, "int8": 23} and now[0] <= 300 and {row["minutes"] for row in rows} == {5}
+    ids = [pd.read_parquet(session.folder / row["items_file"]).doc_id.tolist() for row in rows]
+    assert ids[0] == ids[1] == draw("sample_easy", 48, 23)
+    spent, before = now[0], session.ledger.path.read_bytes()
+    accuracy(session, options)
+    assert now[0] == spent and session.ledger.path.read_bytes() == before
+    again = Session("smollm2-135m", "int8", session.folder, overwrite=True)  # alone, it gets what both had
+    again.loaded = session.loaded
+    accuracy(again, options)
+    assert now[0] > spent and limits(again) == {"bf16": 23, "int8": 23}
+
+
+def test_a_large_budget_buys_all_and_a_limit_holds(paced):
+    session, _, _ = paced(bf16=0.1)
+    accuracy(session, AccuracyOptions("sample_easy", minutes=60))
+    assert limits(session) == {"bf16": 48}
+    accuracy(session, AccuracyOptions("sample_easy", limit=10, minutes=60))
+    assert limits(session) == {"bf16": 10}
+
+
+def test_an_interrupted_budget_goes_on_with_the_items_it_had_chosen(paced, monkeypatch):
+    session, loads, now = paced(bf16=2, int8=8)
+    load = session.loaded
+
+    def interrupted(precision):
+        if len(loads) == 3:
+            raise KeyboardInterrupt
+        return load(precision)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "loaded", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            accuracy(session, AccuracyOptions("sample_easy", minutes=5))
+    now[0] += 10_000  # the machine was off
+    accuracy(session, AccuracyOptions("sample_easy", minutes=5))
+    assert limits(session) == {"bf16": 23, "int8": 23} and loads == ["bf16", "int8", "bf16", "int8"]
+
+
+def test_items_that_are_gone_are_measured_again(paced):
+    session, loads, _ = paced(bf16=1, nf4=1)
+    options = AccuracyOptions("sample_easy", limit=3)
+    accuracy(session, options)
+    row = session.ledger.rows("accuracy")[-1]
+    (session.folder / row["items_file"]).write_bytes(b"changed")
+    accuracy(session, options)
+    accuracy(session, options)
+    assert loads == ["bf16", "nf4", "nf4"] and row["precision"] == "nf4"
+
+
+def test_a_format_that_fails_leaves_the_others(paced, monkeypatch):
+    session, _, _ = paced(bf16=1, nf4=1)
+    score = Round.evaluate
+
+    def failing(self, task, model, *rest):
+        if model == "nf4":
+            raise RuntimeError("no kernel image")
+        return score(self, task, model, *rest)
+
+    monkeypatch.setattr(Round, "evaluate", failing)
+    accuracy(session, AccuracyOptions("sample_easy", limit=3))
+    (failure,) = session.ledger.failures()
+    assert limits(session) == {"bf16": 3} and failure["precision"] == "nf4" and "no kernel image" in failure["reason"]
+    session.precisions = parse("nf4")
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        accuracy(session, AccuracyOptions("sample_easy", limit=3))
+
+
+def test_a_row_holds_its_scores_and_items(source, tiny, tmp_path, monkeypatch):
+    session = Session("smollm2-135m", "bf16", tmp_path)
+    monkeypatch.setattr(session, "loaded", contextmanager(lambda precision: (yield tiny[0])))
+    accuracy(session, AccuracyOptions("sample_easy", limit=3))
+    (row,) = session.ledger.rows("accuracy")
+    items = pd.read_parquet(tmp_path / row["items_file"])
+    scores = {score["metric"]: score for score in row["scores"]}
+    assert set(scores) == {"acc", "acc_norm", "p_correct"} and scores["acc"]["value"] == items.correct.mean()
+    assert (row["limit"], row["scorer"], row["batch_size"], row["groups"]) == (3, "qnb", None, {})
+    assert not list((tmp_path / "items").glob("*.answers")) and json.loads(session.ledger.path.read_text()) == row
+
+
+def test_batch_sensitivity_is_a_row_a_scorer(source, tiny, tmp_path, monkeypatch, capsys):
+    """In float32 nothing moves but rounding, by either scorer."""
+    session = Session("smollm2-135m", "bf16", tmp_path)
+    monkeypatch.setattr(session, "loaded", contextmanager(lambda precision: (yield tiny[0])))
+    batch_sensitivity(session, SensitivityOptions("sample_arithmetic", 3))
+    assert not session.ledger.path.exists() and "sample_arithmetic" in capsys.readouterr().out
+    batch_sensitivity(session, SensitivityOptions("sample_arithmetic, sample_easy", 3))
+    rows = session.ledger.rows("batch_sensitivity")
+    assert {row["setting"] for row in rows} == set(evaluate.SCORERS)
+    for row in rows:
+        assert row["task"] == "sample_easy"
+        assert (row["n_items"], row["n_choices"], row["answers_changed"]) == (3, 12, 0)
+        assert row["max_abs_logprob_diff"] < 1e-3
+
+
+def test_batch_sensitivity_by_hand():
+    usual = pd.DataFrame({"picked": ["0", "1"], "correct": [True, True],
+                          "loglikelihoods": [[-1.0, -2.0], [-3.0, -1.0]]})  # fmt: skip
+    alone = usual.assign(picked=["0", "0"], correct=[True, False], loglikelihoods=[[-1.0, -2.5], [-1.0, -1.5]])
+    compared = evaluate.compare_items(usual, alone)
+    assert (compared.n_items, compared.n_choices, compared.answers_changed) == (2, 4, 1)
+    assert compared.mean_abs_logprob_diff == 0.75 and compared.max_abs_logprob_diff == 2
+    assert compared.accuracy_change_pp == -50
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_anything_is_made(source, tmp_path):
+    local = tmp_path / "model"
+    shutil.copytree(
+        source.path, local, ignore=lambda folder, names: [n for n in names if "token" in n or "vocab" in n]
+    )
+    with pytest.raises(InputError, match="tokenizer"):
+        accuracy(Session(str(local), "bf16", tmp_path / "study"), AccuracyOptions("sample_easy", 1))
+    assert not (tmp_path / "study" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "given", [{"tasks": " "}, {"limit": 0}, {"batch_size": -1}, {"scorer": "vllm"}, {"minutes": -1},
+              {"minutes": "5"}, {"minutes": math.nan}, {"minutes": math.inf}, {"minutes": True}],
+)  # fmt: skip
+def test_options_that_cannot_be_used_are_refused(given):
+    with pytest.raises(InputError, match="task" if "tasks" in given else next(iter(given))):
+        AccuracyOptions(**given)

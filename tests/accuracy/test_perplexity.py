@@ -1,0 +1,116 @@
+"""Every token is scored once; perplexity and divergence against hand counts and a pass over each window."""
+
+import json
+import math
+from contextlib import contextmanager
+
+import pandas as pd
+import pytest
+import torch
+import transformers
+
+from qnb import InputError
+from qnb.accuracy.perplexity import DivergenceOptions, distances, divergence, summarize, windows
+from qnb.session import Session
+
+
+@pytest.mark.parametrize(("tokens", "context", "stride"), [(10, 4, 2), (11, 4, 3), (5, 8, 4), (8, 4, 2), (2, 4, 1)])
+def test_every_token_but_the_first_is_scored_once(tokens, context, stride):
+    scored = []
+    for number, (start, first, end) in enumerate(windows(tokens, context, stride)):
+        assert start < first < end <= tokens and end - start <= context
+        assert number == 0 or first - start >= context - stride
+        scored += range(first, end)
+    assert scored == list(range(1, tokens))
+
+
+def test_a_text_of_one_token_is_refused():
+    with pytest.raises(InputError, match="ppl_tokens"):
+        list(windows(1, 4, 2))
+
+
+@pytest.mark.parametrize("given", [{"prompt_source": "novel"}, {"ppl_tokens": 0}, {"ppl_context": "all"}])
+def test_options_that_cannot_be_used_are_refused(given):
+    with pytest.raises(InputError, match=next(iter(given))):
+        DivergenceOptions(**given)
+
+
+def random_model(seed):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    for weight in model.parameters():
+        weight.data *= 4 if weight.dim() > 1 else 1
+    return model
+
+
+def test_against_a_pass_over_each_window_by_hand():
+    model, base = random_model(0), random_model(1)
+    ids = torch.randint(0, 50, (37,), generator=torch.Generator().manual_seed(0)).tolist()
+    found = distances(model, base, ids, 12, 6)
+    assert len(found) == 36
+    row = 0
+    for start, first, end in windows(37, 12, 6):
+        with torch.inference_mode():
+            own, other = (each(torch.tensor([ids[start:end]])).logits[0].double() for each in (model, base))
+        for place in range(first, end):
+            p, q = (torch.log_softmax(each[place - start - 1], 0) for each in (own, other))
+            assert found.nll[row] == pytest.approx(-float(p[ids[place]]), abs=1e-4)
+            assert found.nll_base[row] == pytest.approx(-float(q[ids[place]]), abs=1e-4)
+            assert found.kl[row] == pytest.approx(float((q.exp() * (q - p)).sum()), abs=1e-4)
+            assert found.same[row] == (p.argmax() == q.argmax())
+            row += 1
+
+
+def test_a_model_does_not_differ_from_itself():
+    model = random_model(0)
+    summary = summarize(distances(model, model, list(range(40)), 16, 8))
+    assert summary["kl_mean_nats"] == pytest.approx(0, abs=1e-6) and summary["same_top1_pct"] == 100
+    assert summary["perplexity_change_pct"] == pytest.approx(0, abs=1e-6)
+
+
+def test_summary_by_hand():
+    tokens = pd.DataFrame(
+        {"window": [0, 0, 1, 1], "nll": [1.0, 2.0, 3.0, 2.0], "nll_base": [1.0, 1.0, 2.0, 2.0],
+         "kl": [0.0, 0.2, 0.4, 0.2], "same": [True, False, True, True]}
+    )  # fmt: skip
+    summary = summarize(tokens)
+    assert summary["perplexity"] == pytest.approx(math.e**2)
+    assert summary["perplexity_change_pct"] == pytest.approx(100 * (math.e**0.5 - 1))
+    assert summary["kl_mean_nats"] == pytest.approx(0.2) and summary["same_top1_pct"] == 75
+    # two windows: each resample is one of them twice, or both
+    assert (summary["perplexity_low"], summary["perplexity_high"]) == pytest.approx((math.e**1.5, math.e**2.5))
+    assert summarize(tokens[tokens.window == 0])["perplexity_low"] is None
+    alone = summarize(tokens[["window", "nll"]])
+    assert alone["perplexity"] == summary["perplexity"] and alone["kl_mean_nats"] is None
+    assert set(alone) == set(summary)
+
+
+def test_a_window_is_no_longer_than_the_models_or_the_text(source, tiny, tmp_path, monkeypatch):
+    session = Session("smollm2-135m", "bf16", tmp_path)
+    monkeypatch.setattr(session, "loaded", contextmanager(lambda precision: (yield tiny[0])))
+    with pytest.raises(InputError, match="ppl_context is 999999"):
+        divergence(session, DivergenceOptions("sample", 96, 999999))
+    assert not (tmp_path / "ledger.jsonl").exists()
+    divergence(session, DivergenceOptions("sample", 20, 64))
+    monkeypatch.setattr(session.config, "max_position_embeddings", 64)
+    divergence(session, DivergenceOptions("sample", 200))  # on a CPU auto is 128
+    lines = [json.loads(line) for line in session.ledger.path.read_text().splitlines()]
+    assert [(row["context"], row["stride"], row["tokens"]) for row in lines] == [(20, 10, 20), (64, 32, 200)]
+
+
+@pytest.mark.slow
+def test_each_format_is_compared_with_bf16_once(source, tmp_path):
+    session = Session("smollm2-135m", "bf16, nf4", tmp_path)
+    divergence(session, DivergenceOptions("sample", 96, 32))
+    bf16, nf4 = session.ledger.rows("divergence")
+    change_pct = 100 * (nf4["perplexity"] / bf16["perplexity"] - 1)
+    assert bf16["kl_mean_nats"] is None and nf4["kl_mean_nats_low"] < nf4["kl_mean_nats"] < nf4["kl_mean_nats_high"]
+    assert nf4["perplexity_change_pct"] == pytest.approx(change_pct, rel=0.02)
+    tokens = pd.read_parquet(tmp_path / nf4["samples_file"])
+    assert len(tokens) == 95 and nf4["kl_mean_nats"] == pytest.approx(tokens.kl.mean())
+    before = session.ledger.path.read_bytes()
+    divergence(session, DivergenceOptions("sample", 96, 32))
+    assert session.ledger.path.read_bytes() == before
