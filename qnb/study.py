@@ -161,7 +161,7 @@ class Study:
         from qnb.speed import stages
 
         stages.perf_bs1(self.session, stages.BatchOneOptions(workload, repeats, engines))
-        return self.results().bs1_passes
+        return self.results().passes.query("setting == 'bs1'")
 
     def perf_maxbatch(
         self,
@@ -176,7 +176,7 @@ class Study:
 
         options = stages.LargestBatchOptions(workload, max_batch, memory_mib, repeats, engines)
         stages.perf_maxbatch(self.session, options)
-        return self.results().maxbatch_passes
+        return self.results().passes.query("setting == 'maxbatch'")
 
     def sweep(
         self, workload: Workload, largest: Count = "auto", engines: str | Iterable[str] = "auto"

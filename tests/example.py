@@ -137,8 +137,7 @@ def _run(precision, engine, batch_size, repeat):
         "peak_used_memory_mib": allocated_mib + 200, "baseline_mib": 500.0, "power_w": power_w, "clock_mhz": 1755.0,
         "energy_j": power_w * latency_s * batches, "energy_s": latency_s * batches, "throttle": [],
         "gpu_processes": 1, "others_cpu_pct": 2.0, "failed_readings": 0, "missing_readings": {},
-        "peak_bytes_per_s": BYTES_S, "peak_flop_per_s": FLOP_S, "idle_power_w": IDLE_W, "compared_tokens": None,
-        "first_difference": None, "difference_margin": None, "note": "",
+        "peak_bytes_per_s": BYTES_S, "peak_flop_per_s": FLOP_S, "idle_power_w": IDLE_W, "note": "",
         "flags": ["throttled"] if (precision, batch_size) == ("int4", 384) else [],
     }  # fmt: skip
 

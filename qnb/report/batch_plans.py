@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from qnb.errors import InputError
-
-if TYPE_CHECKING:
-    from qnb.report.results import Results
+from qnb.report.results import Results
 
 GRAIN_MIB = 20  # of a reading of reserved memory: the segment torch takes for a tensor of 1 to 10 MiB
 BUCKET_TOKENS = 64
@@ -29,55 +26,45 @@ def plans(results: Results) -> pd.DataFrame:
     of memory readings alone. Where there is no plan, ``note`` says why.
     """
     rows = [
-        {"precision": search["precision"], "engine": search["engine"], "limit_mib": search["limit_mib"], **plan}
+        {**search, "n_prompts": count, **plan}
         for search in results.batches.to_dict("records")
         for prompts in results.lengths.to_dict("records")
-        for plan in _plans_of(search, prompts)
+        for count in sorted({min(count, len(prompts["lengths"])) for count in prompts["counts"]})
+        for plan in _plan(search, prompts, count)
     ]
     return pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(WHOLE, "Int64")).round(6)
 
 
-def _plans_of(search: Mapping[str, Any], prompts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one search for each number of prompts."""
-    new_tokens, limit_mib = int(search["new_tokens"]), search["limit_mib"]
+def _plan(search: Mapping[str, Any], prompts: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """Plan the first `count` prompts, each cut to the context window."""
+    new_tokens, lengths = int(search["new_tokens"]), prompts["lengths"][:count]
     most = inf if pd.isna(prompts["window"]) else int(prompts["window"]) - new_tokens
-    available = len(prompts["lengths"])
-    for count in sorted({min(count, available) for count in prompts["counts"]}):
-        missing = " and ".join(f"{wanted:,}" for wanted in prompts["counts"] if wanted > count == available)
-        lengths = prompts["lengths"][:count]
-        cut = sum(tokens > most for tokens in lengths)
-        notes = [f"{prompts['prompt_source']} has no more prompts; {missing} were asked for"] if missing else []
-        notes += [f"cut to the context window: {cut:,}"] if cut else []
-        try:
-            line = fit_line(search["probes"], int(search["prompt_tokens"]) + new_tokens)
-            lengths, error_pct = [int(min(tokens, most)) for tokens in lengths], line.estimate_error_pct(limit_mib)
-            for plan in plan_batches(lengths, new_tokens, line, limit_mib):
-                yield {**plan, "estimate_error_pct": error_pct, "note": "; ".join(notes)}
-        except InputError as error:
-            yield {"n_prompts": count, "note": "; ".join([*notes, str(error)])}
+    n_cut = sum(tokens > most for tokens in lengths)
+    notes = [f"cut to the context window: {n_cut:,}"] if n_cut else []
+    if count == len(prompts["lengths"]) < max(prompts["counts"]):
+        notes.append(f"{prompts['prompt_source']} has no more prompts")
+    try:
+        line = fit_line(search["probes"], int(search["prompt_tokens"]) + new_tokens, search["limit_mib"])
+        rows = plan_batches([int(min(tokens, most)) for tokens in lengths], new_tokens, line)
+    except InputError as error:
+        return [{"note": "; ".join([*notes, str(error)])}]
+    return [{"estimate_error_pct": line.error_pct, **row, "note": "; ".join(notes)} for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryLine:
-    """Memory as a line in the batch size, for rows of one length."""
+    """Memory as a line in the number of tokens in a batch."""
 
-    fixed_mib: float
-    row_mib: float
-    row_tokens: int  # prompt and new tokens of the rows it was fitted to
-    rows: int  # of the larger batch it was fitted to
-    rise_mib: float  # between the two
+    free_mib: float  # of the limit, for the batch
+    token_mib: float
+    error_pct: float  # what the grain of readings may change in `largest_batch`; 0 for a reading at the limit
 
-    def largest_batch(self, tokens: int, limit_mib: float) -> int:
-        """Return how many rows of `tokens` tokens fit, a row's memory being proportional to its tokens."""
-        return int((limit_mib - self.fixed_mib) / (self.row_mib * tokens / self.row_tokens))
-
-    def estimate_error_pct(self, limit_mib: float) -> float:
-        """Return by how many percent the grain may make `largest_batch` wrong; 0 for a reading at the limit."""
-        beyond = 1 - self.rows * self.row_mib / (limit_mib - self.fixed_mib)
-        return 100 * abs(beyond) * GRAIN_MIB / self.rise_mib
+    def largest_batch(self, tokens: int) -> int:
+        """Return how many rows of `tokens` tokens fit."""
+        return int(self.free_mib / (self.token_mib * tokens))
 
 
-def fit_line(probes: Sequence[Mapping[str, Any]], row_tokens: int) -> MemoryLine:
+def fit_line(probes: Sequence[Mapping[str, Any]], row_tokens: int, limit_mib: float) -> MemoryLine:
     """Return the line through the two largest of a search's probes whose reading is the run's own.
 
     Raises
@@ -85,23 +72,21 @@ def fit_line(probes: Sequence[Mapping[str, Any]], row_tokens: int) -> MemoryLine
     InputError
         There are not two such probes, or they differ by no more than a reading's grain.
     """
-    own = [probe for probe in probes if probe["fits"] and not probe["squeezed"]]
-    clean = [probe for probe in own if probe["reserved_mib"] is not None]
-    if len(clean) > 1:
-        low, high = sorted(clean, key=lambda probe: probe["batch_size"])[-2:]
-        rise_mib = high["reserved_mib"] - low["reserved_mib"]
-        if rise_mib > GRAIN_MIB:
-            row_mib, rows = rise_mib / (high["batch_size"] - low["batch_size"]), high["batch_size"]
-            return MemoryLine(high["reserved_mib"] - row_mib * rows, row_mib, row_tokens, rows, rise_mib)
-    raise InputError(
-        f"no line: {len(clean)} of {len(probes)} probes read their own memory, and two must be over {GRAIN_MIB} MiB "
-        "apart; search with a higher cap"
-    )
+    own = (probe for probe in probes if probe["fits"] and not probe["squeezed"] and probe["reserved_mib"] is not None)
+    readings = sorted((probe["batch_size"], probe["reserved_mib"]) for probe in own)
+    rise_mib = readings[-1][1] - readings[-2][1] if len(readings) > 1 else 0
+    if rise_mib <= GRAIN_MIB:
+        raise InputError(
+            f"no line: {len(readings)} of {len(probes)} probes read their own memory, and two must be over "
+            f"{GRAIN_MIB} MiB apart; search with a higher cap"
+        )
+    (low, _), (high, reserved_mib) = readings[-2:]
+    row_mib = rise_mib / (high - low)
+    free_mib = limit_mib - reserved_mib + row_mib * high
+    return MemoryLine(free_mib, row_mib / row_tokens, 100 * abs(1 - high * row_mib / free_mib) * GRAIN_MIB / rise_mib)
 
 
-def plan_batches(
-    prompt_tokens: Sequence[int], new_tokens: int, line: MemoryLine, limit_mib: float
-) -> list[dict[str, Any]]:
+def plan_batches(prompt_tokens: Sequence[int], new_tokens: int, line: MemoryLine) -> list[dict[str, Any]]:
     """Cut prompts into batches in three orders, each batch as large as its longest prompt admits; return a row each.
 
     The number of prompts does not enter the largest batch, which follows from the longest prompt. The order changes
@@ -115,14 +100,14 @@ def plan_batches(
         The longest prompt does not fit.
     """
     longest = max(prompt_tokens)
-    largest = line.largest_batch(longest + new_tokens, limit_mib)
+    largest = line.largest_batch(longest + new_tokens)
     if largest < 1:
-        raise InputError(f"a prompt of {longest} tokens needs more than {limit_mib:,.0f} MiB; shorten it")
+        raise InputError(f"a prompt of {longest} tokens needs more memory than there is; shorten it")
 
-    def cut(lengths: Sequence[int], widest: int | None = None) -> list[Sequence[int]]:
+    def cut(lengths: Sequence[int], widest: int = 0) -> list[Sequence[int]]:
         batches = []
         while lengths:
-            size = line.largest_batch((widest or lengths[0]) + new_tokens, limit_mib)
+            size = line.largest_batch((widest or lengths[0]) + new_tokens)
             batches.append(lengths[:size])
             lengths = lengths[size:]
         return batches
@@ -133,12 +118,11 @@ def plan_batches(
         "bucketed": [batch for _, lengths in buckets for batch in cut(list(lengths), max(lengths))],
         "sorted": cut(sorted(prompt_tokens, reverse=True)),
     }
-    about = {"n_prompts": len(prompt_tokens), "longest_tokens": longest, "largest_batch": largest}
-    return [{**about, "order": order, **_count(batches)} for order, batches in orders.items()]
-
-
-def _count(batches: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Count batches of prompt lengths, their mean size, and the padding's percent of the prompt tokens processed."""
-    padded = sum(len(batch) * max(batch) for batch in batches)
-    padding_pct = 100 * (1 - sum(map(sum, batches)) / padded)
-    return {"batches": len(batches), "mean_batch": fmean(map(len, batches)), "padding_pct": padding_pct}
+    rows = []
+    for order, batches in orders.items():
+        padded = sum(len(batch) * max(batch) for batch in batches)
+        rows.append({
+            "order": order, "longest_tokens": longest, "largest_batch": largest, "batches": len(batches),
+            "mean_batch": len(prompt_tokens) / len(batches), "padding_pct": 100 * (1 - sum(prompt_tokens) / padded),
+        })  # fmt: skip
+    return rows

@@ -31,11 +31,15 @@ SPEED = (
     "peak_used_memory_mib", "power_w", "clock_mhz", "flags", "note",
 )  # fmt: skip
 # more columns that they all have
-BESIDE = ("low_rps", "high_rps", "batch_spread_pct", "bytes_per_step", "flops_per_step", "flops_by_type",
+BESIDE = ("setting", "low_rps", "high_rps", "batch_spread_pct", "bytes_per_step", "flops_per_step", "flops_by_type",
           "peak_bytes_per_s", "peak_flop_per_s", "idle_power_w", "peak_allocated_mib", "measured_at", "conditions",
-          "model", "setting")  # fmt: skip
+          "model", "samples_file")  # fmt: skip
 CONDITIONS = ("workload", "device", "memory_limit_mib", "cap")  # two rows that differ in one are not compared
 OF_MEDIANS = ("gpu_busy_pct", "mbu_pct", "mfu_pct", "bound")  # kernels are traced in the first pass alone
+STAGES = {"accuracy_rows": "accuracy", "batches": "batch", "divergence": "divergence", "lengths": "lengths",
+          "batch_sensitivity": "batch_sensitivity"}  # fmt: skip
+KEPT = {"bs1": "table3_bs1", "maxbatch": "table4_maxbatch", "sweep": "sweep"}
+ORDER = {name: place for place, name in enumerate([*PRECISIONS, "eager"])}
 # words of tasks' names that are written in another way
 WORDS = {"arc": "ARC", "gsm8k": "GSM8K", "cot": "CoT", "hellaswag": "HellaSwag", "mmlu": "MMLU", "stem": "STEM"}
 
@@ -45,7 +49,7 @@ def task_name(task: str) -> str:
     return " ".join(WORDS.get(word, word) for word in task.removeprefix("sample_").split("_"))
 
 
-def _speeds() -> pd.DataFrame:
+def _no_speeds() -> pd.DataFrame:
     return pd.DataFrame(columns=[*SPEED, *BESIDE], dtype=float)
 
 
@@ -63,12 +67,10 @@ class Results:
     folder: Path | None = None  # where the files that rows name lie; None for kept tables
     scores: pd.DataFrame = field(default_factory=pd.DataFrame)  # a row a task, metric, filter and format
     accuracy_rows: pd.DataFrame = field(default_factory=pd.DataFrame)
-    bs1: pd.DataFrame = field(default_factory=_speeds)  # a row a format and engine: medians over passes
-    maxbatch: pd.DataFrame = field(default_factory=_speeds)  # the same
-    bs1_passes: pd.DataFrame = field(default_factory=_speeds)  # a row a pass, and one an engine that cannot run
-    maxbatch_passes: pd.DataFrame = field(default_factory=_speeds)  # the same
-    sweep: pd.DataFrame = field(default_factory=_speeds)  # a row a format, engine and batch size that was timed
-    sweep_rows: pd.DataFrame = field(default_factory=_speeds)  # what did not fit too
+    passes: pd.DataFrame = field(default_factory=_no_speeds)  # a row a pass, and what could not run; see `setting`
+    bs1: pd.DataFrame = field(default_factory=_no_speeds)  # a row a format and engine: medians over passes
+    maxbatch: pd.DataFrame = field(default_factory=_no_speeds)  # the same
+    sweep: pd.DataFrame = field(default_factory=_no_speeds)  # a row a format, engine and batch size that was timed
     batches: pd.DataFrame = field(default_factory=pd.DataFrame)  # searches for the largest batch
     divergence: pd.DataFrame = field(default_factory=pd.DataFrame)
     batch_sensitivity: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -83,35 +85,15 @@ class Results:
     def read(cls, ledger: Ledger) -> Results:
         """Read the newest row of each key."""
         rows = tuple(row for row in ledger.rows() if not row["stage"].endswith(FAILED))
-
-        def stage(name: str, setting: str = "") -> list[Row]:
-            return [row for row in rows if row["stage"] == name and setting in ("", row["setting"])]
-
-        def frame(name: str) -> pd.DataFrame:
-            return in_order(pd.DataFrame(stage(name)))
-
-        bs1, maxbatch, sweep = (_passes(stage(*key)) for key in (("perf", "bs1"), ("perf", "maxbatch"), ("sweep",)))
+        newest = rows[-1] if rows else {}
+        frames = {name: in_order(ledger.frame(stage)) for name, stage in STAGES.items()}
+        passes = _passes([row for row in rows if row["stage"] in ("perf", "sweep")])
+        frames |= {setting: medians(passes[passes.setting == setting]) for setting in KEPT}
         return cls(
-            name=ledger.folder.resolve().name,
-            model=rows[-1].get("model", "") if rows else "",
-            device=rows[-1].get("device", "") if rows else "",
-            folder=ledger.folder,
-            scores=in_order(_scores(stage("accuracy"))),
-            accuracy_rows=frame("accuracy"),
-            bs1=medians(bs1),
-            maxbatch=medians(maxbatch),
-            bs1_passes=bs1,
-            maxbatch_passes=maxbatch,
-            sweep=medians(sweep),
-            sweep_rows=sweep,
-            batches=frame("batch"),
-            divergence=frame("divergence"),
-            batch_sensitivity=frame("batch_sensitivity"),
-            lengths=frame("lengths"),
-            checkpoints=_checkpoints(frame("quantize")),
-            rows=rows,
-            failures=tuple(ledger.failures()),
-        )
+            ledger.folder.resolve().name, newest.get("model", ""), newest.get("device", ""), ledger.folder,
+            in_order(_scores(rows)), passes=passes, checkpoints=_checkpoints(in_order(ledger.frame("quantize"))),
+            rows=rows, failures=tuple(ledger.failures()), **frames,
+        )  # fmt: skip
 
     @classmethod
     def of_tables(cls, folder: Path) -> Results:
@@ -124,13 +106,12 @@ class Results:
         """
         try:
             tables = {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))}
-            names = ("table3_bs1", "table4_maxbatch", "sweep")
-            bs1, maxbatch, sweep = (_kept_speeds(tables[name]) if name in tables else _speeds() for name in names)
+            frames = {setting: _kept(tables[name]) for setting, name in KEPT.items() if name in tables}
         except (OSError, ValueError, KeyError) as error:  # pandas' own are ValueErrors
             raise InputError(f"{folder} holds a file that is no table of a study ({error}); remove it") from error
+        frames |= {name: tables[name] for name in ("scores", "divergence", "batch_sensitivity") if name in tables}
         device, _, model = folder.name.partition("-")
-        frames = {name: tables[name] for name in ("scores", "divergence", "batch_sensitivity") if name in tables}
-        return cls(folder.name, model, device, bs1=bs1, maxbatch=maxbatch, sweep=sweep, tables=tables, **frames)
+        return cls(folder.name, model, device, tables=tables, **frames)
 
     @property
     def label(self) -> str:
@@ -145,37 +126,34 @@ class Results:
         return [name for name in PRECISIONS if name in names]
 
     def timed(self, setting: str) -> pd.DataFrame:
-        """Return the medians of setting ``"bs1"`` or ``"maxbatch"``."""
-        return {"bs1": self.bs1, "maxbatch": self.maxbatch}[setting]
+        """Return the medians of setting ``"bs1"``, ``"maxbatch"`` or ``"sweep"``."""
+        return {"bs1": self.bs1, "maxbatch": self.maxbatch, "sweep": self.sweep}[setting]
 
     @property
     def speed(self) -> pd.DataFrame:
         """Batch size 1, the sweep and the largest batch in one frame; ``setting`` tells them apart."""
-        frames = {"bs1": self.bs1, "sweep": self.sweep, "maxbatch": self.maxbatch}
-        return stack([frame.assign(setting=setting) for setting, frame in frames.items()])
+        return stack(self.timed(setting).assign(setting=setting) for setting in ("bs1", "sweep", "maxbatch"))
 
     @cached_property
     def samples(self) -> pd.DataFrame:
         """The monitor's readings during each first pass: t_s, the readings, setting, precision and engine."""
-        parts = []
-        for frame in (self.bs1_passes, self.maxbatch_passes):
-            first = frame.dropna(subset=["total_s"]).drop_duplicates(["precision", "engine"])
-            for row in first.to_dict("records"):
-                path = self._path(row.get("samples_file"))
-                if path is not None and path.is_file():
-                    about = {name: row[name] for name in ("setting", "precision", "engine")}
-                    parts.append(pd.read_parquet(path).assign(**about))
-        return stack(parts)
+        about = ["setting", "precision", "engine"]
+        first = self.passes[self.passes.setting != "sweep"].dropna(subset=["total_s"]).drop_duplicates(about)
+        paths = [self._path(name) for name in first.samples_file]
+        return stack(
+            pd.read_parquet(path).assign(**row)
+            for path, row in zip(paths, first[about].to_dict("records"), strict=True) if path
+        )  # fmt: skip
 
     def items(self, row: Mapping[str, Any]) -> pd.DataFrame | None:
         """Return the items that an accuracy row was counted from; None where their file is gone or was changed."""
         path = self._path(row.get("items_file"))
-        if path is None or not path.is_file() or file_sha256(path) != row["items_sha256"]:
-            return None
-        return pd.read_parquet(path)
+        return pd.read_parquet(path) if path and file_sha256(path) == row["items_sha256"] else None
 
     def _path(self, name: Any) -> Path | None:
-        return self.folder / name if self.folder is not None and isinstance(name, str) and name else None
+        """Return the path of a file that a row names; None where it names none, or the file is gone."""
+        path = self.folder / name if self.folder and isinstance(name, str) else None
+        return path if path and path.is_file() else None
 
 
 def read_reference(folder: Path) -> dict[str, Results]:
@@ -200,12 +178,9 @@ def stack(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
 
 def in_order(frame: pd.DataFrame) -> pd.DataFrame:
     """Sort rows by format as `PRECISIONS` lists them, eager first; otherwise they stay as they are."""
-    if frame.empty or "precision" not in frame:
-        return frame
-    rank = frame.precision.map({name: place for place, name in enumerate(PRECISIONS)})
-    later = frame.engine != "eager" if "engine" in frame else False
-    order = frame.assign(rank=rank, later=later).sort_values(["rank", "later"], kind="stable").index
-    return frame.loc[order].reset_index(drop=True)
+    by = [name for name in ("precision", "engine") if name in frame]
+    place = {"key": lambda names: names.map(ORDER).fillna(len(ORDER)), "kind": "stable", "ignore_index": True}
+    return frame.sort_values(by, **place) if by else frame
 
 
 def medians(passes: pd.DataFrame) -> pd.DataFrame:
@@ -215,9 +190,9 @@ def medians(passes: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for _, runs in passes.dropna(subset=["total_s"]).groupby(["precision", "engine", "batch_size"], sort=False):
+        low, high = runs.throughput_rps.min(), runs.throughput_rps.max()
         row = {name: known.iloc[-1] if len(known := values.dropna()) else None for name, values in runs.items()}
         row |= runs.select_dtypes("number").median().to_dict()
-        low, high = runs.throughput_rps.min(), runs.throughput_rps.max()
         row |= {"passes": len(runs), "low_rps": low, "high_rps": high}
         row["throughput_spread_pct"] = 100 * (high / low - 1) if len(runs) > 1 else None
         row["flags"] = list(dict.fromkeys(flag for flags in runs["flags"] for flag in flags))
@@ -229,35 +204,38 @@ def medians(passes: pd.DataFrame) -> pd.DataFrame:
 def _passes(rows: list[Row]) -> pd.DataFrame:
     """Return a row a pass of the newest workload, with derived values and the conditions it was measured under."""
     if not rows:
-        return _speeds()
+        return _no_speeds()
     conditions = [", ".join(str(row.get(name)) for name in CONDITIONS) for row in rows]
-    frame = _speed_frame(pd.DataFrame([{**row, **derived(row)} for row in rows]).assign(conditions=conditions))
-    group = [frame.precision, frame.engine]
-    frame = frame[frame.fingerprint == frame.fingerprint.groupby(group).transform("last")]
-    frame = in_order(frame.sort_values("repeat", kind="stable", key=pd.to_numeric))
-    # passes end where an earlier one settled after they were measured: that run was a new one
-    stopped = pd.to_datetime(frame.measured_at).where(frame.stop_reason.fillna("").ne(""))
-    settled = stopped.groupby([frame.precision, frame.engine]).transform(lambda times: times.cummax().ffill().shift())
-    return frame[~(settled > pd.to_datetime(frame.measured_at))].reset_index(drop=True)
+    frame = pd.DataFrame([{**row, **derived(row)} for row in rows]).assign(conditions=conditions)
+    frame["setting"] = frame.setting.where(frame.stage == "perf", "sweep")
+    line = ["setting", "precision", "engine"]
+    frame = frame[frame.fingerprint == frame.groupby(line).fingerprint.transform("last")]
+    frame = frame.sort_values("repeat", key=pd.to_numeric, kind="stable")
+    # a pass that is older than the first one is an earlier run's
+    first = frame.groupby([*line, "batch_size"]).measured_at.transform("first")
+    return _speed_frame(frame[frame.measured_at >= first])
 
 
 def _speed_frame(frame: pd.DataFrame) -> pd.DataFrame:
     """Return a frame of speeds with all their columns, whole batch sizes, and flags as lists."""
     frame = frame.dropna(axis="columns", how="all")
     frame = in_order(frame.reindex(columns=list(dict.fromkeys([*SPEED, *BESIDE, *frame]))))
-    flags = [value if isinstance(value, list) else [] for value in frame["flags"]]
-    return frame.assign(flags=pd.Series(flags, frame.index, dtype=object)).astype({"batch_size": int})
+    flags = pd.Series(map(flag_list, frame["flags"]), frame.index, dtype=object)
+    return frame.assign(flags=flags).astype({"batch_size": int})
 
 
-def _scores(rows: list[Row]) -> pd.DataFrame:
+def flag_list(flags: Any) -> list[str]:
+    """Return flags as a list: rows hold one, tables a text, and where there are none, the value may be missing."""
+    return flags.split("; ") if isinstance(flags, str) else flags if isinstance(flags, list) else []
+
+
+def _scores(rows: Iterable[Row]) -> pd.DataFrame:
     """Unfold accuracy rows to a row a score; ``asked`` is the task that was asked for."""
+    accuracy = [row for row in rows if row["stage"] == "accuracy"]
     return pd.DataFrame(
-        [
-            {"precision": row["precision"], "asked": row["task"], "limit": row["limit"], **score}
-            for row in rows
-            for score in row["scores"]
-        ]
-    )
+        {"precision": row["precision"], "asked": row["task"], "limit": row["limit"], **score}
+        for row in accuracy for score in row["scores"]
+    )  # fmt: skip
 
 
 def _checkpoints(frame: pd.DataFrame) -> pd.DataFrame:
@@ -271,14 +249,8 @@ def _checkpoints(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.assign(weights_mib=stored / MIB, bits_per_weight=8 * counted_bytes / counted)
 
 
-def _kept_speeds(table: pd.DataFrame) -> pd.DataFrame:
+def _kept(table: pd.DataFrame) -> pd.DataFrame:
     """Return a kept Table 3, 4 or sweep as a frame of speeds, without engines that could not run."""
-    frame = table.dropna(subset=["throughput_rps"])
-    if set(frame.precision) - set(PRECISIONS):
-        raise ValueError(f"unknown formats beside {', '.join(PRECISIONS)}")
-    flags = [
-        text.split("; ") if isinstance(text, str) and text else [] for text in frame.get("flags", [""] * len(frame))
-    ]
-    frame = _speed_frame(frame.assign(flags=pd.Series(flags, frame.index, dtype=object)))
+    frame = _speed_frame(table.dropna(subset=["throughput_rps"]))
     half = (1 + frame.throughput_spread_pct.fillna(0) / 100) ** 0.5  # the spread is the range over the lowest
     return frame.assign(low_rps=frame.throughput_rps / half, high_rps=frame.throughput_rps * half)

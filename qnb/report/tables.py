@@ -7,18 +7,24 @@ was measured, under their own name, never in its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from qnb.accuracy.statistics import compare, holm, mean_interval, mean_of_independent
+from qnb.accuracy.statistics import Change, compare, holm, mean_interval, mean_of_independent
 from qnb.columns import flag_text, format_value, header, is_disturbed
+from qnb.errors import InputError
 from qnb.ledger import write_atomic
 from qnb.precision import BASELINE
 from qnb.report import paper
 from qnb.report.batch_plans import plans
-from qnb.report.results import SPEED, Results, in_order, stack
+from qnb.report.results import SPEED, Results, flag_list, in_order, stack
+
+if TYPE_CHECKING:
+    from pandas.io.formats.style import Styler
 
 # the metric a task is known by: accuracy for choices, strict exact match for generated answers
 HEADLINE = ("acc", "exact_match")
@@ -28,26 +34,36 @@ MEAN = "mean over tasks"
 AVERAGED = {"gsm8k_average": ("gsm8k", "gsm8k_cot")}
 SIGNIFICANT = 0.05
 Z95 = 1.96  # standard errors each way
-CHANGE = ("task", "precision", "n_items", "baseline_pct", "accuracy_pct", "change_pp", "low_pp", "high_pp",
-          "change_pct", "gained", "lost", "p_mcnemar", "p_correct_change_pp", "p_correct_low_pp", "p_correct_high_pp",
-          "note", "p_holm", "significant", "published_change_pct")  # fmt: skip
+LINE = ["precision", "engine"]  # one line of a sweep
+OTHER = "not measured like the newest row: other prompts, device, memory or cap"
+PUBLISHED = ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_mib", "speedup")
+
+# all columns of a table, as its file has them
+ALL_CHANGES = ("task", "precision", "n_items", "baseline_pct", "accuracy_pct", "change_pp", "low_pp", "high_pp",
+               "change_pct", "gained", "lost", "p_mcnemar", "p_correct_change_pp", "p_correct_low_pp",
+               "p_correct_high_pp", "note", "p_holm", "significant", "published_change_pct")  # fmt: skip
 ESTIMATES = ("perplexity", "perplexity_change_pct", "kl_mean_nats", "kl_p99_nats", "same_top1_pct")
-DIVERGENCE = ("precision", "prompt_source", "tokens", "context", "stride",
-              *(name + end for name in ESTIMATES for end in ("", "_low", "_high")))  # fmt: skip
-SENSITIVITY = ("precision", "scorer", "task", "n_items", "n_choices", "mean_abs_logprob_diff",
+ALL_DIVERGENCE = ("precision", "prompt_source", "tokens", "context", "stride",
+                  *(name + end for name in ESTIMATES for end in ("", "_low", "_high")))  # fmt: skip
+SENSITIVITY = ("precision", "setting", "task", "n_items", "n_choices", "mean_abs_logprob_diff",
                "max_abs_logprob_diff", "answers_changed", "accuracy_change_pp")  # fmt: skip
 SWEEP = ("precision", "engine", "batch_size", "requests", "prompt_tokens", "new_tokens", "throughput_rps",
          "batch_spread_pct", "throughput_tps", "batch_latency_s", "ttft_s", "tpot_s", "peak_memory_mib",
          "kv_cache_mib", "bound", "knee", "flags", "note")  # fmt: skip
-PUBLISHED = ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_mib", "speedup")
-# what a notebook shows of Tables 3 and 4, and the report first; their files have all columns
-MAIN = (
-    "precision", "engine", "batch_size", "throughput_rps", "tpot_s", "seconds_per_request", "batch_latency_s",
-    "utilization_pct", "weights_mib", "peak_memory_mib", "energy_j_per_request", "energy_above_idle_j_per_request",
-    "speedup", "engine_speedup", "flags", "note", *(f"published_{name}" for name in PUBLISHED),
-)  # fmt: skip
-LINE = ["precision", "engine"]  # one line of a sweep
-OTHER = "not measured like the newest row: other prompts, device, memory or cap"
+ALL_SPEEDS = (*SPEED, "speedup", "engine_speedup", *(f"published_{name}" for name in PUBLISHED))
+
+# the columns that a notebook shows
+CHECKPOINTS = ("precision", "bits_per_weight", "weights_mib", "file_mib", "quantize_s", "save_s", "load_s",
+               "reload_identical")  # fmt: skip
+CHANGES = ("task", "precision", "n_items", "change_pp", "low_pp", "high_pp", "p_holm", "significant")
+DIVERGENCE = ("precision", "tokens", "perplexity", "perplexity_change_pct", "perplexity_change_pct_low",
+              "perplexity_change_pct_high", "kl_mean_nats", "same_top1_pct")  # fmt: skip
+PASSES = ("precision", "engine", "repeat", "requests", "total_s", "tpot_s", "stop_reason", "note")
+SPEED_MAIN = ("precision", "engine", "batch_size", "peak_memory_mib", "tpot_s", "throughput_rps",
+              "energy_j_per_token", "speedup")  # fmt: skip
+TIME_SPENT = ("precision", "engine", "ttft_s", "tpot_s", "kernels_per_token", "gpu_busy_pct", "mbu_pct", "bound")
+SEARCHES = ("precision", "engine", "batch_size", "capped", "limit_mib", "prompt_tokens", "new_tokens")
+PLANS = ("precision", "engine", "n_prompts", "order", "largest_batch", "batches", "padding_pct", "note")
 
 
 def headline(scores: pd.DataFrame) -> pd.DataFrame:
@@ -60,20 +76,16 @@ def headline(scores: pd.DataFrame) -> pd.DataFrame:
         return scores
     shown = _one_filter(scores[scores.metric.isin(HEADLINE)])
     whole = shown[shown.task == shown.asked]
-    parts = [shown] + [_means(whole[whole.task.isin(tasks)], name, len(tasks)) for name, tasks in AVERAGED.items()]
+    averages = [_means(whole[whole.task.isin(tasks)], name, len(tasks)) for name, tasks in AVERAGED.items()]
     common = whole[whole.task.isin(common_tasks(shown))]
-    return stack([*parts, _means(common, f"{MEAN} ({common.task.nunique()})", 1)])
+    return stack([shown, *averages, _means(common, f"{MEAN} ({common.task.nunique()})")])
 
 
 def common_tasks(shown: pd.DataFrame) -> list[str]:
     """Return the tasks of a headline that every format answered, on as many items each."""
     whole = shown[(shown.task == shown.asked) & (shown.metric != "mean")]
-    formats = whole.precision.nunique()
-    return [
-        str(task)
-        for task, rows in whole.groupby("task", sort=False)
-        if rows.precision.nunique() == formats and rows.n_items.nunique() == 1
-    ]
+    counts = whole.groupby("task", sort=False).agg({"precision": "nunique", "n_items": "nunique"})
+    return list(counts[(counts.precision == whole.precision.nunique()) & (counts.n_items == 1)].index)
 
 
 def _one_filter(frame: pd.DataFrame) -> pd.DataFrame:
@@ -83,17 +95,14 @@ def _one_filter(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["filter"] == frame.task.map(best)]
 
 
-def _means(whole: pd.DataFrame, name: str, least: int) -> pd.DataFrame:
+def _means(whole: pd.DataFrame, name: str, least: int = 1) -> pd.DataFrame:
     """Return a row a format: the mean over its tasks, where there are at least so many."""
-    rows = []
-    for precision, group in whole.groupby("precision", sort=False):
-        if len(group) >= least:
-            about = {"precision": precision, "asked": name.partition(" (")[0], "task": name, "metric": "mean"}
-            sums = {column: group[column].sum(skipna=False) for column in ("n_items", "n_total")}
-            error = math.sqrt((group.stderr.astype(float) ** 2).sum(skipna=False)) / len(group)
-            rows.append({**about, "filter": "none", "limit": group.limit.iloc[0], "value": group.value.mean(),
-                         "stderr": error, **sums, "shots": 0, "group": True})  # fmt: skip
-    return pd.DataFrame(rows)
+    means = whole.astype({"stderr": float}).groupby("precision", sort=False).agg(
+        value=("value", "mean"), stderr=("stderr", lambda errors: math.hypot(*errors) / len(errors)),
+        n_items=("n_items", "sum"), n_total=("n_total", "sum"), tasks=("task", "size"),
+    )  # fmt: skip
+    about = {"asked": name.partition(" (")[0], "task": name, "metric": "mean", "filter": "none", "group": True}
+    return means[means.tasks >= least].drop(columns="tasks").reset_index().assign(**about)
 
 
 def _accuracy(results: Results) -> pd.DataFrame:
@@ -105,23 +114,20 @@ def _accuracy(results: Results) -> pd.DataFrame:
     """
     if results.scores.empty:
         return pd.DataFrame()
-    published = paper.accuracy().set_index(["task", "precision"]).acc
+    published = paper.accuracy().set_index(["task", "precision"]).accuracy_pct
     means = headline(results.scores).query("metric == 'mean'")
     ends = [
-        means.assign(
-            metric=f"mean, 95 % {end}", value=(means.value + sign * Z95 * means.stderr).clip(0, 1), stderr=None
-        )
-        for end, sign in (("low", -1), ("high", 1))
+        means.assign(metric=f"mean, 95 % {end}", value=(means.value + z * means.stderr).clip(0, 1), stderr=None)
+        for end, z in (("low", -Z95), ("high", Z95))
     ]
-    keys = ["task", "metric", "filter", "n_items", "n_total"]
-    rows = []
+    keys, rows = ["task", "metric", "filter", "n_items", "n_total"], []
     for key, group in stack([results.scores, means, *ends]).groupby(keys, sort=False, dropna=False):
         row = dict(zip(keys, key, strict=True))
         for score in group.itertuples():
             row[f"{score.precision}_pct"] = 100 * score.value
             row[f"{score.precision}_stderr_pp"] = 100 * score.stderr if pd.notna(score.stderr) else None
         if row["metric"] in ("acc", "mean") and row["task"] in published:
-            row |= {f"published_{name}_pct": 100 * share for name, share in published[row["task"]].items()}
+            row |= {f"published_{name}_pct": value for name, value in published[row["task"]].items()}
         rows.append(row)
     return pd.DataFrame(rows).round(4)
 
@@ -140,18 +146,15 @@ def _change(results: Results) -> pd.DataFrame:
         measured = {row["precision"]: row for row in group.to_dict("records")}
         base = measured.pop(BASELINE, None)
         for precision, row in measured.items() if base else ():
-            both = _pairs(results, base, row)
-            compared = [] if isinstance(both, str) else list(_compare(row, both))
-            if compared:
-                pairs[str(task), precision] = both
-            else:
-                reason = both if isinstance(both, str) else "its score is not a share of right answers"
-                compared = [{"task": task, "precision": precision, "note": f"not compared: {reason}"}]
+            try:
+                both = _pairs(results, base, row)
+                compared = _compare(row, both)
+            except InputError as error:
+                compared = [{"task": task, "precision": precision, "note": f"not compared: {error}"}]
             rows += compared
-    shown = headline(results.scores)
-    counted = set(shown[shown.task == shown.asked].task) if rows else set()  # what Table 1's means are of
-    rows += _averaged({key: both for key, both in pairs.items() if key[0] in counted})
-    table = pd.DataFrame(rows).reindex(columns=list(CHANGE))
+            if any(each["task"] == task and "n_items" in each for each in compared):
+                pairs[str(task), precision] = both
+    table = pd.DataFrame([*rows, *_averaged(pairs)]).reindex(columns=list(ALL_CHANGES))
     tested = table.p_mcnemar.notna()
     table.loc[tested, "p_holm"] = holm(list(table.p_mcnemar[tested]))
     table["significant"] = (table.p_holm < SIGNIFICANT).astype(object).where(tested, None)
@@ -160,17 +163,22 @@ def _change(results: Results) -> pd.DataFrame:
     return table.assign(note=table.note.fillna("")).round(6)
 
 
-def _pairs(results: Results, base: Mapping[str, Any], row: Mapping[str, Any]) -> pd.DataFrame | str:
-    """Return a row an item that both formats answered, the baseline's as ``_base``; a text says why there is none."""
-    if row["limit"] != base["limit"]:
-        return f"limit {row['limit']}, {BASELINE} has {base['limit']}"
-    if row["data_sha256"] != base["data_sha256"]:
-        return f"its questions are others than {BASELINE}'s"
+def _pairs(results: Results, base: Mapping[str, Any], row: Mapping[str, Any]) -> pd.DataFrame:
+    """Return a row an item that both formats answered, the baseline's columns as ``_base``.
+
+    Raises
+    ------
+    InputError
+        They answered other items, or the items' file is not the one that the row was counted from.
+    """
     before, now = results.items(base), results.items(row)
     if before is None or now is None:
-        return "the items' file is gone or was changed"
-    both = _answers(before).join(_answers(now), lsuffix="_base", how="inner", validate="one_to_one")
-    return both.reset_index() if len(both) == len(_answers(before)) else f"the items are others than {BASELINE}'s"
+        raise InputError("the items' file is gone or was changed")
+    before, now = _answers(before), _answers(now)
+    both = before.join(now, lsuffix="_base", how="inner", validate="one_to_one")
+    if row["data_sha256"] != base["data_sha256"] or not len(both) == len(before) == len(now):
+        raise InputError(f"the items are others than {BASELINE}'s")
+    return both.reset_index()
 
 
 def _answers(items: pd.DataFrame) -> pd.DataFrame:
@@ -178,28 +186,29 @@ def _answers(items: pd.DataFrame) -> pd.DataFrame:
     return _one_filter(items).set_index(["task", "doc_id"]).reindex(columns=["correct", "p_correct"])
 
 
-def _compare(row: Mapping[str, Any], pairs: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Compare a task's items, and those of each group in it, which lm-eval weighs by their items."""
-    asked = row["task"]
-    names = [score["task"] for score in row["scores"]
-             if score["metric"] in HEADLINE and (score["group"] or score["task"] == asked)]  # fmt: skip
-    for task in dict.fromkeys(names):
-        part = pairs if task == asked else pairs[pairs.task.isin(row["groups"].get(task, ()))]
-        if not _is_counted(part):
-            continue
-        change = compare(list(part.correct_base), list(part.correct))
-        yield {
-            "task": task, "precision": row["precision"], "n_items": change.items,
-            "baseline_pct": 100 * change.baseline, "accuracy_pct": 100 * change.accuracy,
-            "change_pp": change.change_pp, "low_pp": change.low_pp, "high_pp": change.high_pp,
-            "change_pct": change.change_pct, "gained": change.gained, "lost": change.lost,
-            "p_mcnemar": change.p_value, **_p_correct(part),
-        }  # fmt: skip
+def _compare(row: Mapping[str, Any], pairs: pd.DataFrame) -> list[dict[str, Any]]:
+    """Compare a task's items, and those of each group in it, which lm-eval weighs by their items.
+
+    Raises
+    ------
+    InputError
+        No score is a share of items that are right.
+    """
+    rows = []
+    for task in dict.fromkeys(score["task"] for score in row["scores"] if score["metric"] in HEADLINE):
+        part = pairs if task == row["task"] else pairs[pairs.task.isin(row["groups"].get(task, ()))]
+        if len(part) and part[["correct_base", "correct"]].notna().all(axis=None):
+            change = compare(list(part.correct_base), list(part.correct))
+            rows.append(_row(task, row["precision"], change, **_p_correct(part)))
+    if not rows:
+        raise InputError("its score is not a share of right answers")
+    return rows
 
 
-def _is_counted(pairs: pd.DataFrame) -> bool:
-    """Return whether every item is right or wrong; a task that gives shares has neither to pair."""
-    return len(pairs) > 0 and not pairs[["correct_base", "correct"]].isna().any(axis=None)
+def _row(task: str, precision: str, change: Change, **more: Any) -> dict[str, Any]:
+    points = {"baseline_pct": 100 * change.baseline, "accuracy_pct": 100 * change.accuracy}
+    relative = {"change_pp": change.change_pp, "change_pct": change.change_pct}
+    return {"task": task, "precision": precision, **asdict(change), **points, **relative, **more}
 
 
 def _p_correct(pairs: pd.DataFrame) -> dict[str, float | None]:
@@ -213,29 +222,24 @@ def _p_correct(pairs: pd.DataFrame) -> dict[str, float | None]:
 
 def _averaged(pairs: Mapping[tuple[str, str], pd.DataFrame]) -> Iterator[dict[str, Any]]:
     """Yield the means' changes: of GSM8K's strict readings, and over the tasks compared for every format."""
-    whole = {key: both for key, both in pairs.items() if _is_counted(both)}
-    precisions = list(dict.fromkeys(precision for _, precision in pairs))
-    common = [task for task in dict.fromkeys(task for task, _ in whole)
-              if all((task, precision) in whole for precision in precisions)]  # fmt: skip
-    for name, tasks in {**AVERAGED, f"{MEAN} ({len(common)})": tuple(common)}.items():
+    tasks, precisions = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True)) if pairs else ([], [])
+    common = tuple(task for task in tasks if all((task, precision) in pairs for precision in precisions))
+    for name, parts in {**AVERAGED, f"{MEAN} ({len(common)})": common}.items():
         for precision in precisions:
-            parts = [whole[task, precision] for task in tasks if (task, precision) in whole]
-            if len(parts) == len(tasks) > 1:  # one task is its own mean
-                yield {"task": name, "precision": precision, **_mean_change(parts),
-                       "note": f"mean of {', '.join(tasks)}, which are tested each"}  # fmt: skip
+            answers = [pairs[task, precision] for task in parts if (task, precision) in pairs]
+            if len(answers) == len(parts) > 0:
+                note = f"mean of {', '.join(parts)}, which are tested each"
+                yield _row(name, precision, _mean_change(answers), gained=None, lost=None, note=note)
 
 
-def _mean_change(parts: Sequence[pd.DataFrame]) -> dict[str, Any]:
+def _mean_change(parts: Sequence[pd.DataFrame]) -> Change:
     """Return the mean change over tasks, each weighing the same, with its interval."""
-    before, now = (100 * sum(part[name].mean() for part in parts) / len(parts) for name in ("correct_base", "correct"))
-    flips = [100 * (part.correct.astype(float) - part.correct_base.astype(float)).to_numpy() for part in parts]
-    interval = mean_interval(*flips)
+    before, now = (fmean(part[name].mean() for part in parts) for name in ("correct_base", "correct"))
+    interval = mean_interval(*(100 * (part.correct.astype(float) - part.correct_base) for part in parts))
     if interval is None:  # nothing flipped: each task has an interval of its own
         changes = [compare(list(part.correct_base), list(part.correct)) for part in parts]
         interval = mean_of_independent((change.change_pp, change.low_pp, change.high_pp) for change in changes)[1:]
-    return {"n_items": sum(map(len, parts)), "baseline_pct": before, "accuracy_pct": now, "change_pp": now - before,
-            "low_pp": interval[0], "high_pp": interval[1],
-            "change_pct": 100 * (now / before - 1) if before else None}  # fmt: skip
+    return Change(sum(map(len, parts)), before, now, 0, 0, math.nan, *interval)
 
 
 def _performance(results: Results, setting: str, number: int) -> pd.DataFrame:
@@ -246,34 +250,16 @@ def _performance(results: Results, setting: str, number: int) -> pd.DataFrame:
     eager's of the same format. Both are empty where the two rows were measured under other conditions, or other
     processes disturbed one. ``note`` says why an engine could not run. Published values stand beside eager alone.
     """
-    passes = getattr(results, f"{setting}_passes")
-    unable = passes[passes.total_s.isna()].drop_duplicates(["precision", "engine"])
-    table = in_order(stack([results.timed(setting), unable]))
-    if table.empty:
-        return table
-    rates = {(row.precision, row.engine, row.conditions): row.throughput_rps for row in table.itertuples()
-             if not is_disturbed(row.flags)}  # fmt: skip
-    rows = list(zip(table.precision, table.engine, table.conditions, strict=True))
-    table["speedup"] = [_ratio(rates, row, (BASELINE, *row[1:])) for row in rows]
-    table["engine_speedup"] = [_ratio(rates, row, (row[0], "eager", row[2])) for row in rows]
-    published = paper.performance(number).set_index("precision")
-    for name in PUBLISHED:
-        table[f"published_{name}"] = table.precision.map(published[name]).where(table.engine == "eager")
-    table = table.assign(note=_notes(table), flags=table["flags"].map("; ".join))
-    columns = [*SPEED, "speedup", "engine_speedup", *(f"published_{name}" for name in PUBLISHED)]
-    return table[columns].round(6)
-
-
-def _ratio(rates: Mapping[Any, float], row: Any, base: Any) -> float | None:
-    return rates[row] / rates[base] if row in rates and base in rates else None
-
-
-def _notes(frame: pd.DataFrame) -> list[str]:
-    """Return each row's own note, and whether it was measured under other conditions than the newest row."""
-    newest = frame.sort_values("measured_at", kind="stable").conditions.iloc[-1]
-    other = frame.conditions.notna() & frame.conditions.ne(newest)
-    return ["; ".join(filter(None, (note if isinstance(note, str) else "", OTHER * is_other)))
-            for note, is_other in zip(frame.note, other, strict=True)]  # fmt: skip
+    table = _with_unable(results, setting)
+    rate = table.throughput_rps.mask(table["flags"].map(is_disturbed).astype(bool))
+    base, eager = rate.where(table.precision == BASELINE), rate.where(table.engine == "eager")
+    published = paper.performance(number).set_index("precision")[list(PUBLISHED)].add_prefix("published_")
+    table = table.join(published, on="precision").assign(
+        speedup=rate / base.groupby([table.engine, table.conditions]).transform("first"),
+        engine_speedup=rate / eager.groupby([table.precision, table.conditions]).transform("first"),
+    )
+    table.loc[table.engine != "eager", list(published)] = None
+    return _finished(table, ALL_SPEEDS)
 
 
 def _sweep(results: Results) -> pd.DataFrame:
@@ -282,13 +268,24 @@ def _sweep(results: Results) -> pd.DataFrame:
     ``bound`` is empty where it cannot be told without a trace of the kernels. ``knee`` marks the batch size with the
     most throughput per second of latency.
     """
-    table = stack([results.sweep, results.sweep_rows[results.sweep_rows.total_s.isna()]])
-    if table.empty:
-        return pd.DataFrame(columns=list(SWEEP))
-    table = in_order(table.sort_values("batch_size", kind="stable"))
-    bends = knees(results.sweep).dropna(subset=["knee"]).set_index([*LINE, "knee"]).index
-    table["knee"] = pd.MultiIndex.from_frame(table[[*LINE, "batch_size"]]).isin(bends)
-    return table.assign(note=_notes(table), flags=table["flags"].map("; ".join))[list(SWEEP)].round(6)
+    table = _with_unable(results, "sweep")
+    bends = pd.MultiIndex.from_frame(knees(results.sweep).dropna(subset=["knee"])[[*LINE, "knee"]])
+    return _finished(table.assign(knee=pd.MultiIndex.from_frame(table[[*LINE, "batch_size"]]).isin(bends)), SWEEP)
+
+
+def _with_unable(results: Results, setting: str) -> pd.DataFrame:
+    """Return the medians of a setting, and the rows of what could not run."""
+    passes = results.passes[results.passes.setting == setting]
+    unable = passes[passes.total_s.isna()].drop_duplicates([*LINE, "batch_size"])
+    return in_order(stack([results.timed(setting), unable]).sort_values("batch_size", kind="stable"))
+
+
+def _finished(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Select columns, flags as text; note where a row was measured under other conditions than the newest."""
+    newest = table.sort_values("measured_at", kind="stable").conditions.tail(1)
+    is_other = table.conditions.notna() & ~table.conditions.isin(newest)
+    note = (table.note.fillna("") + is_other.map({True: f"; {OTHER}", False: ""})).str.removeprefix("; ")
+    return table.assign(note=note, flags=table["flags"].map("; ".join))[list(columns)].round(6)
 
 
 def knees(steps: pd.DataFrame) -> pd.DataFrame:
@@ -302,20 +299,17 @@ def knees(steps: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     steps
-        `qnb.report.results.Results.sweep`.
+        `qnb.report.results.Results.sweep`, or the table of it.
     """
-    steps = steps.dropna(subset=["throughput_rps", "batch_latency_s"]).sort_values("batch_size", kind="stable")
+    names = ["batch_size", "throughput_rps", "batch_latency_s"]
+    steps = steps.dropna(subset=names).sort_values("batch_size", kind="stable")
     power = (steps.throughput_rps / steps.batch_latency_s).groupby([steps.precision, steps.engine])
-    best, last = steps.loc[power.idxmax()].set_index(LINE), steps.groupby(LINE).tail(1).set_index(LINE)
-    knee = best[best.batch_size < last.batch_size.reindex(best.index)]
-    disturbed = steps[steps["flags"].map(is_disturbed).astype(bool)].groupby(LINE).batch_size
+    best = steps.loc[power.idxmax()].set_index(LINE)[names].rename(columns={"batch_size": "knee"})
+    last = steps.groupby(LINE).tail(1).set_index(LINE)[names].rename(columns={"batch_size": "swept_to"})
+    best = best.where(best.knee < last.swept_to.reindex(best.index))
+    disturbed = steps[steps["flags"].map(flag_list).map(is_disturbed).astype(bool)].groupby(LINE).batch_size
     note = disturbed.agg(lambda sizes: f"other processes disturbed batches of {', '.join(map(str, sizes))}")
-    table = pd.DataFrame(
-        {"knee": knee.batch_size, "knee_throughput_rps": knee.throughput_rps,
-         "knee_batch_latency_s": knee.batch_latency_s, "swept_to": last.batch_size,
-         "throughput_rps": last.throughput_rps, "batch_latency_s": last.batch_latency_s, "note": note},
-        index=last.index,
-    )  # fmt: skip
+    table = best.rename(columns=lambda name: name if name == "knee" else f"knee_{name}").join(last).assign(note=note)
     return in_order(table.reset_index()).astype({"knee": "Int64", "note": object}).fillna({"note": ""})
 
 
@@ -326,23 +320,18 @@ def choice_probabilities(results: Results, item: int = 0) -> pd.DataFrame:
     for row in results.accuracy_rows.to_dict("records"):
         items = results.items(row) if first in (None, row["task"]) else None
         if items is not None and "probabilities" in items:
-            first = row["task"]
-            answer = items.iloc[item]
+            first, answer = row["task"], items.iloc[item]
             shares = {f"p(choice {number})": share for number, share in enumerate(answer.probabilities)}
             rows[row["precision"]] = {**shares, "picked": answer.picked, "gold": answer.gold}
     return pd.DataFrame(rows).T.infer_objects()
 
 
-def _columns(frame: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
-    return frame.reindex(columns=list(names)) if len(frame) else pd.DataFrame()
-
-
 TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "table1_accuracy": _accuracy,
     "table2_change": _change,
-    "divergence": lambda results: _columns(results.divergence, DIVERGENCE),
-    "batch_sensitivity": lambda results: _columns(
-        results.batch_sensitivity.rename(columns={"setting": "scorer"}), SENSITIVITY
+    "divergence": lambda results: results.divergence.reindex(columns=list(ALL_DIVERGENCE)),
+    "batch_sensitivity": lambda results: results.batch_sensitivity.reindex(columns=list(SENSITIVITY)).rename(
+        columns={"setting": "scorer"}
     ),
     "table3_bs1": lambda results: _performance(results, "bs1", 3),
     "table4_maxbatch": lambda results: _performance(results, "maxbatch", 4),
@@ -378,8 +367,7 @@ def as_text(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cell(name: str, value: Any) -> str:
-    flags = value.split("; ") if isinstance(value, str) else value
-    return flag_text(flags) if name == "flags" and isinstance(flags, list) else format_value(name, value)
+    return flag_text(flag_list(value)) if name == "flags" else format_value(name, value)
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -387,3 +375,9 @@ def markdown(frame: pd.DataFrame) -> str:
     escapes = str.maketrans({"\\": "\\\\", "|": "\\|", "<": "&lt;", "\n": " "})
     text = as_text(frame).map(lambda cell: cell.translate(escapes))
     return text.to_markdown(index=False, headers=[header(name) for name in text], disable_numparse=True) + "\n"
+
+
+def view(frame: pd.DataFrame, columns: Sequence[str] | None = None) -> Styler:
+    """Return a frame for display: the columns that are there and hold something, labelled, with units, no index."""
+    text = as_text(frame[[name for name in columns or frame if name in frame]]).replace("", "-")
+    return text.rename(columns=header).style.format(escape="html").hide(axis="index")
