@@ -20,18 +20,21 @@ FLEX_LAUNCH = {"num_warps": 4, "num_stages": 3}
 FLEX_HEAD_BYTES = range(32, 257)  # heads whose tiles fit the shared memory of every GPU from Ampere on
 
 KV = tuple[Tensor, ...]  # a layer's keys and values, (B, H, L, S) each
+Angles = tuple[Tensor, ...]  # rotary cosines and sines by position, (L, S) each; none where a model has its own
 
 
-class KVCache(NamedTuple):
-    """Keys and values at fixed addresses, and where each row stands in them."""
+class State(NamedTuple):
+    """What decode steps read and write at fixed addresses: the KV cache, where rows stand in it, and constants."""
 
     layers: Sequence[KV]
     padding: Tensor  # (B,), slots of padding before each row
     slot: Tensor  # (1,), where the next token's keys and values go, the same for every row
     length: int  # L
+    angles: Angles
+    suppressed: Tensor  # (V,), added to the logits before a token is chosen
 
-    def rows(self, first: int, last: int) -> KVCache:
-        """Return the cache of rows `first` to `last`, in the same memory."""
+    def rows(self, first: int, last: int) -> State:
+        """Return the state of rows `first` to `last`, in the same memory."""
         layers = [tuple(part[first:last] for part in kv) for kv in self.layers]
         return self._replace(layers=layers, padding=self.padding[first:last])
 
@@ -45,16 +48,8 @@ class Position(NamedTuple):
     blocks: Tensor  # (1,), int32, blocks of `FLEX_BLOCK` slots in use: no row attends to a later one
 
 
-class PromptPosition(NamedTuple):
-    """Where the tokens of whole prompts stand, the same for every layer."""
-
-    cos: Tensor  # (B or 1, T, 1, S)
-    sin: Tensor  # (B or 1, T, 1, S)
-    mask: Tensor | None  # (B, 1, T, T), which tokens each attends to; None for all before it
-
-
-# queries (B, H, G, S), a layer's keys and values, where the tokens stand, the factor of the scores -> (B, H, G, S)
-Attend = Callable[[Tensor, KV, Position, float], Tensor]
+# queries (B, H, G, S), a layer's keys and values, where the tokens stand -> (B, H, G, S)
+Attend = Callable[[Tensor, KV, Position], Tensor]
 
 
 def is_ampere(device: torch.device) -> bool:
@@ -74,36 +69,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-high, low), -1) * sin
 
 
-def layout(slots: Tensor, padding: Tensor | None, length: int) -> tuple[Tensor, Tensor | None]:
-    """Return positions, (B or 1, T), of tokens, and the slots that each attends to, (B, 1, T, L).
+def layout(slots: Tensor, padding: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return positions, (B, T), of tokens, and the slots that each attends to, (B, 1, T, L).
 
     Parameters
     ----------
     slots
         (T,), where the tokens' keys and values stand, the same for every row.
     padding
-        (B,), slots of padding before each row. None means that there is none: each token attends to all before it.
+        (B,), slots of padding before each row.
     length
         L.
     """
-    if padding is None:
-        return slots[None], None
     keys = torch.arange(length, device=slots.device)  # (L,)
     visible = (keys <= slots[:, None]) & (keys >= padding[:, None, None])  # (B, T, L)
     visible |= keys == slots[:, None]  # padding attends to itself: the softmax of nothing is not a number
     return (slots - padding[:, None]).clamp(min=0), visible[:, None]
 
 
-def attend_sdpa(query: Tensor, kv: KV, position: Position, scaling: float) -> Tensor:
+def attend_sdpa(query: Tensor, kv: KV, position: Position) -> Tensor:
     """Attend with one token a row, (B, H, G, S), by PyTorch's kernel.
 
     The queries of one KV head stand where the tokens of a sequence would: no key is repeated, in memory or in reading.
     All L slots are read, whether a row attends to them or not.
     """
-    return functional.scaled_dot_product_attention(query, *kv, attn_mask=position.mask, scale=scaling)
+    return functional.scaled_dot_product_attention(query, *kv, attn_mask=position.mask)
 
 
-def attend_reductions(query: Tensor, kv: KV, position: Position, scaling: float) -> Tensor:
+def attend_reductions(query: Tensor, kv: KV, position: Position) -> Tensor:
     """Attend as `attend_sdpa` does, by reductions in float32; to be compiled, for a few rows.
 
     torch.compile spreads each reduction over the whole GPU and keeps no product in memory. For one row on an H100 that
@@ -111,12 +104,12 @@ def attend_reductions(query: Tensor, kv: KV, position: Position, scaling: float)
     """
     keys, values = kv
     products = query[:, :, :, None].float() * keys[:, :, None].float()  # (B, H, G, L, S)
-    scores = products.sum(-1) * scaling + position.mask  # (B, H, G, L)
+    scores = products.sum(-1) * query.shape[-1] ** -0.5 + position.mask  # (B, H, G, L)
     shares = torch.softmax(scores, -1)
     return (shares[..., None] * values[:, :, None].float()).sum(-2).to(query.dtype)  # (B, H, G, S)
 
 
-def attend_flex(query: Tensor, kv: KV, position: Position, scaling: float) -> Tensor:
+def attend_flex(query: Tensor, kv: KV, position: Position) -> Tensor:
     """Attend as `attend_sdpa` does, by flex attention, which reads only the blocks in use; to be compiled.
 
     Sixteen layers of Llama-3.2-1B's shape with 1,384 rows of 240 slots take PyTorch's kernel 7.7 ms on an H100. Flex
@@ -134,7 +127,7 @@ def attend_flex(query: Tensor, kv: KV, position: Position, scaling: float) -> Te
         return score + mask[row, 0, 0, slot]
 
     tiles: Any = {"BLOCK_M": tile_rows, "BLOCK_N": FLEX_BLOCK, **FLEX_LAUNCH}
-    return flex_attention(query, *kv, add_mask, in_use, scaling, kernel_options=tiles)
+    return flex_attention(query, *kv, add_mask, in_use, kernel_options=tiles)
 
 
 def attend_large_batch(head_bytes: int, device: torch.device) -> Attend:

@@ -1,8 +1,9 @@
-"""A fused decode step of a Llama-like model, bound by reading the weights, and the prefill by the same layers.
+"""A decode step: fused where a model is Llama-like, so that reading the weights bounds it, or the model's own forward.
 
-The model's own forward runs about 700 kernels a token, most of them tiny. The fused step joins the products of one
+A model's own forward runs about 700 kernels a token, most of them tiny. The fused step joins the products of one
 input, lets torch.compile make one kernel of the residual, norm, rotary and activation work between two products,
-attends without repeating KV heads, and gives only the last position to the output head.
+attends without repeating KV heads, and gives only the last position to the output head. Prompts are read by the same
+layers.
 
 Shapes: B rows, T prompt tokens, L slots of the cache, D hidden size, V vocabulary, H KV heads, G query heads that
 share a KV head, S head size.
@@ -11,22 +12,22 @@ share a KV head, S head size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache, PreTrainedModel
 
 from qnb.memory import is_out_of_memory
 from qnb.speed import attention
-from qnb.speed.attention import KV, Attend, KVCache, Position, PromptPosition, rms_norm, rotate
+from qnb.speed.attention import KV, Angles, Attend, Position, State, layout, rms_norm, rotate
 from qnb.speed.patches import steady_autotuning
 from qnb.speed.products import Product, join, multiply_all
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # one block: RMS norm, rotary grouped attention, gated SiLU
 ROTARIES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long the text is
@@ -37,8 +38,9 @@ RECOMPILE_LIMIT = 64  # of a function: each type, one row or many, the first siz
 ARGMAX_PART = 256  # scores that are compared at once
 
 CompileOptions = dict[str, Any] | None  # for torch.compile; None compiles nothing
-Angles = tuple[Tensor, ...]  # rotary cosines and sines by position, (L, S) each
 Next = tuple[Tensor, Tensor]  # the next token's logits, (B, V), and the token chosen by them, (B,)
+# of prompts: cosines and sines (B or 1, T, 1, S), and which tokens each attends to, (B, 1, T, T), None for all before
+PromptPosition = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Layer(NamedTuple):
@@ -68,28 +70,18 @@ class Layer(NamedTuple):
         )
 
 
-class Shape(NamedTuple):
-    """What a layer must know of the configuration."""
-
-    kv_heads: int
-    groups: int  # query heads that share a KV head
-    head_size: int
-    scaling: float
-    epsilon: float
-    has_gqa_kernel: bool  # whether SDPA's kernels for no mask know heads that share keys
-
-
 # The functions that torch.compile fuses. Each adds the last product's output, `delta`, to the hidden states itself,
 # so that the sum is one kernel with the norm after it.
 
 
-def project_qkv(hidden: Tensor, layer: Layer, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+def project_qkv(hidden: Tensor, layer: Layer, kv: KV, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return queries (..., H*G, S), keys and values (..., H, S) of the hidden states (..., D), not yet rotated."""
-    normed = rms_norm(hidden, layer.input_norm, shape.epsilon).reshape(-1, hidden.shape[-1])
-    heads = multiply_all(layer.qkv, normed).view(*hidden.shape[:-1], -1, shape.head_size)
-    query, key, value = heads.split((shape.kv_heads * shape.groups, shape.kv_heads, shape.kv_heads), -2)
+    kv_heads, head_size = kv[0].shape[1], kv[0].shape[3]
+    normed = rms_norm(hidden, layer.input_norm, epsilon).reshape(-1, hidden.shape[-1])
+    heads = multiply_all(layer.qkv, normed).view(*hidden.shape[:-1], -1, head_size)
+    query, key, value = heads.split((heads.shape[-2] - 2 * kv_heads, kv_heads, kv_heads), -2)
     if layer.qk_norms:
-        query, key = (rms_norm(x, norm, shape.epsilon) for x, norm in zip((query, key), layer.qk_norms, strict=True))
+        query, key = (rms_norm(x, norm, epsilon) for x, norm in zip((query, key), layer.qk_norms, strict=True))
     return query, key, value
 
 
@@ -106,51 +98,50 @@ def embed(
     embedding: Tensor, angles: Angles, token: Tensor, slot: Tensor, padding: Tensor, length: int
 ) -> tuple[Tensor, Position]:
     """Return the hidden states (B, D) and the positions of tokens (B,) to be written at `slot`."""
-    places, visible = attention.layout(slot, padding, length)  # (B, 1), (B, 1, 1, L)
-    assert visible is not None
+    places, visible = layout(slot, padding, length)  # (B, 1), (B, 1, 1, L)
     mask = torch.zeros(visible.shape, dtype=embedding.dtype, device=token.device).masked_fill(~visible, float("-inf"))
     cos, sin = (angle[places] for angle in angles)  # (B, 1, S)
     return embedding[token], Position(cos, sin, mask, (slot // attention.FLEX_BLOCK + 1).to(torch.int32))
 
 
 def decode_layer(
-    hidden: Tensor, delta: Tensor, layer: Layer, kv: KV, slot: Tensor, position: Position, shape: Shape, attend: Attend
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, delta: Tensor, layer: Layer, kv: KV, slot: Tensor, position: Position, epsilon: float,
+    attend: Attend,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run one decoder layer for one token a row, (B, D); return the hidden states and what is to be added to it."""
     hidden = hidden + delta
-    query, key, value = project_qkv(hidden, layer, shape)
+    query, key, value = project_qkv(hidden, layer, kv, epsilon)
     for part, new in zip(kv, (rotate(key, position.cos, position.sin), value), strict=True):
         part.index_copy_(2, slot, new[:, :, None])
-    query = query.reshape(len(hidden), shape.kv_heads, shape.groups, shape.head_size)
+    query = query.unflatten(1, (key.shape[1], -1))
     query = rotate(query, position.cos[:, None], position.sin[:, None])  # (B, H, G, S)
-    attended = attend(query, kv, position, shape.scaling)  # (B, H, G, S)
-    return project_output(hidden, attended, layer, shape.epsilon)
+    return project_output(hidden, attend(query, kv, position), layer, epsilon)
 
 
 def prefill_layer(
-    hidden: Tensor, delta: Tensor, layer: Layer, kv: KV, position: PromptPosition, shape: Shape, is_last: bool
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, delta: Tensor, layer: Layer, kv: KV, position: PromptPosition, epsilon: float,
+    has_gqa_kernel: bool, is_last: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Run one decoder layer for whole prompts, (B, T, D); return the hidden states and what is to be added to it.
 
-    Beyond keys and values, the last layer runs only for each prompt's last token, (B, D).
+    Beyond keys and values, the last layer runs only for each prompt's last token, (B, D). `has_gqa_kernel` says
+    whether SDPA's kernels for no mask know heads that share keys.
     """
     hidden, (cos, sin, mask), attend = hidden + delta, position, functional.scaled_dot_product_attention
-    query, key, value = project_qkv(hidden, layer, shape)
+    query, key, value = project_qkv(hidden, layer, kv, epsilon)
     for part, new in zip(kv, (rotate(key, cos, sin), value), strict=True):
         part.copy_(new.transpose(1, 2))
     if is_last:
-        query = rotate(query[:, -1:], cos[:, -1:], sin[:, -1:])  # (B, 1, H*G, S)
-        query = query.reshape(len(hidden), shape.kv_heads, shape.groups, shape.head_size)
-        mask = None if mask is None else mask[:, :, -1:]  # (B, 1, 1, T)
-        attended = attend(query, *kv, attn_mask=mask, scale=shape.scaling)
-        return project_output(hidden[:, -1], attended, layer, shape.epsilon)
+        query = rotate(query[:, -1:], cos[:, -1:], sin[:, -1:])[:, 0].unflatten(1, (key.shape[2], -1))  # (B, H, G, S)
+        attended = attend(query, *kv, attn_mask=None if mask is None else mask[:, :, -1:])
+        return project_output(hidden[:, -1], attended, layer, epsilon)
     query = rotate(query, cos, sin).transpose(1, 2)  # (B, H*G, T, S)
-    if mask is None and shape.has_gqa_kernel:
-        attended = attend(query, *kv, is_causal=True, scale=shape.scaling, enable_gqa=True)
+    if mask is None and has_gqa_kernel:
+        attended = attend(query, *kv, is_causal=True, enable_gqa=True)
     else:
-        repeated = [part.repeat_interleave(shape.groups, 1) for part in kv]
-        attended = attend(query, *repeated, attn_mask=mask, is_causal=mask is None, scale=shape.scaling)
-    return project_output(hidden, attended.transpose(1, 2), layer, shape.epsilon)
+        repeated = [part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in kv]
+        attended = attend(query, *repeated, attn_mask=mask, is_causal=mask is None)
+    return project_output(hidden, attended.transpose(1, 2), layer, epsilon)
 
 
 def predict(hidden: Tensor, delta: Tensor, norm: Tensor, head: Product, suppressed: Tensor, epsilon: float) -> Next:
@@ -202,14 +193,11 @@ class FusedStep:
         Why nothing is compiled though it should be; "" where all is well.
     """
 
-    def __init__(self, model: PreTrainedModel, compile_options: CompileOptions = None) -> None:
+    def __init__(self, model: PreTrainedModel, compile_options: CompileOptions) -> None:
         inner: Any = model.base_model
-        config, attn = model.config, inner.layers[0].self_attn
-        kv_heads, groups = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
         self.embedding = inner.embed_tokens.weight.detach()  # (V, D)
         device, value_bytes = self.embedding.device, self.embedding.element_size()
-        has_gqa_kernel = value_bytes == 2 and attention.is_ampere(device)  # flash and cuDNN
-        self.shape = Shape(kv_heads, groups, attn.head_dim, attn.scaling, config.rms_norm_eps, has_gqa_kernel)
+        self.epsilon, self.has_gqa_kernel = model.config.rms_norm_eps, value_bytes == 2 and attention.is_ampere(device)
         self.norm = inner.norm.weight.detach()  # (D,)
         self.layers = [Layer.of(block) for block in inner.layers]
         self.head = join([model.get_output_embeddings()])[0]
@@ -217,7 +205,7 @@ class FusedStep:
         self._rotary = inner.rotary_emb
         self._small = self._large = Functions()
         if compile_options is not None:
-            attend_many = attention.attend_large_batch(attn.head_dim * value_bytes, device)
+            attend_many = attention.attend_large_batch(inner.layers[0].self_attn.head_dim * value_bytes, device)
             self._small = Functions().compiled(compile_options, attention.attend_reductions)
             self._large = Functions().compiled({}, attend_many)
 
@@ -226,28 +214,16 @@ class FusedStep:
         positions = torch.arange(length, device=self.embedding.device)[None]  # (1, L)
         return tuple(angle[0] for angle in self._rotary(self.embedding[:1, None], positions))
 
-    def decode(self, token: Tensor, cache: KVCache, angles: Angles, suppressed: Tensor) -> Next:
-        """Read the last token of each row and choose the next one.
+    def decode(self, token: Tensor, state: State) -> Next:
+        """Read the last token of each row, (B,), and choose the next one; keys and values go to the state's slot."""
+        return self._run(self._decode, token, state)
 
-        Parameters
-        ----------
-        token
-            (B,), the last token of each row.
-        cache
-            Of B rows; keys and values are written at its slot.
-        angles
-            From `rotary_angles`, for at least L positions.
-        suppressed
-            (V,), added to the logits before a token is chosen.
-        """
-        return self._run(self._decode, token, cache, angles, suppressed)
-
-    def prefill(self, ids: Tensor, cache: KVCache, padded: bool, angles: Angles, suppressed: Tensor) -> Next:
+    def prefill(self, ids: Tensor, state: State, padded: bool) -> Next:
         """Read prompts padded on the left, (B, T), into the first T slots, and choose each row's next token.
 
         Without padding (`padded` false) it needs no mask, which is faster.
         """
-        return self._run(self._prefill, ids, cache, padded, angles, suppressed)
+        return self._run(self._prefill, ids, state, padded)
 
     def _run(self, work: Callable[..., Next], *inputs: Any) -> Next:
         """Return what `work` returns; where torch.compile fails, all runs uncompiled from then on.
@@ -266,43 +242,40 @@ class FusedStep:
         self.note = f"its small kernels are not fused, as torch.compile failed: {reason}"
         return work(*inputs)
 
-    def _functions(self, batch_size: int) -> Functions:
-        return self._small if batch_size <= SMALL_BATCH else self._large
-
-    def _decode(self, token: Tensor, cache: KVCache, angles: Angles, suppressed: Tensor) -> Next:
-        functions, slot = self._functions(len(token)), cache.slot
+    def _decode(self, token: Tensor, state: State) -> Next:
+        functions, slot = self._small if len(token) <= SMALL_BATCH else self._large, state.slot
         with sdpa_kernel(SDPA_BACKENDS):
-            _allow_any_batch(token, cache.padding)
-            hidden, position = functions.embed(self.embedding, angles, token, slot, cache.padding, cache.length)
+            _allow_any_batch(token, state.padding)
+            hidden, position = functions.embed(self.embedding, state.angles, token, slot, state.padding, state.length)
             delta = torch.zeros_like(hidden)
             _allow_any_batch(position.cos, position.sin, position.mask)
-            for layer, kv in zip(self.layers, cache.layers, strict=True):
+            for layer, kv in zip(self.layers, state.layers, strict=True):
                 _allow_any_batch(hidden, delta, *kv)
-                inputs = hidden, delta, layer, kv, slot, position, self.shape, functions.attend
+                inputs = hidden, delta, layer, kv, slot, position, self.epsilon, functions.attend
                 hidden, delta = functions.decode_layer(*inputs)
             _allow_any_batch(hidden, delta)
-            return functions.predict(hidden, delta, self.norm, self.head, suppressed, self.shape.epsilon)
+            return functions.predict(hidden, delta, self.norm, self.head, state.suppressed, self.epsilon)
 
-    def _prefill(self, ids: Tensor, cache: KVCache, padded: bool, angles: Angles, suppressed: Tensor) -> Next:
+    def _prefill(self, ids: Tensor, state: State, padded: bool) -> Next:
         slots, hidden = torch.arange(ids.shape[1], device=ids.device), self.embedding[ids]  # (T,), (B, T, D)
-        positions, mask = attention.layout(slots, cache.padding if padded else None, len(slots))
-        cos, sin = (angle[positions][:, :, None] for angle in angles)  # (B or 1, T, 1, S)
-        position, delta = PromptPosition(cos, sin, mask), torch.zeros_like(hidden)
-        _allow_any_batch(*(tensor for tensor in position if tensor is not None))
-        for layer, layer_kv in zip(self.layers, cache.layers, strict=True):
+        positions, mask = layout(slots, state.padding, len(slots)) if padded else (slots[None], None)
+        cos, sin = (angle[positions][:, :, None] for angle in state.angles)  # (B or 1, T, 1, S)
+        delta = torch.zeros_like(hidden)
+        _allow_any_batch(cos, sin, mask)
+        for layer, layer_kv in zip(self.layers, state.layers, strict=True):
             kv = tuple(part[:, :, : len(slots)] for part in layer_kv)  # (B, H, T, S)
             _allow_any_batch(hidden, delta, *kv)
-            inputs = hidden, delta, layer, kv, position, self.shape, layer is self.layers[-1]
-            hidden, delta = self._large.prefill_layer(*inputs)  # (B, T, D), the last (B, D)
-        _allow_any_batch(hidden, delta)
-        predict = self._functions(len(ids)).predict
-        return predict(hidden, delta, self.norm, self.head, suppressed, self.shape.epsilon)
+            settings = self.epsilon, self.has_gqa_kernel, layer is self.layers[-1]
+            hidden, delta = self._large.prefill_layer(hidden, delta, layer, kv, (cos, sin, mask), *settings)
+        _allow_any_batch(hidden, delta)  # (B, D)
+        predict = self._small.predict if len(ids) <= SMALL_BATCH else self._large.predict
+        return predict(hidden, delta, self.norm, self.head, state.suppressed, self.epsilon)
 
 
-def _allow_any_batch(*tensors: Tensor) -> None:
+def _allow_any_batch(*tensors: Tensor | None) -> None:
     """Let what is compiled for more than a few rows serve any number of them."""
     for tensor in tensors:
-        if len(tensor) > SMALL_BATCH:
+        if tensor is not None and len(tensor) > SMALL_BATCH:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
@@ -315,3 +288,79 @@ def why_not_fused(model: PreTrainedModel) -> str:
     if rotary not in ROTARIES:
         return f"rotary angles of type {rotary!r} depend on the text's length"
     return "" if config.hidden_act in ("silu", "swish") else f"the fused step computes silu, not {config.hidden_act}"
+
+
+_fused_steps: WeakKeyDictionary[PreTrainedModel, FusedStep] = WeakKeyDictionary()
+
+
+def decode_step_of(model: PreTrainedModel, compile_options: CompileOptions = None) -> FusedStep | ModelStep:
+    """Return a model's decode step. A fused one is built once, as it joins the weights."""
+    if why := why_not_fused(model):
+        return ModelStep(model, f"the model's own forward: {why}")
+    if model not in _fused_steps:
+        if compile_options is not None:
+            torch.compiler.reset()  # another model's step is no use, and only so many stay compiled
+        _fused_steps[model] = FusedStep(model, compile_options)
+    return _fused_steps[model]
+
+
+class ModelStep:
+    """The model's own forward over a `State`, with the methods of `FusedStep`, for models of other families."""
+
+    def __init__(self, model: PreTrainedModel, note: str) -> None:
+        self._model, self.note = model, note
+
+    def rotary_angles(self, length: int) -> Angles:
+        """Return none: the model has its own."""
+        return ()
+
+    def decode(self, token: Tensor, state: State) -> Next:
+        """Do what `FusedStep.decode` does."""
+        writer = _CacheWriter(state, state.slot, state.length)
+        return self._run(writer, token[:, None], *layout(state.slot, state.padding, state.length))
+
+    def prefill(self, ids: Tensor, state: State, padded: bool) -> Next:
+        """Do what `FusedStep.prefill` does."""
+        slots = torch.arange(ids.shape[1], device=ids.device)  # (T,)
+        positions, visible = layout(slots, state.padding, len(slots)) if padded else (slots.expand_as(ids), None)
+        return self._run(_CacheWriter(state, slots, len(slots)), ids, positions, visible)
+
+    def _run(self, writer: _CacheWriter, ids: Tensor, positions: Tensor, visible: Tensor | None) -> Next:
+        inputs = {"input_ids": ids, "attention_mask": visible, "position_ids": positions}
+        logits = run_model(self._model, writer, **inputs)  # (B, V)
+        return logits, (logits + writer.state.suppressed).argmax(-1)
+
+
+class _CacheWriter(DynamicCache):
+    """A transformers cache that writes to some slots of a `State` and attends to the first `attended` slots.
+
+    It has no layers of its own, so transformers takes it for an empty one.
+    """
+
+    def __init__(self, state: State, slots: Tensor, attended: int) -> None:
+        super().__init__()
+        self.state, self._slots, self._attended = state, slots, attended
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> KV:
+        kv = self.state.layers[layer_idx]
+        for part, new in zip(kv, (key_states, value_states), strict=True):
+            part.index_copy_(2, self._slots, new)
+        return tuple(part[:, :, : self._attended] for part in kv)
+
+
+def empty_layers(model: PreTrainedModel, batch_size: int, length: int) -> list[KV]:
+    """Return each layer's empty keys and values, (B, H, L, S) each, of the shapes that one token's have.
+
+    They are allocated before any prompt is read. Allocated meanwhile, they would stand between pieces too small for
+    the next tensors: on an H100 held to 15 GiB that lost up to a fifth of the memory.
+    """
+    cache, token = DynamicCache(), torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    run_model(model, cache, input_ids=token, attention_mask=None, position_ids=token)
+    one_token = [(layer.keys, layer.values) for layer in cache.layers]  # (1, H, 1, S) each
+    return [tuple(part.new_zeros(batch_size, part.shape[1], length, part.shape[3]) for part in kv) for kv in one_token]
+
+
+def run_model(model: PreTrainedModel, cache: DynamicCache, **inputs: Any) -> Tensor:
+    """Run a model's own forward with a cache; return the last position's logits, (B, V)."""
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # until transformers 5.24
+    return model(**inputs, **{name: cache}, use_cache=True, logits_to_keep=1).logits[:, -1]

@@ -9,30 +9,33 @@ here none does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass
 from functools import cache
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, StoppingCriteriaList
 
 from qnb.errors import InputError
 from qnb.memory import register_capture
 from qnb.precision import listed
-from qnb.speed.decode_step import SMALL_BATCH, CompileOptions
-from qnb.speed.decoder import WARM_UP_STEPS, Decoder, Prompts, cache_argument, pad, pad_id
+from qnb.speed.attention import State
+from qnb.speed.decode_step import SMALL_BATCH, CompileOptions, decode_step_of, empty_layers
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
+PAD_ID = 0  # any token will do: no other attends to it
+PREFILL_TOKENS = 16384  # read at once; more no longer helps, and takes memory that rows could have
+ALIGNMENT = 16  # the cache's length is a multiple of this, as the attention kernel wants its mask
+WARM_UP_STEPS = 2  # steps run before one is captured; the cache has room for them
 CAPTURED_PREFILL_TOKENS = 4096  # a prefill of more tokens keeps the GPU busy longer than launching it takes
 # What torch.compile is given for a small batch: it tunes the reductions that products of one row become, and launches
 # kernels that do not depend on each other together.
 COMPILE_OPTIONS: CompileOptions = {"options": {"coordinate_descent_tuning": True, "combo_kernels": True}}
+
+Prompts = Sequence[Sequence[int]]
 
 
 class EngineUnavailable(InputError):
@@ -46,26 +49,24 @@ class Clock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._is_cuda = device, device.type == "cuda"
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._ticks: list[Any] = []
         self.tick()  # the start
 
     def tick(self) -> None:
         """Note that one more token a row is there, once what was launched before is done."""
-        if self._is_cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self._device))
-            self._ticks.append(event)
+        if self._stream:
+            self._ticks.append(self._stream.record_event(torch.cuda.Event(enable_timing=True)))
         else:
             self._ticks.append(perf_counter())
 
     def elapsed_s(self) -> list[float]:
         """Return the seconds from the start to each tick."""
         start, *ticks = self._ticks
-        if self._is_cuda:
-            self._ticks[-1].synchronize()
-            return [start.elapsed_time(tick) / 1000 for tick in ticks]
-        return [tick - start for tick in ticks]
+        if not self._stream:
+            return [tick - start for tick in ticks]
+        self._stream.synchronize()
+        return [start.elapsed_time(tick) / 1000 for tick in ticks]
 
 
 def context_window(config: PretrainedConfig) -> int | None:
@@ -98,7 +99,7 @@ class Eager:
         own = model.generation_config
         # a copy shares everything; its settings leave out the model's own sampling, penalties, beams and caches
         self._model: Any = copy(model)
-        self._model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=pad_id(model))
+        self._model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=PAD_ID)
 
     def generate(self, prompts: Prompts, new_tokens: int, clock: Clock | None = None) -> Tensor:
         """Return new ids, (B, N).
@@ -108,7 +109,7 @@ class Eager:
         """
         model = self._model
         check_context_window(model.config, max(map(len, prompts)), new_tokens)
-        ids, padding = pad(prompts, pad_id(model), model.device)  # (B, T), (B,)
+        ids, padding = pad(prompts, model.device)  # (B, T), (B,)
         never = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)  # (B,)
 
         def tick(*_: Any, **__: Any) -> Tensor:
@@ -128,22 +129,103 @@ class Eager:
         return texts[:, ids.shape[1] :]  # (B, N)
 
 
-class CudaGraph:
-    """One decode step captured as a CUDA graph and replayed for every token; short prefills are captured too.
+def pad(prompts: Prompts, device: torch.device, width: int = 0) -> tuple[Tensor, Tensor]:
+    """Pad prompts on the left to the longest or to `width`; return ids, (B, T), and the padding of each row, (B,)."""
+    width = max(width, *map(len, prompts))
+    ids = np.full((len(prompts), width), PAD_ID)  # torch takes nested lists several times as slowly
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = prompt
+    padding = torch.tensor([width - len(prompt) for prompt in prompts])
+    return torch.from_numpy(ids).to(device), padding.to(device)
 
-    Both are captured at the first batch of each size, in memory that all sizes share: run a batch of a size once
-    before timing it.
+
+class Decoder:
+    """Prompts read into fixed memory, then decode steps over that memory, one token a row each.
+
+    Every shape and address stays, so that a step can be captured once and replayed. Run without capturing, it is the
+    same arithmetic on any device. Shapes: B rows, T prompt tokens, N new tokens, V vocabulary.
 
     Parameters
     ----------
     model
-        A loaded model on a GPU.
+        A loaded model that keeps keys and values of every token.
     batch_size
         The largest batch.
     prompt_tokens
-        Tokens of the longest prompt.
+        Tokens of the longest prompt; all prompts are padded to it on the left.
     new_tokens
         The most new tokens a row.
+    compile_options
+        For torch.compile; None runs the step uncompiled.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int,
+        compile_options: CompileOptions = None,
+    ) -> None:  # fmt: skip
+        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=model.device)
+
+        self.prompt_tokens, eos = prompt_tokens, model.generation_config.eos_token_id
+        tokens = prompt_tokens + new_tokens + WARM_UP_STEPS
+        length = -(-tokens // ALIGNMENT) * ALIGNMENT
+        suppressed = zeros(model.get_output_embeddings().weight.shape[0], dtype=model.dtype)  # (V,)
+        suppressed[[] if eos is None else eos] = float("-inf")
+        self._ids, self.token = zeros(batch_size, tokens), zeros(batch_size)  # (B, T + N), (B,)
+        padding, slot = zeros(batch_size), zeros(1)
+        self.network = decode_step_of(model, compile_options)
+        angles, layers = self.network.rotary_angles(length), empty_layers(model, batch_size, length)
+        self._state = State(layers, padding, slot, length, angles, suppressed)
+
+    def load(self, prompts: Prompts) -> bool:
+        """Put prompts where `prefill` reads them; return whether any of them is padded."""
+        ids, padding = pad(prompts, self.token.device, self.prompt_tokens)  # (B, T), (B,)
+        self._ids[: len(prompts), : self.prompt_tokens] = ids
+        self._state.padding[: len(prompts)] = padding
+        return min(map(len, prompts)) < self.prompt_tokens
+
+    @torch.no_grad()
+    def prefill(self, batch_size: int, padded: bool = True) -> None:
+        """Read the first `batch_size` prompts of `load` and choose their first new tokens.
+
+        Rows are read in chunks that are enough to keep a device busy: what a chunk needs besides its keys and values
+        is given back before the next. All chunks are of one size, so that memory fits again: the last one begins
+        before its rows do, and reads some twice.
+        """
+        chunks = -(-batch_size // max(1, PREFILL_TOKENS // self.prompt_tokens))
+        chunk_rows = -(-batch_size // chunks)
+        for row in range(0, batch_size, chunk_rows):
+            last = min(row + chunk_rows, batch_size)
+            first = last - chunk_rows
+            ids = self._ids[first:last, : self.prompt_tokens]
+            _, chosen = self.network.prefill(ids, self._state.rows(first, last), padded)
+            self.token[first:last] = self._ids[first:last, self.prompt_tokens] = chosen
+        self.restart()
+
+    @torch.no_grad()
+    def step(self, batch_size: int) -> Tensor:
+        """Read the last token of the first `batch_size` rows and choose the next one; return its logits, (B, V)."""
+        logits, chosen = self.network.decode(self.token[:batch_size], self._state.rows(0, batch_size))
+        self._state.slot.add_(1)
+        self.token[:batch_size] = chosen
+        self._ids[:batch_size].index_copy_(1, self._state.slot, chosen[:, None])
+        return logits
+
+    def restart(self) -> None:
+        """Let new tokens follow the prompts."""
+        self._state.slot.fill_(self.prompt_tokens)
+
+    def new_ids(self, batch_size: int, new_tokens: int) -> Tensor:
+        """Return the tokens chosen since the prompts were read, (B, N)."""
+        return self._ids[:batch_size, self.prompt_tokens : self.prompt_tokens + new_tokens].clone()
+
+
+class CudaGraph:
+    """One decode step captured as a CUDA graph and replayed for every token; short prefills are captured too.
+
+    Both are captured at the first batch of each size, in memory that all sizes share: run a batch of a size once
+    before timing it. Parameters are those of `Decoder`, with a model on a GPU.
 
     Raises
     ------
@@ -159,8 +241,8 @@ class CudaGraph:
         check_context_window(model.config, prompt_tokens, new_tokens)
         self._device = model.device
         self._decoder = Decoder(model, batch_size, prompt_tokens, new_tokens, COMPILE_OPTIONS)
-        self._prefills: dict[int, torch.cuda.CUDAGraph] = {}  # by batch size
-        self._steps: dict[int, torch.cuda.CUDAGraph] = {}
+        # by batch size: the prefill where it is short, and the decode step
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph | None, torch.cuda.CUDAGraph]] = {}
         self._pool = torch.cuda.graph_pool_handle()
         register_capture(self)
 
@@ -171,30 +253,27 @@ class CudaGraph:
 
     def generate(self, prompts: Prompts, new_tokens: int, clock: Clock | None = None) -> Tensor:
         """Return new ids, (B, N); `clock` ticks at each token."""
-        decoder, batch_size = self._decoder, len(prompts)
+        decoder, batch_size, clock = self._decoder, len(prompts), clock or Clock(self._device)
         with torch.cuda.device(self._device):
             padded = decoder.load(prompts)
-            if batch_size not in self._steps:
-                self._capture_both(batch_size)
-            if batch_size in self._prefills:
-                self._prefills[batch_size].replay()
+            if batch_size not in self._graphs:
+                self._graphs[batch_size] = self._capture_both(batch_size)
+            prefill, step = self._graphs[batch_size]
+            if prefill:
+                prefill.replay()
             else:
                 decoder.prefill(batch_size, padded)
-            if clock:
-                clock.tick()
-            step = self._steps[batch_size]
+            clock.tick()
             for _ in range(new_tokens - 1):
                 step.replay()
-                if clock:
-                    clock.tick()
+                clock.tick()
             return decoder.new_ids(batch_size, new_tokens)
 
-    def _capture_both(self, batch_size: int) -> None:
-        """Capture the decode step of a batch size, and before it the prefill where that is short."""
-        if batch_size * self._decoder.prompt_tokens <= CAPTURED_PREFILL_TOKENS:
-            self._prefills[batch_size] = self._capture(self._decoder.prefill, batch_size)
+    def _capture_both(self, batch_size: int) -> tuple[torch.cuda.CUDAGraph | None, torch.cuda.CUDAGraph]:
+        is_short = batch_size * self._decoder.prompt_tokens <= CAPTURED_PREFILL_TOKENS
+        prefill = self._capture(self._decoder.prefill, batch_size) if is_short else None
         self._decoder.restart()
-        self._steps[batch_size] = self._capture(self._decoder.step, batch_size)
+        return prefill, self._capture(self._decoder.step, batch_size)
 
     def _capture(self, work: Callable[[int], Any], batch_size: int) -> torch.cuda.CUDAGraph:
         """Capture `work`, after runs in which kernels are compiled and libraries allocate their workspaces."""
@@ -248,19 +327,17 @@ def why_unavailable(
         )
     if model is None:
         return ""
-    why, config = "", model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    if not cache_argument(model):
-        why = "it has no KV cache"
-    elif other_layers := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        why = f"it has layers of {', '.join(sorted(other_layers))}"
-    elif window and getattr(config, "use_sliding_window", True) and window < tokens:
-        why = f"attention is limited to the last {window} tokens"
-    return f"it needs the keys and values of every token, and this model does not keep them: {why}" if why else ""
+    config = model.config.get_text_config()
+    window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
+    if model._is_stateful or not {"full_attention", "sliding_attention"}.issuperset(layer_types):
+        return "it reads the keys and values of every token, and not all layers of this model keep them"
+    if window and window < tokens:
+        return f"it reads the keys and values of every token, and this model attends to the last {window} tokens alone"
+    return ""
 
 
 Engine = Eager | CudaGraph
-Factory = Callable[["PreTrainedModel", int, int, int], Engine]  # of model, batch size, prompt tokens, new tokens
+Factory = Callable[[PreTrainedModel, int, int, int], Engine]  # of model, batch size, prompt tokens, new tokens
 FACTORIES: dict[str, Factory] = {"eager": lambda model, *_: Eager(model), "cuda_graph": CudaGraph}
 
 
@@ -292,30 +369,3 @@ def warm_up_batch_sizes(engine: str, prompt_tokens: int) -> tuple[int, ...]:
     own.
     """
     return (1,) if engine == "eager" else (1, max(SMALL_BATCH, CAPTURED_PREFILL_TOKENS // prompt_tokens) + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenComparison:
-    """How far two engines' tokens are the same, and how near a tie was where they first differ.
-
-    Each engine rounds in its own order, so where two tokens are as good as equal either may come. From there on the
-    texts are different ones.
-    """
-
-    compared_tokens: int  # of each row
-    first_difference: int | None  # place of the earliest new token that differs in any row; None if none does
-    difference_margin: float | None  # by how much the model's logits prefer the first engine's token there
-
-
-def compare_tokens(model: PreTrainedModel, prompts: Prompts, first: Tensor, second: Tensor) -> TokenComparison:
-    """Compare two engines' new ids, (B, N) each, of the same prompts."""
-    differs, new_tokens = (first != second).long(), first.shape[1]  # (B, N)
-    if not differs.any():
-        return TokenComparison(new_tokens, None, None)
-    place = int(differs.amax(0).argmax())
-    row = int(differs[:, place].argmax())
-    ids = torch.tensor([[*prompts[row], *first[row, :place].tolist()]], device=model.device)  # (1, T)
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].float()  # (V,)
-    margin = float(logits[first[row, place]] - logits[second[row, place]])
-    return TokenComparison(new_tokens, place, margin)

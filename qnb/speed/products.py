@@ -7,7 +7,7 @@ matrices below each other give bit for bit what each matrix gives alone. Shapes:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,92 +15,49 @@ from torch import Tensor
 from torch.nn import functional
 
 
-class Plain(NamedTuple):
-    """An unquantized product."""
+class Product(NamedTuple):
+    """x W' + b of one layer, or of several below each other: a function of x, and the weights that it takes."""
 
-    weight: Tensor  # (N, K)
-    bias: Tensor | None  # (N,)
-
-    @classmethod
-    def of(cls, modules: Sequence[Any]) -> Plain:
-        """Join `torch.nn.Linear` layers."""
-        return cls(_stack([module.weight for module in modules]), _stack_biases(modules))
+    function: Callable[..., Tensor]  # `functional.linear`, `multiply_4bit` or `multiply_8bit`
+    weights: tuple[Any, ...]
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return x W' + b, (B, K) -> (B, N)."""
-        return functional.linear(x, self.weight, self.bias)
+        return self.function(x, *self.weights)
 
 
-class FourBit(NamedTuple):
-    """A product packed by bitsandbytes: two weights a byte, and a maximum for each block of one row's weights."""
+def multiply_4bit(
+    x: Tensor, packed: Tensor, absmax: Tensor, nested: tuple[Tensor, ...], bias: Tensor | None,
+    shape: tuple[int, int], blocksize: int, kind: str, compute_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Return x W' + b, (B, K) -> (B, N), as `bitsandbytes.nn.Linear4bit` computes it.
 
-    packed: Tensor  # (N*K/2, 1), uint8
-    absmax: Tensor  # (N*K/blocksize,), float32; with double quantization the maxima of the maxima's blocks
-    bias: Tensor | None  # (N,)
-    shape: tuple[int, int]  # (N, K)
-    blocksize: int
-    kind: str  # "nf4" or "fp4"
-    compute_dtype: torch.dtype | None  # None multiplies in the input's type
-    nested: tuple[Tensor, Tensor, Tensor] | None  # of double quantization: 8-bit maxima, their code, their offset
-
-    @classmethod
-    def of(cls, modules: Sequence[Any]) -> FourBit:
-        """Join `bitsandbytes.nn.Linear4bit` layers of one kind; a doubly quantized one stands alone."""
-        states = [module.weight.quant_state for module in modules]
-        first = states[0]
-        packed = _stack([module.weight for module in modules]).view(-1, 1)
-        nested = (first.absmax, first.state2.code, first.offset) if first.nested else None
-        absmax = first.state2.absmax if first.nested else _stack([state.absmax for state in states])
-        shape = sum(state.shape[0] for state in states), first.shape[1]
-        return cls(packed, absmax, _stack_biases(modules), shape, first.blocksize, first.quant_type,
-                   modules[0].compute_dtype, nested)  # fmt: skip
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """Return x W' + b, (B, K) -> (B, N), as `bitsandbytes.nn.Linear4bit` computes it."""
-        wide = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        codes, code, offset = self.nested or (None, None, None)
-        bias = None if self.bias is None else self.bias.to(wide.dtype)
-        out = torch.ops.bitsandbytes.gemm_4bit.default(
-            wide, self.packed, self.shape, self.absmax, self.blocksize, self.kind,
-            bias=bias, absmax_8bit=codes, absmax_code=code, absmax_offset=offset,
-        )  # fmt: skip
-        return out.to(x.dtype)
+    `packed` are two weights of kind ``"nf4"`` or ``"fp4"`` a byte, (N*K/2, 1), and `shape` is (N, K). `absmax` is
+    the largest weight of each block of a row, (N*K/blocksize,), float32. With double quantization `nested` holds these
+    in 8 bit, their code and their offset, and `absmax` the largest of each block of them; else it holds None thrice.
+    """
+    wide, (codes, code, offset) = x.to(compute_dtype), nested
+    bias = None if bias is None else bias.to(compute_dtype)
+    out = torch.ops.bitsandbytes.gemm_4bit.default(
+        wide, packed, shape, absmax, blocksize, kind,
+        bias=bias, absmax_8bit=codes, absmax_code=code, absmax_offset=offset,
+    )  # fmt: skip
+    return out.to(x.dtype)
 
 
-class EightBit(NamedTuple):
-    """An LLM.int8 product without the outlier path: int8 rows, each with its maximum."""
+def multiply_8bit(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W' + b, (B, K) -> (B, N), as `bitsandbytes.nn.Linear8bitLt` computes it without the outlier path.
 
-    rows: Tensor  # (N, K), int8
-    scale: Tensor  # (N,), float32
-    bias: Tensor | None  # (N,)
-
-    @classmethod
-    def of(cls, modules: Sequence[Any]) -> EightBit:
-        """Join `bitsandbytes.nn.Linear8bitLt` layers of threshold 0."""
-        for module in modules:
-            if module.weight.CB is not None:  # what the layer itself does before its first product
-                module.init_8bit_state()
-        rows = _stack([module.weight for module in modules])
-        scale = _stack([module.state.SCB for module in modules])
-        for module in modules:
-            module.state.CB = module.weight.data
-        return cls(rows, scale, _stack_biases(modules))
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """Return x W' + b, (B, K) -> (B, N), as `bitsandbytes.nn.Linear8bitLt` computes it at threshold 0."""
-        codes, maxima, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(x.to(torch.float16), 0.0)
-        # on CUDA the kernel writes float16 and casts afterwards: that cast is left to be fused with what follows
-        dtype = torch.float16 if x.is_cuda else x.dtype
-        out = torch.ops.bitsandbytes.int8_scaled_mm.default(
-            codes, self.rows, maxima, self.scale, bias=self.bias, dtype=dtype
-        )
-        return out.to(x.dtype)
+    `rows` are (N, K), int8, and `scale` the largest weight of each, (N,), float32.
+    """
+    codes, maxima, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(x.to(torch.float16), 0.0)
+    # on CUDA the kernel writes float16 and casts afterwards: that cast is left to be fused with what follows
+    dtype = torch.float16 if x.is_cuda else x.dtype
+    out = torch.ops.bitsandbytes.int8_scaled_mm.default(codes, rows, maxima, scale, bias=bias, dtype=dtype)
+    return out.to(x.dtype)
 
 
-Product = Plain | FourBit | EightBit
-
-
-def multiply_all(products: tuple[Product, ...], x: Tensor) -> Tensor:
+def multiply_all(products: Sequence[Product], x: Tensor) -> Tensor:
     """Return the outputs of products of one input beside each other, (B, K) -> (B, all outputs)."""
     outputs = [product.multiply(x) for product in products]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
@@ -111,9 +68,14 @@ def join(modules: Sequence[Any]) -> tuple[Product, ...]:
 
     The layers go on working: their weights become views of the joined ones, so nothing is held twice.
     """
-    if _are_joinable(modules):
-        return (_product_of(modules),)
-    return tuple(_product_of([module]) for module in modules)
+    from bitsandbytes.nn import Linear4bit
+
+    if len(modules) > 1 and not _are_joinable(modules):
+        return tuple(product for module in modules for product in join([module]))
+    bias = None if modules[0].bias is None else _stack([module.bias for module in modules])
+    if type(modules[0]) is torch.nn.Linear:
+        return (Product(functional.linear, (_stack([module.weight for module in modules]), bias)),)
+    return (_join_4bit(modules, bias) if isinstance(modules[0], Linear4bit) else _join_8bit(modules, bias),)
 
 
 def _are_joinable(modules: Sequence[Any]) -> bool:
@@ -128,12 +90,25 @@ def _are_joinable(modules: Sequence[Any]) -> bool:
     return len(kinds) <= 1 and not any(state.nested or state.shape[1] % state.blocksize for state in states)
 
 
-def _product_of(modules: Sequence[Any]) -> Product:
-    from bitsandbytes.nn import Linear4bit
+def _join_4bit(modules: Sequence[Any], bias: Tensor | None) -> Product:
+    states = [module.weight.quant_state for module in modules]
+    first, packed = states[0], _stack([module.weight for module in modules]).view(-1, 1)
+    absmax = first.state2.absmax if first.nested else _stack([state.absmax for state in states])
+    nested = (first.absmax, first.state2.code, first.offset) if first.nested else (None, None, None)
+    shape = sum(state.shape[0] for state in states), first.shape[1]
+    weights = packed, absmax, nested, bias, shape, first.blocksize, first.quant_type, modules[0].compute_dtype
+    return Product(multiply_4bit, weights)
 
-    if type(modules[0]) is torch.nn.Linear:
-        return Plain.of(modules)
-    return FourBit.of(modules) if isinstance(modules[0], Linear4bit) else EightBit.of(modules)
+
+def _join_8bit(modules: Sequence[Any], bias: Tensor | None) -> Product:
+    for module in modules:
+        if module.weight.CB is not None:  # what the layer itself does before its first product
+            module.init_8bit_state()
+    rows = _stack([module.weight for module in modules])
+    scale = _stack([module.state.SCB for module in modules])
+    for module in modules:
+        module.state.CB = module.weight.data
+    return Product(multiply_8bit, (rows, scale, bias))
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -144,7 +119,3 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     for tensor, part in zip(tensors, joined.split([len(tensor) for tensor in tensors]), strict=True):
         tensor.data = part
     return joined
-
-
-def _stack_biases(modules: Sequence[Any]) -> Tensor | None:
-    return None if modules[0].bias is None else _stack([module.bias for module in modules])

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from qnb.precision import PRECISIONS
 from qnb.quantize import checkpoint
-from qnb.speed.decoder import pad
+from qnb.speed.engines import pad
 
 TINY = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
         "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1,
@@ -44,7 +44,7 @@ def decode_forced(decoder, prompts, forced, step=None):
 @torch.no_grad()
 def decode_stock(model, prompts, forced):
     """The same and before it those of the prompts, (B, 1 + N, V), from the model's own forward and growing cache."""
-    ids, padding = pad(prompts, 0, model.device)
+    ids, padding = pad(prompts, model.device)
     mask = (torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).long()
     cache, logits = None, []
     for step in range(forced.shape[1] + 1):

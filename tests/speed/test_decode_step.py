@@ -12,10 +12,9 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, S
 from qnb.memory import is_out_of_memory
 from qnb.precision import PRECISIONS
 from qnb.quantize import checkpoint
-from qnb.speed import attention, decode_step, decoder
+from qnb.speed import attention, decode_step, engines
 from qnb.speed.decode_step import ARGMAX_PART, Functions, argmax_in_parts
-from qnb.speed.decoder import Decoder
-from qnb.speed.engines import COMPILE_OPTIONS, Eager
+from qnb.speed.engines import COMPILE_OPTIONS, Decoder, Eager
 
 FAMILIES = [
     pytest.param(LlamaConfig, {"tie_word_embeddings": True}, id="llama, tied"),
@@ -65,7 +64,7 @@ def test_memory_serves_smaller_batches_and_shorter_prompts_one_after_the_other()
 @pytest.mark.parametrize(("tokens", "rows"), [(5, [1, 1, 1]), (12, [2, 2]), (17, [2, 2]), (18, [3])])
 def test_prompts_are_read_in_chunks_of_one_size(tokens, rows, monkeypatch):
     """The last chunk begins before its rows do: their keys and values are those of their own prompts."""
-    monkeypatch.setattr(decoder, "PREFILL_TOKENS", tokens)
+    monkeypatch.setattr(engines, "PREFILL_TOKENS", tokens)
     model, chunks = tiny_model(LlamaConfig), []
     read = Decoder(model, 3, 6, 4)
     prefill = read.network.prefill

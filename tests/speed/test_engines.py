@@ -15,8 +15,7 @@ from qnb.memory import is_out_of_memory, release
 from qnb.precision import PRECISIONS
 from qnb.quantize import checkpoint
 from qnb.speed import engines
-from qnb.speed.decoder import WARM_UP_STEPS, Decoder
-from qnb.speed.engines import Clock, CudaGraph, Eager, TokenComparison, compare_tokens, why_unavailable
+from qnb.speed.engines import WARM_UP_STEPS, Clock, CudaGraph, Decoder, Eager, why_unavailable
 
 
 @pytest.fixture(scope="module")
@@ -68,20 +67,6 @@ def test_an_end_of_sequence_is_barred_as_generate_bars_it():
     for _ in range(5):
         decoder.step(3)
     assert torch.equal(decoder.new_ids(3, 6), expected) and not (expected == 7).any()
-
-
-def test_the_first_difference_is_found_with_its_margin():
-    model = tiny_model(LlamaConfig)
-    first = Eager(model).generate(THREE, 5)
-    assert compare_tokens(model, THREE, first, first.clone()) == TokenComparison(5, None, None)
-    second = first.clone()
-    second[1, 3:] = (second[1, 3:] + 1) % 300
-    second[2, 4] = (second[2, 4] + 1) % 300
-    compared = compare_tokens(model, THREE, first, second)
-    logits = model(torch.tensor([THREE[1] + first[1, :3].tolist()])).logits[0, -1].detach()
-    margin = float(logits[first[1, 3]] - logits[second[1, 3]])
-    assert compared.first_difference == 3 and compared.difference_margin == pytest.approx(margin, abs=1e-5)
-    assert margin > 0
 
 
 def test_cuda_graph_is_refused_without_a_gpu_not_faked():
@@ -184,8 +169,8 @@ def test_captured_sizes_share_memory_which_comes_back_when_the_engine_goes(sourc
     for rows in (3, 1, 12, 2, 3):
         clock = Clock(model.device)
         tokens = engine.generate(texts[:rows], 12, clock)
-        compared = compare_tokens(model, texts[:rows], Eager(model).generate(texts[:rows], 12), tokens)
-        assert compared.difference_margin is None or abs(compared.difference_margin) < 1e-2
+        expected = Eager(model).generate(texts[:rows], 12)
+        assert oracle.widest_tie(decode_stock(model, texts[:rows], expected[:, :-1]), expected, tokens) < 1e-2
         assert len(clock.elapsed_s()) == 12 and sorted(clock.elapsed_s()) == clock.elapsed_s()
     del engine, tokens
     release()
