@@ -83,11 +83,11 @@ def _accuracy(results: Results, task: str) -> pd.DataFrame:
     """Return accuracy in percent with its 95 % interval, and that of its change against BF16 in points."""
     frame = headline(results.scores)
     rows = frame[frame.task.str.startswith(task) if task == MEAN else frame.task == task].drop_duplicates("precision")
-    changes = pd.DataFrame(accuracies(results, task)).T.reindex(columns=["change_pp", "low_pp", "high_pp"])
+    changes = accuracies(results, task)[["change_pp", "low_pp", "high_pp"]]
     value, error = 100 * rows.value, 196 * rows.stderr.astype(float)
     low, high = (value - error).clip(lower=0), (value + error).clip(upper=100)
     rows = rows.assign(engine="", accuracy_pct=value, value=value, low=low, high=high)
-    return rows.merge(changes.astype(float), left_on="precision", right_index=True)
+    return rows.merge(changes, left_on="precision", right_index=True)
 
 
 def _relative(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -68,105 +67,74 @@ def audit() -> list[Finding]:
     Checked: requests = throughput x time (Tables 3, 4), latency = time / requests, speed-up = throughput over
     BF16's, Table 2 from Table 1 within what rounding to 0.01 points allows, and the weight width that VRAM implies.
     """
-    return [*_audit_performance(3), *_audit_performance(4), *_audit_change(), *_audit_baseline()]
+    checks = (*_check_performance(3), *_check_performance(4), *_check_change(), *_check_baseline())
+    return [Finding(claim, source, computed, bool(holds)) for claim, source, computed, holds in checks]
 
 
-def _audit_performance(number: int) -> Iterator[Finding]:
+def _check_performance(number: int) -> Iterator[tuple[str, str, str, bool]]:
     table, stated, source = performance(number), STATED_REQUESTS[number], f"Table {number}"
     requests = round(table.requests[0], -1)
     latency_error = (table.total_s / requests - table.seconds_per_request).abs().max()
     speedup_error = (table.throughput_rps / table.throughput_rps[0] - table.speedup).abs().max()
-    yield Finding(
-        f"{stated:,} requests were run",
-        f"{source} and its text",
-        f"throughput x total time = {table.requests.min():,.1f} to {table.requests.max():,.1f} requests",
-        bool((abs(table.requests / stated - 1) < 0.01).all()),
-    )
-    yield Finding(
-        f"average latency is total time / requests, over {requests:,.0f} requests",
-        source,
-        f"largest difference {latency_error:.4f} s; a batch of b requests really takes b times as long",
-        bool(latency_error < 2e-3),
-    )
-    difference = f"largest difference {speedup_error:.4f}"
-    yield Finding("speed-up is throughput over BF16's", source, difference, bool(speedup_error < 1e-3))
+    run = f"throughput x total time = {table.requests.min():,.1f} to {table.requests.max():,.1f} requests"
+    waited = f"largest difference {latency_error:.4f} s; a batch of b requests really takes b times as long"
+    latency = f"average latency is total time / requests, over {requests:,.0f} requests"
+    yield f"{stated:,} requests were run", f"{source} and its text", run, abs(requests / stated - 1) < 0.01
+    yield latency, source, waited, latency_error < 2e-3
+    yield "speed-up is throughput over BF16's", source, f"largest difference {speedup_error:.4f}", speedup_error < 1e-3
 
 
-def _audit_change() -> Iterator[Finding]:
+def _check_change() -> Iterator[tuple[str, str, str, bool]]:
     """Hold Table 2, and what the text says of it, against Table 1."""
     table = accuracy()
     table["base_pct"] = table.task.map(table[table.precision == "bf16"].set_index("task").accuracy_pct)
     table = table.dropna(subset=["change_pct"]).set_index(["task", "precision"])
-    error = (100 * (table.accuracy_pct / table.base_pct - 1) - table.change_pct).abs()
+    table["loss_pp"] = table.base_pct - table.accuracy_pct
+    error = (100 * table.loss_pp / table.base_pct + table.change_pct).abs()
     # both accuracies are rounded to 0.005 points, the printed change to 0.005 percent
     rounding = 0.5 / table.base_pct + 0.5 * table.accuracy_pct / table.base_pct**2 + 0.005
-    beyond = ", ".join(map(" ".join, table.index[error > rounding]))
-    yield Finding(
-        "Table 2 is Table 1's relative change",
-        "Table 2",
-        f"largest difference {error.max():.3f} %; {f'beyond rounding: {beyond}' if beyond else 'all within rounding'}",
-        not beyond,
-    )
-    int4 = table.loc[("mmlu_social_sciences", "int4")]
-    points = int4.base_pct - int4.accuracy_pct
-    yield Finding(
-        "INT4 loses 14.49 % on MMLU Social Sciences",
-        "text below Table 2",
-        f"{points:.2f} percentage points, which is {-int4.change_pct:.2f} % of BF16's accuracy",
-        bool(abs(points + int4.change_pct) < 0.01),
-    )
-    fp16 = table.xs("fp16", level="precision")
-    change_pp, most = (fp16.accuracy_pct - fp16.base_pct).abs(), fp16.change_pct.abs().max()
-    yield Finding(
-        "FP16 changes accuracy by 0.00 to 0.36 %",
-        "text below Table 2",
-        f"{change_pp.min():.2f} to {change_pp.max():.2f} percentage points; relative, Table 2 says up to {most:.2f} %",
-        bool(most <= 0.36),
-    )
+    largest = f"largest difference {error.max():.3f} %; {(error > rounding).sum()} beyond rounding"
+    yield "Table 2 is Table 1's relative change", "Table 2", largest, (error <= rounding).all()
+    int4, text = table.loc[("mmlu_social_sciences", "int4")], "text below Table 2"
+    points = f"{int4.loss_pp:.2f} percentage points, which is {-int4.change_pct:.2f} % of BF16's accuracy"
+    yield "INT4 loses 14.49 % on MMLU Social Sciences", text, points, abs(int4.loss_pp + int4.change_pct) < 0.01
+    fp16 = table.xs("fp16", level="precision").abs()
+    largest = f"up to {fp16.loss_pp.max():.2f} percentage points; relative, up to {fp16.change_pct.max():.2f} %"
+    yield "FP16 changes accuracy by 0.00 to 0.36 %", text, largest, fp16.change_pct.max() <= 0.36
 
 
-def _audit_baseline() -> Iterator[Finding]:
+def _check_baseline() -> Iterator[tuple[str, str, str, bool]]:
     """Hold the memory of Table 3's BF16 row against weights of 16 and 32 bit."""
     table = performance(3).set_index("precision")
-    half, full = PARAMETERS * 2 / MIB, PARAMETERS * 4 / MIB
-    is_half = bool(table.vram_mib["bf16"] < full)
-    yield Finding(
-        "the BF16 baseline held its weights in 16 bit",
-        "Table 3, VRAM",
-        f"{table.bytes_per_parameter['bf16']:.2f} bytes a parameter; "
-        f"{table.vram_mib['bf16'] - full:.1f} MiB above 32-bit weights, "
-        f"as FP16 is {table.vram_mib['fp16'] - half:.1f} MiB above 16-bit weights: it was most likely FP32",
-        is_half,
+    bf16_mib, fp16_mib = table.vram_mib["bf16"] - PARAMETERS * 4 / MIB, table.vram_mib["fp16"] - PARAMETERS * 2 / MIB
+    width = (
+        f"{table.bytes_per_parameter['bf16']:.2f} bytes a parameter; {bf16_mib:.1f} MiB above 32-bit weights, "
+        f"as FP16 is {fp16_mib:.1f} MiB above 16-bit weights: it was most likely FP32"
     )
-    speedup = performance(4).throughput_rps[1] / performance(4).throughput_rps[0]
-    yield Finding(
-        "FP16 is three times as fast as BF16 at the largest batch",
-        "Table 4",
-        f"{speedup:.2f}x as printed, but the baseline's weights are 32 bit wide by Table 3",
-        is_half,
-    )
+    yield "the BF16 baseline held its weights in 16 bit", "Table 3, VRAM", width, bf16_mib < 0
+    speedup = f"{performance(4).speedup[1]:.2f}x as printed, but the baseline's weights are 32 bit wide by Table 3"
+    yield "FP16 is three times as fast as BF16 at the largest batch", "Table 4", speedup, bf16_mib < 0
 
 
 # Why its tables look as they do: choices of a harness that move its numbers more than the formats do
 
-ABLATIONS = (  # the choice, the two rows that differ in it alone, the quantities compared
-    ("the baseline's weights in 32 bit or in 16", "fp32 eager", "bf16 eager",
-     ("peak_memory_mib", "weights_mib", "throughput_rps")),
-    ("4-bit weights multiplied in 32 bit or in 16", "int4 eager", "fp4 eager", ("throughput_rps",)),
-    ("4-bit weights multiplied in 32 bit or in 16", "int4 cuda_graph", "fp4 cuda_graph", ("throughput_rps",)),
-    ("LLM.int8 with outliers in 16 bit or without", "int8 eager", "int8-no-outliers eager", ("throughput_rps",)),
-)  # fmt: skip
+ABLATIONS = (  # the choice, the two rows that differ in it alone, the quantity compared
+    ("the baseline's weights in 32 bit or in 16", "fp32 eager", "bf16 eager", "peak_memory_mib"),
+    ("the baseline's weights in 32 bit or in 16", "fp32 eager", "bf16 eager", "weights_mib"),
+    ("the baseline's weights in 32 bit or in 16", "fp32 eager", "bf16 eager", "throughput_rps"),
+    ("4-bit weights multiplied in 32 bit or in 16", "int4 eager", "fp4 eager", "throughput_rps"),
+    ("4-bit weights multiplied in 32 bit or in 16", "int4 cuda_graph", "fp4 cuda_graph", "throughput_rps"),
+    ("LLM.int8 with outliers in 16 bit or without", "int8 eager", "int8-no-outliers eager", "throughput_rps"),
+)
 LAUNCHES = "kernels launched one by one or replayed"
-# by its memory, the paper's BF16 row is 32 bit wide and FP16's is 16; its VRAM is a peak, not the weights
-PUBLISHED_ROWS = {"fp32 eager": "bf16", "bf16 eager": "fp16"}
-PUBLISHED_COLUMNS = {"peak_memory_mib": "vram_mib", "throughput_rps": "throughput_rps"}
 
 
 def ablations(runs: pd.DataFrame, number: int) -> pd.DataFrame:
     """Set rows that differ in one choice of the harness against each other; a row a choice and quantity.
 
-    ``ratio`` is right over left, ``published_ratio`` the paper's where it has both. What was not measured is empty,
-    and so is the ratio of rows that were measured under other conditions. A pair without any value is left out.
+    ``ratio`` is right over left; it is empty where one was not measured, or they were measured under other
+    conditions. A pair without any value is left out. By its memory, the paper's BF16 row is 32 bit wide and its FP16
+    row 16: ``published_ratio`` is theirs. The paper's VRAM is a peak, not the weights.
 
     Parameters
     ----------
@@ -175,26 +143,23 @@ def ablations(runs: pd.DataFrame, number: int) -> pd.DataFrame:
     number
         The table of the paper that they are held against, 3 or 4.
     """
-    measured = {f"{row['precision']} {row['engine']}": row for row in runs.to_dict("records")}
-    published = performance(number).set_index("precision")
-    launches = [(LAUNCHES, f"{name} eager", f"{name} cuda_graph", ("throughput_rps", "gpu_busy_pct"))
-                for name in dict.fromkeys(runs.precision)]  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    for choice, *names, quantities in (*ABLATIONS, *launches) if measured else ():
-        pair = [measured.get(name, {}) for name in names]
-        is_alike = pair[0].get("conditions") == pair[1].get("conditions")
-        for quantity in quantities:
-            left, right = (row.get(quantity) for row in pair)
-            row = {"choice": choice, "quantity": quantity, "left": names[0], "right": names[1], "left_value": left,
-                   "right_value": right, "ratio": None, "published_ratio": None}  # fmt: skip
-            if is_alike and pd.notna(left) and pd.notna(right):
-                row["ratio"] = right / left
-            if set(names) <= set(PUBLISHED_ROWS) and quantity in PUBLISHED_COLUMNS:
-                before, now = (published[PUBLISHED_COLUMNS[quantity]][PUBLISHED_ROWS[name]] for name in names)
-                row["published_ratio"] = now / before
-            if pd.notna(left) or pd.notna(right) or row["published_ratio"]:
-                rows.append(row)
-    return pd.DataFrame(rows).round(6)
+    if runs.empty:
+        return pd.DataFrame()
+    launches = [(LAUNCHES, f"{name} eager", f"{name} cuda_graph", quantity)
+                for name in runs.precision.unique() for quantity in ("throughput_rps", "gpu_busy_pct")]  # fmt: skip
+    table = pd.DataFrame([*ABLATIONS, *launches], columns=["choice", "left", "right", "quantity"])
+    quantities = table.quantity.unique()
+    values = runs.assign(name=runs.precision + " " + runs.engine).melt(["name", "conditions"], quantities, "quantity")
+    for side in ("left", "right"):
+        names = {"name": side, "value": f"{side}_value", "conditions": f"{side}_conditions"}
+        table = table.merge(values.rename(columns=names), how="left", on=[side, "quantity"])
+    is_alike = table.left_conditions == table.right_conditions
+    published = performance(number).rename(columns={"vram_mib": "peak_memory_mib"}).set_index("precision")
+    ratios = (published.loc["fp16"] / published.loc["bf16"])[["peak_memory_mib", "throughput_rps"]]
+    table["ratio"] = (table.right_value / table.left_value).where(is_alike)
+    table["published_ratio"] = table.quantity.map(ratios).where(table.left == "fp32 eager")
+    table = table.dropna(subset=["left_value", "right_value"], how="all")
+    return table.drop(columns=["left_conditions", "right_conditions"]).round(6)
 
 
 # NVIDIA T4 datasheet (DS-09120): GDDR6 320+ GB/s; FP16 65 TFLOP/s, FP32 8.1, INT8 130 TOPS. Turing has no bfloat16
@@ -219,21 +184,13 @@ def t4_estimate(runs: pd.DataFrame, number: int) -> pd.DataFrame:
     """
     runs = runs.dropna(subset=["bytes_per_step", "flops_by_type"]).drop_duplicates(["precision", "batch_size"])
     read_s = runs.bytes_per_step.astype(float) / T4_BYTES_PER_S
-    compute_s = pd.Series([_t4_compute_s(flops) for flops in runs.flops_by_type], runs.index, dtype=float)
+    seconds = [sum(count / T4_FLOP_PER_S[name] for name, count in flops.items()) for flops in runs.flops_by_type]
+    compute_s = pd.Series(seconds, runs.index, dtype=float)
     step_s = read_s.combine(compute_s, max)
     published = performance(number).set_index("precision").throughput_rps
-    is_published = [is_published_model(str(model)) for model in runs.model]
-    return pd.DataFrame(
-        {
-            "precision": runs.precision,
-            "batch_size": runs.batch_size,
-            "estimate_step_ms": 1000 * step_s,
-            "estimate_bound": (read_s >= compute_s).map({True: "bandwidth", False: "compute"}),
-            "estimate_throughput_rps": runs.batch_size / (runs.new_tokens * step_s),
-            "published_throughput_rps": runs.precision.map(published).where(is_published),
-        }
+    return runs[["precision", "batch_size"]].assign(
+        estimate_step_ms=1000 * step_s,
+        estimate_bound=(read_s >= compute_s).map({True: "bandwidth", False: "compute"}),
+        estimate_throughput_rps=runs.batch_size / (runs.new_tokens * step_s),
+        published_throughput_rps=runs.precision.map(published).where(runs.model.map(is_published_model)),
     )
-
-
-def _t4_compute_s(flops_by_type: dict[str, float]) -> float:
-    return sum(count / T4_FLOP_PER_S[name] for name, count in flops_by_type.items())

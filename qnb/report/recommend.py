@@ -7,7 +7,7 @@ interval says that. In between the data cannot tell.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,37 +16,12 @@ import pandas as pd
 from qnb.columns import column, format_value, is_disturbed
 from qnb.precision import BASELINE
 from qnb.report.results import Results
-from qnb.report.tables import MEAN, build, common_tasks, headline
+from qnb.report.tables import MEAN, build, headline
 
 SPEEDS = ("tpot_s", "throughput_rps", "throughput_tps")  # what candidates may be ranked by
-CHANGE = ("change_pp", "low_pp", "high_pp")
+CHANGE = ["change_pp", "low_pp", "high_pp"]
+FITS, UNSURE, RULED_OUT = "fits", "may fit", "ruled out"
 PRACTICAL = 100  # times the items: nobody evaluates more than that
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One way to serve the model, as measured; None where it was not."""
-
-    precision: str
-    engine: str
-    batch_size: int = 1
-    peak_memory_mib: float | None = None
-    tpot_s: float | None = None
-    throughput_rps: float | None = None
-    throughput_tps: float | None = None
-    throughput_spread_pct: float | None = None  # range over passes
-    passes: int = 1
-    disturbed: bool = False  # other processes were at work while it was timed
-    accuracy_pct: float | None = None
-    change_pp: float | None = None  # against BF16, on the same items
-    low_pp: float | None = None  # 95 % interval of the change
-    high_pp: float | None = None
-    n_items: int | None = None
-
-    @property
-    def name(self) -> str:
-        """Format and engine."""
-        return f"{self.precision} ({self.engine})" if self.engine else self.precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,42 +35,25 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """A candidate held against a demand."""
-
-    candidate: Candidate
-    against: tuple[str, ...]  # what rules it out
-    unknown: tuple[str, ...]  # what the data cannot tell
-
-    @property
-    def fits(self) -> bool:
-        """Whether the rows show that every limit is met."""
-        return not self.against and not self.unknown
-
-
-@dataclass(frozen=True, slots=True)
 class Advice:
-    """The recommendation and everything it was weighed against, best first."""
+    """The recommendation and everything it was weighed against."""
 
     demand: Demand
-    fitting: tuple[Judgement, ...]
-    unsure: tuple[Judgement, ...]
-    ruled_out: tuple[Judgement, ...]
+    candidates: pd.DataFrame  # best first, with `verdict` and `reasons`, what rules each out or cannot be told
     notes: tuple[str, ...]
 
+    def of(self, verdict: str) -> pd.DataFrame:
+        """Return the candidates with a verdict: `FITS`, `UNSURE` or `RULED_OUT`."""
+        return self.candidates[self.candidates.verdict == verdict]
+
     @property
-    def best(self) -> Candidate | None:
+    def best(self) -> pd.Series | None:
         """What to deploy; None where nothing is shown to fit."""
-        return self.fitting[0].candidate if self.fitting else None
-
-    @property
-    def second(self) -> Candidate | None:
-        """What to deploy if the first is not to be had."""
-        return self.fitting[1].candidate if len(self.fitting) > 1 else None
+        return next((row for _, row in self.of(FITS).iterrows()), None)
 
 
-def candidates(results: Results, setting: str, task: str = MEAN) -> list[Candidate]:
-    """Join speed and accuracy of every format and engine that was timed.
+def candidates(results: Results, setting: str, task: str = MEAN) -> pd.DataFrame:
+    """Join speed and accuracy of every format and engine that was timed, under a name made of the two.
 
     Parameters
     ----------
@@ -106,16 +64,8 @@ def candidates(results: Results, setting: str, task: str = MEAN) -> list[Candida
     task
         The task whose accuracy counts, or `MEAN` for the mean over tasks that all formats answered alike.
     """
-    known = accuracies(results, task)
-    measured = ("peak_memory_mib", *SPEEDS, "throughput_spread_pct")
-    return [
-        Candidate(
-            row["precision"], row["engine"], row["batch_size"], passes=int(row["passes"]),
-            disturbed=is_disturbed(row["flags"]), **_numbers(row, measured),
-            **known.get(row["precision"], {}),
-        )
-        for row in results.timed(setting).to_dict("records")
-    ]  # fmt: skip
+    frame = results.timed(setting).join(accuracies(results, task), on="precision")
+    return frame.set_index(pd.Index([f"{row.precision} ({row.engine})" for row in frame.itertuples()], dtype=object))
 
 
 def tasks(results: Results) -> list[str]:
@@ -123,133 +73,108 @@ def tasks(results: Results) -> list[str]:
     if results.scores.empty:
         return []
     shown = headline(results.scores)
-    return [MEAN, *dict.fromkeys(shown[shown.metric != "mean"].task)]
+    return [MEAN, *shown[shown.metric != "mean"].task.unique()]
 
 
-def accuracies(results: Results, task: str = MEAN) -> dict[str, dict[str, Any]]:
-    """Return accuracy, change against BF16, its 95 % interval and items by format; empty where none was measured."""
+def accuracies(results: Results, task: str = MEAN) -> pd.DataFrame:
+    """Return accuracy, items, and the change against BF16 with its 95 % interval; a row a format."""
+    columns = ["accuracy_pct", "n_items", *CHANGE]
     if results.scores.empty:
-        return {}
+        return pd.DataFrame(columns=columns, dtype=float)
     shown, changes = headline(results.scores), build(results, "table2_change")
-    values = shown[shown.asked == MEAN] if task == MEAN else shown[shown.task == task]
-    only = common_tasks(shown)  # one task is its own mean, and Table 2 has it once
-    meant = only[0] if task == MEAN and len(only) == 1 else task
-    changes = changes[changes.task.map(lambda name: name.partition(" (")[0]) == meant]  # of an empty column too
-    changes = changes.dropna(subset=list(CHANGE)).set_index("precision")
-    known = {BASELINE: dict.fromkeys(CHANGE, 0.0), **changes[list(CHANGE)].to_dict("index")}
-    return {
-        row.precision: {"accuracy_pct": 100 * row.value, "n_items": int(row.n_items), **known.get(row.precision, {})}
-        for row in values.drop_duplicates("precision").itertuples()
-    }
+    shown = shown[(shown.asked if task == MEAN else shown.task) == task].drop_duplicates("precision")
+    changes = changes[changes.task.map(lambda name: name.partition(" (")[0]) == task].dropna(subset=CHANGE)
+    frame = shown.set_index("precision").join(changes.set_index("precision")[CHANGE].astype(float))
+    frame.loc[frame.index == BASELINE, CHANGE] = 0.0
+    return frame.assign(accuracy_pct=100 * frame.value)[columns]
 
 
-def _numbers(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    return {name: float(row[name]) if pd.notna(row[name]) else None for name in names}
+def choose(candidates: pd.DataFrame, demand: Demand) -> Advice:
+    """Hold every candidate against a demand: what fits, what may, and what does not, by speed, then by memory."""
+    is_time = column(demand.rank_by).better == "less"
+    table = candidates.sort_values([demand.rank_by, "peak_memory_mib"], ascending=[is_time, True])
+    judged = [_judge(row, demand) for row in table.to_dict("records")]
+    table["verdict"] = [RULED_OUT if against else UNSURE if unknown else FITS for against, unknown in judged]
+    table["reasons"] = ["; ".join([*against, *unknown]) for against, unknown in judged]
+    return Advice(demand, table, tuple(_notes(table, demand)))
 
 
-def choose(found: Iterable[Candidate], demand: Demand) -> Advice:
-    """Hold every candidate against a demand: what fits, what may, and what does not, each by speed, then by memory.
-
-    Raises
-    ------
-    ValueError
-        `demand.rank_by` is no name in `SPEEDS`.
-    """
-    if demand.rank_by not in SPEEDS:
-        raise ValueError(f"rank_by is {demand.rank_by!r}; choose from {', '.join(SPEEDS)}")
-    judged = [_judge(candidate, demand) for candidate in sorted(found, key=lambda each: _rank(each, demand))]
-    fitting = tuple(each for each in judged if each.fits)
-    unsure = tuple(each for each in judged if each.unknown and not each.against)
-    ruled_out = tuple(each for each in judged if each.against)
-    return Advice(demand, fitting, unsure, ruled_out, tuple(_notes(judged, fitting, demand)))
-
-
-def _rank(candidate: Candidate, demand: Demand) -> tuple[float, float]:
-    """Return what candidates are sorted by, the best first."""
-    speed = getattr(candidate, demand.rank_by)
-    memory_mib = candidate.peak_memory_mib
-    sign = -1 if column(demand.rank_by).better == "more" else 1
-    return math.inf if speed is None else sign * speed, math.inf if memory_mib is None else memory_mib
-
-
-def _judge(candidate: Candidate, demand: Demand) -> Judgement:
+def _judge(row: Mapping[str, Any], demand: Demand) -> tuple[list[str], list[str]]:
+    """Return what rules a candidate out, and what the data cannot tell of it."""
     against, unknown = [], []
     for name, limit in (("peak_memory_mib", demand.memory_mib), (demand.rank_by, demand.speed_limit)):
-        value, more = getattr(candidate, name), column(name).better == "more"
-        if value is None and (limit is not None or name == demand.rank_by):
+        value, more = row[name], column(name).better == "more"
+        if pd.isna(value) and (limit is not None or name == demand.rank_by):
             unknown.append(f"its {column(name).label} was not measured")
         elif limit is not None and (value < limit if more else value > limit):
-            wanted = f"{_shown(name, limit)} or {'more' if more else 'less'}"
-            against.append(f"{column(name).label} is {_shown(name, value)}; you need {wanted}")
+            bound = "more" if more else "less"
+            against.append(f"{column(name).label} is {_shown(name, value)}; you need {_shown(name, limit)} or {bound}")
     if demand.loss_pp is not None:
-        low, high, change = candidate.low_pp, candidate.high_pp, candidate.change_pp
-        if low is None or high is None or change is None:
+        if pd.isna(row["low_pp"]):
             unknown.append(f"its change in accuracy against {BASELINE} was not measured")
-        elif high < -demand.loss_pp:
-            loss = f"{-change:.1f} points (95 %: {-high:.1f} to {-low:.1f})"
-            against.append(f"it loses {loss}; you allow {demand.loss_pp:g}")
-        elif low < -demand.loss_pp:
-            unknown.append(
-                f"its change is {change:+.1f} points (95 %: {low:+.1f} to {high:+.1f}); {candidate.n_items:,} items "
-                f"cannot tell whether it loses over {demand.loss_pp:g}, {_more_items(change, low, demand.loss_pp)}"
-            )
-    return Judgement(candidate, tuple(against), tuple(unknown))
+        elif row["high_pp"] < -demand.loss_pp:
+            against.append(f"it changes by {interval_text(row)}; you allow a loss of {demand.loss_pp:g}")
+        elif row["low_pp"] < -demand.loss_pp:
+            needed = _items_needed(row["change_pp"], row["low_pp"], demand.loss_pp)
+            unknown.append(f"it changes by {interval_text(row)}; you allow a loss of {demand.loss_pp:g}: {needed}")
+    return against, unknown
 
 
-def _more_items(change: float, low: float, loss_pp: float) -> str:
+def _items_needed(change_pp: float, low_pp: float, loss_pp: float) -> str:
     """Say how many times the items would clear the tolerated loss, if the change stays what it is."""
-    distance = abs(change + loss_pp)
-    times = ((change - low) / distance) ** 2 if distance else math.inf
-    return f"about {math.ceil(times)} times as many might" if times <= PRACTICAL else "nor could any practical number"
+    distance_pp = abs(change_pp + loss_pp)
+    times = ((change_pp - low_pp) / distance_pp) ** 2 if distance_pp else math.inf
+    return f"about {math.ceil(times)} times the items might tell" if times <= PRACTICAL else "too near to tell"
+
+
+def interval_text(row: Mapping[str, Any]) -> str:
+    """Return a change in accuracy with its 95 % interval and its number of items."""
+    return (
+        f"{row['change_pp']:+.1f} points (95 %: {row['low_pp']:+.1f} to {row['high_pp']:+.1f}, "
+        f"{row['n_items']:,.0f} items)"
+    )
 
 
 def _shown(name: str, value: float) -> str:
     return f"{format_value(name, float(value))} {column(name).unit}"
 
 
-def _notes(judged: list[Judgement], fitting: tuple[Judgement, ...], demand: Demand) -> Iterator[str]:
+def _notes(table: pd.DataFrame, demand: Demand) -> Iterator[str]:
     """Yield what qualifies the recommendation."""
-    if disturbed := [each.candidate.name for each in judged if each.candidate.disturbed]:
+    if disturbed := [name for name, flags in table["flags"].items() if is_disturbed(flags)]:
         yield f"Other processes were at work while these were timed: {', '.join(disturbed)}."
-    if not fitting:
+    first = table[table.verdict == FITS].head(2)
+    if first.empty:
         return
-    best = fitting[0].candidate
-    if best.passes < 2:
+    speeds = first[demand.rank_by]
+    if first.passes.iloc[0] < 2:
         yield "Each speed is one pass: how much it varies was not measured."
-    elif len(fitting) > 1:
-        second = fitting[1].candidate
-        speeds = [getattr(each, demand.rank_by) for each in (best, second)]
-        halves = [(each.throughput_spread_pct or 0) / 200 for each in (best, second)]
-        if abs(speeds[0] - speeds[1]) < speeds[0] * halves[0] + speeds[1] * halves[1]:
-            yield f"{best.name} and {second.name} differ in speed by less than their passes do."
-    faster = [each.candidate.name for each in judged[: judged.index(fitting[0])] if not each.against]
-    if faster:
+    elif speeds.max() - speeds.min() < (speeds * first.throughput_spread_pct.fillna(0) / 200).sum() * (len(first) > 1):
+        yield f"{' and '.join(first.index)} differ in speed by less than their passes do."
+    before = table[: table.index.get_loc(first.index[0])]
+    if faster := list(before.index[before.verdict == UNSURE]):
         yield f"Faster, but not shown to fit: {', '.join(faster)}."
 
 
 def explain(advice: Advice) -> dict[str, list[str]]:
     """Return the advice in sentences by heading: what to deploy, what is second, unknown, and ruled out."""
-    demand, sections = advice.demand, {}
-    if advice.best is None:
-        problem = "The data cannot tell whether anything fits." if advice.unsure else "No row meets every limit."
-        sections["Recommended: nothing"] = [problem, *advice.notes]
-    else:
-        better = "highest" if column(demand.rank_by).better == "more" else "shortest"
-        among = f"{better} {column(demand.rank_by).label} of {len(advice.fitting)} that fit"
-        reason = among if advice.second else "it alone is shown to fit"
-        sections[f"Recommended: {advice.best.name}"] = [f"{facts(advice.best, demand)}. Why: {reason}.", *advice.notes]
-    if advice.second is not None:
-        sections[f"Second: {advice.second.name}"] = [f"{facts(advice.second, demand)}."]
-    sections["The data cannot tell"] = [f"{each.candidate.name}: {'; '.join(each.unknown)}." for each in advice.unsure]
-    sections["Ruled out"] = [f"{each.candidate.name}: {'; '.join(each.against)}." for each in advice.ruled_out]
+    fitting, sections = advice.of(FITS), {}
+    for heading, (name, row) in zip(("Recommended", "Second"), fitting.iterrows(), strict=False):
+        sections[f"{heading}: {name}"] = [f"{facts(row, advice.demand)}."]
+    if fitting.empty:
+        undecided = len(advice.of(UNSURE)) > 0
+        problem = "The data cannot tell whether anything fits." if undecided else "No row meets every limit."
+        sections["Recommended: nothing"] = [problem]
+    next(iter(sections.values())).extend(advice.notes)
+    for heading, verdict in (("The data cannot tell", UNSURE), ("Ruled out", RULED_OUT)):
+        sections[heading] = [f"{name}: {reasons}." for name, reasons in advice.of(verdict).reasons.items()]
     return {heading: sentences for heading, sentences in sections.items() if sentences}
 
 
-def facts(candidate: Candidate, demand: Demand) -> str:
+def facts(row: Mapping[str, Any], demand: Demand) -> str:
     """Return a candidate's measured numbers in one line."""
-    values = {name: getattr(candidate, name) for name in ("peak_memory_mib", demand.rank_by)}
-    parts = [f"{column(name).label} {_shown(name, value)}" for name, value in values.items() if value is not None]
-    if candidate.change_pp is not None and candidate.precision != BASELINE:
-        interval = f"95 %: {candidate.low_pp:+.1f} to {candidate.high_pp:+.1f}, {candidate.n_items:,} items"
-        parts.append(f"{candidate.change_pp:+.1f} points against {BASELINE} ({interval})")
+    names = [name for name in ("peak_memory_mib", demand.rank_by) if pd.notna(row[name])]
+    parts = [f"{column(name).label} {_shown(name, row[name])}" for name in names]
+    if pd.notna(row["change_pp"]) and row["precision"] != BASELINE:
+        parts.append(f"{interval_text(row)} against {BASELINE}")
     return ", ".join(parts)

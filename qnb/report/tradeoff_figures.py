@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 
 import pandas as pd
 import plotly.express as px
@@ -11,7 +10,7 @@ import plotly.graph_objects as go
 
 from qnb.columns import column, header
 from qnb.report import theme
-from qnb.report.recommend import Advice, candidates, facts
+from qnb.report.recommend import FITS, RULED_OUT, UNSURE, Advice, candidates, facts
 from qnb.report.results import Results
 
 
@@ -27,8 +26,7 @@ def front(results: Results, cost: str) -> go.Figure:
     """
     words = column(cost).label
     title = f"Accuracy against {words.rsplit('(')[-1].rstrip(')')}"
-    frame = pd.DataFrame(map(asdict, candidates(results, "bs1")))
-    frame = frame.dropna(subset=[cost, "accuracy_pct"]) if len(frame) else frame
+    frame = candidates(results, "bs1").dropna(subset=[cost, "accuracy_pct"])
     if frame.empty:
         return theme.nothing(title, "needs accuracy and a speed of the same format")
     frame = frame.assign(
@@ -36,7 +34,7 @@ def front(results: Results, cost: str) -> go.Figure:
         above=frame.high_pp - frame.change_pp, below=frame.change_pp - frame.low_pp,
         marker=[theme.symbol(row.precision, row.engine) for row in frame.itertuples()],
         hover=[theme.hover(row, cost, "accuracy_pct", "change_pp", "low_pp", "high_pp")
-               + "<br>disturbed by other processes" * row["disturbed"] for row in frame.to_dict("records")],
+               for row in frame.to_dict("records")],
     )  # fmt: skip
     figure = px.scatter(
         frame, x="cost", y="accuracy_pct", error_y="above", error_y_minus="below", symbol="marker",
@@ -72,7 +70,7 @@ def decision(advice: Advice) -> go.Figure:
     title = "What fits, and what is recommended?"
     demand, speed = advice.demand, column(advice.demand.rank_by)
     frame = _candidates(advice)
-    frame = frame.dropna(subset=["peak_memory_mib", demand.rank_by]) if len(frame) else frame
+    frame = frame.dropna(subset=["peak_memory_mib", demand.rank_by])
     if frame.empty:
         return theme.nothing(title)
     frame = frame.assign(speed=frame[demand.rank_by] * speed.scale)
@@ -80,9 +78,9 @@ def decision(advice: Advice) -> go.Figure:
     figure = px.scatter(frame, x="peak_memory_mib", y="speed", symbol="marker", symbol_map="identity", **look)
     for points in figure.data:
         points.marker.update(opacity=[row[1] for row in points.customdata], size=12)
-    best = frame[frame.name == advice.best.name] if advice.best else frame[:0]
+    best = frame[frame.index.isin(advice.of(FITS).index[:1])]
     figure.add_scatter(
-        x=best.peak_memory_mib, y=best.speed, mode="markers+text", text=[f"   {name}" for name in best.name],
+        x=best.peak_memory_mib, y=best.speed, mode="markers+text", text=[f"   {name}" for name in best.index],
         textposition="middle right", hoverinfo="skip", showlegend=False, cliponaxis=False,
         marker={"symbol": "circle-open", "size": 24, "color": theme.INK, "line": {"width": 2}},
     )  # fmt: skip
@@ -99,15 +97,10 @@ def decision(advice: Advice) -> go.Figure:
 
 def _candidates(advice: Advice) -> pd.DataFrame:
     """Return a row per candidate: its marker, its opacity, and what the pointer shows."""
-    groups = (("fits", 1.0, advice.fitting), ("may fit", 0.45, advice.unsure), ("ruled out", 0.15, advice.ruled_out))
-    rows = []
-    for state, opacity, judgements in groups:
-        for judgement in judgements:
-            candidate = judgement.candidate
-            lines = [f"{candidate.name}: {state}", facts(candidate, advice.demand), *judgement.against]
-            rows.append(
-                {**asdict(candidate), "name": candidate.name, "opacity": opacity,
-                 "marker": theme.symbol(candidate.precision, candidate.engine),
-                 "hover": "<br>".join([*lines, *judgement.unknown])}
-            )  # fmt: skip
-    return pd.DataFrame(rows)
+    frame = advice.candidates
+    return frame.assign(
+        opacity=frame.verdict.map({FITS: 1.0, UNSURE: 0.45, RULED_OUT: 0.15}),
+        marker=[theme.symbol(row.precision, row.engine) for row in frame.itertuples()],
+        hover=["<br>".join(filter(None, (f"{name}: {row.verdict}", facts(row, advice.demand), row.reasons)))
+               for name, row in frame.iterrows()],
+    )  # fmt: skip

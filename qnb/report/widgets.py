@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
+import pandas as pd
 import plotly.graph_objects as go
 
 from qnb.columns import column, header
@@ -128,7 +129,7 @@ def _chooser(results: Results) -> list[widgets.Widget]:
     limits, words, output = widgets.VBox(), widgets.HTML(), widgets.Output()
     sliders: dict[str, widgets.FloatSlider] = {}
 
-    def candidates() -> list[recommend.Candidate]:
+    def candidates() -> pd.DataFrame:
         return recommend.candidates(results, ranked.value[0], task.value or MEAN)
 
     def limit() -> None:
@@ -151,14 +152,14 @@ def _chooser(results: Results) -> list[widgets.Widget]:
     return [ranked, task, limits, words, output]
 
 
-def _limits(candidates: Sequence[recommend.Candidate], speed: str, accuracy: bool) -> dict[str, widgets.FloatSlider]:
+def _limits(candidates: pd.DataFrame, speed: str, accuracy: bool) -> dict[str, widgets.FloatSlider]:
     """Return a slider per limit, by its name in `recommend.Demand`; at first they allow everything but a loss."""
     sliders = {}
-    memory = [each.peak_memory_mib for each in candidates if each.peak_memory_mib is not None]
-    if memory:
-        sliders["memory_mib"] = _slider("memory, MiB, at most", 1.1 * max(memory), 1.1 * max(memory), 10)
+    memory_mib = 1.1 * candidates.peak_memory_mib.max()
+    if not math.isnan(memory_mib):
+        sliders["memory_mib"] = _slider("memory, MiB, at most", memory_mib, memory_mib, 10)
     about, more = column(speed), column(speed).better == "more"
-    top = 1.1 * about.scale * max(value for each in candidates if (value := getattr(each, speed)) is not None)
+    top = 1.1 * about.scale * candidates[speed].max()
     short = about.label.rpartition("(")[2].rstrip(")")  # TPOT: a slider has little room
     words = f"{short}, {about.unit}, at {'least' if more else 'most'}"
     sliders["speed_limit"] = _slider(words, top, 0 if more else top, top / 100)
