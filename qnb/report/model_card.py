@@ -22,16 +22,11 @@ if TYPE_CHECKING:
 
 TEMPLATE = Path(__file__).parents[1] / "data" / "model_card.md"
 BASES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # the embedded model's name on the hub
-RANDOM = "shape:"  # begins the name of a model with random weights
-DATASETS = {  # task: the hub's data set, configuration and split that lm-eval asks
-    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test"),
-    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test"),
-    "hellaswag": ("Rowan/hellaswag", None, "validation"),
-    "mmlu": ("cais/mmlu", "all", "test"),
-    "gsm8k": ("openai/gsm8k", "main", "test"),
-    "gsm8k_cot": ("openai/gsm8k", "main", "test"),
-}
-BASE_SENTENCE = "It is the baseline the others are compared with."
+DATASETS = {  # task: the hub's data set and configuration that lm-eval asks
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge"), "arc_easy": ("allenai/ai2_arc", "ARC-Easy"),
+    "hellaswag": ("Rowan/hellaswag", None), "mmlu": ("cais/mmlu", "all"),
+    "gsm8k": ("openai/gsm8k", "main"), "gsm8k_cot": ("openai/gsm8k", "main"),
+}  # fmt: skip
 COLUMNS = ["task", "n_items", "baseline_pct", "accuracy_pct", "change_pp", "low_pp", "high_pp", "p_holm"]
 
 
@@ -46,26 +41,24 @@ def card(results: Results, precision: Precision) -> str:
     """Return a format's card as Markdown with its YAML head."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    name, _, revision = BASES.get(results.model, results.model).partition("@")
-    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name, re.ASCII) is not None
-    title = f"{name.rsplit('/', 1)[-1]}-{precision.name}"
-    data = ModelCardData(
-        model_name=title, base_model=name if is_hub_name else None, library_name="transformers",
+    model, _, revision = BASES.get(results.model, results.model).partition("@")
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model, re.ASCII) is not None
+    title = f"{model.rsplit('/', 1)[-1]}-{precision.name}"
+    head = ModelCardData(
+        model_name=title, base_model=model if is_hub_name else None, library_name="transformers",
         pipeline_tag="text-generation", tags=["qnb", precision.name, *(["bitsandbytes"] * precision.quantized)],
         eval_results=_scores(results, precision.name) or None,
     )  # fmt: skip
-    is_baseline = precision.name == BASELINE
     rows = results.checkpoints.to_dict("records")
     bits = [row["bits_per_weight"] for row in rows if row["precision"] == precision.name]
     changes = build(results, "table2_change")
     changes = changes[changes.precision == precision.name].dropna(subset=["change_pp"])
     return str(
         ModelCard.from_template(
-            data, str(TEMPLATE), title=title, model=name, revision=revision, precision=precision,
-            is_random=name.startswith(RANDOM), version=__version__, device=results.device or "an unnamed device",
-            bits_per_weight=format_value("bits_per_weight", bits[0]) if bits else "",
-            sentences=[BASE_SENTENCE] if is_baseline else about(results, precision.name),
-            accuracy=markdown(changes[COLUMNS]) if len(changes) else "",
+            head, str(TEMPLATE), title=title, model=model, revision=revision, precision=precision, version=__version__,
+            baseline=BASELINE,
+            device=results.device, bits_per_weight=format_value("bits_per_weight", bits[0]) if bits else "",
+            sentences=about(results, precision.name), accuracy=markdown(changes[COLUMNS]) if len(changes) else "",
         )
     )  # fmt: skip
 
@@ -77,12 +70,11 @@ def _scores(results: Results, precision: str) -> list[EvalResult]:
     scores = []
     for row in headline(results.scores).to_dict("records"):
         if row["precision"] == precision and row["task"] == row["asked"] and row["metric"] != "mean":
-            task, (dataset, config, split) = row["task"], DATASETS.get(row["task"], (row["task"], None, None))
+            name, (dataset, config) = task_name(row["task"]), DATASETS.get(row["task"], (row["task"], None))
             scores.append(
                 EvalResult(
-                    task_type="text-generation", task_name=task_name(task), dataset_name=task_name(task),
-                    dataset_type=dataset, dataset_config=config, dataset_split=split, metric_type=row["metric"],
-                    metric_name=f"{row['metric']}, {row['n_items']:,} items", metric_value=round(row["value"], 6),
+                    "text-generation", dataset, name, row["metric"], round(row["value"], 6), task_name=name,
+                    dataset_config=config, metric_name=f"{row['metric']}, {row['n_items']:,.0f} items",
                 )
             )  # fmt: skip
     return scores

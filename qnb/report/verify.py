@@ -38,19 +38,18 @@ def verify(folder: str | Path) -> Iterator[Finding]:
     torn = [] if ledger.path.read_bytes().endswith(b"\n") else ["its last line is torn"]
     yield Finding("ledger.jsonl", "; ".join([*ledger.damaged, *torn]))
     results = Results.read(ledger)
-    yield from _files(ledger.folder, results)
+    for row in results.rows:
+        for kind in ("items", "samples", "tokens"):
+            if name := row.get(f"{kind}_file"):
+                is_same = _is_file(ledger.folder / name, row[f"{kind}_sha256"])
+                yield Finding(name, "" if is_same else "missing, or not the file its row was made of")
     yield from _scores(results)
     yield from _checkpoints(ledger.folder, results)
     yield from _tables(ledger.folder, results)
 
 
-def _files(folder: Path, results: Results) -> Iterator[Finding]:
-    """Hash the items and the samples that rows were made of."""
-    for row in results.rows:
-        for kind in ("items", "samples", "tokens"):
-            if name := row.get(f"{kind}_file"):
-                same = (folder / name).is_file() and file_sha256(folder / name) == row[f"{kind}_sha256"]
-                yield Finding(name, "" if same else "missing, or not the file its row was made of")
+def _is_file(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_sha256(path) == sha256
 
 
 def _scores(results: Results) -> Iterator[Finding]:
@@ -62,9 +61,9 @@ def _scores(results: Results) -> Iterator[Finding]:
         for score in row["scores"]:
             correct = items[(items.task == score["task"]) & (items["filter"] == score["filter"])].correct
             if score["metric"] in HEADLINE and len(correct) and correct.notna().all():
-                same = abs(correct.astype(float).mean() - score["value"]) < 1e-9
+                is_same = abs(correct.astype(float).mean() - score["value"]) < 1e-9
                 part = f"{score['metric']} of {score['task']}, {row['precision']}"
-                yield Finding(part, "" if same else "not what its items come to")
+                yield Finding(part, "" if is_same else "not what its items come to")
 
 
 def _checkpoints(folder: Path, results: Results) -> Iterator[Finding]:
@@ -72,9 +71,7 @@ def _checkpoints(folder: Path, results: Results) -> Iterator[Finding]:
     for row in results.checkpoints.to_dict("records"):
         checkpoint = folder / "checkpoints" / row["precision"]
         if checkpoint.is_dir():
-            manifest = checkpoint / MANIFEST
-            same = manifest.is_file() and file_sha256(manifest) == row["manifest_sha256"]
-            damaged = damage(checkpoint) if same else MANIFEST
+            damaged = damage(checkpoint) if _is_file(checkpoint / MANIFEST, row["manifest_sha256"]) else MANIFEST
             yield Finding(f"checkpoints/{row['precision']}", f"{damaged} is not as it was saved" if damaged else "")
 
 
@@ -85,5 +82,5 @@ def _tables(folder: Path, results: Results) -> Iterator[Finding]:
         if path.exists():
             table = build(results, name)
             for file, text in ((path, table.to_csv(index=False)), (path.with_suffix(".md"), markdown(table))):
-                same = file.is_file() and file.read_bytes() == text.encode()
-                yield Finding(f"tables/{file.name}", "" if same else "not what the rows give; run its notebook again")
+                is_same = file.is_file() and file.read_bytes() == text.encode()
+                yield Finding(f"tables/{file.name}", "" if is_same else "not what the rows give: run its notebook")
