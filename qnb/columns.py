@@ -126,7 +126,6 @@ class Flag(StrEnum):
     SAMPLES_MISSING = "samples_missing"
     TOO_SHORT = "too_short"
     TRACE_FAILED = "trace_failed"
-    COMPARISON_FAILED = "comparison_failed"
 
     @property
     def text(self) -> str:
@@ -142,7 +141,6 @@ _FLAG_TEXTS = {
     Flag.SAMPLES_MISSING: "some of the monitor's readings are missing",
     Flag.TOO_SHORT: "too short for utilization, power and energy",
     Flag.TRACE_FAILED: "kernels were not traced",
-    Flag.COMPARISON_FAILED: "tokens were not compared with eager's",
 }
 DISTURBED = frozenset({Flag.GPU_SHARED, Flag.CPU_SHARED})
 

@@ -6,21 +6,20 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from time import sleep
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
 from qnb.columns import Flag
 from qnb.memory import MIB
-from qnb.speed.engines import Clock
 from qnb.speed.monitor import LOOK_BACK_S, Window, flags_of, open_sensor
 
 # sizes that fill a device without taking long: MiB copied, rows of a square product
 SIZES = {"cuda": (1024, 8192), "cpu": (64, 512)}
 TYPES = ("float32", "float16", "bfloat16", "int8")
-IDLE_READINGS, IDLE_PERIOD_S = 10, 0.1
+IDLE_S = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +40,9 @@ class DevicePeaks:
 
     def columns(self, flops_by_type: Mapping[str, float] | None) -> dict[str, float | None]:
         """Return what a timed row keeps of the peaks, for a decode step's mix of types."""
-        flop_per_s = self.flop_per_s(flops_by_type)
         return {
             "peak_bytes_per_s": self.copy_bytes_per_s,
-            "peak_flop_per_s": flop_per_s,
+            "peak_flop_per_s": self.flop_per_s(flops_by_type),
             "idle_power_w": self.idle_power_w,
         }
 
@@ -64,40 +62,29 @@ def measure_peaks(device: torch.device | str) -> DevicePeaks:
     with Window(open_sensor(device)) as window:
         idle_power_w = _idle_power_w(device) if device.type == "cuda" else None
         source = torch.ones(copied_mib * MIB, dtype=torch.uint8, device=device)
-        copy_s = _fastest_s(partial(torch.empty_like(source).copy_, source), device)
+        copy_s = _fastest_s(partial(torch.empty_like(source).copy_, source))
         for name in TYPES:
             matrix = torch.ones(side, side, device=device, dtype=getattr(torch, name))
             multiply = torch._int_mm if name == "int8" else torch.mm
             with suppress(RuntimeError, NotImplementedError):  # the device has no such product
                 # transposed, as layers have it: the int8 units take the right matrix by columns, or crawl
-                flop_per_s[name] = 2 * side**3 / _fastest_s(partial(multiply, matrix, matrix.t()), device)
+                flop_per_s[name] = 2 * side**3 / _fastest_s(partial(multiply, matrix, matrix.t()))
     disturbance = Flag.GPU_SHARED if device.type == "cuda" else Flag.CPU_SHARED
     flags = tuple(flag for flag in flags_of(window.usage) if flag == disturbance)
     return DevicePeaks(2 * copied_mib * MIB / copy_s, flop_per_s, idle_power_w, flags)
 
 
 def _idle_power_w(device: torch.device) -> float | None:
-    """Return the median power of a GPU that nothing runs on; None where it is not told."""
+    """Return the mean power of a GPU that nothing runs on; None where it is not told."""
     torch.zeros(1, device=device)  # a context keeps the clocks from falling
     torch.cuda.synchronize(device)
-    sensor, powers_w = open_sensor(device), []
     sleep(LOOK_BACK_S)
-    for _ in range(IDLE_READINGS):
-        sleep(IDLE_PERIOD_S)
-        with suppress(OSError, KeyError):  # a sensor that no longer answers, or never told
-            powers_w.append(sensor.sample()["power_w"])
-    return median(powers_w) if powers_w else None
+    with Window(open_sensor(device)) as window:
+        sleep(IDLE_S)
+    return window.usage.power_w
 
 
-def _fastest_s(work: Callable[[], Any], device: torch.device, least_runs: int = 3, least_s: float = 0.2) -> float:
+def _fastest_s(work: Callable[[], Any]) -> float:
     """Return the fastest of several runs, in seconds."""
-    work()
-    times_s: list[float] = []
-    while len(times_s) < least_runs or sum(times_s) < least_s:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        clock = Clock(device)
-        work()
-        clock.tick()
-        times_s += clock.elapsed_s()
-    return min(times_s)
+    timer = Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=0.2).times)

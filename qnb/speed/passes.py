@@ -21,25 +21,94 @@ from qnb.prompts import Workload
 from qnb.speed.batch_search import LargestBatch
 
 if TYPE_CHECKING:
-    from tqdm.auto import tqdm
     from transformers import PreTrainedModel
 
     from qnb.session import Session
     from qnb.speed.device_peaks import DevicePeaks
 
 Result = TypeVar("Result")
-Passes = Sequence[str]  # see `qnb.speed.benchmark.PASSES`
 
 LEAST_PASSES = 3
 SETTLED_WIDTH = 0.05  # of the 95 % interval over passes, relative to their mean
 _is_warmed_up = False  # whether this process has run a model
 
 
-class Loaded(NamedTuple):
-    """A model, and the memory in use before it was loaded, None where that is unknown."""
+@dataclass
+class Series:
+    """The passes of one format with one engine, all of one batch size: the largest where that was searched, or 1.
 
-    model: PreTrainedModel
-    baseline_mib: float | None
+    `asked` is what the search depends on, and with its outcome, what the passes depend on.
+    """
+
+    session: Session
+    setting: str
+    workload: Workload
+    repeats: int  # the most passes
+    peaks: DevicePeaks
+    precision: Precision
+    engine: str
+    asked: Mapping[str, Any]
+    largest: LargestBatch | None = None
+    passes: list[Mapping[str, Any]] = field(default_factory=list)
+    has_failed: bool = False
+
+    @property
+    def pass_asked(self) -> dict[str, Any]:
+        """What a pass depends on."""
+        if self.largest is None:
+            return {**self.asked, "batch_size": 1}
+        return {**self.asked, "batch_size": self.largest.batch_size, "capped": self.largest.capped}
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The key of the next pass."""
+        fields = {"engine": self.engine, "setting": self.setting, "repeat": len(self.passes)}
+        return self.session.key("perf", self.precision, self.pass_asked, **fields)
+
+    @property
+    def batch_key(self) -> dict[str, Any]:
+        """The key of the search."""
+        return self.session.key("batch", self.precision, self.asked, engine=self.engine)
+
+    @property
+    def stop_reason(self) -> str:
+        """Why no further pass follows: "interval", "limit", or "" where one does."""
+        if any("batch_s" not in each for each in self.passes):  # the engine cannot run
+            return "limit"
+        if is_settled([median(each["batch_s"]) for each in self.passes]):
+            return "interval"
+        return "limit" if len(self.passes) >= self.repeats else ""
+
+    def record_batch(self, largest: LargestBatch) -> None:
+        """Record the largest batch, of which the passes begin anew."""
+        tokens = {"prompt_tokens": len(self.workload.longest), "new_tokens": self.workload.new_tokens}
+        self.session.append(self.batch_key, self.asked, asdict(largest), tokens)
+        self.largest = largest
+        self.passes.clear()
+
+    def find_pass(self) -> bool:
+        """Take the next pass from the ledger; return whether it was there."""
+        row = self.session.find(self.key)
+        self.passes += [row] if row else []
+        self.has_failed = not row  # until it is recorded
+        return bool(row)
+
+    def time_pass(self, loaded: Loaded) -> None:
+        """Time the next pass and record it. Where memory runs out, the batch shrinks."""
+        while True:
+            key, asked = self.key, self.pass_asked
+            size, is_first = asked["batch_size"], not self.passes
+            try:
+                values = time_row(self.session, key, loaded, self.workload, size, self.peaks, trace=is_first)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error) or self.largest is None or size == 1:
+                    raise
+            self.record_batch(self.largest.smaller())
+            memory.release()
+        self.passes.append(values)
+        self.session.append(key, asked, values, {"stop_reason": self.stop_reason})
+        self.has_failed = False
 
 
 def is_settled(pass_medians_s: Sequence[float]) -> bool:
@@ -57,117 +126,63 @@ def is_settled(pass_medians_s: Sequence[float]) -> bool:
     return 2 * half_width <= SETTLED_WIDTH * fmean(pass_medians_s)
 
 
-@dataclass
-class Series:
-    """The passes of one format with one engine, all of one batch size.
+def time_in_turn(session: Session, all_series: Sequence[Series]) -> None:
+    """Give each series passes until it has settled, has failed, or has had all of them.
 
-    `search` is what the batch size comes from: a row of stage "batch", or just a batch size. `asked` is what that
-    search depends on, and with its outcome, what the passes depend on.
+    What the ledger has is not measured again. A format is loaded once for all its engines' passes of a turn.
     """
-
-    precision: Precision
-    engine: str
-    asked: Mapping[str, Any]
-    search: Mapping[str, Any]
-    rows: list[Row] = field(default_factory=list)
-    has_failed: bool = False
-
-    @property
-    def pass_asked(self) -> dict[str, Any]:
-        """What a pass depends on."""
-        return {**self.asked, **{name: self.search[name] for name in ("batch_size", "capped") if name in self.search}}
-
-    def stop_reason(self, repeats: int, *new: Mapping[str, Any]) -> str:
-        """Return why no pass follows its rows and `new` ones: "interval", "limit", or "" where one does."""
-        rows = (*self.rows, *new)
-        if any("batch_s" not in row for row in rows):  # the engine cannot run
-            return "limit"
-        if is_settled([median(row["batch_s"]) for row in rows]):
-            return "interval"
-        return "limit" if len(rows) >= repeats else ""
-
-
-@dataclass(frozen=True)
-class Timer:
-    """Times series in turn and records each pass. What the ledger has is not measured again."""
-
-    session: Session
-    setting: str
-    workload: Workload
-    repeats: int
-    peaks: DevicePeaks
-
-    def time_all(self, all_series: Sequence[Series], bar: tqdm) -> None:
-        """Give each series passes until it has settled, has failed, or has had all of them."""
-        precisions = self.session.precisions
-        for turn in count():
-            first, is_over = turn % len(precisions), True
+    precisions = session.precisions
+    for turn in count():
+        due = [series for series in all_series if not (series.has_failed or series.stop_reason)]
+        if not due:
+            return
+        first = turn % len(precisions)
+        with session.progress(len(precisions), f"{due[0].setting}, pass {turn + 1}") as bar:
             for precision in (*precisions[first:], *precisions[:first]):
                 bar.set_postfix_str(precision.name)
-                mine = [each for each in all_series if each.precision == precision and not each.has_failed]
-                due = [each for each in mine if not each.stop_reason(self.repeats)]
-                if due:
-                    is_over = False
-                    self._time_turn(due)
-                bar.update(turn < self.repeats)
-            if is_over:
-                return
-
-    def _time_turn(self, due: Sequence[Series]) -> None:
-        """Add a pass to each series of one format."""
-        missing: list[Series] = []
-        for series in due:
-            if row := self.session.find(self._key(series)):
-                series.rows.append(row)
-            else:
-                series.has_failed = True  # until its pass is recorded
-                missing.append(series)
-        if missing:
-            precision = missing[0].precision
-            with self.session.failing(self._key(missing[0]), precision.name):
-                warm_up_libraries(self.session, precision)
-                with_model(self.session, precision, partial(self._time_missing, missing))
-
-    def _time_missing(self, missing: Sequence[Series], loaded: Loaded) -> None:
-        for series in missing:
-            with self.session.failing(self._key(series), f"{series.precision.name} with engine {series.engine}"):
-                values = self._time_pass(series, loaded)
-                reason = {"stop_reason": series.stop_reason(self.repeats, values)}
-                row = self.session.append(self._key(series), series.pass_asked, values, reason)
-                series.rows.append(row)
-                series.has_failed = False
-            memory.release()
-
-    def _time_pass(self, series: Series, loaded: Loaded) -> dict[str, Any]:
-        """Time one pass. Where memory runs out, the batch shrinks and the series begins again."""
-        from qnb.speed.benchmark import PASSES
-
-        while True:
-            key, batch_size, passes = self._key(series), series.search["batch_size"], () if series.rows else PASSES
-            try:
-                return time_row(self.session, key, loaded, self.workload, batch_size, self.peaks, passes)
-            except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error) or batch_size == 1 or "probes" not in series.search:
-                    raise
-            smaller = LargestBatch.from_row(series.search).smaller()
-            series.search = record_batch(self.session, series, self.workload, smaller)
-            series.rows.clear()
-            memory.release()
-
-    def _key(self, series: Series) -> dict[str, Any]:
-        fields = {"engine": series.engine, "setting": self.setting, "repeat": len(series.rows)}
-        return self.session.key("perf", series.precision, series.pass_asked, **fields)
+                missing = [series for series in due if series.precision == precision and not series.find_pass()]
+                if missing:
+                    with session.failing(missing[0].key, precision.name):
+                        with_model(session, precision, partial(_time_passes, missing))
+                bar.update()
 
 
-def record_batch(session: Session, series: Series, workload: Workload, largest: LargestBatch) -> Row:
-    """Record the largest batch of a series' format and engine."""
-    key = session.key("batch", series.precision, series.asked, engine=series.engine)
-    tokens = {"prompt_tokens": len(workload.longest), "new_tokens": workload.new_tokens}
-    return session.append(key, series.asked, asdict(largest), tokens)
+def _time_passes(missing: Sequence[Series], loaded: Loaded) -> None:
+    """Time a pass of each series with their format loaded; one that fails costs no other its pass."""
+    for series in missing:
+        with series.session.failing(series.key, f"{series.precision.name} with engine {series.engine}"):
+            series.time_pass(loaded)
+        memory.release()
+
+
+class Loaded(NamedTuple):
+    """A model, and the memory in use before it was loaded, None where that is unknown."""
+
+    model: PreTrainedModel
+    baseline_mib: float | None
+
+
+def with_model(session: Session, precision: Precision, measure: Callable[[Loaded], Result]) -> Result:
+    """Load a format's checkpoint, measure it, and give its memory back; `measure` must not keep the model.
+
+    On a CPU the first model of a process runs once before: what libraries allocate at first use is no format's memory.
+    """
+    global _is_warmed_up
+    from qnb.speed.engines import Eager
+    from qnb.speed.monitor import used_memory_mib
+
+    if session.device.kind == "cpu" and not _is_warmed_up:
+        _is_warmed_up = True
+        with_model(session, precision, lambda loaded: Eager(loaded.model).generate([[1, 2, 3, 4]], 2))
+    session.checkpoint(precision)
+    memory.release(workspaces=True)
+    baseline_mib = used_memory_mib(session.device.place)
+    with ExitStack() as stack:  # no variable here may hold the model: a notebook keeps its last traceback
+        return measure(Loaded(stack.enter_context(session.loaded(precision)), baseline_mib))
 
 
 def time_row(
-    session: Session, key: Row, loaded: Loaded, workload: Workload, batch_size: int, peaks: DevicePeaks, passes: Passes
+    session: Session, key: Row, loaded: Loaded, workload: Workload, batch_size: int, peaks: DevicePeaks, trace: bool
 ) -> dict[str, Any]:
     """Run the workload with the key's engine; return the row's values, or a note where the engine cannot run.
 
@@ -181,34 +196,11 @@ def time_row(
     engine, tokens = key["engine"], len(workload.longest) + workload.new_tokens
     if reason := why_unavailable(engine, session.device.kind, model=loaded.model, tokens=tokens):
         return {"batch_size": batch_size, "note": reason}
-    timed = run(loaded.model, workload, batch_size, engine, loaded.baseline_mib, peaks, passes)
+    timed = run(loaded.model, workload, batch_size, engine, loaded.baseline_mib, peaks, trace)
     values = asdict(timed.run)
-    parts = ("stage", "setting", "precision", "engine", "repeat", "fingerprint")
-    stem = "samples/" + ".".join(str(key.get(name, 0)) for name in parts)
-    for name, rows in (("samples", timed.readings), ("tokens", timed.token_rows())):
-        file_and_hash = write_parquet(session.folder, f"{stem}.{name}", pd.DataFrame(rows))
+    stem = "samples/" + ".".join(map(str, key.values()))
+    token_times_s = pd.DataFrame(timed.token_times_s).rename(columns=str)  # a row a batch, a column a new token
+    for name, frame in (("samples", pd.DataFrame(timed.readings)), ("tokens", token_times_s)):
+        file_and_hash = write_parquet(session.folder, f"{stem}.{name}", frame)
         values[f"{name}_file"], values[f"{name}_sha256"] = file_and_hash
     return values
-
-
-def with_model(session: Session, precision: Precision, measure: Callable[[Loaded], Result]) -> Result:
-    """Load a format's checkpoint, measure it, and give its memory back; `measure` must not keep the model."""
-    from qnb.speed.monitor import used_memory_mib
-
-    session.checkpoint(precision)
-    memory.release(workspaces=True)
-    baseline_mib = used_memory_mib(session.device.place)
-    with ExitStack() as stack:  # no variable here may hold the model: a notebook keeps its last traceback
-        return measure(Loaded(stack.enter_context(session.loaded(precision)), baseline_mib))
-
-
-def warm_up_libraries(session: Session, precision: Precision) -> None:
-    """Run a model once in this process: on a CPU, what libraries allocate at first use is no format's memory."""
-    global _is_warmed_up
-    if session.device.kind == "cpu" and not _is_warmed_up:
-        from qnb.quantize.checkpoint import quiet
-        from qnb.speed.engines import Eager
-
-        with quiet():
-            with_model(session, precision, lambda loaded: Eager(loaded.model).generate([[1, 2, 3, 4]], 2))
-        _is_warmed_up = True

@@ -43,18 +43,19 @@ def derived(row: Mapping[str, Any]) -> dict[str, Any]:
         "mfu_pct": 100 * flops / step_s / peak_flop_per_s,
         "gpu_busy_pct": 100 * kernel_s / step_s,
     }
-    known = {name: None if math.isnan(value) else value for name, value in values.items()}
-    return {**known, "bound": bound_of(known)}
+    columns = {name: None if math.isnan(value) else value for name, value in values.items()}
+    return {**columns, "bound": bound(columns)}
 
 
-def bound(gpu_busy_pct: float | None, mbu_pct: float | None, mfu_pct: float | None) -> str | None:
-    """Name what bounds a decode step; None where that cannot be told.
+def bound(row: Mapping[str, Any]) -> str | None:
+    """Name what bounds a row's decode step, from its shares of the peaks; None where that cannot be told.
 
     - ``"launch"``: kernels ran for less than three quarters of it. The rest is Python launching them.
     - ``"bandwidth"`` or ``"compute"``: the higher of MBU and MFU, where both together make half of the step.
     - ``"kernel_inefficiency"``: neither. The kernels do more than the least work, or do it slowly. This is told only
       where kernels were traced.
     """
+    gpu_busy_pct, mbu_pct, mfu_pct = row["gpu_busy_pct"], row["mbu_pct"], row["mfu_pct"]
     if mbu_pct is None:
         return None
     if gpu_busy_pct is not None and gpu_busy_pct < LAUNCH_BOUND_PCT:
@@ -62,12 +63,6 @@ def bound(gpu_busy_pct: float | None, mbu_pct: float | None, mfu_pct: float | No
     if mbu_pct + (mfu_pct or 0.0) >= NEAR_PEAK_PCT:
         return "compute" if mfu_pct is not None and mfu_pct > mbu_pct else "bandwidth"
     return "kernel_inefficiency" if gpu_busy_pct is not None else None
-
-
-def bound_of(row: Mapping[str, Any]) -> str | None:
-    """Name what bounds a row's decode step, from its ``gpu_busy_pct``, ``mbu_pct`` and ``mfu_pct``."""
-    shares_pct = _numbers(row, "gpu_busy_pct", "mbu_pct", "mfu_pct")
-    return bound(*(None if math.isnan(share_pct) else share_pct for share_pct in shares_pct))
 
 
 def _numbers(row: Mapping[str, Any], *names: str) -> list[float]:

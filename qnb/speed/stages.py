@@ -1,10 +1,13 @@
-"""The stages of notebooks 03 and 04: workload, device peaks, batch size 1, largest batch, sweep, prompt lengths."""
+"""The stages of notebooks 03 and 04: workload, device peaks, batch size 1, largest batch, sweep, prompt lengths.
+
+Each is a function of a session and of what a user may ask, a class that checks its values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import cycle, islice, pairwise
 from typing import TYPE_CHECKING, Any
@@ -12,29 +15,165 @@ from typing import TYPE_CHECKING, Any
 from qnb import memory, prompts
 from qnb.errors import InputError
 from qnb.ledger import Row
-from qnb.options import AUTO, minutes_of
-from qnb.precision import PRECISIONS, Precision, parse
+from qnb.options import Count, check_count, check_requests, minutes_of
+from qnb.precision import Precision, parse
 from qnb.prompts import Workload
-from qnb.speed.batch_search import (
-    ChildTrials,
-    LargestBatch,
-    OneRequestDoesNotFit,
-    find_largest_batch,
-    int32_rows,
-    sweep_sizes,
-)
-from qnb.speed.options import BatchOneOptions, Engines, LargestBatchOptions, PlanOptions, SweepOptions, WorkloadOptions
-from qnb.speed.passes import Loaded, Series, Timer, record_batch, time_row, warm_up_libraries, with_model
+from qnb.speed.batch_search import ChildTrials, LargestBatch, find_largest_batch, int32_rows, sweep_sizes
+from qnb.speed.passes import Loaded, Series, time_in_turn, time_row, with_model
 
 if TYPE_CHECKING:
     from qnb.session import Session
     from qnb.speed.device_peaks import DevicePeaks
 
-PACE_BATCH = {"bs1": {"cuda": 1, "cpu": 1}, "maxbatch": {"cuda": 32, "cpu": 4}}  # timed once to learn the pace
+Engines = str | Iterable[str]  # names in `qnb.speed.engines.FACTORIES`; "auto" is all that can run on the device
+
+PACE_BATCH = {"bs1": {"cuda": 1, "cpu": 1}, "maxbatch": {"cuda": 32, "cpu": 4}}  # by setting, timed to learn the pace
 # What a setting runs beside its timed passes: so many times its requests, and so many more. One by one: kernels
-# traced, memory read, tokens compared. In the largest batch: three probes of its size, memory read, kernels traced.
-EXTRA_COST = {"bs1": (0, 3), "maxbatch": (5, 0)}
+# traced. In the largest batch: three probes of its size, kernels traced.
+EXTRA_COST = {"bs1": (0, 1), "maxbatch": (4, 0)}
 BATCHES_SWEPT = 3  # of each size
+
+
+class _Checked:
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name == "setting" and value not in PACE_BATCH:
+                raise InputError(f"setting is {value!r}; give {' or '.join(map(repr, PACE_BATCH))}")
+            if name == "requests":
+                check_requests(f"{vars(self)['setting']}_requests", value)
+            if name == "workload" and not isinstance(value, Workload):
+                raise InputError(f"workload is {value!r}; give what study.workload('bs1') or ('maxbatch') returns")
+            if name == "prompt_source" and value != "auto":
+                prompts.check(value)
+            if name in ("prompt_tokens", "new_tokens", "max_batch", "memory_mib", "sweep_batch", "repeats"):
+                check_count(name, value)
+            if name == "counts":
+                for each in value or ["nothing"]:
+                    check_count(name, each)
+
+
+@dataclass(frozen=True)
+class WorkloadOptions(_Checked):
+    """Which prompts every format gets.
+
+    Parameters
+    ----------
+    setting
+        ``"bs1"`` or ``"maxbatch"``: the default of `requests` depends on it.
+    requests
+        How many prompts; or a time such as ``"4 minutes"`` for as many as it allows, all formats, `engines` and
+        `repeats` together.
+    prompt_tokens, new_tokens
+        The most tokens of a prompt, and the new tokens of each.
+    prompt_source
+        ``"wikitext"``, ``"sample"``, or ``"auto"``: WikiText-2 where there is a GPU or a `data_dir`.
+    engines, repeats
+        As for `BatchOneOptions`.
+
+    Raises
+    ------
+    InputError
+        A value is none of these.
+    """
+
+    setting: str
+    requests: Count = "auto"
+    prompt_tokens: Count = "auto"
+    new_tokens: Count = "auto"
+    prompt_source: str = "auto"
+    engines: Engines = "auto"
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class BatchOneOptions(_Checked):
+    """What is timed one request at a time.
+
+    Parameters
+    ----------
+    workload
+        The requests.
+    repeats
+        The most passes. After three at the earliest, a format and engine that has settled gets no further one.
+    engines
+        ``"eager"``, ``"cuda_graph"`` or both; ``"auto"`` is both on a GPU, else eager.
+
+    Raises
+    ------
+    InputError
+        A value is none of these.
+    """
+
+    workload: Workload
+    repeats: int = 1
+    engines: Engines = "auto"
+
+
+@dataclass(frozen=True)
+class LargestBatchOptions(_Checked):
+    """What is timed in the largest batch.
+
+    Parameters
+    ----------
+    workload
+        The requests. The search takes the longest of them with all its new tokens.
+    max_batch
+        The largest batch worth trying.
+    memory_mib
+        The memory allowed: of a GPU, where ``"auto"`` is all; on a CPU, how much the process may grow.
+    repeats, engines
+        As for `BatchOneOptions`.
+
+    Raises
+    ------
+    InputError
+        A value is none of these.
+    """
+
+    workload: Workload
+    max_batch: Count = "auto"
+    memory_mib: Count = "auto"
+    repeats: int = 1
+    engines: Engines = "auto"
+
+
+@dataclass(frozen=True)
+class SweepOptions(_Checked):
+    """Which batch sizes are swept.
+
+    Parameters
+    ----------
+    workload
+        Its prompts are repeated as often as the batches need.
+    sweep_batch
+        The largest batch; 0 is no sweep. On a GPU ``"auto"`` is the largest batch found for the format and engine, or
+        256 where none was searched; on a CPU it is 0.
+    engines
+        As for `BatchOneOptions`.
+
+    Raises
+    ------
+    InputError
+        A value is none of these.
+    """
+
+    workload: Workload
+    sweep_batch: Count = "auto"
+    engines: Engines = "auto"
+
+
+@dataclass(frozen=True)
+class PlanOptions(_Checked):
+    """Which prompts are planned in batches: their source as for `WorkloadOptions`, and several numbers of them.
+
+    Raises
+    ------
+    InputError
+        The source is unknown, or there is no number or one that is not positive.
+    """
+
+    prompt_source: str = "auto"
+    counts: Sequence[int] = (20, 2000, 5000)
 
 
 def workload(session: Session, options: WorkloadOptions) -> Workload:
@@ -50,18 +189,15 @@ def workload(session: Session, options: WorkloadOptions) -> Workload:
     prompt_tokens = session.count("prompt_tokens", options.prompt_tokens)
     new_tokens = session.count("new_tokens", options.new_tokens)
     check_context_window(session.config, prompt_tokens, new_tokens)
-    source, engines = _prompt_source(session, options.prompt_source), sorted(_engines(session, options.engines))
-    options = replace(
-        options, prompt_tokens=prompt_tokens, new_tokens=new_tokens, prompt_source=source, engines=engines
-    )
+    engines, source = _engines(session, options.engines), session.prompt_source(options.prompt_source)
     if minutes := minutes_of(options.requests):
-        requests = _affordable_requests(session, options, minutes)
+        requests = _affordable_requests(session, options, len(engines), minutes)
     else:
         requests = session.count(f"{options.setting}_requests", options.requests)
     return prompts.load(session.tokenizer, source, requests, prompt_tokens, new_tokens, session.data_dir, session.seed)
 
 
-def _affordable_requests(session: Session, options: WorkloadOptions, minutes: float) -> int:
+def _affordable_requests(session: Session, options: WorkloadOptions, engines: int, minutes: float) -> int:
     """Return how many requests a time allows, for all formats, engines and repeats together.
 
     A batch of each format is timed with `eager`, and every engine is taken to be as slow. Loading and compiling come
@@ -69,25 +205,23 @@ def _affordable_requests(session: Session, options: WorkloadOptions, minutes: fl
     """
     from qnb.speed.benchmark import run
 
-    asked = {**asdict(options), "minutes": minutes, "repeats": int(options.repeats)}
-    del asked["requests"]
-    key = session.key("pace", None, asked, setting=options.setting)
+    asked, setting = asdict(options), options.setting
+    key = session.key("pace", None, asked, setting=setting)
     with session.exclusive():
         if row := session.decided(key):
             return int(row["requests"])
-        device_peaks(session)  # before anything is loaded
-        batch_size = PACE_BATCH[options.setting][session.device.kind]
-        batch, seconds = workload(session, replace(options, requests=batch_size)), {}
+        size, spent_s = PACE_BATCH[setting][session.device.kind], 0.0
+        batch = workload(session, replace(options, requests=size))
         for precision in session.precisions:
             with suppress(RuntimeError, MemoryError):  # it is recorded where it is measured
-                timed = with_model(session, precision, lambda loaded: run(loaded.model, batch, batch_size, passes=()))
-                seconds[precision.name] = timed.run.total_s
-        requests = AUTO["cpu"][f"{options.setting}_requests"]
-        if seconds:
-            spent_s, (times, more) = sum(seconds.values()), EXTRA_COST[options.setting]
-            request_s = len(asked["engines"]) * spent_s / batch_size
-            requests = max(1, int(((60 * minutes - spent_s) / request_s - more) / (times + asked["repeats"])))
-        return int(session.append(key, {"requests": requests, "seconds": seconds}, asked)["requests"])
+                timed = with_model(session, precision, lambda loaded: run(loaded.model, batch, size, trace=False))
+                spent_s += timed.run.total_s
+        requests = session.count(f"{setting}_requests", "auto")
+        if spent_s:
+            request_s, (times, more) = engines * spent_s / size, EXTRA_COST[setting]
+            affordable = (60 * minutes - spent_s) / request_s - more
+            requests = max(1, int(affordable / (times + int(options.repeats))))
+        return int(session.append(key, asked, {"requests": requests, "spent_s": spent_s})["requests"])
 
 
 def device_peaks(session: Session) -> DevicePeaks:
@@ -110,13 +244,13 @@ def perf_bs1(session: Session, options: BatchOneOptions) -> None:
     RuntimeError
         Nothing could be measured.
     """
-    asked, engines, repeats = _asked(options.workload), _engines(session, options.engines), int(options.repeats)
-    all_series = [
-        Series(precision, engine, asked, {"batch_size": 1}) for precision in session.precisions for engine in engines
-    ]
-    with session.exclusive(), session.progress(repeats * len(session.precisions), "batch size 1") as bar:
-        Timer(session, "bs1", options.workload, repeats, device_peaks(session)).time_all(all_series, bar)
-    session.require("perf")
+    engines, repeats = _engines(session, options.engines), int(options.repeats)
+    series = partial(Series, session, "bs1", options.workload, repeats, device_peaks(session))
+    asked = _asked(options.workload)
+    all_series = [series(precision, engine, asked) for precision in session.precisions for engine in engines]
+    with session.exclusive():
+        time_in_turn(session, all_series)
+    session.require("perf", "bs1")
 
 
 def perf_maxbatch(session: Session, options: LargestBatchOptions) -> None:
@@ -125,70 +259,63 @@ def perf_maxbatch(session: Session, options: LargestBatchOptions) -> None:
     Raises
     ------
     InputError
-        An engine is unknown or cannot run here, or `memory_mib` is too little for one request in every format.
+        An engine is unknown or cannot run here.
     RuntimeError
-        Nothing could be measured.
+        Nothing could be measured, such as where no format has the memory for one request.
     """
     engines, repeats = _engines(session, options.engines), int(options.repeats)
     allowed_mib = session.count("memory_mib", options.memory_mib)
-    limit_mib = float(allowed_mib or session.device.memory_mib)
     cap = min(session.count("max_batch", options.max_batch), len(options.workload.prompts))
+    limit_mib = float(allowed_mib or session.device.memory_mib)
     asked = {**_asked(options.workload), "memory_limit_mib": limit_mib, "cap": cap}
-    peaks = device_peaks(session)  # before anything is loaded, or held to less memory
+    # peaks are measured before anything is loaded, or held to less memory
+    series = partial(Series, session, "maxbatch", options.workload, repeats, device_peaks(session))
     limited = memory.limited(session.device.memory_mib, allowed_mib if session.device.kind == "cuda" else 0)
-    progress = session.progress((1 + repeats) * len(session.precisions), "largest batch")
-    with session.exclusive(), progress as bar, limited:
+    with session.exclusive(), limited:
         # 1) search
-        all_series: list[Series] = []
-        too_small: list[MemoryError] = []
-        for precision in session.precisions:
-            bar.set_postfix_str(f"search {precision.name}")
-            for engine in engines:
-                series = Series(precision, engine, asked, {})
-                key = session.key("batch", precision, asked, engine=engine)
-                with session.failing(key, f"the largest batch of {precision.name} with engine {engine}"):
-                    try:
-                        series.search = session.find(key) or _search(session, series, options.workload)
-                        all_series.append(series)
-                    except OneRequestDoesNotFit as error:
-                        too_small.append(error)
-                        raise
-            bar.update()
-        if options.memory_mib != "auto" and len(too_small) == len(session.precisions) * len(engines):
-            raise InputError(f"memory_mib is {allowed_mib}: {too_small[-1]}")
+        searched: list[Series] = []
+        with session.progress(len(session.precisions), "largest batch") as bar:
+            for precision in session.precisions:
+                bar.set_postfix_str(precision.name)
+                for each in [series(precision, engine, asked) for engine in engines]:
+                    with session.failing(each.batch_key, f"the largest batch of {precision.name} with {each.engine}"):
+                        _search(each)
+                        searched.append(each)
+                bar.update()
         # 2) time
-        Timer(session, "maxbatch", options.workload, repeats, peaks).time_all(all_series, bar)
-    session.require("perf" if all_series else "batch")
+        if not searched:
+            session.require("batch")
+        time_in_turn(session, searched)
+    session.require("perf", "maxbatch")
 
 
-def _search(session: Session, series: Series, workload: Workload) -> Row:
-    """Search the largest batch and record it. Where the engine cannot run there is no row, and the batch is 1."""
+def _search(series: Series) -> None:
+    """Find the largest batch of a series, in the ledger or by trials; an engine that cannot run stays at batch 1."""
     from qnb.speed.batch_trials import Trials, load_trials
     from qnb.speed.engines import EngineUnavailable, why_unavailable
 
-    precision, engine = series.precision, series.engine
+    session, precision, engine, work = series.session, series.precision, series.engine, series.workload
     limit_mib, cap, place = series.asked["memory_limit_mib"], series.asked["cap"], session.device.place
-    not_searched = {"batch_size": 1, "capped": False}
     if why_unavailable(engine, session.device.kind, precision.threshold):
-        return not_searched
+        return
+    if row := session.find(series.batch_key):
+        series.largest = LargestBatch.from_row(row)
+        return
 
     def search(loaded: Loaded) -> LargestBatch:
-        trials = Trials(loaded.model, workload, limit_mib, engine, loaded.baseline_mib)
+        trials = Trials(loaded.model, work, limit_mib, engine, loaded.baseline_mib)
         return find_largest_batch(trials, limit_mib, cap)
 
-    warm_up_libraries(session, precision)
-    last_safe = _last_safe_batch(session, precision, engine, workload)
-    try:
+    last_safe = _last_safe_batch(session, precision, engine, work)
+    with suppress(EngineUnavailable):
         if last_safe is None or cap <= last_safe:
             largest = with_model(session, precision, search)
         else:
             folder = session.checkpoint(precision)
             memory.release(workspaces=True)
-            with ChildTrials(load_trials, folder, precision, place, workload, limit_mib, engine) as try_batch:
+            with ChildTrials(load_trials, folder, precision, place, work, limit_mib, engine) as try_batch:
                 largest = find_largest_batch(try_batch, limit_mib, cap, last_safe)
-    except EngineUnavailable:
-        return not_searched
-    return record_batch(session, series, workload, largest)
+        series.record_batch(largest)
 
 
 def _last_safe_batch(session: Session, precision: Precision, engine: str, workload: Workload) -> int | None:
@@ -204,60 +331,54 @@ def _last_safe_batch(session: Session, precision: Precision, engine: str, worklo
 def sweep(session: Session, options: SweepOptions) -> None:
     """Time three batches each of 1, 2, 4 ... requests, a row a format, engine and size.
 
-    The first size that does not fit ends the sizes of its format and engine. It is tried again on the next run.
+    The first size that does not fit ends the sizes of its format and engine. It is tried again on the next run. Sizes
+    that may end the process are left out.
 
     Raises
     ------
     InputError
         An engine is unknown or cannot run here.
     """
-    engines, largest = _engines(session, options.engines), session.count("sweep_batch", options.largest)
+    engines, largest = _engines(session, options.engines), session.count("sweep_batch", options.sweep_batch)
     if not largest:
         return
-    searches = session.ledger.rows("batch") if options.largest == "auto" else []
+    searches = session.ledger.rows("batch") if options.sweep_batch == "auto" else []
     searched = {(row["precision"], row["engine"]): row["batch_size"] for row in searches}
-    asked = _asked(options.workload)
+    asked, peaks = _asked(options.workload), device_peaks(session)
     with session.exclusive(), session.progress(len(session.precisions), "batch sizes") as bar:
-        peaks = device_peaks(session)
         for precision in session.precisions:
             bar.set_postfix_str(precision.name)
-            keys = [
-                session.key("sweep", precision, asked, engine=engine, setting=str(size))
-                for engine in engines
-                for size in sweep_sizes(searched.get((precision.name, engine), largest))
-            ]
-            missing = [key for key in keys if not (session.find(key) or {"fits": False}).get("fits", True)]
+            keys = []
+            for engine in engines:
+                most = searched.get((precision.name, engine), largest)
+                sizes = sweep_sizes(min(most, _last_safe_batch(session, precision, engine, options.workload) or most))
+                keys += [session.key("sweep", precision, asked, engine=engine, setting=str(size)) for size in sizes]
+            missing = [key for key in keys if (session.find(key) or {"fits": False}).get("fits") is False]
             if missing:
                 with session.failing(missing[0], f"the batch sizes of {precision.name}"):
-                    time = partial(_sweep_format, session, missing, options.workload, peaks)
-                    with_model(session, precision, time)
+                    with_model(session, precision, partial(_sweep_format, session, missing, options.workload, peaks))
             bar.update()
 
 
 def _sweep_format(
     session: Session, keys: Sequence[Row], workload: Workload, peaks: DevicePeaks, loaded: Loaded
 ) -> None:
-    """Time a batch size a key with a loaded format, and record the rows."""
-    from qnb.speed.benchmark import twice
-
+    """Time a batch size a key with a loaded format, each engine's until one does not fit, and record the rows."""
     full_engines: set[str] = set()
     for key in keys:
-        size, engine, precision = int(key["setting"]), key["engine"], PRECISIONS[key["precision"]]
+        size, engine = int(key["setting"]), key["engine"]
+        if engine in full_engines:
+            continue
         batches = replace(workload, prompts=tuple(islice(cycle(workload.prompts), BATCHES_SWEPT * size)))
-        values: dict[str, Any] = {"fits": False, "note": "a smaller batch did not fit"}
-        with session.failing(key, f"{precision.name}'s batch of {size} with engine {engine}"):
-            if 0 < (_last_safe_batch(session, precision, engine, workload) or 0) < size:
-                values = {"note": "not tried: bitsandbytes counts an INT8 layer's outputs in 32 bits"}
-            elif engine not in full_engines:
-                try:
-                    time = partial(time_row, session, key, loaded, batches, size, peaks, ("memory",))
-                    values = twice(time)
-                except (RuntimeError, MemoryError) as error:
-                    if not memory.is_out_of_memory(error):
-                        raise
-                    full_engines.add(engine)
-                    values["note"] = "out of memory"
-            session.append(key, _asked(workload), {"batch_size": size, **values})
+        with session.failing(key, f"{key['precision']}'s batch of {size} with engine {engine}"):
+            try:
+                values = time_row(session, key, loaded, batches, size, peaks, trace=False)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_out_of_memory(error):
+                    raise
+                full_engines.add(engine)
+                values = {"batch_size": size, "fits": False, "note": "out of memory"}
+            session.append(key, _asked(workload), values)
         memory.release()
 
 
@@ -273,7 +394,7 @@ def prompt_lengths(session: Session, options: PlanOptions) -> None:
     """
     from qnb.speed.engines import context_window
 
-    source, counts = _prompt_source(session, options.prompt_source), sorted({int(each) for each in options.counts})
+    source, counts = session.prompt_source(options.prompt_source), sorted({int(each) for each in options.counts})
     lengths = prompts.lengths(session.tokenizer, source, counts[-1], session.data_dir, session.seed)
     asked = {"prompt_source": source, "counts": counts, "lengths": lengths, "window": context_window(session.config)}
     key = session.key("lengths", None, asked)
@@ -314,9 +435,3 @@ def _engines(session: Session, engines: Engines) -> tuple[str, ...]:
     from qnb.speed.engines import parse as parse_engines
 
     return parse_engines(engines, session.device.kind)
-
-
-def _prompt_source(session: Session, source: str) -> str:
-    if source == "auto":
-        return "wikitext" if session.device.kind == "cuda" or session.data_dir else "sample"
-    return source

@@ -13,12 +13,10 @@ from qnb.errors import InputError
 from qnb.precision import PRECISIONS
 from qnb.prompts import Workload, load
 from qnb.quantize import checkpoint as checkpoints
-from qnb.speed import benchmark, device_peaks, engines
-from qnb.speed.benchmark import run, twice
-from qnb.speed.decode_work import count_work
+from qnb.speed import benchmark, decode_work, device_peaks
+from qnb.speed.benchmark import latency, run
+from qnb.speed.decode_work import Work, count_work, trace_kernels
 from qnb.speed.device_peaks import DevicePeaks, measure_peaks
-from qnb.speed.engines import Eager
-from qnb.speed.kernel_trace import Trace, last_steps
 from qnb.speed.monitor import Usage
 
 
@@ -34,19 +32,22 @@ def five(tiny):
 
 
 def test_a_run_counts_full_batches_and_its_times_add_up(model, five):
-    timed = run(model, five, batch_size=2)
+    timed = run(model, five, 2, peaks=DevicePeaks(1e9, {}, flags=(Flag.CPU_SHARED,)))
     row, times_s = timed.run, timed.token_times_s
     assert (row.batch_size, row.requests, row.new_tokens, row.prompt_tokens, row.monitor) == (2, 4, 4, 12, "process")
-    assert len(row.batch_s) == 2 and sum(row.batch_s) == pytest.approx(row.total_s)
-    assert [len(times) for times in times_s] == [4, 4]
-    for times, batch_s in zip(times_s, row.batch_s, strict=True):
-        assert 0 < times[0] < times[-1] <= batch_s
-    assert row.ttft_s == pytest.approx((times_s[0][0] + times_s[1][0]) / 2)
-    assert row.tpot_s == pytest.approx(sum((times[-1] - times[0]) / 3 for times in times_s) / 2)
-    assert row.itl_p50_s <= row.itl_p95_s <= row.itl_p99_s and row.latency_p50_s == pytest.approx(sum(row.batch_s) / 2)
-    assert len(timed.token_rows()) == 8
-    assert row.kernels_per_token is row.peak_allocated_mib is row.compared_tokens is None and row.note == ""
-    assert set(row.flags) <= {Flag.CPU_SHARED}  # tests run beside each other
+    assert [len(times) for times in times_s] == [4, 4] and all(0 < times[0] < times[-1] for times in times_s)
+    assert row.batch_s == tuple(times[-1] for times in times_s) and sum(row.batch_s) == pytest.approx(row.total_s)
+    assert row.duration_s >= row.total_s and len(timed.readings) == row.samples
+    assert row.kernels_per_token is row.peak_allocated_mib is None and row.note == ""
+    assert Flag.PEAKS_DISTURBED in row.flags and set(row.flags) <= {Flag.PEAKS_DISTURBED, Flag.CPU_SHARED}
+
+
+def test_times_of_tokens_are_reduced_as_by_hand():
+    """Two batches of three tokens; the gaps are 1, 3, 2 and 2 s."""
+    values = latency([[1, 2, 5], [2, 4, 6]])
+    assert values.pop("batch_s") == (5, 6) and values == pytest.approx(
+        {"total_s": 11, "ttft_s": 1.5, "tpot_s": 2, "itl_p50_s": 2, "itl_p95_s": 2.85, "itl_p99_s": 2.97}
+    )
 
 
 def test_fewer_prompts_than_a_batch_are_one_batch_and_one_token_has_no_rate(model, five):
@@ -104,52 +105,26 @@ def test_a_model_without_attention_is_timed_and_what_cannot_be_counted_is_empty(
 
 
 def test_what_fails_beside_the_timing_costs_only_itself(model, five, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise AttributeError("no such layer")
 
-    monkeypatch.setattr(engines, "compare_tokens", fail)
     monkeypatch.setattr(benchmark, "count_work", fail)
-    monkeypatch.setitem(engines.FACTORIES, "second", lambda model, *_: Eager(model))
-    row = run(model, five, 1, "second").run
-    assert row.total_s > 0 and row.weights_mib is row.compared_tokens is None
-    assert Flag.COMPARISON_FAILED in row.flags
+    row = run(model, five, 1, peaks=DevicePeaks(1e9, {})).run
+    assert row.total_s > 0 and row.weights_mib is row.peak_flop_per_s is None
 
 
-def test_another_engines_tokens_are_compared_with_eagers(model, five, monkeypatch):
-    monkeypatch.setitem(engines.FACTORIES, "second", lambda model, *_: Eager(model))
-    row = run(model, five, 2, "second", peaks=DevicePeaks(1e9, {}, flags=(Flag.CPU_SHARED,))).run
-    assert (row.compared_tokens, row.first_difference) == (4, None) and Flag.PEAKS_DISTURBED in row.flags
-
-
-def test_what_memory_ran_out_of_is_done_once_more():
-    calls = []
-
-    def work(failures):
-        calls.append(failures)
-        if len(calls) <= failures:
-            raise torch.cuda.OutOfMemoryError("simulated")
-        return len(calls)
-
-    assert twice(lambda: work(1)) == 2
-    calls.clear()
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        twice(lambda: work(2))
-    with pytest.raises(ZeroDivisionError):
-        twice(lambda: 1 // 0)
-
-
-def test_the_last_steps_are_timed_by_their_own_kernels():
-    """Two steps of two kernels, 1 s each with 0.5 s between, after five of 9 s each."""
-    prompt = [(10.0 * n, 10.0 * n + 9) for n in range(5)]
-    steps = [(50.0, 51), (51.5, 52.5), (53.0, 54), (54.5, 55.5)]
-    assert last_steps(prompt + steps, 4, 2) == Trace(kernel_s_per_token=2.0, kernels_per_token=2.0)
+def test_the_last_steps_are_timed_by_their_own_kernels(monkeypatch):
+    """Five kernels of 9 s each read the prompt; then every step has two, of 1 s and 2 s."""
+    monkeypatch.setattr(decode_work, "_kernel_times_s", lambda *arguments: [9] * 5 + [1, 2] * (arguments[2] - 1))
+    assert trace_kernels(Work(), None, [], 30, "cuda") == Work(kernel_s_per_token=3, kernels_per_token=2)
+    monkeypatch.setattr(decode_work, "_kernel_times_s", lambda *_: [])
     with pytest.raises(RuntimeError, match="no kernel"):
-        last_steps(prompt, 0, 8)
+        trace_kernels(Work(), None, [], 30, "cuda")
 
 
 def test_peaks_measured_on_a_busy_machine_say_so(monkeypatch):
     usage = Usage(monitor="process", samples=9, duration_s=2.0, others_cpu_pct=60.0)
-    monkeypatch.setattr(device_peaks, "_fastest_s", lambda work, device: 1.0)
+    monkeypatch.setattr(device_peaks, "_fastest_s", lambda work: 1.0)
     monkeypatch.setattr(device_peaks, "Window", lambda sensor: nullcontext(SimpleNamespace(usage=usage)))
     peaks = measure_peaks("cpu")
     assert (peaks.copy_bytes_per_s, peaks.flags) == (2 * 64 * 2**20, (Flag.CPU_SHARED,))
@@ -176,6 +151,6 @@ def test_a_traced_run_on_a_gpu_tells_what_bounds_it(source):
     assert derived(asdict(eager))["bound"] == "launch"
     assert eager.kernels_per_token > 2 * captured.kernels_per_token > 100
     assert captured.kernel_s_per_token < 1.2 * captured.tpot_s and captured.tpot_s < eager.tpot_s / 4
-    assert eager.peak_allocated_mib > eager.weights_mib and captured.compared_tokens == 32
+    assert eager.peak_allocated_mib > eager.weights_mib
     assert eager.others_cpu_pct is not None and 0 < derived(asdict(captured))["mbu_pct"] < 100
     assert peaks.copy_bytes_per_s > 1e11 and SimpleNamespace(**asdict(captured)).monitor == "nvml"

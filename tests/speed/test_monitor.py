@@ -12,47 +12,45 @@ import torch
 
 from qnb.columns import Flag
 from qnb.speed import monitor
-from qnb.speed.monitor import HostSensor, NvmlSensor, ProcessSensor, Window, flags_of, open_sensor
+from qnb.speed.monitor import Sensor, Window, flags_of, open_sensor
 
 
 def fake(sample=dict, monitor="process"):
     return SimpleNamespace(monitor=monitor, sample=sample, note="")
 
 
-def usage_of(readings, duration_s=None, monitor="process", failed=0):
-    """What a closed window that saw `readings` tells; they are a second apart where they tell no time."""
+def usage_of(readings, monitor="process"):
+    """What a window that saw `readings` tells; they are a second apart where they tell no time."""
     window = Window(fake(monitor=monitor))
     window.readings = [{"t_s": float(place), **reading} for place, reading in enumerate(readings)]
-    window._closed_s = float(len(readings) - 1) if duration_s is None else duration_s
-    window._failed_readings = failed
     return window.usage
 
 
 def test_means_and_peaks_are_those_of_the_readings_above_the_baseline():
     values = iter(
-        [{"utilization_pct": 90.0, "memory_mib": 110.0}] + [{"utilization_pct": 40.0, "memory_mib": 130.0}] * 99
+        [{"utilization_pct": 90.0, "memory_mib": 140.0}, *[{"utilization_pct": 40.0, "memory_mib": 130.0}] * 99]
     )
     with Window(fake(lambda: next(values)), 0.01, baseline_mib=100) as window:
         time.sleep(0.06)
     usage = window.usage
-    assert usage.monitor == "process" and usage.samples == len(window.readings) >= 3
-    assert usage.utilization_pct == 40  # the first reading is of the time before the window
-    assert usage.peak_used_memory_mib == 30 and 10 < usage.used_memory_mib < 30 and usage.baseline_mib == 100
-    assert usage.power_w is None and usage.failed_readings == 0
+    assert usage.monitor == "process" and usage.samples == len(window.readings) >= 3 and usage.missing_samples == 0
+    assert (usage.utilization_pct, usage.used_memory_mib) == pytest.approx((40, 30))  # the first is of the time before
+    assert (usage.peak_used_memory_mib, usage.baseline_mib, usage.power_w) == (40, 100, None)
     assert usage.duration_s == pytest.approx(0.06, abs=0.05)
 
 
 def test_memory_above_an_unknown_baseline_is_unknown():
     with Window(fake(lambda: {"memory_mib": 5.0}), 0.01, None) as window:
         pass
-    assert window.usage.used_memory_mib is None and window.usage.peak_used_memory_mib is None
+    assert window.usage.used_memory_mib is window.usage.peak_used_memory_mib is None
 
 
 def test_a_sensor_that_fails_midway_costs_readings_not_the_measurement():
     readings = iter([{"memory_mib": 1.0}])
     with Window(fake(lambda: next(readings)), 0.01) as window:
         time.sleep(0.03)
-    assert window.usage.samples == 1 and window.usage.failed_readings >= 2
+    assert window.usage.missing_samples == window.usage.samples - 1 >= 2
+    assert usage_of([{}, {}]).missing_samples == 2
 
 
 def test_an_error_in_the_block_passes_through_and_ends_the_thread():
@@ -91,12 +89,12 @@ def test_nvml_rates_of_the_first_second_are_left_out():
     """Idle before, at work within: what NVML tells in the first second is of both."""
     readings = [{"t_s": place / 10, "utilization_pct": min(100.0, 10.0 * place), "power_w": min(600.0, 60.0 * place),
                  "others_cpu_pct": 7.0} for place in range(21)]  # fmt: skip
-    usage = usage_of(readings, 2.0, "nvml")
+    usage = usage_of(readings, "nvml")
     assert (usage.utilization_pct, usage.power_w) == pytest.approx((100, 600)) and flags_of(usage) == []
     counted = [{**reading, "energy_j": 50.0 * place} for place, reading in enumerate(readings)]
-    whole = usage_of(counted, 2.0, "nvml")
+    whole = usage_of(counted, "nvml")
     assert (whole.energy_j, whole.energy_s, whole.power_w) == (1000, 2, 500)  # of the whole window
-    short = usage_of(counted[:9], 0.8, "nvml")
+    short = usage_of(counted[:9], "nvml")
     assert (short.utilization_pct, short.power_w, short.energy_j) == (None, None, None)
     assert short.others_cpu_pct == pytest.approx(7) and flags_of(short) == [Flag.TOO_SHORT]
 
@@ -109,23 +107,18 @@ def test_nvml_rates_of_the_first_second_are_left_out():
          [Flag.THROTTLED, Flag.GPU_SHARED, Flag.SAMPLES_MISSING]),
         ([{"others_cpu_pct": pct} for pct in (90.0, 30.0, 50.0)], [Flag.CPU_SHARED]),
         ([{"others_cpu_pct": pct} for pct in (90.0, 4.0, 6.0)], []),
-        ([{"energy_j": 1.0}] * 3, [Flag.TOO_SHORT]),
     ],
 )  # fmt: skip
 def test_what_disturbed_a_window_is_flagged(readings, flags):
     assert flags_of(usage_of(readings)) == flags
 
 
-def test_throttling_and_lost_metrics_are_named():
-    usage = usage_of([{"throttle": 4.0, "gpu_processes": 2.0}, {"throttle": 64.0}, {"gpu_processes": 1.0}])
-    assert usage.throttle == ("software power cap", "hardware thermal slowdown") and usage.gpu_processes == 2
-    assert usage.missing_readings == {"gpu_processes": 1, "throttle": 1}
-
-
-def test_a_sensor_that_dies_leaves_no_joules_of_a_part():
-    usage = usage_of([{"t_s": place / 10, "energy_j": 10.0 * place} for place in range(12)], 2.2, failed=11)
-    assert usage.energy_s == pytest.approx(1.1) and usage.energy_j is None
-    assert flags_of(usage) == [Flag.SAMPLES_MISSING]
+def test_throttling_is_named_and_a_sensor_that_dies_leaves_no_joules_of_a_part():
+    usage = usage_of([{"throttle": 4, "gpu_processes": 2}, {"throttle": 64}, {"gpu_processes": 1}])
+    assert usage.throttle == ("software power cap", "hardware thermal slowdown")
+    assert (usage.gpu_processes, usage.missing_samples) == (2, 2)
+    usage = usage_of([{"energy_j": 10.0 * place} if place < 12 else {} for place in range(23)])
+    assert (usage.energy_s, usage.energy_j, flags_of(usage)) == (11, None, [Flag.SAMPLES_MISSING])
 
 
 def test_the_process_sensor_sees_this_process_grow():
@@ -138,7 +131,7 @@ def test_the_process_sensor_sees_this_process_grow():
 
 
 def test_a_reading_of_the_process_costs_less_than_half_a_percent_of_its_period():
-    sensor, seconds = ProcessSensor(), []
+    sensor, seconds = open_sensor("cpu"), []
     for _ in range(50):
         before_s = time.thread_time()
         sensor.sample()
@@ -158,47 +151,39 @@ def refuse(*_):
     raise Refused
 
 
-@pytest.mark.parametrize("answers", [{"uuid": "0"}, {}])
-def test_a_gpu_without_nvml_has_no_number_of_the_cpu_in_its_columns(answers, monkeypatch):
-    monkeypatch.setattr(pynvml, "nvmlInit", refuse)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**answers))
-    with Window(open_sensor("cuda"), 0.01, monitor.used_memory_mib("cuda")) as window:
-        pass
-    usage = window.usage
-    assert usage.monitor == "host" and usage.others_cpu_pct is not None
-    assert (usage.utilization_pct, usage.used_memory_mib, usage.baseline_mib, usage.power_w) == (None,) * 4
-    assert "NVML does not answer" in open_sensor("cuda").note and flags_of(usage) in ([], [Flag.CPU_SHARED])
-
-
-def test_nvml_tells_what_it_can_and_the_hosts_cpu_beside(monkeypatch):
-    """Energy is refused at first, power later, and in the end everything."""
-    for name in ("UtilizationRates", "MemoryInfo", "PowerUsage", "ClockInfo", "TotalEnergyConsumption",
-                 "CurrentClocksEventReasons", "ComputeRunningProcesses"):  # fmt: skip
-        monkeypatch.setattr(pynvml, f"nvmlDeviceGet{name}", refuse)
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU whose NVML refuses everything, and knows it by the name that a part of a GPU has."""
+    names = [name for name in dir(pynvml) if name.startswith("nvmlDeviceGet")]
+    for name in names:
+        monkeypatch.setattr(pynvml, name, refuse)
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: "handle")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
+    handles = {"MIG-1-2": "handle"}
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda name: handles.get(name) or refuse())
+
+
+@pytest.mark.parametrize("name", ["nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetMemoryInfo"])
+def test_a_gpu_without_nvml_has_no_number_of_the_cpu_in_its_columns(name, gpu, monkeypatch):
+    monkeypatch.setattr(pynvml, name, refuse)
+    with Window(open_sensor("cuda"), 0.01, monitor.used_memory_mib("cuda")) as window:
+        time.sleep(0.02)
+    usage = window.usage
+    assert usage.monitor == "nvml" and usage.others_cpu_pct is not None
+    assert (usage.utilization_pct, usage.used_memory_mib, usage.baseline_mib, usage.power_w) == (None,) * 4
+    assert "memory_mib" in open_sensor("cuda").note and Flag.SAMPLES_MISSING not in flags_of(usage)
+
+
+def test_nvml_tells_what_it_can_and_the_hosts_cpu_beside(gpu, monkeypatch):
+    """Energy is refused at first, power later."""
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: SimpleNamespace(used=5 * 2**20))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda _: 70_000)
-    sensor = NvmlSensor()
+    sensor = open_sensor("cuda")
     reading = sensor.sample()
-    assert {name: reading[name] for name in reading if name != "others_cpu_pct"} == {"memory_mib": 5, "power_w": 70}
-    assert reading["others_cpu_pct"] >= 0 and "energy_j" in sensor.note and "power_w" not in sensor.note
+    assert reading.pop("others_cpu_pct") >= 0 and reading == {"memory_mib": 5, "power_w": 70}
+    assert "energy_j" in sensor.note and "power_w" not in sensor.note
     monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", refuse)
     assert "power_w" not in sensor.sample()
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", refuse)
-    with pytest.raises(OSError, match="no longer answers"):
-        sensor.sample()
-
-
-def test_a_part_of_a_gpu_is_found_by_its_own_kind_of_name(monkeypatch):
-    names = []
-
-    def find(name):
-        names.append(name)
-        return refuse() if name.startswith("GPU-") else "handle"
-
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", find)
-    assert NvmlSensor._handle("1-2") == "handle" and names == ["GPU-1-2", "MIG-1-2"]
 
 
 def test_the_baseline_leaves_out_what_the_allocator_holds_unused(monkeypatch):
@@ -207,18 +192,14 @@ def test_the_baseline_leaves_out_what_the_allocator_holds_unused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1000 * 2**20)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200 * 2**20)
     assert monitor.used_memory_mib("cuda:0") == 2200 and monitor.used_memory_mib("cpu") == 3000
-
-    def lost():
-        raise OSError("NVML no longer answers")
-
-    monkeypatch.setattr(monitor, "open_sensor", lambda device: fake(lost))
+    monkeypatch.setattr(monitor, "open_sensor", lambda device: fake())
     assert monitor.used_memory_mib("cuda:0") is None
 
 
 @pytest.mark.gpu
 def test_nvml_reads_the_device_that_torch_uses():
     sensor = open_sensor("cuda")
-    assert sensor.monitor == "nvml" and isinstance(sensor, HostSensor)
+    assert sensor.monitor == "nvml" and isinstance(sensor, Sensor) and sensor.note == ""
     before_mib = sensor.sample()["memory_mib"]
     ballast = torch.zeros(512 * 2**20, dtype=torch.uint8, device="cuda")
     assert len(ballast) and sensor.sample()["memory_mib"] - before_mib >= 512
@@ -233,7 +214,7 @@ def test_nvml_power_and_energy_agree():
             matrix @ matrix
             torch.cuda.synchronize()
     usage = window.usage
-    assert usage.failed_readings == 0 and usage.missing_readings == {}
+    assert usage.missing_samples == 0
     if usage.energy_s is not None:
         powers_w = [reading["power_w"] for reading in window.readings if reading["t_s"] >= 1.5]
         assert usage.power_w == pytest.approx(sum(powers_w) / len(powers_w), rel=0.15)

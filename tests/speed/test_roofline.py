@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from qnb.speed.roofline import bound, bound_of, derived
+from qnb.speed.roofline import bound, derived
 
 # ten batches of one request, four tokens each; a step of 2 ms
 ROW = {"requests": 10, "new_tokens": 4, "total_s": 0.08, "batch_s": [0.008] * 9 + [0.010], "tpot_s": 0.002,
@@ -34,8 +34,7 @@ def test_what_is_missing_leaves_its_columns_empty():
 
 def test_memory_of_a_gpu_is_its_allocators_or_unknown():
     """The device's own reading counts other processes: it never stands in for a pass that was not made."""
-    for gpu in ("nvml", "host"):
-        assert derived(ROW | {"monitor": gpu, "peak_allocated_mib": None})["peak_memory_mib"] is None
+    assert derived(ROW | {"peak_allocated_mib": None})["peak_memory_mib"] is None
     assert derived(ROW | {"monitor": "process", "peak_allocated_mib": None})["peak_memory_mib"] == 900
 
 
@@ -53,6 +52,4 @@ def test_memory_of_a_gpu_is_its_allocators_or_unknown():
     ],
 )
 def test_what_bounds_a_step_is_named(shares_pct, name):
-    assert bound(*shares_pct) == name
-    row = dict(zip(("gpu_busy_pct", "mbu_pct", "mfu_pct"), shares_pct, strict=True))
-    assert bound_of({key: math.nan if value is None else value for key, value in row.items()}) == name
+    assert bound(dict(zip(("gpu_busy_pct", "mbu_pct", "mfu_pct"), shares_pct, strict=True))) == name
