@@ -93,7 +93,7 @@ class SensitivityOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
+class Evaluation:
     """What every format is asked, and how."""
 
     tasks: Sequence[Task]
@@ -101,10 +101,10 @@ class Round:
     scorer: str
     batch_size: int
     alone: bool = False  # every row in a batch of its own
-    minutes: float = 0  # the budget that the round is a part of
+    minutes: float = 0  # the budget that it is a part of
     encoded: Encoded = field(default_factory=dict)  # token ids by text, which all formats share
 
-    def asked(self, task: Task) -> dict[str, Any]:
+    def parameters(self, task: Task) -> dict[str, Any]:
         """Return what the answers to a task depend on, beside the model."""
         return {
             "limit": self.limit or "all",
@@ -116,7 +116,7 @@ class Round:
     def evaluate(
         self, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers_path: Path | None = None
     ) -> TaskResult:
-        """Score a model on a task; `answers_path` keeps its answers meanwhile, for a run that goes on after a kill."""
+        """Score a model on a task; answers are kept in `answers_path` meanwhile, so that a killed task goes on."""
         from lm_eval.models.huggingface import HFLM
 
         from qnb.accuracy.scorer import SharedContextLM
@@ -147,17 +147,17 @@ def accuracy(session: Session, options: AccuracyOptions) -> None:
     takes_all = options.limit == "all" or (options.limit == "auto" and options.minutes > 0)
     limit = None if takes_all else session.count("limit", options.limit)
     batch_size = session.count("batch_size", options.batch_size)
-    whole = Round(tasks, limit, options.scorer, batch_size, minutes=options.minutes)
+    evaluation = Evaluation(tasks, limit, options.scorer, batch_size, minutes=options.minutes)
     with session.exclusive():
         if options.minutes:
-            _spend_budget(session, whole)
+            _spend_budget(session, evaluation)
         else:
-            _evaluate(session, whole)
+            _evaluate(session, evaluation)
     session.require("accuracy")
 
 
 def _load_tasks(session: Session, tasks: str | Iterable[str]) -> Iterator[Task]:
-    """Yield tasks with their data; whatever cannot be asked is refused here, before a checkpoint is made."""
+    """Yield tasks with their data; what cannot be evaluated is refused here, before a checkpoint is made."""
     session.check_weights()
     if tasks == "auto":
         tasks = "sample" if session.device.kind == "cpu" else "paper"
@@ -166,27 +166,28 @@ def _load_tasks(session: Session, tasks: str | Iterable[str]) -> Iterator[Task]:
     return (Task(name, session.data_dir) for name in checked)
 
 
-def _evaluate(session: Session, asked: Round) -> list[Row]:
+def _evaluate(session: Session, evaluation: Evaluation) -> list[Row]:
     """Return a row a format and task; those that are missing are measured."""
     rows: list[Row] = []
-    with session.progress(len(session.precisions) * len(asked.tasks), "accuracy") as bar:
+    with session.progress(len(session.precisions) * len(evaluation.tasks), "accuracy") as bar:
         for precision in session.precisions:
-            rows += _evaluate_format(session, precision, asked, bar)
+            rows += _evaluate_format(session, precision, evaluation, bar)
     return rows
 
 
-def _evaluate_format(session: Session, precision: Precision, asked: Round, bar: tqdm) -> list[Row]:
-    keys = {task: session.key("accuracy", precision, asked.asked(task), task=task.name) for task in asked.tasks}
+def _evaluate_format(session: Session, precision: Precision, evaluation: Evaluation, bar: tqdm) -> list[Row]:
+    keys = {task: session.key("accuracy", precision, evaluation.parameters(task), task=task.name)
+            for task in evaluation.tasks}  # fmt: skip
     rows = {task: row for task, key in keys.items() if (row := _find(session, key))}
     bar.update(len(rows))
-    missing = [task for task in asked.tasks if task not in rows]
+    missing = [task for task in evaluation.tasks if task not in rows]
     if missing:
         what = f"{precision.name}'s accuracy"
         with session.failing(keys[missing[0]], what), session.loaded(precision) as model:
             for task in missing:
                 bar.set_postfix_str(f"{precision.name} {task.name}")
                 with session.failing(keys[task], f"{what} on {task.name}"):
-                    rows[task] = _measure(session, keys[task], model, task, asked)
+                    rows[task] = _measure(session, keys[task], model, task, evaluation)
                 bar.update()
     return list(rows.values())
 
@@ -200,13 +201,15 @@ def _find(session: Session, key: Mapping[str, Any]) -> Row | None:
     return row if path.exists() and file_sha256(path) == row["items_sha256"] else None
 
 
-def _measure(session: Session, key: Mapping[str, Any], model: PreTrainedModel, task: Task, asked: Round) -> Row:
+def _measure(
+    session: Session, key: Mapping[str, Any], model: PreTrainedModel, task: Task, evaluation: Evaluation
+) -> Row:
     started = perf_counter()
     stem = f"items/{task.name}.{key['precision']}.{key['fingerprint']}"
     answers_path = session.folder / f"{stem}.answers"
     if session.overwrite:
         answers_path.unlink(missing_ok=True)
-    result = asked.evaluate(task, model, session.tokenizer, answers_path)
+    result = evaluation.evaluate(task, model, session.tokenizer, answers_path)
     items_file, items_sha256 = write_parquet(session.folder, stem, result.items)
     values = {
         "scores": [asdict(score) for score in result.scores],
@@ -215,8 +218,8 @@ def _measure(session: Session, key: Mapping[str, Any], model: PreTrainedModel, t
         "items_sha256": items_sha256,
         "evaluate_s": perf_counter() - started,
     }
-    budget = {"minutes": asked.minutes} if asked.minutes else {}
-    row = session.append(key, asked.asked(task), values, budget)
+    budget = {"minutes": evaluation.minutes} if evaluation.minutes else {}
+    row = session.append(key, evaluation.parameters(task), values, budget)
     answers_path.unlink(missing_ok=True)
     return row
 
@@ -224,29 +227,29 @@ def _measure(session: Session, key: Mapping[str, Any], model: PreTrainedModel, t
 # A time budget
 
 
-def _spend_budget(session: Session, whole: Round) -> None:
+def _spend_budget(session: Session, evaluation: Evaluation) -> None:
     """Evaluate rounds of more and more items, the same for every format, until the budget is spent.
 
     The pace of a round says how many items the next may have. Few items take longer each, so first guesses are low.
     The number of items is in the ledger before a round begins: an interrupted round goes on with it, and so do formats
     that are added later.
     """
-    sizes = {task.name: list(task.sizes.values()) for task in whole.tasks}
+    sizes = {task.name: list(task.sizes.values()) for task in evaluation.tasks}
     largest = max(size for parts in sizes.values() for size in parts)
-    limit = min(whole.limit or largest, largest)
-    asked = {"minutes": whole.minutes, "scorer": whole.scorer, "cap": limit}
-    key = session.key("budget", asked=asked, task=", ".join(sizes), setting=f"{whole.minutes:g} min")
+    limit = min(evaluation.limit or largest, largest)
+    asked = {"minutes": evaluation.minutes, "scorer": evaluation.scorer, "cap": limit}
+    key = session.key("budget", asked=asked, task=", ".join(sizes), setting=f"{evaluation.minutes:g} min")
     first = {"limit": min(FIRST_LIMIT[session.device.kind], limit), "spent_s": 0.0, "done": False}
     plan = session.decided(key) or session.append(key, asked, first)
     while True:
         started, items = perf_counter(), plan["limit"]
-        rows = _evaluate(session, replace(whole, limit=items))
-        if plan["done"] or len(rows) < len(session.precisions) * len(whole.tasks):
-            return  # what failed has no pace: the round is asked again on the next run
+        rows = _evaluate(session, replace(evaluation, limit=items))
+        if plan["done"] or len(rows) < len(session.precisions) * len(evaluation.tasks):
+            return  # what failed has no pace: the round is tried again on the next run
         evaluate_s = sum(row["evaluate_s"] for row in rows)
         round_s = max(perf_counter() - started, evaluate_s)  # rows of an earlier run took their time then
         spent_s = plan["spent_s"] + round_s
-        left_s = 60 * whole.minutes - spent_s - (round_s - evaluate_s)  # the next round loads models too
+        left_s = 60 * evaluation.minutes - spent_s - (round_s - evaluate_s)  # the next round loads models too
         cost_s = partial(_cost_s, rows, sizes, items)
         next_items = bisect_right(range(1, limit + 1), PLANNED_SHARE * left_s, key=cost_s)  # the most that fit
         done = next_items < MIN_GROWTH * items
@@ -315,7 +318,7 @@ def _compare_batchings(session: Session, precision: Precision, task: Task, limit
     with session.failing(keys[missing[0]], what), session.loaded(precision) as model:
         for scorer in missing:
             with session.failing(keys[scorer], f"{what} by scorer {scorer}"):
-                usual, alone = Round([task], limit, scorer, 32), Round([task], limit, scorer, 1, alone=True)
+                usual, alone = Evaluation([task], limit, scorer, 32), Evaluation([task], limit, scorer, 1, alone=True)
                 items = (each.evaluate(task, model, session.tokenizer).items for each in (usual, alone))
                 session.append(keys[scorer], asked, asdict(compare_items(*items)))
 

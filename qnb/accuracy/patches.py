@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def cached_templates() -> AbstractContextManager[Any]:
     """Let lm-eval parse a task's Jinja template once within a block, not again for every item.
 
-    - Gain: 1.33x on loading, building and scoring MMLU, 200 items a subject, with a model of two small layers.
+    - Gain: 1.3x on MMLU with 200 items a subject and a model of two small layers; 1.6x on what precedes the scoring.
     - Upstream: https://github.com/EleutherAI/lm-evaluation-harness/issues/1286
     """
     from lm_eval.utils import env

@@ -159,10 +159,10 @@ class Task:
         """Return the hash of the documents that are asked about, and of those shown as examples."""
         digest = sha256()
         for name, part in self._parts.items():
-            documents = part.eval_docs
-            shown = list(part.sampler.df) if part.get_config("num_fewshot") and hasattr(part, "sampler") else []
-            asked = [(place, documents[place]) for place in draw(name, self.sizes[name], limit)]
-            for content in (name, *asked, *shown):
+            documents, has_examples = part.eval_docs, part.get_config("num_fewshot") and hasattr(part, "sampler")
+            drawn = [(place, documents[place]) for place in draw(name, self.sizes[name], limit)]
+            examples = list(part.sampler.df) if has_examples else []
+            for content in (name, *drawn, *examples):
                 digest.update(json.dumps(content, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
         return digest.hexdigest()
 

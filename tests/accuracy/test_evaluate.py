@@ -10,7 +10,7 @@ import pytest
 
 from qnb import InputError
 from qnb.accuracy import evaluate
-from qnb.accuracy.evaluate import AccuracyOptions, Round, SensitivityOptions, accuracy, batch_sensitivity
+from qnb.accuracy.evaluate import AccuracyOptions, Evaluation, SensitivityOptions, accuracy, batch_sensitivity
 from qnb.accuracy.tasks import Score, TaskResult, draw
 from qnb.precision import parse
 from qnb.session import Session
@@ -38,7 +38,7 @@ def paced(source, tmp_path, monkeypatch):
             return TaskResult((Score(task.name, "acc", "none", 1.0, 0.1, len(drawn), total, 0, False),), items)
 
         monkeypatch.setattr(session, "loaded", loaded)
-        monkeypatch.setattr(Round, "evaluate", score)
+        monkeypatch.setattr(Evaluation, "evaluate", score)
         return session, loads, now
 
     return make
@@ -105,14 +105,14 @@ def test_items_that_are_gone_are_measured_again(paced):
 
 def test_a_format_that_fails_leaves_the_others(paced, monkeypatch):
     session, _, _ = paced(bf16=1, nf4=1)
-    score = Round.evaluate
+    score = Evaluation.evaluate
 
     def failing(self, task, model, *rest):
         if model == "nf4":
             raise RuntimeError("no kernel image")
         return score(self, task, model, *rest)
 
-    monkeypatch.setattr(Round, "evaluate", failing)
+    monkeypatch.setattr(Evaluation, "evaluate", failing)
     accuracy(session, AccuracyOptions("sample_easy", limit=3))
     (failure,) = session.ledger.failures()
     assert limits(session) == {"bf16": 3} and failure["precision"] == "nf4" and "no kernel image" in failure["reason"]

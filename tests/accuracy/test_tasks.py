@@ -13,12 +13,12 @@ from lm_eval.api.task import Task as LMEvalTask
 
 from qnb import InputError
 from qnb.accuracy import tasks
-from qnb.accuracy.evaluate import Round
+from qnb.accuracy.evaluate import Evaluation
 from qnb.accuracy.tasks import Task, draw
 
 
 def score(model, task, limit, scorer="qnb"):
-    return Round([task], limit, scorer, 8).evaluate(task, *model)
+    return Evaluation([task], limit, scorer, 8).evaluate(task, *model)
 
 
 def arc(folder, questions=("What falls from clouds?", "What do cows eat?"), splits=("train", "validation", "test")):
