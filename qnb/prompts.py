@@ -87,16 +87,21 @@ def paragraphs(source: str, data_dir: str | Path | None = None, split: str | Non
 def _wikitext(data_dir: str | Path | None, split: str | None) -> list[str]:
     import datasets
 
+    from qnb.quantize.sources import cache_folder, file_state
+
     name, subset = WIKITEXT
     if data_dir and not (Path(data_dir) / name).is_dir():
         raise InputError(
             f"data_dir {data_dir} has no folder {name}; give a folder laid out like the hub's dataset "
             "repositories, or leave data_dir empty to read the hub"
         )
-    path = str(Path(data_dir).resolve() / name) if data_dir else name
+    path, options = name, {}
+    if data_dir:  # `datasets` caches a folder by its name alone, so each state of it gets a cache of its own
+        path = str(Path(data_dir).resolve() / name)
+        options["cache_dir"] = str(cache_folder() / "datasets" / file_state(Path(path)))
     datasets.disable_progress_bars()
     try:
-        loaded = datasets.load_dataset(path, subset, split=split)
+        loaded = datasets.load_dataset(path, subset, split=split, **options)
         return [text for part in ([loaded] if split else loaded.values()) for text in part["text"]]
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         text = scrub(str(error)) or type(error).__name__

@@ -63,6 +63,7 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
     values["output"] = str(study.folder)
     if "device" in values:
         os.environ[device.CHOICE] = values["device"]  # for the notebooks' kernels
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it calls the rarely used parameters unknown
     os.environ[COMMAND] = shlex.join(["qnb", *sys.argv[1:]])
     earlier = {_identity(row) for row in study.session.ledger.failures()}  # this run may not retry all of them
     with _interruptible(), _alone(study.folder), _own_kernel():

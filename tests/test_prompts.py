@@ -1,5 +1,6 @@
 """Prompts: seeded, cut to length, from real WikiText where it is there."""
 
+import pandas as pd
 import pytest
 
 from qnb import prompts
@@ -73,3 +74,14 @@ def test_lengths_are_drawn_from_every_split(tokenizer, hub):
     assert len(test) < len(every) and set(test) < set(every)
     found = prompts.lengths(tokenizer, "wikitext", 5000, hub)
     assert len(found) == min(5000, len(every)) and max(found) > 400 > 10 > min(found)
+
+
+def test_a_data_folder_that_changed_is_read_again(tmp_path):
+    file = tmp_path / "Salesforce" / "wikitext" / "wikitext-2-raw-v1" / "test-00000-of-00001.parquet"
+    file.parent.mkdir(parents=True)
+    data_files = "[{split: test, path: wikitext-2-raw-v1/test-*}]"
+    config = f"---\nconfigs:\n- config_name: wikitext-2-raw-v1\n  data_files: {data_files}\n---\n"
+    (file.parents[1] / "README.md").write_text(config)
+    for text in ("The first text.", "Another text, longer."):
+        pd.DataFrame({"text": [text]}).to_parquet(file)
+        assert prompts.paragraphs("wikitext", tmp_path) == [text]
