@@ -18,21 +18,16 @@ from qnb.report.tables import build
 
 SETTINGS = {"bs1": "batch size 1", "maxbatch": "the largest batch"}
 BASE, NOTHING = BASELINE.upper(), "Nothing was measured yet."
-BOUNDS = {"launch": "launch-bound", "bandwidth": "bound by memory bandwidth", "compute": "bound by arithmetic",
-          "kernel_inefficiency": "bound by inefficient kernels"}  # fmt: skip
 
 
 def opening(results: Results) -> str:
     """Say what was measured, of what, and on what."""
-    if not results.precisions:
-        return NOTHING
-    parts = [words for setting, words in SETTINGS.items() if len(results.timed(setting))]
-    if len(results.scores):
-        whole = results.scores[results.scores.task == results.scores.asked].drop_duplicates(["precision", "task"])
-        items = whole.groupby("precision").n_items.sum().max()
-        parts.insert(0, f"accuracy ({whole.task.nunique()} tasks, {items:,.0f} items)")
+    frames = {"accuracy": results.scores, "perplexity": results.divergence, "batch size 1": results.bs1,
+              "the largest batch": results.maxbatch}  # fmt: skip
+    measured = ", ".join(name for name, frame in frames.items() if len(frame)) or "checkpoints"
     device = results.device or "an unnamed device"
-    return f"{len(results.precisions)} formats of {results.model} on {device}. Timed or scored: {', '.join(parts)}."
+    what = f"{len(results.precisions)} formats of {results.model} on {device}: {measured}."
+    return what if results.precisions else NOTHING
 
 
 def text(results: Results, section: str) -> str:
@@ -103,9 +98,12 @@ def _speed(results: Results, precision: str, setting: str) -> Iterator[str]:
     frame, base = frame[frame.precision == precision], frame[frame.precision == BASELINE]
     for row in frame.merge(base, on="engine", suffixes=("", "_base")).to_dict("records"):
         mine, other = format_value(name, row[name]), format_value(name, row[f"{name}_base"])
-        sizes = f", batch {row['batch_size']} against {row['batch_size_base']}" if setting == "maxbatch" else ""
-        bound = "" if Flag.PEAKS_DISTURBED in row["flags"] else BOUNDS.get(row["bound"], "")
-        disturbed = "other processes disturbed it" * is_disturbed([*row["flags"], *row["flags_base"]])
-        detail = "; ".join(filter(None, (bound, disturbed)))
         where = f"{precision.upper()} at {SETTINGS[setting]} with {row['engine']}"
-        yield f"{where}: {mine} {unit} against {other}{sizes}{f' ({detail})' if detail else ''}."
+        parts = [f"{where}: {mine} {unit} against {other}"]
+        if setting == "maxbatch":
+            parts.append(f"batch {row['batch_size']} against {row['batch_size_base']}")
+        if isinstance(row["bound"], str) and Flag.PEAKS_DISTURBED not in row["flags"]:
+            parts.append(f"bound by {row['bound'].replace('_', ' ')}")
+        if is_disturbed([*row["flags"], *row["flags_base"]]):
+            parts.append("disturbed by other processes")
+        yield f"{', '.join(parts)}."

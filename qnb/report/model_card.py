@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from qnb import __version__
 from qnb.columns import format_value
@@ -16,9 +17,6 @@ from qnb.precision import BASELINE, Precision
 from qnb.report.findings import about
 from qnb.report.results import Results, task_name
 from qnb.report.tables import build, headline, markdown
-
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
 
 TEMPLATE = Path(__file__).parents[1] / "data" / "model_card.md"
 BASES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # the embedded model's name on the hub
@@ -39,8 +37,6 @@ def write(results: Results, precision: Precision, folder: Path) -> Path:
 
 def card(results: Results, precision: Precision) -> str:
     """Return a format's card as Markdown with its YAML head."""
-    from huggingface_hub import ModelCard, ModelCardData
-
     model, _, revision = BASES.get(results.model, results.model).partition("@")
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model, re.ASCII) is not None
     title = f"{model.rsplit('/', 1)[-1]}-{precision.name}"
@@ -65,8 +61,6 @@ def card(results: Results, precision: Precision) -> str:
 
 def _scores(results: Results, precision: str) -> list[EvalResult]:
     """Return a format's scores as the hub's evaluation results."""
-    from huggingface_hub import EvalResult
-
     scores = []
     for row in headline(results.scores).to_dict("records"):
         if row["precision"] == precision and row["task"] == row["asked"] and row["metric"] != "mean":

@@ -23,24 +23,19 @@ STATED_REQUESTS = {3: 2000, 4: 5000}  # in the text and in Table 4's caption
 def accuracy() -> pd.DataFrame:
     """Return Tables 1 and 2 as printed, a row a task and format, at each task's default shots.
 
-    ``accuracy_pct`` is Table 1's, ``acc`` the same as a share. ``change_pct`` is Table 2's change in percent of BF16's
-    accuracy.
+    ``accuracy_pct`` is Table 1's, ``change_pct`` Table 2's change in percent of BF16's accuracy.
     """
-    return pd.read_csv(DATA / "paper_accuracy.csv").assign(acc=lambda frame: frame.accuracy_pct / 100)
+    return pd.read_csv(DATA / "paper_accuracy.csv")
 
 
 def performance(number: int) -> pd.DataFrame:
     """Return Table 3 (batch size 1) or 4 (largest batch), on a Colab T4; a row a format.
 
     ``seconds_per_request`` is printed as "average latency": total time over requests. ``vram_mib`` is printed as MB;
-    the overheads show that MiB is meant. ``requests`` is what throughput times total time implies, and
-    ``bytes_per_parameter`` what a weight takes if all memory were weights: an upper bound of its width.
+    the overheads show that MiB is meant. ``requests`` is what throughput times total time implies.
     """
-    frame = pd.read_csv(DATA / "paper_performance.csv")
-    frame = frame[frame.table == number].drop(columns="table").reset_index(drop=True)
-    return frame.assign(
-        requests=frame.throughput_rps * frame.total_s, bytes_per_parameter=frame.vram_mib * MIB / PARAMETERS
-    )
+    frame = pd.read_csv(DATA / "paper_performance.csv").query("table == @number").drop(columns="table")
+    return frame.assign(requests=frame.throughput_rps * frame.total_s).reset_index(drop=True)
 
 
 def is_published_model(model: str) -> bool:
@@ -108,7 +103,7 @@ def _check_baseline() -> Iterator[tuple[str, str, str, bool]]:
     table = performance(3).set_index("precision")
     bf16_mib, fp16_mib = table.vram_mib["bf16"] - PARAMETERS * 4 / MIB, table.vram_mib["fp16"] - PARAMETERS * 2 / MIB
     width = (
-        f"{table.bytes_per_parameter['bf16']:.2f} bytes a parameter; {bf16_mib:.1f} MiB above 32-bit weights, "
+        f"{table.vram_mib['bf16'] * MIB / PARAMETERS:.2f} bytes a parameter; {bf16_mib:.1f} MiB above 32-bit weights, "
         f"as FP16 is {fp16_mib:.1f} MiB above 16-bit weights: it was most likely FP32"
     )
     yield "the BF16 baseline held its weights in 16 bit", "Table 3, VRAM", width, bf16_mib < 0

@@ -21,7 +21,6 @@ from qnb.report.tables import MEAN, build, headline
 SPEEDS = ("tpot_s", "throughput_rps", "throughput_tps")  # what candidates may be ranked by
 CHANGE = ["change_pp", "low_pp", "high_pp"]
 FITS, UNSURE, RULED_OUT = "fits", "may fit", "ruled out"
-PRACTICAL = 100  # times the items: nobody evaluates more than that
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,16 +114,11 @@ def _judge(row: Mapping[str, Any], demand: Demand) -> tuple[list[str], list[str]
         elif row["high_pp"] < -demand.loss_pp:
             against.append(f"it changes by {interval_text(row)}; you allow a loss of {demand.loss_pp:g}")
         elif row["low_pp"] < -demand.loss_pp:
-            needed = _items_needed(row["change_pp"], row["low_pp"], demand.loss_pp)
-            unknown.append(f"it changes by {interval_text(row)}; you allow a loss of {demand.loss_pp:g}: {needed}")
+            distance_pp = max(abs(row["change_pp"] + demand.loss_pp), 0.01)  # an interval shrinks as 1 / sqrt(n)
+            times = math.ceil(((row["change_pp"] - row["low_pp"]) / distance_pp) ** 2)
+            question = f"whether it loses over {demand.loss_pp:g}, about {times:,} times the items might tell"
+            unknown.append(f"it changes by {interval_text(row)}; {question}")
     return against, unknown
-
-
-def _items_needed(change_pp: float, low_pp: float, loss_pp: float) -> str:
-    """Say how many times the items would clear the tolerated loss, if the change stays what it is."""
-    distance_pp = abs(change_pp + loss_pp)
-    times = ((change_pp - low_pp) / distance_pp) ** 2 if distance_pp else math.inf
-    return f"about {math.ceil(times)} times the items might tell" if times <= PRACTICAL else "too near to tell"
 
 
 def interval_text(row: Mapping[str, Any]) -> str:

@@ -106,7 +106,9 @@ class Results:
         """
         try:
             tables = {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))}
-            frames = {setting: _kept(tables[name]) for setting, name in KEPT.items() if name in tables}
+            timed = {setting: tables[name].dropna(subset=["throughput_rps"])
+                     for setting, name in KEPT.items() if name in tables}  # without engines that could not run
+            frames = {setting: _speed_frame(frame.assign(setting=setting)) for setting, frame in timed.items()}
         except (OSError, ValueError, KeyError) as error:  # pandas' own are ValueErrors
             raise InputError(f"{folder} holds a file that is no table of a study ({error}); remove it") from error
         frames |= {name: tables[name] for name in ("scores", "divergence", "batch_sensitivity") if name in tables}
@@ -132,7 +134,7 @@ class Results:
     @property
     def speed(self) -> pd.DataFrame:
         """Batch size 1, the sweep and the largest batch in one frame; ``setting`` tells them apart."""
-        return stack(self.timed(setting).assign(setting=setting) for setting in ("bs1", "sweep", "maxbatch"))
+        return stack((self.bs1, self.sweep, self.maxbatch))
 
     @cached_property
     def samples(self) -> pd.DataFrame:
@@ -247,10 +249,3 @@ def _checkpoints(frame: pd.DataFrame) -> pd.DataFrame:
     counted_bytes = frame.quantized_bytes.where(is_quantized, stored)
     counted = frame.quantized_parameters.where(is_quantized, frame.parameters)
     return frame.assign(weights_mib=stored / MIB, bits_per_weight=8 * counted_bytes / counted)
-
-
-def _kept(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a kept Table 3, 4 or sweep as a frame of speeds, without engines that could not run."""
-    frame = _speed_frame(table.dropna(subset=["throughput_rps"]))
-    half = (1 + frame.throughput_spread_pct.fillna(0) / 100) ** 0.5  # the spread is the range over the lowest
-    return frame.assign(low_rps=frame.throughput_rps / half, high_rps=frame.throughput_rps * half)

@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from qnb.accuracy.statistics import Change, compare, holm, mean_interval, mean_of_independent
 from qnb.columns import flag_text, format_value, header, is_disturbed
@@ -22,9 +23,6 @@ from qnb.precision import BASELINE
 from qnb.report import paper
 from qnb.report.batch_plans import plans
 from qnb.report.results import SPEED, Results, flag_list, in_order, stack
-
-if TYPE_CHECKING:
-    from pandas.io.formats.style import Styler
 
 # the metric a task is known by: accuracy for choices, strict exact match for generated answers
 HEADLINE = ("acc", "exact_match")
@@ -47,9 +45,7 @@ ALL_DIVERGENCE = ("precision", "prompt_source", "tokens", "context", "stride",
                   *(name + end for name in ESTIMATES for end in ("", "_low", "_high")))  # fmt: skip
 SENSITIVITY = ("precision", "setting", "task", "n_items", "n_choices", "mean_abs_logprob_diff",
                "max_abs_logprob_diff", "answers_changed", "accuracy_change_pp")  # fmt: skip
-SWEEP = ("precision", "engine", "batch_size", "requests", "prompt_tokens", "new_tokens", "throughput_rps",
-         "batch_spread_pct", "throughput_tps", "batch_latency_s", "ttft_s", "tpot_s", "peak_memory_mib",
-         "kv_cache_mib", "bound", "knee", "flags", "note")  # fmt: skip
+ALL_SWEPT = (*SPEED, "batch_spread_pct", "knee")
 ALL_SPEEDS = (*SPEED, "speedup", "engine_speedup", *(f"published_{name}" for name in PUBLISHED))
 
 # the columns that a notebook shows
@@ -77,15 +73,10 @@ def headline(scores: pd.DataFrame) -> pd.DataFrame:
     shown = _one_filter(scores[scores.metric.isin(HEADLINE)])
     whole = shown[shown.task == shown.asked]
     averages = [_means(whole[whole.task.isin(tasks)], name, len(tasks)) for name, tasks in AVERAGED.items()]
-    common = whole[whole.task.isin(common_tasks(shown))]
+    common = whole.groupby("task").filter(
+        lambda rows: rows.precision.nunique() == whole.precision.nunique() and rows.n_items.nunique() == 1
+    )
     return stack([shown, *averages, _means(common, f"{MEAN} ({common.task.nunique()})")])
-
-
-def common_tasks(shown: pd.DataFrame) -> list[str]:
-    """Return the tasks of a headline that every format answered, on as many items each."""
-    whole = shown[(shown.task == shown.asked) & (shown.metric != "mean")]
-    counts = whole.groupby("task", sort=False).agg({"precision": "nunique", "n_items": "nunique"})
-    return list(counts[(counts.precision == whole.precision.nunique()) & (counts.n_items == 1)].index)
 
 
 def _one_filter(frame: pd.DataFrame) -> pd.DataFrame:
@@ -270,7 +261,7 @@ def _sweep(results: Results) -> pd.DataFrame:
     """
     table = _with_unable(results, "sweep")
     bends = pd.MultiIndex.from_frame(knees(results.sweep).dropna(subset=["knee"])[[*LINE, "knee"]])
-    return _finished(table.assign(knee=pd.MultiIndex.from_frame(table[[*LINE, "batch_size"]]).isin(bends)), SWEEP)
+    return _finished(table.assign(knee=pd.MultiIndex.from_frame(table[[*LINE, "batch_size"]]).isin(bends)), ALL_SWEPT)
 
 
 def _with_unable(results: Results, setting: str) -> pd.DataFrame:

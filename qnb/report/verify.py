@@ -1,4 +1,4 @@
-"""Check that a study is still what was measured: files against their hashes, scores and tables against the rows.
+"""Check that a study is still what was measured: files against their hashes, tables against the rows.
 
 Figures and the report are drawn from the same tables and are not read.
 """
@@ -13,14 +13,14 @@ from qnb.errors import InputError, expand_path
 from qnb.ledger import Ledger, file_sha256
 from qnb.quantize.checkpoint import MANIFEST, damage
 from qnb.report.results import Results
-from qnb.report.tables import HEADLINE, TABLES, build, markdown
+from qnb.report.tables import TABLES, build, markdown
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
     """What was found of one part of a study."""
 
-    part: str  # a path below the study's folder, or a score
+    part: str  # a path below the study's folder
     problem: str  # empty where it is as it was measured
 
 
@@ -43,27 +43,12 @@ def verify(folder: str | Path) -> Iterator[Finding]:
             if name := row.get(f"{kind}_file"):
                 is_same = _is_file(ledger.folder / name, row[f"{kind}_sha256"])
                 yield Finding(name, "" if is_same else "missing, or not the file its row was made of")
-    yield from _scores(results)
     yield from _checkpoints(ledger.folder, results)
     yield from _tables(ledger.folder, results)
 
 
 def _is_file(path: Path, sha256: str) -> bool:
     return path.is_file() and file_sha256(path) == sha256
-
-
-def _scores(results: Results) -> Iterator[Finding]:
-    """Count each task's right answers again, item by item."""
-    for row in results.accuracy_rows.to_dict("records"):
-        items = results.items(row)
-        if items is None:
-            continue
-        for score in row["scores"]:
-            correct = items[(items.task == score["task"]) & (items["filter"] == score["filter"])].correct
-            if score["metric"] in HEADLINE and len(correct) and correct.notna().all():
-                is_same = abs(correct.astype(float).mean() - score["value"]) < 1e-9
-                part = f"{score['metric']} of {score['task']}, {row['precision']}"
-                yield Finding(part, "" if is_same else "not what its items come to")
 
 
 def _checkpoints(folder: Path, results: Results) -> Iterator[Finding]:
