@@ -8,9 +8,8 @@ import types
 
 import pytest
 
-from qnb import InputError, colab, study
-from qnb import session as workbench
-from qnb.__main__ import NOTEBOOKS
+from qnb import InputError, colab, session, study
+from qnb.run import NOTEBOOKS
 
 SHELL = '''
 """Run the notebooks' setup cells in an IPython shell that takes itself for Colab's, and say what they asked for."""
@@ -110,7 +109,7 @@ def drive(tmp_path, monkeypatch):
 
 def test_an_output_on_the_drive_mounts_it_once(drive, tmp_path):
     for _ in range(2):
-        assert workbench.locate("drive:qnb/study") == tmp_path / "MyDrive" / "qnb" / "study"
+        assert session.locate("drive:qnb/study") == tmp_path / "MyDrive" / "qnb" / "study"
     assert drive == [str(tmp_path)]
     assert study.Study(output="drive:qnb/study").folder == tmp_path / "MyDrive" / "qnb" / "study"
 
