@@ -134,8 +134,10 @@ def _warm_engine(model: PreTrainedModel, engine: str, batches: Sequence[Prompts]
         torch.cuda.reset_peak_memory_stats(model.device)
     generator = make(model, batch_size, len(longest), new_tokens)
     most_padded = min(batches, key=lambda batch: min(map(len, batch)))  # read under a mask
-    for batch in (most_padded, batches[0]):
-        _token_times_s(generator, batch, warm_up_tokens, model.device)
+    _token_times_s(generator, most_padded, warm_up_tokens, model.device)
+    if model.device.type == "cuda":
+        warm_up_tokens = new_tokens  # the allocator then holds what a batch takes
+    _token_times_s(generator, [longest] * batch_size, warm_up_tokens, model.device)
     return generator
 
 

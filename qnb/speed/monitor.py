@@ -39,14 +39,9 @@ NVML_PROBES: dict[str, Callable[[Any], float]] = {
     # a process counts once it holds a context: containers hide which processes those are, not how many
     "gpu_processes": lambda gpu: len(pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)),
 }
-# NVML's bits (nvmlClocksEventReasons) that say the clocks are held below what the work asks for
-THROTTLE_REASONS = {
-    0x4: "software power cap",
-    0x8: "hardware slowdown",
-    0x20: "software thermal slowdown",
-    0x40: "hardware thermal slowdown",
-    0x80: "hardware power brake",
-}
+# NVML's bits (nvmlClocksEventReasons) that say the clocks are held below what the work asks for: software power cap,
+# hardware slowdown, software and hardware thermal slowdown, hardware power brake
+THROTTLE_BITS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +63,7 @@ class Usage:
     clock_mhz: float | None = None  # mean, streaming multiprocessors
     energy_j: float | None = None  # of the whole device
     energy_s: float | None = None  # between the energy counter's first and last reading
-    throttle: tuple[str, ...] = ()  # why clocks were held down at any time
+    throttle: int = 0  # those of `THROTTLE_BITS` that were set at any time
     gpu_processes: float | None = None  # most at once, this one included
     others_cpu_pct: float | None = None  # mean, of all the host's cores, used by other processes
 
@@ -187,7 +182,9 @@ class Window:
     def usage(self) -> Usage:
         """Means and peaks over the closed window."""
         energy_j, energy_s = self._energy()
-        masks = [int(reading.get("throttle", 0)) for reading in self.readings]
+        throttle = 0
+        for reading in self.readings:
+            throttle |= int(reading.get("throttle", 0)) & THROTTLE_BITS
         whole = max([2, *map(len, self.readings)])  # a reading that failed has nothing but its time
         return Usage(
             monitor=self._sensor.monitor,
@@ -202,7 +199,7 @@ class Window:
             clock_mhz=self._mean("clock_mhz"),
             energy_j=energy_j,
             energy_s=energy_s,
-            throttle=tuple(name for bit, name in THROTTLE_REASONS.items() if any(mask & bit for mask in masks)),
+            throttle=throttle,
             gpu_processes=self._most("gpu_processes"),
             others_cpu_pct=self._mean("others_cpu_pct"),
         )

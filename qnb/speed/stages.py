@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 Engines = str | Iterable[str]  # names in `qnb.speed.engines.FACTORIES`; "auto" is all that can run on the device
 
 PACE_BATCH = {"bs1": {"cuda": 1, "cpu": 1}, "maxbatch": {"cuda": 32, "cpu": 4}}  # by setting, timed to learn the pace
-# What a setting runs beside its timed passes: so many times its requests, and so many more. One by one: kernels
-# traced. In the largest batch: three probes of its size, kernels traced.
-EXTRA_COST = {"bs1": (0, 1), "maxbatch": (4, 0)}
 BATCHES_SWEPT = 3  # of each size
 
 
@@ -210,18 +207,19 @@ def _affordable_requests(session: Session, options: WorkloadOptions, engines: in
     with session.exclusive():
         if row := session.decided(key):
             return int(row["requests"])
-        size, spent_s = PACE_BATCH[setting][session.device.kind], 0.0
+        size, timed_s, repeats = PACE_BATCH[setting][session.device.kind], 0.0, int(options.repeats)
         batch = workload(session, replace(options, requests=size))
         for precision in session.precisions:
             with suppress(RuntimeError, MemoryError):  # it is recorded where it is measured
                 timed = with_model(session, precision, lambda loaded: run(loaded.model, batch, size, trace=False))
-                spent_s += timed.run.total_s
+                timed_s += timed.run.total_s
         requests = session.count(f"{setting}_requests", "auto")
-        if spent_s:
-            request_s, (times, more) = engines * spent_s / size, EXTRA_COST[setting]
-            affordable = (60 * minutes - spent_s) / request_s - more
-            requests = max(1, int(affordable / (times + int(options.repeats))))
-        return int(session.append(key, asked, {"requests": requests, "spent_s": spent_s})["requests"])
+        if timed_s:
+            # each timing has a warm-up of one batch; kernels are traced once; a search tries some three such batches
+            affordable = size * (60 * minutes - 2 * timed_s) / (engines * timed_s)
+            batches = affordable / (2 * repeats + 4) if setting == "maxbatch" else (affordable - 1) / repeats - 1
+            requests = max(1, int(batches))
+        return int(session.append(key, asked, {"requests": requests, "timed_s": timed_s})["requests"])
 
 
 def device_peaks(session: Session) -> DevicePeaks:

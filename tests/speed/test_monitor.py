@@ -3,7 +3,6 @@
 import gc
 import threading
 import time
-from statistics import median
 from types import SimpleNamespace
 
 import pynvml
@@ -27,21 +26,15 @@ def usage_of(readings, monitor="process"):
 
 
 def test_means_and_peaks_are_those_of_the_readings_above_the_baseline():
-    values = iter(
-        [{"utilization_pct": 90.0, "memory_mib": 140.0}, *[{"utilization_pct": 40.0, "memory_mib": 130.0}] * 99]
-    )
+    values = iter([{"power_w": 90.0, "memory_mib": 140.0}, *[{"power_w": 40.0, "memory_mib": 130.0}] * 99])
     with Window(fake(lambda: next(values)), 0.01, baseline_mib=100) as window:
         time.sleep(0.06)
     usage = window.usage
     assert usage.monitor == "process" and usage.samples == len(window.readings) >= 3 and usage.missing_samples == 0
-    assert (usage.utilization_pct, usage.used_memory_mib) == pytest.approx((40, 30))  # the first is of the time before
-    assert (usage.peak_used_memory_mib, usage.baseline_mib, usage.power_w) == (40, 100, None)
+    assert (usage.power_w, usage.used_memory_mib) == pytest.approx((40, 30))  # the first is of the time before
+    assert (usage.peak_used_memory_mib, usage.baseline_mib, usage.utilization_pct) == (40, 100, None)
     assert usage.duration_s == pytest.approx(0.06, abs=0.05)
-
-
-def test_memory_above_an_unknown_baseline_is_unknown():
-    with Window(fake(lambda: {"memory_mib": 5.0}), 0.01, None) as window:
-        pass
+    window._baseline_mib = None
     assert window.usage.used_memory_mib is window.usage.peak_used_memory_mib is None
 
 
@@ -51,13 +44,6 @@ def test_a_sensor_that_fails_midway_costs_readings_not_the_measurement():
         time.sleep(0.03)
     assert window.usage.missing_samples == window.usage.samples - 1 >= 2
     assert usage_of([{}, {}]).missing_samples == 2
-
-
-def test_an_error_in_the_block_passes_through_and_ends_the_thread():
-    window = Window(fake(), 0.01)
-    with pytest.raises(KeyError), window:
-        raise KeyError("x")
-    assert not window._thread.is_alive()
 
 
 def test_one_thread_takes_all_readings_and_each_weighs_its_time():
@@ -77,7 +63,7 @@ def test_one_thread_takes_all_readings_and_each_weighs_its_time():
         ([{"energy_j": 100.0 + 10 * (place // 3)} for place in range(7)], None, 6),  # too few steps of the counter
         ([{"power_w": 50.0}] * 7, None, None),
         ([{"energy_j": 10.0 * place} if place % 2 else {} for place in range(44)], 420, 42),
-        ([{"energy_j": 10.0 * place} if place < 22 else {} for place in range(44)], None, 21),  # half a window's
+        ([{"energy_j": 10.0 * place} if place < 22 else {} for place in range(44)], None, 21),  # of half the window
     ],
 )
 def test_energy_is_the_counters_difference_where_it_moved_often_enough(readings, energy_j, energy_s):
@@ -103,8 +89,8 @@ def test_nvml_rates_of_the_first_second_are_left_out():
     ("readings", "flags"),
     [
         ([{"throttle": 1.0, "gpu_processes": 1.0, "power_w": 50.0}] * 3, []),  # 1: idle, no throttling
-        ([{"throttle": 4.0, "gpu_processes": 2.0}, {"throttle": 64.0}, {"gpu_processes": 1.0}],
-         [Flag.THROTTLED, Flag.GPU_SHARED, Flag.SAMPLES_MISSING]),
+        ([{"throttle": 4, "gpu_processes": 1}, {"throttle": 65, "gpu_processes": 2}], [Flag.THROTTLED, Flag.GPU_SHARED]),
+        ([{"throttle": 1}, {}, {"throttle": 0}], [Flag.SAMPLES_MISSING]),
         ([{"others_cpu_pct": pct} for pct in (90.0, 30.0, 50.0)], [Flag.CPU_SHARED]),
         ([{"others_cpu_pct": pct} for pct in (90.0, 4.0, 6.0)], []),
     ],
@@ -113,12 +99,8 @@ def test_what_disturbed_a_window_is_flagged(readings, flags):
     assert flags_of(usage_of(readings)) == flags
 
 
-def test_throttling_is_named_and_a_sensor_that_dies_leaves_no_joules_of_a_part():
-    usage = usage_of([{"throttle": 4, "gpu_processes": 2}, {"throttle": 64}, {"gpu_processes": 1}])
-    assert usage.throttle == ("software power cap", "hardware thermal slowdown")
-    assert (usage.gpu_processes, usage.missing_samples) == (2, 2)
-    usage = usage_of([{"energy_j": 10.0 * place} if place < 12 else {} for place in range(23)])
-    assert (usage.energy_s, usage.energy_j, flags_of(usage)) == (11, None, [Flag.SAMPLES_MISSING])
+def test_what_held_the_clocks_down_is_kept():
+    assert usage_of([{"throttle": 4}, {"throttle": 65}]).throttle == 4 | 64
 
 
 def test_the_process_sensor_sees_this_process_grow():
@@ -130,25 +112,8 @@ def test_the_process_sensor_sees_this_process_grow():
     assert sensor.monitor == "process" and len(ballast) and 40 < after_mib - before_mib < 90
 
 
-def test_a_reading_of_the_process_costs_less_than_half_a_percent_of_its_period():
-    sensor, seconds = open_sensor("cpu"), []
-    for _ in range(50):
-        before_s = time.thread_time()
-        sensor.sample()
-        seconds.append(time.thread_time() - before_s)
-    assert median(seconds) < 0.005 * Window(sensor)._period_s
-
-
-class Refused(pynvml.NVMLError):
-    def __new__(cls):
-        return Exception.__new__(cls)
-
-    def __init__(self):
-        Exception.__init__(self)
-
-
 def refuse(*_):
-    raise Refused
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
 
 @pytest.fixture
