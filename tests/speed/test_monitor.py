@@ -89,7 +89,7 @@ def test_nvml_rates_of_the_first_second_are_left_out():
     ("readings", "flags"),
     [
         ([{"throttle": 1.0, "gpu_processes": 1.0, "power_w": 50.0}] * 3, []),  # 1: idle, no throttling
-        ([{"throttle": 4, "gpu_processes": 1}, {"throttle": 65, "gpu_processes": 2}], [Flag.THROTTLED, Flag.GPU_SHARED]),
+        ([{"throttle": 64, "gpu_processes": 2}] * 2, [Flag.THROTTLED, Flag.GPU_SHARED]),
         ([{"throttle": 1}, {}, {"throttle": 0}], [Flag.SAMPLES_MISSING]),
         ([{"others_cpu_pct": pct} for pct in (90.0, 30.0, 50.0)], [Flag.CPU_SHARED]),
         ([{"others_cpu_pct": pct} for pct in (90.0, 4.0, 6.0)], []),
