@@ -76,9 +76,8 @@ def run(
 ) -> Timed:
     """Generate for the workload's prompts in full batches, and time it.
 
-    `engine` is a name in `qnb.speed.engines.FACTORIES`, `baseline_mib` the memory in use before the model was loaded
-    (None where unknown), and `peaks` the device's, stored beside what they are compared with. `trace` is whether to
-    trace a GPU's kernels too; where that fails, the timing stays and a flag says so.
+    `engine` is a name in `qnb.speed.engines.FACTORIES`. `baseline_mib` was in use before the model was loaded, None
+    where unknown. `trace` adds a GPU's kernels; where that fails, the timing stays and a flag says so.
 
     Raises
     ------
