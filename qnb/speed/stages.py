@@ -14,11 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from qnb import memory, prompts
 from qnb.errors import InputError
-from qnb.ledger import Row
+from qnb.ledger import FAILED, Row
 from qnb.options import Count, check_count, check_requests, minutes_of
 from qnb.precision import Precision, parse
 from qnb.prompts import Workload
-from qnb.speed.batch_search import ChildTrials, LargestBatch, find_largest_batch, int32_rows, sweep_sizes
+from qnb.speed.batch_search import (
+    ChildTrials,
+    LargestBatch,
+    OneRequestDoesNotFit,
+    find_largest_batch,
+    int32_rows,
+    sweep_sizes,
+)
 from qnb.speed.passes import Loaded, Series, time_in_turn, time_row, with_model
 
 if TYPE_CHECKING:
@@ -257,9 +264,9 @@ def perf_maxbatch(session: Session, options: LargestBatchOptions) -> None:
     Raises
     ------
     InputError
-        An engine is unknown or cannot run here.
+        An engine is unknown or cannot run here, or `memory_mib` is too little for one request in every format.
     RuntimeError
-        Nothing could be measured, such as where no format has the memory for one request.
+        Nothing could be measured.
     """
     engines, repeats = _engines(session, options.engines), int(options.repeats)
     allowed_mib = session.count("memory_mib", options.memory_mib)
@@ -282,6 +289,9 @@ def perf_maxbatch(session: Session, options: LargestBatchOptions) -> None:
                 bar.update()
         # 2) time
         if not searched:
+            failures = [row for row in session.ledger.failures() if row["stage"] == "batch" + FAILED]
+            if options.memory_mib != "auto" and all(row["error"] == OneRequestDoesNotFit.__name__ for row in failures):
+                raise InputError(f"memory_mib is {allowed_mib}: {failures[-1]['reason']}")
             session.require("batch")
         time_in_turn(session, searched)
     session.require("perf", "maxbatch")
