@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from qnb.errors import InputError
 from qnb.options import Count
 from qnb.session import Session
 
@@ -55,6 +56,8 @@ class Study:
         """Make one of `qnb.report.tables.TABLES` from the rows, and save it below ``tables/``."""
         from qnb.report import tables
 
+        if name not in tables.TABLES:
+            raise InputError(f"table {name!r} is unknown; choose from {', '.join(tables.TABLES)}")
         return tables.save(self.results(), name)
 
     def card(self) -> pd.DataFrame:
