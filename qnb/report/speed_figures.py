@@ -1,13 +1,16 @@
-"""What quantizing gives: speed, utilization and memory in one setting, over batch sizes, and over time."""
+"""What quantizing gives: speed, utilization and memory, over batch sizes and over time, and where each is spent."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
 
 from qnb.columns import column, header, is_disturbed
-from qnb.report import panels, paper, theme
+from qnb.report import paper, theme
+from qnb.report.findings import SETTINGS
 from qnb.report.results import Results, stack
 from qnb.report.tables import knees
 
@@ -15,7 +18,7 @@ METRICS = ("throughput_rps", "seconds_per_request", "utilization_pct", "peak_mem
 SWEPT = ("throughput_rps", "batch_latency_s")
 TIMELINE = ("utilization_pct", "memory_mib", "power_w", "clock_mhz")
 DISTURBED = "; *: disturbed by other processes"
-PAPER = "published (T4)"  # in place of an engine
+OWN_SCALE = "each panel has its own scale"
 
 
 def metrics(results: Results, setting: str) -> go.Figure:
@@ -28,30 +31,24 @@ def metrics(results: Results, setting: str) -> go.Figure:
     setting
         ``"bs1"`` or ``"maxbatch"``.
     """
-    title = f"What do you get at {theme.SETTINGS[setting]}?"
-    frame = _long(results, setting)
+    title = f"What do you get at {SETTINGS[setting]}?"
+    frame = _metrics(results, setting)
     if frame.empty:
         return theme.nothing(title)
     note = DISTURBED * any(frame.text.str.endswith("*"))
     if paper.is_published_model(results.model):
         published = paper.performance(3 if setting == "bs1" else 4).rename(columns={"vram_mib": "peak_memory_mib"})
-        published = published[published.precision.isin(frame.precision)].melt("precision", METRICS, "panel")
-        published = published.assign(panel=published.panel.map(header), engine=PAPER, text="", hover=PAPER)
-        frame = stack([frame, published])
+        published = published[published.precision.isin(frame.precision)].assign(engine=theme.PUBLISHED)
+        frame = stack([frame, theme.panels(published, METRICS).assign(text="")])
     if frame.engine.nunique() > 1:
-        return panels.dots(frame, title, f"logarithmic: equal distances are equal ratios{note}")
-    return panels.bars(frame, {"value": 1.0}, title, f"the paper's four quantities{note}")
+        return theme.dots(frame, title, f"logarithmic: equal distances are equal ratios{note}")
+    return theme.bars(frame, {"value": 1.0}, title, f"the paper's four quantities{note}")
 
 
-def _long(results: Results, setting: str) -> pd.DataFrame:
+def _metrics(results: Results, setting: str) -> pd.DataFrame:
     """Return a row per quantity, format and engine; an asterisk marks what other processes disturbed."""
-    rows = [
-        {"panel": header(name), "precision": row["precision"], "engine": row["engine"], "value": row[name],
-         "text": theme.number(row[name]) + "*" * is_disturbed(row["flags"]),
-         "hover": theme.hover(row, name, "throughput_spread_pct")}
-        for name in METRICS for row in results.timed(setting).to_dict("records") if pd.notna(row[name])
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
+    frame = theme.panels(results.timed(setting), METRICS, "throughput_spread_pct")
+    return frame.assign(text=theme.numbers(frame.value) + frame["flags"].map(is_disturbed).map({True: "*", False: ""}))
 
 
 def heatmap(results: Results, setting: str) -> go.Figure:
@@ -59,29 +56,26 @@ def heatmap(results: Results, setting: str) -> go.Figure:
 
     Utilization is shaded by its size: more of it is neither better nor worse.
     """
-    title = f"Which is best at {theme.SETTINGS[setting]}?"
-    frame = _long(results, setting)
+    title = f"Which is best at {SETTINGS[setting]}?"
+    frame = _metrics(results, setting)
     if frame.empty:
         return theme.nothing(title)
-    several = frame.engine.nunique() > 1
-    frame["row"] = frame.precision + (" · " + frame.engine if several else "")
-    cells = frame.set_index(["row", "panel"])[["value", "text", "hover"]].unstack(sort=False)
-    scaled = (cells.value - cells.value.min()) / (cells.value.max() - cells.value.min()).replace(0, 1)
-    for name in METRICS:
-        panel = header(name)
-        if panel in scaled and (column(name).better == "less" or not scaled[panel].any()):  # equal ones are best
-            scaled[panel] = 1 - scaled[panel]
+    cells = frame.assign(row=frame.precision + ", " + frame.engine)
+    cells = cells.set_index(["row", "panel"])[["value", "text", "hover"]].unstack(sort=False)
+    signs = pd.Series({header(name): -1 if column(name).better == "less" else 1 for name in METRICS})
+    scores = cells.value * signs[cells.value.columns]
+    shades = ((scores - scores.min()) / (scores.max() - scores.min())).fillna(1)  # equal ones are best
     figure = go.Figure(
         go.Heatmap(
-            z=scaled.to_numpy(), y=list(scaled.index),
-            x=[name.replace(",", "").replace(" ", "<br>") for name in scaled],
+            z=shades.where(scores.notna()), y=shades.index,
+            x=[name.replace(",", "").replace(" ", "<br>") for name in shades],
             text=cells.text.fillna(""), hovertext=cells.hover, hoverinfo="text", texttemplate="%{text}",
             colorscale="Blues", zmin=0, zmax=1.25, xgap=3, ygap=3, showscale=False,
         )
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed").update_xaxes(tickangle=0, tickfont_size=11)
     note = "dark is better; of utilization, more" + DISTURBED * any(frame.text.str.endswith("*"))
-    return theme.finish(figure, title, 180 + 30 * len(scaled), note)
+    return theme.finish(figure, title, 180 + 30 * len(shades), note)
 
 
 def sweep(results: Results) -> go.Figure:
@@ -95,57 +89,123 @@ def sweep(results: Results) -> go.Figure:
         return theme.nothing(title, "without a GPU only where sweep_batch asks for it")
     alike = ["precision", "engine", "prompt_tokens", "new_tokens"]
     largest = results.maxbatch.merge(steps[alike].drop_duplicates(), on=alike)
-    bends = knees(steps).set_index(["precision", "engine"]).knee.fillna(0)  # no line bends at 0
     rows = stack([steps.assign(size=5), largest.assign(size=12)]).sort_values("batch_size", kind="stable")
-    frame = pd.DataFrame(
-        {**row, "quantity": name, "value": row[name],
-         "ring": bends[row["precision"], row["engine"]] == row["batch_size"],
-         "hover": theme.hover(row, name, "prompt_tokens", "new_tokens", "batch_spread_pct")}
-        for name in SWEPT for row in rows.to_dict("records")
-    )  # fmt: skip
-    look = {**theme.by_format(frame), "custom_data": ["hover", "ring", "size"]}
+    frame = theme.panels(rows, SWEPT, "prompt_tokens", "new_tokens", "batch_spread_pct")
+    knee = knees(steps).set_index(["precision", "engine"]).knee
+    ring = [knee[row.precision, row.engine] == row.batch_size for row in frame.itertuples()]
+    frame = frame.assign(
+        symbol=frame.precision.map(theme.symbol).mask(ring, "circle-open"), size=frame["size"].mask(ring, 16)
+    )
     figure = px.line(
-        frame, x="batch_size", y="value", markers=True, facet_row="quantity", facet_col="engine",
-        facet_row_spacing=0.06, facet_col_spacing=0.03, **look,
+        frame, x="batch_size", y="value", markers=True, log_x=True, log_y=True, facet_row="panel", facet_col="engine",
+        facet_col_spacing=0.03, **theme.by_format(frame, "symbol", "size"),
     )  # fmt: skip
-    for line in figure.data:
-        marker = theme.symbol(line.name)
-        line.marker = {"symbol": ["circle-open" if ring else marker for _, ring, _ in line.customdata],
-                       "size": [16 if ring else size for _, ring, size in line.customdata]}  # fmt: skip
-    figure.update_xaxes(**theme.log_ticks(frame.batch_size), title="").update_xaxes(title=header("batch_size"), row=1)
-    columns = frame.engine.nunique()
-    for row, name in enumerate(reversed(SWEPT)):  # Plotly Express counts rows from below
-        first = "" if row == 0 else str(1 + row * columns)
-        figure.update_yaxes(**theme.log_ticks(rows[name]), matches=f"y{first}", title="", row=row + 1)
-        figure.update_yaxes(title=header(name), matches=None, row=row + 1, col=1)
-    figure.layout.annotations = [each for each in figure.layout.annotations if each.text.startswith("engine=")]
+    theme.style_points(figure, "symbol", "size")
+    figure.update_xaxes(title="").update_xaxes(title=header("batch_size"), row=1).update_yaxes(title="")
+    figure.update_yaxes(matches=f"y{1 + frame.engine.nunique()}", row=2)  # the upper row has a scale of its own
     note = "logarithmic; ring: knee" + "; large point: the largest batch" * bool(len(largest))
     return theme.finish(figure, title, 620, note)
 
 
 def timeline(results: Results, setting: str) -> go.Figure:
     """Draw the monitor's readings in the first pass: a panel per quantity, a line per format and engine."""
-    title = f"The device at {theme.SETTINGS[setting]}"
+    title = f"The device at {SETTINGS[setting]}"
     samples = results.samples
     samples = samples[samples.setting == setting] if len(samples) else samples
     names = [name for name in TIMELINE if name in samples and samples[name].notna().any()]
     if not names:
         return theme.nothing(title)
-    frame = samples.melt(["t_s", "precision", "engine"], names, "panel").assign(
-        panel=lambda rows: rows.panel.map(header),
-        hover=lambda rows: [f"{row.precision}, {row.engine}, {row.t_s:.1f} s: {theme.number(row.value)}"
-                            for row in rows.itertuples()],
-    )  # fmt: skip
-    several = frame.engine.nunique() > 1
-    dashes = {engine: "dot" if several and engine == "eager" else "solid" for engine in frame.engine.unique()}
+    frame = theme.panels(samples, names)
+    dashes = {engine: "dot" if engine == "eager" else "solid" for engine in frame.engine}
     figure = px.line(
-        frame, x="t_s", y="value", line_dash="engine", line_dash_map=dashes, render_mode="svg",
-        **theme.by_format(frame), **panels.two_by_two(frame, 560, spacing=0.14),
+        frame, x="t_s", y="value", line_dash="engine", line_dash_map=dashes, render_mode="svg", facet_col="panel",
+        facet_col_wrap=2, facet_col_spacing=0.14, facet_row_spacing=0.12, **theme.by_format(frame),
     )  # fmt: skip
     for line in figure.data:  # one entry of the legend per format
         line.name, _, engine = line.name.partition(", ")
         line.showlegend = line.showlegend and engine in ("", frame.engine.iloc[0])
     figure.update_yaxes(matches=None, showticklabels=True, rangemode="tozero", title="").update_xaxes(title="")
     figure.update_xaxes(title="time, s", row=1)
-    note = "dotted: eager; " * several + "memory: the whole device's, on a CPU the process's"
-    return theme.finish(figure, title, 560, note)
+    return theme.finish(figure, title, 560, "dotted: eager; memory: the whole device's, on a CPU the process's")
+
+
+def token_time(results: Results) -> go.Figure:
+    """Draw where a token's time goes at batch size 1: kernels at work, and the GPU waiting for a launch."""
+    title = "Where does a token's time go?"
+    runs = results.bs1.dropna(subset=["kernel_s_per_token", "tpot_s"])
+    runs = runs.assign(panel=runs.engine)
+    waiting = (runs.tpot_s - runs.kernel_s_per_token).clip(lower=0)
+    parts = {"kernels at work": 1e3 * runs.kernel_s_per_token, "waiting for a launch": 1e3 * waiting}
+    names = ("tpot_s", "kernel_s_per_token", "kernels_per_token", "gpu_busy_pct", "bound")
+    note = f"ms per token at batch size 1; {OWN_SCALE}"
+    return _parts(runs, parts, names, title, note, "kernels are traced on a GPU")
+
+
+def energy(results: Results) -> go.Figure:
+    """Draw energy per generated token, above idle and the idle device's share, in both settings."""
+    runs = _settings(results).dropna(subset=["energy_j_per_token"])
+    above = runs.energy_above_idle_j_per_token.fillna(runs.energy_j_per_token)
+    parts = {"above idle": above, "the idle device's share": (runs.energy_j_per_token - above).clip(lower=0)}
+    names = ("energy_j_per_token", "energy_above_idle_j_per_token", "power_w")
+    note = f"J per generated token; {OWN_SCALE}"
+    return _parts(runs, parts, names, "What does a token cost in energy?", note, "a GPU's own counter is read")
+
+
+def memory(results: Results) -> go.Figure:
+    """Draw GPU memory by part, in both settings.
+
+    Weights and KV cache are computed. The rest follows from the allocator's two peaks.
+    """
+    names = ["weights_mib", "kv_cache_mib", "peak_allocated_mib", "peak_reserved_mib"]
+    runs = _settings(results).dropna(subset=names)
+    parts = {
+        "weights": runs.weights_mib,
+        "KV cache": runs.kv_cache_mib,
+        "activations": (runs.peak_allocated_mib - runs.weights_mib - runs.kv_cache_mib).clip(lower=0),
+        "allocator slack": (runs.peak_reserved_mib - runs.peak_allocated_mib).clip(lower=0),
+    }
+    return _parts(runs, parts, names, "What fills the memory?", f"MiB; {OWN_SCALE}", "the allocator of a GPU is read")
+
+
+def _settings(results: Results) -> pd.DataFrame:
+    """Return the rows of both settings, with `panel`: the setting and its engine."""
+    return stack(
+        results.timed(setting).assign(panel=lambda runs, words=words: words.removeprefix("the ") + ", " + runs.engine)
+        for setting, words in SETTINGS.items()
+    )
+
+
+def _parts(
+    runs: pd.DataFrame, parts: Mapping[str, pd.Series], names: Sequence[str], title: str, note: str, needs: str
+) -> go.Figure:
+    """Draw parts end to end, from solid to pale; the number is their sum."""
+    if runs.empty:
+        return theme.nothing(title, needs)
+    shades = {name: 0.3 + 0.7 * (1 - place / (len(parts) - 1)) for place, name in enumerate(parts)}
+    runs = runs.assign(text=theme.numbers(sum(parts.values())), hover=theme.hovers(runs, *names), **parts)
+    return theme.bars(runs, shades, title, note)
+
+
+def roofline(results: Results) -> go.Figure:
+    """Draw achieved FLOP/s over FLOP a byte, below the measured roofs; a point per format, engine and batch size."""
+    title = "How near are the device's limits?"
+    needed = ["bytes_per_step", "flops_per_step", "tpot_s", "peak_bytes_per_s", "peak_flop_per_s"]
+    runs = results.speed.dropna(subset=needed)
+    if runs.empty:
+        return theme.nothing(title, "without a device's measured peaks there are no roofs")
+    runs = runs.assign(
+        intensity=runs.flops_per_step / runs.bytes_per_step, tflops=runs.flops_per_step / runs.tpot_s / 1e12,
+        hover=theme.hovers(runs, "mbu_pct", "mfu_pct", "bound"),
+    )  # fmt: skip
+    figure = theme.points(runs, "intensity", "tflops", log_x=True, log_y=True)
+    bandwidth, highest = runs.peak_bytes_per_s.max(), runs.peak_flop_per_s.max()
+    left, right = runs.intensity.min() / 2, max(runs.intensity.max() * 2, 3 * highest / bandwidth)
+    for peak in runs.peak_flop_per_s.unique():
+        figure.add_scatter(
+            x=[left, peak / bandwidth, right], y=[left * bandwidth / 1e12, peak / 1e12, peak / 1e12], mode="lines",
+            line={"color": theme.QUIET, "width": 1.2}, showlegend=False, hoverinfo="skip",
+        )  # fmt: skip
+    figure.update_xaxes(title="arithmetic per byte read, FLOP/byte", dtick=1)
+    figure.update_yaxes(title="achieved, TFLOP/s", dtick=1)
+    note = f"lines: measured limits, {bandwidth / 1e12:.3g} TB/s and up to {highest / 1e12:.3g} TFLOP/s"
+    return theme.finish(figure, title, 520, f"{note}; a step far below waits for something else")

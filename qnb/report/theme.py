@@ -1,4 +1,4 @@
-"""The look of every figure: one Plotly template, a colour and a marker per format, panels two by two.
+"""The look of every figure: one Plotly template, a colour and a marker per format, and the three ways to draw.
 
 A format is told by its colour and its marker, an engine by a hollow or a filled marker: both survive print.
 """
@@ -6,25 +6,28 @@ A format is told by its colour and its marker, an engine by a hollow or a filled
 from __future__ import annotations
 
 import math
-import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import pandas as pd
+import plotly.express as px
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from qnb.columns import column, format_value, is_disturbed
+from qnb.columns import column, format_value, header, is_disturbed
 from qnb.precision import PRECISIONS
-from qnb.report.results import task_name
+from qnb.report.results import stack, task_name
 
 INK, QUIET = "#222222", "#777777"
 MOST_PX = 700  # of a figure's height
 TOP_PX, NOTE_PX, FOOT_PX = 46, 17, 56  # of the title, of a line below it, of an axis with its title
+ROW_PX, GAP_PX = 22, 52  # of a format in a panel, and between two panels for the lower one's title
+ROOM = 0.5  # of what an axis spans, for the numbers at its ends
 NOTE_LETTERS = 60  # in a line below the title, so that it fits a phone
-SETTINGS = {"bs1": "batch size 1", "sweep": "batch sizes between", "maxbatch": "the largest batch"}
+HOLLOW = ("eager", "not significant")
+PUBLISHED = "published (T4)"  # in place of an engine
 COUNTS = {"requests": "requests", "passes": "passes", "n_items": "items"}
 COLORS = {name: precision.color for name, precision in PRECISIONS.items()}
 
@@ -42,80 +45,145 @@ pio.templates["qnb"] = go.layout.Template(
 )  # fmt: skip
 
 
-def label(task: str) -> str:
-    """Return a task's name for a figure: Plotly reads tags, so the name is escaped."""
-    return escape(task_name(task))
-
-
-def number(value: float) -> str:
-    """Return a value with three significant digits, or all those before the point."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
 def symbol(precision: str, engine: str = "") -> str:
     """Return a point's marker: the format's, hollow for eager; a line for what the paper published."""
-    if engine.startswith("published"):
-        return "line-ns-open"
-    return PRECISIONS[precision].marker + "-open" * (engine == "eager")
+    return "line-ns-open" if engine == PUBLISHED else PRECISIONS[precision].marker + "-open" * (engine in HOLLOW)
 
 
-def by_format(frame: pd.DataFrame) -> dict[str, Any]:
+def symbols(frame: pd.DataFrame) -> list[str]:
+    """Return the marker of each row."""
+    return [symbol(row.precision, row.engine) for row in frame.itertuples()]
+
+
+def by_format(frame: pd.DataFrame, *custom: str) -> dict[str, Any]:
     """Return what Plotly Express needs to colour a frame by its format and to show its column `hover`."""
     formats = [name for name in PRECISIONS if name in set(frame.precision)]
     return {"color": "precision", "color_discrete_map": COLORS, "category_orders": {"precision": formats},
-            "custom_data": ["hover"]}  # fmt: skip
+            "custom_data": ["hover", *custom]}  # fmt: skip
 
 
-def hover(row: Mapping[str, Any], *names: str) -> str:
-    """Return what the pointer shows of a row: its format, engine and batch, the named quantities, and its n."""
-    about = [PRECISIONS[row["precision"]].label, escape(str(row.get("engine") or ""))]
-    about += [f"batch {row['batch_size']:,.0f}"] if pd.notna(row.get("batch_size")) else []
-    lines = [", ".join(filter(None, about))]
-    for name in names:
+def hovers(frame: pd.DataFrame, *names: str) -> list[str]:
+    """Return what the pointer shows of each row: its format and engine, the named quantities, and its n."""
+    return [_hover(row, names) for row in frame.to_dict("records")]
+
+
+def _hover(row: Mapping[str, Any], names: Iterable[str]) -> str:
+    lines = [", ".join(filter(None, (PRECISIONS[row["precision"]].label, escape(str(row.get("engine") or "")))))]
+    for name in ("batch_size", *names):
         if value := format_value(name, row.get(name)):
             lines.append(f"{column(name).label}: {value} {column(name).unit}".rstrip())
     lines += [f"n = {row[name]:,.0f} {words}" for name, words in COUNTS.items() if pd.notna(row.get(name))]
-    if is_disturbed(row.get("flags")):
-        lines.append("disturbed by other processes")
+    lines += ["disturbed by other processes"] * is_disturbed(row.get("flags"))
     return "<br>".join(lines)
 
 
-def log_ticks(values: pd.Series) -> dict[str, Any]:
-    """Return a logarithmic axis with its ticks written out: as few round numbers as give three, else the ends."""
-    low, high = values.min(), values.max()
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)):
-        ticks = [digit * 10.0**power for power in powers for digit in digits]
-        inside = sum(low <= tick <= high for tick in ticks)
-        if inside > 2:
-            break
-    ticks = ticks if inside > 1 else list(dict.fromkeys((low, high)))
-    return {"type": "log", "tickvals": ticks, "ticktext": [number(tick) for tick in ticks]}
+def panels(frame: pd.DataFrame, names: Sequence[str], *also: str) -> pd.DataFrame:
+    """Return a row per row and named quantity: `panel` says which, `value`, and `hover`, which shows `also` too."""
+    values = {name: frame[name].astype(float) * column(name).scale for name in names}
+    parts = [frame.assign(panel=header(name), value=values[name], hover=hovers(frame, name, *also)) for name in names]
+    return stack(parts).dropna(subset=["value"])
 
 
-def finish(figure: go.Figure, title: str, height: int, note: str = "", foot_px: int = FOOT_PX) -> go.Figure:
-    """Give a figure the template, a title, a note on how to read it, its height in pixels and its panels' titles.
-
-    The legend lies below the axis, where it takes room from the panels instead of covering them.
-    """
-    lines = textwrap.wrap(note, NOTE_LETTERS)
-    height = min(height, MOST_PX)
-    top = TOP_PX + NOTE_PX * len(lines) + 24 * bool(figure.layout.annotations)
-    figure.update_layout(
-        template="plotly_white+qnb", height=height, margin={"l": 12, "r": 16, "t": top, "b": foot_px},
-        title={"text": title, "subtitle": {"text": "<br>".join(lines)}},
-        legend={"title": "", "y": -(foot_px - 8) / max(height - top - foot_px, 1)},
+def points(frame: pd.DataFrame, x: str, y: str, *custom: str, **more: Any) -> go.Figure:
+    """Draw a point per row of a frame with `hover`: a colour per format, hollow for eager."""
+    figure = px.scatter(
+        frame.assign(marker=symbols(frame)), x=x, y=y, symbol="marker", symbol_map="identity", render_mode="svg",
+        **by_format(frame, *custom), **more,
     )  # fmt: skip
-    left, right = figure.layout.xaxis.domain or (0, 1)
-    for panel in figure.layout.annotations:  # Plotly Express names them column=value, in the middle
-        panel.update(text=panel.text.partition("=")[2], x=panel.x - (right - left) / 2, xanchor="left",
-                     font={"size": 11})  # fmt: skip
-    return figure.update_traces(
-        hovertemplate="%{customdata[0]}<extra></extra>", selector=lambda trace: trace.customdata is not None
+    return _add_engines(figure.update_traces(marker_size=10), frame)
+
+
+def bars(frame: pd.DataFrame, parts: Mapping[str, float], title: str, note: str = "") -> go.Figure:
+    """Draw panels with a bar per format, its parts end to end, with its text at its end.
+
+    Parameters
+    ----------
+    frame
+        Columns panel, precision, text, hover and each of `parts`; above and below, an interval's two sides, where
+        they are known.
+    parts
+        Columns, each with its opacity in the format's colour.
+    title, note
+        What the figure shows, and how it is read.
+    """
+    frame = frame.assign(**{"above": 0.0, "below": 0.0, **frame}).fillna({"above": 0.0})
+    ends = frame[list(parts)].sum(axis=1) + frame.above
+    frame = frame.assign(whisker=frame.above, room=ROOM * ends.groupby(frame.panel).transform("max"))
+    shades = {**parts, "whisker": 0.0, "room": 0.0}  # the text stands in the last one
+    long = frame.melt(["panel", "precision", "text", "hover", "above", "below"], list(shades), "part", "length")
+    long["text"] = long.text.where(long.part == "room", "")
+    long[["above", "below"]] = long[["above", "below"]].where(long.part == list(parts)[-1])
+    look = {**by_format(frame), "color": "part", "error_x": "above", "error_x_minus": "below"}
+    figure = px.bar(long, x="length", y="precision", text="text", **look, **_two_by_two(frame))
+    for bar in figure.data:
+        bar.marker = {"color": [COLORS[name] for name in bar.y], "opacity": shades[bar.name]}
+    figure.update_traces(
+        textposition="inside", insidetextanchor="start", insidetextfont={"size": 11, "color": INK}, showlegend=False,
+        error_x={"color": INK, "thickness": 1.2, "width": 3},
+    )  # fmt: skip
+    for part, opacity in parts.items() if len(parts) > 1 else ():
+        figure.add_bar(x=[None], y=[None], name=part, legendgroup=part, marker_color=f"rgba(34,34,34,{opacity})")
+    return _finish_panels(figure.update_xaxes(matches=None), frame, title, note)
+
+
+def dots(frame: pd.DataFrame, title: str, note: str = "") -> go.Figure:
+    """Draw panels with a row per format, a dot per engine, those with a text joined; logarithmic if all are above 0.
+
+    Parameters
+    ----------
+    frame
+        Columns panel, precision, engine, value, text and hover.
+    title, note
+        What the figure shows, and how it is read.
+    """
+    least = frame.value.where(frame.text != "").groupby([frame.panel, frame.precision]).transform("min")
+    frame = frame.assign(
+        symbol=symbols(frame), joined=frame.text != "",
+        side=["middle left" if low else "middle right" for low in frame.value == least],
+        text=frame.text.mask(frame.duplicated(["panel", "precision", "text"]), ""),
+    )  # fmt: skip
+    look = by_format(frame, "symbol", "side")
+    figure = px.line(
+        frame, x="value", y="precision", text="text", markers=True, line_group="joined", **look, **_two_by_two(frame)
     )
+    style_points(figure, "symbol")
+    for trace in figure.data:
+        trace.textposition = [row[2] for row in trace.customdata]
+    figure.update_traces(showlegend=False, cliponaxis=False, textfont_size=11, marker_size=10)
+    figure.update_xaxes(matches=None)
+    for name in {trace.xaxis for trace in figure.data}:
+        values = [x for trace in figure.select_traces({"xaxis": name}) for x in trace.x]
+        if min(values) > 0:
+            low, high = math.log10(min(values)), math.log10(max(values))
+            room = ROOM * (high - low or 1.0)
+            figure.layout[name.replace("x", "xaxis")].update(type="log", range=[low - room, high + room])
+    return _finish_panels(_add_engines(figure, frame), frame, title, note)
 
 
-def key(figure: go.Figure, frame: pd.DataFrame) -> go.Figure:
+def style_points(figure: go.Figure, *properties: str) -> None:
+    """Give every point a marker of its own: custom data holds the hover text, then the named properties."""
+    for trace in figure.data:
+        trace.marker.update({name: [row[place] for row in trace.customdata] for place, name in enumerate(properties, 1)})
+
+
+def _two_by_two(frame: pd.DataFrame) -> dict[str, Any]:
+    """Return what Plotly Express needs for a panel per name in column `panel`."""
+    gap = GAP_PX / (_height(frame) - 120) if frame.panel.nunique() > 2 else 0
+    return {"facet_col": "panel", "facet_col_wrap": 2, "facet_col_spacing": 0.05, "facet_row_spacing": gap}
+
+
+def _height(frame: pd.DataFrame) -> int:
+    rows = math.ceil(frame.panel.nunique() / 2)
+    return min(MOST_PX, 140 + rows * (ROW_PX * frame.precision.nunique() + 10) + (rows - 1) * GAP_PX)
+
+
+def _finish_panels(figure: go.Figure, frame: pd.DataFrame, title: str, note: str) -> go.Figure:
+    """Leave out the axes' numbers, since each value has its own."""
+    figure.update_xaxes(showticklabels=False, showgrid=False, title="").update_yaxes(showgrid=False, title="")
+    return finish(figure, title, _height(frame), note)
+
+
+def _add_engines(figure: go.Figure, frame: pd.DataFrame) -> go.Figure:
     """Add the engines' markers to the legend, where there are several."""
     engines = list(dict.fromkeys(frame.engine))
     for engine in engines if len(engines) > 1 else ():
@@ -124,20 +192,44 @@ def key(figure: go.Figure, frame: pd.DataFrame) -> go.Figure:
     return figure
 
 
+def finish(figure: go.Figure, title: str, height: int, note: str = "") -> go.Figure:
+    """Give a figure the template, a title, a note on how to read it, its height in pixels and its panels' titles.
+
+    The legend lies below the axis, where it takes room from the panels instead of covering them.
+    """
+    lines = textwrap.wrap(note, NOTE_LETTERS)
+    height = min(height, MOST_PX)
+    top = TOP_PX + NOTE_PX * len(lines) + 24 * bool(figure.layout.annotations)
+    figure.update_layout(
+        template="plotly_white+qnb", height=height, margin={"l": 12, "r": 16, "t": top, "b": FOOT_PX}, bargap=0.25,
+        title={"text": title, "subtitle": {"text": "<br>".join(lines)}},
+        legend={"title": "", "y": -(FOOT_PX - 8) / max(height - top - FOOT_PX, 1)},
+    )  # fmt: skip
+    for panel in figure.layout.annotations:  # Plotly Express names them column=value
+        panel.update(text=panel.text.partition("=")[2], font={"size": 11})
+    return figure.update_traces(
+        hovertemplate="%{customdata[0]}<extra></extra>", selector=lambda trace: trace.customdata is not None
+    )
+
+
+def numbers(values: pd.Series) -> list[str]:
+    """Return values as the short texts beside marks: three significant digits, or all those before the point."""
+    return [f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" for value in values]
+
+
 def caption(figure: go.Figure) -> str:
     """Return a figure's title and note as plain text."""
     title = figure.layout.title
-    text = ": ".join(filter(None, (title.text, title.subtitle.text)))
-    return re.sub(r"<[^>]*>", "", text.replace("<br>", " "))
+    return ": ".join(filter(None, (title.text, title.subtitle.text))).replace("<br>", " ")
+
+
+def label(task: str) -> str:
+    """Return a task's name for a figure: Plotly reads tags, so the name is escaped."""
+    return escape(task_name(task))
 
 
 def nothing(title: str, needs: str = "") -> go.Figure:
-    """Return the figure of what was not measured; `needs` says what it takes."""
+    """Return the figure of what was not measured, which has no data; `needs` says what it takes."""
     figure = finish(go.Figure(), title, 200, needs)
     figure.add_annotation(text="nothing measured yet", showarrow=False, font={"size": 14})
     return figure.update_xaxes(visible=False).update_yaxes(visible=False)
-
-
-def is_empty(figure: go.Figure) -> bool:
-    """Return whether a figure draws nothing."""
-    return not figure.data

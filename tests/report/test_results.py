@@ -13,13 +13,12 @@ from qnb.report import results
 from qnb.report.results import BESIDE, SPEED, Results, read_reference
 
 
-def timed(precision="bf16", total_s=1.0, repeat=0, **fields):
+def timed(precision="bf16", total_s=1.0, repeat=0, day=1, **fields):
     """Return a pass; one without a time is an engine that cannot run."""
-    about = {"stage": "perf", "setting": "bs1", "precision": precision, "engine": "eager", "repeat": repeat,
-             "fingerprint": "f", "batch_size": 1, "measured_at": "2026-01-01T00:00:00"}  # fmt: skip
-    run = {"requests": 4, "new_tokens": 2, "total_s": total_s, "flags": []}
-    run |= {"batch_s": [total_s / 4] * 4, "tpot_s": total_s / 8} if total_s else {}
-    return {**about, **run, **fields}
+    row = {"stage": "perf", "setting": "bs1", "precision": precision, "engine": "eager", "repeat": repeat,
+           "fingerprint": "f", "batch_size": 1, "measured_at": f"2026-01-0{day}", "requests": 4, "new_tokens": 2,
+           "total_s": total_s, "flags": []}  # fmt: skip
+    return {**row, **({"batch_s": [total_s / 4] * 4, "tpot_s": total_s / 8} if total_s else {}), **fields}
 
 
 def read(folder, *rows):
@@ -31,19 +30,19 @@ def read(folder, *rows):
 
 def test_passes_are_reduced_to_medians_with_their_range_and_all_flags(tmp_path):
     """4 requests in 1, 2 and 4 s; kernels, 1 of the 2 ms of each token, were traced in the first pass alone."""
-    traced = {"kernel_s_per_token": 0.125, "bytes_per_step": 1.0, "peak_bytes_per_s": 8.0}
+    peaks = {"bytes_per_step": 1.0, "peak_bytes_per_s": 8.0}
     (row,) = read(
         tmp_path,
-        timed(total_s=1.0, flags=["throttled"], **traced),
-        timed(total_s=2.0, repeat=1, flags=["cpu_shared"], bytes_per_step=1.0, peak_bytes_per_s=8.0),
-        timed(total_s=4.0, repeat=2, flags=["throttled"], bytes_per_step=1.0, peak_bytes_per_s=8.0),
+        timed(total_s=1.0, flags=["throttled"], kernel_s_per_token=0.125, **peaks),
+        timed(total_s=2.0, repeat=1, flags=["cpu_shared"], **peaks),
+        timed(total_s=4.0, repeat=2, flags=["throttled"], **peaks),
     ).bs1.to_dict("records")
     assert (row["throughput_rps"], row["low_rps"], row["high_rps"], row["passes"]) == (2, 1, 4, 3)
     assert row["throughput_spread_pct"] == 300 and row["flags"] == ["throttled", "cpu_shared"]
     assert (row["gpu_busy_pct"], row["mbu_pct"], row["bound"]) == (50, 50, "launch")  # of the median token, 250 ms
 
 
-def test_formats_stand_in_one_order_and_engines_that_cannot_run_beside_the_passes(tmp_path):
+def test_formats_stand_in_one_order_and_engines_that_cannot_run_among_the_passes(tmp_path):
     study = read(
         tmp_path,
         timed("nf4"),
@@ -54,40 +53,35 @@ def test_formats_stand_in_one_order_and_engines_that_cannot_run_beside_the_passe
     )
     names = list(zip(study.bs1.precision, study.bs1.engine, strict=True))
     assert names == [("bf16", "eager"), ("bf16", "cuda_graph"), ("nf4", "eager")]
-    assert study.bs1_passes.precision.tolist() == ["bf16", "bf16", "int8", "nf4"]
+    assert study.passes.precision.tolist() == ["bf16", "bf16", "int8", "nf4"]
     assert [row["reason"] for row in study.failures] == ["out of memory"] and study.precisions == ["bf16", "nf4"]
 
 
-def test_only_the_newest_workload_is_shown_and_passes_after_one_that_settled_are_not(tmp_path):
+def test_only_the_newest_workload_is_shown_and_no_pass_of_an_earlier_run(tmp_path):
     study = read(
         tmp_path,
-        timed(total_s=1.0, repeat=0, fingerprint="old"),
-        timed(total_s=3.0, repeat=1, fingerprint="new"),
-        timed(total_s=4.0, repeat=2, fingerprint="new"),
-        timed(total_s=2.0, repeat=0, fingerprint="new", stop_reason="interval", measured_at="2026-01-01T00:00:01"),
+        timed(total_s=1.0, fingerprint="old"),
+        timed(total_s=3.0, repeat=1),
+        timed(total_s=2.0, repeat=0, day=2),
     )
-    assert study.bs1_passes.total_s.tolist() == [2.0]
-    later = timed(total_s=5.0, repeat=1, fingerprint="new", measured_at="2026-01-01T00:00:02")
-    assert read(tmp_path, later).bs1_passes.total_s.tolist() == [2.0, 5.0]  # one that was asked for later counts
+    assert study.passes.total_s.tolist() == [2.0]
+    assert read(tmp_path, timed(total_s=5.0, repeat=1, day=3)).passes.total_s.tolist() == [2.0, 5.0]
 
 
 def test_every_frame_of_speeds_has_all_columns(tmp_path, studied):
     for study in (Results.read(Ledger(tmp_path)), studied.results(), Results("", "", "")):
-        for frame in (study.bs1, study.maxbatch_passes, study.sweep, study.speed):
+        for frame in (study.bs1, study.passes, study.sweep, study.speed):
             assert {*SPEED, *BESIDE} <= set(frame)
     assert set(studied.results().speed.setting) == {"bs1", "sweep", "maxbatch"}
 
 
 def test_bits_per_weight_are_those_of_the_quantized_weights_or_of_all(tmp_path):
-    row = {"stage": "quantize", "parameters": 100, "embedding_bytes": 40, "linear_bytes": 150, "other_bytes": 10,
-           "fingerprint": "f"}  # fmt: skip
-    study = read(
-        tmp_path,
-        {**row, "precision": "bf16", "quantized_parameters": 0, "quantized_bytes": 0},
-        {**row, "precision": "nf4", "quantized_parameters": 80, "quantized_bytes": 45},
-    )
-    assert study.checkpoints.bits_per_weight.tolist() == [16, 4.5]
-    assert study.checkpoints.weights_mib.tolist() == [200 / 2**20] * 2
+    row = {"stage": "quantize", "fingerprint": "f", "parameters": 100, "embedding_bytes": 40, "linear_bytes": 150,
+           "other_bytes": 10, "quantized_parameters": 0, "quantized_bytes": 0}  # fmt: skip
+    nf4 = {"precision": "nf4", "quantized_parameters": 80, "quantized_bytes": 45}
+    checkpoints = read(tmp_path, {**row, "precision": "bf16"}, {**row, **nf4}).checkpoints
+    assert checkpoints.bits_per_weight.tolist() == [16, 4.5]
+    assert checkpoints.weights_mib.tolist() == [200 / 2**20] * 2
 
 
 def test_samples_and_items_are_read_from_the_files_that_rows_name(studied):
@@ -99,46 +93,32 @@ def test_samples_and_items_are_read_from_the_files_that_rows_name(studied):
     assert study.items({**row, "items_file": "items/gone.parquet"}) is None
 
 
-def test_frames_are_stacked_whatever_is_empty_in_one():
-    """As a hand would write the rows below each other; no pandas warns (FutureWarnings are errors in these tests)."""
-    first = pd.DataFrame({"name": ["a", "b"], "value": [0.5, None], "sure": [True, False]})
-    second = pd.DataFrame({"name": ["c"], "value": [None], "sure": [True], "note": ["late"]})
-    frame = results.stack([first, second, pd.DataFrame({"other": []})])
-    assert list(frame) == ["name", "value", "sure", "note", "other"] and list(frame.sure) == [True, False, True]
-    assert frame.value.dtype == float and frame.note.isna().tolist() == [True, True, False]
+def test_a_column_that_is_empty_in_one_frame_keeps_the_type_it_has_in_another():
+    first = pd.DataFrame({"value": [0.5, None], "sure": [True, False]})
+    frame = results.stack([first, pd.DataFrame({"value": [None], "note": ["late"]}), pd.DataFrame({"other": []})])
+    assert list(frame) == ["value", "sure", "note", "other"] and frame.value.dtype == float and len(frame) == 3
 
 
 def test_kept_tables_give_the_same_speeds(studied, tmp_path):
     study = studied.results()
-    for name in ("table3_bs1", "table4_maxbatch", "sweep"):
+    for name in results.KEPT.values():
         studied.table(name)
     shutil.copytree(study.folder / "tables", tmp_path / "gpu-example")
     (kept,) = read_reference(tmp_path).values()
-    assert (kept.device, kept.model, kept.label) == ("gpu", "example", "example, gpu")
-    for mine, other in ((study.bs1, kept.bs1), (study.maxbatch, kept.maxbatch), (study.sweep, kept.sweep)):
+    assert kept.label == "example, gpu"
+    for setting in results.KEPT:
+        mine, other = study.timed(setting), kept.timed(setting)
         assert np.allclose(mine.throughput_rps, other.throughput_rps, rtol=1e-4)
         assert mine["flags"].tolist() == other["flags"].tolist()
-
-
-def test_a_kept_sweep_needs_no_more_than_its_rates(tmp_path):
-    rows = "precision,engine,batch_size,throughput_rps,batch_latency_s\nfp16,eager,1,2,0.5\nfp16,eager,2,3,0.7\n"
-    (tmp_path / "sweep.csv").write_text(rows)
-    sweep = Results.of_tables(tmp_path).sweep
-    assert (
-        sweep.throughput_rps.tolist() == [2, 3] and sweep.tpot_s.isna().all() and sweep["flags"].tolist() == [[], []]
-    )
 
 
 def test_the_repositorys_kept_runs_can_be_read():
     kept = read_reference(ROOT / "outputs" / "reference")
     assert len(kept) == 3 and all(study.precisions for study in kept.values())
     assert len(kept["h100-smollm2-135m"].scores) and len(kept["h200-llama-3.2-1b-shape"].sweep)
-    bs1 = kept["h100-llama-3.2-1b-shape"].bs1
-    assert np.allclose(100 * (bs1.high_rps / bs1.low_rps - 1), bs1.throughput_spread_pct)
-    assert ((bs1.low_rps <= bs1.throughput_rps) & (bs1.throughput_rps <= bs1.high_rps)).all()
 
 
-@pytest.mark.parametrize("content", ["hello world\n1 2\n", "", "precision,throughput_rps,flags\nfp99,2,\n"])
+@pytest.mark.parametrize("content", ["hello world\n1 2\n", ""])
 def test_a_kept_file_that_is_no_table_is_named(content, tmp_path):
     (tmp_path / "gpu-model").mkdir()
     (tmp_path / "gpu-model" / "sweep.csv").write_text(content)

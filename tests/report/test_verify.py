@@ -12,16 +12,6 @@ from qnb.report.results import Results
 from qnb.report.tables import TABLES, save
 from qnb.report.verify import verify
 
-KINDS = {
-    "ledger": ("ledger.jsonl", "ledger.jsonl"),
-    "items": ("items/*.parquet", "items/"),
-    "weights": ("checkpoints/int8/model.safetensors", "checkpoints/int8"),
-    "manifest": ("checkpoints/int8/manifest.json", "checkpoints/int8"),
-    "samples": ("samples/*.parquet", "samples/"),
-    "table": ("tables/table1_accuracy.csv", "tables/table1_accuracy.csv"),
-    "table as text": ("tables/batch_plans.md", "tables/batch_plans.md"),
-}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -37,45 +27,43 @@ def folder(tmp_path_factory):
     return folder
 
 
-def problems(folder):
-    return {finding.part: finding.problem for finding in verify(folder) if finding.problem}
+@pytest.fixture
+def study(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "study")
+
+
+def problems(study):
+    return {finding.part: finding.problem for finding in verify(study) if finding.problem}
 
 
 def test_an_untouched_study_is_as_it_was_measured(folder, capsys):
     parts = [finding.part for finding in verify(folder)]
     assert problems(folder) == {} and len(set(parts)) == len(parts)
-    for kind in ("ledger.jsonl", "items/", "samples/", "acc of arc_easy, int8", "checkpoints/int8", "tables/"):
-        assert any(part.startswith(kind) for part in parts), kind
     assert main(["verify", str(folder)]) == 0 and f"{len(parts)} of {len(parts)}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_changed_byte_is_found(folder, kind, tmp_path):
-    study = shutil.copytree(folder, tmp_path / "study")
-    pattern, part = KINDS[kind]
+@pytest.mark.parametrize(
+    "pattern",
+    ["items/*.parquet", "samples/*.parquet", "tables/batch_plans.md", "checkpoints/int8/model.safetensors",
+     "checkpoints/int8/manifest.json"],
+)  # fmt: skip
+def test_a_changed_byte_is_found(study, pattern):
     path = sorted(study.glob(pattern))[0]
     content = bytearray(path.read_bytes())
-    content[-2 if kind == "ledger" else len(content) // 2] ^= 1  # the end of a line, so that it is no row
+    content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert any(name.startswith(part) for name in problems(study)), problems(study)
+    assert any(part in str(path) for part in problems(study))
 
 
-def test_a_score_that_its_items_do_not_give_and_a_file_that_is_gone_are_found(folder, tmp_path):
-    study = shutil.copytree(folder, tmp_path / "study")
+def test_a_changed_score_a_missing_file_and_a_torn_line_are_found(study):
     ledger = Ledger(study)
     row = ledger.rows("accuracy")[0]
-    (score,) = row["scores"]
-    ledger.append({**row, "scores": [{**score, "value": score["value"] + 0.01}]})
-    (study / ledger.rows("perf")[0]["samples_file"]).unlink()
-    found = problems(study)
-    assert f"acc of {row['task']}, {row['precision']}" in found and ledger.rows("perf")[0]["samples_file"] in found
-
-
-def test_a_torn_last_line_is_named(folder, tmp_path):
-    study = shutil.copytree(folder, tmp_path / "study")
-    with (study / "ledger.jsonl").open("a") as file:
+    ledger.append({**row, "scores": [{**row["scores"][0], "value": 0.9}]})
+    samples = ledger.rows("perf")[0]["samples_file"]
+    (study / samples).unlink()
+    with ledger.path.open("a") as file:
         file.write('{"stage": "perf", "prec')
-    assert "torn" in problems(study)["ledger.jsonl"]
+    assert {"tables/table1_accuracy.csv", "ledger.jsonl", samples} <= set(problems(study))
 
 
 def test_a_folder_without_a_study_is_refused(tmp_path, capsys):
