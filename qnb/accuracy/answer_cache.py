@@ -27,8 +27,9 @@ class AnswerCache:
     def __init__(self, path: Path | None, requests: Sequence[Any]) -> None:
         self.path = path
         self.answers: dict[int, Any] = {}
+        self._unwritten: dict[int, Any] = {}
         self._written_at = monotonic()
-        self._requests_sha256 = "" if path is None else sha256(repr(requests).encode()).hexdigest()
+        self._requests_sha256 = sha256(repr(requests).encode()).hexdigest()
         if path is not None and path.exists():
             for line in path.read_bytes().splitlines():
                 with suppress(ValueError):  # a kill tore the line
@@ -36,22 +37,19 @@ class AnswerCache:
                     if row["requests_sha256"] == self._requests_sha256:
                         self.answers |= zip(row["positions"], row["answers"], strict=True)
 
-    @property
-    def due(self) -> bool:
-        """Whether new answers have waited long enough to be written."""
-        return self.path is not None and monotonic() - self._written_at >= WRITE_EVERY_S
-
     def has(self, positions: Iterable[int]) -> bool:
         """Return whether all these requests are answered."""
         return all(position in self.answers for position in positions)
 
     def keep(self, answers: Mapping[int, Any]) -> None:
-        """Remember answers by position, and append them to the file as one line."""
+        """Remember answers by position, and append what is new to the file as one line, now and then."""
         self.answers |= answers
-        if self.path is None or not answers:
+        self._unwritten |= answers
+        if self.path is None or monotonic() - self._written_at < WRITE_EVERY_S:
             return
-        row = {"requests_sha256": self._requests_sha256, "positions": [*answers], "answers": [*answers.values()]}
+        positions, values = zip(*self._unwritten.items(), strict=True)
+        row = {"requests_sha256": self._requests_sha256, "positions": positions, "answers": values}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"\n{json.dumps(row)}")  # the line before may be torn, so a line begins with its line feed
-        self._written_at = monotonic()
+        self._unwritten, self._written_at = {}, monotonic()

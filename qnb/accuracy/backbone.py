@@ -1,4 +1,7 @@
-"""Run a causal language model without its output head, and project only the positions that are scored."""
+"""Run a causal language model without its output head, and project only the positions that are scored.
+
+What is run are rows: a context followed by its continuations, each of which is to see the context and itself alone.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +9,76 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import cache
+from dataclasses import dataclass
 from inspect import signature
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from math import inf
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from transformers import Cache, PreTrainedModel
 
-from qnb.accuracy.rows import Row, pack
 from qnb.memory import free_bytes
 
-if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
-
 log = logging.getLogger(__name__)
+Tokens = tuple[int, ...]
 
 MAX_TOKENS = {"cuda": 32768, "cpu": 2048}  # of a forward pass; more no longer helps
 # of one chunk of logits: in the model's type, in float32, and the softmax's
 LOGITS_BYTES = {"cuda": 2 << 30, "cpu": 128 << 20}
 # tokens times parameters from which compiling pays: half a minute of an H100, a quarter of an hour of a T4
-MIN_COMPILED_WORK = {"cuda": 1e16, "cpu": float("inf")}
+MIN_COMPILED_WORK = {"cuda": 1e16, "cpu": inf}
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # what configurations call it
 COMPILE: dict[str, Any] = {"dynamic": True}  # a batch is as wide as its longest row
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A context and its continuations, one after another; each is to see the context and itself alone."""
+
+    context: Tokens
+    continuations: dict[Tokens, list[int]]  # with the positions of all requests that ask for one
+
+    @property
+    def width(self) -> int:
+        """Tokens in the row. The last token of a continuation is predicted, never read."""
+        return len(self.context) + sum(len(tokens) - 1 for tokens in self.continuations)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether causal attention alone keeps the continuations apart."""
+        return sum(len(tokens) > 1 for tokens in self.continuations) <= 1
+
+
+def pack(rows: Sequence[Row], prefix_length: int) -> tuple[np.ndarray, list[int]]:
+    """Lay out rows for one forward pass that goes on behind `prefix_length` cached tokens.
+
+    Returns
+    -------
+    numpy.ndarray, (3, B, L)
+        Tokens; their positions, which restart in each continuation; and their segments, 0 for a context, n for its
+        n-th continuation, -1 for padding on the right.
+    list of int
+        For each token of each continuation, the place in B*L that predicts it.
+    """
+    width = max(row.width for row in rows) - prefix_length
+    layout = np.zeros((3, len(rows), width), dtype=np.int64)
+    layout[2] = -1
+    predictors: list[int] = []
+    for number, row in enumerate(rows):
+        end = len(row.context)
+        tokens, positions = [*row.context[prefix_length:]], [*range(prefix_length, end)]
+        segments = [0] * len(tokens)
+        for segment, continuation in enumerate(row.continuations, 1):
+            read, first = len(continuation) - 1, number * width + len(tokens)
+            predictors += [number * width + end - prefix_length - 1, *range(first, first + read)]
+            tokens += continuation[:-1]
+            positions += range(end, end + read)
+            segments += [segment] * read
+        layout[:, number, : len(tokens)] = tokens, positions, segments
+    return layout, predictors
 
 
 def likelihoods(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,7 +92,15 @@ def likelihoods(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tens
 
 
 class Backbone:
-    """A causal language model whose output head is applied apart."""
+    """A causal language model whose output head is applied apart.
+
+    Attributes
+    ----------
+    window
+        The longest row in which every token sees every earlier one.
+    max_tokens
+        Tokens that a forward pass may hold: what half of the free memory takes, and no more than helps.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.device, self.config = model, model.device, model.config.get_text_config()
@@ -51,6 +109,10 @@ class Backbone:
         renamed = "cache" in signature(model.base_model.forward).parameters
         self._cache_name = "cache" if renamed else "past_key_values"
         self.likelihoods = likelihoods
+        windows = (getattr(self.config, name, None) for name in WINDOWS)
+        self.window = min((window for window in windows if isinstance(window, int) and window > 0), default=inf)
+        free = free_bytes(self.device) // 2 - LOGITS_BYTES[self.kind]
+        self.max_tokens = int(max(256, min(MAX_TOKENS[self.kind], free // self.activation_bytes)))
 
     @property
     def parameters(self) -> int:
@@ -63,11 +125,6 @@ class Backbone:
         inner = getattr(self.config, "intermediate_size", None) or 4 * self.config.hidden_size
         return int(4 * (10 * self.config.hidden_size + 4 * inner))
 
-    def fitting_tokens(self) -> int:
-        """Return the tokens a forward pass may hold: what half of the free memory takes, and no more than helps."""
-        free = free_bytes(self.device) // 2 - LOGITS_BYTES[self.kind]
-        return int(max(256, min(MAX_TOKENS[self.kind], free // self.activation_bytes)))
-
     def integers(self, values: Any) -> torch.Tensor:
         """Return integers as a tensor on the device, without waiting for the device to get to it."""
         tensor = torch.from_numpy(np.asarray(values, dtype=np.int64))  # torch.tensor takes seven times as long
@@ -75,14 +132,13 @@ class Backbone:
 
     def run(self, ids: torch.Tensor, past: Cache | None = None, **options: Any) -> tuple[torch.Tensor, Any]:
         """Read tokens (B, L) behind a KV cache; return hidden states (B, L, D) and the cache with these tokens."""
-        cached = {} if past is None else {self._cache_name: past}
-        output = self.model.base_model(input_ids=ids, **cached, **options)
+        output = self.model.base_model(input_ids=ids, **{self._cache_name: past}, **options)
         return output.last_hidden_state, output.get(self._cache_name)
 
     @torch.inference_mode()
-    def read(self, tokens: Sequence[int]) -> Cache:
-        """Return the KV cache of one row of tokens."""
-        return self.run(self.integers([tokens]), use_cache=True)[1]
+    def read(self, tokens: Sequence[int]) -> Cache | None:
+        """Return the KV cache of one row of tokens; None without tokens."""
+        return self.run(self.integers([tokens]), use_cache=True)[1] if tokens else None
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits of hidden states, (N, D) -> (N, V), as the model scales and caps them."""
@@ -96,40 +152,38 @@ class Backbone:
         return logits
 
     @torch.inference_mode()
-    def score(self, rows: Sequence[Row], prefix_length: int, past: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the log-likelihood of each continuation in float64, and how many of its tokens are not the likeliest.
+    def score(self, rows: Sequence[Row], prefix_length: int, past: Cache | None) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each continuation of all rows, in order, and whether it is the likeliest.
 
-        Both are (C,) for the C continuations of all rows, in order, and on the device: nothing waits for them.
+        `past` holds the first `prefix_length` tokens, which all rows share.
         """
-        continuations = [tokens for row in rows for tokens in row.continuations]
-        owners = self.integers(np.repeat(np.arange(len(continuations)), [len(tokens) for tokens in continuations]))
-        targets = self.integers([*chain.from_iterable(continuations)])  # (N,)
-        hidden = self.hidden_states(rows, prefix_length, past)  # (N, D)
-        size = max(64, LOGITS_BYTES[self.kind] // (10 * self.model.get_output_embeddings().weight.shape[0]))
-        chunks = zip(hidden.split(size), targets.split(size), strict=True)
-        scores = [self.likelihoods(self.project(some), wanted) for some, wanted in chunks]
-        values, misses = (torch.cat(parts) for parts in zip(*scores, strict=True))  # (N,)
-        sums = torch.zeros(len(continuations), dtype=torch.float64, device=self.device)
-        return sums.index_add(0, owners, values.double()), sums.long().index_add(0, owners, misses)
-
-    def hidden_states(self, rows: Sequence[Row], prefix_length: int = 0, past: Cache | None = None) -> torch.Tensor:
-        """Run rows whose first `prefix_length` tokens `past` holds; return what predicts each scored token, (N, D)."""
+        # 1) read, without the output head
         layout, predictors = pack(rows, prefix_length)
         tokens, positions, segments = self.integers(layout)  # (B, L) each
         options: dict[str, Any] = {"use_cache": past is not None}
         if not all(row.is_causal for row in rows):
-            mask = self.segment_mask(segments, prefix_length)
-            options |= {"position_ids": positions, "attention_mask": mask}
-        hidden, _ = self.run(tokens, repeat(past, len(rows)), **options)  # (B, L, D)
-        return hidden.flatten(0, 1)[self.integers(predictors)]
+            options |= {"position_ids": positions, "attention_mask": self.segment_mask(segments, prefix_length)}
+        states, _ = self.run(tokens, repeat(past, len(rows)), **options)  # (B, L, D)
+        hidden = states.flatten(0, 1)[self.integers(predictors)]  # (N, D)
+        # 2) project what predicts a scored token, some at a time
+        continuations = [tokens for row in rows for tokens in row.continuations]
+        targets = self.integers([*chain.from_iterable(continuations)])  # (N,)
+        size = max(64, LOGITS_BYTES[self.kind] // (10 * self.model.get_output_embeddings().weight.shape[0]))
+        chunks = zip(hidden.split(size), targets.split(size), strict=True)
+        scores = [self.likelihoods(self.project(some), wanted) for some, wanted in chunks]
+        values, misses = (torch.cat(parts) for parts in zip(*scores, strict=True))  # (N,)
+        # 3) add up each continuation's
+        owners = self.integers(np.repeat(np.arange(len(continuations)), [len(tokens) for tokens in continuations]))
+        sums = torch.zeros(len(continuations), dtype=torch.float64, device=self.device)
+        counts = sums.long().index_add(0, owners, misses).tolist()
+        sums = sums.index_add(0, owners, values.double())  # in float64: they are of many tokens
+        return [(value, count == 0) for value, count in zip(sums.tolist(), counts, strict=True)]
 
     def segment_mask(self, segments: torch.Tensor, prefix_length: int) -> torch.Tensor:
         """Return a mask (B, 1, L, P+L) by which a token sees the prefix, the context, and its own segment so far."""
-        length = segments.shape[1]
-        order = torch.arange(length, device=segments.device)
-        earlier = order[:, None] >= order  # (L, L)
+        order = torch.arange(segments.shape[1], device=segments.device)
         related = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])  # (B, L, L)
-        visible = earlier & related | torch.eye(length, dtype=torch.bool, device=segments.device)
+        visible = (order[:, None] >= order) & related
         return self.attention_mask(torch.nn.functional.pad(visible, (prefix_length, 0), value=True)[:, None])
 
     def attention_mask(self, visible: torch.Tensor) -> torch.Tensor:
@@ -188,14 +242,10 @@ def separates(backbone: Backbone) -> bool:
         except Exception as failure:  # whatever a model raises when it is given a mask that it cannot take
             reason = f"{type(failure).__name__}: {failure}".splitlines()[0][:120]
         if reason:
-            _warn_once(type(backbone.model).__name__, reason)
+            name = type(backbone.model).__name__
+            log.warning("%s cannot score continuations in one row (%s); stock scoring is used", name, reason)
         _separates[backbone.model] = not reason
     return _separates[backbone.model]
-
-
-@cache
-def _warn_once(model: str, reason: str) -> None:
-    log.warning("%s cannot score continuations in one row (%s); stock scoring is used", model, reason)
 
 
 @torch.inference_mode()
@@ -214,13 +264,10 @@ def separation_error(backbone: Backbone) -> tuple[float, float]:
     expected = model(backbone.integers([context + second[:-1]])).logits[0, 8:].float()  # (7, V)
 
     def error(positions: list[int], segments: list[int], cached: int = 0) -> float:
-        ids = backbone.integers([context + first[:-1] + second[:-1]])  # (1, 22)
-        hidden, _ = backbone.run(
-            ids[:, cached:],
-            backbone.read(context[:cached]) if cached else None,
-            position_ids=backbone.integers([positions[cached:]]),
-            attention_mask=backbone.segment_mask(backbone.integers([segments[cached:]]), cached),
-        )
+        ids = backbone.integers([context + first[:-1] + second[:-1]])[:, cached:]  # (1, 22) without the cached
+        mask = backbone.segment_mask(backbone.integers([segments[cached:]]), cached)
+        options = {"position_ids": backbone.integers([positions[cached:]]), "attention_mask": mask}
+        hidden, _ = backbone.run(ids, backbone.read(context[:cached]), **options)
         logits = backbone.project(hidden[0, -7:]).float()  # (7, V)
         return float((logits - expected).abs().mean() / expected.std(-1).mean())
 

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from math import inf
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
+from transformers import Cache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
-from qnb.accuracy.backbone import Backbone, repeat
-from qnb.accuracy.rows import Tokens
+from qnb.accuracy.backbone import Backbone, Tokens, repeat
 from qnb.memory import free_bytes, kv_cache_bytes_per_token
-
-if TYPE_CHECKING:
-    from transformers import Cache, GenerationConfig
 
 MAX_ROWS = {"cuda": 512, "cpu": 16}
 CHECK_EVERY = 8  # new tokens between two looks for stop sequences
-# settings by which a model's own configuration shapes greedy texts, and the values by which it does not
-NEUTRAL = {
-    "num_beams": 1, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "guidance_scale": 1.0,
-    "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": None,
-    "max_new_tokens": None, "max_time": None, "bad_words_ids": None, "sequence_bias": None, "suppress_tokens": None,
-    "begin_suppress_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None, "stop_strings": None,
-    "exponential_decay_length_penalty": None, "penalty_alpha": None, "dola_layers": None, "watermarking_config": None,
-}  # fmt: skip
+# settings that leave greedy texts alone: the tokens at their ends, and how other texts are sampled
+HARMLESS = {"bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p",
+            "typical_p", "max_length", "use_cache", "cache_implementation", "transformers_version",
+            "_from_model_config"}  # fmt: skip
 
 
 def is_shaped(config: GenerationConfig) -> bool:
-    """Return whether a model's own settings make its greedy texts other than its likeliest tokens."""
-    return any(getattr(config, name, None) not in (None, neutral) for name, neutral in NEUTRAL.items())
+    """Return whether a model's own settings may make its greedy texts other than its likeliest tokens."""
+    changed = {name for name, value in config.to_diff_dict().items() if value not in (0, 1)}  # penalties of 1 are none
+    return not changed <= HARMLESS
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +56,11 @@ class GreedyGenerator:
         A function from token ids to text, special tokens included.
     end_tokens
         Tokens that end a text.
-    prefill_tokens
-        Tokens of contexts that are read in one forward pass.
-    windowed
-        Whether some layers see a window only. The model then makes its own mask for each kind of layer.
     """
 
     backbone: Backbone
     decode: Callable[[list[int]], str]
     end_tokens: set[int]
-    prefill_tokens: int
-    windowed: bool
 
     def fitting_rows(self, length: int) -> int:
         """Return how many rows of `length` tokens fit with their KV cache, beside a pass over contexts."""
@@ -80,7 +69,7 @@ class GreedyGenerator:
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         # attention reads keys and values of one layer at a time, repeated for each of its queries' heads
         repeated = (1 + config.num_attention_heads / kv_heads) / config.num_hidden_layers
-        free = free_bytes(backbone.device) - self.prefill_tokens * backbone.activation_bytes
+        free = free_bytes(backbone.device) - backbone.max_tokens * backbone.activation_bytes
         rows = 0.9 * free // (token_bytes * length * (1 + repeated))
         return int(max(1, min(rows, MAX_ROWS[backbone.kind])))
 
@@ -91,24 +80,20 @@ class GreedyGenerator:
         `past` holds the first `prefix_length` tokens, which all prompts share.
         """
         # 1) prefill
-        batch = _Batch(self, prompts, prefix_length, past)
+        batch = _Batch(self.backbone, prompts, prefix_length, past)
         # 2) decode, and look at the new tokens every few steps
         texts: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))
-        unread: list[torch.Tensor] = []  # (B, 1) each
         last_step = max(prompt.max_new_tokens for prompt in prompts)
-        for step in range(1, last_step + 1):
-            unread.append(batch.choose())
-            if step % CHECK_EVERY == 0 or step == last_step:
-                for row, tokens in zip(running, torch.cat(unread, 1).tolist(), strict=True):
-                    texts[row] += tokens
-                unread = []
-                going = [place for place, row in enumerate(running) if not self._is_done(texts[row], prompts[row])]
-                if not going:
-                    break
-                running = [running[place] for place in going]
-                batch.keep(going)
-            batch.advance()
+        for start in range(0, last_step, CHECK_EVERY):
+            steps = [batch.step() for _ in range(min(CHECK_EVERY, last_step - start))]  # (B, 1) each
+            for row, tokens in zip(running, torch.cat(steps, 1).tolist(), strict=True):
+                texts[row] += tokens
+            going = [place for place, row in enumerate(running) if not self._is_done(texts[row], prompts[row])]
+            if not going:
+                break
+            running = [running[place] for place in going]
+            batch.keep(going)
         # 3) cut
         return [self._cut(text[: prompt.max_new_tokens]) for text, prompt in zip(texts, prompts, strict=True)]
 
@@ -125,41 +110,46 @@ class GreedyGenerator:
 
     def _cut(self, text: list[int]) -> list[int]:
         """Return a text without what was generated after its first end token."""
-        end = next((place for place, token in enumerate(text) if token in self.end_tokens), len(text))
-        return text[: end + 1]
+        return text[: next((place for place, token in enumerate(text, 1) if token in self.end_tokens), None)]
 
 
 class _Batch:
     """Rows that are generated together: their KV cache, mask and positions, one token after another."""
 
-    def __init__(
-        self, generator: GreedyGenerator, prompts: Sequence[Prompt], prefix_length: int, past: Cache | None
-    ) -> None:
-        self.backbone, self.windowed = generator.backbone, generator.windowed
+    def __init__(self, backbone: Backbone, prompts: Sequence[Prompt], prefix_length: int, past: Cache | None) -> None:
+        self.backbone = backbone
         width = max(len(prompt.tokens) for prompt in prompts)
         paddings = [width - len(prompt.tokens) for prompt in prompts]
         padded = [[0] * n + [*prompt.tokens[prefix_length:]] for n, prompt in zip(paddings, prompts, strict=True)]
-        ids, start = self.backbone.integers(padded), self.backbone.integers(paddings)[:, None]  # (B, L), (B, 1)
+        ids, start = backbone.integers(padded), backbone.integers(paddings)[:, None]  # (B, L), (B, 1)
         order = torch.arange(width - prefix_length, device=ids.device)
         positions = (prefix_length + order - start).clamp(min=0)  # (B, L)
         mask = pad(order >= start, (prefix_length, 0), value=True)  # (B, P+L)
         new_tokens = max(prompt.max_new_tokens for prompt in prompts)
+        self.ids: Any = None  # chosen last, (B, 1)
         self.width, self.positions = width, positions[:, -1:]
         self.mask = pad(mask, (0, new_tokens), value=True)  # (B, P+L+new)
         # contexts take more memory than steps, so they are read some at a time, and their caches joined
-        size = max(1, generator.prefill_tokens // ids.shape[1])
-        caches, last = [], []
-        for rows in zip(ids.split(size), mask.long().split(size), positions.split(size), strict=True):
-            hidden, grown = self._read(*rows, repeat(past, len(rows[0])))
-            caches.append(grown)
-            last.append(hidden[:, -1])
-        self.past, self.last = _join(caches, width + new_tokens), torch.cat(last)  # last: (B, D)
+        size = max(1, backbone.max_tokens // ids.shape[1])
+        chunks = zip(ids.split(size), mask.long().split(size), positions.split(size), strict=True)
+        parts = [self._read(*chunk, repeat(past, len(chunk[0]))) for chunk in chunks]
+        self.last = torch.cat([last for last, _ in parts])  # (B, D)
+        self.past = _join([cache for _, cache in parts], width + new_tokens)
 
     def _read(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: Cache | None) -> Any:
-        return self.backbone.run(ids, past, attention_mask=mask, position_ids=positions, use_cache=True)
+        """Read tokens (B, L); return the last one's hidden states (B, D), and the KV cache with all."""
+        hidden, past = self.backbone.run(ids, past, attention_mask=mask, position_ids=positions, use_cache=True)
+        return hidden[:, -1], past
 
-    def choose(self) -> torch.Tensor:
-        """Return the likeliest next token of each row, (B, 1)."""
+    def step(self) -> torch.Tensor:
+        """Read the tokens that were chosen last, if any were, and return the likeliest next ones, (B, 1)."""
+        if self.ids is not None:
+            self.width, self.positions = self.width + 1, self.positions + 1
+            seen = self.mask[:, : self.width]
+            # where some layers see a window only, the model makes a mask for each kind of layer
+            windowed = self.backbone.window < inf
+            mask = seen.long() if windowed else self.backbone.attention_mask(seen[:, None, None])
+            self.last, self.past = self._read(self.ids, mask, self.positions, self.past)
         self.ids = self.backbone.project(self.last).argmax(-1, keepdim=True)
         return self.ids
 
@@ -169,15 +159,6 @@ class _Batch:
             rows = self.backbone.integers(places)
             self.past.batch_select_indices(rows)
             self.ids, self.positions, self.mask = self.ids[rows], self.positions[rows], self.mask[rows]
-
-    def advance(self) -> None:
-        """Read the tokens that were chosen."""
-        self.width += 1
-        self.positions = self.positions + 1
-        seen = self.mask[:, : self.width]
-        mask = seen.long() if self.windowed else self.backbone.attention_mask(seen[:, None, None])
-        hidden, self.past = self._read(self.ids, mask, self.positions, self.past)
-        self.last = hidden[:, -1]
 
 
 def _join(caches: list[Cache], room: int) -> Cache:

@@ -1,47 +1,43 @@
 """An lm-eval model that reads a context once, however many continuations are scored after it.
 
 Stock scoring runs the context again for every choice, and projects every position to the vocabulary. Here a row is a
-context followed by all its continuations, with restarted positions and a mask that keeps them apart (`rows`). A prefix
-that several rows share is read once and kept as a KV cache. Only positions that are scored reach the output head
+context followed by all its continuations, with restarted positions and a mask that keeps them apart. A prefix that
+several rows share is read once and kept as a KV cache. Only positions that are scored reach the output head
 (`backbone`). Work is bounded by matrix products over tokens, so batches are filled by tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from lm_eval.api.registry import register_model
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
 from qnb.accuracy.answer_cache import AnswerCache
-from qnb.accuracy.backbone import Backbone, compiled, separates
+from qnb.accuracy.backbone import Backbone, Row, Tokens, compiled, separates
 from qnb.accuracy.generation import GreedyGenerator, Prompt, is_shaped
-from qnb.accuracy.rows import Request, Row, Tokens, build_rows, prefix_groups, shared_prefix
 from qnb.memory import is_out_of_memory, release
 
-if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
+Encoded = dict[tuple[str, str], tuple[list[int], list[int]]]  # token ids by (context, continuation)
+Request = tuple[Any, list[int], list[int]]  # lm-eval's: what it is cached under, context, continuation
 
-Encoded = dict[tuple[str, ...], tuple[list[int], ...]]  # by (context, continuation), or (context,) to be continued
-
+MIN_PREFIX_TOKENS = 32  # a shorter shared prefix is not worth a cache
+MIN_PREFIX_ROWS = 4  # rows that must share it
 # Tokens times parameters that a shared prefix must save. It takes two passes more, and a GPU starts many kernels for
 # each: the few MMLU questions about one passage are faster without.
 MIN_SAVED_WORK = {"cuda": 10**12, "cpu": 0}
-STOCK_BLOCK = 256  # requests that stock scoring gets at once, so that their answers can be written
 
 
-@register_model("qnb")
 class SharedContextLM(HFLM):
     """lm-eval's ``hf`` with shared contexts: the same arguments, the same answers, less work.
 
-    `batch_size` sizes only what is left to stock scoring. A batch here holds as many tokens as the free memory allows,
-    and half as many after it ran out.
+    `batch_size` sizes only what is left to stock scoring: all of a model that cannot keep continuations apart. A batch
+    here holds as many tokens as the free memory allows, and half as many after it ran out.
 
     In float32 log-likelihoods equal stock's but for rounding. In 16 bit stock takes the softmax in the model's own
     type, which is the larger error of the two. With LLM.int8 outlier columns depend on the batch, as in stock.
@@ -57,60 +53,40 @@ class SharedContextLM(HFLM):
     """
 
     def __init__(
-        self,
-        *args: Any,
-        encoded: Encoded | None = None,
-        answers_path: str | Path | None = None,
-        alone: bool = False,
-        **options: Any,
+        self, encoded: Encoded | None = None, answers_path: Path | None = None, alone: bool = False, **options: Any
     ) -> None:
-        super().__init__(*args, **options)
+        super().__init__(**options)
         self.encoded = {} if encoded is None else encoded
-        self._answers_path = Path(answers_path) if answers_path else None
+        self._answers_path = answers_path
         self.backbone = Backbone(self.model)
-        self._alone, self._max_tokens = alone, 1 if alone else self.backbone.fitting_tokens()
-        self.shared = self.backend == "causal" and self.world_size == 1 and separates(self.backbone)
-
-    # Token ids
-
-    def encode_pairs(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Encode (context, continuation) in one call, which fast tokenizers spread over the cores.
-
-        As in lm-eval's ``_encode_pair``, a context's trailing spaces belong to the continuation.
-        """
-        if self.backend != "causal":
-            return
-        new = [pair for pair in dict.fromkeys(pairs) if pair[0] and pair not in self.encoded]
-        ids = self._encode_texts({text for pair in new for text in (pair[0].rstrip(), "".join(pair))})
-        for pair in new:
-            context = ids[pair[0].rstrip()]
-            self.encoded[pair] = (context, ids["".join(pair)][len(context) :])
-
-    def encode_contexts(self, contexts: Iterable[str]) -> None:
-        """Encode what is to be continued, in one call."""
-        ids = self._encode_texts({text for text in contexts if (text,) not in self.encoded})
-        self.encoded |= {(text,): (tokens,) for text, tokens in ids.items()}
-
-    def _encode_texts(self, texts: set[str]) -> dict[str, list[int]]:
-        bos = self.tokenizer.decode(self.prefix_token_id)
-        with_bos = {text for text in texts if not text or text.startswith(bos)}  # lm-eval gives them no second one
-        others = sorted(texts - with_bos)
-        special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
-        ids = self.tokenizer(others, **special)["input_ids"] if others else []
-        return dict(zip(others, ids, strict=True)) | {text: self.tok_encode(text) for text in with_bos}
-
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        if (context, continuation) not in self.encoded:
-            return super()._encode_pair(context, continuation)
-        context_ids, continuation_ids = self.encoded[context, continuation]
-        return context_ids, continuation_ids
+        if alone:
+            self.backbone.max_tokens = 1
+        self.shared = separates(self.backbone)
 
     # Log-likelihoods
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether greedy) of each request (context, continuation), in order."""
-        self.encode_pairs(request.args for request in requests)
+        bos = self.tokenizer.decode(self.prefix_token_id)  # lm-eval gives a text that begins with it no second one
+        pairs = {request.args for request in requests} - self.encoded.keys()
+        if new := {pair for pair in pairs if pair[0].strip() and not pair[0].startswith(bos)}:
+            self._encode(new)
         return super().loglikelihood(requests, disable_tqdm)
+
+    def _encode(self, pairs: set[tuple[str, str]]) -> None:
+        """Encode (context, continuation) pairs in one call, which fast tokenizers spread over the cores.
+
+        As in lm-eval's ``_encode_pair``, a context's trailing spaces belong to the continuation.
+        """
+        texts = list({text for context, continuation in pairs for text in (context.rstrip(), context + continuation)})
+        special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
+        ids = dict(zip(texts, self.tokenizer(texts, **special)["input_ids"], strict=True))
+        for context, continuation in pairs:
+            context_ids = ids[context.rstrip()]
+            self.encoded[context, continuation] = context_ids, ids[context + continuation][len(context_ids) :]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        return self.encoded.get((context, continuation)) or super()._encode_pair(context, continuation)
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -120,38 +96,34 @@ class SharedContextLM(HFLM):
         Batches are those of all requests, also where some are answered already. So a killed task ends with the same
         numbers as one that ran through.
         """
+        if not self.shared:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         keys = [key for key, *_ in requests]
         answers = AnswerCache(None if None in keys else self._answers_path, keys)  # windows of a long text have no key
-        if self.shared:
-            self._score(requests, answers)
-        else:
-            stock = super()._loglikelihood_tokens
-            positions = range(len(requests))
-            _in_blocks(positions, answers, lambda block: stock([requests[i] for i in block], True, override_bs))
-        return [tuple(answers.answers[position]) for position in range(len(requests))]
-
-    def _score(self, requests: list[Request], answers: AnswerCache) -> None:
-        rows = build_rows(requests, self.max_length, self._window)
-        scores = _Scores(answers)
+        window = min(self.max_length, self.backbone.window)
+        rows = build_rows(requests, self.max_length, window)
         min_saved_tokens = MIN_SAVED_WORK[self.backbone.kind] / self.backbone.parameters
         with compiled(self.backbone, sum(row.width for row in rows)):
-            for prefix, group in prefix_groups(rows, self._window, min_saved_tokens):
+            for prefix, group in prefix_groups(rows, window, min_saved_tokens):
+                past = cache(partial(self.backbone.read, prefix))
                 for is_causal in (False, True):  # faster kernels know causal attention
-                    self._score_group(prefix, [row for row in group if row.is_causal is is_causal], scores)
-        scores.keep()
+                    self._score([row for row in group if row.is_causal is is_causal], len(prefix), past, answers)
+        return [tuple(answers.answers[position]) for position in range(len(requests))]
 
-    def _score_group(self, prefix: Tokens, rows: list[Row], scores: _Scores) -> None:
-        """Score rows that begin with `prefix`, the longest first."""
-        past = cache(lambda: self.backbone.read(prefix) if prefix else None)
+    def _score(self, rows: list[Row], prefix_length: int, past: Callable[[], Any], answers: AnswerCache) -> None:
+        """Score rows whose first `prefix_length` tokens `past` returns, the longest first."""
 
         def cost(row: Row) -> int:
-            return row.width - len(prefix) + len(prefix) // 4  # a cached token weighs less than one that is read
+            return row.width - prefix_length + prefix_length // 4  # a cached token weighs less than one that is read
 
         def score(batch: Sequence[Row]) -> None:
-            if not scores.has(batch):
-                scores.add(batch, *self.backbone.score(batch, len(prefix), past()))
+            askers = [positions for row in batch for positions in row.continuations.values()]
+            if not answers.has(chain.from_iterable(askers)):
+                scores = zip(askers, self.backbone.score(batch, prefix_length, past()), strict=True)
+                answers.keep({position: score for positions, score in scores for position in positions})
 
-        self._max_tokens = _in_batches(sorted(rows, key=lambda row: -row.width), cost, self._max_tokens, score)
+        rows = sorted(rows, key=lambda row: -row.width)
+        self.backbone.max_tokens = _in_batches(rows, cost, self.backbone.max_tokens, score)
 
     # Generation
 
@@ -160,41 +132,17 @@ class SharedContextLM(HFLM):
 
         Stock generation gets requests to sample, and all of a model whose own settings shape its texts.
         """
-        answers = AnswerCache(self._answers_path, [request.args for request in requests])
         prompts = self._prompts(requests)
-        others = sorted({*range(len(requests))} - {prompt.position for prompt in prompts})
-        stock = super().generate_until
-        _in_blocks(others, answers, lambda block: stock([requests[i] for i in block], disable_tqdm))
-        if prompts:
-            self._generate(prompts, answers)
-        return [answers.answers[position] for position in range(len(requests))]
-
-    def _prompts(self, requests: list[Instance]) -> list[Prompt]:
-        """Return what is generated here, the longest first."""
-        if not self.shared or self.think_end_token or is_shaped(self.model.generation_config):
-            return []
-        self.encode_contexts(request.args[0] for request in requests)
-        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        prompts = []
-        for position, request in enumerate(requests):
-            options = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
-            stops = handle_stop_sequences(options.pop("until", None), eos=eos)
-            new_tokens = options.pop("max_gen_toks")
-            if not (options.pop("do_sample", False) or options.pop("temperature", 0.0) or options):
-                ids = self.encoded[(request.args[0],)][0][-(self.max_length - new_tokens) :]
-                prompts.append(Prompt(position, tuple(ids), stops, new_tokens))
-        return sorted(prompts, key=lambda prompt: -prompt.length)
-
-    def _generate(self, prompts: list[Prompt], answers: AnswerCache) -> None:
+        if not prompts:
+            return super().generate_until(requests, disable_tqdm)
+        answers = AnswerCache(self._answers_path, [request.args for request in requests])
         prefix = shared_prefix([prompt.tokens for prompt in prompts])
-        past = cache(lambda: self.backbone.read(prefix) if prefix else None)
+        past = cache(partial(self.backbone.read, prefix))
         end_tokens = self.model.generation_config.eos_token_id or []
         generator = GreedyGenerator(
             self.backbone,
-            decode=lambda tokens: self.tok_decode(tokens, skip_special_tokens=False),
+            decode=partial(self.tok_decode, skip_special_tokens=False),
             end_tokens={self.eot_token_id, *(end_tokens if isinstance(end_tokens, list) else [end_tokens])},
-            prefill_tokens=self._max_tokens,
-            windowed=self._window < self.max_length,
         )
 
         def generate(batch: Sequence[Prompt]) -> None:
@@ -203,56 +151,24 @@ class SharedContextLM(HFLM):
                 answers.keep({prompt.position: postprocess_generated_text(text, prompt.stop_sequences, None)
                               for prompt, text in zip(batch, texts, strict=True)})  # fmt: skip
 
-        rows = 1 if self._alone else generator.fitting_rows(prompts[0].length)
-        _in_batches(prompts, lambda _: 1, rows, generate)
+        _in_batches(prompts, lambda _: 1, generator.fitting_rows(prompts[0].length), generate)
+        return [answers.answers[position] for position in range(len(requests))]
 
-    @property
-    def _window(self) -> int:
-        """The longest row in which every token sees every earlier one."""
-        config = self.backbone.config
-        windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
-        return min([self.max_length, *(window for window in windows if isinstance(window, int) and window > 0)])
-
-
-class _Scores:
-    """Scores of batches, which stay on the device until answers are due: no batch waits for the one before."""
-
-    def __init__(self, answers: AnswerCache) -> None:
-        self.answers = answers
-        self.unread: list[tuple[list[list[int]], torch.Tensor, torch.Tensor]] = []
-
-    def has(self, batch: Sequence[Row]) -> bool:
-        """Return whether all requests of a batch are answered."""
-        return self.answers.has(chain.from_iterable(_asking(batch)))
-
-    def add(self, batch: Sequence[Row], sums: torch.Tensor, misses: torch.Tensor) -> None:
-        """Take the log-likelihood of each continuation of a batch, and how many of its tokens are not greedy, (C,)."""
-        self.unread.append((_asking(batch), sums, misses))
-        if self.answers.due:
-            self.keep()
-
-    def keep(self) -> None:
-        """Read what is new, and keep it: (log-likelihood, whether greedy) of each request."""
-        self.answers.keep({
-            position: (value, missed == 0)
-            for asking, sums, misses in self.unread
-            for positions, value, missed in zip(asking, sums.tolist(), misses.tolist(), strict=True)
-            for position in positions
-        })  # fmt: skip
-        self.unread = []
-
-
-def _asking(batch: Sequence[Row]) -> list[list[int]]:
-    """Return the positions of the requests that ask for each continuation."""
-    return [positions for row in batch for positions in row.continuations.values()]
-
-
-def _in_blocks(positions: Sequence[int], answers: AnswerCache, work: Callable[[Sequence[int]], list[Any]]) -> None:
-    """Answer the requests at `positions` a block at a time, but for blocks that are answered already."""
-    for start in range(0, len(positions), STOCK_BLOCK):
-        block = positions[start : start + STOCK_BLOCK]
-        if not answers.has(block):
-            answers.keep(dict(zip(block, work(block), strict=True)))
+    def _prompts(self, requests: list[Instance]) -> list[Prompt]:
+        """Return what is generated here, the longest first: all requests, or none."""
+        if not self.shared or self.think_end_token or is_shaped(self.model.generation_config):
+            return []
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        prompts = []
+        for position, request in enumerate(requests):
+            options = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            stops = handle_stop_sequences(options.pop("until", None), eos=eos)
+            new_tokens = options.pop("max_gen_toks")
+            if options.pop("do_sample", False) or options.pop("temperature", 0.0) or options:
+                return []
+            ids = self.tok_encode(request.args[0])[-(self.max_length - new_tokens) :]
+            prompts.append(Prompt(position, tuple(ids), stops, new_tokens))
+        return sorted(prompts, key=lambda prompt: -prompt.length)
 
 
 def _in_batches(items: Sequence[Any], cost: Callable[[Any], int], limit: int, work: Callable[[Any], None]) -> int:
@@ -271,6 +187,63 @@ def _in_batches(items: Sequence[Any], cost: Callable[[Any], int], limit: int, wo
         except Exception as error:
             if len(batch) == 1 or not is_out_of_memory(error):
                 raise
-        limit = max(1, min(limit, len(batch) * item_cost) // 2)
+        limit = len(batch) * item_cost // 2
         release()  # here, where no error holds what the batch made
     return limit
+
+
+# Requests with one context share a row, rows with one prefix share its KV cache
+
+
+def build_rows(requests: Sequence[Request], max_length: int, window: float) -> list[Row]:
+    """Group requests by context, in order.
+
+    Parameters
+    ----------
+    requests
+        What is asked. A request that is too long loses tokens from its left, as in stock lm-eval.
+    max_length
+        Tokens that the model reads.
+    window
+        The longest row in which every token sees every earlier one. A window is measured along the row, so the
+        continuations of a longer row get a row each.
+    """
+    contexts: dict[Tokens, dict[Tokens, list[int]]] = {}
+    for position, (_, context, continuation) in enumerate(requests):
+        assert context and 0 < len(continuation) <= max_length
+        start = max(0, len(context) + len(continuation) - max_length - 1)
+        contexts.setdefault(tuple(context[start:]), {}).setdefault(tuple(continuation), []).append(position)
+    rows: list[Row] = []
+    for ids, continuations in contexts.items():
+        row = Row(ids, continuations)
+        rows += [row] if row.width <= window else [Row(ids, {each: row.continuations[each]}) for each in continuations]
+    return rows
+
+
+def shared_prefix(lists: Sequence[Tokens]) -> Tokens:
+    """Return the tokens that all lists begin with, at most all but one of the shortest; none where that cannot pay."""
+    if len(lists) < MIN_PREFIX_ROWS:
+        return ()
+    low, high = min(lists), max(lists)
+    longest = min(map(len, lists)) - 1
+    length = next((place for place in range(longest) if low[place] != high[place]), longest)
+    return low[:length] if length >= MIN_PREFIX_TOKENS else ()
+
+
+def prefix_groups(rows: Sequence[Row], window: float, min_saved_tokens: float) -> Iterator[tuple[Tokens, list[Row]]]:
+    """Yield (prefix, rows that begin with it); the rows for which a prefix does not pay come last, with an empty one.
+
+    A prefix pays if reading it once saves `min_saved_tokens` and a fifth of the group's tokens.
+    """
+    groups: dict[Tokens, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.context[:MIN_PREFIX_TOKENS] if row.width <= window else (), []).append(row)
+    without = groups.pop((), [])
+    for group in groups.values():
+        prefix = shared_prefix([row.context for row in group])
+        enough = max(min_saved_tokens, sum(row.width for row in group) / 5)
+        if prefix and len(prefix) * (len(group) - 1) >= enough:
+            yield prefix, group
+        else:
+            without += group
+    yield (), without

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,11 @@ from qnb.accuracy import answer_cache
 from qnb.accuracy.answer_cache import AnswerCache
 from qnb.accuracy.generation import GreedyGenerator
 from qnb.accuracy.scorer import SharedContextLM
+
+
+@pytest.fixture(autouse=True)
+def written_at_once(monkeypatch):
+    monkeypatch.setattr(answer_cache, "WRITE_EVERY_S", 0)
 
 
 def test_a_torn_line_and_answers_to_other_requests_are_passed_over(tmp_path):
@@ -27,11 +33,15 @@ def test_a_torn_line_and_answers_to_other_requests_are_passed_over(tmp_path):
     assert AnswerCache(path, ["a", "b"]).answers == {0: 1.5, 1: 3.5}
 
 
-def test_answers_are_due_after_a_while(tmp_path, monkeypatch):
-    answers = AnswerCache(tmp_path / "answers.jsonl", ["a"])
-    assert not answers.due
-    monkeypatch.setattr(answer_cache, "WRITE_EVERY_S", 0)
-    assert answers.due and not AnswerCache(None, ["a"]).due
+def test_answers_wait_for_each_other_on_their_way_to_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(answer_cache, "WRITE_EVERY_S", 0.1)
+    path = tmp_path / "answers.jsonl"
+    answers = AnswerCache(path, ["a", "b"])
+    answers.keep({0: 1.5})
+    assert not path.exists()
+    time.sleep(0.1)
+    answers.keep({1: 2.5})
+    assert len(path.read_text().split()) > 1 and AnswerCache(path, ["a", "b"]).answers == answers.answers
 
 
 def positions(path):
@@ -56,26 +66,21 @@ def slow(self, *arguments, score=Backbone.score):
     time.sleep(0.5)
     return score(self, *arguments)
 Backbone.score = slow
-scores(tiny_model(sys.argv[1]), sys.argv[2])
+scores(tiny_model(sys.argv[1]), Path(sys.argv[2]))
 """
-
-
-class Request:
-    def __init__(self, *args):
-        self.args = args
 
 
 def scorer(tiny, path):
     network, tokenizer = tiny
     lm = SharedContextLM(pretrained=network, tokenizer=tokenizer, answers_path=path)
-    lm._max_tokens = 64
+    lm.backbone.max_tokens = 64
     return lm
 
 
 def scores(tiny, path):
     """Score 48 choices in about ten batches."""
     pairs = [(f"Question {number}: what is next?", f" word {choice}") for number in range(16) for choice in range(3)]
-    return scorer(tiny, path).loglikelihood([Request(*pair) for pair in pairs], disable_tqdm=True)
+    return scorer(tiny, path).loglikelihood([SimpleNamespace(args=pair) for pair in pairs], disable_tqdm=True)
 
 
 @pytest.fixture
@@ -107,7 +112,8 @@ def test_a_killed_task_resumes_and_ends_with_the_same_scores(tiny, source, tmp_p
 def test_interrupted_generation_goes_on_behind_what_it_wrote(tiny, tmp_path, monkeypatch):
     """Three contexts at a time. The third batch fails, and only that one and those behind it are generated later."""
     monkeypatch.setattr(GreedyGenerator, "fitting_rows", lambda self, length: 3)
-    requests = [Request(f"Count to {number}:", {"until": ["."], "max_gen_toks": 4}) for number in range(12)]
+    settings = {"until": ["."], "max_gen_toks": 4}
+    requests = [SimpleNamespace(args=(f"Count to {number}:", settings)) for number in range(12)]
     expected = scorer(tiny, None).generate_until(requests, disable_tqdm=True)
     generate, sizes = GreedyGenerator.generate, []
 

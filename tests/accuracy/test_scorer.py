@@ -99,7 +99,7 @@ def test_every_kind_of_request_is_answered_as_stock_does(family, both, tokenizer
     requests = [request(context, {"until": ["a", "\n\n"], "max_gen_toks": 20}) for context in sorted(prompts)]
     mine, theirs = (lm.generate_until(requests, disable_tqdm=True) for lm in (ours, stock))
     assert mine == theirs
-    ours._max_tokens = 200  # contexts are read a few at a time, and their caches joined
+    ours.backbone.max_tokens = 200  # contexts are read a few at a time, and their caches joined
     assert ours.generate_until(requests, disable_tqdm=True) == theirs
 
 
@@ -124,7 +124,7 @@ def test_a_shared_prefix_is_read_once_if_it_saves_enough(min_saved_work, reads, 
     monkeypatch.setattr(Backbone, "read", lambda self, prefix: lengths.append(len(prefix)) or read(self, prefix))
     monkeypatch.setitem(scorer.MIN_SAVED_WORK, "cpu", min_saved_work)
     assert_same_scores(ours, stock, pairs)
-    assert len(lengths) == reads and all(length > 40 for length in lengths)
+    assert sum(length > 0 for length in lengths) == reads and all(length == 0 or length > 40 for length in lengths)
 
 
 def test_compiled_layers_give_the_same_scores_and_are_given_back(both, tokenizer, pairs, monkeypatch):
