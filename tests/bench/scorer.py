@@ -3,7 +3,8 @@
 ``python tests/bench/scorer.py synthetic``: choices and generation on Llama-3.2-1B's shape, fp16, 15 GiB of a GPU
 ``python tests/bench/scorer.py study --data-dir HUB --tasks T --precisions P``: real tasks from start to end
 
-Of three passes over drawn choices the fastest counts. The first one, which compiles kernels, stands beside it.
+Both need a GPU. Of three passes over drawn choices the fastest counts. The first one, which compiles kernels, stands
+beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -40,12 +41,7 @@ SHAPES = {
     "ARC-like": (2000, (15, 45), 4, (2, 10)),
     "MMLU-like": (1000, (60, 400), 4, (1, 1)),
 }
-COMPILE: dict[str, dict[str, Any] | None] = {  # what layers are compiled with
-    "none": None,
-    "default": backbone.COMPILE,
-    "static-first": {},
-    "tuned": {"dynamic": True, "options": {"coordinate_descent_tuning": True}},
-}
+GENERATED, GENERATED_STOCK = 512, 96  # prompts; stock is slow, and gets the first ones only
 
 
 def draw_requests(count: int, context: tuple[int, int], choices: int, choice: tuple[int, int]) -> list[Any]:
@@ -63,43 +59,34 @@ def draw_requests(count: int, context: tuple[int, int], choices: int, choice: tu
 
 def timed(work: Callable[[], Any], repeats: int = 1) -> tuple[Any, dict[str, float]]:
     """Return what `work` returns, and its fastest and first wall clock (s) and the allocator's peak (MiB)."""
-    seconds, peak_mib = [], 0.0
+    seconds = []
+    torch.cuda.reset_peak_memory_stats()
     for _ in range(repeats):
         release()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         started = perf_counter()
         result = work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            peak_mib = max(peak_mib, torch.cuda.max_memory_allocated() / MIB)
+        torch.cuda.synchronize()
         seconds.append(perf_counter() - started)
+    peak_mib = torch.cuda.max_memory_allocated() / MIB
     return result, {"s": min(seconds), "first_s": seconds[0], "peak_mib": peak_mib}
 
 
 def row(work: str, stock: dict[str, float], ours: dict[str, float], equal: float) -> dict[str, Any]:
     """Return one line of the table."""
-    return {
-        "work": work, "stock_s": stock["s"], "ours_s": ours["s"], "ours_first_s": ours["first_s"],
-        "ratio": stock["s"] / ours["s"], "stock_peak_mib": stock["peak_mib"], "ours_peak_mib": ours["peak_mib"],
-        "equal_pct": 100 * equal,
-    }  # fmt: skip
+    stock_columns = {f"stock_{name}": value for name, value in stock.items() if name != "first_s"}
+    ours_columns = {f"ours_{name}": value for name, value in ours.items()}
+    ratio = {"ratio": stock["s"] / ours["s"], "equal_pct": 100 * equal}
+    return {"work": work, **stock_columns, **ours_columns, **ratio}
 
 
-def picks(answers: list[tuple[float, bool]], choices: int) -> list[int]:
-    """Return the likeliest choice of each item."""
-    values = torch.tensor([value for value, _ in answers]).view(-1, choices)
-    return values.argmax(1).tolist()
-
-
-def share_equal(one: list[Any], other: list[Any]) -> float:
+def share_equal(one: Iterable[Any], other: Iterable[Any]) -> float:
     """Return the share of equal entries, of as many as both have."""
     pairs = list(zip(one, other, strict=False))
     return sum(a == b for a, b in pairs) / len(pairs)
 
 
 def synthetic(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Time choices and greedy generation. Stock looks for its batch size itself (``auto``)."""
+    """Time choices, with and without compiled layers, and greedy generation. Stock looks for its batch size itself."""
     source = sources.resolve(sources.SHAPE, "cuda")
     whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.set_per_process_memory_fraction(HELD_GIB * 2**30 / whole)
@@ -108,39 +95,34 @@ def synthetic(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     shared = {"pretrained": model, "tokenizer": checkpoint.load_tokenizer(source.path), "max_length": 2048}
     stock, ours = HFLM(batch_size="auto", **shared), SharedContextLM(batch_size=8, **shared)
     assert ours.shared
-    for name in (name for name in options.work.split(",") if name in SHAPES):
-        count, context, choices, choice = SHAPES[name]
+    for name, (count, context, choices, choice) in SHAPES.items():
         requests = draw_requests(count, context, choices, choice)
         stock._loglikelihood_tokens(requests[:64], disable_tqdm=True)  # libraries load their kernels
         theirs, stock_times = timed(partial(stock._loglikelihood_tokens, requests, disable_tqdm=True))
-        for compile_name in options.compile.split(","):
-            backbone.MIN_COMPILED_WORK["cuda"] = 0 if COMPILE[compile_name] is not None else float("inf")
-            backbone.COMPILE = COMPILE[compile_name] or {}
-            torch._dynamo.reset()
+        for compiled, work in (("plain", float("inf")), ("compiled", 0)):
+            backbone.MIN_COMPILED_WORK["cuda"] = work
             mine, times = timed(partial(ours._loglikelihood_tokens, requests), 3)
-            equal = share_equal(picks(mine, choices), picks(theirs, choices))
-            yield row(f"{name}, {count} items, compiled: {compile_name}", stock_times, times, equal)
-    if "GSM8K-like" in options.work:
-        yield generation(stock, ours, options.generated, options.generated_stock)
+            both = (torch.tensor(answers)[:, 0].view(-1, choices).argmax(1).tolist() for answers in (mine, theirs))
+            yield row(f"{name}, {count} items, {compiled}", stock_times, times, share_equal(*both))
+    yield generation(stock, ours)
 
 
-def generation(stock: HFLM, ours: HFLM, count: int, stock_count: int) -> dict[str, Any]:
-    """Time greedy generation, in seconds a request; slow stock gets the first requests only."""
+def generation(stock: HFLM, ours: HFLM) -> dict[str, Any]:
+    """Time greedy generation, in seconds a request."""
     draw = random.Random(0)
-    texts = ["".join(draw.choices("abcdefgh ", k=draw.randint(800, 1000))) for _ in range(count)]
+    texts = ["".join(draw.choices("abcdefgh ", k=draw.randint(800, 1000))) for _ in range(GENERATED)]
 
-    def generate(lm: HFLM, some: list[str], new_tokens: int) -> list[str]:
+    def generate(lm: HFLM, count: int, new_tokens: int) -> list[str]:
         settings = {"until": ["\n\n"], "max_gen_toks": new_tokens}
-        return lm.generate_until([SimpleNamespace(args=(text, dict(settings))) for text in some], disable_tqdm=True)
+        return lm.generate_until([SimpleNamespace(args=(text, dict(settings))) for text in texts[:count]], True)
 
     results = []
-    for lm, some in ((ours, texts), (stock, texts[:stock_count])):
-        generate(lm, texts[:1], 2)  # libraries load their kernels
-        answers, times = timed(partial(generate, lm, some, 256))
-        print(f"{type(lm).__name__}: {len(some)} requests in {times['s']:.1f} s", file=sys.stderr, flush=True)
-        results.append((answers, {name: value / (1 if "mib" in name else len(some)) for name, value in times.items()}))
+    for lm, count in ((ours, GENERATED), (stock, GENERATED_STOCK)):
+        generate(lm, 1, 2)  # libraries load their kernels
+        answers, times = timed(partial(generate, lm, count, 256))
+        results.append((answers, {name: value / (1 if "mib" in name else count) for name, value in times.items()}))
     (mine, times), (theirs, stock_times) = results
-    work = f"GSM8K-like, 256 new tokens, a request of {count} and {stock_count}"
+    work = f"GSM8K-like, 256 new tokens, a request of {GENERATED} and {GENERATED_STOCK}"
     return row(work, stock_times, times, share_equal(mine, theirs))
 
 
@@ -155,9 +137,7 @@ def study(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             rows = [row for row in session.ledger.rows("accuracy") if row["precision"] == precision.name]
             mine = pd.concat(pd.read_parquet(session.folder / row["items_file"]) for row in rows)
             model = checkpoint.load(path, precision, session.device.kind)
-            drawn = (
-                {task: sorted(set(items.doc_id)) for task, items in mine.groupby("task")} if options.limit else None
-            )
+            drawn = {task: sorted(set(items.doc_id)) for task, items in mine.groupby("task")}
             theirs, stock_times = timed(partial(_stock, model, session.tokenizer, options, drawn))
             both = mine.merge(theirs, on=["task", "doc_id"], suffixes=("", "_stock"))
             assert len(both) == len(mine) == len(theirs)
@@ -166,16 +146,17 @@ def study(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             del model
 
 
-def _stock(model: Any, tokenizer: Any, options: argparse.Namespace, drawn: dict[str, Any] | None) -> pd.DataFrame:
+def _stock(model: Any, tokenizer: Any, options: argparse.Namespace, drawn: dict[str, Any]) -> pd.DataFrame:
     """Evaluate as ``lm_eval --model hf --batch_size auto`` does; `datasets` finds the data by their folders' names."""
     with contextlib.chdir(options.data_dir):
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size="auto")
         results = lm_eval.simple_evaluate(lm, tasks=options.tasks.split(","), samples=drawn, bootstrap_iters=0)
-    items = [(task, sample["doc_id"], [float(response[0]) for response in sample["filtered_resps"]])
-             for task, samples in results["samples"].items() for sample in samples]  # fmt: skip
-    return pd.DataFrame(
-        [{"task": task, "doc_id": doc, "picked": str(values.index(max(values)))} for task, doc, values in items]
-    )
+    rows = []
+    for task, samples in results["samples"].items():
+        for sample in samples:
+            values = [float(response[0]) for response in sample["filtered_resps"]]
+            rows.append({"task": task, "doc_id": sample["doc_id"], "picked": str(values.index(max(values)))})
+    return pd.DataFrame(rows)
 
 
 def main() -> None:
@@ -186,10 +167,6 @@ def main() -> None:
     parser.add_argument("--tasks", default="arc_challenge,arc_easy,hellaswag,mmlu")
     parser.add_argument("--precisions", default="study")
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--work", default=",".join((*SHAPES, "GSM8K-like")), help="of synthetic")
-    parser.add_argument("--compile", default="none,default", help=f"of synthetic: {', '.join(COMPILE)}")
-    parser.add_argument("--generated", type=int, default=512)
-    parser.add_argument("--generated-stock", type=int, default=96)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()
     rows = []
