@@ -25,12 +25,6 @@ def test_sentences_are_the_rows_arithmetic(studied):
     assert "chance" not in about(study, "int4")[0] and "chance" in about(study, "fp16")[0]
 
 
-def test_without_a_gpu_memory_is_the_weights(studied):
-    study = studied.results()
-    grown = replace(study, bs1=study.bs1.assign(peak_reserved_mib=float("nan"), peak_memory_mib=1.0))
-    assert "34 % of BF16's weights" in " ".join(about(grown, "int4"))  # 640 of 1,907 MiB
-
-
 @pytest.mark.parametrize(
     ("change", "low", "high", "words"),
     [(46.9, 38.0, 54.7, "+46.9 % (95 %: +38.0 to +54.7, 1,024 tokens)."), (-0.1, -0.4, 0.2, "may be chance"),
@@ -43,11 +37,13 @@ def test_what_perplexity_shows_is_said(change, low, high, words, studied):
     assert words in text(study, "accuracy") and text(study, "bs1") == NOTHING
 
 
-def test_what_other_processes_disturbed_is_said_and_what_bounds_it_is_not_where_peaks_were(studied):
+def test_disturbed_rows_are_named_disturbed_peaks_bound_nothing_and_a_cpus_memory_is_its_weights(studied):
     study = studied.results()
-    flags = [["cpu_shared", "peaks_disturbed"] if name == "int4" else [] for name in study.maxbatch.precision]
-    sentence = about(replace(study, maxbatch=study.maxbatch.assign(flags=flags)), "int4")[-1]
-    assert "disturbed by other processes" in sentence and "bound" not in sentence
+    flags = [["cpu_shared", "peaks_disturbed"] if name == "int4" else [] for name in study.bs1.precision]
+    disturbed = study.bs1.assign(flags=flags, peak_reserved_mib=float("nan"), peak_memory_mib=1.0)
+    memory, speed, _ = about(replace(study, bs1=disturbed), "int4", ["bs1"])
+    assert "34 % of BF16's weights" in memory  # 640 of 1,907 MiB
+    assert "disturbed by other processes" in speed and "bound" not in speed
 
 
 def test_every_study_has_an_opening_and_kept_ones_have_findings(studied):

@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 
 from qnb.ledger import Ledger
-from qnb.provenance import ROOT
 from qnb.report import recommend
 from qnb.report.recommend import FITS, RULED_OUT, UNSURE, Demand, explain
 from qnb.report.results import Results
@@ -73,7 +72,7 @@ def test_a_rate_must_be_at_least_its_limit():
      ({"tpot_s": [1, 1.05, 2, 3], "throughput_spread_pct": 10}, "bf16 and int8 differ in speed by less")],
 )  # fmt: skip
 def test_what_qualifies_a_recommendation_is_noted(fields, note):
-    assert note in explain(advise(ALL.assign(**fields)))[f"Recommended: {advise(ALL.assign(**fields)).best.name}"][1]
+    assert any(note in sentence for sentence in advise(ALL.assign(**fields)).notes)
 
 
 def test_candidates_join_speed_with_the_accuracy_of_a_task_or_of_the_mean(studied):
@@ -89,11 +88,4 @@ def test_candidates_join_speed_with_the_accuracy_of_a_task_or_of_the_mean(studie
 def test_without_the_baseline_there_is_an_accuracy_and_no_change(tmp_path):
     frame = recommend.candidates(Results.read(Ledger(example.write(tmp_path / "study", precisions=("int8",)))), "bs1")
     assert (frame.accuracy_pct > 40).all() and frame.change_pp.isna().all()
-
-
-def test_kept_runs_without_accuracy_are_still_ranked_by_speed():
-    kept = Results.of_tables(ROOT / "outputs" / "reference" / "h100-llama-3.2-1b-shape")
-    frame = recommend.candidates(kept, "maxbatch")
-    best = recommend.choose(frame, Demand("throughput_rps")).best
-    assert recommend.tasks(kept) == [] and best.throughput_rps == kept.maxbatch.throughput_rps.max()
-    assert recommend.choose(frame, Demand("throughput_rps", loss_pp=1)).of(FITS).empty
+    assert recommend.choose(frame, Demand("tpot_s", loss_pp=1)).of(FITS).empty

@@ -3,7 +3,6 @@
 import shutil
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from qnb.errors import InputError
@@ -58,21 +57,14 @@ def test_formats_stand_in_one_order_and_engines_that_cannot_run_among_the_passes
 
 
 def test_only_the_newest_workload_is_shown_and_no_pass_of_an_earlier_run(tmp_path):
-    study = read(
-        tmp_path,
-        timed(total_s=1.0, fingerprint="old"),
-        timed(total_s=3.0, repeat=1),
-        timed(total_s=2.0, repeat=0, day=2),
-    )
+    study = read(tmp_path, timed(fingerprint="old"), timed(total_s=3.0, repeat=1), timed(total_s=2.0, day=2))
     assert study.passes.total_s.tolist() == [2.0]
     assert read(tmp_path, timed(total_s=5.0, repeat=1, day=3)).passes.total_s.tolist() == [2.0, 5.0]
 
 
 def test_every_frame_of_speeds_has_all_columns(tmp_path, studied):
-    for study in (Results.read(Ledger(tmp_path)), studied.results(), Results("", "", "")):
-        for frame in (study.bs1, study.passes, study.sweep, study.speed):
-            assert {*SPEED, *BESIDE} <= set(frame)
-    assert set(studied.results().speed.setting) == {"bs1", "sweep", "maxbatch"}
+    for study in (Results.read(Ledger(tmp_path)), studied.results()):
+        assert all({*SPEED, *BESIDE} <= set(frame) for frame in (study.bs1, study.passes, study.sweep, study.speed))
 
 
 def test_bits_per_weight_are_those_of_the_quantized_weights_or_of_all(tmp_path):
@@ -93,12 +85,6 @@ def test_samples_and_items_are_read_from_the_files_that_rows_name(studied):
     assert study.items({**row, "items_file": "items/gone.parquet"}) is None
 
 
-def test_a_column_that_is_empty_in_one_frame_keeps_the_type_it_has_in_another():
-    first = pd.DataFrame({"value": [0.5, None], "sure": [True, False]})
-    frame = results.stack([first, pd.DataFrame({"value": [None], "note": ["late"]}), pd.DataFrame({"other": []})])
-    assert list(frame) == ["value", "sure", "note", "other"] and frame.value.dtype == float and len(frame) == 3
-
-
 def test_kept_tables_give_the_same_speeds(studied, tmp_path):
     study = studied.results()
     for name in results.KEPT.values():
@@ -112,15 +98,9 @@ def test_kept_tables_give_the_same_speeds(studied, tmp_path):
         assert mine["flags"].tolist() == other["flags"].tolist()
 
 
-def test_the_repositorys_kept_runs_can_be_read():
-    kept = read_reference(ROOT / "outputs" / "reference")
-    assert len(kept) == 3 and all(study.precisions for study in kept.values())
-    assert len(kept["h100-smollm2-135m"].scores) and len(kept["h200-llama-3.2-1b-shape"].sweep)
-
-
-@pytest.mark.parametrize("content", ["hello world\n1 2\n", ""])
-def test_a_kept_file_that_is_no_table_is_named(content, tmp_path):
+def test_a_kept_file_that_is_no_table_is_named(tmp_path):
+    assert len(read_reference(ROOT / "outputs" / "reference")) == 3
     (tmp_path / "gpu-model").mkdir()
-    (tmp_path / "gpu-model" / "sweep.csv").write_text(content)
+    (tmp_path / "gpu-model" / "sweep.csv").write_text("hello world\n1 2\n")
     with pytest.raises(InputError, match="gpu-model holds a file that is no table"):
         read_reference(tmp_path)

@@ -6,9 +6,8 @@ import pandas as pd
 import pytest
 
 from qnb.ledger import Ledger, write_parquet
-from qnb.provenance import ROOT
 from qnb.report import tables
-from qnb.report.results import BESIDE, SPEED, Results, read_reference
+from qnb.report.results import BESIDE, SPEED, Results
 from qnb.report.tables import MEAN, build
 
 
@@ -24,20 +23,16 @@ def answers(task, correct, kind="none", **columns):
 
 @pytest.fixture
 def measured(tmp_path):
-    """Returns a function that gives the results of accuracy rows, from their items or from their scores."""
+    """Returns a function that gives the results of accuracy rows, from their items (or whether each is right)."""
     ledger = Ledger(tmp_path)
 
     def measure(rows, **fields):
         for (precision, task), items in rows.items():
+            frame = items if isinstance(items, pd.DataFrame) else answers(task, items)
+            file, sha256 = write_parquet(tmp_path, f"items/{task}.{precision}", frame)
             row = {"stage": "accuracy", "precision": precision, "task": task, "limit": 4, "scores": [score(task)],
-                   "groups": {}, "data_sha256": task}  # fmt: skip
-            if isinstance(items, list) and isinstance(items[0], dict):
-                row["scores"] = items
-            else:
-                frame = items if isinstance(items, pd.DataFrame) else answers(task, items)
-                file, sha256 = write_parquet(tmp_path, f"items/{task}.{precision}", frame)
-                row |= {"items_file": file, "items_sha256": sha256}
-            ledger.append({**row, **fields.get(precision, {}), **fields.get("every", {})})
+                   "groups": {}, "data_sha256": task, "items_file": file, "items_sha256": sha256}  # fmt: skip
+            ledger.append({**row, **fields.get(precision, {}), **fields.get(task, {}), **fields.get("every", {})})
         return Results.read(ledger)
 
     return measure
@@ -64,23 +59,6 @@ def test_what_is_not_alike_is_named_and_not_compared(other, fields, note, measur
     assert table.note["easy"].startswith("not compared: ") and note in table.note["easy"] and len(table) == 1
 
 
-@pytest.mark.parametrize(
-    ("kinds", "chosen"),
-    [(("loose", "strict-match"), "strict-match"), (("trimmed", "none"), "none"), (("b", "a"), "b")],
-)
-def test_an_answer_is_read_one_way(kinds, chosen, measured):
-    """Strictly where there is such a filter, else plainly, else as the task's first filter reads it."""
-    scores = [score("easy", float(kind == chosen), "exact_match", filter=kind) for kind in kinds]
-    right = {"bf16": [True, True], "int8": [False, True]}
-    rows = {
-        (name, "easy"): pd.concat(answers("easy", right[name] if kind == chosen else [False] * 2, kind) for kind in kinds)
-        for name in right
-    }
-    results = measured(rows, every={"scores": scores})
-    assert list(tables.headline(results.scores).query("task == 'easy'").value) == [1, 1]
-    assert (changes(results).lost["easy"], changes(results).n_items["easy"]) == (1, 2)
-
-
 def test_a_group_is_the_items_of_what_is_in_it(measured):
     scores = [score("all", group=True), score("left", group=True), score("l1"), score("l2"), score("r1")]
     groups = {"all": ["l1", "l2", "r1"], "left": ["l1", "l2"]}
@@ -91,12 +69,14 @@ def test_a_group_is_the_items_of_what_is_in_it(measured):
     assert (table.lost["all"], table.lost["left"], table.gained["all"], table.gained["left"]) == (1, 1, 1, 0)
 
 
-def test_the_mean_is_over_tasks_that_all_formats_answered_and_samples_share_no_cell(measured):
+def test_the_mean_is_over_tasks_that_all_formats_answered_and_samples_share_no_cell(tmp_path):
     """The mean of one task with a standard error of 10 points; a sample has a row of its own."""
-    rows = {("bf16", "easy"): [score("easy", 0.5)], ("int8", "easy"): [score("easy", 0.3)],
-            ("bf16", "hard"): [score("hard", 0.1)], ("int8", "hard"): [score("hard", n_items=2)],
-            ("bf16", "words"): [score("words", 9.5, "word_perplexity")]}  # fmt: skip
-    table = build(measured(rows), "table1_accuracy").set_index(["task", "metric"])
+    scores = pd.DataFrame([
+        score("easy", 0.5, precision="bf16"), score("easy", 0.3, precision="int8"), score("hard", precision="bf16"),
+        score("hard", precision="int8", n_items=2), score("words", 9.5, "word_perplexity", precision="bf16"),
+    ])  # fmt: skip
+    results = Results("", "", "", scores=scores.assign(asked=scores.task))
+    table = build(results, "table1_accuracy").set_index(["task", "metric"])
     mean = table.loc[f"{MEAN} (1)"]
     assert (mean.bf16_pct["mean"], mean.int8_pct["mean"]) == (50, 30)
     assert mean.bf16_pct["mean, 95 % low"] == pytest.approx(50 - 19.6)
@@ -106,20 +86,15 @@ def test_the_mean_is_over_tasks_that_all_formats_answered_and_samples_share_no_c
 def test_each_task_counts_once_in_the_change_of_the_mean(measured):
     rows = {("bf16", "easy"): [1, 1, 1, 1, 1, 0, 0, 1], ("int8", "easy"): [1, 0, 1, 0, 1, 0, 0, 0],
             ("bf16", "hard"): [0, 1, 1, 0], ("int8", "hard"): [0, 1, 0, 1],
-            ("bf16", "text"): [score("text", 1.0, "bits_per_byte")]}  # fmt: skip
-    table = changes(measured(rows))
+            ("bf16", "text"): [1, 1], ("int8", "text"): [1, 0]}  # fmt: skip
+    table = changes(measured(rows, text={"scores": [score("text", 1.0, "bits_per_byte")]}))
     mean = table.loc[f"{MEAN} (2)"]
     assert mean.change_pp == (table.change_pp["easy"] + table.change_pp["hard"]) / 2 == -18.75
     assert mean.low_pp < -18.75 < mean.high_pp and mean.n_items == 12
     assert pd.isna(mean.p_holm) and mean.significant is None and table.significant["easy"] is False
-
-
-def test_where_nothing_flipped_the_mean_has_an_interval_of_its_tasks(measured):
-    tasks = {"easy": [1, 0, 1, 0], "hard": [1, 1, 0]}
-    table = changes(measured({(name, task): right for name in ("bf16", "fp16") for task, right in tasks.items()}))
-    mean = table.loc[f"{MEAN} (2)"]
-    half = math.hypot(*table.high_pp[["easy", "hard"]]) / 2
-    assert mean.change_pp == 0 < mean.high_pp == pytest.approx(half, abs=1e-5) == -mean.low_pp
+    table = changes(measured({(name, task): [1, 0, 1] for name in ("bf16", "int8") for task in ("easy", "hard")}))
+    half = math.hypot(*table.high_pp[["easy", "hard"]]) / 2  # nothing flipped: each task has an interval of its own
+    assert table.high_pp[f"{MEAN} (2)"] == pytest.approx(half, abs=1e-5) == -table.low_pp[f"{MEAN} (2)"]
 
 
 def test_the_probability_of_the_right_choice_is_paired(measured):
@@ -202,13 +177,6 @@ def test_a_view_says_what_is_missing_and_no_cell_can_end_itself_or_carry_a_tag()
     assert "<script" not in html and "note" not in html
     row = tables.markdown(frame).splitlines()[2]
     assert row.split() == ["|", "a\\|b&lt;script>", "\\|", "c", "|", "-1.00", "|"]
-
-
-def test_kept_tables_are_shown_as_they_were_saved():
-    kept = read_reference(ROOT / "outputs" / "reference")["h100-llama-3.2-1b-shape"]
-    text = tables.as_text(build(kept, "table4_maxbatch"))
-    assert len(text) == 17 and "nan" not in text.to_string()
-    assert "the GPU's clocks were held down" in set(text["flags"])
 
 
 def test_every_format_shows_the_same_item_of_the_first_task_of_choices(studied):
