@@ -39,7 +39,7 @@ PUBLISHED = ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_m
 # all columns of a table, as its file has them
 ALL_CHANGES = ("task", "precision", "n_items", "baseline_pct", "accuracy_pct", "change_pp", "low_pp", "high_pp",
                "change_pct", "gained", "lost", "p_mcnemar", "p_correct_change_pp", "p_correct_low_pp",
-               "p_correct_high_pp", "note", "p_holm", "significant", "published_change_pct")  # fmt: skip
+               "p_correct_high_pp", "note", "p_holm", "significant")  # fmt: skip
 ESTIMATES = ("perplexity", "perplexity_change_pct", "kl_mean_nats", "kl_p99_nats", "same_top1_pct")
 ALL_DIVERGENCE = ("precision", "prompt_source", "tokens", "context", "stride",
                   *(name + end for name in ESTIMATES for end in ("", "_low", "_high")))  # fmt: skip
@@ -149,9 +149,8 @@ def _change(results: Results) -> pd.DataFrame:
     tested = table.p_mcnemar.notna()
     table.loc[tested, "p_holm"] = holm(list(table.p_mcnemar[tested]))
     table["significant"] = (table.p_holm < SIGNIFICANT).astype(object).where(tested, None)
-    published = paper.accuracy().set_index(["task", "precision"]).change_pct
-    table["published_change_pct"] = [published.get(key) for key in zip(table.task, table.precision, strict=True)]
-    return table.assign(note=table.note.fillna("")).round(6)
+    published = paper.accuracy().rename(columns={"change_pct": "published_change_pct"}).drop(columns="accuracy_pct")
+    return table.fillna({"note": ""}).merge(published, how="left").round(6)
 
 
 def _pairs(results: Results, base: Mapping[str, Any], row: Mapping[str, Any]) -> pd.DataFrame:
@@ -162,19 +161,16 @@ def _pairs(results: Results, base: Mapping[str, Any], row: Mapping[str, Any]) ->
     InputError
         They answered other items, or the items' file is not the one that the row was counted from.
     """
-    before, now = results.items(base), results.items(row)
-    if before is None or now is None:
+    items = [results.items(each) for each in (base, row)]
+    if any(frame is None for frame in items):
         raise InputError("the items' file is gone or was changed")
-    before, now = _answers(before), _answers(now)
+    # right or wrong by item, generated answers as `headline` reads them
+    indexed = [_one_filter(frame).set_index(["task", "doc_id"]) for frame in items]
+    before, now = (frame.reindex(columns=["correct", "p_correct"]) for frame in indexed)
     both = before.join(now, lsuffix="_base", how="inner", validate="one_to_one")
     if row["data_sha256"] != base["data_sha256"] or not len(both) == len(before) == len(now):
         raise InputError(f"the items are others than {BASELINE}'s")
     return both.reset_index()
-
-
-def _answers(items: pd.DataFrame) -> pd.DataFrame:
-    """Return right or wrong by (task, doc_id), generated answers as `headline` reads them."""
-    return _one_filter(items).set_index(["task", "doc_id"]).reindex(columns=["correct", "p_correct"])
 
 
 def _compare(row: Mapping[str, Any], pairs: pd.DataFrame) -> list[dict[str, Any]]:
