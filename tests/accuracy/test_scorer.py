@@ -10,7 +10,6 @@ from lm_eval.models.huggingface import HFLM
 
 from qnb.accuracy import backbone, scorer
 from qnb.accuracy.backbone import Backbone
-from qnb.accuracy.generation import PreallocatedLayer
 from qnb.accuracy.scorer import SharedContextLM
 from qnb.quantize.checkpoint import load_tokenizer
 
@@ -179,17 +178,3 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing(both, tokenize
     monkeypatch.setattr(Backbone, "score", small)
     assert_same_scores(ours, stock, pairs)
     assert failed
-
-
-def test_a_layer_with_room_holds_what_a_growing_one_holds():
-    draw = torch.Generator().manual_seed(0)
-    growing = transformers.cache_utils.DynamicLayer()
-    growing.update(*torch.randn(2, 3, 2, 5, 4, generator=draw))  # (B, H, L, D) each
-    roomy = PreallocatedLayer(growing, room=8)
-    for rows in (3, 2):
-        step = torch.randn(2, rows, 2, 1, 4, generator=draw)
-        for layer in (growing, roomy):
-            layer.batch_select_indices(torch.arange(rows))
-            layer.update(*step)
-    assert torch.equal(roomy.keys, growing.keys) and torch.equal(roomy.values, growing.values)
-    assert roomy.get_seq_length() == 7 and roomy.keys.data_ptr() == roomy.buffers[0].data_ptr()
