@@ -11,26 +11,18 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
-from math import inf
-from multiprocessing import connection, get_context, parent_process
-from time import perf_counter
-from typing import TYPE_CHECKING, Any
-
-from qnb.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from multiprocessing import get_context, parent_process
+from typing import Any
+from unittest.mock import patch
 
 OUT_OF_MEMORY, DIED, WHEN_TIMED = "out of memory", "its process died", "out of memory when timed"
 TOLERANCE = 0.01  # the search ends when the true maximum can be larger by no more than this share
 MAX_PROBES = 10
-FAR = 5  # times the largest batch that fitted: a line that reaches further is followed half the way
 
 
 class OneRequestDoesNotFit(MemoryError):
@@ -48,7 +40,6 @@ class Probe:
     squeezed: bool = False  # the allocator gave cached memory back, so `reserved_mib` says only that the batch fitted
     idle_mib: float = 0.0  # live before the run: the weights
     room_mib: float | None = None  # free before the run, including what the process held
-    took_s: float | None = None  # of both runs where it ran twice
     ended: str = ""  # why it did not run: `OUT_OF_MEMORY`, `DIED` or `WHEN_TIMED`
 
 
@@ -67,33 +58,18 @@ class LargestBatch:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> LargestBatch:
         """Read a search back from its ledger row."""
-        values = {field.name: row[field.name] for field in fields(cls)}
-        return cls(**{**values, "probes": tuple(Probe(**probe) for probe in row["probes"])})
-
-    @property
-    def search_gap_pct(self) -> float:
-        """Percent by which the true maximum may be larger.
-
-        It is below the smallest batch that did not fit, and below the batch whose live tensors fill the memory.
-        """
-        if self.capped:
-            return 0.0
-        fails = min((probe.batch_size for probe in self.probes if not probe.fits), default=inf)
-        ceiling = _meets_limit(self.probes, self.limit_mib, "live_mib") or inf
-        return 100 * max(0.0, min(fails - 1, ceiling) / self.batch_size - 1)
+        probes = tuple(Probe(**probe) for probe in row["probes"])
+        return cls(row["batch_size"], row["limit_mib"], row["capped"], probes)
 
     def smaller(self) -> LargestBatch:
         """Return what to time after this batch, 2 or more, ran in the search and ran out of memory when timed.
 
         The batch shrinks by 1 % at first and by twice as much each further time: another process may have taken much.
-        A batch that ran in the search is preferred to a smaller one.
         """
         times = sum(probe.ended == WHEN_TIMED for probe in self.probes)
         less = max(1, int(self.batch_size * min(0.5, TOLERANCE * 2**times)))
-        least = max(1, _round_down(self.batch_size - less))
-        ran = (probe.batch_size for probe in self.probes if probe.fits and least <= probe.batch_size < self.batch_size)
         probes = (*self.probes, Probe(self.batch_size, False, ended=WHEN_TIMED))
-        return replace(self, batch_size=max(ran, default=least), capped=False, probes=probes)
+        return replace(self, batch_size=_round_down(self.batch_size - less), capped=False, probes=probes)
 
 
 def find_largest_batch(try_batch: TryBatch, limit_mib: float, cap: int, last_safe: int = 0) -> LargestBatch:
@@ -112,15 +88,11 @@ def find_largest_batch(try_batch: TryBatch, limit_mib: float, cap: int, last_saf
 
     Raises
     ------
-    InputError
-        `cap` is below 1.
     OneRequestDoesNotFit
         Not even one request fits.
     RuntimeError
         One request ends its process.
     """
-    if cap < 1:
-        raise InputError(f"the largest batch to try is {cap}; give at least 1")
     probes: list[Probe] = []
     fits, fails, size = 0, cap + 1, 1
     while fails - 1 - fits > int(TOLERANCE * fits) and len(probes) < MAX_PROBES:
@@ -128,54 +100,47 @@ def find_largest_batch(try_batch: TryBatch, limit_mib: float, cap: int, last_saf
         probes.append(probe)
         limit_mib = min(limit_mib, probe.room_mib or limit_mib)
         fits, fails = (size, fails) if probe.fits else (fits, size)
+        if not fits and probe.ended == DIED:
+            raise RuntimeError(f"one request did not run: {DIED}")
         if not fits:
-            raise _one_request_error(probe, limit_mib)
+            raise OneRequestDoesNotFit(
+                f"one request takes more than the {limit_mib:,.0f} MiB that are allowed; shorten the prompts, ask for "
+                "fewer new tokens, or raise the limit"
+            )
         size = _next_batch_size(probes, limit_mib, fits, fails, last_safe)
     return LargestBatch(fits, limit_mib, fits == cap, tuple(probes))
 
 
-def _one_request_error(probe: Probe, limit_mib: float) -> Exception:
-    if probe.ended == DIED:
-        return RuntimeError(f"one request did not run: {DIED}")
-    needed = "more than there is" if probe.reserved_mib is None else f"{probe.reserved_mib:,.0f} MiB"
-    return OneRequestDoesNotFit(
-        f"one request takes {needed} where {limit_mib:,.0f} MiB are allowed; shorten the prompts, ask for fewer new "
-        "tokens, or raise the limit"
-    )
-
-
 def _next_batch_size(probes: Sequence[Probe], limit_mib: float, fits: int, fails: int, last_safe: int) -> int:
     """Choose a batch size above `fits`, the largest that fitted, and below `fails`, the smallest that did not."""
-    has_failed = any(not probe.fits for probe in probes)
-    least = fits + int(TOLERANCE * fits) + 1  # the search ends if this fails
     weights = Probe(0, True, probes[0].idle_mib, probes[0].idle_mib)
     # 1) follow reserved memory to the limit
     size = _meets_limit([weights, *(probe for probe in probes if not probe.squeezed)], limit_mib, "reserved_mib")
-    if not has_failed and min(size, fails) > FAR * fits:
-        size = min(size, fails) / 2
     # 2) past that point, go a sixth of the way to where live tensors alone fill the memory
     ceiling = _meets_limit([weights, *probes], limit_mib, "live_mib")
-    size = max(size, least, fits + (ceiling - fits) / 6)
-    # 3) stay in the bracket; nearer to its upper end, as a batch that does not fit fails early
-    if has_failed and size >= fails:
-        size = (fits + 2 * fails) // 3
+    least = fits + int(TOLERANCE * fits) + 1  # the search ends if this fails
+    size = int(max(size, least, fits + (ceiling - fits) / 6))
+    # 3) enter what may end the process by one step beyond the last safe batch
+    if fits == last_safe:
+        return least
     if fits < last_safe < min(size, fails):
         return last_safe
-    if fits == last_safe:
-        size = least
-    return fails - 1 if size >= fails else max(fits + 1, _round_down(int(size)))
+    # 4) stay in the bracket; nearer to its upper end, as a batch that does not fit fails early
+    if size < fails:
+        return max(fits + 1, _round_down(size))
+    return fails - 1 if all(probe.fits for probe in probes) else (fits + 2 * fails) // 3
 
 
 def _meets_limit(probes: Sequence[Probe], limit_mib: float, reading: str) -> float:
     """Return the batch size at which the line through the last two that fitted meets the limit; 0 without two."""
-    ran = [probe for probe in probes if probe.fits and getattr(probe, reading) is not None]
-    if len(ran) < 2:
+    ran = [(probe.batch_size, getattr(probe, reading)) for probe in probes if probe.fits]
+    points = [(batch_size, mib) for batch_size, mib in ran if mib is not None]
+    if len(points) < 2:
         return 0.0
-    low, high = ran[-2:]
-    free_mib, rise_mib = limit_mib - getattr(high, reading), getattr(high, reading) - getattr(low, reading)
-    if rise_mib <= 0:  # a reading coarser than a row
-        return 8.0 * high.batch_size
-    return high.batch_size + free_mib * (high.batch_size - low.batch_size) / rise_mib
+    (low, low_mib), (high, high_mib) = points[-2:]
+    if high_mib <= low_mib:  # a reading coarser than a row
+        return 8.0 * high
+    return high + (limit_mib - high_mib) * (high - low) / (high_mib - low_mib)
 
 
 def _round_down(batch_size: int) -> int:
@@ -187,20 +152,12 @@ def _round_down(batch_size: int) -> int:
 
 
 def sweep_sizes(largest: int) -> tuple[int, ...]:
-    """Return the batch sizes 1, 2, 4 ... and `largest`.
-
-    Raises
-    ------
-    InputError
-        `largest` is below 1.
-    """
-    if largest < 1:
-        raise InputError(f"the largest batch of a sweep is {largest}; give at least 1")
+    """Return the batch sizes 1, 2, 4 ... and `largest`."""
     return (*(2**power for power in range((largest - 1).bit_length())), largest)
 
 
-def int32_rows(config: PretrainedConfig, prompt_tokens: int) -> int:
-    """Return how many prompts the widest layer turns into outputs that 32 bits count; 0 where that is not known.
+def int32_rows(config: Any, prompt_tokens: int) -> int:
+    """Return how many prompts a model's widest layer turns into outputs that 32 bits count; 0 where not known.
 
     bitsandbytes' INT8 kernels count a layer's outputs so (csrc/cuda/int8.cu), and end the process beyond.
     """
@@ -227,39 +184,22 @@ class ChildTrials:
         """Run one batch in the child; raise here what it raises there."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, get_context("spawn"), _start_child, (self._begin,))
-        started_s = perf_counter()
         try:
-            with _without_main():  # the first batch starts the process
+            # the first batch starts the child, which would run the caller's script again and begin its study anew
+            with patch.multiple(sys.modules["__main__"], __file__=None, __spec__=None, create=True):
                 answer = self._pool.submit(_try_in_child, batch_size)
             return answer.result()
         except BrokenProcessPool:
-            self.close()
-            return Probe(batch_size, False, took_s=perf_counter() - started_s, ended=DIED)
-
-    def close(self) -> None:
-        """End the child, which gives back all its memory."""
-        if self._pool is not None:
-            self._pool.shutdown()
             self._pool = None
+            return Probe(batch_size, False, ended=DIED)
 
     def __enter__(self) -> ChildTrials:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """Let a child start without running the caller's script again, which would begin its study anew."""
-    main: dict[str, Any] = vars(sys.modules["__main__"])
-    before: dict[str, Any] = {name: main[name] for name in ("__file__", "__spec__") if name in main}
-    main.pop("__file__", None)
-    main["__spec__"] = None
-    try:
-        yield
-    finally:
-        main.update(before)
+        """End the child, which gives back all its memory."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
 
 _child_try_batch: Callable[[], TryBatch]  # exists in the child alone
@@ -268,15 +208,13 @@ _child_try_batch: Callable[[], TryBatch]  # exists in the child alone
 def _start_child(begin: Callable[[], TryBatch]) -> None:
     """Keep `begin` for the first batch: what it raises then reaches the caller."""
     global _child_try_batch
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(parent_process(),), daemon=True).start()
     _child_try_batch = cache(begin)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: Any) -> None:
     """End this process when its parent was killed, to give back the device's memory."""
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
+    parent.join()
     os._exit(1)
 
 

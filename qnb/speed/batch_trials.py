@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from transformers import PreTrainedModel
@@ -17,10 +16,9 @@ from qnb.prompts import Workload
 from qnb.quantize.checkpoint import load, quiet
 from qnb.speed.batch_search import OUT_OF_MEMORY, Probe
 from qnb.speed.engines import FACTORIES, warm_up_batch_sizes
-from qnb.speed.monitor import ProcessSensor, Window, used_memory_mib
+from qnb.speed.monitor import Window, open_sensor, used_memory_mib
 
 NEAR_LIMIT = 0.95  # share of the memory above which a batch has to fit twice
-WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -39,19 +37,20 @@ class Trials:
     baseline_mib: float | None = 0.0
 
     def __post_init__(self) -> None:
-        """Generate, so that kernels and workspaces loaded once are not counted to a batch."""
+        """Generate a few tokens, so that kernels and workspaces loaded once are not counted to a batch."""
         for batch_size in warm_up_batch_sizes(self.engine, len(self.workload.longest)):
-            self._fits(batch_size, min(WARM_UP_TOKENS, self.workload.new_tokens))
+            self._fits(batch_size, min(4, self.workload.new_tokens))
 
     def __call__(self, batch_size: int) -> Probe:
         """Run a batch with all its new tokens."""
+        run = self._run_on_gpu if self.model.device.type == "cuda" else self._run_on_cpu
         release()
         try:
-            return self._on_gpu(batch_size) if self.model.device.type == "cuda" else self._on_cpu(batch_size)
+            return run(batch_size)
         finally:
             release()
 
-    def _on_gpu(self, batch_size: int) -> Probe:
+    def _run_on_gpu(self, batch_size: int) -> Probe:
         """Run a batch and read torch's allocator.
 
         Near the limit the batch has to fit twice: the first run finds all memory free, the second finds it in the
@@ -60,34 +59,30 @@ class Trials:
         device = self.model.device
         idle_mib = torch.cuda.memory_allocated(device) / MIB
         room_mib = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / MIB
-        retries = torch.cuda.memory_stats(device)["num_alloc_retries"]
-
-        def squeezed() -> bool:
-            return torch.cuda.memory_stats(device)["num_alloc_retries"] > retries
-
-        def near_limit() -> bool:
-            reserved_mib = torch.cuda.max_memory_reserved(device) / MIB
-            return squeezed() or reserved_mib > NEAR_LIMIT * min(self.limit_mib, room_mib)
-
         torch.cuda.reset_peak_memory_stats(device)
-        started_s = perf_counter()
-        fits = self._fits(batch_size, self.workload.new_tokens, near_limit)
-        took_s = perf_counter() - started_s
-        if not fits:
-            return Probe(batch_size, False, None, None, False, idle_mib, room_mib, took_s, OUT_OF_MEMORY)
+        torch.cuda.reset_accumulated_memory_stats(device)
+
+        def is_squeezed() -> bool:
+            return torch.cuda.memory_stats(device)["num_alloc_retries"] > 0
+
+        def is_near_limit() -> bool:
+            reserved_mib = torch.cuda.max_memory_reserved(device) / MIB
+            return is_squeezed() or reserved_mib > NEAR_LIMIT * min(self.limit_mib, room_mib)
+
+        if not self._fits(batch_size, self.workload.new_tokens, is_near_limit):
+            return Probe(batch_size, False, idle_mib=idle_mib, room_mib=room_mib, ended=OUT_OF_MEMORY)
         reserved_mib = torch.cuda.max_memory_reserved(device) / MIB
         live_mib = torch.cuda.max_memory_allocated(device) / MIB
         fits = reserved_mib <= self.limit_mib
-        return Probe(batch_size, fits, reserved_mib, live_mib, squeezed(), idle_mib, room_mib, took_s)
+        return Probe(batch_size, fits, reserved_mib, live_mib, is_squeezed(), idle_mib, room_mib)
 
-    def _on_cpu(self, batch_size: int) -> Probe:
-        started_s = perf_counter()
-        with Window(ProcessSensor(), 0.01, self.baseline_mib) as window:
+    def _run_on_cpu(self, batch_size: int) -> Probe:
+        with Window(open_sensor("cpu"), 0.01, self.baseline_mib) as window:
             fits = self._fits(batch_size, self.workload.new_tokens)
-        took_s, grown_mib = perf_counter() - started_s, window.usage.peak_used_memory_mib
         if not fits:
-            return Probe(batch_size, False, took_s=took_s, ended=OUT_OF_MEMORY)
-        return Probe(batch_size, grown_mib is None or grown_mib <= self.limit_mib, grown_mib, took_s=took_s)
+            return Probe(batch_size, False, ended=OUT_OF_MEMORY)
+        grown_mib = window.usage.peak_used_memory_mib
+        return Probe(batch_size, grown_mib is None or grown_mib <= self.limit_mib, grown_mib)
 
     def _fits(self, batch_size: int, new_tokens: int, runs_again: Callable[[], bool] = lambda: False) -> bool:
         """Generate for a batch, once more if `runs_again` says so; return whether memory sufficed."""
@@ -98,8 +93,6 @@ class Trials:
                 engine.generate([prompt] * batch_size, new_tokens)
                 if runs_again():
                     engine.generate([prompt] * batch_size, new_tokens)
-                if self.model.device.type == "cuda":
-                    torch.cuda.synchronize(self.model.device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -24,10 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedModel
 
 from qnb.memory import is_out_of_memory
-from qnb.speed import attention
-from qnb.speed.attention import KV, Angles, Attend, Position, State, layout, rms_norm, rotate
+from qnb.speed import layers
+from qnb.speed.layers import KV, Angles, Attend, Layer, Position, Product, State, join, multiply_all, rms_norm, rotate
 from qnb.speed.patches import steady_autotuning
-from qnb.speed.products import Product, join, multiply_all
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # one block: RMS norm, rotary grouped attention, gated SiLU
 ROTARIES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long the text is
@@ -39,35 +38,6 @@ ARGMAX_PART = 256  # scores that are compared at once
 
 CompileOptions = dict[str, Any] | None  # for torch.compile; None compiles nothing
 Next = tuple[Tensor, Tensor]  # the next token's logits, (B, V), and the token chosen by them, (B,)
-# of prompts: cosines and sines (B or 1, T, 1, S), and which tokens each attends to, (B, 1, T, T), None for all before
-PromptPosition = tuple[Tensor, Tensor, Tensor | None]
-
-
-class Layer(NamedTuple):
-    """A decoder layer's weights; products of one input stand together, joined into one where that is exact."""
-
-    input_norm: Tensor  # (D,)
-    qkv: tuple[Product, ...]
-    qk_norms: tuple[Tensor, ...]  # of queries and keys in Qwen 3, (S,) each
-    output: Product
-    post_attention_norm: Tensor  # (D,)
-    gate_up: tuple[Product, ...]
-    down: Product
-
-    @classmethod
-    def of(cls, block: Any) -> Layer:
-        """Join the products of a model's decoder layer."""
-        attn, mlp = block.self_attn, block.mlp
-        qk_norms = [getattr(attn, name) for name in ("q_norm", "k_norm") if hasattr(attn, name)]
-        return cls(
-            input_norm=block.input_layernorm.weight.detach(),
-            qkv=join([attn.q_proj, attn.k_proj, attn.v_proj]),
-            qk_norms=tuple(norm.weight.detach() for norm in qk_norms),
-            output=join([attn.o_proj])[0],
-            post_attention_norm=block.post_attention_layernorm.weight.detach(),
-            gate_up=join([mlp.gate_proj, mlp.up_proj]),
-            down=join([mlp.down_proj])[0],
-        )
 
 
 # The functions that torch.compile fuses. Each adds the last product's output, `delta`, to the hidden states itself,
@@ -95,13 +65,13 @@ def project_output(hidden: Tensor, attended: Tensor, layer: Layer, epsilon: floa
 
 
 def embed(
-    embedding: Tensor, angles: Angles, token: Tensor, slot: Tensor, padding: Tensor, length: int
+    embedding: Tensor, angles: Angles, ids: Tensor, slots: Tensor, padding: Tensor, length: int
 ) -> tuple[Tensor, Position]:
-    """Return the hidden states (B, D) and the positions of tokens (B,) to be written at `slot`."""
-    places, visible = layout(slot, padding, length)  # (B, 1), (B, 1, 1, L)
-    mask = torch.zeros(visible.shape, dtype=embedding.dtype, device=token.device).masked_fill(~visible, float("-inf"))
-    cos, sin = (angle[places] for angle in angles)  # (B, 1, S)
-    return embedding[token], Position(cos, sin, mask, (slot // attention.FLEX_BLOCK + 1).to(torch.int32))
+    """Return the hidden states, (B, D) or (B, T, D), and positions of tokens, (B,) or (B, T), written to `slots`."""
+    places, visible = layers.layout(slots, padding, length)  # (B, T), (B, 1, T, L)
+    mask = torch.zeros(visible.shape, dtype=embedding.dtype, device=ids.device).masked_fill(~visible, float("-inf"))
+    cos, sin = (angle[places] for angle in angles)  # (B, T, S)
+    return embedding[ids], Position(cos, sin, mask, (slots // layers.FLEX_BLOCK + 1).to(torch.int32))
 
 
 def decode_layer(
@@ -119,29 +89,24 @@ def decode_layer(
 
 
 def prefill_layer(
-    hidden: Tensor, delta: Tensor, layer: Layer, kv: KV, position: PromptPosition, epsilon: float,
-    has_gqa_kernel: bool, is_last: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor, delta: Tensor, layer: Layer, kv: KV, position: Position, epsilon: float, is_last: bool
+) -> tuple[Tensor, Tensor]:
     """Run one decoder layer for whole prompts, (B, T, D); return the hidden states and what is to be added to it.
 
-    Beyond keys and values, the last layer runs only for each prompt's last token, (B, D). `has_gqa_kernel` says
-    whether SDPA's kernels for no mask know heads that share keys.
+    Beyond keys and values, the last layer runs only for each prompt's last token, (B, D).
     """
-    hidden, (cos, sin, mask), attend = hidden + delta, position, functional.scaled_dot_product_attention
+    hidden, attend = hidden + delta, functional.scaled_dot_product_attention
+    cos, sin, mask = position.cos[:, :, None], position.sin[:, :, None], position.mask
     query, key, value = project_qkv(hidden, layer, kv, epsilon)
     for part, new in zip(kv, (rotate(key, cos, sin), value), strict=True):
         part.copy_(new.transpose(1, 2))
     if is_last:
         query = rotate(query[:, -1:], cos[:, -1:], sin[:, -1:])[:, 0].unflatten(1, (key.shape[2], -1))  # (B, H, G, S)
-        attended = attend(query, *kv, attn_mask=None if mask is None else mask[:, :, -1:])
+        attended = attend(query, *kv, attn_mask=mask[:, :, -1:])
         return project_output(hidden[:, -1], attended, layer, epsilon)
     query = rotate(query, cos, sin).transpose(1, 2)  # (B, H*G, T, S)
-    if mask is None and has_gqa_kernel:
-        attended = attend(query, *kv, is_causal=True, enable_gqa=True)
-    else:
-        repeated = [part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in kv]
-        attended = attend(query, *repeated, attn_mask=mask, is_causal=mask is None)
-    return project_output(hidden, attended.transpose(1, 2), layer, epsilon)
+    repeated = [part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in kv]
+    return project_output(hidden, attend(query, *repeated, attn_mask=mask).transpose(1, 2), layer, epsilon)
 
 
 def predict(hidden: Tensor, delta: Tensor, norm: Tensor, head: Product, suppressed: Tensor, epsilon: float) -> Next:
@@ -169,7 +134,7 @@ class Functions(NamedTuple):
     decode_layer: Callable[..., Any] = decode_layer
     prefill_layer: Callable[..., Any] = prefill_layer
     predict: Callable[..., Any] = predict
-    attend: Attend = attention.attend_sdpa
+    attend: Attend = layers.attend_sdpa
 
     def compiled(self, options: dict[str, Any], attend: Attend) -> Functions:
         """Return the functions compiled, each once for all layers, with a way to attend that is compiled with them."""
@@ -196,34 +161,23 @@ class FusedStep:
     def __init__(self, model: PreTrainedModel, compile_options: CompileOptions) -> None:
         inner: Any = model.base_model
         self.embedding = inner.embed_tokens.weight.detach()  # (V, D)
-        device, value_bytes = self.embedding.device, self.embedding.element_size()
-        self.epsilon, self.has_gqa_kernel = model.config.rms_norm_eps, value_bytes == 2 and attention.is_ampere(device)
-        self.norm = inner.norm.weight.detach()  # (D,)
+        self.norm, self.epsilon = inner.norm.weight.detach(), model.config.rms_norm_eps  # (D,)
         self.layers = [Layer.of(block) for block in inner.layers]
         self.head = join([model.get_output_embeddings()])[0]
         self.note = ""
-        self._rotary = inner.rotary_emb
         self._small = self._large = Functions()
         if compile_options is not None:
-            attend_many = attention.attend_large_batch(inner.layers[0].self_attn.head_dim * value_bytes, device)
-            self._small = Functions().compiled(compile_options, attention.attend_reductions)
-            self._large = Functions().compiled({}, attend_many)
-
-    def rotary_angles(self, length: int) -> Angles:
-        """Return the rotary cosines and sines of positions up to `length`, (L, S) each."""
-        positions = torch.arange(length, device=self.embedding.device)[None]  # (1, L)
-        return tuple(angle[0] for angle in self._rotary(self.embedding[:1, None], positions))
+            head_bytes = inner.layers[0].self_attn.head_dim * self.embedding.element_size()
+            self._small = Functions().compiled(compile_options, layers.attend_reductions)
+            self._large = Functions().compiled({}, layers.attend_large_batch(head_bytes, self.embedding.device))
 
     def decode(self, token: Tensor, state: State) -> Next:
         """Read the last token of each row, (B,), and choose the next one; keys and values go to the state's slot."""
         return self._run(self._decode, token, state)
 
-    def prefill(self, ids: Tensor, state: State, padded: bool) -> Next:
-        """Read prompts padded on the left, (B, T), into the first T slots, and choose each row's next token.
-
-        Without padding (`padded` false) it needs no mask, which is faster.
-        """
-        return self._run(self._prefill, ids, state, padded)
+    def prefill(self, ids: Tensor, state: State) -> Next:
+        """Read prompts padded on the left, (B, T), into the first T slots, and choose each row's next token."""
+        return self._run(self._prefill, ids, state)
 
     def _run(self, work: Callable[..., Next], *inputs: Any) -> Next:
         """Return what `work` returns; where torch.compile fails, all runs uncompiled from then on.
@@ -231,7 +185,8 @@ class FusedStep:
         What was done before it failed is done again: it writes the same to the same places. Memory that runs out
         meanwhile is not the compiler's fault.
         """
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT), steady_autotuning():
+        limit = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)
+        with limit, steady_autotuning(), sdpa_kernel(SDPA_BACKENDS):
             try:
                 return work(*inputs)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
@@ -244,38 +199,36 @@ class FusedStep:
 
     def _decode(self, token: Tensor, state: State) -> Next:
         functions, slot = self._small if len(token) <= SMALL_BATCH else self._large, state.slot
-        with sdpa_kernel(SDPA_BACKENDS):
-            _allow_any_batch(token, state.padding)
-            hidden, position = functions.embed(self.embedding, state.angles, token, slot, state.padding, state.length)
-            delta = torch.zeros_like(hidden)
-            _allow_any_batch(position.cos, position.sin, position.mask)
-            for layer, kv in zip(self.layers, state.layers, strict=True):
-                _allow_any_batch(hidden, delta, *kv)
-                inputs = hidden, delta, layer, kv, slot, position, self.epsilon, functions.attend
-                hidden, delta = functions.decode_layer(*inputs)
-            _allow_any_batch(hidden, delta)
-            return functions.predict(hidden, delta, self.norm, self.head, state.suppressed, self.epsilon)
-
-    def _prefill(self, ids: Tensor, state: State, padded: bool) -> Next:
-        slots, hidden = torch.arange(ids.shape[1], device=ids.device), self.embedding[ids]  # (T,), (B, T, D)
-        positions, mask = layout(slots, state.padding, len(slots)) if padded else (slots[None], None)
-        cos, sin = (angle[positions][:, :, None] for angle in state.angles)  # (B or 1, T, 1, S)
+        _allow_any_batch(token, state.padding)
+        hidden, position = functions.embed(self.embedding, state.angles, token, slot, state.padding, state.length)
         delta = torch.zeros_like(hidden)
-        _allow_any_batch(cos, sin, mask)
+        _allow_any_batch(position.cos, position.sin, position.mask)
+        for layer, kv in zip(self.layers, state.layers, strict=True):
+            _allow_any_batch(hidden, delta, *kv)
+            inputs = hidden, delta, layer, kv, slot, position, self.epsilon, functions.attend
+            hidden, delta = functions.decode_layer(*inputs)
+        _allow_any_batch(hidden, delta)
+        return functions.predict(hidden, delta, self.norm, self.head, state.suppressed, self.epsilon)
+
+    def _prefill(self, ids: Tensor, state: State) -> Next:
+        slots = torch.arange(ids.shape[1], device=ids.device)  # (T,)
+        hidden, position = embed(self.embedding, state.angles, ids, slots, state.padding, len(slots))  # (B, T, D)
+        delta = torch.zeros_like(hidden)
+        _allow_any_batch(position.cos, position.sin, position.mask)
         for layer, layer_kv in zip(self.layers, state.layers, strict=True):
             kv = tuple(part[:, :, : len(slots)] for part in layer_kv)  # (B, H, T, S)
             _allow_any_batch(hidden, delta, *kv)
-            settings = self.epsilon, self.has_gqa_kernel, layer is self.layers[-1]
-            hidden, delta = self._large.prefill_layer(hidden, delta, layer, kv, (cos, sin, mask), *settings)
+            inputs = hidden, delta, layer, kv, position, self.epsilon, layer is self.layers[-1]
+            hidden, delta = self._large.prefill_layer(*inputs)
         _allow_any_batch(hidden, delta)  # (B, D)
         predict = self._small.predict if len(ids) <= SMALL_BATCH else self._large.predict
         return predict(hidden, delta, self.norm, self.head, state.suppressed, self.epsilon)
 
 
-def _allow_any_batch(*tensors: Tensor | None) -> None:
+def _allow_any_batch(*tensors: Tensor) -> None:
     """Let what is compiled for more than a few rows serve any number of them."""
     for tensor in tensors:
-        if tensor is not None and len(tensor) > SMALL_BATCH:
+        if len(tensor) > SMALL_BATCH:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
@@ -310,23 +263,18 @@ class ModelStep:
     def __init__(self, model: PreTrainedModel, note: str) -> None:
         self._model, self.note = model, note
 
-    def rotary_angles(self, length: int) -> Angles:
-        """Return none: the model has its own."""
-        return ()
-
     def decode(self, token: Tensor, state: State) -> Next:
         """Do what `FusedStep.decode` does."""
         writer = _CacheWriter(state, state.slot, state.length)
-        return self._run(writer, token[:, None], *layout(state.slot, state.padding, state.length))
+        return self._run(writer, token[:, None], *layers.layout(state.slot, state.padding, state.length))
 
-    def prefill(self, ids: Tensor, state: State, padded: bool) -> Next:
+    def prefill(self, ids: Tensor, state: State) -> Next:
         """Do what `FusedStep.prefill` does."""
         slots = torch.arange(ids.shape[1], device=ids.device)  # (T,)
-        positions, visible = layout(slots, state.padding, len(slots)) if padded else (slots.expand_as(ids), None)
-        return self._run(_CacheWriter(state, slots, len(slots)), ids, positions, visible)
+        return self._run(_CacheWriter(state, slots, len(slots)), ids, *layers.layout(slots, state.padding, len(slots)))
 
-    def _run(self, writer: _CacheWriter, ids: Tensor, positions: Tensor, visible: Tensor | None) -> Next:
-        inputs = {"input_ids": ids, "attention_mask": visible, "position_ids": positions}
+    def _run(self, writer: _CacheWriter, ids: Tensor, positions: Tensor, mask: Tensor) -> Next:
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         logits = run_model(self._model, writer, **inputs)  # (B, V)
         return logits, (logits + writer.state.suppressed).argmax(-1)
 
@@ -346,6 +294,14 @@ class _CacheWriter(DynamicCache):
         for part, new in zip(kv, (key_states, value_states), strict=True):
             part.index_copy_(2, self._slots, new)
         return tuple(part[:, :, : self._attended] for part in kv)
+
+
+def rotary_angles(model: Any, length: int) -> Angles:
+    """Return the rotary cosines and sines of positions up to `length`, (L, S) each; none for a `ModelStep`."""
+    if why_not_fused(model):
+        return ()
+    positions = torch.arange(length, device=model.device)[None]  # (1, L)
+    return tuple(angle[0] for angle in model.base_model.rotary_emb(model.get_input_embeddings().weight, positions))
 
 
 def empty_layers(model: PreTrainedModel, batch_size: int, length: int) -> list[KV]:

@@ -23,10 +23,9 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, St
 from qnb.errors import InputError
 from qnb.memory import register_capture
 from qnb.precision import listed
-from qnb.speed.attention import State
-from qnb.speed.decode_step import SMALL_BATCH, CompileOptions, decode_step_of, empty_layers
+from qnb.speed.decode_step import SMALL_BATCH, CompileOptions, decode_step_of, empty_layers, rotary_angles
+from qnb.speed.layers import State
 
-PAD_ID = 0  # any token will do: no other attends to it
 PREFILL_TOKENS = 16384  # read at once; more no longer helps, and takes memory that rows could have
 ALIGNMENT = 16  # the cache's length is a multiple of this, as the attention kernel wants its mask
 WARM_UP_STEPS = 2  # steps run before one is captured; the cache has room for them
@@ -84,10 +83,8 @@ def check_context_window(config: PretrainedConfig, prompt_tokens: int, new_token
     """
     window = context_window(config)
     if window and prompt_tokens + new_tokens > window:
-        raise InputError(
-            f"{prompt_tokens} prompt and {new_tokens} new tokens are more than the model's context window of {window} "
-            "tokens; ask for shorter prompts or fewer new tokens"
-        )
+        tokens = f"{prompt_tokens} prompt and {new_tokens} new tokens"
+        raise InputError(f"{tokens} are more than the model's context window of {window}; ask for fewer of them")
 
 
 class Eager:
@@ -99,7 +96,7 @@ class Eager:
         own = model.generation_config
         # a copy shares everything; its settings leave out the model's own sampling, penalties, beams and caches
         self._model: Any = copy(model)
-        self._model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=PAD_ID)
+        self._model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=0)
 
     def generate(self, prompts: Prompts, new_tokens: int, clock: Clock | None = None) -> Tensor:
         """Return new ids, (B, N).
@@ -110,11 +107,10 @@ class Eager:
         model = self._model
         check_context_window(model.config, max(map(len, prompts)), new_tokens)
         ids, padding = pad(prompts, model.device)  # (B, T), (B,)
-        never = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)  # (B,)
 
-        def tick(*_: Any, **__: Any) -> Tensor:
+        def tick(*_: Any, **__: Any) -> bool:
             clock.tick()  # type: ignore[union-attr]  # called only where there is one
-            return never
+            return False
 
         with torch.inference_mode():
             texts = model.generate(
@@ -130,9 +126,12 @@ class Eager:
 
 
 def pad(prompts: Prompts, device: torch.device, width: int = 0) -> tuple[Tensor, Tensor]:
-    """Pad prompts on the left to the longest or to `width`; return ids, (B, T), and the padding of each row, (B,)."""
+    """Pad prompts on the left to the longest or to `width`; return ids, (B, T), and the padding of each row, (B,).
+
+    They are padded with id 0. Any would do, as no other token attends to it.
+    """
     width = max(width, *map(len, prompts))
-    ids = np.full((len(prompts), width), PAD_ID)  # torch takes nested lists several times as slowly
+    ids = np.zeros((len(prompts), width), int)  # torch takes nested lists several times as slowly
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = prompt
     padding = torch.tensor([width - len(prompt) for prompt in prompts])
@@ -175,18 +174,17 @@ class Decoder:
         self._ids, self.token = zeros(batch_size, tokens), zeros(batch_size)  # (B, T + N), (B,)
         padding, slot = zeros(batch_size), zeros(1)
         self.network = decode_step_of(model, compile_options)
-        angles, layers = self.network.rotary_angles(length), empty_layers(model, batch_size, length)
+        angles, layers = rotary_angles(model, length), empty_layers(model, batch_size, length)
         self._state = State(layers, padding, slot, length, angles, suppressed)
 
-    def load(self, prompts: Prompts) -> bool:
-        """Put prompts where `prefill` reads them; return whether any of them is padded."""
+    def load(self, prompts: Prompts) -> None:
+        """Put prompts where `prefill` reads them."""
         ids, padding = pad(prompts, self.token.device, self.prompt_tokens)  # (B, T), (B,)
         self._ids[: len(prompts), : self.prompt_tokens] = ids
         self._state.padding[: len(prompts)] = padding
-        return min(map(len, prompts)) < self.prompt_tokens
 
     @torch.no_grad()
-    def prefill(self, batch_size: int, padded: bool = True) -> None:
+    def prefill(self, batch_size: int) -> None:
         """Read the first `batch_size` prompts of `load` and choose their first new tokens.
 
         Rows are read in chunks that are enough to keep a device busy: what a chunk needs besides its keys and values
@@ -198,8 +196,8 @@ class Decoder:
         for row in range(0, batch_size, chunk_rows):
             last = min(row + chunk_rows, batch_size)
             first = last - chunk_rows
-            ids = self._ids[first:last, : self.prompt_tokens]
-            _, chosen = self.network.prefill(ids, self._state.rows(first, last), padded)
+            prompts, state = self._ids[first:last, : self.prompt_tokens], self._state.rows(first, last)
+            _, chosen = self.network.prefill(prompts, state)
             self.token[first:last] = self._ids[first:last, self.prompt_tokens] = chosen
         self.restart()
 
@@ -255,14 +253,14 @@ class CudaGraph:
         """Return new ids, (B, N); `clock` ticks at each token."""
         decoder, batch_size, clock = self._decoder, len(prompts), clock or Clock(self._device)
         with torch.cuda.device(self._device):
-            padded = decoder.load(prompts)
+            decoder.load(prompts)
             if batch_size not in self._graphs:
                 self._graphs[batch_size] = self._capture_both(batch_size)
             prefill, step = self._graphs[batch_size]
             if prefill:
                 prefill.replay()
             else:
-                decoder.prefill(batch_size, padded)
+                decoder.prefill(batch_size)
             clock.tick()
             for _ in range(new_tokens - 1):
                 step.replay()
@@ -337,8 +335,8 @@ def why_unavailable(
 
 
 Engine = Eager | CudaGraph
-Factory = Callable[[PreTrainedModel, int, int, int], Engine]  # of model, batch size, prompt tokens, new tokens
-FACTORIES: dict[str, Factory] = {"eager": lambda model, *_: Eager(model), "cuda_graph": CudaGraph}
+# of model, batch size, prompt tokens and new tokens
+FACTORIES: dict[str, Callable[..., Engine]] = {"eager": lambda model, *_: Eager(model), "cuda_graph": CudaGraph}
 
 
 def parse(engines: str | Iterable[str], device_kind: str) -> tuple[str, ...]:
@@ -352,14 +350,12 @@ def parse(engines: str | Iterable[str], device_kind: str) -> tuple[str, ...]:
         A name is unknown, or that engine cannot run on this kind of device.
     """
     names = listed(engines)
+    runnable = tuple(name for name in FACTORIES if not why_unavailable(name, device_kind))
     if names == ["auto"]:
-        return tuple(name for name in FACTORIES if not why_unavailable(name, device_kind))
-    if not names or not set(names) <= set(FACTORIES):
-        raise InputError(f"engines is {engines!r}; give 'auto' or names of {', '.join(FACTORIES)}")
-    for name in names:
-        if why := why_unavailable(name, device_kind):
-            raise InputError(f"engine {name!r} cannot run: {why}; take engines 'auto'")
-    return tuple(name for name in FACTORIES if name in names)
+        return runnable
+    if not names or not set(names) <= set(runnable):
+        raise InputError(f"engines is {engines!r}; give 'auto', 'eager', or with an NVIDIA GPU 'cuda_graph' or both")
+    return tuple(name for name in runnable if name in names)
 
 
 def warm_up_batch_sizes(engine: str, prompt_tokens: int) -> tuple[int, ...]:

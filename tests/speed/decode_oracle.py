@@ -33,7 +33,8 @@ def tokenized(source):
 
 def decode_forced(decoder, prompts, forced, step=None):
     """Logits after each token of `forced`, (B, N) -> (B, N, V), which are read whatever was chosen."""
-    decoder.prefill(len(prompts), decoder.load(prompts))
+    decoder.load(prompts)
+    decoder.prefill(len(prompts))
     logits = []
     for tokens in forced.T:
         decoder.token[: len(prompts)] = tokens

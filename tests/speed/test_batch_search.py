@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from bisect import bisect_right
+from dataclasses import asdict
 from math import ceil
 from random import Random
 from types import SimpleNamespace
@@ -18,19 +20,8 @@ from hypothesis import strategies as st
 
 from qnb.errors import InputError
 from qnb.provenance import ROOT
-from qnb.speed.batch_search import (
-    DIED,
-    MAX_PROBES,
-    OUT_OF_MEMORY,
-    WHEN_TIMED,
-    ChildTrials,
-    LargestBatch,
-    OneRequestDoesNotFit,
-    Probe,
-    find_largest_batch,
-    int32_rows,
-    sweep_sizes,
-)
+from qnb.speed import batch_search
+from qnb.speed.batch_search import DIED, OUT_OF_MEMORY, ChildTrials, LargestBatch, Probe, find_largest_batch
 
 
 def simulated(limit_mib, takes_mib, idle_mib=0.0, reads_mib=None):
@@ -44,14 +35,6 @@ def simulated(limit_mib, takes_mib, idle_mib=0.0, reads_mib=None):
     return try_batch
 
 
-def true_maximum(try_batch, cap):
-    fits, fails = 0, cap + 1
-    while fails - fits > 1:
-        middle = (fits + fails) // 2
-        fits, fails = (middle, fails) if try_batch(middle).fits else (fits, middle)
-    return fits
-
-
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(
     weights_mib=st.floats(100, 20_000),
@@ -63,8 +46,7 @@ def true_maximum(try_batch, cap):
 )
 def test_any_memory_that_grows_with_the_batch(weights_mib, room_mib, row_mib, segment_mib, noise, cap):
     """Rows may take whole segments, as the allocator takes them from the device; readings may be 0.1 % off."""
-    room_mib += 200 * segment_mib
-    limit_mib = weights_mib + room_mib
+    limit_mib = weights_mib + room_mib + 200 * segment_mib
 
     def takes_mib(batch_size):
         rows_mib = row_mib * batch_size
@@ -74,20 +56,18 @@ def test_any_memory_that_grows_with_the_batch(weights_mib, room_mib, row_mib, se
         return takes_mib(batch_size) + Random(batch_size).uniform(-noise, noise) * row_mib * batch_size
 
     try_batch = simulated(limit_mib, takes_mib, weights_mib, reads_mib)
-    true = true_maximum(try_batch, cap)
+    true = bisect_right(range(1, cap + 1), limit_mib, key=takes_mib)
     if not true:
-        with pytest.raises(OneRequestDoesNotFit, match="shorten the prompts"):
+        with pytest.raises(MemoryError, match="shorten the prompts"):
             find_largest_batch(try_batch, limit_mib, cap)
         return
     largest = find_largest_batch(try_batch, limit_mib, cap)
-    assert largest == find_largest_batch(try_batch, limit_mib, cap)
-    assert len(largest.probes) <= MAX_PROBES and largest.capped == (largest.batch_size == cap)
-    assert Probe(largest.batch_size, True) in [Probe(probe.batch_size, probe.fits) for probe in largest.probes]
+    assert len(largest.probes) <= batch_search.MAX_PROBES and largest.capped == (largest.batch_size == cap)
+    assert largest.batch_size == max(probe.batch_size for probe in largest.probes if probe.fits)
     assert min(0.99 * true, true - bool(segment_mib)) <= largest.batch_size <= true
-    assert true <= largest.batch_size * (1 + largest.search_gap_pct / 100) + 1e-6
 
 
-def test_live_tensors_bound_the_search_where_segments_given_back_decide():
+def test_live_tensors_lead_past_where_reserved_memory_meets_the_limit():
     """Short prompts and a cache that grows: reserved says 350 rows, live tensors 1,170, and 754 run."""
 
     def try_batch(batch_size):
@@ -96,8 +76,7 @@ def test_live_tensors_bound_the_search_where_segments_given_back_decide():
         reserved_mib, live_mib = 2400 + 37 * batch_size, 2400 + 11.07 * batch_size
         return Probe(batch_size, True, min(reserved_mib, 15_360), live_mib, reserved_mib > 15_360, 2390)
 
-    largest = find_largest_batch(try_batch, 15_360, 100_000)
-    assert 0.97 * 754 <= largest.batch_size <= 754 <= largest.batch_size * (1 + largest.search_gap_pct / 100)
+    assert 0.97 * 754 <= find_largest_batch(try_batch, 15_360, 100_000).batch_size <= 754
 
 
 def test_readings_coarser_than_a_row_are_followed_in_steps():
@@ -145,31 +124,25 @@ def test_a_gpus_readings_lead_near_the_true_maximum_wherever_it_was(engine):
         ran = rows[rows.fits].sort_values("batch_size")
         limit_mib = 15 * 1024 if memory_gib == "15" else rows.room_mib.min()
         last = ran.batch_size.max()
-        fails = min(rows[~rows.fits].batch_size, default=last + last // 50)
-        for most in (last, (last + fails - 1) // 2, fails - 1, int(0.97 * last), int(0.92 * last)):
+        first_to_fail = min(rows[~rows.fits].batch_size, default=last + last // 50)
+        for most in (last, (last + first_to_fail - 1) // 2, first_to_fail - 1, int(0.97 * last), int(0.92 * last)):
             largest = replay(ran, limit_mib, most)
             shares.append(largest.batch_size / most)
             probes.append(len(largest.probes))
     assert len(shares) == 5 * 16
-    assert np.mean(shares) >= 0.993 and min(shares) >= 0.975 and max(probes) <= MAX_PROBES
+    assert np.mean(shares) >= 0.993 and min(shares) >= 0.975 and max(probes) <= batch_search.MAX_PROBES
 
 
 def test_the_cap_ends_the_search():
     largest = find_largest_batch(simulated(10**6, lambda b: 2000 + b, 1999), 10**6, cap=47)
-    assert (largest.batch_size, largest.capped, largest.search_gap_pct) == (47, True, 0)
-    assert [probe.batch_size for probe in largest.probes] == [1, 24, 47]
+    assert (largest.batch_size, largest.capped) == (47, True)
+    assert [probe.batch_size for probe in largest.probes] == [1, 47]
     assert find_largest_batch(simulated(10**6, lambda b: b), 10**6, cap=1).capped
 
 
-def test_one_row_too_many_and_a_cap_of_none_say_what_to_do():
-    with pytest.raises(OneRequestDoesNotFit, match="takes more than there is where 550 MiB are allowed; shorten"):
-        find_largest_batch(simulated(550, lambda b: 500 + 100 * b), 550, cap=8)
-    with pytest.raises(OneRequestDoesNotFit, match="takes 600 MiB where 550 MiB"):
-        find_largest_batch(lambda b: Probe(b, False, 600.0), 550, cap=8)
+def test_one_request_that_ends_its_process_is_no_search():
     with pytest.raises(RuntimeError, match=DIED):
         find_largest_batch(lambda b: Probe(b, False, ended=DIED), 550, cap=8)
-    with pytest.raises(InputError, match="at least 1"):
-        find_largest_batch(simulated(5, lambda b: b), 5, cap=0)
 
 
 def test_less_room_than_allowed_is_the_limit():
@@ -190,51 +163,24 @@ def test_the_last_safe_batch_is_tried_and_one_beyond_it():
         return Probe(batch_size, True, 1500 + 35 * batch_size, idle_mib=1400)
 
     largest = find_largest_batch(try_batch, 80_000, 10**5, last_safe=1023)
-    assert largest.batch_size == 1023 and largest.search_gap_pct <= 1
+    assert largest.batch_size == 1023
     assert [probe.ended for probe in largest.probes].count(DIED) == 1
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(intermediate_size=1536))
+    assert batch_search.int32_rows(config, 256) == (2**31 - 1) // (256 * 1536)
 
 
-def test_how_far_the_true_maximum_may_be():
-    probes = (Probe(100, True), Probe(104, False))
-    assert LargestBatch(100, 1.0, False, probes).search_gap_pct == pytest.approx(3)
-    assert LargestBatch(100, 1.0, True, probes[:1]).search_gap_pct == 0
-    ran = (Probe(50, True, 900, 600), Probe(100, True, 980, 950))  # 7 MiB a row of 1,000
-    assert LargestBatch(100, 1000, False, ran).search_gap_pct == pytest.approx(7.14, abs=0.01)
-    assert LargestBatch(100, 1000, False, (*ran, probes[1])).search_gap_pct == pytest.approx(3)
-
-
-@pytest.mark.parametrize(("size", "ran", "then"), [(976, (1, 968), 968), (976, (965,), 965), (32, (), 31), (2, (), 1)])
-def test_a_batch_that_runs_out_of_memory_when_timed_gives_way_to_the_next_smaller(size, ran, then):
-    probes = tuple(Probe(batch_size, True) for batch_size in (*ran, size))
-    smaller = LargestBatch(size, 1000.0, True, probes).smaller()
-    assert (smaller.batch_size, smaller.capped) == (then, False)
-    assert smaller.probes == (*probes, Probe(size, False, ended=WHEN_TIMED))
-
-
-def test_a_batch_shrinks_by_twice_as_much_each_time():
-    largest, sizes = LargestBatch(1000, 1000.0, False, ()), []
+def test_a_batch_that_runs_out_of_memory_when_timed_shrinks_by_twice_as_much_each_time():
+    largest, sizes = LargestBatch(1000, 1000.0, True, (Probe(1000, True, 990.0),)), []
     for _ in range(6):
-        largest = largest.smaller()
+        largest = LargestBatch.from_row({**asdict(largest), "stage": "batch"}).smaller()  # by way of the ledger
         sizes.append(largest.batch_size)
     assert sizes == [984, 960, 920, 840, 704, 476]  # 1, 2, 4, 8, 16, 32 % less, rounded down
+    assert not largest.capped and [probe.batch_size for probe in largest.probes] == [1000, 1000, *sizes[:-1]]
+    assert LargestBatch(2, 1000.0, True, ()).smaller().batch_size == 1
 
 
-def test_a_search_is_read_back_from_its_row():
-    row = {"batch_size": 2, "limit_mib": 9.0, "capped": True, "stage": "batch",
-           "probes": [{"batch_size": 2, "fits": True, "reserved_mib": 8.0, "ended": ""}]}  # fmt: skip
-    assert LargestBatch.from_row(row) == LargestBatch(2, 9.0, True, (Probe(2, True, 8.0),))
-
-
-def test_where_a_layers_outputs_outgrow_32_bits():
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(intermediate_size=1536))
-    assert int32_rows(config, 256) == (2**31 - 1) // (256 * 1536)
-
-
-@pytest.mark.parametrize(("most", "sizes"), [(1, (1,)), (2, (1, 2)), (8, (1, 2, 4, 8)), (11, (1, 2, 4, 8, 11))])
-def test_a_sweep_doubles_up_to_the_largest(most, sizes):
-    assert sweep_sizes(most) == sizes
-    with pytest.raises(InputError, match="at least 1"):
-        sweep_sizes(0)
+def test_a_sweep_doubles_up_to_the_largest():
+    assert [batch_search.sweep_sizes(most) for most in (1, 8, 11)] == [(1,), (1, 2, 4, 8), (1, 2, 4, 8, 11)]
 
 
 def test_a_batch_may_end_its_process_and_the_next_gets_a_new_one():
@@ -243,7 +189,7 @@ def test_a_batch_may_end_its_process_and_the_next_gets_a_new_one():
         with pytest.raises(ValueError, match="shape mismatch"):
             try_batch(7)
     assert first.reserved_mib == second.reserved_mib != os.getpid()  # process ids
-    assert (dead.fits, dead.ended) == (False, DIED) and dead.took_s > 0
+    assert dead == Probe(101, False, ended=DIED)
     assert after.fits and after.reserved_mib != first.reserved_mib
     with ChildTrials(fails, InputError("no model")) as try_batch, pytest.raises(InputError, match="no model"):
         try_batch(1)

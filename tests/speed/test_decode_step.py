@@ -12,7 +12,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, S
 from qnb.memory import is_out_of_memory
 from qnb.precision import PRECISIONS
 from qnb.quantize import checkpoint
-from qnb.speed import attention, decode_step, engines
+from qnb.speed import decode_step, engines, layers
 from qnb.speed.decode_step import ARGMAX_PART, Functions, argmax_in_parts
 from qnb.speed.engines import COMPILE_OPTIONS, Decoder, Eager
 
@@ -83,9 +83,9 @@ def test_the_argmax_is_the_first_of_the_highest_scores(size, dtype):
 
 
 @BATCHES
-@pytest.mark.parametrize("attend", [attention.attend_sdpa, attention.attend_reductions])
+@pytest.mark.parametrize("attend", [layers.attend_sdpa, layers.attend_reductions])
 def test_a_compiled_step_is_the_same_and_compiled_once_for_all_layers(prompts, attend, monkeypatch):
-    monkeypatch.setattr(attention, "attend_reductions", attend)
+    monkeypatch.setattr(layers, "attend_reductions", attend)
     model = tiny_model(LlamaConfig)
     counters.clear()
     decoder = Decoder(model, len(prompts), 6, 9, COMPILE_OPTIONS)
@@ -94,10 +94,10 @@ def test_a_compiled_step_is_the_same_and_compiled_once_for_all_layers(prompts, a
     assert decoder.network.note == "" and counters["stats"]["unique_graphs"] == 5
 
 
-@pytest.mark.parametrize("attend", [attention.attend_sdpa, attention.attend_flex])
+@pytest.mark.parametrize("attend", [layers.attend_sdpa, layers.attend_flex])
 def test_compiled_for_more_than_a_few_rows_the_step_serves_any_number(attend, monkeypatch):
     monkeypatch.setattr(decode_step, "SMALL_BATCH", 1)
-    monkeypatch.setattr(attention, "attend_large_batch", lambda *_: attend)
+    monkeypatch.setattr(layers, "attend_large_batch", lambda *_: attend)
     model, compiled = tiny_model(LlamaConfig), []
     for rows in (3, 2):
         decoder = Decoder(model, 3, 6, 9, COMPILE_OPTIONS)
@@ -111,8 +111,8 @@ def test_large_batches_attend_by_blocks_where_a_kernel_of_them_fits(monkeypatch)
     chosen = []
     for head_bytes, generation in ((128, 9), (256, 8), (128, 7), (512, 9), (16, 9)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, generation=generation: (generation, 0))
-        chosen.append(attention.attend_large_batch(head_bytes, torch.device("cuda")))
-    assert chosen == 2 * [attention.attend_flex] + 3 * [attention.attend_sdpa]
+        chosen.append(layers.attend_large_batch(head_bytes, torch.device("cuda")))
+    assert chosen == 2 * [layers.attend_flex] + 3 * [layers.attend_sdpa]
 
 
 def break_compiler(monkeypatch, name, error):

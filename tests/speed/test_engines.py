@@ -52,7 +52,8 @@ def test_the_kv_cache_is_on_whatever_a_model_asks_for(config, of_generation):
     tokens = Eager(model).generate(ONE, 4)
     assert read == [len(ONE[0]), 1, 1, 1]
     decoder = Decoder(model, 1, 5, 4)
-    decoder.prefill(1, decoder.load(ONE))
+    decoder.load(ONE)
+    decoder.prefill(1)
     for _ in range(3):
         decoder.step(1)
     assert torch.equal(decoder.new_ids(1, 4), tokens)
@@ -63,7 +64,8 @@ def test_an_end_of_sequence_is_barred_as_generate_bars_it():
     model.lm_head.weight.data[7] = 40 * model.lm_head.weight.data[7].sign()  # often the likeliest token
     expected = Eager(model).generate(THREE, 6)
     decoder = Decoder(model, 3, 5, 6)
-    decoder.prefill(3, decoder.load(THREE))
+    decoder.load(THREE)
+    decoder.prefill(3)
     for _ in range(5):
         decoder.step(3)
     assert torch.equal(decoder.new_ids(3, 6), expected) and not (expected == 7).any()
@@ -74,8 +76,8 @@ def test_cuda_graph_is_refused_without_a_gpu_not_faked():
         CudaGraph(tiny_model(LlamaConfig), 1, 5, 4)
     assert engines.parse("auto", "cpu") == ("eager",) and engines.parse("auto", "cuda") == ("eager", "cuda_graph")
     assert engines.parse("cuda_graph, eager", "cuda") == ("eager", "cuda_graph")  # the one that moves no weights first
-    for wrong, reason in (("cuda_graph", "NVIDIA GPU"), ("fast", "eager, cuda_graph"), ("", "eager, cuda_graph")):
-        with pytest.raises(InputError, match=reason):
+    for wrong in ("cuda_graph", "fast", ""):
+        with pytest.raises(InputError, match="NVIDIA GPU"):
             engines.parse(wrong, "cpu")
 
 
