@@ -55,11 +55,8 @@ def _accuracy(results: Results, precision: str) -> Iterator[str]:
     scores, name = accuracies(results), precision.upper()
     if {precision, BASELINE} <= set(scores.index):
         mine, base = scores.loc[precision], scores.loc[BASELINE]
-        change = f": {interval_text(mine)}" if pd.notna(mine.low_pp) else ""
-        yield (
-            f"{name}'s mean accuracy is {mine.accuracy_pct:.1f} %, {BASE}'s {base.accuracy_pct:.1f} %{change}."
-            f"{_chance(mine.low_pp, mine.high_pp)}"
-        )
+        change = f": {interval_text(mine)}.{_chance(mine.low_pp, mine.high_pp)}" if pd.notna(mine.low_pp) else "."
+        yield f"{name}'s mean accuracy is {mine.accuracy_pct:.1f} %, {BASE}'s {base.accuracy_pct:.1f} %{change}"
     changes = build(results, "table2_change")
     significant = changes[(changes.precision == precision) & changes.significant.eq(True)]
     if len(significant):

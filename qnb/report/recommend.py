@@ -123,10 +123,8 @@ def _judge(row: Mapping[str, Any], demand: Demand) -> tuple[list[str], list[str]
 
 def interval_text(row: Mapping[str, Any]) -> str:
     """Return a change in accuracy with its 95 % interval and its number of items."""
-    return (
-        f"{row['change_pp']:+.1f} points (95 %: {row['low_pp']:+.1f} to {row['high_pp']:+.1f}, "
-        f"{row['n_items']:,.0f} items)"
-    )
+    interval = f"95 %: {row['low_pp']:+.1f} to {row['high_pp']:+.1f}, {row['n_items']:,.0f} items"
+    return f"{row['change_pp']:+.1f} points ({interval})"
 
 
 def _shown(name: str, value: float) -> str:
@@ -141,9 +139,10 @@ def _notes(table: pd.DataFrame, demand: Demand) -> Iterator[str]:
     if first.empty:
         return
     speeds = first[demand.rank_by]
+    half_ranges = speeds * first.throughput_spread_pct.fillna(0) / 200
     if first.passes.iloc[0] < 2:
         yield "Each speed is one pass: how much it varies was not measured."
-    elif speeds.max() - speeds.min() < (speeds * first.throughput_spread_pct.fillna(0) / 200).sum() * (len(first) > 1):
+    elif len(first) > 1 and speeds.max() - speeds.min() < half_ranges.sum():
         yield f"{' and '.join(first.index)} differ in speed by less than their passes do."
     before = table[: table.index.get_loc(first.index[0])]
     if faster := list(before.index[before.verdict == UNSURE]):

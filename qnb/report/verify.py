@@ -43,27 +43,22 @@ def verify(folder: str | Path) -> Iterator[Finding]:
             if name := row.get(f"{kind}_file"):
                 is_same = _is_file(ledger.folder / name, row[f"{kind}_sha256"])
                 yield Finding(name, "" if is_same else "missing, or not the file its row was made of")
-    yield from _checkpoints(ledger.folder, results)
-    yield from _tables(ledger.folder, results)
+    for row in results.checkpoints.to_dict("records"):
+        checkpoint = ledger.folder / "checkpoints" / row["precision"]
+        if checkpoint.is_dir():  # every byte is read
+            damaged = damage(checkpoint) if _is_file(checkpoint / MANIFEST, row["manifest_sha256"]) else MANIFEST
+            yield Finding(f"checkpoints/{row['precision']}", f"{damaged} is not as it was saved" if damaged else "")
+    yield from _tables(ledger.folder / "tables", results)
 
 
 def _is_file(path: Path, sha256: str) -> bool:
     return path.is_file() and file_sha256(path) == sha256
 
 
-def _checkpoints(folder: Path, results: Results) -> Iterator[Finding]:
-    """Read every byte of each checkpoint that is there."""
-    for row in results.checkpoints.to_dict("records"):
-        checkpoint = folder / "checkpoints" / row["precision"]
-        if checkpoint.is_dir():
-            damaged = damage(checkpoint) if _is_file(checkpoint / MANIFEST, row["manifest_sha256"]) else MANIFEST
-            yield Finding(f"checkpoints/{row['precision']}", f"{damaged} is not as it was saved" if damaged else "")
-
-
 def _tables(folder: Path, results: Results) -> Iterator[Finding]:
     """Build every table again from the rows."""
     for name in TABLES:
-        path = folder / "tables" / f"{name}.csv"
+        path = folder / f"{name}.csv"
         if path.exists():
             table = build(results, name)
             for file, text in ((path, table.to_csv(index=False)), (path.with_suffix(".md"), markdown(table))):
