@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from hashlib import file_digest, sha256
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from qnb.errors import InputError
 
@@ -72,7 +71,7 @@ class Ledger:
     """Rows of one study in ``folder/ledger.jsonl``.
 
     A torn last line, as a killed process leaves it, is passed over and cut off by the next append. Any other line that
-    is not a row is passed over and named in `damaged`.
+    is not a row is passed over and named in `damaged`. One process at a time may append: see `Session.exclusive`.
 
     Parameters
     ----------
@@ -101,25 +100,22 @@ class Ledger:
 
     def refresh(self) -> None:
         """Read the rows that another process has appended since the last look."""
-        if not self.path.exists():
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < self._end:  # the file was removed, and may be begun anew
             self._clear()
-        elif self.path.stat().st_size != self._end:
-            with self.path.open("rb") as file:
-                self._read(file)
-
-    def _read(self, file: BinaryIO) -> None:
-        if file.seek(0, os.SEEK_END) < self._end:  # the file was removed and begun anew
-            self._clear()
-        file.seek(self._end)
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            self._end += len(line)
-            self._lines += 1
-            try:
-                self._add(json.loads(line))
-            except (ValueError, TypeError, RecursionError):
-                self.damaged.append(f"{self.path}, line {self._lines}, is not a row of a study")
+        if size == self._end:
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._end)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._end += len(line)
+                self._lines += 1
+                try:
+                    self._add(json.loads(line))
+                except (ValueError, TypeError, RecursionError):
+                    self.damaged.append(f"{self.path}, line {self._lines}, is not a row of a study")
 
     def _add(self, row: Row) -> None:
         if not isinstance(row, dict):
@@ -147,7 +143,7 @@ class Ledger:
         line = json.dumps(whole, allow_nan=False).encode() + b"\n"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.path.touch()
-        with self.path.open("r+b", buffering=0) as file, _locked(file):  # a buffer would be written again at closing
+        with self.path.open("r+b", buffering=0) as file:  # a buffer would be written again at closing
             self.refresh()
             file.truncate(self._end)  # drops the torn line of a killed process
             file.seek(self._end)
@@ -160,9 +156,7 @@ class Ledger:
                 with suppress(OSError):
                     file.truncate(self._end)
                 raise
-        self._end += len(line)
-        self._lines += 1
-        self._add(json.loads(line))
+        self.refresh()
         return self._newest[row_key(whole)]
 
     def find(self, key: Mapping[str, Any]) -> Row | None:
@@ -172,13 +166,11 @@ class Ledger:
         return next((row for row in rows if all(row.get(name) == value for name, value in key.items())), None)
 
     def is_newest(self, row: Row) -> bool:
-        """Return whether `row` is what its key shows: no other row and no failure of that key came later."""
-        key = row_key(row)
-        if self._newest.get(key) is not row:
-            return False
-        failure = (f"{key[0]}{FAILED}", *key[1:])
-        later = (name for name in reversed(self._newest) if name in (key, failure))
-        return next(later) == key
+        """Return whether no other row, measured or failed, of what `row` is about came later."""
+        stage, *about = row_key(row)
+        stages = (stage.removesuffix(FAILED), stage.removesuffix(FAILED) + FAILED)
+        newest = next(key for key in reversed(self._newest) if key[0] in stages and [*key[1:]] == about)
+        return self._newest[newest] is row
 
     def rows(self, stage: str = "") -> list[Row]:
         """Return the newest row of each key, oldest first; of one stage, or of all."""
@@ -193,18 +185,7 @@ class Ledger:
 
     def failures(self) -> list[Row]:
         """Return the rows that say what failed and was not measured since."""
-        failed = [row for row in self.rows() if row["stage"].endswith(FAILED)]
-        order = {key: place for place, key in enumerate(self._newest)}
-
-        def measured_later(row: Row) -> bool:
-            key = row_key(row)
-            return order.get((key[0].removesuffix(FAILED), *key[1:]), -1) > order[key]
-
-        return [row for row in failed if not measured_later(row)]
-
-    def stages(self) -> Counter[str]:
-        """Return how many keys each stage has."""
-        return Counter(row["stage"] for row in self.rows())
+        return [row for row in self.rows() if row["stage"].endswith(FAILED) and self.is_newest(row)]
 
     @property
     def revision(self) -> tuple[int, int]:
@@ -217,19 +198,3 @@ class Ledger:
 
     def __len__(self) -> int:
         return len(self.rows())
-
-
-@contextmanager
-def _locked(file: BinaryIO) -> Iterator[None]:
-    """Keep other processes from appending meanwhile, where the file system has such locks."""
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except (ImportError, OSError):  # Windows, and mounts such as Google Drive's
-        yield
-        return
-    try:
-        yield
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)

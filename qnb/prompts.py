@@ -8,13 +8,17 @@ same prompts.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 from qnb.errors import InputError, scrub
+from qnb.provenance import cache_folder, file_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,24 +88,31 @@ def paragraphs(source: str, data_dir: str | Path | None = None, split: str | Non
     )
 
 
+@contextmanager
+def reading_from(folder: str | Path | None) -> Iterator[None]:
+    """Let `datasets` read from `folder` alone within the block; None leaves it the hub.
+
+    `datasets` takes a name such as ``allenai/ai2_arc`` for a folder if there is one below the working directory. Its
+    cache knows that folder by its name alone, so each state of the folder gets a cache of its own.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    if folder is None:
+        yield
+        return
+    cached = cache_folder() / "datasets" / file_state(Path(folder))
+    with chdir(folder), patch.multiple(datasets.config, HF_HUB_OFFLINE=True, HF_DATASETS_CACHE=cached):
+        yield
+
+
 def _wikitext(data_dir: str | Path | None, split: str | None) -> list[str]:
     import datasets
 
-    from qnb.quantize.sources import cache_folder, file_state
-
     name, subset = WIKITEXT
-    if data_dir and not (Path(data_dir) / name).is_dir():
-        raise InputError(
-            f"data_dir {data_dir} has no folder {name}; give a folder laid out like the hub's dataset "
-            "repositories, or leave data_dir empty to read the hub"
-        )
-    path, options = name, {}
-    if data_dir:  # `datasets` caches a folder by its name alone, so each state of it gets a cache of its own
-        path = str(Path(data_dir).resolve() / name)
-        options["cache_dir"] = str(cache_folder() / "datasets" / file_state(Path(path)))
-    datasets.disable_progress_bars()
     try:
-        loaded = datasets.load_dataset(path, subset, split=split, **options)
+        with reading_from(data_dir):
+            loaded = datasets.load_dataset(name, subset, split=split)
         return [text for part in ([loaded] if split else loaded.values()) for text in part["text"]]
     except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         text = scrub(str(error)) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Where a number comes from: the command that was given and the commit of the code that measured it."""
+"""Where a number comes from: the command that was given, the commit of the code, the state of the files it read."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 from qnb.errors import scrub
+from qnb.ledger import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout the package runs from
 LONGEST = 2000  # characters of a command that are kept
@@ -33,11 +35,10 @@ def commit() -> str:
     Source: the checkout, else what pip recorded when it installed from a repository (PEP 610).
     """
     if (ROOT / ".git").exists():
-        try:
-            head = _git("rev-parse", "HEAD")
-            return head + "+changes" * bool(_git("status", "--porcelain", "--untracked-files=no"))
-        except (OSError, subprocess.SubprocessError):
-            return ""
+        describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+        with suppress(OSError, subprocess.SubprocessError):
+            return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=30).stdout.strip()  # noqa: S603
+        return ""
     try:
         origin = json.loads(metadata.distribution("qnb").read_text("direct_url.json") or "{}")
         return str(origin.get("vcs_info", {}).get("commit_id", ""))
@@ -45,6 +46,13 @@ def commit() -> str:
         return ""
 
 
-def _git(*words: str) -> str:
-    git = ["git", "-C", str(ROOT), *words]
-    return subprocess.run(git, capture_output=True, text=True, check=True, timeout=30).stdout.strip()  # noqa: S603
+def file_state(folder: Path) -> str:
+    """Return 16 hexadecimal digits that change when a file below `folder` is written again; contents are not read."""
+    stats = {str(path): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return fingerprint({name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()})
+
+
+def cache_folder() -> Path:
+    """Return the folder for what is fetched once: $QNB_CACHE, or the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("QNB_CACHE") or Path(home) / "qnb")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from qnb.ledger import FAILED, Ledger, Row, file_sha256, fingerprint, row_key, w
 from qnb.memory import is_out_of_memory, release, released
 from qnb.options import Count, resolve_count
 from qnb.precision import Precision, parse
-from qnb.provenance import ROOT, command, commit
+from qnb.provenance import ROOT, command, commit, file_state
 from qnb.quantize import checkpoint, sources
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class Session:
         """The model as released; fetched on first use and then remembered in study.json."""
         record = self.record
         fields = sources.Source.__slots__
-        if record and Path(record["path"]).is_dir() and sources.file_state(Path(record["path"])) == record["files"]:
+        if record and Path(record["path"]).is_dir() and file_state(Path(record["path"])) == record["files"]:
             return sources.Source(**{name: record[name] for name in fields})
         source = sources.resolve(record.get("name", self.model), self.device.kind)
         if record.get("fingerprint", source.fingerprint) != source.fingerprint:
@@ -181,7 +182,7 @@ class Session:
         facts = {
             "requested": record.get("requested", self.model),
             **asdict(source),
-            "files": sources.file_state(Path(source.path)),
+            "files": file_state(Path(source.path)),
             "precisions": [precision.name for precision in self.precisions],
             "data_dir": str(self.data_dir or ""),
         }
@@ -218,19 +219,17 @@ class Session:
     def facts(self) -> dict[str, str]:
         """Return what is measured, on what, with what, and what is done already. Nothing is fetched for it."""
         here, source = self.device, self.record
-        stages = ", ".join(f"{count} {stage} rows" for stage, count in self.ledger.stages().items())
+        stages = Counter(row["stage"] for row in self.ledger.rows())
         model = f"{source['name']} ({source['reason']})" if source else f"{self.model} (not fetched yet)"
         return {
             "model": model,
-            "weights": f"fingerprint {source.get('fingerprint', 'not known yet')}"
-            + (", random" if source.get("random_weights") else ""),
             "formats": ", ".join(precision.name for precision in self.precisions),
             "device": f"{here.name}, {here.memory_mib / 1024:.1f} GiB"
             + (f", driver {here.driver}" if here.driver else ""),
             "bfloat16": here.bf16,
             "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
             "output": str(self.folder),
-            "already measured": stages or "nothing",
+            "already measured": ", ".join(f"{count} {stage} rows" for stage, count in stages.items()) or "nothing",
         }
 
     # What is measured is found again
@@ -336,7 +335,6 @@ class Session:
         """Measure while no other process measures into the same folder; wait for one that does, and say so."""
         self.check_writable()
         self.folder.mkdir(parents=True, exist_ok=True)
-        locked = True
         try:
             self._lock.acquire(timeout=0.5)
         except Timeout:
@@ -344,18 +342,24 @@ class Session:
             self._lock.acquire(poll_interval=0.5)
         except (NotImplementedError, OSError) as error:  # network mounts have no locks
             tqdm.write(f"{self.folder} has no file locks ({error}); make sure that one run at a time writes to it")
-            locked = False
         try:
             self.device.use()
             with released():
                 yield
         finally:
-            if locked:
-                self._lock.release()
+            self._lock.release()
 
     def progress(self, total: int, what: str) -> tqdm:
         """Return a progress bar over `total` steps."""
         return tqdm(total=total, desc=what, unit="step", leave=False)
+
+    def each_format(self, what: str) -> Iterator[Precision]:
+        """Yield this session's formats; a progress bar says which is at work."""
+        with self.progress(len(self.precisions), what) as bar:
+            for precision in self.precisions:
+                bar.set_postfix_str(precision.name)
+                yield precision
+                bar.update()
 
     # Checkpoints, and models loaded from them
 

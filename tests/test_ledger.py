@@ -80,17 +80,6 @@ def test_a_row_that_cannot_be_written_leaves_nothing(tmp_path):
     assert precisions(Ledger(tmp_path)) == ["bf16", "fp16"]
 
 
-def test_a_file_system_without_locks_is_written_all_the_same(tmp_path, monkeypatch):
-    fcntl = pytest.importorskip("fcntl")
-
-    def refuse(*_):
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    Ledger(tmp_path).append(row())
-    assert len(Ledger(tmp_path)) == 1
-
-
 def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):
     from qnb import ledger as module
 

@@ -7,7 +7,6 @@ of a model's own is run.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from filelock import FileLock
 from qnb.errors import InputError, expand_path
 from qnb.ledger import file_sha256, fingerprint
 from qnb.prompts import DATA
+from qnb.provenance import cache_folder
 from qnb.quantize import hub
 from qnb.quantize.checkpoint import INDEX, RELEASED_FILES, damage, quiet, replacing
 
@@ -97,18 +97,6 @@ def check_name(name: str) -> None:
             f"model {name!r} is unknown; give auto, {EMBEDDED}, {SHAPE}, a hub id such as {MIRROR}, with @ and a "
             "revision where it matters, or a folder with config.json and *.safetensors"
         )
-
-
-def file_state(folder: Path) -> str:
-    """Return 16 hexadecimal digits that change when a file below `folder` is written again; contents are not read."""
-    stats = {str(path): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
-    return fingerprint({name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()})
-
-
-def cache_folder() -> Path:
-    """Return the folder for what is fetched once: $QNB_CACHE, or the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("QNB_CACHE") or Path(home) / "qnb")
 
 
 # Models from a folder and from the hub

@@ -30,12 +30,10 @@ def quantize(session: Session) -> dict[Precision, Path]:
         No checkpoint could be made.
     """
     folders = {}
-    with session.exclusive(), session.progress(len(session.precisions), "quantize") as bar:
-        for precision in session.precisions:
-            bar.set_postfix_str(precision.name)
+    with session.exclusive():
+        for precision in session.each_format("quantize"):
             with session.failing(session.key("quantize", precision), f"the checkpoint of {precision.name}"):
                 folders[precision] = session.checkpoint(precision)
-            bar.update()
     session.require("quantize")
     return folders
 

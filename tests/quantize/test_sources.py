@@ -9,6 +9,7 @@ import transformers
 from tiny_models import save_tiny
 
 from qnb.errors import InputError
+from qnb.provenance import file_state
 from qnb.quantize import checkpoint, sources
 from qnb.report import paper
 
@@ -31,10 +32,10 @@ def test_a_name_that_can_be_no_model_is_refused(name):
 
 
 def test_a_local_models_fingerprint_follows_the_files_that_count(local):
-    before, state = sources.resolve(str(local), "cpu"), sources.file_state(local)
+    before, state = sources.resolve(str(local), "cpu"), file_state(local)
     assert before.path == before.name == str(local)
     (local / "consolidated.safetensors").write_bytes(b"a copy")
-    assert sources.resolve(str(local), "cpu") == before and sources.file_state(local) != state
+    assert sources.resolve(str(local), "cpu") == before and file_state(local) != state
     config = json.loads((local / "config.json").read_text())
     (local / "config.json").write_text(json.dumps({**config, "note": "modèle"}, ensure_ascii=False), encoding="utf-8")
     assert sources.resolve(str(local), "cpu").fingerprint != before.fingerprint
