@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
+from qnb.accuracy import evaluate, perplexity
 from qnb.errors import InputError
 from qnb.options import Count
+from qnb.prompts import Workload
+from qnb.quantize import stages as checkpoints
+from qnb.report import tables
+from qnb.report.results import Results
 from qnb.session import Session
-
-if TYPE_CHECKING:
-    from qnb.prompts import Workload
-    from qnb.report.results import Results
+from qnb.speed import stages as speed
 
 PARAMETERS = tuple(signature(Session).parameters)  # what every notebook gives to its study
 
@@ -45,8 +47,6 @@ class Study:
 
     def results(self) -> Results:
         """Return everything measured, as frames: what tables, figures, panels and the report are made of."""
-        from qnb.report.results import Results
-
         revision = self.session.ledger.revision
         if self._results is None or self._results[0] != revision:
             self._results = revision, Results.read(self.session.ledger)
@@ -54,8 +54,6 @@ class Study:
 
     def table(self, name: str) -> pd.DataFrame:
         """Make one of `qnb.report.tables.TABLES` from the rows, and save it below ``tables/``."""
-        from qnb.report import tables
-
         if name not in tables.TABLES:
             raise InputError(f"table {name!r} is unknown; choose from {', '.join(tables.TABLES)}")
         return tables.save(self.results(), name)
@@ -68,24 +66,20 @@ class Study:
 
     def quantize(self) -> pd.DataFrame:
         """Make, save, reload and prove the checkpoint of every format; one row per format."""
-        from qnb.quantize import stages
-
-        stages.quantize(self.session)
+        checkpoints.quantize(self.session)
         return self.results().checkpoints
 
     def push(self, push_to: str, private: bool = True, dry_run: bool = True) -> pd.DataFrame:
         """Upload checkpoints and model cards to the hub, or show what would be uploaded; one row per format."""
-        from qnb.quantize import stages
         from qnb.report import model_card
 
-        options = stages.PushOptions(push_to, private, dry_run)
-        return pd.DataFrame(stages.push(self.session, options, lambda each: model_card.card(self.results(), each)))
+        options = checkpoints.PushOptions(push_to, private, dry_run)
+        rows = checkpoints.push(self.session, options, lambda each: model_card.card(self.results(), each))
+        return pd.DataFrame(rows)
 
     def continuation(self, prompt: str, precision: str, new_tokens: int = 24) -> list[str]:
         """Return what a format writes after a prompt, greedily, token by token as text."""
-        from qnb.speed import stages
-
-        return stages.continuation(self.session, prompt, precision, new_tokens)
+        return speed.continuation(self.session, prompt, precision, new_tokens)
 
     # 02: accuracy
 
@@ -98,8 +92,6 @@ class Study:
         minutes: float = 0,
     ) -> pd.DataFrame:
         """Evaluate every format on every task; one row per task, metric and format."""
-        from qnb.accuracy import evaluate
-
         evaluate.accuracy(self.session, evaluate.AccuracyOptions(tasks, limit, batch_size, scorer, minutes))
         return self.results().scores
 
@@ -113,25 +105,19 @@ class Study:
 
     def batch_sensitivity(self, tasks: str | Iterable[str] = "auto", limit: Count = "auto") -> pd.DataFrame:
         """Measure how far a score depends on what shares its batch; one row per format and scorer."""
-        from qnb.accuracy import evaluate
-
-        evaluate.batch_sensitivity(self.session, evaluate.SensitivityOptions(tasks, limit))
+        evaluate.batch_sensitivity(self.session, evaluate.AccuracyOptions(tasks, limit))
         return self.table("batch_sensitivity")
 
     def divergence(
         self, prompt_source: str = "auto", ppl_tokens: Count = "auto", ppl_context: Count = "auto"
     ) -> pd.DataFrame:
         """Measure perplexity on running text, and KL divergence from BF16; one row per format."""
-        from qnb.accuracy import perplexity
-
         options = perplexity.DivergenceOptions(prompt_source, ppl_tokens, ppl_context)
         perplexity.divergence(self.session, options)
         return self.table("divergence")
 
     def choice_probabilities(self, item: int = 0) -> pd.DataFrame:
         """Return the probability that each format gives to each choice of one item: the paper's p(y_i)."""
-        from qnb.report import tables
-
         return tables.choice_probabilities(self.results(), item)
 
     # 03 and 04: speed
@@ -147,23 +133,17 @@ class Study:
         repeats: int = 1,
     ) -> Workload:
         """Return the prompts that every format gets; `setting` is ``"bs1"`` or ``"maxbatch"``."""
-        from qnb.speed import stages
-
-        options = stages.WorkloadOptions(setting, requests, prompt_tokens, new_tokens, prompt_source, engines, repeats)
-        return stages.workload(self.session, options)
+        options = speed.WorkloadOptions(setting, requests, prompt_tokens, new_tokens, prompt_source, engines, repeats)
+        return speed.workload(self.session, options)
 
     def device_peaks(self) -> pd.DataFrame:
         """Measure the device's bandwidth and matrix products once; one row per peak."""
-        from qnb.speed import stages
-
-        peaks = stages.device_peaks(self.session)
+        peaks = speed.device_peaks(self.session)
         return pd.DataFrame(peaks.rows(), columns=["peak", "measured", "unit"])
 
     def perf_bs1(self, workload: Workload, repeats: int = 1, engines: str | Iterable[str] = "auto") -> pd.DataFrame:
         """Time the workload one request at a time; one row per format, engine and pass (Table 3)."""
-        from qnb.speed import stages
-
-        stages.perf_bs1(self.session, stages.BatchOneOptions(workload, repeats, engines))
+        speed.perf_bs1(self.session, speed.BatchOneOptions(workload, repeats, engines))
         return self.results().passes.query("setting == 'bs1'")
 
     def perf_maxbatch(
@@ -175,26 +155,20 @@ class Study:
         engines: str | Iterable[str] = "auto",
     ) -> pd.DataFrame:
         """Find the largest batch of each format and engine, then time the workload at it (Table 4)."""
-        from qnb.speed import stages
-
-        options = stages.LargestBatchOptions(workload, max_batch, memory_mib, repeats, engines)
-        stages.perf_maxbatch(self.session, options)
+        options = speed.LargestBatchOptions(workload, max_batch, memory_mib, repeats, engines)
+        speed.perf_maxbatch(self.session, options)
         return self.results().passes.query("setting == 'maxbatch'")
 
     def sweep(
         self, workload: Workload, largest: Count = "auto", engines: str | Iterable[str] = "auto"
     ) -> pd.DataFrame:
         """Time batches of 1, 2, 4 ... requests; one row per format, engine and batch size."""
-        from qnb.speed import stages
-
-        stages.sweep(self.session, stages.SweepOptions(workload, largest, engines))
+        speed.sweep(self.session, speed.SweepOptions(workload, largest, engines))
         return self.table("sweep")
 
     def batch_plans(self, prompt_source: str = "auto", counts: Sequence[int] = (20, 2000, 5000)) -> pd.DataFrame:
         """Plan the batches of so many prompts in three orders; computed from the searches, not run."""
-        from qnb.speed import stages
-
-        stages.prompt_lengths(self.session, stages.PlanOptions(prompt_source, tuple(counts)))
+        speed.prompt_lengths(self.session, speed.PlanOptions(prompt_source, tuple(counts)))
         return self.table("batch_plans")
 
     def sensor(self) -> Callable[[], dict[str, float]]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import pandas as pd
 from tqdm.auto import tqdm
 
 from qnb.accuracy.tasks import Task, TaskResult, check, names
@@ -23,7 +24,6 @@ from qnb.precision import Precision
 from qnb.quantize.checkpoint import quiet
 
 if TYPE_CHECKING:
-    import pandas as pd
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qnb.accuracy.scorer import Encoded
@@ -37,7 +37,7 @@ MIN_GROWTH = 1.5  # times as many items, or another round is not worth its time
 
 @dataclass(frozen=True, slots=True)
 class AccuracyOptions:
-    """What `accuracy` asks.
+    """What `accuracy` asks; `batch_sensitivity` takes its first task of choices, and `limit` items of it.
 
     Parameters
     ----------
@@ -75,24 +75,6 @@ class AccuracyOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class SensitivityOptions:
-    """What `batch_sensitivity` asks: the first task of choices among `tasks`, and so many items of it.
-
-    Raises
-    ------
-    InputError
-        No task is named, or `limit` is not a count.
-    """
-
-    tasks: str | Iterable[str] = "auto"
-    limit: Count = "auto"
-
-    def __post_init__(self) -> None:
-        names(self.tasks)
-        check_count("sensitivity_limit", self.limit)
-
-
-@dataclass(frozen=True, slots=True)
 class Evaluation:
     """What every format is asked, and how."""
 
@@ -122,11 +104,10 @@ class Evaluation:
         from qnb.accuracy.scorer import SharedContextLM
 
         options: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer, "batch_size": self.batch_size}
+        if self.scorer == "qnb":
+            options |= {"encoded": self.encoded, "answers_path": answers_path, "alone": self.alone}
         with quiet():
-            if self.scorer == "hf":
-                lm = HFLM(**options)
-            else:
-                lm = SharedContextLM(**options, encoded=self.encoded, answers_path=answers_path, alone=self.alone)
+            lm = (SharedContextLM if self.scorer == "qnb" else HFLM)(**options)
             return task.evaluate(lm, self.limit)
 
 
@@ -234,11 +215,11 @@ def _spend_budget(session: Session, evaluation: Evaluation) -> None:
     The number of items is in the ledger before a round begins: an interrupted round goes on with it, and so do formats
     that are added later.
     """
-    sizes = {task.name: list(task.sizes.values()) for task in evaluation.tasks}
-    largest = max(size for parts in sizes.values() for size in parts)
+    largest = max(size for task in evaluation.tasks for size in task.sizes.values())
     limit = min(evaluation.limit or largest, largest)
     asked = {"minutes": evaluation.minutes, "scorer": evaluation.scorer, "cap": limit}
-    key = session.key("budget", asked=asked, task=", ".join(sizes), setting=f"{evaluation.minutes:g} min")
+    all_names = ", ".join(task.name for task in evaluation.tasks)
+    key = session.key("budget", asked=asked, task=all_names, setting=f"{evaluation.minutes:g} min")
     first = {"limit": min(FIRST_LIMIT[session.device.kind], limit), "spent_s": 0.0, "done": False}
     plan = session.decided(key) or session.append(key, asked, first)
     while True:
@@ -250,39 +231,26 @@ def _spend_budget(session: Session, evaluation: Evaluation) -> None:
         round_s = max(perf_counter() - started, evaluate_s)  # rows of an earlier run took their time then
         spent_s = plan["spent_s"] + round_s
         left_s = 60 * evaluation.minutes - spent_s - (round_s - evaluate_s)  # the next round loads models too
-        cost_s = partial(_cost_s, rows, sizes, items)
-        next_items = bisect_right(range(1, limit + 1), PLANNED_SHARE * left_s, key=cost_s)  # the most that fit
+        next_items = _most_items(evaluation.tasks, rows, limit, PLANNED_SHARE * left_s)
         done = next_items < MIN_GROWTH * items
         plan = session.append(key, asked, {"limit": items if done else next_items, "spent_s": spent_s, "done": done})
         if done:
             return
 
 
-def _cost_s(rows: Sequence[Row], sizes: Mapping[str, Sequence[int]], limit: int, items: int) -> float:
-    """Return the seconds that `items` a task take at the pace of `rows`, which had `limit`."""
-
-    def count(task: str, limit: int) -> int:
-        return sum(min(limit, size) for size in sizes[task])
-
-    return sum(row["evaluate_s"] * count(row["task"], items) / count(row["task"], limit) for row in rows)
+def _most_items(tasks: Sequence[Task], rows: Sequence[Row], limit: int, seconds: float) -> int:
+    """Return how many items a task, at most `limit`, can be evaluated within `seconds` at the pace of `rows`."""
+    by_name = {task.name: task for task in tasks}
+    pace_s = [(by_name[row["task"]], row["evaluate_s"] / by_name[row["task"]].n_items(row["limit"])) for row in rows]
+    return bisect_right(
+        range(1, limit + 1), seconds, key=lambda items: sum(pace * task.n_items(items) for task, pace in pace_s)
+    )
 
 
 # What a score owes to its batch
 
 
-@dataclass(frozen=True, slots=True)
-class BatchSensitivity:
-    """How far scores of the same choices differ between batches of many rows and of one."""
-
-    n_items: int
-    n_choices: int
-    mean_abs_logprob_diff: float
-    max_abs_logprob_diff: float
-    answers_changed: int  # items whose likeliest choice differs
-    accuracy_change_pp: float
-
-
-def batch_sensitivity(session: Session, options: SensitivityOptions) -> None:
+def batch_sensitivity(session: Session, options: AccuracyOptions) -> None:
     """Score the same choices in the usual batches and one row at a time, by each scorer; the ledger gets a row each.
 
     In 16 bit the difference is rounding. LLM.int8 chooses its outlier columns over the whole batch.
@@ -299,11 +267,9 @@ def batch_sensitivity(session: Session, options: SensitivityOptions) -> None:
         tqdm.write(f"no batch sensitivity: tasks {options.tasks!r} name none of choices; sample_easy and arc_easy are")
         return
     limit = session.count("sensitivity_limit", options.limit)
-    with session.exclusive(), session.progress(len(session.precisions), "batch sensitivity") as bar:
-        for precision in session.precisions:
-            bar.set_postfix_str(precision.name)
+    with session.exclusive():
+        for precision in session.each_format("batch sensitivity"):
             _compare_batchings(session, precision, task, limit)
-            bar.update()
     session.require("batch_sensitivity")
 
 
@@ -320,18 +286,17 @@ def _compare_batchings(session: Session, precision: Precision, task: Task, limit
             with session.failing(keys[scorer], f"{what} by scorer {scorer}"):
                 usual, alone = Evaluation([task], limit, scorer, 32), Evaluation([task], limit, scorer, 1, alone=True)
                 items = (each.evaluate(task, model, session.tokenizer).items for each in (usual, alone))
-                session.append(keys[scorer], asked, asdict(compare_items(*items)))
+                session.append(keys[scorer], asked, compare_items(*items))
 
 
-def compare_items(usual: pd.DataFrame, alone: pd.DataFrame) -> BatchSensitivity:
+def compare_items(usual: pd.DataFrame, alone: pd.DataFrame) -> dict[str, float]:
     """Compare the items of one task of choices, scored twice by one model and in the same order."""
-    pairs = zip(usual.loglikelihoods, alone.loglikelihoods, strict=True)
-    differences = [abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)]
-    return BatchSensitivity(
-        n_items=len(usual),
-        n_choices=len(differences),
-        mean_abs_logprob_diff=sum(differences) / len(differences),
-        max_abs_logprob_diff=max(differences),
-        answers_changed=int((usual.picked != alone.picked).sum()),
-        accuracy_change_pp=100 * float(alone.correct.mean() - usual.correct.mean()),
-    )
+    differences = np.abs(np.concatenate(usual.loglikelihoods) - np.concatenate(alone.loglikelihoods))  # (choices,)
+    return {
+        "n_items": len(usual),
+        "n_choices": len(differences),
+        "mean_abs_logprob_diff": float(differences.mean()),
+        "max_abs_logprob_diff": float(differences.max()),
+        "answers_changed": int((usual.picked != alone.picked).sum()),  # items whose likeliest choice differs
+        "accuracy_change_pp": 100 * float(alone.correct.mean() - usual.correct.mean()),
+    }

@@ -96,17 +96,16 @@ def divergence(session: Session, options: DivergenceOptions) -> None:
     context = max(2, min(context, longest, len(ids)))
     asked = {"prompt_source": source, "text_sha256": fingerprint({"ids": ids}), "tokens": len(ids), "context": context,
              "stride": context // 2}  # fmt: skip
-    with session.exclusive(), session.progress(len(session.precisions), "divergence") as bar:
-        for precision in session.precisions:
-            bar.set_postfix_str(precision.name)
+    with session.exclusive():
+        for precision in session.each_format("divergence"):
             key = session.key("divergence", precision, asked)
-            if not session.find(key):
-                with session.failing(key, f"{precision.name}'s divergence"):
-                    tokens = _read(session, precision, ids, context)
-                    stem = f"samples/divergence.{precision.name}.{key['fingerprint']}"
-                    file, sha256 = write_parquet(session.folder, stem, tokens)
-                    session.append(key, asked, summarize(tokens), {"samples_file": file, "samples_sha256": sha256})
-            bar.update()
+            if session.find(key):
+                continue
+            with session.failing(key, f"{precision.name}'s divergence"):
+                tokens = _read(session, precision, ids, context)
+                stem = f"samples/divergence.{precision.name}.{key['fingerprint']}"
+                file, sha256 = write_parquet(session.folder, stem, tokens)
+                session.append(key, asked, summarize(tokens), {"samples_file": file, "samples_sha256": sha256})
     session.require("divergence")
 
 
@@ -200,18 +199,16 @@ def summarize(tokens: pd.DataFrame) -> dict[str, float | None]:
     columns = {str(name): tokens[name].to_numpy() for name in tokens if name != "window"}
     quantities = QUANTITIES if "kl" in columns else {"perplexity": QUANTITIES["perplexity"]}
     windows = list(tokens.groupby("window").indices.values())
-    generator, resampled = np.random.default_rng(0), []
 
     def measure(rows: slice | np.ndarray) -> list[float]:
         sample = {name: values[rows] for name, values in columns.items()}
         return [quantity(sample) for quantity in quantities.values()]
 
-    for _ in range(RESAMPLES if len(windows) > 1 else 0):
-        picked = generator.integers(0, len(windows), len(windows))
-        resampled.append(measure(np.concatenate([windows[window] for window in picked])))
     summary = dict.fromkeys(name + end for name in QUANTITIES for end in ("", "_low", "_high"))
     summary |= zip(quantities, measure(slice(None)), strict=True)
-    if resampled:
+    if len(windows) > 1:
+        draws = np.random.default_rng(0).integers(0, len(windows), (RESAMPLES, len(windows)))
+        resampled = [measure(np.concatenate([windows[window] for window in draw])) for draw in draws]
         for end, ends in zip(("_low", "_high"), np.quantile(resampled, [0.025, 0.975], axis=0).tolist(), strict=True):
             summary |= zip((name + end for name in quantities), ends, strict=True)
     return summary

@@ -10,10 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
 RESAMPLES = 2000
 CHUNK = 4_000_000  # resampled values held at once
@@ -56,7 +54,6 @@ def compare(baseline: Sequence[bool], other: Sequence[bool]) -> Change:
     ValueError
         The two differ in length, or are empty.
     """
-    import numpy as np
     from scipy.stats import binomtest  # takes a second to import
 
     if len(baseline) != len(other) or not len(baseline):
@@ -100,7 +97,6 @@ def mean_interval(*strata: Sequence[float] | np.ndarray) -> tuple[float, float] 
     strata
         Values (n,). Of several lists each is resampled by itself, and the mean is that of their means.
     """
-    import numpy as np
     from scipy.special import ndtr, ndtri
 
     data = [np.asarray(values, float) for values in strata]
@@ -121,8 +117,6 @@ def mean_interval(*strata: Sequence[float] | np.ndarray) -> tuple[float, float] 
 
 def _resampled_means(data: Sequence[np.ndarray]) -> np.ndarray:
     """Return the mean of the strata's means for each of `RESAMPLES` resamples, (RESAMPLES,)."""
-    import numpy as np
-
     generator, means = np.random.default_rng(0), np.zeros(RESAMPLES)
     for values in data:
         size = max(1, CHUNK // len(values))
@@ -135,12 +129,10 @@ def _resampled_means(data: Sequence[np.ndarray]) -> np.ndarray:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values corrected for being several, in the order given (Holm 1979)."""
-    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        corrected[place] = largest
-    return corrected
+    order = np.argsort(p_values)
+    scaled = np.sort(p_values) * np.arange(len(p_values), 0, -1)
+    corrected = np.minimum(1, np.maximum.accumulate(scaled))
+    return [float(corrected[rank]) for rank in np.argsort(order)]
 
 
 def agresti_coull(n_correct: int, n_items: int) -> float:

@@ -14,11 +14,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import pandas as pd
 
@@ -26,8 +25,7 @@ from qnb.accuracy.patches import cached_templates, wide_products
 from qnb.accuracy.statistics import agresti_coull
 from qnb.errors import InputError, scrub
 from qnb.precision import listed
-from qnb.prompts import DATA
-from qnb.quantize.sources import cache_folder, file_state
+from qnb.prompts import DATA, reading_from
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -155,6 +153,10 @@ class Task:
         """Whether all items are choices."""
         return all(part.OUTPUT_TYPE == "multiple_choice" for part in self._parts.values())
 
+    def n_items(self, limit: int | None) -> int:
+        """Return how many items a limit takes, of all parts together; None takes all."""
+        return sum(min(limit or size, size) for size in self.sizes.values())
+
     def _data_sha256(self, limit: int | None) -> str:
         """Return the hash of the documents that are asked about, and of those shown as examples."""
         digest = sha256()
@@ -205,25 +207,21 @@ class Task:
     def _scores(self, results: Mapping[str, Any], items: pd.DataFrame) -> Iterator[Score]:
         for task, metrics in results["results"].items():
             parts, shots = self.groups.get(task, (task,)), results["n-shot"].get(task)
-            fields = {
-                "task": task,
-                "n_total": sum(self.sizes[part] for part in parts),
-                "shots": shots if isinstance(shots, int) else 0,
-                "group": task in self.groups,
-            }
             answered = items[items.task.isin(parts)]
             n_items = len(answered.drop_duplicates(["task", "doc_id"]))
+            n_total = sum(self.sizes[part] for part in parts)
+            score = partial(Score, task=task, n_items=n_items, n_total=n_total, group=task in self.groups,
+                            shots=shots if isinstance(shots, int) else 0)  # fmt: skip
             for key, value in metrics.items():
                 metric, _, filter_name = key.partition(",")
                 if filter_name and not metric.endswith("_stderr") and isinstance(value, int | float):
                     stderr = _stderr(metric, value, metrics.get(f"{metric}_stderr,{filter_name}"), n_items)
-                    yield Score(metric=metric, filter=filter_name, value=float(value), stderr=stderr,
-                                n_items=n_items, **fields)  # fmt: skip
+                    yield score(metric=metric, filter=filter_name, value=float(value), stderr=stderr)
             p_correct = answered.reindex(columns=["p_correct"]).p_correct.dropna()
             if len(p_correct):
                 stderr = float(p_correct.sem()) if len(p_correct) > 1 else None
-                yield Score(metric="p_correct", filter="none", value=float(p_correct.mean()), stderr=stderr,
-                            n_items=len(p_correct), **fields)  # fmt: skip
+                value = float(p_correct.mean())
+                yield score(metric="p_correct", filter="none", value=value, stderr=stderr, n_items=len(p_correct))
 
 
 def draw(name: str, count: int, limit: int | None) -> list[int]:
@@ -234,11 +232,8 @@ def draw(name: str, count: int, limit: int | None) -> list[int]:
 
 def _load(name: str, data_dir: Path | None) -> Any:
     """Return lm-eval's tasks and groups by name, with their data."""
-    import datasets
-
-    datasets.disable_progress_bars()
     try:
-        with _reading_from(DATA / "tasks" if name in TASKS["sample"] else data_dir):
+        with reading_from(DATA / "tasks" if name in TASKS["sample"] else data_dir):
             loaded = _index_with(name).load([name])
     except Exception as error:  # whatever a task's loader raises, the data are what is missing
         text = scrub(str(error)) or type(error).__name__
@@ -247,31 +242,10 @@ def _load(name: str, data_dir: Path | None) -> Any:
             f"the data of task {name!r} could not be read from {data_dir or 'the hub'} ({reason}); "
             "check the network, give data_dir, or take tasks='sample'"
         ) from None  # the cause's own words may hold a signed address
-    unsupported = {"MULTIMODAL": "shows images or plays sounds", "UNSAFE_CODE": "runs the programs a model writes"}
-    for attribute, what in unsupported.items():
-        if any(getattr(part, attribute, False) for part in loaded["tasks"].values()):
-            raise InputError(f"task {name!r} {what}, which is not done here; leave it out")
+    unsupported = ("MULTIMODAL", "UNSAFE_CODE")
+    if any(getattr(part, attribute, False) for part in loaded["tasks"].values() for attribute in unsupported):
+        raise InputError(f"task {name!r} shows images, plays sounds or runs a model's programs; leave it out")
     return loaded
-
-
-@contextlib.contextmanager
-def _reading_from(folder: Path | None) -> Iterator[None]:
-    """Let `datasets` read from `folder` alone within the block; None leaves it the hub.
-
-    `datasets` takes a name such as ``allenai/ai2_arc`` for a folder if there is one below the working directory. Its
-    cache knows that folder by its name alone, so each state of the folder gets a cache of its own.
-    """
-    if folder is None:
-        yield
-        return
-    import datasets
-
-    cached = cache_folder() / "datasets" / file_state(folder)
-    with (
-        contextlib.chdir(folder),
-        patch.multiple(datasets.config, HF_HUB_OFFLINE=True, HF_DATASETS_CACHE=cached),
-    ):
-        yield
 
 
 # From lm-eval's results to scores and items
@@ -293,7 +267,8 @@ def _items(results: Mapping[str, Any]) -> pd.DataFrame:
     """
     return pd.DataFrame([
         {"task": task, "doc_id": sample["doc_id"], "filter": sample["filter"], "gold": str(sample["target"]),
-         **(_choice(sample) if "acc" in sample else _generation(sample))}
+         **(_choice(sample) if "acc" in sample else {
+             "picked": str(sample["filtered_resps"][0]), "correct": _is_correct(sample.get("exact_match"))})}
         for task, samples in results["samples"].items() for sample in samples
     ])  # fmt: skip
 
@@ -313,10 +288,6 @@ def _choice(sample: Mapping[str, Any]) -> dict[str, Any]:
         "probabilities": probabilities,
         "p_correct": probabilities[int(gold)] if has_gold else None,
     }
-
-
-def _generation(sample: Mapping[str, Any]) -> dict[str, Any]:
-    return {"picked": str(sample["filtered_resps"][0]), "correct": _is_correct(sample.get("exact_match"))}
 
 
 def _is_correct(score: Any) -> bool | None:

@@ -10,7 +10,7 @@ import pytest
 
 from qnb import InputError
 from qnb.accuracy import evaluate
-from qnb.accuracy.evaluate import AccuracyOptions, Evaluation, SensitivityOptions, accuracy, batch_sensitivity
+from qnb.accuracy.evaluate import AccuracyOptions, Evaluation, accuracy, batch_sensitivity
 from qnb.accuracy.tasks import Score, TaskResult, draw
 from qnb.precision import parse
 from qnb.session import Session
@@ -137,9 +137,9 @@ def test_batch_sensitivity_is_a_row_a_scorer(source, tiny, tmp_path, monkeypatch
     """In float32 nothing moves but rounding, by either scorer."""
     session = Session("smollm2-135m", "bf16", tmp_path)
     monkeypatch.setattr(session, "loaded", contextmanager(lambda precision: (yield tiny[0])))
-    batch_sensitivity(session, SensitivityOptions("sample_arithmetic", 3))
+    batch_sensitivity(session, AccuracyOptions("sample_arithmetic", 3))
     assert not session.ledger.path.exists() and "sample_arithmetic" in capsys.readouterr().out
-    batch_sensitivity(session, SensitivityOptions("sample_arithmetic, sample_easy", 3))
+    batch_sensitivity(session, AccuracyOptions("sample_arithmetic, sample_easy", 3))
     rows = session.ledger.rows("batch_sensitivity")
     assert {row["setting"] for row in rows} == set(evaluate.SCORERS)
     for row in rows:
@@ -153,9 +153,9 @@ def test_batch_sensitivity_by_hand():
                           "loglikelihoods": [[-1.0, -2.0], [-3.0, -1.0]]})  # fmt: skip
     alone = usual.assign(picked=["0", "0"], correct=[True, False], loglikelihoods=[[-1.0, -2.5], [-1.0, -1.5]])
     compared = evaluate.compare_items(usual, alone)
-    assert (compared.n_items, compared.n_choices, compared.answers_changed) == (2, 4, 1)
-    assert compared.mean_abs_logprob_diff == 0.75 and compared.max_abs_logprob_diff == 2
-    assert compared.accuracy_change_pp == -50
+    assert (compared["n_items"], compared["n_choices"], compared["answers_changed"]) == (2, 4, 1)
+    assert compared["mean_abs_logprob_diff"] == 0.75 and compared["max_abs_logprob_diff"] == 2
+    assert compared["accuracy_change_pp"] == -50
 
 
 def test_a_model_without_a_tokenizer_is_refused_before_anything_is_made(source, tmp_path):
