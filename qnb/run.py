@@ -12,25 +12,34 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 from filelock import FileLock, Timeout
 
 from qnb import colab, device
+from qnb.accuracy import tasks
+from qnb.accuracy.evaluate import AccuracyOptions
+from qnb.accuracy.perplexity import DivergenceOptions
 from qnb.columns import is_disturbed
 from qnb.errors import InputError, expand_path, scrub
-from qnb.ledger import FAILED, KEY, Row, row_key
+from qnb.ledger import FAILED, KEY
 from qnb.options import check_count
 from qnb.precision import listed
 from qnb.provenance import COMMAND, ROOT
+from qnb.quantize.stages import PushOptions
+from qnb.speed.stages import WorkloadOptions
 from qnb.study import PARAMETERS, Study
 
 NOTEBOOKS = ROOT / "notebooks"
 NAMES = ("01_quantize", "02_accuracy", "03_perf_bs1", "04_perf_maxbatch", "05_figures")
+COUNTS = {"sensitivity_limit", "bs1_repeats", "maxbatch_repeats", "max_batch", "memory_mib", "sweep_batch"}
 CELL_TIMEOUT_S = 24 * 3600  # a cell that hangs ends one day, and the run with it
 
 
@@ -65,7 +74,7 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
         os.environ[device.CHOICE] = values["device"]  # for the notebooks' kernels
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it calls the rarely used parameters unknown
     os.environ[COMMAND] = shlex.join(["qnb", *sys.argv[1:]])
-    earlier = {_identity(row) for row in study.session.ledger.failures()}  # this run may not retry all of them
+    earlier = study.session.ledger.failures()  # this run may not retry all of them
     with _interruptible(), _alone(study.folder), _own_kernel():
         for name in names:
             started = perf_counter()
@@ -79,7 +88,7 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
     print("\n".join(summary(study)))
     if "01_quantize" in names and values.get("push_to") and values.get("dry_run", True):
         print(f"nothing was uploaded: {study.folder / 'push.csv'} says what would be, -p dry_run false does it")
-    failures = [row for row in study.session.ledger.failures() if _identity(row) not in earlier]
+    failures = [row for row in study.session.ledger.failures() if row not in earlier]
     for row in failures:
         what = " ".join(str(row[name]) for name in KEY if row[name] != "").replace(FAILED, "")
         print(f"qnb: {what} could not be measured: {row['reason']}", file=sys.stderr)
@@ -159,14 +168,6 @@ def _absolute_paths(values: dict[str, Any], output: str | None) -> None:
 
 def check_parameters(values: Mapping[str, Any], names: Sequence[str]) -> Study:
     """Build each stage's options, so that input is refused before any notebook runs; return the shared study."""
-    from qnb.accuracy import evaluate, perplexity, tasks
-    from qnb.quantize.stages import PushOptions
-    from qnb.speed.stages import WorkloadOptions
-
-    def pick(**fields: str) -> dict[str, Any]:
-        """Return options by field from parameters by name."""
-        return {field: values[name] for field, name in fields.items() if name in values}
-
     study = Study(**{name: values[name] for name in PARAMETERS if name in values})
     if values.get("device", "auto") != "auto":
         study.session.device  # noqa: B018  # raises where there is no such device
@@ -174,24 +175,28 @@ def check_parameters(values: Mapping[str, Any], names: Sequence[str]) -> Study:
         if not isinstance(values.get(name, True), bool):
             raise InputError(f"{name} is {values[name]!r}; give true or false")
     if "01_quantize" in names and values.get("push_to"):
-        PushOptions(**pick(push_to="push_to", private="private", dry_run="dry_run"))
-    accuracy = pick(tasks="tasks", limit="limit", batch_size="batch_size", scorer="scorer", minutes="minutes")
-    options = evaluate.AccuracyOptions(**accuracy)
-    evaluate.SensitivityOptions(**pick(tasks="tasks", limit="sensitivity_limit"))
-    perplexity.DivergenceOptions(
-        **pick(prompt_source="prompt_source", ppl_tokens="ppl_tokens", ppl_context="ppl_context")
-    )
+        _options(PushOptions, values)
+    options = _options(AccuracyOptions, values)
+    _options(DivergenceOptions, values)
     if "02_accuracy" in names:
         study.session.check_weights()
         if options.tasks != "auto":
             tasks.check(options.tasks)
-    shared = {name: name for name in ("prompt_tokens", "new_tokens", "prompt_source", "engines")}
     for setting in ("bs1", "maxbatch"):
-        fields = pick(requests=f"{setting}_requests", repeats=f"{setting}_repeats", **shared)
-        WorkloadOptions(setting, **fields)
-    for name in ("max_batch", "memory_mib", "sweep_batch"):
-        check_count(name, values.get(name, "auto"))
+        _options(WorkloadOptions, {**values, "setting": setting}, requests=f"{setting}_requests")
+    for name in COUNTS & values.keys():
+        check_count(name, values[name])
+    if values.get("engines", "auto") != "auto":
+        from qnb.speed import engines  # imports torch
+
+        engines.parse(values["engines"], study.session.device.kind)
     return study
+
+
+def _options(kind: type[Any], values: Mapping[str, Any], **renamed: str) -> Any:
+    """Build a stage's options from the parameters that have their fields' names, or those in `renamed`."""
+    names = {field.name: renamed.get(field.name, field.name) for field in fields(kind)}
+    return kind(**{field: values[name] for field, name in names.items() if name in values})
 
 
 # Running
@@ -225,21 +230,18 @@ def _interruptible() -> Iterator[None]:
 def _alone(folder: Path) -> Iterator[None]:
     """Refuse a folder that another run is using, or that cannot be written."""
     lock = FileLock(folder / ".run.lock", timeout=0)
-    locked = True
     try:
         (folder / "notebooks").mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        with suppress(NotImplementedError):  # a network mount without locks
+            lock.acquire()
     except Timeout:
         raise InputError(f"output {folder} is in use by another run; let it end, or give another --output") from None
-    except NotImplementedError:  # a network mount without locks
-        locked = False
     except OSError as error:
         raise InputError(f"output {folder} cannot be written ({error.strerror}); give another") from error
     try:
         yield
     finally:
-        if locked:
-            lock.release()
+        lock.release()
 
 
 @contextmanager
@@ -247,17 +249,12 @@ def _own_kernel() -> Iterator[None]:
     """Let this interpreter execute the notebooks, whatever environment the kernelspec ``python3`` belongs to."""
     from ipykernel.kernelspec import write_kernel_spec
 
-    path = os.environ.get("JUPYTER_PATH")
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # an older kernel's debugger writes to the console
     with tempfile.TemporaryDirectory() as folder:
         write_kernel_spec(Path(folder) / "kernels" / "python3")
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (folder, path)))
-        try:
+        path = os.pathsep.join(filter(None, (folder, os.environ.get("JUPYTER_PATH"))))
+        silent = {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}  # an older kernel's debugger writes to the console
+        with patch.dict(os.environ, JUPYTER_PATH=path, **silent):
             yield
-        finally:
-            os.environ.pop("JUPYTER_PATH")
-            if path is not None:
-                os.environ["JUPYTER_PATH"] = path
 
 
 def _execute(study: Study, name: str, values: Mapping[str, Any]) -> tuple[str, str, str] | None:
@@ -265,24 +262,21 @@ def _execute(study: Study, name: str, values: Mapping[str, Any]) -> tuple[str, s
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    def execute() -> None:
-        papermill.execute_notebook(
-            NOTEBOOKS / f"{name}.ipynb",
-            study.folder / "notebooks" / f"{name}.ipynb",
-            values,
-            kernel_name="python3",
-            progress_bar={"desc": name, "leave": False, "disable": not sys.stderr.isatty()},
-            execution_timeout=CELL_TIMEOUT_S,
-            extra_arguments=["--log-level=CRITICAL"],  # the kernel's remarks would break the progress line
-        )
-
+    execute = partial(
+        papermill.execute_notebook,
+        NOTEBOOKS / f"{name}.ipynb",
+        study.folder / "notebooks" / f"{name}.ipynb",
+        values,
+        kernel_name="python3",
+        progress_bar={"desc": name, "leave": False, "disable": not sys.stderr.isatty()},
+        execution_timeout=CELL_TIMEOUT_S,
+        extra_arguments=["--log-level=CRITICAL"],  # the kernel's remarks would break the progress line
+    )
     try:
         _retry_start(execute)
     except papermill.PapermillExecutionError as error:
         return f"{name}, cell {error.cell_index + 1}", error.ename, error.evalue
-    except CellTimeoutError as error:
-        return name, type(error).__name__, str(error).strip().splitlines()[0]
-    except (DeadKernelError, OSError) as error:
+    except (CellTimeoutError, DeadKernelError, OSError) as error:
         return name, type(error).__name__, str(error)
     return None
 
@@ -302,17 +296,12 @@ def _retry_start(execute: Callable[[], None]) -> None:
 
 def _report_failure(place: str, kind: str, text: str, study: Study) -> int:
     """Print in one line what stopped the run; return 2 when the input was at fault, else 1."""
-    last = (text.strip().splitlines() or [""])[-1]
     if kind == InputError.__name__:
-        print(f"qnb: {last}", file=sys.stderr)
+        print(f"qnb: {scrub(text, 1000)}", file=sys.stderr)
         return 2
-    reason = f"{kind}: {scrub(last)}".rstrip(": ")
+    reason = f"{kind}: {scrub(text)}".rstrip(": ")
     print(f"qnb: {place}: {reason}; what was measured is kept in {study.folder}", file=sys.stderr)
     return 1
-
-
-def _identity(row: Row) -> tuple[Any, ...]:
-    return (*row_key(row), row["measured_at"])
 
 
 def summary(study: Study) -> list[str]:

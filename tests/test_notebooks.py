@@ -168,7 +168,7 @@ def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(source, tmp_path):
         (["-p", "bs1_requests", "all"], ["all", "at least 1, or 'auto', or a time such as '4 minutes'"]),
         (["-p", "device", "cuda:9"], ["cuda:9", "NVIDIA GPU"]),
         (["-p", "bs1_repeats", "auto"], ["bs1_repeats", "at least 1\n"]),
-        (["-p", "engines", "fast"], ["fast", "eager, cuda_graph"]),
+        (["-p", "engines", "fast"], ["fast", "eager", "cuda_graph"]),
         (["-p", "model", "5"], ["5", "name"]),
         (["-p", "prompt_source", "novel"], ["novel", "sample, wikitext"]),
         (["-p", "scorer", "mine"], ["mine", "qnb, hf"]),
