@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,29 +119,23 @@ def format_value(name: str, value: Any) -> str:
 class Flag(StrEnum):
     """What makes a timed row unlike an undisturbed one. Rows hold the value; the words are printed only."""
 
-    THROTTLED = "throttled"
-    GPU_SHARED = "gpu_shared"
-    CPU_SHARED = "cpu_shared"
-    PEAKS_DISTURBED = "peaks_disturbed"
-    SAMPLES_MISSING = "samples_missing"
-    TOO_SHORT = "too_short"
-    TRACE_FAILED = "trace_failed"
+    THROTTLED = "throttled", "the GPU's clocks were held down"
+    GPU_SHARED = "gpu_shared", "another process used the GPU"
+    CPU_SHARED = "cpu_shared", "other processes used the CPU"
+    PEAKS_DISTURBED = "peaks_disturbed", "the device's peaks were measured on a busy machine"
+    SAMPLES_MISSING = "samples_missing", "some of the monitor's readings are missing"
+    TOO_SHORT = "too_short", "too short for utilization, power and energy"
+    TRACE_FAILED = "trace_failed", "kernels were not traced"
 
-    @property
-    def text(self) -> str:
-        """The flag in words."""
-        return _FLAG_TEXTS[self]
+    text: str
+
+    def __new__(cls, value: str, text: str) -> Self:
+        """Make a member of a value and its words."""
+        flag = str.__new__(cls, value)
+        flag._value_, flag.text = value, text
+        return flag
 
 
-_FLAG_TEXTS = {
-    Flag.THROTTLED: "the GPU's clocks were held down",
-    Flag.GPU_SHARED: "another process used the GPU",
-    Flag.CPU_SHARED: "other processes used the CPU",
-    Flag.PEAKS_DISTURBED: "the device's peaks were measured on a busy machine",
-    Flag.SAMPLES_MISSING: "some of the monitor's readings are missing",
-    Flag.TOO_SHORT: "too short for utilization, power and energy",
-    Flag.TRACE_FAILED: "kernels were not traced",
-}
 DISTURBED = frozenset({Flag.GPU_SHARED, Flag.CPU_SHARED})
 
 

@@ -71,39 +71,23 @@ def _four_bit(kind: str, compute: str, **options: Any) -> dict[str, Any]:
     return {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": compute, **options}
 
 
-PRECISIONS: dict[str, Precision] = {
-    precision.name: precision
-    for precision in (
-        Precision("fp32", "float32", "#4d4d4d", "circle", "FP32", "32-bit floats, the reference"),
-        Precision(
-            "bf16", "bfloat16", "#1f4e9c", "square", "BF16", "bfloat16, as most models are released: the baseline"
-        ),
-        Precision("fp16", "float16", "#3d9be9", "diamond", "FP16", "half precision"),
-        Precision(
-            "int8", "bfloat16", "#e08214", "triangle-up", "INT8", "LLM.int8, outliers above 6.0 kept in 16 bit",
-            _int8(6.0),
-        ),
-        Precision(
-            "int8-no-outliers", "bfloat16", "#fdb863", "triangle-down", "INT8 (no outlier path)",
-            "LLM.int8 without the outlier path (threshold 0)", _int8(0.0),
-        ),
-        Precision(
-            "int4", "bfloat16", "#b2182b", "cross", "INT4 (FP4 weights, FP32 compute)",
-            "FP4, float32 compute: load_in_4bit=True alone, the paper's INT4", _four_bit("fp4", "float32"),
-        ),
-        Precision(
-            "fp4", "bfloat16", "#d6604d", "x", "FP4", "FP4, 16-bit compute", _four_bit("fp4", "bfloat16")
-        ),
-        Precision(
-            "nf4", "bfloat16", "#1b7837", "star", "NF4", "NF4, 16-bit compute", _four_bit("nf4", "bfloat16")
-        ),
-        Precision(
-            "nf4-dq", "bfloat16", "#7fbf7b", "hexagon", "NF4 (double quantization)",
-            "NF4 with double quantization, 16-bit compute",
-            _four_bit("nf4", "bfloat16", bnb_4bit_use_double_quant=True),
-        ),
-    )
-}  # fmt: skip
+_FORMATS = (
+    Precision("fp32", "float32", "#4d4d4d", "circle", "FP32", "32-bit floats, the reference"),
+    Precision("bf16", "bfloat16", "#1f4e9c", "square", "BF16", "bfloat16, as most models are released: the baseline"),
+    Precision("fp16", "float16", "#3d9be9", "diamond", "FP16", "half precision"),
+    Precision("int8", "bfloat16", "#e08214", "triangle-up", "INT8", "LLM.int8, outliers above 6.0 kept in 16 bit",
+              _int8(6.0)),
+    Precision("int8-no-outliers", "bfloat16", "#fdb863", "triangle-down", "INT8 (no outlier path)",
+              "LLM.int8 without the outlier path (threshold 0)", _int8(0.0)),
+    Precision("int4", "bfloat16", "#b2182b", "cross", "INT4 (FP4 weights, FP32 compute)",
+              "FP4, float32 compute: load_in_4bit=True alone, the paper's INT4", _four_bit("fp4", "float32")),
+    Precision("fp4", "bfloat16", "#d6604d", "x", "FP4", "FP4, 16-bit compute", _four_bit("fp4", "bfloat16")),
+    Precision("nf4", "bfloat16", "#1b7837", "star", "NF4", "NF4, 16-bit compute", _four_bit("nf4", "bfloat16")),
+    Precision("nf4-dq", "bfloat16", "#7fbf7b", "hexagon", "NF4 (double quantization)",
+              "NF4 with double quantization, 16-bit compute",
+              _four_bit("nf4", "bfloat16", bnb_4bit_use_double_quant=True)),
+)  # fmt: skip
+PRECISIONS = {precision.name: precision for precision in _FORMATS}
 BASELINE = "bf16"
 PAPER = ("bf16", "fp16", "int8", "int4")
 STUDY = (*PAPER, "nf4")
