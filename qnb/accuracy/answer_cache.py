@@ -1,7 +1,5 @@
 """Keep a model's answers on disk while a long task runs, so that a killed task goes on where it was."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress

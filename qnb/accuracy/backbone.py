@@ -3,8 +3,6 @@
 What is run are rows: a context followed by its continuations, each of which is to see the context and itself alone.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -96,6 +94,10 @@ class Backbone:
 
     Attributes
     ----------
+    parameters
+        How many there are; two 4-bit ones count as one.
+    activation_bytes
+        What the activations of one token take that are alive at once, in float32.
     window
         The longest row in which every token sees every earlier one.
     max_tokens
@@ -111,19 +113,11 @@ class Backbone:
         self.likelihoods = likelihoods
         windows = (getattr(self.config, name, None) for name in WINDOWS)
         self.window = min((window for window in windows if isinstance(window, int) and window > 0), default=inf)
+        inner = getattr(self.config, "intermediate_size", None) or 4 * self.config.hidden_size
+        self.parameters = sum(weight.numel() for weight in model.parameters())
+        self.activation_bytes = 4 * (10 * self.config.hidden_size + 4 * inner)
         free = free_bytes(self.device) // 2 - LOGITS_BYTES[self.kind]
         self.max_tokens = int(max(256, min(MAX_TOKENS[self.kind], free // self.activation_bytes)))
-
-    @property
-    def parameters(self) -> int:
-        """How many parameters there are; two 4-bit ones count as one."""
-        return sum(weight.numel() for weight in self.model.parameters())
-
-    @property
-    def activation_bytes(self) -> int:
-        """What the activations of one token take that are alive at once, in float32."""
-        inner = getattr(self.config, "intermediate_size", None) or 4 * self.config.hidden_size
-        return int(4 * (10 * self.config.hidden_size + 4 * inner))
 
     def integers(self, values: Any) -> torch.Tensor:
         """Return integers as a tensor on the device, without waiting for the device to get to it."""

@@ -1,15 +1,13 @@
 """Continue prompts greedily, many at a time: a shared prefix is read once, and a row that is done leaves its batch."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import Cache, GenerationConfig
+from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from qnb.accuracy.backbone import Backbone, Tokens, repeat
@@ -44,23 +42,13 @@ class Prompt:
         return len(self.tokens) + self.max_new_tokens
 
 
-@dataclass(frozen=True, slots=True)
 class GreedyGenerator:
-    """Greedy generation by one model.
+    """Greedy generation by one model, up to any token by which the model or its tokenizer ends a text."""
 
-    Parameters
-    ----------
-    backbone
-        The model.
-    decode
-        A function from token ids to text, special tokens included.
-    end_tokens
-        Tokens that end a text.
-    """
-
-    backbone: Backbone
-    decode: Callable[[list[int]], str]
-    end_tokens: set[int]
+    def __init__(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.backbone, self.decode = backbone, tokenizer.decode
+        ends = backbone.model.generation_config.eos_token_id or []
+        self.end_tokens = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
 
     def fitting_rows(self, length: int) -> int:
         """Return how many rows of `length` tokens fit with their KV cache, beside a pass over contexts."""

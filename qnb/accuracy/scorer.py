@@ -6,8 +6,6 @@ several rows share is read once and kept as a KV cache. Only positions that are 
 (`backbone`). Work is bounded by matrix products over tokens, so batches are filled by tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from itertools import chain
@@ -138,12 +136,7 @@ class SharedContextLM(HFLM):
         answers = AnswerCache(self._answers_path, [request.args for request in requests])
         prefix = shared_prefix([prompt.tokens for prompt in prompts])
         past = cache(partial(self.backbone.read, prefix))
-        end_tokens = self.model.generation_config.eos_token_id or []
-        generator = GreedyGenerator(
-            self.backbone,
-            decode=partial(self.tok_decode, skip_special_tokens=False),
-            end_tokens={self.eot_token_id, *(end_tokens if isinstance(end_tokens, list) else [end_tokens])},
-        )
+        generator = GreedyGenerator(self.backbone, self.tokenizer)
 
         def generate(batch: Sequence[Prompt]) -> None:
             if not answers.has(prompt.position for prompt in batch):

@@ -4,8 +4,6 @@ The hub's client retries what may pass by itself. Any error that remains becomes
 secrets that the client's own messages may hold.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
