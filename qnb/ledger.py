@@ -114,12 +114,10 @@ class Ledger:
                 self._lines += 1
                 try:
                     self._add(json.loads(line))
-                except (ValueError, TypeError, RecursionError):
+                except (ValueError, TypeError, AttributeError, RecursionError):
                     self.damaged.append(f"{self.path}, line {self._lines}, is not a row of a study")
 
     def _add(self, row: Row) -> None:
-        if not isinstance(row, dict):
-            raise TypeError("a row is an object")
         key = row_key(row)
         parts = (*key, row.get("fingerprint", ""))
         if not (key[0] and isinstance(key[0], str) and all(isinstance(part, str | int) for part in parts)):

@@ -131,7 +131,7 @@ def load(
     data_dir: str | Path | None = None,
     seed: int = 0,
 ) -> Workload:
-    """Make a workload of `requests` prompts of up to `prompt_tokens` tokens each.
+    """Make a workload of `requests` prompts of up to `prompt_tokens` tokens each; both are at least 1.
 
     All have that many tokens if any paragraph has: shorter ones would be padded, which is other work. If there are
     fewer such paragraphs than requests, they repeat: the same text makes the same work.
@@ -139,11 +139,8 @@ def load(
     Raises
     ------
     InputError
-        A count is not positive, or the source cannot be had.
+        The source cannot be had.
     """
-    for name, value in (("requests", requests), ("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; give a whole number of at least 1")
     texts = paragraphs(source, data_dir)
     random.Random(seed).shuffle(texts)  # noqa: S311
     texts.sort(key=lambda text: len(text) < 2 * prompt_tokens)  # a token is rarely shorter than two characters

@@ -111,7 +111,13 @@ class Session:
             tqdm.write(f"{damage}; it is passed over and measured again when it is needed")
         if not self.ledger.path.exists():  # what is there can be read wherever it lies
             self.check_writable()
-        self._check_model()
+        sources.check_name(self.model)
+        name = str(self.record.get("name"))
+        if self.record and self.model not in {"auto", self.record.get("requested"), name, name.partition("@")[0]}:
+            raise InputError(
+                f"output {self.folder} holds a study of {name}, not of {self.model}; give another output folder, or "
+                "remove this one"
+            )
 
     def check_writable(self) -> None:
         """Refuse an output folder that this user cannot write to.
@@ -124,15 +130,6 @@ class Session:
         parent = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         if not os.access(parent, os.W_OK):
             raise InputError(f"output {self.folder} cannot be written (no right to write in {parent}); give another")
-
-    def _check_model(self) -> None:
-        sources.check_name(self.model)
-        name = str(self.record.get("name"))
-        if self.record and self.model not in {"auto", self.record.get("requested"), name, name.partition("@")[0]}:
-            raise InputError(
-                f"output {self.folder} holds a study of {name}, not of {self.model}; give another output folder, or "
-                "remove this one"
-            )
 
     def check_weights(self) -> None:
         """Refuse a model of random weights, without fetching it.

@@ -128,11 +128,8 @@ def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, 
     """
     if tokens < 2:
         raise InputError(f"the text has {tokens} tokens; give ppl_tokens of 2 at least, so that one can be predicted")
-    scored, start = 1, 0
-    while scored < tokens:
-        end = min(start + context, tokens)
-        yield start, scored, end
-        scored, start = end, end + stride - context
+    for start in range(0, max(tokens - context + stride, 1), stride):
+        yield start, start + context - stride if start else 1, min(start + context, tokens)
 
 
 def distances(
