@@ -25,19 +25,12 @@ REMEDY = "install Chromium or Chrome, or run kaleido_get_chrome"
 def save_figures(results: Results, folder: Path, with_pictures: bool = True) -> dict[str, go.Figure]:
     """Draw every figure, save it as a page, and as PNG and SVG where wanted; return the figures by name."""
     figures = draw_all(results)
-    pages(figures, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():  # plotly.js lies once beside them, so no network is needed to look
+        figure.write_html(folder / f"{name}.html", include_plotlyjs="directory", config={"responsive": True})
     if with_pictures and (problem := pictures(figures, folder, label=results.label)):
         LOGGER.warning(problem)
     return figures
-
-
-def pages(figures: Mapping[str, go.Figure], folder: Path) -> list[Path]:
-    """Write each figure as HTML; plotly.js lies once beside them, so no network is needed to look."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.html" for name in figures]
-    for path, figure in zip(paths, figures.values(), strict=True):
-        figure.write_html(path, include_plotlyjs="directory", config={"responsive": True})
-    return paths
 
 
 def pictures(
@@ -58,7 +51,7 @@ def pictures(
     label
         Model and device: they stand beside the title, since a picture is passed on without the page around it.
     """
-    shown = {name: _labelled(figure, label) for name, figure in figures.items() if not theme.is_empty(figure)}
+    shown = {name: _labelled(figure, label) for name, figure in figures.items() if figure.data}
     if not shown:
         return ""
     try:

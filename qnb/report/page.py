@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from jinja2 import Environment, PackageLoader
+from plotly.offline import get_plotlyjs
 
 from qnb import __version__
 from qnb.columns import flag_text, header
@@ -22,7 +24,6 @@ from qnb.report.figures import FIGURES, draw_all
 from qnb.report.results import Results, read_reference
 from qnb.report.tables import SPEED_MAIN, TABLES, as_text, build, knees, save
 
-TEMPLATE = Path(__file__).parents[1] / "data" / "report.html"
 SHOWN = ("table1_accuracy", "table2_change", "divergence", "table3_bs1", "table4_maxbatch")
 GALLERY = ("fig1_accuracy", "forest", "fig3_bs1_metrics", "fig5_maxbatch_metrics", "front_memory", "front_tpot",
            "sweep", "roofline", "token_time", "memory", "energy")  # fmt: skip
@@ -35,16 +36,15 @@ def gallery(folder: Path) -> tuple[list[Path], str]:
     Returns
     -------
     tuple
-        The pictures that were drawn, and what kept others from being drawn.
+        The pictures there, and what kept some from being drawn.
     """
-    paths, problems = [], []
-    for name, results in read_reference(folder).items():
-        figures = {key: FIGURES[key](results) for key in GALLERY}
-        figures = {key: figure for key, figure in figures.items() if not theme.is_empty(figure)}
-        problems.append(export.pictures(figures, folder / "gallery" / name, ("png",), results.label))
-        if not problems[-1]:
-            paths += [folder / "gallery" / name / f"{key}.png" for key in figures]
-    return sorted(paths), next(filter(None, problems), "")
+    problems = [
+        export.pictures(
+            {key: FIGURES[key](results) for key in GALLERY}, folder / "gallery" / name, ("png",), results.label
+        )
+        for name, results in read_reference(folder).items()
+    ]
+    return sorted((folder / "gallery").rglob("*.png")), next(filter(None, problems), "")
 
 
 def write(results: Results) -> Path:
@@ -61,17 +61,16 @@ def write(results: Results) -> Path:
 
 def page(results: Results) -> str:
     """Return the report as one HTML text."""
-    from jinja2 import Environment
-    from plotly.offline import get_plotlyjs
-
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text())
-    return template.render(
+    templates = Environment(loader=PackageLoader("qnb", "data"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return templates.get_template("report.html").render(
         results=results,
+        baseline=BASELINE,
         plotly=get_plotlyjs(),
         opening=findings.opening(results),
         findings=findings.findings(results),
         tables=_tables(results),
-        figures=_figures(results),
+        figures=draw_all(results),
+        caption=theme.caption,
         header=header,
         card=card(results),
         audit=paper.audit(),
@@ -89,26 +88,13 @@ def _tables(results: Results) -> dict[str, pd.DataFrame]:
     return {name: as_text(frame) for name, frame in frames.items()}
 
 
-def _figures(results: Results) -> dict[str, dict[str, str]]:
-    """Return each figure's caption and, where it draws something, its HTML."""
-    return {
-        name: {
-            "caption": theme.caption(figure),
-            "html": "" if theme.is_empty(figure) else figure.to_html(
-                include_plotlyjs=False, full_html=False, div_id=name, config={"responsive": True}
-            ),
-        }
-        for name, figure in draw_all(results).items()
-    }  # fmt: skip
-
-
 def card(results: Results) -> dict[str, str]:
     """Return what was measured, on what and with what, and which file holds it, as the rows say."""
     rows = pd.DataFrame(results.rows, columns=["stage", "versions", "measured_at", *CARD])
     facts: dict[str, Iterable[str]] = {words: rows[name].dropna() for name, words in CARD.items()}
-    facts["versions"] = rows.versions.dropna().map(lambda versions: ", ".join(map(" ".join, versions.items())))
-    facts["measured"] = rows.measured_at.dropna().str[:10].sort_values()
-    facts["rows"] = [f"{count} {stage}" for stage, count in rows.stage.value_counts(sort=False).items()]
+    facts["versions"] = [", ".join(map(" ".join, versions.items())) for versions in rows.versions.dropna()]
+    facts["measured"] = sorted(when[:10] for when in rows.measured_at.dropna())
+    facts["rows"] = [f"{count} {stage}" for stage, count in Counter(rows.stage).items()]
     facts["checkpoints"] = results.checkpoints.get("fingerprint", [])
     facts["written by"] = [f"qnb {__version__}"]
     if results.folder and (ledger := results.folder / "ledger.jsonl").exists():
@@ -118,32 +104,21 @@ def card(results: Results) -> dict[str, str]:
 
 
 def limits(results: Results) -> list[str]:
-    """Return what these numbers do not say: a line per kind of flag with its count, then what always holds."""
-    speed, lines = results.speed, []
+    """Return what these numbers do not say: flags with their counts, samples, and what could not be measured."""
+    speed, scores, lines = results.speed, results.scores, []
     for flag, count in Counter(flag for flags in speed["flags"] for flag in set(flags)).most_common():
         words = flag_text([flag])
         lines.append(f"{words[:1].upper()}{words[1:]}: {count} of {len(speed)} timed rows.")
     single = [words for name, words in findings.SETTINGS.items() if (results.timed(name).passes < 2).any()]
     if single:
         lines.append(f"One pass only, so no spread is known: {' and '.join(single)}.")
-    if speed.peak_reserved_mib.isna().any():
-        lines.append("Without a GPU's allocator, memory is how far the process grew: compare the weights instead.")
+    if len(scores):
+        whole = scores[scores.task == scores.asked].drop_duplicates("task")
+        part = whole[whole.n_items < whole.n_total.astype(float)]
+        if len(part):
+            lines.append(f"Accuracy is of a sample: {part.n_items.sum():,.0f} of {part.n_total.sum():,.0f} items.")
     lines += [f"Could not be measured: {what} ({reason})." for what, reason in _by_text(results.failures, "reason")]
-    lines += [f"{what}: {note}." for what, note in _by_text(results.rows, "note")]
-    return [*lines, *_accuracy_limits(results.scores)]
-
-
-def _accuracy_limits(scores: pd.DataFrame) -> list[str]:
-    if scores.empty:
-        return ["No accuracy was measured, so nothing here says what quantization costs."]
-    lines = ["LLM.int8 picks its outlier columns over a whole batch: its scores move a little with the batch size."]
-    if BASELINE not in set(scores.precision):
-        lines.append(f"{BASELINE} was not measured, so no change in accuracy is known; add it to the formats.")
-    whole = scores[scores.task == scores.asked].drop_duplicates("task")
-    part = whole[whole.n_items < whole.n_total.astype(float)]
-    if len(part):
-        lines.append(f"Accuracy is of a sample: {part.n_items.sum():,.0f} of {part.n_total.sum():,.0f} items.")
-    return lines
+    return lines + [f"{what}: {note}." for what, note in _by_text(results.rows, "note")]
 
 
 def _by_text(rows: Iterable[Mapping[str, Any]], name: str) -> list[tuple[str, str]]:

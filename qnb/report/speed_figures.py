@@ -48,7 +48,8 @@ def metrics(results: Results, setting: str) -> go.Figure:
 def _metrics(results: Results, setting: str) -> pd.DataFrame:
     """Return a row per quantity, format and engine; an asterisk marks what other processes disturbed."""
     frame = theme.panels(results.timed(setting), METRICS, "throughput_spread_pct")
-    return frame.assign(text=theme.numbers(frame.value) + frame["flags"].map(is_disturbed).map({True: "*", False: ""}))
+    stars = ["*" * is_disturbed(flags) for flags in frame["flags"]]
+    return frame.assign(text=[text + star for text, star in zip(theme.numbers(frame.value), stars, strict=True)])
 
 
 def heatmap(results: Results, setting: str) -> go.Figure:
@@ -91,17 +92,18 @@ def sweep(results: Results) -> go.Figure:
     largest = results.maxbatch.merge(steps[alike].drop_duplicates(), on=alike)
     rows = stack([steps.assign(size=5), largest.assign(size=12)]).sort_values("batch_size", kind="stable")
     frame = theme.panels(rows, SWEPT, "prompt_tokens", "new_tokens", "batch_spread_pct")
-    knee = knees(steps).set_index(["precision", "engine"]).knee
+    knee = knees(steps).set_index(["precision", "engine"]).knee.fillna(0)  # no line bends at 0
     ring = [knee[row.precision, row.engine] == row.batch_size for row in frame.itertuples()]
     frame = frame.assign(
         symbol=frame.precision.map(theme.symbol).mask(ring, "circle-open"), size=frame["size"].mask(ring, 16)
     )
     figure = px.line(
-        frame, x="batch_size", y="value", markers=True, log_x=True, log_y=True, facet_row="panel", facet_col="engine",
+        frame, x="batch_size", y="value", markers=True, facet_row="panel", facet_col="engine",
         facet_col_spacing=0.03, **theme.by_format(frame, "symbol", "size"),
     )  # fmt: skip
     theme.style_points(figure, "symbol", "size")
-    figure.update_xaxes(title="").update_xaxes(title=header("batch_size"), row=1).update_yaxes(title="")
+    figure.update_xaxes(title="", **theme.LOG_AXIS).update_yaxes(title="", **theme.LOG_AXIS)
+    figure.update_xaxes(title=header("batch_size"), row=1)
     figure.update_yaxes(matches=f"y{1 + frame.engine.nunique()}", row=2)  # the upper row has a scale of its own
     note = "logarithmic; ring: knee" + "; large point: the largest batch" * bool(len(largest))
     return theme.finish(figure, title, 620, note)
@@ -169,10 +171,8 @@ def memory(results: Results) -> go.Figure:
 
 def _settings(results: Results) -> pd.DataFrame:
     """Return the rows of both settings, with `panel`: the setting and its engine."""
-    return stack(
-        results.timed(setting).assign(panel=lambda runs, words=words: words.removeprefix("the ") + ", " + runs.engine)
-        for setting, words in SETTINGS.items()
-    )
+    runs = results.speed[results.speed.setting != "sweep"]
+    return runs.assign(panel=[f"{SETTINGS[row.setting]}, {row.engine}" for row in runs.itertuples()])
 
 
 def _parts(

@@ -28,7 +28,8 @@ ROOM = 0.5  # of what an axis spans, for the numbers at its ends
 NOTE_LETTERS = 60  # in a line below the title, so that it fits a phone
 HOLLOW = ("eager", "not significant")
 PUBLISHED = "published (T4)"  # in place of an engine
-COUNTS = {"requests": "requests", "passes": "passes", "n_items": "items"}
+LOG_AXIS = {"type": "log", "tickvals": [digit * 10.0**power for power in range(-6, 9) for digit in (1, 2, 5)],
+            "tickformat": ",~g"}  # fmt: skip
 COLORS = {name: precision.color for name, precision in PRECISIONS.items()}
 
 pio.templates["qnb"] = go.layout.Template(
@@ -38,9 +39,8 @@ pio.templates["qnb"] = go.layout.Template(
                   "font": {"size": 16, "weight": 700}, "subtitle": {"font": {"size": 12, "color": QUIET}},
                   "pad": {"l": 12, "t": 14}},
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "yanchor": "top"},
-        "hoverlabel": {"align": "left"},
-        "xaxis": {"automargin": True, "zeroline": False, "title": {"font": {"size": 12}}},
-        "yaxis": {"automargin": True, "zeroline": False, "title": {"font": {"size": 12}}},
+        "xaxis": {"zeroline": False, "title": {"font": {"size": 12}}},
+        "yaxis": {"zeroline": False, "title": {"font": {"size": 12}}},
     }
 )  # fmt: skip
 
@@ -63,16 +63,15 @@ def by_format(frame: pd.DataFrame, *custom: str) -> dict[str, Any]:
 
 
 def hovers(frame: pd.DataFrame, *names: str) -> list[str]:
-    """Return what the pointer shows of each row: its format and engine, the named quantities, and its n."""
+    """Return what the pointer shows of each row: its format and engine, the named quantities, and its counts."""
     return [_hover(row, names) for row in frame.to_dict("records")]
 
 
 def _hover(row: Mapping[str, Any], names: Iterable[str]) -> str:
     lines = [", ".join(filter(None, (PRECISIONS[row["precision"]].label, escape(str(row.get("engine") or "")))))]
-    for name in ("batch_size", *names):
+    for name in ("batch_size", *names, "requests", "passes", "n_items"):
         if value := format_value(name, row.get(name)):
             lines.append(f"{column(name).label}: {value} {column(name).unit}".rstrip())
-    lines += [f"n = {row[name]:,.0f} {words}" for name, words in COUNTS.items() if pd.notna(row.get(name))]
     lines += ["disturbed by other processes"] * is_disturbed(row.get("flags"))
     return "<br>".join(lines)
 
@@ -106,20 +105,21 @@ def bars(frame: pd.DataFrame, parts: Mapping[str, float], title: str, note: str 
     title, note
         What the figure shows, and how it is read.
     """
-    frame = frame.assign(**{"above": 0.0, "below": 0.0, **frame}).fillna({"above": 0.0})
-    ends = frame[list(parts)].sum(axis=1) + frame.above
-    frame = frame.assign(whisker=frame.above, room=ROOM * ends.groupby(frame.panel).transform("max"))
-    shades = {**parts, "whisker": 0.0, "room": 0.0}  # the text stands in the last one
-    long = frame.melt(["panel", "precision", "text", "hover", "above", "below"], list(shades), "part", "length")
+    whiskers = ["above", "below"]
+    frame = frame.assign(**{name: frame.get(name, math.nan) for name in whiskers})
+    ends = frame[[*parts, "above"]].sum(axis=1)
+    frame = frame.assign(gap=frame.above.fillna(0), room=ROOM * ends.groupby(frame.panel).transform("max"))
+    shades = {**parts, "gap": 0.0, "room": 0.0}  # the text stands in the room, beyond the whisker
+    long = frame.melt(["panel", "precision", "text", "hover", *whiskers], list(shades), "part", "length")
     long["text"] = long.text.where(long.part == "room", "")
-    long[["above", "below"]] = long[["above", "below"]].where(long.part == list(parts)[-1])
+    long[whiskers] = long[whiskers].where(long.part == list(parts)[-1])
     look = {**by_format(frame), "color": "part", "error_x": "above", "error_x_minus": "below"}
     figure = px.bar(long, x="length", y="precision", text="text", **look, **_two_by_two(frame))
     for bar in figure.data:
         bar.marker = {"color": [COLORS[name] for name in bar.y], "opacity": shades[bar.name]}
     figure.update_traces(
-        textposition="inside", insidetextanchor="start", insidetextfont={"size": 11, "color": INK}, showlegend=False,
-        error_x={"color": INK, "thickness": 1.2, "width": 3},
+        textposition="inside", insidetextanchor="start", insidetextfont={"size": 11, "color": INK},
+        constraintext="none", showlegend=False, error_x={"color": INK, "thickness": 1.2, "width": 3},
     )  # fmt: skip
     for part, opacity in parts.items() if len(parts) > 1 else ():
         figure.add_bar(x=[None], y=[None], name=part, legendgroup=part, marker_color=f"rgba(34,34,34,{opacity})")
@@ -162,8 +162,9 @@ def dots(frame: pd.DataFrame, title: str, note: str = "") -> go.Figure:
 
 def style_points(figure: go.Figure, *properties: str) -> None:
     """Give every point a marker of its own: custom data holds the hover text, then the named properties."""
-    for trace in figure.data:
-        trace.marker.update({name: [row[place] for row in trace.customdata] for place, name in enumerate(properties, 1)})
+    for trace in figure.select_traces(lambda trace: trace.customdata is not None):
+        for place, name in enumerate(properties, 1):
+            trace.marker[name] = [row[place] for row in trace.customdata]
 
 
 def _two_by_two(frame: pd.DataFrame) -> dict[str, Any]:

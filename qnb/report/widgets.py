@@ -11,25 +11,43 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
-import pandas as pd
 import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader
 
 from qnb.columns import column, header
 from qnb.errors import InputError
 from qnb.precision import BASELINE, PRECISIONS
-from qnb.report import comparison, recommend, theme
+from qnb.report import figures, recommend
+from qnb.report.findings import SETTINGS
 from qnb.report.results import Results, read_reference, task_name
 from qnb.report.tables import MEAN
-from qnb.report.tradeoff_figures import decision
 
 REFERENCE = Path(__file__).parents[2] / "outputs" / "reference"
-WIDE = {"description_width": "9rem"}
 NOTHING = "Nothing measured yet: run 02_accuracy, 03_perf_bs1 or 04_perf_maxbatch first."
+SHOWN = 240  # the live monitor's newest readings
+WIDTH_PX, HEIGHT_PX = 240, 36  # of one of its lines
+HTML: Any = Environment(loader=PackageLoader("qnb", "data"), autoescape=True).get_template("panels.html").module
+
+
+def _with_words(kind: type[widgets.Widget], words: str, width: str = "30rem", **options: Any) -> Any:
+    """Return a control with its words beside it."""
+    layout = widgets.Layout(width=f"min(100%, {width})")
+    return kind(description=words, style={"description_width": "11rem"}, layout=layout, **options)
+
+
+def _formats(names: Sequence[str]) -> widgets.SelectMultiple:
+    return _with_words(widgets.SelectMultiple, "formats", options=names, value=tuple(names), rows=len(names))
+
+
+def _observe(controls: Sequence[widgets.Widget], call: Callable[[], None]) -> None:
+    """Call now, and whenever a control changes."""
+    for control in controls:
+        control.observe(lambda _: call(), names="value")
+    call()
 
 
 def show(output: widgets.Output, figure: go.Figure) -> None:
@@ -46,24 +64,6 @@ def sources(study: Any) -> dict[str, Results]:
     }
 
 
-def _row(width: str = "30rem") -> widgets.Layout:
-    return widgets.Layout(width=f"min(100%, {width})")
-
-
-def _dropdown(words: str, options: Sequence[Any], **value: Any) -> widgets.Dropdown:
-    return widgets.Dropdown(options=options, description=words, style=WIDE, layout=_row(), **value)
-
-
-def _several(names: Sequence[str]) -> widgets.SelectMultiple:
-    about = {"description": "formats", "rows": len(names), "style": WIDE, "layout": _row()}
-    return widgets.SelectMultiple(options=names, value=tuple(names), **about)
-
-
-def _observe(controls: Sequence[widgets.Widget], call: Callable[[], None]) -> None:
-    for control in controls:
-        control.observe(lambda _: call(), names="value")
-
-
 def _choose_study(
     study: Any, usable: Callable[[Results], bool], build: Callable[[Results], list[widgets.Widget]]
 ) -> widgets.VBox:
@@ -71,44 +71,42 @@ def _choose_study(
     studies = {name: results for name, results in sources(study).items() if usable(results)}
     if not studies:
         return widgets.VBox([widgets.Label(NOTHING)])
-    source, below = _dropdown("study", list(studies)), widgets.VBox()
+    source, below = _with_words(widgets.Dropdown, "study", options=list(studies)), widgets.VBox()
 
     def rebuild() -> None:
         below.children = build(studies[source.value])
 
     _observe([source], rebuild)
-    rebuild()
     return widgets.VBox([source, below])
 
 
 def explorer(study: Any) -> widgets.VBox:
     """Return a panel that draws one quantity, for a setting, a task, formats, against a baseline."""
-    return _choose_study(study, lambda results: bool(comparison.measured(results)), _explorer)
+    return _choose_study(study, lambda results: bool(figures.measured(results)), _explorer)
 
 
 def _explorer(results: Results) -> list[widgets.Widget]:
-    settings_of = comparison.measured(results)
-    settings = [name for name in comparison.SETTINGS if len(results.timed(name))]
-    names = results.precisions
-    quantity = _dropdown("quantity", [(header(name), name) for name in settings_of])
-    setting = _dropdown("setting", [(theme.SETTINGS[name], name) for name in settings])
-    task = _dropdown("task", [(task_name(name), name) for name in recommend.tasks(results)])
-    ticked = _several(names)
-    baseline = _dropdown("compared with", [("nothing: as measured", ""), *((name, name) for name in names)])
-    output = widgets.Output()
+    settings_of, names = figures.measured(results), results.precisions
+    options = {
+        "quantity": [(header(name), name) for name in settings_of],
+        "setting": [(words, name) for name, words in SETTINGS.items() if len(results.timed(name))],
+        "task": [(task_name(name), name) for name in recommend.tasks(results)],
+        "compared with": [("nothing: as measured", ""), *((name, name) for name in names)],
+    }
+    choices = [_with_words(widgets.Dropdown, words, options=each) for words, each in options.items()]
+    quantity, setting, task, baseline = choices
+    selected, output = _formats(names), widgets.Output()
 
     def redraw() -> None:
-        of_accuracy = quantity.value == comparison.ACCURACY
+        of_accuracy = quantity.value == figures.ACCURACY
         task.disabled, setting.disabled = not of_accuracy, of_accuracy
         if not of_accuracy and setting.value not in settings_of[quantity.value]:
             setting.value = settings_of[quantity.value][0]  # draws again
         choice = (quantity.value, setting.value or "bs1", task.value or MEAN)
-        show(output, comparison.compare(results, *choice, ticked.value, baseline.value))
+        show(output, figures.compare(results, *choice, selected.value, baseline.value))
 
-    controls = [quantity, setting, task, ticked, baseline]
-    _observe(controls, redraw)
-    redraw()
-    return [*controls, output]
+    _observe([*choices, selected], redraw)
+    return [*choices, selected, output]
 
 
 def chooser(study: Any) -> widgets.VBox:
@@ -117,73 +115,53 @@ def chooser(study: Any) -> widgets.VBox:
 
 
 def _chooser(results: Results) -> list[widgets.Widget]:
-    settings_of = comparison.measured(results)
     speeds = [
-        (f"{header(name)}, {theme.SETTINGS[setting]}", (setting, name))
-        for name in recommend.SPEEDS for setting in settings_of.get(name, ())
+        (f"{header(name)}, {SETTINGS[setting]}", (setting, name))
+        for name in recommend.SPEEDS for setting in figures.measured(results).get(name, ())
     ]  # fmt: skip
-    ranked = _dropdown("ranked by", speeds)
-    # a study without accuracy cannot be asked for it
     tasks = [*((task_name(name), name) for name in recommend.tasks(results)), ("do not ask", "")]
-    task = _dropdown("accuracy on", tasks)
-    limits, words, output = widgets.VBox(), widgets.HTML(), widgets.Output()
-    sliders: dict[str, widgets.FloatSlider] = {}
+    ranked = _with_words(widgets.Dropdown, "ranked by", options=speeds)
+    task = _with_words(widgets.Dropdown, "accuracy on", options=tasks)
+    below = widgets.VBox()
 
-    def candidates() -> pd.DataFrame:
-        return recommend.candidates(results, ranked.value[0], task.value or MEAN)
+    def rebuild() -> None:
+        setting, speed = ranked.value
+        below.children = _limited(results, setting, speed, task.value)
 
-    def limit() -> None:
-        sliders.clear()
-        sliders.update(_limits(candidates(), ranked.value[1], bool(task.value)))
-        limits.children = list(sliders.values())
-        _observe(limits.children, decide)
-        decide()
-
-    def decide() -> None:
-        name = ranked.value[1]
-        values = {key: slider.value for key, slider in sliders.items()}
-        values["speed_limit"] /= column(name).scale
-        advice = recommend.choose(candidates(), recommend.Demand(name, **values))
-        words.value = _spoken(recommend.explain(advice))
-        show(output, decision(advice))
-
-    _observe([ranked, task], limit)
-    limit()
-    return [ranked, task, limits, words, output]
+    _observe([ranked, task], rebuild)
+    return [ranked, task, below]
 
 
-def _limits(candidates: pd.DataFrame, speed: str, accuracy: bool) -> dict[str, widgets.FloatSlider]:
-    """Return a slider per limit, by its name in `recommend.Demand`; at first they allow everything but a loss."""
-    sliders = {}
-    memory_mib = 1.1 * candidates.peak_memory_mib.max()
+def _limited(results: Results, setting: str, speed: str, task: str) -> list[widgets.Widget]:
+    """Return a slider per limit in `recommend.Demand`, at first allowing all but a loss, and the advice below them."""
+    candidates = recommend.candidates(results, setting, task or MEAN)
+    sliders, words, output = {}, widgets.HTML(), widgets.Output()
+    memory_mib, top = 1.1 * candidates.peak_memory_mib.max(), 1.1 * column(speed).scale * candidates[speed].max()
     if not math.isnan(memory_mib):
         sliders["memory_mib"] = _slider("memory, MiB, at most", memory_mib, memory_mib, 10)
-    about, more = column(speed), column(speed).better == "more"
-    top = 1.1 * about.scale * candidates[speed].max()
-    short = about.label.rpartition("(")[2].rstrip(")")  # TPOT: a slider has little room
-    words = f"{short}, {about.unit}, at {'least' if more else 'most'}"
-    sliders["speed_limit"] = _slider(words, top, 0 if more else top, top / 100)
-    if accuracy:
+    short = column(speed).label.rpartition("(")[2].rstrip(")")  # TPOT: a slider has little room
+    bound, value = ("least", 0) if column(speed).better == "more" else ("most", top)
+    sliders["speed_limit"] = _slider(f"{short}, {column(speed).unit}, at {bound}", top, value, top / 100)
+    if task:
         sliders["loss_pp"] = _slider("loss, points, at most", 10, 2, 0.1)
-    return sliders
+
+    def decide() -> None:
+        values = {name: slider.value for name, slider in sliders.items()}
+        values["speed_limit"] /= column(speed).scale
+        advice = recommend.choose(candidates, recommend.Demand(speed, **values))
+        words.value = HTML.advice(recommend.explain(advice))
+        show(output, figures.decision(advice))
+
+    _observe(list(sliders.values()), decide)
+    return [*sliders.values(), words, output]
 
 
 def _slider(words: str, high: float, value: float, step: float) -> widgets.FloatSlider:
     step = float(f"{step:.1g}")
-    return widgets.FloatSlider(
-        min=0, max=step * math.ceil(high / step), value=value, step=step, description=words, continuous_update=False,
-        readout_format=f".{max(0, -math.floor(math.log10(step)))}f", layout=_row(),
-        style={"description_width": "11rem"},
+    return _with_words(
+        widgets.FloatSlider, words, min=0, max=step * math.ceil(high / step), value=value, step=step,
+        continuous_update=False, readout_format=f".{max(0, -math.floor(math.log10(step)))}f",
     )  # fmt: skip
-
-
-def _spoken(said: Mapping[str, Sequence[str]]) -> str:
-    """Return headed lines as HTML that a screen reader speaks when it changes."""
-    parts = []
-    for heading, lines in said.items():
-        items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-        parts.append(f"<p style='margin:.6em 0 0'><b>{escape(heading)}</b></p><ul style='margin:0'>{items}</ul>")
-    return f"<div role='status' aria-live='polite' style='line-height:1.4;max-width:46rem'>{''.join(parts)}</div>"
 
 
 def playground(study: Any) -> widgets.VBox:
@@ -191,12 +169,9 @@ def playground(study: Any) -> widgets.VBox:
 
     BF16 is what they are compared with. Nothing is loaded before the button is pressed.
     """
-    example = "The capital of France is"
-    prompt = widgets.Textarea(example, description="prompt", rows=3, style=WIDE, layout=_row("46rem"))
-    ticked = _several([precision.name for precision in study.precisions])
-    tokens = widgets.IntSlider(
-        24, min=4, max=128, description="new tokens", continuous_update=False, style=WIDE, layout=_row()
-    )
+    prompt = _with_words(widgets.Textarea, "prompt", "46rem", value="The capital of France is", rows=3)
+    selected = _formats([precision.name for precision in study.precisions])
+    tokens = _with_words(widgets.IntSlider, "new tokens", value=24, min=4, max=128, continuous_update=False)
     button = widgets.Button(description="Continue", button_style="primary", tooltip="Generate in each format selected")
     words = widgets.HTML()
 
@@ -204,40 +179,35 @@ def playground(study: Any) -> widgets.VBox:
         texts: dict[str, list[str]] = {}
         button.disabled = True
         try:
-            for name in dict.fromkeys([BASELINE, *ticked.value]):  # BF16 first: the others are compared with it
-                words.value = f"<p role='status'>{escape(name)} is at work …</p>{side_by_side(texts)}"
+            for name in dict.fromkeys([BASELINE, *selected.value]):  # BF16 first: the others are compared with it
+                words.value = HTML.working(name, compared(texts))
                 texts[name] = study.continuation(prompt.value, name, tokens.value)
-            words.value = side_by_side(texts)
+            words.value = HTML.continuations(compared(texts))
         except InputError as error:
-            words.value = f"<p role='alert'>{escape(str(error))}</p>"
+            words.value = HTML.problem(error)
         finally:
             button.disabled = False
 
     button.on_click(run)
-    return widgets.VBox([prompt, ticked, tokens, button, words])
+    return widgets.VBox([prompt, selected, tokens, button, words])
 
 
-def side_by_side(texts: Mapping[str, Sequence[str]]) -> str:
-    """Return continuations as HTML columns; tokens that differ from BF16's at their place are marked.
+def compared(texts: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """Return a column per format: its tokens, each with whether it differs from BF16's at its place.
 
     Parameters
     ----------
     texts
-        Tokens as text, by format; BF16's is what the others are compared with.
+        Tokens as text, by format.
     """
     base, columns = texts.get(BASELINE, []), []
-    for name, pieces in texts.items():
-        other = [place < len(base) and piece != base[place] for place, piece in enumerate(pieces)]
-        marks = {False: "{}", True: "<mark style='background:#ffe08a;text-decoration:underline'>{}</mark>"}
-        text = "".join(marks[mark].format(escape(piece)) for piece, mark in zip(pieces, other, strict=True))
-        note = f"differs at token {other.index(True) + 1}" if any(other) else "as BF16"
-        columns.append(
-            f"<section aria-label='{escape(name)}' style='flex:1 1 14rem;min-width:0;border-top:4px solid "
-            f"{PRECISIONS[name].color};padding:.3rem .5rem'><b>{escape(name)}</b> "
-            f"<small>{'the baseline' if name == BASELINE else note}</small>"
-            f"<div style='white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.5'>{text}</div></section>"
-        )
-    return f"<div style='display:flex;flex-wrap:wrap;gap:.5rem'>{''.join(columns)}</div>"
+    for name, tokens in texts.items():
+        differs = [place < len(base) and token != base[place] for place, token in enumerate(tokens)]
+        note = f"differs at token {differs.index(True) + 1}" if any(differs) else "as BF16"
+        note = "the baseline" if name == BASELINE else note
+        marked = list(zip(tokens, differs, strict=True))
+        columns.append({"name": name, "color": PRECISIONS[name].color, "note": note, "tokens": marked})
+    return columns
 
 
 class LiveMonitor:
@@ -281,26 +251,17 @@ class LiveMonitor:
             self.panel.value = sparklines(self._readings[-SHOWN:], self._period_s)
 
 
-SHOWN = 240  # readings drawn, the newest
-WIDTH_PX, HEIGHT_PX = 240, 36
-
-
 def sparklines(readings: Sequence[Mapping[str, float]], period_s: float) -> str:
     """Return readings as lines of SVG, a row per quantity, each with its newest value in words."""
-    rows = []
+    lines = []
     for name in ("utilization_pct", "memory_mib", "power_w"):
         values = [reading[name] for reading in readings if name in reading]
         if not values:
             continue
         scale = HEIGHT_PX / (100.0 if name.endswith("_pct") else max(values) or 1.0)
-        points = " ".join([f"{place},{HEIGHT_PX - scale * value:.1f}" for place, value in enumerate(values)])
         peak = f"highest of {len(values) * period_s:,.0f} s: {max(values):,.0f}"
-        words = escape(f"{header(name)}: {values[-1]:,.0f} ({peak})")
-        rows.append(
-            "<div style='display:flex;flex-wrap:wrap;gap:.75rem;align-items:center'>"
-            f"<svg role='img' aria-label='{words}' viewBox='0 -1 {max(len(values) - 1, 1)} {HEIGHT_PX + 2}' "
-            f"width='{WIDTH_PX}' height='{HEIGHT_PX}' preserveAspectRatio='none' style='background:#f4f4f4'>"
-            "<polyline fill='none' stroke='#1f4e9c' stroke-width='1.5' vector-effect='non-scaling-stroke' "
-            f"points='{points}'/></svg><span>{words}</span></div>"
-        )
-    return "".join(rows)
+        lines.append({
+            "points": " ".join([f"{place},{HEIGHT_PX - scale * value:.1f}" for place, value in enumerate(values)]),
+            "span": max(len(values) - 1, 1), "words": f"{header(name)}: {values[-1]:,.0f} ({peak})",
+        })  # fmt: skip
+    return HTML.sparklines(lines, WIDTH_PX, HEIGHT_PX)
