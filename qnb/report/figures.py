@@ -190,10 +190,8 @@ def compare(
         A study's frames.
     quantity
         `ACCURACY` or a name in `QUANTITIES`. The interval of an accuracy is that of its change against BF16.
-    setting
-        Of a speed: ``"bs1"`` or ``"maxbatch"``.
-    task
-        Of accuracy: a task, or the mean over tasks.
+    setting, task
+        Of a speed: ``"bs1"`` or ``"maxbatch"``. Of accuracy: a task, or the mean over tasks.
     precisions
         These formats only; empty takes all.
     baseline

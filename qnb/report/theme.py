@@ -119,7 +119,7 @@ def bars(frame: pd.DataFrame, parts: Mapping[str, float], title: str, note: str 
         bar.marker = {"color": [COLORS[name] for name in bar.y], "opacity": shades[bar.name]}
     figure.update_traces(
         textposition="inside", insidetextanchor="start", insidetextfont={"size": 11, "color": INK},
-        constraintext="none", showlegend=False, error_x={"color": INK, "thickness": 1.2, "width": 3},
+        textangle=0, constraintext="none", showlegend=False, error_x={"color": INK, "thickness": 1.2, "width": 3},
     )  # fmt: skip
     for part, opacity in parts.items() if len(parts) > 1 else ():
         figure.add_bar(x=[None], y=[None], name=part, legendgroup=part, marker_color=f"rgba(34,34,34,{opacity})")
