@@ -67,9 +67,10 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
         raise InputError(f"there are no notebooks in {NOTEBOOKS}; run from a clone of the repository")
     known = {name: notebook_parameters(NOTEBOOKS / f"{name}.ipynb") for name in NAMES}
     values = parameters(profile, given, {"device"}.union(*known.values()))
-    _absolute_paths(values, output)
+    if output:
+        values["output"] = output if output.startswith(colab.DRIVE) else str(expand_path(output).resolve())
     study = check_parameters(values, names)
-    values["output"] = str(study.folder)
+    values |= {"output": str(study.folder), "data_dir": str(study.session.data_dir or "")}  # kernels run elsewhere
     if "device" in values:
         os.environ[device.CHOICE] = values["device"]  # for the notebooks' kernels
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it calls the rarely used parameters unknown
@@ -135,7 +136,7 @@ def parameters(profile: str, given: Sequence[Sequence[str]], known: set[str]) ->
     files = {path.stem: path for path in sorted((NOTEBOOKS / "profiles").glob("*.yaml"))}
     if profile not in files:
         raise InputError(f"profile {profile!r} is unknown; choose from {', '.join(files)}")
-    values = _plain(f"profile {files[profile]}", files[profile].read_text(encoding="utf-8"))
+    values = _plain(f"profile {files[profile]}", files[profile].read_bytes())
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise InputError(f"profile {files[profile]} is no list of names and values; give lines such as 'limit: 40'")
     values |= {name: _plain(f"parameter {name}", text) for name, text in given}
@@ -147,7 +148,7 @@ def parameters(profile: str, given: Sequence[Sequence[str]], known: set[str]) ->
     return values
 
 
-def _plain(what: str, text: str) -> Any:
+def _plain(what: str, text: str | bytes) -> Any:
     """Return the plain value that YAML reads in `text`."""
     import yaml
 
@@ -155,15 +156,6 @@ def _plain(what: str, text: str) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
         raise InputError(f"{what} holds {text[:40]!r}, which is not a plain value") from error
-
-
-def _absolute_paths(values: dict[str, Any], output: str | None) -> None:
-    """Make paths absolute, as kernels may run elsewhere."""
-    if output:
-        on_drive = output.startswith(colab.DRIVE)
-        values["output"] = output if on_drive else str(expand_path(output).resolve())
-    if values.get("data_dir"):
-        values["data_dir"] = str(expand_path(str(values["data_dir"])).resolve())
 
 
 def check_parameters(values: Mapping[str, Any], names: Sequence[str]) -> Study:

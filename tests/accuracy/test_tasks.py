@@ -146,13 +146,6 @@ def test_names_are_unfolded_and_unknown_ones_refused():
         tasks.check(" ")
 
 
-@pytest.mark.parametrize("kind", ["MULTIMODAL", "UNSAFE_CODE"])
-def test_images_and_code_are_refused(kind, monkeypatch):
-    monkeypatch.setattr(ConfigurableTask, kind, True, raising=False)
-    with pytest.raises(InputError, match="sample_easy"):
-        Task("sample_easy")
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_products_without_units_are_formed_wide_and_rounded_once(dtype, monkeypatch):
     import torch
