@@ -103,10 +103,8 @@ def find_largest_batch(try_batch: TryBatch, limit_mib: float, cap: int, last_saf
         if not fits and probe.ended == DIED:
             raise RuntimeError(f"one request did not run: {DIED}")
         if not fits:
-            raise OneRequestDoesNotFit(
-                f"one request takes more than the {limit_mib:,.0f} MiB that are allowed; shorten the prompts, ask for "
-                "fewer new tokens, or raise the limit"
-            )
+            needs = f"one request takes more than the {limit_mib:,.0f} MiB that are allowed"
+            raise OneRequestDoesNotFit(f"{needs}; shorten the prompts, ask for fewer new tokens, or raise the limit")
         size = _next_batch_size(probes, limit_mib, fits, fails, last_safe)
     return LargestBatch(fits, limit_mib, fits == cap, tuple(probes))
 

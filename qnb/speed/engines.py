@@ -94,7 +94,7 @@ class Eager:
 
     def __init__(self, model: PreTrainedModel) -> None:
         own = model.generation_config
-        # a copy shares everything; its settings leave out the model's own sampling, penalties, beams and caches
+        # a copy shares everything; its settings are defaults, greedy and with a cache, not the model's own
         self._model: Any = copy(model)
         self._model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=0)
 
@@ -118,8 +118,6 @@ class Eager:
                 attention_mask=(torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).long(),
                 max_new_tokens=new_tokens,
                 min_new_tokens=new_tokens,  # bars the end of sequence
-                do_sample=False,
-                use_cache=True,
                 stopping_criteria=StoppingCriteriaList([tick] if clock else []),
             )
         return texts[:, ids.shape[1] :]  # (B, N)

@@ -1,4 +1,4 @@
-"""Milliseconds a token by format and engine, beside eager's and beside the time of reading a step's bytes, in one run.
+"""Milliseconds a token by format and engine, beside the time of reading a step's bytes, in one run.
 
 ``python tests/bench/decode.py``: nine formats of Llama-3.2-1B's shape at batch size 1, six minutes on an H100
 ``python tests/bench/decode.py --engines cuda_graph --precisions fp16,nf4 --batch-sizes 1,64``: the captured step
@@ -31,9 +31,8 @@ from qnb.speed.device_peaks import DevicePeaks, measure_peaks
 from qnb.speed.roofline import derived
 
 COLUMNS = (
-    "precision", "engine", "batch_size", "ttft_ms", "tpot_ms", "kernel_ms", "kernels_per_token", "read_ms", "vs_eager",
-    "mbu_pct", "mfu_pct", "gpu_busy_pct", "bound", "throughput_rps", "peak_allocated_mib", "compared_tokens",
-    "first_difference", "difference_margin", "note",
+    "precision", "engine", "batch_size", "ttft_ms", "tpot_ms", "kernel_ms", "kernels_per_token", "read_ms", "mbu_pct",
+    "mfu_pct", "gpu_busy_pct", "bound", "throughput_rps", "peak_allocated_mib", "note",
 )  # fmt: skip
 
 
@@ -42,9 +41,8 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """Load a format once and time each batch size with each engine, eager first."""
     model, tokenizer = load(source.path, precision, options.device), load_tokenizer(source.path)
-    tokens, eager_ms = options.prompt_tokens + options.new_tokens, {}
-    kind = torch.device(options.device).type
-    for size in options.batch_sizes:
+    tokens, kind = options.prompt_tokens + options.new_tokens, model.device.type
+    for size in map(int, options.batch_sizes.split(",")):
         for engine in engines.parse(options.engines, kind):
             row: dict[str, Any] = {"precision": precision.name, "engine": engine, "batch_size": size}
             if why := engines.why_unavailable(engine, kind, model=model, tokens=tokens):
@@ -52,14 +50,11 @@ def measure(
                 continue
             requests = size * options.batches * (1 if engine == "eager" else 4)
             workload = load_prompts(tokenizer, "sample", requests, options.prompt_tokens, options.new_tokens)
-            values = asdict(run(model, workload, size, engine, peaks=peaks).run)
-            row |= {f"{name[:-2]}_ms": 1000 * values[name] for name in ("ttft_s", "tpot_s")}
-            row["kernel_ms"] = values["kernel_s_per_token"] and 1000 * values["kernel_s_per_token"]
-            row["read_ms"] = 1000 * values["bytes_per_step"] / peaks.copy_bytes_per_s
-            if engine == "eager":
-                eager_ms[size] = row["tpot_ms"]
-            row["vs_eager"] = eager_ms[size] / row["tpot_ms"] if size in eager_ms else None
-            yield values | derived(values) | row
+            row |= asdict(run(model, workload, size, engine, peaks=peaks).run)
+            for name in ("ttft_s", "tpot_s", "kernel_s_per_token"):
+                row[f"{name.split('_')[0]}_ms"] = row[name] and 1000 * row[name]
+            row["read_ms"] = 1000 * row["bytes_per_step"] / peaks.copy_bytes_per_s
+            yield row | derived(row)
             release()
 
 
@@ -71,17 +66,16 @@ def main() -> None:
     parser.add_argument("--precisions", default="all")
     parser.add_argument("--engines", default="auto")
     parser.add_argument("--stock-autotuning", action="store_true")
-    parser.add_argument("--batch-sizes", default=[1], type=lambda text: [int(size) for size in text.split(",")])
+    parser.add_argument("--batch-sizes", default="1")
     parser.add_argument("--batches", default=2, type=int, help="timed with eager; cuda_graph gets four times as many")
     parser.add_argument("--prompt-tokens", default=128, type=int)
     parser.add_argument("--new-tokens", default=100, type=int)
     parser.add_argument("--output", default=Path("decode.csv"), type=Path)
-    options = parser.parse_args()
+    options, rows = parser.parse_args(), []
     if options.stock_autotuning:
         decode_step.steady_autotuning = nullcontext
     source, peaks = resolve(options.model, torch.device(options.device).type), measure_peaks(options.device)
     print(peaks)
-    rows: list[dict[str, Any]] = []
     for precision in parse(options.precisions):
         for row in measure(source, precision, options, peaks):
             rows.append(row)

@@ -7,8 +7,8 @@ import decode_oracle as oracle
 import pytest
 import torch
 from bitsandbytes import nn
-from decode_oracle import ONE, THREE, decode_forced, decode_stock, tiny_model
-from transformers import LlamaConfig, MambaConfig, MambaForCausalLM, MistralConfig, Qwen3Config
+from decode_oracle import ONE, THREE, decode, decode_forced, decode_stock, tiny_model
+from transformers import LlamaConfig, MambaConfig, MambaForCausalLM, MistralConfig
 
 from qnb.errors import InputError
 from qnb.memory import is_out_of_memory, release
@@ -16,11 +16,6 @@ from qnb.precision import PRECISIONS
 from qnb.quantize import checkpoint
 from qnb.speed import engines
 from qnb.speed.engines import WARM_UP_STEPS, Clock, CudaGraph, Decoder, Eager, why_unavailable
-
-
-@pytest.fixture(scope="module")
-def texts(source):
-    return oracle.tokenized(source)
 
 
 def test_eager_ticks_once_a_token_and_changes_none():
@@ -32,43 +27,25 @@ def test_eager_ticks_once_a_token_and_changes_none():
     assert torch.equal(timed, Eager(model).generate(THREE, 6)) and timed.shape == (3, 6)
 
 
-def test_a_models_own_penalties_and_beams_do_not_reach_eager():
-    model = tiny_model(LlamaConfig)
-    plain, own = Eager(model).generate(THREE, 12), model.generation_config
+@pytest.mark.parametrize("use_cache", [False, None])
+def test_a_models_own_sampling_penalties_beams_and_caches_do_not_reach_an_engine(use_cache):
+    model = tiny_model(LlamaConfig, use_cache=False)
+    own, plain, read = model.generation_config, Eager(model).generate(THREE, 12), []
     own.repetition_penalty, own.no_repeat_ngram_size, own.num_beams, own.do_sample = 1.5, 2, 3, True
     own.max_time, own.num_return_sequences, own.return_dict_in_generate, own.min_length = 1e-6, 2, True, 40
-    assert len(set(plain[0].tolist())) < 12, "nothing is repeated that a penalty would stop"
-    assert torch.equal(Eager(model).generate(THREE, 12), plain)
-    assert model.generation_config is own and own.num_beams == 3
-
-
-@pytest.mark.parametrize("config", [LlamaConfig, Qwen3Config])
-@pytest.mark.parametrize("of_generation", [True, False])
-def test_the_kv_cache_is_on_whatever_a_model_asks_for(config, of_generation):
-    model = tiny_model(config, use_cache=False)
-    model.generation_config.use_cache = False if of_generation else None
-    read = []
+    own.use_cache = use_cache
     model.model.layers[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
-    tokens = Eager(model).generate(ONE, 4)
-    assert read == [len(ONE[0]), 1, 1, 1]
-    decoder = Decoder(model, 1, 5, 4)
-    decoder.load(ONE)
-    decoder.prefill(1)
-    for _ in range(3):
-        decoder.step(1)
-    assert torch.equal(decoder.new_ids(1, 4), tokens)
+    assert len(set(plain[0].tolist())) < 12, "nothing is repeated that a penalty would stop"
+    assert torch.equal(Eager(model).generate(THREE, 12), plain) and read == [5] + 11 * [1]
+    assert torch.equal(decode(Decoder(model, 3, 5, 12), THREE, 12), plain)
+    assert model.generation_config is own and own.num_beams == 3
 
 
 def test_an_end_of_sequence_is_barred_as_generate_bars_it():
     model = tiny_model(LlamaConfig)
     model.lm_head.weight.data[7] = 40 * model.lm_head.weight.data[7].sign()  # often the likeliest token
     expected = Eager(model).generate(THREE, 6)
-    decoder = Decoder(model, 3, 5, 6)
-    decoder.load(THREE)
-    decoder.prefill(3)
-    for _ in range(5):
-        decoder.step(3)
-    assert torch.equal(decoder.new_ids(3, 6), expected) and not (expected == 7).any()
+    assert torch.equal(decode(Decoder(model, 3, 5, 6), THREE, 6), expected) and not (expected == 7).any()
 
 
 def test_cuda_graph_is_refused_without_a_gpu_not_faked():
@@ -85,21 +62,13 @@ def test_a_model_whose_step_no_graph_can_capture_is_refused():
     def why(model, tokens=0):
         return why_unavailable("cuda_graph", "cuda", model=model, tokens=tokens)
 
-    llama = tiny_model(LlamaConfig)
-    assert why(llama, 64) == "" and why_unavailable("eager", "cpu", 6.0) == ""
-    assert "outlier" in why_unavailable("cuda_graph", "cuda", 6.0)
-    llama.outliers = nn.Linear8bitLt(64, 64, has_fp16_weights=False, threshold=6.0)
-    assert "outlier" in why(llama)
-    llama.outliers.state.threshold = 0.0
-    assert why(llama) == ""
+    llama, narrow = tiny_model(LlamaConfig), tiny_model(MistralConfig, sliding_window=8)
+    assert why(llama, 64) == why(narrow, 8) == why_unavailable("eager", "cpu", 6.0) == ""
+    assert "last 8 tokens" in why(narrow, 9) and "outlier" in why_unavailable("cuda_graph", "cuda", 6.0)
     assert why(MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2)))
-    narrow = tiny_model(MistralConfig, sliding_window=8)
-    assert why(narrow, 8) == "" and "last 8 tokens" in why(narrow, 9)
-
-
-def test_more_than_the_context_window_is_refused():
-    with pytest.raises(InputError, match="context window of 64"):
-        Eager(tiny_model(LlamaConfig)).generate(ONE, 60)
+    for threshold, reason in ((6.0, "outlier"), (0.0, "")):
+        llama.product = nn.Linear8bitLt(64, 64, has_fp16_weights=False, threshold=threshold)
+        assert reason in why(llama) and bool(reason) == bool(why(llama))
 
 
 class Repeated(CudaGraph):
@@ -120,8 +89,9 @@ def test_batches_of_any_size_and_length_follow_each_other(captured_tokens, monke
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     model = tiny_model(LlamaConfig)
-    with pytest.raises(InputError, match="context window of 64"):
-        Repeated(model, 1, 5, 60)
+    for begin in (lambda: Repeated(model, 1, 5, 60), lambda: Eager(model).generate(ONE, 60)):
+        with pytest.raises(InputError, match="context window of 64"):
+            begin()
     engine = Repeated(model, 3, 6, 8)
     for prompts, new_tokens in ((THREE, 8), (ONE, 3), (THREE, 1), ([[3, 4], [9]], 8), (ONE, 8)):
         clock = Clock(model.device)
@@ -129,40 +99,36 @@ def test_batches_of_any_size_and_length_follow_each_other(captured_tokens, monke
         assert len(clock.elapsed_s()) == new_tokens
 
 
-# On a GPU
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [3, 12], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("name", ["bf16", "int8-no-outliers", "int4", "nf4", "nf4-dq"])
-def test_a_captured_step_is_as_near_float32_as_eager(name, rows, source, texts):
+def test_a_captured_step_is_as_near_float32_as_eager(name, rows, source):
     """Fed the same tokens, and where its own tokens differ, it was a near tie."""
+    texts, results = oracle.tokenized(source), []
     with checkpoint.quiet():
         model = checkpoint.load(source.path, PRECISIONS[name], "cuda")
         exact = oracle.unrounded(model, source.path)
         engine = CudaGraph(model, rows, max(map(len, texts)), 16)
         decoder, step = engine._decoder, engine._decoder.step
-        held = torch.zeros(rows, model.config.vocab_size, dtype=model.dtype, device="cuda")
-        decoder.step = lambda batch_size: held.copy_(step(batch_size))  # captured with the step
+        logits = torch.zeros(rows, model.config.vocab_size, dtype=model.dtype, device="cuda")
+        decoder.step = lambda batch_size: logits.copy_(step(batch_size))  # captured with the step
 
         def replay(batch_size):
-            engine._steps[batch_size].replay()
-            return held.clone()
+            engine._graphs[batch_size][1].replay()
+            return logits.clone()
 
-        results = []
         for batch in (texts[first : first + rows] for first in range(0, len(texts), rows)):
             own, tokens = engine.generate(batch, 16), Eager(model).generate(batch, 16)
-            forced = tokens[:, :-1]
-            ours = decode_forced(decoder, batch, forced, replay)
-            results.append((ours, decode_stock(model, batch, forced), decode_stock(exact, batch, forced), tokens, own))
+            theirs, truth = (decode_stock(each, batch, tokens[:, :-1]) for each in (model, exact))
+            results.append((decode_forced(decoder, batch, tokens[:, :-1], replay), theirs, truth, tokens, own))
     assert engine.note == ""
     oracle.assert_differs_by_rounding(*map(torch.cat, zip(*results, strict=True)))
 
 
 @pytest.mark.gpu
-def test_captured_sizes_share_memory_which_comes_back_when_the_engine_goes(source, texts, monkeypatch):
+def test_captured_sizes_share_memory_which_comes_back_when_the_engine_goes(source, monkeypatch):
     monkeypatch.setattr(engines, "COMPILE_OPTIONS", None)  # the order of captures, not their kernels
-    model = checkpoint.load(source.path, PRECISIONS["fp32"], "cuda")
+    model, texts = checkpoint.load(source.path, PRECISIONS["fp32"], "cuda"), oracle.tokenized(source)
     width = max(map(len, texts))
     CudaGraph(model, 3, width, 4).generate(texts[:3], 4)  # the step is built, and libraries have their workspaces
     release()
@@ -170,19 +136,17 @@ def test_captured_sizes_share_memory_which_comes_back_when_the_engine_goes(sourc
     engine = CudaGraph(model, 12, width, 12)
     for rows in (3, 1, 12, 2, 3):
         clock = Clock(model.device)
-        tokens = engine.generate(texts[:rows], 12, clock)
-        expected = Eager(model).generate(texts[:rows], 12)
+        tokens, expected = engine.generate(texts[:rows], 12, clock), Eager(model).generate(texts[:rows], 12)
         assert oracle.widest_tie(decode_stock(model, texts[:rows], expected[:, :-1]), expected, tokens) < 1e-2
         assert len(clock.elapsed_s()) == 12 and sorted(clock.elapsed_s()) == clock.elapsed_s()
-    del engine, tokens
+    del engine, tokens, expected
     release()
     assert torch.cuda.memory_allocated() - before < 2**20
 
 
 @pytest.mark.gpu
-def test_memory_that_runs_out_while_a_step_is_captured_costs_that_engine_alone(source, texts):
-    model = checkpoint.load(source.path, PRECISIONS["bf16"], "cuda")
-    width, runs = max(map(len, texts)), []
+def test_memory_that_runs_out_while_a_step_is_captured_costs_that_engine_alone(source):
+    model, runs = checkpoint.load(source.path, PRECISIONS["bf16"], "cuda"), []
     release()
     before = torch.cuda.memory_reserved()
 
@@ -190,11 +154,11 @@ def test_memory_that_runs_out_while_a_step_is_captured_costs_that_engine_alone(s
         runs.append(batch_size)  # the runs before the capture take little
         return torch.empty(2**30 if len(runs) <= WARM_UP_STEPS else 2**41, dtype=torch.uint8, device="cuda")
 
-    engine = CudaGraph(model, 3, width, 4)
+    engine = CudaGraph(model, 3, 5, 4)
     with pytest.raises(RuntimeError) as failed:
         engine._capture(work, 3)
     assert is_out_of_memory(failed.value) and torch.cuda.current_stream() == torch.cuda.default_stream()
     del engine, failed
     release()
     assert torch.cuda.memory_reserved() - before < 2**27  # nothing of what it had taken stays
-    assert CudaGraph(model, 3, width, 4).generate(texts[:3], 4).shape == (3, 4)
+    assert CudaGraph(model, 3, 5, 4).generate(THREE, 4).shape == (3, 4)
