@@ -29,7 +29,7 @@ from qnb.accuracy.evaluate import AccuracyOptions
 from qnb.accuracy.perplexity import DivergenceOptions
 from qnb.columns import is_disturbed
 from qnb.errors import InputError, expand_path, scrub
-from qnb.ledger import FAILED, KEY
+from qnb.ledger import FAILED, KEY, Row
 from qnb.options import check_count
 from qnb.precision import listed
 from qnb.provenance import COMMAND, ROOT
@@ -86,8 +86,14 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
                 raise KeyboardInterrupt
             rows = len(study.session.ledger)
             print(f"{name}: done in {perf_counter() - started:.0f} s, {rows} rows", file=sys.stderr, flush=True)
+    dry_run = "01_quantize" in names and values.get("push_to") and values.get("dry_run", True)
+    return _report_end(study, earlier, bool(dry_run))
+
+
+def _report_end(study: Study, earlier: Sequence[Row], dry_run: bool) -> int:
+    """Print where the results are, and what failed in this run; return the exit code."""
     print("\n".join(summary(study)))
-    if "01_quantize" in names and values.get("push_to") and values.get("dry_run", True):
+    if dry_run:
         print(f"nothing was uploaded: {study.folder / 'push.csv'} says what would be, -p dry_run false does it")
     failures = [row for row in study.session.ledger.failures() if row not in earlier]
     for row in failures:
