@@ -274,8 +274,7 @@ class ModelStep:
         return self._run(_CacheWriter(state, slots, len(slots)), ids, *layers.layout(slots, state.padding, len(slots)))
 
     def _run(self, writer: _CacheWriter, ids: Tensor, positions: Tensor, mask: Tensor) -> Next:
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        logits = run_model(self._model, writer, **inputs)  # (B, V)
+        logits = run_model(self._model, writer, input_ids=ids, attention_mask=mask, position_ids=positions)  # (B, V)
         return logits, (logits + writer.state.suppressed).argmax(-1)
 
 

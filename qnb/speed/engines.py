@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from functools import cache
 from time import perf_counter
 from typing import Any
 
@@ -272,23 +271,21 @@ class CudaGraph:
         return prefill, self._capture(self._decoder.step, batch_size)
 
     def _capture(self, work: Callable[[int], Any], batch_size: int) -> torch.cuda.CUDAGraph:
-        """Capture `work`, after runs in which kernels are compiled and libraries allocate their workspaces."""
-        main, side = torch.cuda.current_stream(), _capture_stream(self._device)
+        """Capture `work`, after runs in which kernels are compiled and libraries allocate their workspaces.
+
+        They run on the stream that torch captures on: cuBLAS keeps a workspace for every stream that it ever saw.
+        """
+        graph = torch.cuda.CUDAGraph()
+        capture: Any = torch.cuda.graph(graph, pool=self._pool)
+        main, side = torch.cuda.current_stream(), capture.capture_stream
         side.wait_stream(main)
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_STEPS):
                 work(batch_size)
         main.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(main), torch.cuda.graph(graph, pool=self._pool, stream=side):
+        with torch.cuda.stream(main), capture:
             work(batch_size)
         return graph
-
-
-@cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream to capture on: cuBLAS keeps a workspace for every stream that it ever saw."""
-    return torch.cuda.Stream(device)
 
 
 def why_unavailable(
@@ -347,10 +344,8 @@ def parse(engines: str | Iterable[str], device_kind: str) -> tuple[str, ...]:
     InputError
         A name is unknown, or that engine cannot run on this kind of device.
     """
-    names = listed(engines)
-    runnable = tuple(name for name in FACTORIES if not why_unavailable(name, device_kind))
-    if names == ["auto"]:
-        return runnable
+    runnable = [name for name in FACTORIES if not why_unavailable(name, device_kind)]
+    names = runnable if listed(engines) == ["auto"] else listed(engines)
     if not names or not set(names) <= set(runnable):
         raise InputError(f"engines is {engines!r}; give 'auto', 'eager', or with an NVIDIA GPU 'cuda_graph' or both")
     return tuple(name for name in runnable if name in names)

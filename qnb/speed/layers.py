@@ -66,11 +66,11 @@ class Layer(NamedTuple):
     def of(cls, block: Any) -> Layer:
         """Join the products of a model's decoder layer."""
         attn, mlp = block.self_attn, block.mlp
-        qk_norms = [getattr(attn, name) for name in ("q_norm", "k_norm") if hasattr(attn, name)]
+        qk_norms = (getattr(attn, name).weight.detach() for name in ("q_norm", "k_norm") if hasattr(attn, name))
         return cls(
             input_norm=block.input_layernorm.weight.detach(),
             qkv=join([attn.q_proj, attn.k_proj, attn.v_proj]),
-            qk_norms=tuple(norm.weight.detach() for norm in qk_norms),
+            qk_norms=tuple(qk_norms),
             output=join([attn.o_proj])[0],
             post_attention_norm=block.post_attention_layernorm.weight.detach(),
             gate_up=join([mlp.gate_proj, mlp.up_proj]),

@@ -94,14 +94,6 @@ def rms(logits, axis=None):
     return logits.pow(2).mean(axis).sqrt()
 
 
-def error_ratio(ours, theirs, truth):
-    """How many times the error of `theirs` that of `ours` is: the geometric mean over rows and tokens, (B, N, V) each.
-
-    A rounding grows by chance on its way through the layers, so at one token either may be off twice as far.
-    """
-    return torch.exp((rms(ours - truth, -1) / rms(theirs - truth, -1)).log().mean()).item()
-
-
 def widest_tie(truth, first, second):
     """How far apart `truth`, (B, N, V), has two tokens where a row of `first` and of `second`, (B, N), first differ.
 
@@ -121,7 +113,8 @@ def assert_differs_by_rounding(ours, theirs, truth, first, second):
     `ours` is from `decode_forced`, the others from `decode_stock`. `truth` multiplies the stored weights in float32.
     Three bounds, in units of eager's error against it:
 
-    - The engine's error is at most `ROUNDING` of it. By chance twelve prompts gave 0.87 to 1.12, three 0.64 to 1.43:
+    - The engine's error is at most `ROUNDING` of it, in the geometric mean over rows and tokens: a rounding grows by
+      chance on its way through the layers, so at one token either may be off twice as far. By chance twelve prompts gave 0.87 to 1.12, three 0.64 to 1.43:
       take twelve. An error more that is 0.75 of it on every token fails.
     - The two engines are no further apart than two such errors that have nothing in common. That sees what befalls few
       tokens.
@@ -129,6 +122,6 @@ def assert_differs_by_rounding(ours, theirs, truth, first, second):
     """
     tie = widest_tie(truth, first, second)
     theirs, truth = theirs[:, 1:], truth[:, 1:]
-    assert error_ratio(ours, theirs, truth) <= ROUNDING
+    assert (rms(ours - truth, -1) / rms(theirs - truth, -1)).log().mean().exp() <= ROUNDING
     assert rms(ours - theirs) <= math.hypot(1, ROUNDING) * rms(theirs - truth)
     assert tie <= TIE * rms(theirs - truth)
