@@ -58,8 +58,7 @@ class LargestBatch:
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> LargestBatch:
         """Read a search back from its ledger row."""
-        probes = tuple(Probe(**probe) for probe in row["probes"])
-        return cls(row["batch_size"], row["limit_mib"], row["capped"], probes)
+        return cls(row["batch_size"], row["limit_mib"], row["capped"], tuple(Probe(**each) for each in row["probes"]))
 
     def smaller(self) -> LargestBatch:
         """Return what to time after this batch, 2 or more, ran in the search and ran out of memory when timed.
@@ -131,8 +130,8 @@ def _next_batch_size(probes: Sequence[Probe], limit_mib: float, fits: int, fails
 
 def _meets_limit(probes: Sequence[Probe], limit_mib: float, reading: str) -> float:
     """Return the batch size at which the line through the last two that fitted meets the limit; 0 without two."""
-    ran = [(probe.batch_size, getattr(probe, reading)) for probe in probes if probe.fits]
-    points = [(batch_size, mib) for batch_size, mib in ran if mib is not None]
+    readings = [(probe.batch_size, getattr(probe, reading)) for probe in probes if probe.fits]
+    points = [(batch_size, mib) for batch_size, mib in readings if mib is not None]
     if len(points) < 2:
         return 0.0
     (low, low_mib), (high, high_mib) = points[-2:]

@@ -30,8 +30,8 @@ from qnb.speed.patches import steady_autotuning
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # one block: RMS norm, rotary grouped attention, gated SiLU
 ROTARIES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long the text is
-# all but cuDNN's, which would plan anew for every length; on a GPU the mask leaves the first out
-SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# of attention: all but cuDNN's, which would plan anew for every length; on a GPU the mask leaves the first out
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 SMALL_BATCH = 8  # up to so many rows give SDPA's kernel too few thread blocks to keep a GPU busy
 RECOMPILE_LIMIT = 64  # of a function: each type, one row or many, the first size by itself and then any
 ARGMAX_PART = 256  # scores that are compared at once
@@ -185,8 +185,7 @@ class FusedStep:
         What was done before it failed is done again: it writes the same to the same places. Memory that runs out
         meanwhile is not the compiler's fault.
         """
-        limit = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)
-        with limit, steady_autotuning(), sdpa_kernel(SDPA_BACKENDS):
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT), steady_autotuning(), sdpa_kernel(BACKENDS):
             try:
                 return work(*inputs)
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:

@@ -114,8 +114,8 @@ def assert_differs_by_rounding(ours, theirs, truth, first, second):
     Three bounds, in units of eager's error against it:
 
     - The engine's error is at most `ROUNDING` of it, in the geometric mean over rows and tokens: a rounding grows by
-      chance on its way through the layers, so at one token either may be off twice as far. By chance twelve prompts gave 0.87 to 1.12, three 0.64 to 1.43:
-      take twelve. An error more that is 0.75 of it on every token fails.
+      chance on its way through the layers, so at one token either may be off twice as far. Twelve prompts gave 0.87
+      to 1.12, three 0.64 to 1.43: take twelve. An error more that is 0.75 of it on every token fails.
     - The two engines are no further apart than two such errors that have nothing in common. That sees what befalls few
       tokens.
     - Their own tokens first differ where `truth` has them within `TIE` of each other.
