@@ -105,8 +105,8 @@ def prefill_layer(
         attended = attend(query, *kv, attn_mask=mask[:, :, -1:])
         return project_output(hidden[:, -1], attended, layer, epsilon)
     query = rotate(query, cos, sin).transpose(1, 2)  # (B, H*G, T, S)
-    repeated = [part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in kv]
-    return project_output(hidden, attend(query, *repeated, attn_mask=mask).transpose(1, 2), layer, epsilon)
+    keys, values = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in kv)
+    return project_output(hidden, attend(query, keys, values, attn_mask=mask).transpose(1, 2), layer, epsilon)
 
 
 def predict(hidden: Tensor, delta: Tensor, norm: Tensor, head: Product, suppressed: Tensor, epsilon: float) -> Next:
@@ -138,7 +138,8 @@ class Functions(NamedTuple):
 
     def compiled(self, options: dict[str, Any], attend: Attend) -> Functions:
         """Return the functions compiled, each once for all layers, with a way to attend that is compiled with them."""
-        return Functions(*(torch.compile(function, fullgraph=True, **options) for function in self[:-1]), attend)
+        compiled = Functions(*(torch.compile(function, fullgraph=True, **options) for function in self[:-1]))
+        return compiled._replace(attend=attend)
 
 
 class FusedStep:
@@ -214,8 +215,8 @@ class FusedStep:
         hidden, position = embed(self.embedding, state.angles, ids, slots, state.padding, len(slots))  # (B, T, D)
         delta = torch.zeros_like(hidden)
         _allow_any_batch(position.cos, position.sin, position.mask)
-        for layer, layer_kv in zip(self.layers, state.layers, strict=True):
-            kv = tuple(part[:, :, : len(slots)] for part in layer_kv)  # (B, H, T, S)
+        for layer, (keys, values) in zip(self.layers, state.layers, strict=True):
+            kv = keys[:, :, : len(slots)], values[:, :, : len(slots)]  # (B, H, T, S) each
             _allow_any_batch(hidden, delta, *kv)
             inputs = hidden, delta, layer, kv, position, self.epsilon, layer is self.layers[-1]
             hidden, delta = self._large.prefill_layer(*inputs)
@@ -288,10 +289,10 @@ class _CacheWriter(DynamicCache):
         self.state, self._slots, self._attended = state, slots, attended
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> KV:
-        kv = self.state.layers[layer_idx]
-        for part, new in zip(kv, (key_states, value_states), strict=True):
-            part.index_copy_(2, self._slots, new)
-        return tuple(part[:, :, : self._attended] for part in kv)
+        keys, values = self.state.layers[layer_idx]
+        keys.index_copy_(2, self._slots, key_states)
+        values.index_copy_(2, self._slots, value_states)
+        return keys[:, :, : self._attended], values[:, :, : self._attended]
 
 
 def rotary_angles(model: Any, length: int) -> Angles:
@@ -308,10 +309,14 @@ def empty_layers(model: PreTrainedModel, batch_size: int, length: int) -> list[K
     They are allocated before any prompt is read. Allocated meanwhile, they would stand between pieces too small for
     the next tensors: on an H100 held to 15 GiB that lost up to a fifth of the memory.
     """
+
+    def empty(part: Tensor) -> Tensor:  # (1, H, 1, S) -> (B, H, L, S)
+        return part.new_zeros(batch_size, part.shape[1], length, part.shape[3])
+
     cache, token = DynamicCache(), torch.zeros(1, 1, dtype=torch.long, device=model.device)
     run_model(model, cache, input_ids=token, attention_mask=None, position_ids=token)
-    one_token = [(layer.keys, layer.values) for layer in cache.layers]  # (1, H, 1, S) each
-    return [tuple(part.new_zeros(batch_size, part.shape[1], length, part.shape[3]) for part in kv) for kv in one_token]
+    one_token: Any = cache.layers
+    return [(empty(layer.keys), empty(layer.values)) for layer in one_token]
 
 
 def run_model(model: PreTrainedModel, cache: DynamicCache, **inputs: Any) -> Tensor:

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 FLEX_BLOCK = 32  # slots that flex attention reads at once
 FLEX_HEAD_BYTES = range(32, 257)  # heads whose tiles fit the shared memory of every GPU from Ampere on
 
-KV = tuple[Tensor, ...]  # a layer's keys and values, (B, H, L, S) each
+KV = tuple[Tensor, Tensor]  # a layer's keys and values, (B, H, L, S) each
 Angles = tuple[Tensor, ...]  # rotary cosines and sines by position, (L, S) each; none where a model has its own
 
 
@@ -38,7 +38,7 @@ class State(NamedTuple):
 
     def rows(self, first: int, last: int) -> State:
         """Return the state of rows `first` to `last`, in the same memory."""
-        layers = [tuple(part[first:last] for part in kv) for kv in self.layers]
+        layers = [(keys[first:last], values[first:last]) for keys, values in self.layers]
         return self._replace(layers=layers, padding=self.padding[first:last])
 
 
