@@ -181,11 +181,16 @@ class Backbone:
         return self.attention_mask(torch.nn.functional.pad(visible, (prefix_length, 0), value=True)[:, None])
 
     def attention_mask(self, visible: torch.Tensor) -> torch.Tensor:
-        """Return a mask of who sees whom, (B, 1, L, P+L), in the form that the model's attention takes."""
-        if self.config._attn_implementation == "sdpa":
+        """Return a mask of who sees whom, (B, 1, L, P+L), in the form that the model's attention takes.
+
+        On a GPU it is one that is added to the scores, with rows of whole 16 bytes: PyTorch's kernels would convert
+        and copy any other mask again in every layer.
+        """
+        if self.config._attn_implementation == "sdpa" and self.device.type != "cuda":
             return visible
-        dtype = self.model.dtype  # other implementations add the mask to the scores
-        return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+        *shape, length = visible.shape
+        aligned = torch.zeros(*shape, -(-length // 8) * 8, dtype=self.model.dtype, device=visible.device)
+        return aligned[..., :length].masked_fill_(~visible, torch.finfo(self.model.dtype).min)
 
 
 def repeat(past: Cache | None, rows: int) -> Cache | None:
