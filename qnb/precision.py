@@ -1,4 +1,4 @@
-"""The formats, as data: how each stores and multiplies a model's weights.
+"""The formats, as data: how each stores and multiplies a model's weights, and its colour and marker in figures.
 
 A weight stored in b bits costs b/8 bytes of memory and of bandwidth. What it is *multiplied* in is a separate choice.
 LLM.int8 multiplies int8 by int8 and keeps outlier columns in 16 bit (Dettmers et al. 2022). The 4-bit formats are

@@ -267,7 +267,7 @@ class Session:
         return self.decided(key)
 
     def decided(self, key: Mapping[str, Any]) -> Row | None:
-        """Return the row that answers `key` even when overwriting: a decision shared by all formats stands.
+        """Return the row that answers `key`, even when overwriting, so that a decision shared by all formats stands.
 
         A row that answers, but is not the newest of its key, is appended again: what was asked last is shown.
         """

@@ -92,8 +92,7 @@ def test_any_profile_is_taken_or_refused(ask, tmp_path, monkeypatch, content):
 @calm
 @given(
     some.lists(
-        some.sampled_from([*WORDS, ""])
-        | some.text(max_size=8),
+        some.sampled_from([*WORDS, ""]) | some.text(max_size=8),
         max_size=6,
     )
 )

@@ -146,10 +146,11 @@ class Backbone:
         return logits
 
     @torch.inference_mode()
-    def score(self, rows: Sequence[Row], prefix_length: int, past: Cache | None) -> list[tuple[float, bool]]:
+    def score(self, rows: Sequence[Row], prefix_length: int, past: Cache | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-likelihood of each continuation of all rows, in order, and whether it is the likeliest.
 
-        `past` holds the first `prefix_length` tokens, which all rows share.
+        `past` holds the first `prefix_length` tokens, which all rows share. Both results are (C,) for C continuations,
+        in float64 and bool, and on the device: nothing waits for them here.
         """
         # 1) read, without the output head
         layout, predictors = pack(rows, prefix_length)
@@ -169,9 +170,8 @@ class Backbone:
         # 3) add up each continuation's
         owners = self.integers(np.repeat(np.arange(len(continuations)), [len(tokens) for tokens in continuations]))
         sums = torch.zeros(len(continuations), dtype=torch.float64, device=self.device)
-        counts = sums.long().index_add(0, owners, misses).tolist()
-        sums = sums.index_add(0, owners, values.double())  # in float64: they are of many tokens
-        return [(value, count == 0) for value, count in zip(sums.tolist(), counts, strict=True)]
+        is_likeliest = sums.long().index_add(0, owners, misses) == 0
+        return sums.index_add(0, owners, values.double()), is_likeliest
 
     def segment_mask(self, segments: torch.Tensor, prefix_length: int) -> torch.Tensor:
         """Return a mask (B, 1, L, P+L) by which a token sees the prefix, the context, and its own segment so far."""
@@ -251,10 +251,10 @@ def separates(backbone: Backbone) -> bool:
 def separation_error(backbone: Backbone) -> tuple[float, float]:
     """Return how far a shared row's second continuation is from the same one in its own row, and the bound.
 
-    The unit is the standard deviation of logits. In float32 nothing but rounding may differ. Elsewhere rounding is
-    large (LLM.int8's outlier columns depend on the batch), so the bound is half of what either fault would cause: a
-    continuation that sees the one before it, or one whose positions run on. SmolLM2-135M: bfloat16 0.09 where the
-    faults cause 0.53 and 0.86, LLM.int8 0.22 where they cause 0.64 and 0.91.
+    The unit is the standard deviation of logits. A shared row can have two faults: a continuation sees the one before
+    it, or its positions do not restart. In float32 nothing but rounding may differ. Elsewhere rounding is large
+    (LLM.int8's outlier columns depend on the batch), so the bound is half the difference that either fault causes.
+    SmolLM2-135M: bfloat16 0.09 where the faults cause 0.53 and 0.86, LLM.int8 0.22 where they cause 0.64 and 0.91.
     """
     model = backbone.model
     words = min(1000, int(model.get_output_embeddings().weight.shape[0]))

@@ -34,8 +34,8 @@ MIN_SAVED_WORK = {"cuda": 10**12, "cpu": 0}
 class SharedContextLM(HFLM):
     """lm-eval's ``hf`` with shared contexts: the same arguments, the same answers, less work.
 
-    `batch_size` sizes only what is left to stock scoring: all of a model that cannot keep continuations apart. A batch
-    here holds as many tokens as the free memory allows, and half as many after it ran out.
+    A batch holds as many tokens as the free memory allows, and half as many after it ran out. `batch_size` applies
+    only where stock scoring is used: to models that cannot keep continuations apart.
 
     In float32 log-likelihoods equal stock's but for rounding. In 16 bit stock takes the softmax in the model's own
     type, which is the larger error of the two. With LLM.int8 outlier columns depend on the batch, as in stock.
@@ -109,7 +109,11 @@ class SharedContextLM(HFLM):
         return [tuple(answers.answers[position]) for position in range(len(requests))]
 
     def _score(self, rows: list[Row], prefix_length: int, past: Callable[[], Any], answers: AnswerCache) -> None:
-        """Score rows whose first `prefix_length` tokens `past` returns, the longest first."""
+        """Score rows whose first `prefix_length` tokens `past` returns, the longest first.
+
+        A batch's scores are read after the next batch has started, so that a GPU does not wait between them.
+        """
+        started: list[tuple[list[list[int]], tuple[Any, Any]]] = []  # tensors on the device
 
         def cost(row: Row) -> int:
             return row.width - prefix_length + prefix_length // 4  # a cached token weighs less than one that is read
@@ -117,11 +121,19 @@ class SharedContextLM(HFLM):
         def score(batch: Sequence[Row]) -> None:
             askers = [positions for row in batch for positions in row.continuations.values()]
             if not answers.has(chain.from_iterable(askers)):
-                scores = zip(askers, self.backbone.score(batch, prefix_length, past()), strict=True)
-                answers.keep({position: score for positions, score in scores for position in positions})
+                started.append((askers, self.backbone.score(batch, prefix_length, past())))
+                if len(started) > 1:
+                    read_first()
+
+        def read_first() -> None:
+            askers, scores = started.pop(0)
+            pairs = zip(*(each.tolist() for each in scores), strict=True)
+            answers.keep({place: pair for places, pair in zip(askers, pairs, strict=True) for place in places})
 
         rows = sorted(rows, key=lambda row: -row.width)
         self.backbone.max_tokens = _in_batches(rows, cost, self.backbone.max_tokens, score)
+        if started:
+            read_first()
 
     # Generation
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from qnb.columns import Flag, format_value, is_disturbed
+from qnb.columns import Flag, column, format_value, is_disturbed
 from qnb.precision import BASELINE
 from qnb.report.recommend import accuracies, interval_text
 from qnb.report.results import Results, task_name
@@ -90,7 +90,8 @@ def _memory(results: Results, precision: str) -> Iterator[str]:
 
 def _speed(results: Results, precision: str, setting: str) -> Iterator[str]:
     """Compare each engine with itself in BF16: time per token at batch size 1, else throughput."""
-    name, unit = ("tpot_s", "ms per token") if setting == "bs1" else ("throughput_rps", "requests/s")
+    name = "tpot_s" if setting == "bs1" else "throughput_rps"
+    unit = column(name).unit + (" per token" if setting == "bs1" else "")
     frame = results.timed(setting).dropna(subset=[name])
     frame, base = frame[frame.precision == precision], frame[frame.precision == BASELINE]
     for row in frame.merge(base, on="engine", suffixes=("", "_base")).to_dict("records"):

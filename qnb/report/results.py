@@ -106,8 +106,11 @@ class Results:
         """
         try:
             tables = {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))}
-            timed = {setting: tables[name].dropna(subset=["throughput_rps"])
-                     for setting, name in KEPT.items() if name in tables}  # without engines that could not run
+            timed = {
+                setting: tables[name].dropna(subset=["throughput_rps"])
+                for setting, name in KEPT.items()
+                if name in tables
+            }  # without engines that could not run
             frames = {setting: _speed_frame(frame.assign(setting=setting)) for setting, frame in timed.items()}
         except (OSError, ValueError, KeyError) as error:  # pandas' own are ValueErrors
             raise InputError(f"{folder} holds a file that is no table of a study ({error}); remove it") from error

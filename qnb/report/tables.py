@@ -48,7 +48,7 @@ SENSITIVITY = ("precision", "setting", "task", "n_items", "n_choices", "mean_abs
 ALL_SWEPT = (*SPEED, "batch_spread_pct", "knee")
 ALL_SPEEDS = (*SPEED, "speedup", "engine_speedup", *(f"published_{name}" for name in PUBLISHED))
 
-# the columns that a notebook shows
+# the columns that a notebook shows (SPEED_MAIN: of Tables 3 and 4)
 CHECKPOINTS = ("precision", "bits_per_weight", "weights_mib", "file_mib", "quantize_s", "save_s", "load_s",
                "reload_identical")  # fmt: skip
 CHANGES = ("task", "precision", "n_items", "change_pp", "low_pp", "high_pp", "p_holm", "significant")

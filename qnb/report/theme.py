@@ -1,6 +1,7 @@
-"""The look of every figure: one Plotly template, a colour and a marker per format, and the three ways to draw.
+"""The look of every figure: one Plotly template and the three ways to draw.
 
-A format is told by its colour and its marker, an engine by a hollow or a filled marker: both survive print.
+Colour and marker identify the format (`qnb.precision` sets them). A hollow or filled marker identifies the engine.
+Both survive print.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Every probe is a real run. A batch fits when torch's allocator can serve it, and the allocator counts what it
 *reserved*: whole segments of 2 or 20 MiB or more, also where a live tensor holds only a part of one. The next probe is
-where the line through the two largest probes meets the limit. Past that point the allocator still gives back segments
-that are wholly free. How far that carries is on no line, but never to where live tensors alone would fill the memory.
+where the line through the two largest probes meets the limit. A batch past that point may still fit, because the
+allocator then gives back segments that are wholly free. No line predicts how many; live tensors set the upper bound.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class LargestBatch:
         return cls(row["batch_size"], row["limit_mib"], row["capped"], tuple(Probe(**each) for each in row["probes"]))
 
     def smaller(self) -> LargestBatch:
-        """Return what to time after this batch, 2 or more, ran in the search and ran out of memory when timed.
+        """Return a smaller batch to time, after this one fitted in the search but ran out of memory when it was timed.
 
-        The batch shrinks by 1 % at first and by twice as much each further time: another process may have taken much.
+        The batch must be 2 or more. It shrinks by 1 % at first, and by twice as much each further time, because
+        another process may hold much of the memory.
         """
         times = sum(probe.ended == WHEN_TIMED for probe in self.probes)
         less = max(1, int(self.batch_size * min(0.5, TOLERANCE * 2**times)))
@@ -143,7 +144,7 @@ def _meets_limit(probes: Sequence[Probe], limit_mib: float, reading: str) -> flo
 def _round_down(batch_size: int) -> int:
     """Round down to a multiple of the largest power of two within the tolerance.
 
-    Tensors of such batches fill whole segments of the allocator, and segments given back serve the next tensor.
+    Tensors of such batches fill whole segments of the allocator, so that a freed segment can hold the next tensor.
     """
     return batch_size - batch_size % 2 ** max(0, int(TOLERANCE * batch_size).bit_length() - 1)
 

@@ -120,8 +120,8 @@ def full_batches(prompts: Prompts, batch_size: int) -> list[Prompts]:
 def _warm_engine(model: PreTrainedModel, engine: str, batches: Sequence[Prompts], workload: Workload) -> Engine:
     """Build an engine and warm it up; on a GPU, first load the kernels and workspaces that stay as long as the model.
 
-    A workspace taken in the midst of a batch would stand between pieces of memory ever after, and be counted as the
-    batch's.
+    A workspace allocated during a batch would split the free memory for as long as the model lives, and would be
+    counted as the batch's memory.
     """
     batch_size, longest, new_tokens = len(batches[0]), workload.longest, workload.new_tokens
     make, warm_up_tokens = engines.FACTORIES[engine], min(WARM_UP_TOKENS, new_tokens)

@@ -37,8 +37,9 @@ class Work:
 def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int) -> Work:
     """Count a decode step of a batch.
 
-    Weights are read once whatever the batch. Of an embedding that is not the output head too, a row a request is read.
-    Keys and values are those of the prompt and half the new tokens. A product of (B, K) and (K, N) counts 2BKN.
+    Weights are read once, whatever the batch. An embedding that is not also the output head counts one row per
+    request. Keys and values are those of the prompt and half the new tokens. A product of (B, K) and (K, N) counts
+    2BKN.
 
     Models without attention keep no keys and values, and fused experts are not all read: for both, what depends on
     that is None.
@@ -91,9 +92,9 @@ def _type_name(dtype: torch.dtype) -> str:
 def trace_kernels(work: Work, engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> Work:
     """Return `work` with the kernels of the decode steps in the middle of the new tokens, traced.
 
-    Two generations are traced, the second some steps longer. The difference in their number of kernels says how many
-    of the second one's belong to its last steps, whose times are summed. The difference of their times would be no
-    use: power changes the clocks between the two.
+    Two generations are traced, the second a few steps longer. It runs more kernels, and the extra ones belong to its
+    last steps: their times are summed. Subtracting the times of the two would be wrong, because the clocks change
+    between them.
 
     Raises
     ------

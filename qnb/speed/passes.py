@@ -37,7 +37,7 @@ _is_warmed_up = False  # whether this process has run a model
 class Series:
     """The passes of one format with one engine, all of one batch size: the largest where that was searched, or 1.
 
-    `asked` is what the search depends on, and with its outcome, what the passes depend on.
+    `asked` holds everything that the search depends on. The passes depend on it and on the batch that was found.
     """
 
     session: Session
