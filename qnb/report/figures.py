@@ -45,7 +45,7 @@ def change(results: Results) -> go.Figure:
     frame = build(results, "table2_change").dropna(subset=["change_pct"])
     if frame.empty:
         return theme.nothing(title, NEEDS)
-    frame = frame.assign(above=math.nan, below=math.nan, published=frame.published_change_pct.astype(float))
+    frame = frame.rename(columns={"published_change_pct": "published"}).assign(above=math.nan, below=math.nan)
     return _bars(results, frame, "change_pct", title, "left of 0 is a loss; the forest plot has the intervals")
 
 

@@ -79,10 +79,8 @@ def page(results: Results) -> str:
 
 
 def _tables(results: Results) -> dict[str, pd.DataFrame]:
-    """Return the page's tables as text, what people compare first, published values beside the same model only."""
+    """Return the page's tables as text, what people compare first."""
     frames = {name: build(results, name) for name in SHOWN} | {"knees": knees(results.sweep)}
-    if not paper.is_published_model(results.model):
-        frames = {name: frame.filter(regex="^(?!published_)") for name, frame in frames.items()}
     for name in ("table3_bs1", "table4_maxbatch"):
         frames[name] = frames[name][sorted(frames[name], key=lambda column: column not in SPEED_MAIN)]
     return {name: as_text(frame) for name, frame in frames.items()}

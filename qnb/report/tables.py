@@ -1,7 +1,7 @@
 """The paper's four tables and those around them, made of a study's frames; published values have their own columns.
 
-The published values are Llama-3.2-1B's (accuracy on a T1000, performance on a T4). They stand beside whatever model
-was measured, under their own name, never in its place.
+The published values are Llama-3.2-1B's (accuracy on a T1000, performance on a T4). They stand beside that model alone,
+under their own name, never in its place.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ DIVERGENCE = ("precision", "tokens", "perplexity", "perplexity_change_pct", "per
 PASSES = ("precision", "engine", "repeat", "requests", "total_s", "tpot_s", "stop_reason", "note")
 SPEED_MAIN = ("precision", "engine", "batch_size", "peak_memory_mib", "tpot_s", "throughput_rps",
               "energy_j_per_token", "speedup")  # fmt: skip
-TIME_SPENT = ("precision", "engine", "ttft_s", "tpot_s", "kernels_per_token", "gpu_busy_pct", "mbu_pct", "bound")
+TIME_SPENT = ("precision", "engine", "ttft_s", "tpot_s", "kernels_per_token", "gpu_busy_pct", "mbu_pct", "bound",
+              "flags", "note")  # fmt: skip
 SEARCHES = ("precision", "engine", "batch_size", "capped", "limit_mib", "prompt_tokens", "new_tokens")
 PLANS = ("precision", "engine", "n_prompts", "order", "largest_batch", "batches", "padding_pct", "note")
 
@@ -332,9 +333,14 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
 
 
 def build(results: Results, name: str) -> pd.DataFrame:
-    """Return a table, made once a study; one that was kept is returned as it was. Do not write into it."""
+    """Return a table, made once a study, or the one that was kept. Do not write into it.
+
+    Published columns are left out where another model than the published one was measured.
+    """
     if name not in results.built:
-        results.built[name] = results.tables[name] if name in results.tables else TABLES[name](results)
+        table = results.tables[name] if name in results.tables else TABLES[name](results)
+        is_published = paper.is_published_model(results.model)
+        results.built[name] = table if is_published else table.filter(regex="^(?!published_)")
     return results.built[name]
 
 

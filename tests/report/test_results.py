@@ -41,6 +41,16 @@ def test_passes_are_reduced_to_medians_with_their_range_and_all_flags(tmp_path):
     assert (row["gpu_busy_pct"], row["mbu_pct"], row["bound"]) == (50, 50, "launch")  # of the median token, 250 ms
 
 
+def test_percentiles_of_batch_latency_are_medians_over_passes(tmp_path):
+    """Batches of 1 to 5 s, and a pass of twice as many seconds: 95 % of the way is 4.8 and 9.6 s."""
+    seconds = [5.0, 1.0, 2.0, 4.0, 3.0]
+    (row,) = read(
+        tmp_path, timed(batch_s=seconds), timed(repeat=1, batch_s=[2 * each for each in seconds])
+    ).bs1.to_dict("records")
+    assert (row["latency_p50_s"], row["batch_latency_s"]) == (4.5, 4.5)
+    assert (row["latency_p95_s"], row["latency_p99_s"]) == pytest.approx((7.2, 7.44))
+
+
 def test_formats_stand_in_one_order_and_engines_that_cannot_run_among_the_passes(tmp_path):
     study = read(
         tmp_path,

@@ -1,6 +1,7 @@
 """Tables from hand-made rows: the right items are paired, and nothing is compared that is not alike."""
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -111,6 +112,7 @@ def test_gsm8ks_average_is_of_the_strict_readings(measured):
         strict = score(key[1], sum(values) / 2, "exact_match", filter="strict-match")
         items = {key: answers(key[1], values, "strict-match")}
         results = measured(items, every={"scores": [strict, {**strict, "filter": "flexible", "value": 0.9}]})
+    results = replace(results, model="meta-llama/Llama-3.2-1B")
     average = build(results, "table1_accuracy").query("metric == 'mean'").set_index("task").loc["gsm8k_average"]
     assert average.bf16_pct == 75 and average.published_bf16_pct == pytest.approx(5.84)
     change = changes(results).loc["gsm8k_average"]
@@ -129,6 +131,17 @@ def test_speeds_are_compared_under_the_same_conditions_only(tmp_path):
     table = build(Results.read(ledger), "table3_bs1").set_index("precision")
     assert table.speedup["fp16"] == 2 and table.speedup[["int8", "nf4", "int4"]].isna().all()
     assert table.note.tolist() == ["", "", tables.OTHER, "not captured", ""] and table["flags"]["nf4"] == "cpu_shared"
+    shown = tables.view(table.reset_index(), tables.TIME_SPENT).to_html()
+    assert "not captured" in shown and tables.flag_text(["cpu_shared"]) in shown
+
+
+@pytest.mark.parametrize("name", ["table1_accuracy", "table2_change", "table3_bs1", "table4_maxbatch"])
+def test_published_columns_stand_beside_the_published_model_only(name, studied):
+    study = studied.results()
+    published = replace(study, model="meta-llama/Llama-3.2-1B")
+    kept = replace(study, tables={name: build(published, name)})
+    columns = [set(build(results, name).filter(like="published_")) for results in (published, study, kept)]
+    assert columns[0] and not columns[1] and not columns[2]
 
 
 def test_knees_are_named_with_what_they_give_and_a_line_that_did_not_bend_has_none():
@@ -167,7 +180,8 @@ def test_what_a_notebook_shows_is_among_the_columns(studied):
     shown = {"CHANGES": "table2_change", "DIVERGENCE": "divergence", "SPEED_MAIN": "table3_bs1",
              "TIME_SPENT": "table4_maxbatch", "PLANS": "batch_plans"}  # fmt: skip
     for name, frame in {**frames, **{name: build(study, table) for name, table in shown.items()}}.items():
-        assert len(getattr(tables, name)) <= 8 and set(getattr(tables, name)) <= set(frame), name
+        columns = set(getattr(tables, name))
+        assert len(columns - {"flags", "note"}) <= 8 and columns <= set(frame), name
 
 
 def test_a_view_says_what_is_missing_and_no_cell_can_end_itself_or_carry_a_tag():
