@@ -5,14 +5,17 @@ Each is a function of a session and of what a user may ask, a class that checks 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import cycle, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
+from tqdm.auto import tqdm
+
 from qnb import memory, prompts
+from qnb.columns import flag_text
 from qnb.errors import InputError
 from qnb.ledger import FAILED, Row
 from qnb.options import Count, check_count, check_requests, minutes_of
@@ -36,6 +39,8 @@ Engines = str | Iterable[str]  # names in `qnb.speed.engines.FACTORIES`; "auto" 
 
 PACE_BATCH = {"bs1": {"cuda": 1, "cpu": 1}, "maxbatch": {"cuda": 32, "cpu": 4}}  # by setting, timed to learn the pace
 BATCHES_SWEPT = 3  # of each size
+PEAK_TRIES = 3
+UNSAFE = "not tried: bitsandbytes counts an INT8 layer's outputs in 32 bits, and ends the process beyond"
 
 
 class _Checked:
@@ -230,13 +235,35 @@ def _affordable_requests(session: Session, options: WorkloadOptions, engines: in
 
 
 def device_peaks(session: Session) -> DevicePeaks:
-    """Measure the device's peaks, once a device."""
-    from qnb.speed.device_peaks import DevicePeaks, measure_peaks
+    """Measure the device's peaks, once a device; say so where other processes disturbed them."""
+    from qnb.speed.device_peaks import DevicePeaks
 
     key = session.key("peaks")
     with session.exclusive():
-        row = session.find(key) or session.append(key, asdict(measure_peaks(session.device.place)))
+        row = session.find(key)
+        if not row:
+            row = session.append(key, asdict(_best_peaks(session.device.place)))
+            if row["flags"]:
+                reason = flag_text(row["flags"])
+                tqdm.write(f"the device's peaks were disturbed ({reason}); overwrite measures them again")
     return DevicePeaks(**{each.name: row[each.name] for each in fields(DevicePeaks)})
+
+
+def _best_peaks(place: str) -> DevicePeaks:
+    """Measure the peaks until nothing disturbs them, three times at most; keep the best of each."""
+    from qnb.speed.device_peaks import TYPES, DevicePeaks, measure_peaks
+
+    tries = [measure_peaks(place)]
+    while tries[-1].flags and len(tries) < PEAK_TRIES:
+        tries.append(measure_peaks(place))
+    rates = {name: [each.matmul_flop_per_s.get(name, 0.0) for each in tries] for name in TYPES}
+    idle_w = [each.idle_power_w for each in tries if each.idle_power_w is not None]
+    return DevicePeaks(
+        copy_bytes_per_s=max(each.copy_bytes_per_s for each in tries),
+        matmul_flop_per_s={name: max(values) for name, values in rates.items() if any(values)},
+        idle_power_w=min(idle_w, default=None),
+        flags=tries[-1].flags,
+    )
 
 
 def perf_bs1(session: Session, options: BatchOneOptions) -> None:
@@ -278,18 +305,20 @@ def perf_maxbatch(session: Session, options: LargestBatchOptions) -> None:
     limited = memory.limited(session.device.memory_mib, allowed_mib if session.device.kind == "cuda" else 0)
     with session.exclusive(), limited:
         # 1) search
+        all_series = [series(precision, engine, asked) for precision in session.precisions for engine in engines]
         searched: list[Series] = []
-        with session.progress(len(session.precisions), "largest batch") as bar:
-            for precision in session.precisions:
-                bar.set_postfix_str(precision.name)
-                for each in [series(precision, engine, asked) for engine in engines]:
-                    with session.failing(each.batch_key, f"the largest batch of {precision.name} with {each.engine}"):
-                        _search(each)
-                        searched.append(each)
+        with session.progress(len(all_series), "largest batch") as bar:
+            for each in all_series:
+                name = f"{each.precision.name} with {each.engine}"
+                bar.set_postfix_str(name)
+                with session.failing(each.batch_key, f"the largest batch of {name}"):
+                    _search(each)
+                    searched.append(each)
                 bar.update()
         # 2) time
         if not searched:
-            failures = [row for row in session.ledger.failures() if row["stage"] == "batch" + FAILED]
+            tried = [session.ledger.find({**each.batch_key, "stage": "batch" + FAILED}) for each in all_series]
+            failures = [row for row in tried if row]
             if options.memory_mib != "auto" and all(row["error"] == OneRequestDoesNotFit.__name__ for row in failures):
                 raise InputError(f"memory_mib is {allowed_mib}: {failures[-1]['reason']}")
             session.require("batch")
@@ -340,7 +369,7 @@ def sweep(session: Session, options: SweepOptions) -> None:
     """Time three batches each of 1, 2, 4 ... requests, a row a format, engine and size.
 
     The first size that does not fit ends the sizes of its format and engine. It is tried again on the next run. Sizes
-    that may end the process are left out.
+    that may end the process are left out; a note stands for them.
 
     Raises
     ------
@@ -359,8 +388,12 @@ def sweep(session: Session, options: SweepOptions) -> None:
             keys = []
             for engine in engines:
                 most = searched.get((precision.name, engine), largest)
-                sizes = sweep_sizes(min(most, _last_safe_batch(session, precision, engine, options.workload) or most))
-                keys += [session.key("sweep", precision, asked, engine=engine, setting=str(size)) for size in sizes]
+                last_safe = _last_safe_batch(session, precision, engine, options.workload) or most
+                key = partial(session.key, "sweep", precision, asked, engine=engine)
+                keys += [key(setting=str(size)) for size in sweep_sizes(min(most, last_safe))]
+                unsafe = next((size for size in sweep_sizes(most) if size > last_safe), 0)
+                if unsafe and not session.find(key(setting=str(unsafe))):
+                    session.append(key(setting=str(unsafe)), asked, {"batch_size": unsafe, "note": UNSAFE})
             missing = [key for key in keys if (session.find(key) or {"fits": False}).get("fits") is False]
             if missing:
                 with session.failing(missing[0], f"the batch sizes of {precision.name}"):
@@ -380,7 +413,7 @@ def _sweep_format(
         batches = replace(workload, prompts=tuple(islice(cycle(workload.prompts), BATCHES_SWEPT * size)))
         with session.failing(key, f"{key['precision']}'s batch of {size} with engine {engine}"):
             try:
-                values = time_row(session, key, loaded, batches, size, peaks, trace=False)
+                values = _twice(partial(time_row, session, key, loaded, batches, size, peaks, trace=False))
             except (RuntimeError, MemoryError) as error:
                 if not memory.is_out_of_memory(error):
                     raise
@@ -388,6 +421,17 @@ def _sweep_format(
                 values = {"batch_size": size, "fits": False, "note": "out of memory"}
             session.append(key, _asked(workload), values)
         memory.release()
+
+
+def _twice(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what `measure` returns; where memory runs out, give back what is cached and measure once more."""
+    try:
+        return measure()
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+    memory.release()  # out of `except`, whose error holds the frames of the failure
+    return measure()
 
 
 def prompt_lengths(session: Session, options: PlanOptions) -> None:
