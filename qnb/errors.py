@@ -11,6 +11,13 @@ class InputError(ValueError):
     """
 
 
+class GatedModelError(InputError):
+    """The hub gives the model's files only to those whom its owner has granted access."""
+
+
+INPUT_ERRORS = ("InputError", "GatedModelError", "EngineUnavailable")  # as a notebook that failed names them
+
+
 def expand_path(path: str | Path) -> Path:
     """Return a path that the user gave, with ``~`` replaced.
 

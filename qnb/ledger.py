@@ -8,6 +8,7 @@ again.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -21,6 +22,8 @@ from qnb.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 KEY = ("stage", "precision", "engine", "setting", "task", "repeat")
@@ -67,11 +70,17 @@ def row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(name, "") for name in KEY)
 
 
+def is_outdated(row: Mapping[str, Any]) -> bool:
+    """Return whether a version before 1.0, whose fields have other names, wrote this row."""
+    return str(dict(row.get("versions") or {}).get("qnb", "")).startswith("0.")
+
+
 class Ledger:
     """Rows of one study in ``folder/ledger.jsonl``.
 
     A torn last line, as a killed process leaves it, is passed over and cut off by the next append. Any other line that
-    is not a row is passed over and named in `damaged`. One process at a time may append: see `Session.exclusive`.
+    is not a row is passed over and named in `damaged`; rows of versions before 1.0 are passed over. One process at
+    a time may append: see `Session.exclusive`.
 
     Parameters
     ----------
@@ -91,11 +100,14 @@ class Ledger:
             raise InputError(f"output {self.folder} is a file; give a folder, or a name that does not exist yet")
         self._clear()
         self.refresh()
+        if self.outdated:
+            log.warning("%s: %d rows of versions before 1.0 are passed over", self.path, self.outdated)
 
     def _clear(self) -> None:
         self._newest: dict[tuple[Any, ...], Row] = {}  # in the order of appending
         self._by_fingerprint: dict[str, list[Row]] = {}
         self._end = self._lines = 0  # bytes and lines read
+        self.outdated = 0  # rows passed over
         self.damaged: list[str] = []
 
     def refresh(self) -> None:
@@ -122,6 +134,9 @@ class Ledger:
         parts = (*key, row.get("fingerprint", ""))
         if not (key[0] and isinstance(key[0], str) and all(isinstance(part, str | int) for part in parts)):
             raise TypeError("a row's key is made of texts and numbers")
+        if is_outdated(row):
+            self.outdated += 1
+            return
         self._newest.pop(key, None)  # so that keys stand in the order in which they were last appended
         self._newest[key] = row
         self._by_fingerprint.setdefault(row.get("fingerprint", ""), []).append(row)

@@ -94,7 +94,15 @@ STUDY = (*PAPER, "nf4")
 
 
 def listed(names: str | Iterable[str]) -> list[str]:
-    """Return names given as a list, or as one text with commas or spaces between them."""
+    """Return names given as a list, or as one text with commas or spaces between them.
+
+    Raises
+    ------
+    InputError
+        `names` is neither.
+    """
+    if not isinstance(names, Iterable):
+        raise InputError(f"{names!r} is no name; give names in one text, with commas between them")
     return names.replace(",", " ").split() if isinstance(names, str) else [str(name) for name in names]
 
 

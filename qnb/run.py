@@ -28,7 +28,7 @@ from qnb.accuracy import tasks
 from qnb.accuracy.evaluate import AccuracyOptions
 from qnb.accuracy.perplexity import DivergenceOptions
 from qnb.columns import is_disturbed
-from qnb.errors import InputError, expand_path, scrub
+from qnb.errors import INPUT_ERRORS, InputError, expand_path, scrub
 from qnb.ledger import FAILED, KEY, Row
 from qnb.options import check_count
 from qnb.precision import listed
@@ -294,7 +294,7 @@ def _retry_start(execute: Callable[[], None]) -> None:
 
 def _report_failure(place: str, kind: str, text: str, study: Study) -> int:
     """Print in one line what stopped the run; return 2 when the input was at fault, else 1."""
-    if kind == InputError.__name__:
+    if kind in INPUT_ERRORS:
         print(f"qnb: {scrub(text, 1000)}", file=sys.stderr)
         return 2
     reason = f"{kind}: {scrub(text)}".rstrip(": ")

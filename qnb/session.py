@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from qnb import __version__, colab, device
 from qnb.errors import InputError, expand_path, scrub
-from qnb.ledger import FAILED, Ledger, Row, file_sha256, fingerprint, row_key, write_atomic
+from qnb.ledger import FAILED, Ledger, Row, file_sha256, fingerprint, is_outdated, row_key, write_atomic
 from qnb.memory import is_out_of_memory, release, released
 from qnb.options import Count, resolve_count
 from qnb.precision import Precision, parse
@@ -154,8 +154,9 @@ class Session:
         if not path.exists():
             return {}
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
+            record = dict(json.loads(path.read_text(encoding="utf-8")))
+            return {} if is_outdated(record) else record
+        except (ValueError, TypeError) as error:
             raise InputError(f"{path} is not JSON; remove it (the ledger stays) or give another output") from error
 
     @cached_property

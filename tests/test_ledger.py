@@ -1,5 +1,6 @@
 """The ledger: whole lines, the newest row shown, torn lines forgotten."""
 
+import json
 import signal
 
 import pandas as pd
@@ -115,6 +116,16 @@ def test_rows_of_another_process_are_seen_and_change_the_revision(tmp_path):
     first.path.unlink()
     second.append(row("fp16"))
     assert precisions(Ledger(tmp_path)) == precisions(second) == ["fp16"]
+
+
+def test_rows_of_versions_before_1_are_passed_over_with_one_line(tmp_path, caplog):
+    ledger = Ledger(tmp_path)
+    ledger.append({**row("fp16"), "versions": {"qnb": "1.0.0"}})
+    old = json.dumps({**row("bf16"), "versions": {"qnb": "0.9.2"}})
+    ledger.path.write_text(f"{old}\n{ledger.path.read_text()}{old}\n")
+    again = Ledger(tmp_path)
+    assert precisions(again) == ["fp16"] and not again.damaged
+    assert caplog.messages == [f"{again.path}: 2 rows of versions before 1.0 are passed over"]
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path):

@@ -131,9 +131,11 @@ class SharedContextLM(HFLM):
             answers.keep({place: pair for places, pair in zip(askers, pairs, strict=True) for place in places})
 
         rows = sorted(rows, key=lambda row: -row.width)
-        self.backbone.max_tokens = _in_batches(rows, cost, self.backbone.max_tokens, score)
-        if started:
-            read_first()
+        try:
+            self.backbone.max_tokens = _in_batches(rows, cost, self.backbone.max_tokens, score)
+        finally:  # also where a batch failed, those before it are kept
+            if started:
+                read_first()
 
     # Generation
 

@@ -191,7 +191,9 @@ def count_weights(model: PreTrainedModel) -> Weights:
     for name, tensor in model.named_parameters():  # a tied one comes once
         module = model.get_submodule(name.rpartition(".")[0])
         state = getattr(tensor, "quant_state", None)  # of a tensor in 4 bit, which packs two weights into a byte
-        scale = getattr(tensor, "SCB", getattr(getattr(module, "state", None), "SCB", None))  # of one in 8 bit
+        scale = getattr(tensor, "SCB", None)  # of one in 8 bit
+        if scale is None and tensor.dtype == torch.int8:  # the first forward moves it
+            scale = getattr(getattr(module, "state", None), "SCB", None)
         constants = [scale] if state is None else state.as_dict(packed=False).values()
         parameters = tensor.numel() if state is None else state.shape.numel()
         size = sum(each.nbytes for each in (tensor, *constants) if isinstance(each, torch.Tensor))

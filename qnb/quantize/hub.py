@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qnb.errors import InputError, scrub
+from qnb.errors import GatedModelError, InputError, scrub
 from qnb.memory import MIB
 
 ANSWERS = {
@@ -19,10 +19,6 @@ ANSWERS = {
     404: "the hub has no such repository or revision, or this token cannot see it (404); check the name and HF_TOKEN",
     429: "the hub takes no more requests for now (429); try again later, or set HF_TOKEN, which raises the limit",
 }
-
-
-class GatedModelError(InputError):
-    """Say that a model is gated and that this token has no access to it."""
 
 
 def fetch(name: str, patterns: Iterable[str]) -> Path:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from qnb.errors import InputError, expand_path
+from qnb.errors import GatedModelError, InputError, expand_path
 from qnb.ledger import file_sha256, fingerprint
 from qnb.prompts import DATA
 from qnb.provenance import cache_folder
@@ -76,7 +76,7 @@ def resolve(name: str, device_kind: str) -> Source:
     if name == "auto":
         try:
             return _from_hub(GATED, "auto: a GPU, and the token has access")
-        except hub.GatedModelError:
+        except GatedModelError:
             return _from_hub(MIRROR, f"auto: a GPU, but no access to {GATED}; this is its ungated mirror")
     folder = expand_path(name).resolve()
     return _from_folder(str(folder), folder, "named") if folder.is_dir() else _from_hub(name, "named")

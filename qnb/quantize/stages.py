@@ -64,7 +64,8 @@ class PushOptions:
     def __post_init__(self) -> None:
         from huggingface_hub import get_token
 
-        if self.push_to and not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", self.push_to, re.ASCII):
+        name = str(self.push_to)
+        if self.push_to and not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name, re.ASCII):
             raise InputError(f"push_to {self.push_to!r} is no name on the hub; give one such as you/llama-3.2-1b")
         if self.push_to and not self.dry_run and not get_token():
             raise InputError(f"pushing to {self.push_to!r} needs a hub token with write access; set HF_TOKEN")

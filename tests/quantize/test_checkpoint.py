@@ -51,9 +51,12 @@ def test_a_checkpoint_weighs_what_its_layout_says(request, name):
 def test_what_is_quantized_is_counted_from_the_tensors(config, quantized, tmp_path):
     folder = save_tiny(tmp_path, config)
     for name, bits in (("bf16", 0), ("nf4", 4.5), ("int8", 8)):
-        counts = checkpoint.count_weights(checkpoint.load(folder, PRECISIONS[name], "cpu"))
+        model = checkpoint.load(folder, PRECISIONS[name], "cpu")
+        counts = checkpoint.count_weights(model)
         assert counts.quantized_parameters == (quantized if bits else 0)
         assert 0 <= 8 * counts.quantized_bytes - bits * counts.quantized_parameters <= 0.5 * quantized
+        model(torch.tensor([[1, 2, 3]]))  # bitsandbytes moves INT8's scales here
+        assert checkpoint.count_weights(model) == counts
 
 
 def test_reloading_gives_the_same_logits_as_transformers_alone(request):

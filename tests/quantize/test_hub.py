@@ -10,7 +10,7 @@ from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 from tiny_models import save_tiny
 
-from qnb.errors import InputError
+from qnb.errors import INPUT_ERRORS, InputError
 from qnb.quantize import checkpoint, hub, sources
 from qnb.session import Session
 
@@ -52,6 +52,7 @@ def error(call, *arguments):
     """Return the line that the user gets; neither it nor its traceback shows a secret."""
     with pytest.raises(InputError) as caught:
         call(*arguments)
+    assert type(caught.value).__name__ in INPUT_ERRORS, "what the command line calls an input error"
     assert MINE not in "".join(traceback.format_exception(caught.value)) and "\n" not in str(caught.value)
     return str(caught.value)
 
