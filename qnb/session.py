@@ -324,7 +324,9 @@ class Session:
         """
         names = {precision.name for precision in self.precisions}
         rows = (row for row in self.ledger.rows(stage) if setting in (None, row["setting"]))
-        failures = [row for row in self.ledger.failures() if row["stage"] == stage + FAILED]
+        failures = [
+            row for row in self.ledger.failures() if row["stage"] == stage + FAILED and row["precision"] in names
+        ]
         if failures and not any(row["precision"] in names for row in rows):
             raise RuntimeError(f"nothing of stage {stage} could be measured: {failures[-1]['reason']}")
 

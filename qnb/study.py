@@ -96,7 +96,7 @@ class Study:
         return self.results().scores
 
     def table1(self) -> pd.DataFrame:
-        """Return accuracy with standard errors, means over tasks, and the published values."""
+        """Return accuracy with standard errors, means over tasks, beside the published model's values."""
         return self.table("table1_accuracy")
 
     def table2(self) -> pd.DataFrame:
@@ -178,11 +178,11 @@ class Study:
         return monitor.open_sensor(self.session.device.place).sample
 
     def table3(self) -> pd.DataFrame:
-        """Return performance at batch size 1, and the published values."""
+        """Return performance at batch size 1, beside the published model's values."""
         return self.table("table3_bs1")
 
     def table4(self) -> pd.DataFrame:
-        """Return performance at the largest batch, and the published values."""
+        """Return performance at the largest batch, beside the published model's values."""
         return self.table("table4_maxbatch")
 
     def ablations(self, number: int) -> pd.DataFrame:
