@@ -14,7 +14,8 @@ from qnb.provenance import ROOT
 from qnb.run import NOTEBOOKS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {"README.md": 1200, "outputs/reference/README.md": 500, "notebooks/01_quantize.ipynb": 450,
+PAGES = {"README.md": 1200, "outputs/reference/README.md": 500, "notebooks/METRICS.md": 500,
+         "notebooks/01_quantize.ipynb": 450,
          "notebooks/02_accuracy.ipynb": 750, "notebooks/03_perf_bs1.ipynb": 700,
          "notebooks/04_perf_maxbatch.ipynb": 750, "notebooks/05_figures.ipynb": 500}  # fmt: skip
 
