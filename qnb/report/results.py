@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from qnb.errors import InputError
@@ -212,7 +211,7 @@ def _passes(rows: list[Row]) -> pd.DataFrame:
     if not rows:
         return _no_speeds()
     conditions = [", ".join(str(row.get(name)) for name in CONDITIONS) for row in rows]
-    frame = pd.DataFrame([{**row, **derived(row), **_latencies(row)} for row in rows]).assign(conditions=conditions)
+    frame = pd.DataFrame([{**row, **derived(row)} for row in rows]).assign(conditions=conditions)
     frame["setting"] = frame.setting.where(frame.stage == "perf", "sweep")
     line = ["setting", "precision", "engine"]
     frame = frame[frame.fingerprint == frame.groupby(line).fingerprint.transform("last")]
@@ -220,12 +219,6 @@ def _passes(rows: list[Row]) -> pd.DataFrame:
     # a pass that is older than the first one is an earlier run's
     first = frame.groupby([*line, "batch_size"]).measured_at.transform("first")
     return _speed_frame(frame[frame.measured_at >= first])
-
-
-def _latencies(row: Row) -> dict[str, float]:
-    """Return percentiles of the seconds that a pass's batches took; none where it was not timed."""
-    batch_s = row.get("batch_s")
-    return {f"latency_p{share}_s": float(np.percentile(batch_s, share)) for share in (50, 95, 99)} if batch_s else {}
 
 
 def _speed_frame(frame: pd.DataFrame) -> pd.DataFrame:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 LAUNCH_BOUND_PCT = 75.0  # kernels that run for less than this share of a step leave it waiting for launches
 NEAR_PEAK_PCT = 50.0  # a peak is named where bandwidth and arithmetic together explain this share of a step
 
@@ -32,6 +34,7 @@ def derived(row: Mapping[str, Any]) -> dict[str, Any]:
         "throughput_tps": requests * new_tokens / total_s,
         "seconds_per_request": total_s / requests,
         "batch_latency_s": median(batch_s),
+        **{f"latency_p{share}_s": float(np.percentile(batch_s, share)) for share in (50, 95, 99)},
         "batch_spread_pct": 100 * (max(batch_s) / min(batch_s) - 1) if len(batch_s) > 1 else math.nan,
         "peak_memory_mib": _numbers(row, memory)[0],
         "energy_j_per_request": energy_j / requests,

@@ -16,6 +16,7 @@ ROW = {"requests": 10, "new_tokens": 4, "total_s": 0.08, "batch_s": [0.008] * 9 
 def test_derived_columns_are_those_of_a_hand_count():
     expected = {
         "throughput_rps": 125, "throughput_tps": 500, "seconds_per_request": 0.008, "batch_latency_s": 0.008,
+        "latency_p50_s": 0.008, "latency_p95_s": 0.0091, "latency_p99_s": 0.00982,
         "batch_spread_pct": 25, "peak_memory_mib": 700, "energy_j_per_request": 12, "energy_j_per_token": 3,
         "energy_above_idle_j_per_request": 10, "energy_above_idle_j_per_token": 2.5, "flops_per_step": 1e11,
         "mbu_pct": 50, "mfu_pct": 50, "gpu_busy_pct": 90,
