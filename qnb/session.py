@@ -376,7 +376,7 @@ class Session:
             tqdm.write(f"{precision.name}: {damaged} in {folder} is not as it was saved; making the checkpoint again")
         with released():
             converted = checkpoint.convert(self.source, precision, folder, self.device.place)
-        self.append(key, asdict(converted), {"manifest_sha256": file_sha256(folder / "manifest.json")})
+        self.append(key, asdict(converted), {"manifest_sha256": file_sha256(folder / checkpoint.MANIFEST)})
         self._verified.add(folder)
         return folder
 
@@ -384,10 +384,7 @@ class Session:
         """Return the first file of a checkpoint that is not as its row and manifest say; bytes are read once."""
         if folder in self._verified:
             return ""
-        manifest = folder / "manifest.json"
-        if not manifest.exists() or file_sha256(manifest) != row["manifest_sha256"]:
-            return manifest.name
-        damaged = checkpoint.damage(folder)
+        damaged = checkpoint.damage(folder, row["manifest_sha256"])
         if not damaged:
             self._verified.add(folder)
         return damaged

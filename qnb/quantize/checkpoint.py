@@ -77,13 +77,15 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def damage(folder: Path) -> str:
+def damage(folder: Path, manifest_sha256: str = "") -> str:
     """Return the first file of a folder of `replacing` that is not as its manifest says; empty where all are.
 
-    Every byte is read: about a second a GiB.
+    Every byte is read: about a second a GiB. With `manifest_sha256` the manifest has to be that one.
     """
     name = MANIFEST
     try:
+        if manifest_sha256 and file_sha256(folder / MANIFEST) != manifest_sha256:
+            return MANIFEST
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in manifest.items():
             if file_sha256(folder / name) != entry["sha256"]:

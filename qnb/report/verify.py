@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qnb.errors import InputError, expand_path
 from qnb.ledger import Ledger, file_sha256
-from qnb.quantize.checkpoint import MANIFEST, damage
+from qnb.quantize.checkpoint import damage
 from qnb.report.results import Results
 from qnb.report.tables import TABLES, build, markdown
 
@@ -46,7 +46,7 @@ def verify(folder: str | Path) -> Iterator[Finding]:
     for row in results.checkpoints.to_dict("records"):
         checkpoint = ledger.folder / "checkpoints" / row["precision"]
         if checkpoint.is_dir():  # every byte is read
-            damaged = damage(checkpoint) if _is_file(checkpoint / MANIFEST, row["manifest_sha256"]) else MANIFEST
+            damaged = damage(checkpoint, row["manifest_sha256"])
             yield Finding(f"checkpoints/{row['precision']}", f"{damaged} is not as it was saved" if damaged else "")
     yield from _tables(ledger.folder / "tables", results)
 
