@@ -1,6 +1,7 @@
 """Windows over fake sensors, the process, and NVML where there is a GPU."""
 
 import gc
+import mmap
 import threading
 import time
 from types import SimpleNamespace
@@ -104,14 +105,17 @@ def test_what_held_the_clocks_down_is_kept():
 
 
 def test_the_process_sensor_sees_this_process_grow():
+    """Fresh pages, which no freed memory of an earlier test can stand for."""
     gc.collect()  # what garbage there is goes now, not between the two readings
     sensor = open_sensor("cpu")
     before_mib = sensor.sample()["memory_mib"]
-    ballast = bytearray(b"x") * (64 * 2**20)
-    ends = time.monotonic() + 5  # some kernels count a process's memory once in a while
-    while (grown_mib := sensor.sample()["memory_mib"] - before_mib) < 40 and time.monotonic() < ends:
-        time.sleep(0.05)
-    assert sensor.monitor == "process" and len(ballast) and 40 < grown_mib < 90
+    with mmap.mmap(-1, 64 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
+        for start in range(0, len(pages), mmap.PAGESIZE):
+            pages[start] = 1
+        ends = time.monotonic() + 5  # some kernels count a process's memory once in a while
+        while (grown_mib := sensor.sample()["memory_mib"] - before_mib) < 40 and time.monotonic() < ends:
+            time.sleep(0.05)
+    assert sensor.monitor == "process" and 40 < grown_mib < 90
 
 
 def refuse(*_):
