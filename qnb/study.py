@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pandas.io.formats.style import Styler
 
 from qnb.accuracy import evaluate, perplexity
 from qnb.errors import InputError
 from qnb.options import Count
 from qnb.prompts import Workload
 from qnb.quantize import stages as checkpoints
-from qnb.report import tables
+from qnb.report import recommend, tables, verdicts
 from qnb.report.results import Results
+from qnb.report.verdicts import MARGIN_PP
 from qnb.session import Session
 from qnb.speed import stages as speed
 
@@ -58,9 +60,31 @@ class Study:
             raise InputError(f"table {name!r} is unknown; choose from {', '.join(tables.TABLES)}")
         return tables.save(self.results(), name)
 
-    def card(self) -> pd.DataFrame:
-        """Return the study's card: what is measured, on what, with what, and what is done already."""
-        return pd.DataFrame({"": self.session.facts()})
+    def show(self, name: str, of: str = "") -> Styler:
+        """Return what people compare in Table 1 to 4 or the divergence, after saving the whole table."""
+        self.table(name)
+        return tables.styled(tables.compact(self.results(), name, of))
+
+    def recommend(
+        self, peak_memory_mib: float | None = None, tpot_ms: float | None = None, margin_pp: float = MARGIN_PP
+    ) -> pd.DataFrame:
+        """Return every format and engine with its verdict and reasons, the best that fits first."""
+        return recommend.ranked(self.results(), peak_memory_mib, tpot_ms, margin_pp)
+
+    def summary(self, margin_pp: float = MARGIN_PP) -> pd.DataFrame:
+        """Return the answer in one table: a row a format with its memory, speeds, loss and verdict."""
+        return recommend.summary(self.results(), margin_pp)
+
+    def card(self, tasks: str | Iterable[str] = "", limit: Count = "auto") -> pd.DataFrame:
+        """Return the study's card: what is measured, on what, with what, and what is done already.
+
+        With tasks, it says as well which change in accuracy so many items can detect.
+        """
+        facts = self.session.facts()
+        if tasks:
+            options = evaluate.AccuracyOptions(tasks, limit)
+            facts["can detect"] = verdicts.detectable(evaluate.planned_items(self.session, options))
+        return pd.DataFrame({"": facts})
 
     # 01: checkpoints
 

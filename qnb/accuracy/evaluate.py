@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from qnb.accuracy.tasks import Task, TaskResult, check, names
+from qnb.accuracy.tasks import SIZES, Task, TaskResult, check, names
 from qnb.errors import InputError
 from qnb.ledger import Row, file_sha256, write_parquet
 from qnb.options import Count, check_count, check_minutes
@@ -125,10 +125,8 @@ def accuracy(session: Session, options: AccuracyOptions) -> None:
         Nothing could be measured.
     """
     tasks = list(_load_tasks(session, options.tasks))
-    takes_all = options.limit == "all" or (options.limit == "auto" and options.minutes > 0)
-    limit = None if takes_all else session.count("limit", options.limit)
     batch_size = session.count("batch_size", options.batch_size)
-    evaluation = Evaluation(tasks, limit, options.scorer, batch_size, minutes=options.minutes)
+    evaluation = Evaluation(tasks, _limit(session, options), options.scorer, batch_size, minutes=options.minutes)
     with session.exclusive():
         if options.minutes:
             _spend_budget(session, evaluation)
@@ -137,12 +135,28 @@ def accuracy(session: Session, options: AccuracyOptions) -> None:
     session.require("accuracy")
 
 
+def _limit(session: Session, options: AccuracyOptions) -> int | None:
+    """Return the items that are taken of a task or subtask; None takes all."""
+    takes_all = options.limit == "all" or (options.limit == "auto" and options.minutes > 0)
+    return None if takes_all else session.count("limit", options.limit)
+
+
+def planned_items(session: Session, options: AccuracyOptions) -> list[int]:
+    """Return how many items of each task are asked, of the tasks whose sizes are known without fetching them."""
+    limit = _limit(session, options)
+    sizes = [SIZES[name] for name in names(_wanted(session, options.tasks)) if name in SIZES]
+    return [min(size, limit * parts) if limit else size for size, parts in sizes]
+
+
+def _wanted(session: Session, tasks: str | Iterable[str]) -> str | Iterable[str]:
+    """Return the tasks; ``"auto"`` is the paper's on a GPU, else the sample."""
+    return tasks if tasks != "auto" else "sample" if session.device.kind == "cpu" else "paper"
+
+
 def _load_tasks(session: Session, tasks: str | Iterable[str]) -> Iterator[Task]:
     """Yield tasks with their data; what cannot be evaluated is refused here, before a checkpoint is made."""
     session.check_weights()
-    if tasks == "auto":
-        tasks = "sample" if session.device.kind == "cpu" else "paper"
-    checked = check(tasks)
+    checked = check(_wanted(session, tasks))
     _ = session.tokenizer
     return (Task(name, session.data_dir) for name in checked)
 

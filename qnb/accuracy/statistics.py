@@ -1,4 +1,4 @@
-"""Is a change in accuracy real? Both formats answer the same items, so the test is paired.
+"""Is a change in accuracy real, and is it small enough? Both formats answer the same items, so all tests are paired.
 
 Only items that one format answers rightly and the other wrongly carry information (McNemar 1947). Two unpaired
 binomial intervals, the usual comparison, ignore the pairing and see far less. Many comparisons in one table find
@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 RESAMPLES = 2000
+STUDIES = 2000  # simulated for a power
+Z95 = 1.959964  # standard errors each way
 CHUNK = 4_000_000  # resampled values held at once
 
 
@@ -72,6 +75,90 @@ def compare(baseline: Sequence[bool], other: Sequence[bool]) -> Change:
         low_pp=low_pp,
         high_pp=high_pp,
     )
+
+
+def pooled_change(gained: Any, lost: Any, n_items: Any) -> tuple[Any, Any, Any]:
+    """Return the mean of the tasks' changes, each weighing the same, and its 95 % interval (low, high), in points.
+
+    The variance is that of Bonett and Price (2012): one gained and one lost answer are added to each task, so that
+    few items without a flip prove nothing. As in Wilson's interval (1927) it is the variance at the interval's end
+    that counts. A change that grows by u through more losses, or by half through fewer gains, adds between nothing
+    and u to it: half of u is taken. In simulation (tests/bench/verdicts.py) an end misses the truth in at most 3.3 %
+    of studies, also with 40 items a task and few flips, where resampling misses it in up to 14 %.
+
+    Parameters
+    ----------
+    gained, lost
+        Items a task that are right here and wrong in the baseline, and the reverse, (..., tasks).
+    n_items
+        Items a task, (tasks).
+    """
+    gained, lost, n_items = np.asarray(gained), np.asarray(lost), np.asarray(n_items)
+    tasks, smoothed = len(n_items), n_items + 2
+    flips, shift = (gained + lost + 2) / smoothed, (gained - lost) / smoothed  # (..., tasks)
+    variance = ((flips - shift**2) / smoothed).sum(-1) / tasks**2
+    growth = (1 / smoothed).sum() / tasks**2 / 2  # of the variance, for each unit that the change moves
+    half = (Z95**2 * growth + np.sqrt(Z95**4 * growth**2 + 4 * Z95**2 * variance)) / 2
+    mean = ((gained - lost) / n_items).mean(-1)
+    return 100 * mean, 100 * (mean - half), 100 * (mean + half)
+
+
+def power(change_pp: float, n_items: Sequence[int], flip_rate: float) -> float:
+    """Return the share of studies whose pooled interval leaves out 0 when the mean change is `change_pp`.
+
+    Studies are simulated, since a formula for large samples is off by up to 20 points with 40 items.
+
+    Parameters
+    ----------
+    change_pp
+        The true change in points, the same in every task.
+    n_items
+        Items a task, (tasks).
+    flip_rate
+        The share of items that turn from right to wrong or back; raised to the change where that is more.
+    """
+    change = abs(change_pp) / 100
+    flips = min(1.0, max(flip_rate, change))
+    shares = [(flips - change) / 2, (flips + change) / 2, 1 - flips]
+    generator = np.random.default_rng(0)
+    counts = np.stack([generator.multinomial(n, shares, STUDIES) for n in n_items], axis=-1)  # (studies, 3, tasks)
+    _, _, high = pooled_change(counts[:, 0], counts[:, 1], n_items)
+    return float((high < 0).mean())
+
+
+def detectable_pp(n_items: Sequence[int], flip_rate: float, wanted: float = 0.8) -> float | None:
+    """Return the smallest mean change in points that a study tells from none with a power of `wanted`.
+
+    None where even a change of 100 points would be missed.
+    """
+    if power(100, n_items, flip_rate) < wanted:
+        return None
+    low, high = 0.0, 100.0
+    while high - low > 0.01 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(middle, n_items, flip_rate) >= wanted else (middle, high)
+    return high
+
+
+def recovery(change: Change, chance: float) -> tuple[float, float, float]:
+    """Return how much of the baseline's accuracy above chance is kept, in percent, and its 95 % interval.
+
+    The change and the baseline add their uncertainties in squares, as the delta method has it. Ask `is_above_chance`
+    first.
+    """
+    above = change.baseline - chance
+    ratio = 1 + change.change_pp / 100 / above
+    _, low_pp, high_pp = pooled_change([change.gained], [change.lost], [change.n_items])
+    half_baseline = Z95 * math.sqrt(change.baseline * (1 - change.baseline) / change.n_items)
+    half = math.hypot((high_pp - low_pp) / 200, (1 - ratio) * half_baseline) / above
+    return 100 * ratio, 100 * (ratio - half), 100 * (ratio + half)
+
+
+def is_above_chance(n_correct: int, n_items: int, chance: float) -> bool:
+    """Return whether so many right answers are more than guessing gives (one-sided exact binomial test, 5 %)."""
+    from scipy.stats import binomtest
+
+    return n_correct > 0 and float(binomtest(n_correct, n_items, chance, alternative="greater").pvalue) < 0.05
 
 
 def mean_of_independent(changes: Iterable[tuple[float, float, float]]) -> tuple[float, float, float]:

@@ -34,6 +34,10 @@ TASKS = {
     "sample": ("sample_easy", "sample_hard", "sample_completion", "sample_arithmetic", "sample_exam"),
     "paper": ("arc_challenge", "arc_easy", "gsm8k", "gsm8k_cot", "hellaswag", "mmlu"),
 }
+# items of each, and the subtasks that a limit counts for
+SIZES = {"sample_easy": (48, 1), "sample_hard": (48, 1), "sample_completion": (48, 1), "sample_arithmetic": (40, 1),
+         "sample_exam": (48, 4), "arc_challenge": (1172, 1), "arc_easy": (2376, 1), "gsm8k": (1319, 1),
+         "gsm8k_cot": (1319, 1), "hellaswag": (10042, 1), "mmlu": (14042, 57)}  # fmt: skip
 FOLDERS = ("arc", "gsm8k", "hellaswag", "mmlu")  # of lm-eval's tasks: those that hold the paper's
 FEWSHOT_SEED = 1234  # lm-eval's default
 

@@ -13,10 +13,12 @@ from qnb.columns import column, header
 from qnb.precision import BASELINE
 from qnb.report import paper, theme
 from qnb.report.findings import SETTINGS
-from qnb.report.recommend import FITS, RULED_OUT, UNSURE, Advice, accuracies, candidates, facts
+from qnb.report.recommend import FITS, RULED_OUT, UNSURE, Advice, candidates, facts
 from qnb.report.results import SPEED, Results
 from qnb.report.speed_figures import energy, heatmap, memory, metrics, roofline, sweep, timeline, token_time
-from qnb.report.tables import MEAN, build, headline
+from qnb.report.scores import MEAN, headline
+from qnb.report.tables import build
+from qnb.report.verdicts import accuracies
 
 ACCURACY = "accuracy_pct"
 QUANTITIES = [name for name in SPEED if column(name).unit]
@@ -147,9 +149,9 @@ def decision(advice: Advice) -> go.Figure:
     if frame.empty:
         return theme.nothing(title)
     frame = frame.assign(
-        speed=frame[demand.rank_by] * speed.scale, opacity=frame.verdict.map(OPACITY),
+        speed=frame[demand.rank_by] * speed.scale, opacity=frame.fit.map(OPACITY),
         size=[20 if name in advice.of(FITS).index[:1] else 10 for name in frame.index],
-        hover=["<br>".join(filter(None, (f"{name}: {row.verdict}", facts(row, demand), row.reasons)))
+        hover=["<br>".join(filter(None, (f"{name}: {row.fit}", facts(row, demand), row.reasons)))
                for name, row in frame.iterrows()],
     )  # fmt: skip
     figure = theme.points(frame, "peak_memory_mib", "speed", "opacity", "size")

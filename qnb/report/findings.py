@@ -12,9 +12,10 @@ import pandas as pd
 
 from qnb.columns import Flag, column, format_value, is_disturbed
 from qnb.precision import BASELINE
-from qnb.report.recommend import accuracies, interval_text
+from qnb.report.recommend import interval_text
 from qnb.report.results import Results, task_name
 from qnb.report.tables import build
+from qnb.report.verdicts import accuracies
 
 SETTINGS = {"bs1": "batch size 1", "maxbatch": "the largest batch"}
 BASE, NOTHING = BASELINE.upper(), "Nothing was measured yet."

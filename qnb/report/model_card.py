@@ -16,7 +16,8 @@ from qnb.ledger import write_atomic
 from qnb.precision import BASELINE, Precision
 from qnb.report.findings import about
 from qnb.report.results import Results, task_name
-from qnb.report.tables import build, headline, markdown
+from qnb.report.scores import headline
+from qnb.report.tables import build, markdown
 
 TEMPLATE = Path(__file__).parents[1] / "data" / "model_card.md"
 BASES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # the embedded model's name on the hub

@@ -1,12 +1,7 @@
-"""Which format may be deployed? A decision over measured rows, and what the rows cannot decide.
-
-A format loses at most what is tolerated only if its whole 95 % interval says so. It loses more only if the whole
-interval says that. In between the data cannot tell.
-"""
+"""Which format may be deployed? Verdicts on accuracy beside measured speed and memory, and what they cannot decide."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +11,16 @@ import pandas as pd
 from qnb.columns import column, format_value, is_disturbed
 from qnb.precision import BASELINE
 from qnb.report.results import Results
-from qnb.report.tables import MEAN, build, headline
+from qnb.report.scores import MEAN
+from qnb.report.verdicts import MARGIN_PP, Verdict, check_margin, decide, judge
 
 SPEEDS = ("tpot_s", "throughput_rps", "throughput_tps")  # what candidates may be ranked by
-CHANGE = ["change_pp", "low_pp", "high_pp"]
 FITS, UNSURE, RULED_OUT = "fits", "may fit", "ruled out"
+RANKED = ("precision", "engine", "fit", "peak_memory_mib", "weights_mib", "tpot_s", "change_pp", "low_pp", "high_pp",
+          "kl_mean_nats", "words", "reasons")  # fmt: skip
+SUMMARY = ("precision", "weights_mib", "peak_memory_mib", "tpot_eager_s", "tpot_captured_s", "throughput_rps",
+           "energy_j_per_token", "change_pp", "low_pp", "high_pp", "perplexity_change_pct", "kl_mean_nats", "verdict",
+           "words")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,12 @@ class Advice:
     """The recommendation and everything it was weighed against."""
 
     demand: Demand
-    candidates: pd.DataFrame  # best first, with `verdict` and `reasons`, what rules each out or cannot be told
+    candidates: pd.DataFrame  # best first, with `fit` and `reasons`, what rules each out or cannot be told
     notes: tuple[str, ...]
 
-    def of(self, verdict: str) -> pd.DataFrame:
-        """Return the candidates with a verdict: `FITS`, `UNSURE` or `RULED_OUT`."""
-        return self.candidates[self.candidates.verdict == verdict]
+    def of(self, fit: str) -> pd.DataFrame:
+        """Return the candidates that have one of `FITS`, `UNSURE` or `RULED_OUT`, best first."""
+        return self.candidates[self.candidates.fit == fit]
 
     @property
     def best(self) -> pd.Series | None:
@@ -52,7 +52,9 @@ class Advice:
 
 
 def candidates(results: Results, setting: str, task: str = MEAN) -> pd.DataFrame:
-    """Join speed and accuracy of every format and engine that was timed, under a name made of the two.
+    """Join the speed, accuracy and divergence of every format and engine, under a name made of the two.
+
+    Formats that were not timed stand there too if nothing was.
 
     Parameters
     ----------
@@ -61,44 +63,38 @@ def candidates(results: Results, setting: str, task: str = MEAN) -> pd.DataFrame
     setting
         ``"bs1"`` or ``"maxbatch"``.
     task
-        The task whose accuracy counts, or `MEAN` for the mean over tasks that all formats answered alike.
+        The task whose accuracy counts, or `MEAN` for the mean over the tasks that count.
     """
-    frame = results.timed(setting).join(accuracies(results, task), on="precision")
+    timed, verdicts = results.timed(setting), judge(results, task=task).drop(columns=["verdict", "words"])
+    if timed.empty:
+        timed = timed.reindex(range(len(verdicts))).assign(precision=verdicts.index, engine="not timed")
+        timed = timed.drop(columns="weights_mib").join(_by_format(results.checkpoints, "weights_mib"), on="precision")
+    frame = timed.join(verdicts, on="precision").join(_by_format(results.divergence, "kl_mean_nats"), on="precision")
     return frame.set_index(pd.Index([f"{row.precision} ({row.engine})" for row in frame.itertuples()], dtype=object))
 
 
-def tasks(results: Results) -> list[str]:
-    """Return the tasks a decision can rest on: the mean over tasks first, none where no accuracy was measured."""
-    if results.scores.empty:
-        return []
-    shown = headline(results.scores)
-    return [MEAN, *shown[shown.metric != "mean"].task.unique()]
-
-
-def accuracies(results: Results, task: str = MEAN) -> pd.DataFrame:
-    """Return accuracy, items, and the change against BF16 with its 95 % interval; a row a format."""
-    columns = ["accuracy_pct", "n_items", *CHANGE]
-    if results.scores.empty:
-        return pd.DataFrame(columns=columns, dtype=float)
-    shown, changes = headline(results.scores), build(results, "table2_change")
-    shown = shown[(shown.asked if task == MEAN else shown.task) == task].drop_duplicates("precision")
-    changes = changes[changes.task.map(lambda name: name.partition(" (")[0]) == task].dropna(subset=CHANGE)
-    frame = shown.set_index("precision").join(changes.set_index("precision")[CHANGE].astype(float))
-    frame.loc[frame.index == BASELINE, CHANGE] = 0.0
-    return frame.assign(accuracy_pct=100 * frame.value)[columns]
+def _by_format(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
+    """Return columns of a frame that has a row a format, by format; empty ones where the frame lacks them."""
+    return frame.reindex(columns=["precision", *names]).set_index("precision").astype(float)
 
 
 def choose(candidates: pd.DataFrame, demand: Demand) -> Advice:
-    """Hold every candidate against a demand: what fits, what may, and what does not, by speed, then by memory."""
+    """Hold every candidate against a demand: what fits, what may, and what does not.
+
+    What fits is ranked by speed, then by memory. What may fit is ranked by KL divergence where that was measured: it
+    sees what too few items hide.
+    """
     is_time = column(demand.rank_by).better == "less"
     table = candidates.sort_values([demand.rank_by, "peak_memory_mib"], ascending=[is_time, True])
-    judged = [_judge(row, demand) for row in table.to_dict("records")]
-    table["verdict"] = [RULED_OUT if against else UNSURE if unknown else FITS for against, unknown in judged]
+    judged = [_hold(row, demand) for row in table.to_dict("records")]
+    table["fit"] = [RULED_OUT if against else UNSURE if unknown else FITS for against, unknown in judged]
     table["reasons"] = ["; ".join([*against, *unknown]) for against, unknown in judged]
+    fits, unsure, ruled_out = (table[table.fit == fit] for fit in (FITS, UNSURE, RULED_OUT))
+    table = pd.concat([fits, unsure.sort_values("kl_mean_nats", kind="stable"), ruled_out])
     return Advice(demand, table, tuple(_notes(table, demand)))
 
 
-def _judge(row: Mapping[str, Any], demand: Demand) -> tuple[list[str], list[str]]:
+def _hold(row: Mapping[str, Any], demand: Demand) -> tuple[list[str], list[str]]:
     """Return what rules a candidate out, and what the data cannot tell of it."""
     against, unknown = [], []
     for name, limit in (("peak_memory_mib", demand.memory_mib), (demand.rank_by, demand.speed_limit)):
@@ -108,16 +104,13 @@ def _judge(row: Mapping[str, Any], demand: Demand) -> tuple[list[str], list[str]
         elif limit is not None and (value < limit if more else value > limit):
             bound = "more" if more else "less"
             against.append(f"{column(name).label} is {_shown(name, value)}; you need {_shown(name, limit)} or {bound}")
-    if demand.loss_pp is not None:
-        if pd.isna(row["low_pp"]):
-            unknown.append(f"its change in accuracy against {BASELINE} was not measured")
-        elif row["high_pp"] < -demand.loss_pp:
-            against.append(f"it changes by {interval_text(row)}; you allow a loss of {demand.loss_pp:g}")
-        elif row["low_pp"] < -demand.loss_pp:
-            distance_pp = max(abs(row["change_pp"] + demand.loss_pp), 0.01)  # an interval shrinks as 1 / sqrt(n)
-            times = math.ceil(((row["change_pp"] - row["low_pp"]) / distance_pp) ** 2)
-            question = f"whether it loses over {demand.loss_pp:g}, about {times:,} times the items might tell"
-            unknown.append(f"it changes by {interval_text(row)}; {question}")
+    if demand.loss_pp:
+        verdict, words = decide(row["precision"], row, demand.loss_pp)
+        interval = "" if pd.isna(row["low_pp"]) else f": {interval_text(row)}"
+        if verdict in (Verdict.LOSES, Verdict.BARELY_QUANTIZED):
+            against.append(words + interval)
+        elif verdict in (Verdict.UNCLEAR, Verdict.UNMEASURED):
+            unknown.append(words + interval)
     return against, unknown
 
 
@@ -135,7 +128,10 @@ def _notes(table: pd.DataFrame, demand: Demand) -> Iterator[str]:
     """Yield what qualifies the recommendation."""
     if disturbed := [name for name, flags in table["flags"].items() if is_disturbed(flags)]:
         yield f"Other processes were at work while these were timed: {', '.join(disturbed)}."
-    first = table[table.verdict == FITS].head(2)
+    unsure = table[table.fit == UNSURE]
+    if unsure.kl_mean_nats.notna().any():
+        yield "What may fit is ranked by KL divergence, since accuracy cannot tell."
+    first = table[table.fit == FITS].head(2)
     if first.empty:
         return
     speeds = first[demand.rank_by]
@@ -144,8 +140,8 @@ def _notes(table: pd.DataFrame, demand: Demand) -> Iterator[str]:
         yield "Each speed is one pass: how much it varies was not measured."
     elif len(first) > 1 and speeds.max() - speeds.min() < half_ranges.sum():
         yield f"{' and '.join(first.index)} differ in speed by less than their passes do."
-    before = table[: table.index.get_loc(first.index[0])]
-    if faster := list(before.index[before.verdict == UNSURE]):
+    behind = unsure[demand.rank_by] - speeds.iloc[0]
+    if faster := list(unsure.index[behind < 0 if column(demand.rank_by).better == "less" else behind > 0]):
         yield f"Faster, but not shown to fit: {', '.join(faster)}."
 
 
@@ -171,3 +167,83 @@ def facts(row: Mapping[str, Any], demand: Demand) -> str:
     if pd.notna(row["change_pp"]) and row["precision"] != BASELINE:
         parts.append(f"{interval_text(row)} against {BASELINE}")
     return ", ".join(parts)
+
+
+def ranked(
+    results: Results,
+    peak_memory_mib: float | None = None,
+    tpot_ms: float | None = None,
+    margin_pp: float = MARGIN_PP,
+) -> pd.DataFrame:
+    """Return every format and engine, what fits best first, each with its verdict and reasons.
+
+    Parameters
+    ----------
+    results
+        A study's frames.
+    peak_memory_mib
+        At most so much memory at batch size 1, in MiB; None sets no limit.
+    tpot_ms
+        At most so many milliseconds per output token; None sets no limit.
+    margin_pp
+        The loss of accuracy against the baseline, in points, that is accepted.
+
+    Raises
+    ------
+    InputError
+        `margin_pp` is no number of points above 0.
+    """
+    check_margin(margin_pp)
+    demand = Demand("tpot_s", peak_memory_mib, None if tpot_ms is None else tpot_ms / 1000, margin_pp)
+    table = choose(candidates(results, "bs1"), demand).candidates
+    words = [decide(row["precision"], row, margin_pp)[1] for row in table.to_dict("records")]
+    return table.assign(words=words)[list(RANKED)].reset_index(drop=True)
+
+
+def summary(results: Results, margin_pp: float = MARGIN_PP) -> pd.DataFrame:
+    """Return the answer in one table: a row a format with its memory, speeds, loss and verdict.
+
+    Speeds at batch size 1 are given for both engines; throughput is the best engine's at the largest batch, energy the
+    best engine's at batch size 1. ``peak_memory_mib`` is a GPU's: a process on a CPU grows by what ran before.
+    """
+    timed = results.bs1.assign(
+        peak_memory_mib=results.bs1.peak_memory_mib.where(results.bs1.peak_reserved_mib.notna()),
+        tpot_eager_s=results.bs1.tpot_s.where(results.bs1.engine == "eager"),
+        tpot_captured_s=results.bs1.tpot_s.where(results.bs1.engine != "eager"),
+    )
+    least = timed.groupby("precision")[[name for name in SUMMARY if name in timed and name != "precision"]].min()
+    frames = [least.drop(columns="throughput_rps"), results.maxbatch.groupby("precision")[["throughput_rps"]].max(),
+              _by_format(results.divergence, "perplexity_change_pct", "kl_mean_nats")]  # fmt: skip
+    frame = judge(results, margin_pp).join(frames)
+    stored_mib = _by_format(results.checkpoints, "weights_mib").weights_mib
+    frame = frame.assign(weights_mib=stored_mib.combine_first(frame.weights_mib))
+    return frame.rename_axis("precision").reset_index()[list(SUMMARY)]
+
+
+def sentence(results: Results, margin_pp: float = MARGIN_PP) -> str:
+    """Return the study's answer in a few sentences: what is lost, which format is fastest, and which smallest."""
+    table = summary(results, margin_pp)
+    if table.empty:
+        return "Nothing was measured yet."
+    points = f"{margin_pp:g} point{'s' * (margin_pp != 1)}"
+    headings = {
+        Verdict.WITHIN: f"Within {points}",
+        Verdict.LOSES: f"Loses more than {points}",
+        Verdict.UNCLEAR: "Too few items to tell",
+        Verdict.UNMEASURED: "Not measured",
+        Verdict.BARELY_QUANTIZED: "Most weights not quantized",
+    }
+    names = {each: ", ".join(table.precision[table.verdict == each].str.upper()) for each in headings}
+    lists = [f"{heading}: {names[each]}." for each, heading in headings.items() if names[each]]
+    allowed = table[~table.verdict.isin([Verdict.LOSES, Verdict.BARELY_QUANTIZED])]
+    return " ".join([f"Accuracy of {results.model} against {BASELINE.upper()}.", *lists, *_extremes(allowed)])
+
+
+def _extremes(allowed: pd.DataFrame) -> Iterator[str]:
+    """Yield which format is fastest at batch size 1, and which is smallest, of those that are not ruled out."""
+    size = "peak_memory_mib" if allowed.peak_memory_mib.notna().any() else "weights_mib"
+    tpot_s = allowed[["tpot_captured_s", "tpot_eager_s"]].min(axis=1)
+    for words, name, values in (("Fastest at batch size 1", "tpot_s", tpot_s), ("Smallest", size, allowed[size])):
+        if values.notna().sum() > 1:
+            best = values.idxmin()
+            yield f"{words}: {allowed.precision[best].upper()}, {column(name).label} {_shown(name, values[best])}."

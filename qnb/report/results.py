@@ -79,7 +79,7 @@ class Results:
     rows: tuple[Row, ...] = ()  # what was measured; none for kept tables
     failures: tuple[Row, ...] = ()  # what could not be, each with its reason
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # kept ones by name
-    built: dict[str, pd.DataFrame] = field(default_factory=dict, init=False, repr=False)  # tables made of the others
+    cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # what was made of the other fields
 
     @classmethod
     def read(cls, ledger: Ledger) -> Results:

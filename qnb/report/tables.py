@@ -6,42 +6,27 @@ under their own name, never in its place.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from statistics import fmean
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from qnb.accuracy.statistics import Change, compare, holm, mean_interval, mean_of_independent
 from qnb.columns import flag_text, format_value, header, is_disturbed
-from qnb.errors import InputError
 from qnb.ledger import write_atomic
 from qnb.precision import BASELINE
-from qnb.report import paper
+from qnb.report import comparison, paper, scores, verdicts
 from qnb.report.batch_plans import plans
-from qnb.report.results import SPEED, Results, flag_list, in_order, stack
+from qnb.report.results import SPEED, Results, flag_list, in_order, stack, task_name
 
-# the metric a task is known by: accuracy for choices, strict exact match for generated answers
-HEADLINE = ("acc", "exact_match")
-MEAN = "mean over tasks"
-# The paper's "GSM8K (average of strict and CoT)" is the mean of two strict readings: the 5-shot task's, and the 8-shot
-# chain-of-thought one's
-AVERAGED = {"gsm8k_average": ("gsm8k", "gsm8k_cot")}
-SIGNIFICANT = 0.05
-Z95 = 1.96  # standard errors each way
 LINE = ["precision", "engine"]  # one line of a sweep
 OTHER = "not measured like the newest row: other prompts, device, memory or cap"
 PUBLISHED = ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_mib", "speedup")
 
 # all columns of a table, as its file has them
-ALL_CHANGES = ("task", "precision", "n_items", "baseline_pct", "accuracy_pct", "change_pp", "low_pp", "high_pp",
-               "change_pct", "gained", "lost", "p_mcnemar", "p_correct_change_pp", "p_correct_low_pp",
-               "p_correct_high_pp", "note", "p_holm", "significant")  # fmt: skip
-ESTIMATES = ("perplexity", "perplexity_change_pct", "kl_mean_nats", "kl_p99_nats", "same_top1_pct")
-ALL_DIVERGENCE = ("precision", "prompt_source", "tokens", "context", "stride",
+ESTIMATES = ("perplexity", "perplexity_change_pct", "kl_mean_nats", "kl_median_nats", "kl_p99_nats", "kl_p999_nats",
+             "same_top1_pct")  # fmt: skip
+ALL_DIVERGENCE = ("precision", "prompt_source", "tokens", "context", "stride", "noise_floor_nats",
                   *(name + end for name in ESTIMATES for end in ("", "_low", "_high")))  # fmt: skip
 SENSITIVITY = ("precision", "setting", "task", "n_items", "n_choices", "mean_abs_logprob_diff",
                "max_abs_logprob_diff", "answers_changed", "accuracy_change_pp")  # fmt: skip
@@ -51,183 +36,15 @@ ALL_SPEEDS = (*SPEED, "speedup", "engine_speedup", *(f"published_{name}" for nam
 # the columns that a notebook shows (SPEED_MAIN: of Tables 3 and 4)
 CHECKPOINTS = ("precision", "bits_per_weight", "weights_mib", "file_mib", "quantize_s", "save_s", "load_s",
                "reload_identical")  # fmt: skip
-CHANGES = ("task", "precision", "n_items", "change_pp", "low_pp", "high_pp", "p_holm", "significant")
-DIVERGENCE = ("precision", "tokens", "perplexity", "perplexity_change_pct", "perplexity_change_pct_low",
-              "perplexity_change_pct_high", "kl_mean_nats", "same_top1_pct")  # fmt: skip
 PASSES = ("precision", "engine", "repeat", "requests", "total_s", "tpot_s", "stop_reason", "note")
 SPEED_MAIN = ("precision", "engine", "batch_size", "peak_memory_mib", "tpot_s", "throughput_rps",
               "energy_j_per_token", "speedup")  # fmt: skip
+DIVERGENCE = ("precision", "tokens", "perplexity", "perplexity_change_pct", "kl_mean_nats", "kl_median_nats",
+              "kl_p99_nats", "same_top1_pct")  # fmt: skip
 TIME_SPENT = ("precision", "engine", "ttft_s", "tpot_s", "kernels_per_token", "gpu_busy_pct", "mbu_pct", "bound",
               "flags", "note")  # fmt: skip
 SEARCHES = ("precision", "engine", "batch_size", "capped", "limit_mib", "prompt_tokens", "new_tokens")
 PLANS = ("precision", "engine", "n_prompts", "order", "largest_batch", "batches", "padding_pct", "note")
-
-
-def headline(scores: pd.DataFrame) -> pd.DataFrame:
-    """Keep one metric a task: accuracy, or exact match, read strictly where there are several ways; then the means.
-
-    `MEAN` weighs every task that all formats answered alike, as the paper's "aggregate accuracy" does. Its standard
-    error takes the tasks as independent.
-    """
-    if scores.empty:
-        return scores
-    shown = _one_filter(scores[scores.metric.isin(HEADLINE)])
-    whole = shown[shown.task == shown.asked]
-    averages = [_means(whole[whole.task.isin(tasks)], name, len(tasks)) for name, tasks in AVERAGED.items()]
-    common = whole.groupby("task").filter(
-        lambda rows: rows.precision.nunique() == whole.precision.nunique() and rows.n_items.nunique() == 1
-    )
-    return stack([shown, *averages, _means(common, f"{MEAN} ({common.task.nunique()})")])
-
-
-def _one_filter(frame: pd.DataFrame) -> pd.DataFrame:
-    """Keep one filter a task, by which its answers are read: the strict one, or none, or its first."""
-    order = {"strict-match": 0, "none": 1}
-    best = {task: min(names, key=lambda name: order.get(name, 2)) for task, names in frame.groupby("task")["filter"]}
-    return frame[frame["filter"] == frame.task.map(best)]
-
-
-def _means(whole: pd.DataFrame, name: str, least: int = 1) -> pd.DataFrame:
-    """Return a row a format: the mean over its tasks, where there are at least so many."""
-    means = whole.astype({"stderr": float}).groupby("precision", sort=False).agg(
-        value=("value", "mean"), stderr=("stderr", lambda errors: math.hypot(*errors) / len(errors)),
-        n_items=("n_items", "sum"), n_total=("n_total", "sum"), tasks=("task", "size"),
-    )  # fmt: skip
-    about = {"asked": name.partition(" (")[0], "task": name, "metric": "mean", "filter": "none", "group": True}
-    return means[means.tasks >= least].drop(columns="tasks").reset_index().assign(**about)
-
-
-def _accuracy(results: Results) -> pd.DataFrame:
-    """Table 1: a row a task, metric and number of items; a column a format in percent and its error in points.
-
-    ``p_correct`` is the mean probability of the right choice, ``mean`` an average of other rows, followed by the ends
-    of its 95 % interval. Rows of a sample never share a cell with rows of a whole task: ``n_items`` and ``n_total``
-    are part of the key.
-    """
-    if results.scores.empty:
-        return pd.DataFrame()
-    published = paper.accuracy().set_index(["task", "precision"]).accuracy_pct
-    means = headline(results.scores).query("metric == 'mean'")
-    ends = [
-        means.assign(metric=f"mean, 95 % {end}", value=(means.value + z * means.stderr).clip(0, 1), stderr=None)
-        for end, z in (("low", -Z95), ("high", Z95))
-    ]
-    keys, rows = ["task", "metric", "filter", "n_items", "n_total"], []
-    for key, group in stack([results.scores, means, *ends]).groupby(keys, sort=False, dropna=False):
-        row = dict(zip(keys, key, strict=True))
-        for score in group.itertuples():
-            row[f"{score.precision}_pct"] = 100 * score.value
-            row[f"{score.precision}_stderr_pp"] = 100 * score.stderr if pd.notna(score.stderr) else None
-        if row["metric"] in ("acc", "mean") and row["task"] in published:
-            row |= {f"published_{name}_pct": value for name, value in published[row["task"]].items()}
-        rows.append(row)
-    return pd.DataFrame(rows).round(4)
-
-
-def _change(results: Results) -> pd.DataFrame:
-    """Table 2: a row a task and format, the change against BF16 with its interval and paired test.
-
-    Only answers to the same items are compared; where there are none, ``note`` says why. ``p_holm`` is McNemar's p
-    corrected for all cells of the table, and ``significant`` whether it is below 0.05. ``p_correct`` columns are the
-    change of the mean probability of the right choice. Means over tasks have an interval, for which each task's items
-    are resampled by themselves; their parts are tested, they are not.
-    """
-    rows: list[dict[str, Any]] = []
-    pairs: dict[tuple[str, str], pd.DataFrame] = {}  # by task and format
-    for task, group in results.accuracy_rows.groupby("task", sort=False) if len(results.accuracy_rows) else ():
-        measured = {row["precision"]: row for row in group.to_dict("records")}
-        base = measured.pop(BASELINE, None)
-        for precision, row in measured.items() if base else ():
-            try:
-                both = _pairs(results, base, row)
-                compared = _compare(row, both)
-            except InputError as error:
-                compared = [{"task": task, "precision": precision, "note": f"not compared: {error}"}]
-            rows += compared
-            if any(each["task"] == task and "n_items" in each for each in compared):
-                pairs[str(task), precision] = both
-    table = pd.DataFrame([*rows, *_averaged(pairs)]).reindex(columns=list(ALL_CHANGES))
-    tested = table.p_mcnemar.notna()
-    table.loc[tested, "p_holm"] = holm(list(table.p_mcnemar[tested]))
-    table["significant"] = (table.p_holm < SIGNIFICANT).astype(object).where(tested, None)
-    published = paper.accuracy().rename(columns={"change_pct": "published_change_pct"}).drop(columns="accuracy_pct")
-    return table.fillna({"note": ""}).merge(published, how="left").round(6)
-
-
-def _pairs(results: Results, base: Mapping[str, Any], row: Mapping[str, Any]) -> pd.DataFrame:
-    """Return a row an item that both formats answered, the baseline's columns as ``_base``.
-
-    Raises
-    ------
-    InputError
-        They answered other items, or the items' file is not the one that the row was counted from.
-    """
-    items = [results.items(each) for each in (base, row)]
-    if any(frame is None for frame in items):
-        raise InputError("the items' file is gone or was changed")
-    # right or wrong by item, generated answers as `headline` reads them
-    indexed = [_one_filter(frame).set_index(["task", "doc_id"]) for frame in items]
-    before, now = (frame.reindex(columns=["correct", "p_correct"]) for frame in indexed)
-    both = before.join(now, lsuffix="_base", how="inner", validate="one_to_one")
-    if row["data_sha256"] != base["data_sha256"] or not len(both) == len(before) == len(now):
-        raise InputError(f"the items are others than {BASELINE}'s")
-    return both.reset_index()
-
-
-def _compare(row: Mapping[str, Any], pairs: pd.DataFrame) -> list[dict[str, Any]]:
-    """Compare a task's items, and those of each group in it, which lm-eval weighs by their items.
-
-    Raises
-    ------
-    InputError
-        No score is a share of items that are right.
-    """
-    rows = []
-    for task in dict.fromkeys(score["task"] for score in row["scores"] if score["metric"] in HEADLINE):
-        part = pairs if task == row["task"] else pairs[pairs.task.isin(row["groups"].get(task, ()))]
-        if len(part) and part[["correct_base", "correct"]].notna().all(axis=None):
-            change = compare(list(part.correct_base), list(part.correct))
-            rows.append(_row(task, row["precision"], change, **_p_correct(part)))
-    if not rows:
-        raise InputError("its score is not a share of right answers")
-    return rows
-
-
-def _row(task: str, precision: str, change: Change, **more: Any) -> dict[str, Any]:
-    points = {"baseline_pct": 100 * change.baseline, "accuracy_pct": 100 * change.accuracy}
-    relative = {"change_pp": change.change_pp, "change_pct": change.change_pct}
-    return {"task": task, "precision": precision, **asdict(change), **points, **relative, **more}
-
-
-def _p_correct(pairs: pd.DataFrame) -> dict[str, float | None]:
-    """Return how the mean probability of the right choice changed, where all items are choices."""
-    change_pp = 100 * (pairs.p_correct - pairs.p_correct_base).astype(float)
-    if change_pp.isna().any():
-        return {}
-    low, high = mean_interval(change_pp.to_numpy()) or (None, None)
-    return {"p_correct_change_pp": change_pp.mean(), "p_correct_low_pp": low, "p_correct_high_pp": high}
-
-
-def _averaged(pairs: Mapping[tuple[str, str], pd.DataFrame]) -> Iterator[dict[str, Any]]:
-    """Yield the means' changes: of GSM8K's strict readings, and over the tasks compared for every format."""
-    tasks, precisions = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True)) if pairs else ([], [])
-    common = tuple(task for task in tasks if all((task, precision) in pairs for precision in precisions))
-    for name, parts in {**AVERAGED, f"{MEAN} ({len(common)})": common}.items():
-        for precision in precisions:
-            answers = [pairs[task, precision] for task in parts if (task, precision) in pairs]
-            if len(answers) == len(parts) > 0:
-                note = f"mean of {', '.join(parts)}, which are tested each"
-                yield _row(name, precision, _mean_change(answers), gained=None, lost=None, note=note)
-
-
-def _mean_change(parts: Sequence[pd.DataFrame]) -> Change:
-    """Return the mean change over tasks, each weighing the same, with its interval."""
-    before, now = (fmean(part[name].mean() for part in parts) for name in ("correct_base", "correct"))
-    interval = mean_interval(*(100 * (part.correct.astype(float) - part.correct_base) for part in parts))
-    if interval is None:  # nothing flipped: each task has an interval of its own
-        changes = [compare(list(part.correct_base), list(part.correct)) for part in parts]
-        interval = mean_of_independent((change.change_pp, change.low_pp, change.high_pp) for change in changes)[1:]
-    return Change(sum(map(len, parts)), before, now, 0, 0, math.nan, *interval)
 
 
 def _performance(results: Results, setting: str, number: int) -> pd.DataFrame:
@@ -315,8 +132,8 @@ def choice_probabilities(results: Results, item: int = 0) -> pd.DataFrame:
 
 
 TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
-    "table1_accuracy": _accuracy,
-    "table2_change": _change,
+    "table1_accuracy": scores.table,
+    "table2_change": comparison.table,
     "divergence": lambda results: results.divergence.reindex(columns=list(ALL_DIVERGENCE)),
     "batch_sensitivity": lambda results: results.batch_sensitivity.reindex(columns=list(SENSITIVITY)).rename(
         columns={"setting": "scorer"}
@@ -337,11 +154,11 @@ def build(results: Results, name: str) -> pd.DataFrame:
 
     Published columns are left out where another model than the published one was measured.
     """
-    if name not in results.built:
+    if name not in results.cache:
         table = results.tables[name] if name in results.tables else TABLES[name](results)
         is_published = paper.is_published_model(results.model)
-        results.built[name] = table if is_published else table.filter(regex="^(?!published_)")
-    return results.built[name]
+        results.cache[name] = table if is_published else table.filter(regex="^(?!published_)")
+    return results.cache[name]
 
 
 def save(results: Results, name: str) -> pd.DataFrame:
@@ -351,6 +168,86 @@ def save(results: Results, name: str) -> pd.DataFrame:
         write_atomic(results.folder / "tables" / f"{name}.csv", table.to_csv(index=False))
         write_atomic(results.folder / "tables" / f"{name}.md", markdown(table))
     return table
+
+
+def compact(results: Results, name: str, of: str = "") -> pd.DataFrame:
+    """Return what people compare in a table: texts under their labels, a column a format or at most eight columns.
+
+    Parameters
+    ----------
+    results
+        A study's frames.
+    name
+        ``"table1_accuracy"``, ``"table2_change"``, ``"divergence"``, ``"table3_bs1"`` or ``"table4_maxbatch"``.
+    of
+        Of Table 1: the group whose members are shown; empty shows the tasks that were asked for.
+    """
+    if name == "table1_accuracy":
+        return _compact_scores(results, of)
+    if name == "table2_change":
+        return _compact_changes(results)
+    if name == "divergence":
+        return _compact_divergence(results)
+    return labelled(build(results, name), SPEED_MAIN)
+
+
+def grouped(results: Results) -> list[str]:
+    """Return the tasks whose scores have members, such as MMLU's subjects."""
+    parts = results.scores
+    return list(parts.asked[parts.task != parts.asked].unique()) if len(parts) else []
+
+
+def _compact_scores(results: Results, of: str) -> pd.DataFrame:
+    """Return Table 1 as the paper has it: a row a task, a column a format, ``65.5 ± 1.0``."""
+    if results.scores.empty:
+        return pd.DataFrame()
+    shown = scores.headline(results.scores)
+    is_shown = (
+        (shown.asked == of) & (shown.task != of) if of else (shown.task == shown.asked) | (shown.metric == "mean")
+    )
+    shown = shown[is_shown]
+    error = (100 * shown.stderr.astype(float)).map(" ± {:.1f}".format).where(shown.stderr.notna(), "")
+    cells = shown.assign(cell=(100 * shown.value).map("{:.1f}".format) + error)
+    return _across(cells, f"{header('accuracy_pct')}, ± one standard error")
+
+
+def _across(frame: pd.DataFrame, what: str) -> pd.DataFrame:
+    """Return texts in column `cell` with tasks down and formats across; `what` says what they are."""
+    order = list(dict.fromkeys(frame.task))
+    wide = frame.drop_duplicates(["task", "precision"]).pivot(index="task", columns="precision", values="cell")
+    items = frame.dropna(subset=["n_items"]).groupby("task").n_items.max().map("{:,.0f}".format)
+    wide = wide.loc[order, list(dict.fromkeys(frame.precision))].rename(columns=str.upper)
+    wide.insert(0, header("n_items"), items)
+    return wide.rename(index=task_name).rename_axis(what, axis=0).rename_axis(None, axis=1).reset_index().fillna("-")
+
+
+def _compact_changes(results: Results) -> pd.DataFrame:
+    """Return Table 2 with a change and its interval in a cell, and the change that the verdict rests on below."""
+    frame = build(results, "table2_change")
+    frame = frame[frame.task.isin(verdicts.tasks(results))].dropna(subset=["change_pp"])
+    pooled = verdicts.accuracies(results).drop(index=BASELINE, errors="ignore").dropna(subset=["low_pp"])
+    frame = stack([frame, pooled.rename_axis("precision").reset_index().assign(task="mean, for the verdict")])
+    if frame.empty:
+        return pd.DataFrame()
+    star = frame.significant.eq(True).map({True: " *", False: ""})
+    cells = [f"{row.change_pp:+.1f} [{row.low_pp:+.1f}, {row.high_pp:+.1f}]" for row in frame.itertuples()]
+    return _across(frame.assign(cell=cells + star), f"{header('change_pp')} [95 %]")
+
+
+def _compact_divergence(results: Results) -> pd.DataFrame:
+    """Return perplexity and KL divergence; a divergence that another batch size causes as well is called noise."""
+    frame = build(results, "divergence").reindex(columns=ALL_DIVERGENCE)
+    shown = labelled(frame, DIVERGENCE)
+    if header("kl_mean_nats") in shown:
+        is_noise = frame.kl_mean_nats.le(frame.noise_floor_nats.max()).to_numpy()
+        shown[header("kl_mean_nats")] += pd.Series(is_noise).map({True: " (noise)", False: ""})
+    return shown
+
+
+def labelled(frame: pd.DataFrame, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return columns as text under their labels with units, without empty ones; a dash stands in an empty cell."""
+    text = as_text(frame[[name for name in columns or frame if name in frame]])
+    return text.replace("", "-").rename(columns=header)
 
 
 def as_text(frame: pd.DataFrame) -> pd.DataFrame:
@@ -372,5 +269,9 @@ def markdown(frame: pd.DataFrame) -> str:
 
 def view(frame: pd.DataFrame, columns: Sequence[str] | None = None) -> Styler:
     """Return a frame for display: the columns that are there and hold something, labelled, with units, no index."""
-    text = as_text(frame[[name for name in columns or frame if name in frame]]).replace("", "-")
-    return text.rename(columns=header).style.format(escape="html").hide(axis="index")
+    return styled(labelled(frame, columns))
+
+
+def styled(text: pd.DataFrame) -> Styler:
+    """Return a frame of texts for display, without its index; texts are escaped."""
+    return text.style.format(escape="html").hide(axis="index")

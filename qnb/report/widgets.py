@@ -21,10 +21,10 @@ from jinja2 import Environment, PackageLoader
 from qnb.columns import column, header
 from qnb.errors import InputError
 from qnb.precision import BASELINE, PRECISIONS
-from qnb.report import figures, recommend
+from qnb.report import figures, recommend, verdicts
 from qnb.report.findings import SETTINGS
 from qnb.report.results import Results, read_reference, task_name
-from qnb.report.tables import MEAN
+from qnb.report.scores import MEAN
 
 REFERENCE = Path(__file__).parents[2] / "outputs" / "reference"
 NOTHING = "Nothing measured yet: run 02_accuracy, 03_perf_bs1 or 04_perf_maxbatch first."
@@ -90,7 +90,7 @@ def _explorer(results: Results) -> list[widgets.Widget]:
     options = {
         "quantity": [(header(name), name) for name in settings_of],
         "setting": [(words, name) for name, words in SETTINGS.items() if len(results.timed(name))],
-        "task": [(task_name(name), name) for name in recommend.tasks(results)],
+        "task": [(task_name(name), name) for name in verdicts.tasks(results)],
         "compared with": [("nothing: as measured", ""), *((name, name) for name in names)],
     }
     choices = [_with_words(widgets.Dropdown, words, options=each) for words, each in options.items()]
@@ -119,7 +119,7 @@ def _chooser(results: Results) -> list[widgets.Widget]:
         (f"{header(name)}, {SETTINGS[setting]}", (setting, name))
         for name in recommend.SPEEDS for setting in figures.measured(results).get(name, ())
     ]  # fmt: skip
-    tasks = [*((task_name(name), name) for name in recommend.tasks(results)), ("do not ask", "")]
+    tasks = [*((task_name(name), name) for name in verdicts.tasks(results)), ("do not ask", "")]
     ranked = _with_words(widgets.Dropdown, "ranked by", options=speeds)
     task = _with_words(widgets.Dropdown, "accuracy on", options=tasks)
     below = widgets.VBox()

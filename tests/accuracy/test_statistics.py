@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 from qnb.accuracy import statistics
-from qnb.accuracy.statistics import agresti_coull, agresti_min, compare, holm, mean_interval, mean_of_independent
+from qnb.accuracy.statistics import (
+    agresti_coull,
+    agresti_min,
+    compare,
+    detectable_pp,
+    holm,
+    is_above_chance,
+    mean_interval,
+    mean_of_independent,
+    pooled_change,
+    power,
+    recovery,
+)
 
 
 def test_hand_count():
@@ -72,3 +84,47 @@ def test_the_bootstrap_is_scipys(sizes, monkeypatch):
     low, high = mean_interval(*strata)
     ends = theirs.confidence_interval
     assert (low, high) == pytest.approx((ends.low, ends.high), abs=0.15 * theirs.standard_error)
+
+
+@pytest.mark.parametrize(
+    ("n_items", "gained", "margin_pp"),
+    [([40] * 5, 0.0, 1), ([40] * 5, 0.03, 5), ([200], 0.0, 1), ([200], 0.005, 5), ([1000] * 3, 0.0, 2),
+     ([1172, 2376, 1000, 5000, 40], 0.0, 5)],
+)  # fmt: skip
+def test_a_loss_of_exactly_the_margin_is_rarely_called_within_it_or_more(n_items, gained, margin_pp):
+    """4 % of 600 studies, whose own error is 0.8 points; tests/bench/verdicts.py takes more of both."""
+    low, high = simulate(n_items, gained, gained + margin_pp / 100, 600)
+    assert (low > -margin_pp).mean() <= 0.04 and (high < -margin_pp).mean() <= 0.04
+
+
+def simulate(n_items, gained, lost, studies):
+    draws = np.random.default_rng(1).multinomial
+    counts = np.stack([draws(n, [gained, lost, 1 - gained - lost], studies) for n in n_items], axis=-1)
+    return pooled_change(counts[:, 0], counts[:, 1], n_items)[1:]
+
+
+@pytest.mark.parametrize(("n_items", "flips"), [([40] * 5, 0.2), ([12] * 5, 0.1), ([1000, 40, 400], 0.05)])
+def test_the_predicted_power_is_had(n_items, flips):
+    change = detectable_pp(n_items, flips) / 100
+    assert power(100 * change, n_items, flips) >= 0.8
+    rate = max(flips, change)
+    _, high = simulate(n_items, (rate - change) / 2, (rate + change) / 2, 1000)
+    assert (high < 0).mean() == pytest.approx(0.8, abs=0.05) or rate == change  # counts are coarse there
+
+
+def test_what_few_items_detect_falls_with_their_root_and_nothing_detects_nothing():
+    """For large samples it is (1.96 + 0.84) sqrt(flips / n), as arXiv 2605.28873 has it."""
+    assert detectable_pp([10_000], 0.1) == pytest.approx(100 * 2.8 * math.sqrt(0.1 / 10_000), abs=0.1)
+    assert detectable_pp([1], 0.1) is None
+
+
+def test_recovery_is_of_what_is_above_chance():
+    """From 75 to 65 % right of four choices: 40 of 50 points are kept."""
+    change = compare([1] * 75 + [0] * 25, [1] * 65 + [0] * 35)
+    share, low, high = recovery(change, 0.25)
+    assert share == pytest.approx(80) and low < 80 < high
+    assert recovery(compare([1, 0] * 50, [1, 0] * 50), 0.25)[1] < 100  # no flip is no proof
+
+
+def test_guessing_is_not_above_chance():
+    assert not is_above_chance(11, 40, 0.25) and is_above_chance(30, 40, 0.25) and not is_above_chance(0, 40, 0.01)

@@ -12,7 +12,8 @@ from qnb.ledger import Ledger
 from qnb.precision import PRECISIONS
 from qnb.report import export, figures, paper, recommend, theme
 from qnb.report.results import Results
-from qnb.report.tables import MEAN, build, headline, knees
+from qnb.report.scores import MEAN, headline
+from qnb.report.tables import build, knees
 
 PAPERS = ["fig1_accuracy", "fig2_change", "fig3_bs1_metrics", "fig4_bs1_heatmap", "fig5_maxbatch_metrics",
           "fig6_maxbatch_heatmap"]  # fmt: skip

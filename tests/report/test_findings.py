@@ -6,15 +6,15 @@ import pandas as pd
 import pytest
 
 from qnb.provenance import ROOT
-from qnb.report import tables
+from qnb.report import scores
 from qnb.report.findings import NOTHING, about, findings, opening, text
 from qnb.report.results import Results, read_reference
 
 
 def test_sentences_are_the_rows_arithmetic(studied):
     study = studied.results()
-    values = tables.headline(study.scores).set_index(["task", "precision"]).value
-    mean, base = (100 * values[f"{tables.MEAN} (3)", name] for name in ("int4", "bf16"))
+    values = scores.headline(study.scores).set_index(["task", "precision"]).value
+    mean, base = (100 * values[f"{scores.MEAN} (3)", name] for name in ("int4", "bf16"))
     rows = study.bs1.set_index(["precision", "engine"])
     share = rows.peak_memory_mib["int4", "eager"] / rows.peak_memory_mib["bf16", "eager"]
     sentences = " ".join(about(study, "int4"))

@@ -1,5 +1,7 @@
 """The chooser recommends only what the rows show, and says when they do not."""
 
+from dataclasses import replace
+
 import example
 import pandas as pd
 import pytest
@@ -8,6 +10,7 @@ from qnb.ledger import Ledger
 from qnb.report import recommend
 from qnb.report.recommend import FITS, RULED_OUT, UNSURE, Demand, explain
 from qnb.report.results import Results
+from qnb.report.scores import MEAN
 from qnb.report.tables import build
 
 COLUMNS = ["precision", "peak_memory_mib", "tpot_s", "n_items", "change_pp", "low_pp", "high_pp"]
@@ -15,7 +18,8 @@ ALL = pd.DataFrame(
     [("bf16", 2000, 0.003, 900, 0, 0, 0), ("int8", 1200, 0.004, 900, -0.2, -0.8, 0.4),
      ("nf4", 800, 0.002, 900, -0.6, -2.0, 0.8), ("int4", 800, 0.001, 900, -6, -8, -4)],
     columns=COLUMNS, index=["bf16", "int8", "nf4", "int4"],
-).assign(engine="eager", passes=3, throughput_spread_pct=0.0, flags=[[]] * 4)  # fmt: skip
+).assign(engine="eager", passes=3, throughput_spread_pct=0.0, flags=[[]] * 4, quantized_pct=80.0,
+         kl_mean_nats=[None, 0.01, 0.2, 0.4])  # fmt: skip
 
 
 def advise(frame=ALL, **limits):
@@ -35,13 +39,13 @@ def test_without_limits_the_fastest_is_first_and_memory_and_speed_rule_out_with_
 
 
 def test_a_loss_is_ruled_out_or_allowed_by_the_whole_interval_and_between_the_data_cannot_tell():
-    """NF4's interval reaches 1.4 points, the limit is 0.4 away: (1.4 / 0.4)^2 times as many items."""
+    """NF4's interval reaches 1.4 points, the limit is 0.4 away: (1.4 / 0.4)^2 times 900 items, rounded."""
     advice = advise(loss_pp=1)
     assert verdicts(advice) == (["bf16", "int8"], ["nf4"], ["int4"]) and advice.best.name == "bf16"
     sections = explain(advice)
     assert "-6.0 points (95 %: -8.0 to -4.0, 900 items)" in sections["Ruled out"][0]
-    assert "about 13 times the items" in sections["The data cannot tell"][0]
-    assert "Second: int8" in sections and "nf4" in advice.notes[0]  # faster, if it fits
+    assert "about 10,000 items" in sections["The data cannot tell"][0]
+    assert "Second: int8" in sections and any("Faster" in note and "nf4" in note for note in advice.notes)
 
 
 def test_nothing_is_recommended_when_nothing_is_shown_to_fit():
@@ -51,13 +55,15 @@ def test_nothing_is_recommended_when_nothing_is_shown_to_fit():
 
 
 @pytest.mark.parametrize(
-    ("column", "limits", "word"),
-    [("peak_memory_mib", {"memory_mib": 9000}, "peak memory"), ("tpot_s", {}, "(TPOT)"),
-     ("low_pp", {"loss_pp": 1}, "change in accuracy against bf16")],
+    ("column", "limits", "word", "unsure"),
+    [("peak_memory_mib", {"memory_mib": 9000}, "peak memory", 4), ("tpot_s", {}, "(TPOT)", 4),
+     ("low_pp", {"loss_pp": 1}, "accuracy", 3)],
 )  # fmt: skip
-def test_what_was_not_measured_is_not_guessed(column, limits, word):
-    advice = advise(ALL.assign(**{column: float("nan")}), **limits)
-    assert len(advice.of(UNSURE)) == 4 and f"{word} was not measured" in advice.candidates.reasons.iloc[0]
+def test_what_was_not_measured_is_not_guessed(column, limits, word, unsure):
+    """What may fit is ranked by KL divergence; the baseline has a change by definition."""
+    found = advise(ALL.assign(**{column: float("nan")}), **limits).of(UNSURE)
+    assert list(found.index)[:3] == ["int8", "nf4", "int4"] and len(found) == unsure
+    assert f"{word} was not measured" in found.reasons.iloc[0]
 
 
 def test_a_rate_must_be_at_least_its_limit():
@@ -78,11 +84,31 @@ def test_what_qualifies_a_recommendation_is_noted(fields, note):
 def test_candidates_join_speed_with_the_accuracy_of_a_task_or_of_the_mean(studied):
     study = studied.results()
     changes = build(study, "table2_change").set_index(["task", "precision"])
-    for task, name in ((recommend.MEAN, f"{recommend.MEAN} (3)"), ("arc_easy", "arc_easy")):
+    for task, name in ((MEAN, f"{MEAN} (3)"), ("arc_easy", "arc_easy")):
         int4 = recommend.candidates(study, "bs1", task).loc["int4 (cuda_graph)"]
         row = study.bs1.query("precision == 'int4' and engine == 'cuda_graph'").iloc[0]
-        assert (int4.tpot_s, int4.passes, int4.low_pp) == (row.tpot_s, 3, changes.low_pp[name, "int4"])
-    assert recommend.tasks(study) == [recommend.MEAN, "arc_easy", "arc_challenge", "hellaswag"]
+        expected = pytest.approx(changes.change_pp[name, "int4"])
+        assert (int4.tpot_s, int4.passes, int4.change_pp) == (row.tpot_s, 3, expected)
+
+
+def test_the_summary_has_a_row_a_format_and_the_sentence_names_the_model(studied):
+    study = studied.results()
+    table = recommend.summary(study).set_index("precision")
+    rows = study.bs1.set_index(["precision", "engine"])
+    assert list(table.index) == study.precisions and table.tpot_eager_s["nf4"] == rows.tpot_s["nf4", "eager"]
+    assert table.tpot_captured_s["nf4"] == rows.tpot_s["nf4", "cuda_graph"]
+    assert table.throughput_rps["nf4"] == study.maxbatch.query("precision == 'nf4'").throughput_rps.max()
+    assert study.model in recommend.sentence(study) and recommend.sentence(Results("", "", "")).startswith("Nothing")
+
+
+def test_formats_are_ranked_also_without_accuracy_and_without_speed(studied):
+    study = studied.results()
+    blind = recommend.ranked(replace(study, scores=pd.DataFrame(), accuracy_rows=pd.DataFrame()), tpot_ms=1e6)
+    assert blind.fit.tolist().count(UNSURE) == len(blind) - 2 and blind.words[blind.fit == UNSURE].nunique() == 1
+    unsure = blind[blind.fit == UNSURE]
+    assert unsure.kl_mean_nats.is_monotonic_increasing and set(blind.precision[blind.fit == FITS]) == {"bf16"}
+    untimed = recommend.ranked(replace(study, bs1=study.bs1.iloc[:0]))
+    assert len(untimed) == len(study.precisions) and untimed.weights_mib.notna().all()
 
 
 def test_without_the_baseline_there_is_an_accuracy_and_no_change(tmp_path):

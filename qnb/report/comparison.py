@@ -1,0 +1,158 @@
+"""Each format's answers beside the baseline's to the same items: Table 2, and what the verdicts are counted from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+
+from qnb.accuracy.statistics import (
+    Change,
+    compare,
+    holm,
+    is_above_chance,
+    mean_interval,
+    mean_of_independent,
+    recovery,
+)
+from qnb.precision import BASELINE
+from qnb.report import paper
+from qnb.report.results import Results
+from qnb.report.scores import AVERAGED, HEADLINE, MEAN, one_filter
+
+SIGNIFICANT = 0.05
+LUCKY = 0.01  # the chance taken for an answer that is written, not chosen
+ANSWER = ("correct", "p_correct", "picked", "probabilities")
+COLUMNS = ("task", "precision", "n_items", "baseline_pct", "accuracy_pct", "change_pp", "low_pp", "high_pp",
+           "change_pct", "gained", "lost", "answers_changed", "recovery_pct", "recovery_low_pct", "recovery_high_pct",
+           "p_mcnemar", "p_correct_change_pp", "p_correct_low_pp", "p_correct_high_pp", "note", "p_holm",
+           "significant")  # fmt: skip
+
+
+def pairs(results: Results) -> dict[tuple[str, str], pd.DataFrame]:
+    """Return by task and format a row an item that both it and the baseline answered; made once a study.
+
+    The baseline's columns end in ``_base``. ``chance`` is the probability of guessing an item right. A frame without
+    rows says in ``attrs["note"]`` why the two are not compared.
+    """
+    if "pairs" not in results.cache:
+        by_task: dict[str, dict[str, Any]] = {}
+        for row in results.accuracy_rows.to_dict("records"):
+            by_task.setdefault(row["task"], {})[row["precision"]] = row
+        results.cache["pairs"] = {
+            (task, name): _pair(results, rows[BASELINE], row)
+            for task, rows in by_task.items() if BASELINE in rows for name, row in rows.items() if name != BASELINE
+        }  # fmt: skip
+    return results.cache["pairs"]
+
+
+def _pair(results: Results, base: Mapping[str, Any], row: Mapping[str, Any]) -> pd.DataFrame:
+    frames = [results.items(each) for each in (base, row)]
+    if any(frame is None for frame in frames):
+        return _incomparable("the items' file is gone or was changed")
+    # right or wrong by item, generated answers as `headline` reads them
+    indexed = [one_filter(frame).set_index(["task", "doc_id"]).reindex(columns=list(ANSWER)) for frame in frames]
+    both = indexed[0].join(indexed[1], lsuffix="_base", how="inner", validate="one_to_one").reset_index()
+    if row["data_sha256"] != base["data_sha256"] or any(len(frame) != len(both) for frame in indexed):
+        return _incomparable(f"the items are others than {BASELINE}'s")
+    is_share = any(score["metric"] in HEADLINE for score in row["scores"])
+    if not is_share or both[["correct_base", "correct"]].isna().any(axis=None):
+        return _incomparable("its score is not a share of right answers")
+    now, before = both.correct.astype(bool), both.correct_base.astype(bool)
+    chance = [1 / len(shares) if isinstance(shares, Sized) else LUCKY for shares in both.probabilities]
+    return both.assign(gained=now & ~before, lost=before & ~now, chance=chance)
+
+
+def _incomparable(why: str) -> pd.DataFrame:
+    frame = pd.DataFrame(columns=["task", "correct_base", "correct"])
+    frame.attrs["note"] = f"not compared: {why}"
+    return frame
+
+
+def table(results: Results) -> pd.DataFrame:
+    """Table 2: a row a task and format, the change against BF16 with its interval and paired test.
+
+    Only answers to the same items are compared; where there are none, ``note`` says why. ``p_holm`` is McNemar's p
+    corrected for all cells of the table, and ``significant`` whether it is below 0.05. ``p_correct`` columns are the
+    change of the mean probability of the right choice. ``answers_changed`` counts other picks, right or wrong.
+    ``recovery_pct`` is the share of the baseline's accuracy above chance that is kept; empty near chance. Means over
+    tasks have an interval, for which each task's items are resampled by themselves; their parts are tested, they are
+    not.
+    """
+    both = pairs(results)
+    groups = {row["task"]: row for row in results.accuracy_rows.to_dict("records")}
+    rows = [row for (task, name), pair in both.items() for row in _compare(groups[task], name, pair)]
+    frame = pd.DataFrame([*rows, *_averaged({key: pair for key, pair in both.items() if len(pair)})])
+    frame = frame.reindex(columns=list(COLUMNS))
+    tested = frame.p_mcnemar.notna()
+    frame.loc[tested, "p_holm"] = holm(list(frame.p_mcnemar[tested]))
+    frame["significant"] = (frame.p_holm < SIGNIFICANT).astype(object).where(tested, None)
+    published = paper.accuracy().rename(columns={"change_pct": "published_change_pct"}).drop(columns="accuracy_pct")
+    return frame.fillna({"note": ""}).merge(published, how="left").round(6)
+
+
+def _compare(row: Mapping[str, Any], precision: str, pair: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Compare a task's items, and those of each group in it, which lm-eval weighs by their items."""
+    if pair.empty:
+        yield {"task": row["task"], "precision": precision, "note": pair.attrs["note"]}
+        return
+    for task in dict.fromkeys(score["task"] for score in row["scores"] if score["metric"] in HEADLINE):
+        part = pair if task == row["task"] else pair[pair.task.isin(row["groups"].get(task, ()))]
+        if len(part):
+            change = compare(list(part.correct_base), list(part.correct))
+            changed = int((part.picked.map(str) != part.picked_base.map(str)).sum())
+            yield _row(task, precision, change, **_p_correct(part), **_recovery(part, change), answers_changed=changed)
+
+
+def _row(task: str, precision: str, change: Change, **more: Any) -> dict[str, Any]:
+    points = {"baseline_pct": 100 * change.baseline, "accuracy_pct": 100 * change.accuracy}
+    relative = {"change_pp": change.change_pp, "change_pct": change.change_pct}
+    return {"task": task, "precision": precision, **asdict(change), **points, **relative, **more}
+
+
+def _p_correct(pair: pd.DataFrame) -> dict[str, float | None]:
+    """Return how the mean probability of the right choice changed, where all items are choices."""
+    change_pp = 100 * (pair.p_correct - pair.p_correct_base).astype(float)
+    if change_pp.isna().any():
+        return {}
+    low, high = mean_interval(change_pp.to_numpy()) or (None, None)
+    return {"p_correct_change_pp": change_pp.mean(), "p_correct_low_pp": low, "p_correct_high_pp": high}
+
+
+def _recovery(pair: pd.DataFrame, change: Change) -> dict[str, float]:
+    """Return the accuracy above chance that is kept, unless the baseline cannot be told from chance."""
+    if not above_chance(pair):
+        return {}
+    share, low, high = recovery(change, pair.chance.mean())
+    return {"recovery_pct": share, "recovery_low_pct": low, "recovery_high_pct": high}
+
+
+def above_chance(pair: pd.DataFrame) -> bool:
+    """Return whether the baseline answers a task's items better than guessing does."""
+    return is_above_chance(int(pair.correct_base.sum()), len(pair), pair.chance.mean())
+
+
+def _averaged(both: Mapping[tuple[str, str], pd.DataFrame]) -> Iterator[dict[str, Any]]:
+    """Yield the means' changes: of GSM8K's strict readings, and over the tasks compared for every format."""
+    tasks, precisions = (list(dict.fromkeys(names)) for names in zip(*both, strict=True)) if both else ([], [])
+    common = tuple(task for task in tasks if all((task, precision) in both for precision in precisions))
+    for name, parts in {**AVERAGED, f"{MEAN} ({len(common)})": common}.items():
+        for precision in precisions:
+            answers = [both[task, precision] for task in parts if (task, precision) in both]
+            if len(answers) == len(parts) > 0:
+                note = f"mean of {', '.join(parts)}, which are tested each"
+                yield _row(name, precision, _mean_change(answers), gained=None, lost=None, note=note)
+
+
+def _mean_change(parts: Sequence[pd.DataFrame]) -> Change:
+    """Return the mean change over tasks, each weighing the same, with its interval."""
+    before, now = (fmean(part[name].mean() for part in parts) for name in ("correct_base", "correct"))
+    interval = mean_interval(*(100 * (part.correct.astype(float) - part.correct_base) for part in parts))
+    if interval is None:  # nothing flipped: each task has an interval of its own
+        changes = [compare(list(part.correct_base), list(part.correct)) for part in parts]
+        interval = mean_of_independent((change.change_pp, change.low_pp, change.high_pp) for change in changes)[1:]
+    return Change(sum(map(len, parts)), before, now, 0, 0, math.nan, *interval)

@@ -1,0 +1,195 @@
+"""One decision per format, over all tasks: how much accuracy does it lose against the baseline?
+
+The pooled change is the mean of the tasks' changes, each weighing the same. Tasks on which the baseline cannot be told
+from guessing are left out: they cannot show a loss. With the 95 % interval (low, high) and a margin M, low > -M is
+*within M points*, also where a small loss is real; high < -M *loses more than M*; anything else *cannot tell*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any, Self
+
+import pandas as pd
+
+from qnb.accuracy.statistics import detectable_pp, pooled_change
+from qnb.columns import format_number
+from qnb.errors import InputError
+from qnb.precision import BASELINE, PRECISIONS
+from qnb.report.comparison import above_chance, pairs
+from qnb.report.results import Results, task_name
+from qnb.report.scores import MEAN, headline
+
+MARGIN_PP = 1.0
+FLIP_RATE = 0.1  # of items that a format is assumed to answer rightly where the baseline does not, or the reverse
+CHANGE = ("change_pp", "low_pp", "high_pp")
+LEAST_QUANTIZED_PCT = 50  # of the weights; a format that changed fewer says so in the verdict's place
+
+
+class Verdict(StrEnum):
+    """What a study knows of a format's loss, with the symbol that stands beside the words."""
+
+    BASELINE = "baseline", "○"
+    WITHIN = "within", "✓"
+    LOSES = "loses", "✗"
+    UNCLEAR = "unclear", "?"
+    UNMEASURED = "unmeasured", "–"
+    BARELY_QUANTIZED = "barely_quantized", "!"
+
+    symbol: str
+
+    def __new__(cls, value: str, symbol: str) -> Self:
+        """Make a member of a value and its symbol."""
+        verdict = str.__new__(cls, value)
+        verdict._value_, verdict.symbol = value, symbol
+        return verdict
+
+
+def check_margin(margin_pp: float) -> None:
+    """Refuse a margin that is no number of points above 0.
+
+    Raises
+    ------
+    InputError
+        `margin_pp` is no such number.
+    """
+    if isinstance(margin_pp, bool) or not isinstance(margin_pp, int | float) or not 0 < margin_pp < 100:
+        raise InputError(f"margin_pp is {margin_pp!r}; give the loss in points that you accept, such as 1")
+
+
+def tasks(results: Results) -> list[str]:
+    """Return what a verdict can rest on: the mean over tasks first; none where no accuracy was measured."""
+    return [MEAN, *results.scores.asked.unique()] if len(results.scores) else []
+
+
+def at_chance(results: Results) -> list[str]:
+    """Return the tasks on which the baseline cannot be told from guessing."""
+    baselines = {task: pair for (task, _), pair in pairs(results).items() if len(pair)}
+    return [task for task, pair in baselines.items() if not above_chance(pair)]
+
+
+def accuracies(results: Results, task: str = MEAN) -> pd.DataFrame:
+    """Return accuracy, items, and the change against the baseline with its 95 % interval; a row a format.
+
+    Parameters
+    ----------
+    results
+        A study's frames.
+    task
+        A task; `MEAN` is the mean over the tasks that count, each weighing the same.
+    """
+    columns = ["accuracy_pct", "n_items", *CHANGE]
+    if results.scores.empty:
+        return pd.DataFrame(columns=columns, dtype=float)
+    shown = headline(results.scores)
+    shown = shown[(shown.asked if task == MEAN else shown.task) == task].drop_duplicates("precision")
+    frame = shown.assign(accuracy_pct=100 * shown.value).set_index("precision").reindex(columns=columns)
+    changes = _kept(results, task) if "table2_change" in results.tables else _changes(results, task)
+    frame = changes.combine_first(frame.astype(float))
+    frame.loc[frame.index == BASELINE, list(CHANGE)] = 0.0
+    return frame.reindex(columns=columns, index=[name for name in PRECISIONS if name in frame.index])
+
+
+def _kept(results: Results, task: str) -> pd.DataFrame:
+    """Return the changes that stand in the kept Table 2 of a study without items."""
+    kept = results.tables["table2_change"]
+    kept = kept[kept.task.map(lambda name: name.partition(" (")[0]) == task].dropna(subset=list(CHANGE))
+    return kept.set_index("precision")[list(CHANGE)].astype(float)
+
+
+def _changes(results: Results, task: str) -> pd.DataFrame:
+    """Return the pooled change of each format, with its accuracy and the baseline's on the same items."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, parts in _counted(results, task).items():
+        gained, lost = ([part[key].sum() for part in parts] for key in ("gained", "lost"))
+        n_items = [len(part) for part in parts]
+        estimates = zip(CHANGE, pooled_change(gained, lost, n_items), strict=True)
+        for format_name, key in ((BASELINE, "correct_base"), (name, "correct")):
+            mean = sum(part[key].mean() for part in parts) / len(parts)
+            rows[format_name] = {"accuracy_pct": 100 * mean, "n_items": sum(n_items)}
+        rows[name] |= dict(estimates)
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["accuracy_pct", "n_items", *CHANGE], dtype=float)
+
+
+def _counted(results: Results, task: str) -> dict[str, list[pd.DataFrame]]:
+    """Return by format the pairs of each task that counts: of one task, or of all above chance that all answered."""
+    both = {key: pair for key, pair in pairs(results).items() if len(pair)}
+    names = list(dict.fromkeys(name for _, name in both))
+    if task != MEAN:
+        return {name: [both[task, name]] for name in names if (task, name) in both}
+    dropped = at_chance(results)
+    common = [
+        each for each in dict.fromkeys(asked for asked, _ in both)
+        if each not in dropped and all((each, name) in both for name in names)
+    ]  # fmt: skip
+    return {name: [both[each, name] for each in common] for name in names if common}
+
+
+def judge(results: Results, margin_pp: float = MARGIN_PP, task: str = MEAN) -> pd.DataFrame:
+    """Return the decision on each format, a row a format that anything was measured of.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by precision: what `accuracies` gives, `verdict`, and `words` that say it with the margin.
+
+    Raises
+    ------
+    InputError
+        `margin_pp` is no number of points above 0.
+    """
+    check_margin(margin_pp)
+    frame = accuracies(results, task).reindex(results.precisions)
+    rows = results.checkpoints.reindex(columns=["precision", "quantized_pct"]).set_index("precision")
+    frame = frame.join(rows)
+    decisions = [decide(str(name), row, margin_pp) for name, row in frame.iterrows()]
+    return frame.assign(verdict=[verdict for verdict, _ in decisions], words=[words for _, words in decisions])
+
+
+def decide(precision: str, row: Any, margin_pp: float) -> tuple[Verdict, str]:
+    """Return a format's verdict and its words, from its change and the share of its weights that is quantized."""
+    if precision == BASELINE:
+        return Verdict.BASELINE, "the baseline"
+    if PRECISIONS[precision].quantized and row["quantized_pct"] < LEAST_QUANTIZED_PCT:
+        return Verdict.BARELY_QUANTIZED, f"only {row['quantized_pct']:.0f} % of its weights are quantized"
+    points = f"{margin_pp:g} point{'s' * (margin_pp != 1)}"
+    if pd.isna(row["low_pp"]):
+        return Verdict.UNMEASURED, "accuracy was not measured"
+    if row["low_pp"] > -margin_pp:
+        return Verdict.WITHIN, f"within {points}"
+    if row["high_pp"] < -margin_pp:
+        return Verdict.LOSES, f"loses more than {points}"
+    return Verdict.UNCLEAR, f"cannot tell; about {items_needed(row, margin_pp)} items would"
+
+
+def items_needed(row: Any, margin_pp: float) -> str:
+    """Return how many items would decide, if the change stays as it is: an interval shrinks as 1 / sqrt(items)."""
+    distance_pp = max(abs(row["change_pp"] + margin_pp), 0.01)
+    half_pp = (row["high_pp"] - row["low_pp"]) / 2
+    items = row["n_items"] * (half_pp / distance_pp) ** 2
+    return format_number(float(f"{items:.1g}"))
+
+
+def detectable(n_items: Sequence[int], flip_rate: float = FLIP_RATE) -> str:
+    """Return in words which mean change so many items of each task can detect, with 80 % power."""
+    change = detectable_pp(n_items, flip_rate) if n_items else None
+    items = f"{sum(n_items):,} items of {len(n_items)} tasks"
+    if change is None:
+        return f"no change in accuracy ({items} are too few)"
+    about = f"{items}, if {100 * flip_rate:.0f} % of the answers flip; power 80 %"
+    return f"a mean change in accuracy of {format_number(round(change, 1))} points or more ({about})"
+
+
+def notes(results: Results) -> list[str]:
+    """Return what qualifies the verdicts."""
+    lines = []
+    if dropped := at_chance(results):
+        names = ", ".join(map(task_name, dropped))
+        lines.append(f"{BASELINE.upper()} cannot be told from guessing on {names}: left out of the verdict.")
+    if counted := _counted(results, MEAN):
+        answers = pd.concat([part for parts in counted.values() for part in parts])
+        flip_rate = float((answers.gained | answers.lost).mean())
+        n_items = [len(part) for part in next(iter(counted.values()))]
+        lines.append(f"This study can detect {detectable(n_items, flip_rate)}.")
+    return lines

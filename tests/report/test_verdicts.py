@@ -1,0 +1,83 @@
+"""A verdict says no more than the answers show."""
+
+import pandas as pd
+import pytest
+from example import answers
+
+from qnb.errors import InputError
+from qnb.report import verdicts
+from qnb.report.comparison import pairs
+from qnb.report.tables import build, compact
+from qnb.report.verdicts import Verdict, decide, judge
+
+
+def row(low_pp, high_pp, quantized_pct=80.0):
+    return {"change_pp": (low_pp + high_pp) / 2, "low_pp": low_pp, "high_pp": high_pp, "n_items": 100,
+            "quantized_pct": quantized_pct}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("low_pp", "high_pp", "verdict"),
+    [(-0.9, -0.2, Verdict.WITHIN), (-3, -1.1, Verdict.LOSES), (-1.5, 0.5, Verdict.UNCLEAR),
+     (float("nan"), float("nan"), Verdict.UNMEASURED)],
+)  # fmt: skip
+def test_the_interval_and_the_margin_decide(low_pp, high_pp, verdict):
+    """A loss that is real, and surely below the margin, is within it."""
+    assert decide("nf4", row(low_pp, high_pp), 1.0)[0] is verdict
+    assert decide("bf16", row(low_pp, high_pp), 1.0)[0] is Verdict.BASELINE
+
+
+def test_too_few_items_are_told_with_the_number_that_would_decide():
+    """The interval reaches 1 point and the margin is half a point away: 4 times as many items."""
+    assert "400 items" in decide("nf4", row(-1.5, 0.5), 1.0)[1]
+
+
+def test_a_format_that_left_most_weights_alone_says_so():
+    verdict, words = decide("nf4", row(-0.1, 0.1, quantized_pct=10.0), 1.0)
+    assert verdict is Verdict.BARELY_QUANTIZED and "10 %" in words
+    assert decide("fp16", row(-0.1, 0.1, quantized_pct=0.0), 1.0)[0] is Verdict.WITHIN  # it quantizes nothing
+
+
+@pytest.mark.parametrize("margin", [0, -1, "1", float("nan"), True, 100])
+def test_a_margin_is_a_number_of_points(margin, studied):
+    with pytest.raises(InputError, match="margin_pp"):
+        judge(studied.results(), margin)
+
+
+def choices(task, correct, n_choices=4):
+    """Return items of so many choices each, of which the first is picked when the item is right."""
+    picked = [0 if each else 1 for each in correct]
+    return answers(task, correct, picked=picked, probabilities=[[1 / n_choices] * n_choices] * len(correct))
+
+
+def test_tasks_at_chance_are_left_out_and_named(measured):
+    """Of four choices, guessing is right in 25 %: 11 of 40 may be luck, 30 of 40 are not. A written answer is not."""
+    right = {"easy": 30, "hard": 11, "written": 20}
+    rows = {}
+    for name, lost in (("bf16", 0), ("int8", 4)):
+        for task, n in right.items():
+            correct = [place < n - lost for place in range(40)]
+            rows[name, task] = choices(task, correct) if task != "written" else answers(task, correct, picked=correct)
+    results = measured(rows)
+    assert verdicts.at_chance(results) == ["hard"]
+    frame = judge(results)
+    assert frame.change_pp["int8"] == pytest.approx(-10) and frame.n_items["int8"] == 80
+    assert frame.accuracy_pct["bf16"] == pytest.approx((75 + 50) / 2)
+    assert "hard" in verdicts.notes(results)[0] and "points" in verdicts.notes(results)[1]
+    table = build(results, "table2_change").set_index("task")
+    assert table.recovery_pct["easy"] == pytest.approx(100 * (65 - 25) / (75 - 25))
+    assert pd.isna(table.recovery_pct["hard"]) and table.answers_changed["easy"] == 4
+    assert table.recovery_low_pct["easy"] < table.recovery_pct["easy"] < table.recovery_high_pct["easy"]
+    shown = compact(results, "table2_change")
+    assert shown.iloc[-1, -1].startswith("-10.0 [") and len(shown) == 4
+
+
+def test_tasks_weigh_the_same_whatever_their_items(measured):
+    rows = {("bf16", "large"): choices("large", [1] * 100), ("bf16", "small"): choices("small", [1] * 20),
+            ("nf4", "large"): choices("large", [1] * 100), ("nf4", "small"): choices("small", [1] * 18 + [0] * 2),
+            ("int8", "large"): choices("large", [0] * 50 + [1] * 50)}  # fmt: skip
+    results = measured(rows)
+    assert set(pairs(results)) == {("large", "nf4"), ("small", "nf4"), ("large", "int8")}
+    frame = verdicts.accuracies(results)  # INT8 was not asked `small`, so it counts for none
+    assert frame.change_pp["nf4"] == 0 and frame.change_pp["int8"] == -50
+    assert verdicts.accuracies(results, "small").change_pp["nf4"] == pytest.approx(-10)
