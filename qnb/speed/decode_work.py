@@ -1,25 +1,33 @@
 """What one decode step costs: the bytes and operations it needs at least, counted, and the GPU's kernels, traced.
 
-The count is made from the loaded tensors and shapes. The trace is a pass of its own: its wall clock carries the
-profiler's cost.
+The count is made from a step that runs: what its operations read of the loaded tensors, whatever class a layer has.
+The trace is a pass of its own: its wall clock carries the profiler's cost.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, PreTrainedModel
 
-from qnb.memory import MIB, kv_cache_bytes_per_token, release
+from qnb.memory import MIB, release
 from qnb.quantize.checkpoint import count_weights
+from qnb.speed.decode_step import run_model
 from qnb.speed.engines import Engine, Prompts
 
 TRACED_STEPS = 8
+LOOKUPS = {torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select}  # read what they return
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,54 +43,107 @@ class Work:
 
 
 def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int) -> Work:
-    """Count a decode step of a batch.
+    """Count a decode step of a batch, from one that runs for one token.
 
-    Weights are read once, whatever the batch. An embedding that is not also the output head counts one row per
-    request. Keys and values are those of the prompt and half the new tokens. A product of (B, K) and (K, N) counts
-    2BKN.
-
-    Models without attention keep no keys and values, and fused experts are not all read: for both, what depends on
-    that is None.
+    Weights are read once, whatever the batch. Of experts, and of an embedding's rows, a batch reads the expected
+    number of distinct ones. Keys and values are those of the prompt and half the new tokens, or of a layer's window.
+    A recurrent state is read and written. A product of (B, K) and (K, N) counts 2BKN operations, and each token is
+    multiplied by its own experts.
     """
-    weights, config = count_weights(model), model.config.get_text_config()
-    work = Work(weights_mib=weights.total_mib)
-    # 1) keys and values
-    try:
-        values_per_token, heads = kv_cache_bytes_per_token(config, 1), config.num_attention_heads
-    except AttributeError:  # no attention
-        return work
-    token_bytes = values_per_token * model.dtype.itemsize
-    work = replace(work, kv_cache_mib=batch_size * (prompt_tokens + new_tokens) * token_bytes / MIB)
-    if any(parameter.dim() > 2 for parameter in model.parameters()):  # fused experts
-        return work
-    # 2) bytes
-    seen_tokens = batch_size * (prompt_tokens + new_tokens / 2)
-    bytes_per_step = weights.total_mib * MIB + seen_tokens * token_bytes
-    embedding: Any = model.get_input_embeddings().weight  # (V, E)
-    head = model.get_output_embeddings()
-    if head is None or embedding.data_ptr() != head.weight.data_ptr():
-        bytes_per_step += batch_size * embedding[0].nbytes - weights.embedding_bytes
-    # 3) operations
-    flops_by_type = _weight_flops(model, batch_size)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    # queries times keys and shares times values: 2 x 2 x layers x heads x head size for each token seen
-    flops_by_type[_type_name(model.dtype)] += 2 * seen_tokens * values_per_token * heads / kv_heads
-    return replace(work, bytes_per_step=bytes_per_step, flops_by_type=dict(flops_by_type))
+    cache, token = DynamicCache(config=model.config), torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    with torch.inference_mode():
+        for _ in range(2):  # the first products move INT8 weights, and the second run is a decode step
+            step = _Step(model)
+            with step:
+                run_model(model, cache, input_ids=token)
+    # 1) products with weights
+    flops_by_type = step.flops_by_type
+    for name in flops_by_type:
+        flops_by_type[name] *= batch_size
+    bytes_per_step, kv_bytes = step.weight_bytes(batch_size), 0.0
+    # 2) keys and values, and recurrent states
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", 0)
+    for layer in cache.layers:
+        states = [getattr(layer, name, None) for name in ("conv_states", "recurrent_states")]
+        bytes_per_step += 2 * batch_size * sum(state.nbytes for state in tree_leaves(states) if state is not None)
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)  # (1, H, T, S)
+        if keys is not None and values is not None:
+            window = getattr(layer, "sliding_window", None) or math.inf
+            token_bytes = (keys.nbytes + values.nbytes) / keys.shape[2]
+            seen_bytes = batch_size * min(prompt_tokens + new_tokens / 2, window) * token_bytes
+            bytes_per_step += seen_bytes
+            kv_bytes += batch_size * min(prompt_tokens + new_tokens, window) * token_bytes
+            # queries times keys and shares times values, for each query head that shares a KV head
+            groups = max(1, heads / keys.shape[1])
+            flops_by_type[_type_name(keys.dtype)] += 2 * groups * seen_bytes / keys.itemsize
+    return Work(
+        weights_mib=count_weights(model).total_mib,
+        kv_cache_mib=kv_bytes / MIB or None,
+        bytes_per_step=bytes_per_step,
+        flops_by_type={name: flops for name, flops in flops_by_type.items() if flops},
+    )
 
 
-def _weight_flops(model: PreTrainedModel, batch_size: int) -> dict[str, float]:
-    """Return the operations of a step's products with weights, by the type that multiplies."""
-    flops_by_type: dict[str, float] = defaultdict(float)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Embedding):
-            continue
-        for weight in module.parameters(recurse=False):
-            packed = getattr(weight, "quant_state", None)
-            shape = weight.shape if packed is None else packed.shape
-            if len(shape) == 2:
-                compute_type = (getattr(module, "compute_dtype", None) or model.dtype) if packed else weight.dtype
-                flops_by_type[_type_name(compute_type)] += 2 * batch_size * shape.numel()
-    return flops_by_type
+class _Weight(NamedTuple):
+    role: str  # its name; the layers and the experts of one role share it
+    tensor: Tensor
+    numbers: int  # two in an element where it is in 4 bit
+    bytes: int  # with quantization constants
+    multiplied_as: str
+
+
+class _Step(TorchDispatchMode):
+    """Adds up what operations read of a model's weights within a block."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        # by the address of their memory, which views, transposed matrices and single experts have too
+        self._weights = {each.tensor.untyped_storage().data_ptr(): each for each in _weights(model)}
+        self._read_bytes: dict[str, float] = defaultdict(float)  # by role
+        self.flops_by_type: dict[str, float] = defaultdict(float)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, and add what it reads."""
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs)) if isinstance(out, Tensor) else ():
+            weight = self._weight_of(tensor)
+            if weight and not self._weight_of(out):  # a view reads nothing
+                self._add(weight, tensor, function, out)
+        return out
+
+    def _weight_of(self, tensor: Any) -> _Weight | None:
+        return self._weights.get(tensor.untyped_storage().data_ptr()) if isinstance(tensor, Tensor) else None
+
+    def _add(self, weight: _Weight, tensor: Tensor, function: Any, out: Tensor) -> None:
+        dims, is_lookup = weight.tensor.dim(), function.overloadpacket in LOOKUPS
+        share = (out if is_lookup else tensor).numel() / weight.tensor.numel()
+        if tensor.dim() == 3 and out.dim() == 2:  # each row is multiplied by its own matrix of a stack
+            share *= min(1, len(out) / len(tensor))
+        self._read_bytes[weight.role] += share * weight.bytes
+        is_product = dims > (2 if is_lookup else 1) and torch.Tag.pointwise not in function.tags
+        self.flops_by_type[weight.multiplied_as] += 2 * share * weight.numbers * is_product
+
+    def weight_bytes(self, batch_size: int) -> float:
+        """Return the bytes of weights that a batch reads. Where a token reads a part, other tokens read others."""
+        stored_bytes, total = Counter[str](), 0.0
+        for weight in self._weights.values():
+            stored_bytes[weight.role] += weight.bytes
+        for role, read in self._read_bytes.items():
+            unread = max(0, 1 - read / stored_bytes[role])
+            total += max(read, stored_bytes[role] * (1 - unread**batch_size))
+        return total
+
+
+def _weights(model: PreTrainedModel) -> Iterator[_Weight]:
+    for name, tensor in model.named_parameters():  # a tied one comes once
+        module, packed = model.get_submodule(name.rpartition(".")[0]), getattr(tensor, "quant_state", None)
+        dtype, constants = tensor.dtype, [getattr(getattr(module, "state", None), "SCB", None)]
+        if packed:
+            constants = packed.as_dict(packed=False).values()
+            dtype = getattr(module, "compute_dtype", None) or model.dtype
+        size = sum(each.nbytes for each in (tensor, *constants) if isinstance(each, Tensor))
+        role = re.sub(r"\.\d+\.(?!.*\.\d+\.)", ".*.", name)
+        yield _Weight(role, tensor, (packed.shape if packed else tensor.shape).numel(), size, _type_name(dtype))
 
 
 def _type_name(dtype: torch.dtype) -> str:

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM as Auto
+from transformers import GPT2Config, LlamaConfig, MambaConfig, MistralConfig, MixtralConfig, Qwen3MoeConfig
 
 from qnb.columns import Flag
 from qnb.errors import InputError
@@ -64,23 +65,70 @@ SHAPE = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hid
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 
 
-def test_work_is_counted_as_by_hand():
-    layer = 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 48  # head size 8
-    norms, cache = 3 * 2 * 32 + 32, 3 * 2 * 2 * 8  # numbers
-    seen = 10 + 6 / 2
-    tied = count_work(LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True)), 5, 10, 6)
-    assert tied.bytes_per_step == 4 * (3 * layer + norms + 100 * 32 + 5 * seen * cache)
-    assert tied.flops_by_type == {"float32": 2 * 5 * (3 * layer + 100 * 32 + 2 * 3 * 32 * seen)}
-    assert tied.kv_cache_mib == 4 * 5 * 16 * cache / 2**20
-    untied = count_work(LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=False)), 5, 10, 6)
-    assert untied.bytes_per_step == tied.bytes_per_step + 4 * 5 * 32  # the rows looked up
-    assert untied.weights_mib - tied.weights_mib == pytest.approx(4 * 100 * 32 / 2**20)
+ATTENTION, NORMS, MLP = 32 * (32 + 16 + 16) + 32 * 32, 2 * 32, 3 * 32 * 48  # of a layer; head size 8
+EXPERTS = {"num_experts_per_tok": 2, "sliding_window": None, "head_dim": 8}
 
 
-def test_products_of_other_layer_classes_are_counted():
+class Patchwork(torch.nn.Module):
+    """An MLP of experts in a list, one of which a token takes by its first channel's sign, and of a bare matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32, bias=False) for _ in range(2))
+        self.matrix = torch.nn.Parameter(torch.randn(32, 32))
+
+    def forward(self, hidden):
+        return self.experts[int(hidden[0, -1, 0] > 0)](hidden) @ self.matrix
+
+
+# a model; numbers of its layers' weights that every token reads; its experts, those of a token, the numbers of one
+WEIGHTS = {
+    "llama, tied": (LlamaConfig(**SHAPE, tie_word_embeddings=True), ATTENTION + MLP, 1, 1, 0),
+    "llama": (LlamaConfig(**SHAPE, tie_word_embeddings=False), ATTENTION + MLP, 1, 1, 0),
+    "mixtral": (MixtralConfig(**SHAPE, **EXPERTS, num_local_experts=4), ATTENTION + 4 * 32, 4, 2, MLP),
+    "qwen3-moe": (Qwen3MoeConfig(**SHAPE, **EXPERTS, num_experts=8, moe_intermediate_size=16),
+                  ATTENTION + 8 * 32, 8, 2, MLP // 3),
+    "a list of experts": (LlamaConfig(**SHAPE), ATTENTION + 32 * 32, 2, 1, 32 * 32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_work_is_counted_as_by_hand(kind, batch_size):
+    config, layer, n_experts, of_a_token, expert = WEIGHTS[kind]
+    model = Auto.from_config(config)
+    for block in model.model.layers if "list" in kind else ():
+        block.mlp = Patchwork()
+    work, seen = count_work(model, batch_size, 10, 6), 10 + 6 / 2
+    head, cache = 100 * 32, 2 * 2 * 8  # numbers
+    distinct = n_experts * (1 - (1 - of_a_token / n_experts) ** batch_size)
+    rows = 32 * (1 if kind == "llama, tied" else 100 * (1 - 0.99**batch_size))  # of the embedding
+    qk_norms = 2 * 8 if "qwen3" in kind else 0
+    read = 3 * (layer + distinct * expert + NORMS + qk_norms + batch_size * seen * cache) + head + 32 + rows
+    assert work.bytes_per_step == pytest.approx(4 * read)
+    products = 3 * (layer + of_a_token * expert) + head
+    assert work.flops_by_type == {"float32": pytest.approx(2 * batch_size * (products + 3 * 2 * 32 * seen))}
+    assert work.kv_cache_mib == 3 * 4 * batch_size * 16 * cache / 2**20
+    assert work.weights_mib == sum(weight.nbytes for weight in model.parameters()) / 2**20
+
+
+def test_a_window_and_layers_of_other_classes_are_counted():
     """GPT-2 multiplies in Conv1D: 12 hidden^2 a block, the tied head, and attention over 8 + 1 tokens."""
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_positions=64, n_embd=32, n_layer=2, n_head=4))
+    gpt2 = Auto.from_config(GPT2Config(vocab_size=100, n_positions=64, n_embd=32, n_layer=2, n_head=4))
     assert count_work(gpt2, 1, 8, 2).flops_by_type == {"float32": 2 * (2 * 12 * 32**2 + 100 * 32) + 4 * 2 * 32 * 9}
+    narrow, wide = (Auto.from_config(MistralConfig(**SHAPE, sliding_window=window)) for window in (8, None))
+    assert count_work(narrow, 3, 20, 4).bytes_per_step == count_work(wide, 3, 7, 2).bytes_per_step  # 7 + 1 tokens
+    assert count_work(narrow, 3, 20, 4).kv_cache_mib == count_work(wide, 3, 6, 2).kv_cache_mib
+
+
+def test_a_model_without_attention_reads_its_weights_and_reads_and_writes_its_states():
+    mamba = Auto.from_config(MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
+    row = run(mamba, Workload(((1, 2, 3), (4, 5, 6)), 3, "sample"), 2, peaks=DevicePeaks(1e9, {"float32": 1e9})).run
+    channels, states = 32, 2 * 32 * (4 + 4)  # of convolution and recurrence, two layers
+    products = 2 * (16 * 2 * channels + 4 * channels + channels * (1 + 2 * 4) + channels + channels * 16) + 99 * 16
+    assert row.tpot_s > 0 and row.kv_cache_mib is None and row.flops_by_type == {"float32": 2 * 2 * products}
+    embedded = 16 * 4  # the tied embedding's row
+    assert row.bytes_per_step == pytest.approx(row.weights_mib * 2**20 + embedded + 4 * 2 * 2 * states)
 
 
 def test_products_are_held_against_the_peak_of_their_own_type(checkpoint):
@@ -95,13 +143,6 @@ def test_products_are_held_against_the_peak_of_their_own_type(checkpoint):
     peaks = DevicePeaks(1e9, {"float32": 1e12, "bfloat16": 4e12})
     assert peaks.flop_per_s({"float32": 1e12, "bfloat16": 4e12}) == 5e12 / 2  # a second each
     assert peaks.flop_per_s({"float32": 1e12, "int8": 1.0}) is peaks.flop_per_s(None) is None
-
-
-def test_a_model_without_attention_is_timed_and_what_cannot_be_counted_is_empty():
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
-    row = run(mamba, Workload(((1, 2, 3), (4, 5, 6)), 3, "sample"), 2, peaks=DevicePeaks(1e9, {"float32": 1e9})).run
-    assert row.tpot_s > 0 and row.weights_mib > 0
-    assert row.kv_cache_mib is row.bytes_per_step is row.flops_by_type is row.peak_flop_per_s is None
 
 
 def test_what_fails_beside_the_timing_costs_only_itself(model, five, monkeypatch):
