@@ -36,6 +36,8 @@ _COLUMNS = (
     Column("high_pp", "95 % high", "points", "more"),
     Column("change_pct", "relative change", "%", "more"),
     Column("recovery_pct", "accuracy above chance kept", "%", "more"),
+    Column("recovery_low_pct", "kept, 95 % low", "%", "more"),
+    Column("recovery_high_pct", "kept, 95 % high", "%", "more"),
     Column("verdict", "verdict"),
     Column("words", "verdict"),
     Column("p_mcnemar", "McNemar p"),

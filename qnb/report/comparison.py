@@ -123,10 +123,10 @@ def _p_correct(pair: pd.DataFrame) -> dict[str, float | None]:
     return {"p_correct_change_pp": change_pp.mean(), "p_correct_low_pp": low, "p_correct_high_pp": high}
 
 
-def _recovery(pair: pd.DataFrame, change: Change) -> dict[str, float]:
-    """Return the accuracy above chance that is kept, unless the baseline cannot be told from chance."""
+def _recovery(pair: pd.DataFrame, change: Change) -> dict[str, Any]:
+    """Return the accuracy above chance that is kept, or a note where the baseline is near chance."""
     if not above_chance(pair):
-        return {}
+        return {"note": f"{BASELINE.upper()} cannot be told from guessing"}
     share, low, high = recovery(change, pair.chance.mean())
     return {"recovery_pct": share, "recovery_low_pct": low, "recovery_high_pct": high}
 

@@ -18,6 +18,7 @@ from qnb.report.tables import build
 from qnb.report.verdicts import accuracies
 
 SETTINGS = {"bs1": "batch size 1", "maxbatch": "the largest batch"}
+DIVERGENCE = ["precision", "kl_mean_nats", "noise_floor_nats"]
 BASE, NOTHING = BASELINE.upper(), "Nothing was measured yet."
 
 
@@ -66,13 +67,16 @@ def _accuracy(results: Results, precision: str) -> Iterator[str]:
 
 
 def _perplexity(results: Results, precision: str) -> Iterator[str]:
-    rows = results.divergence.query("precision == @precision") if len(results.divergence) else results.divergence
-    for row in rows.to_dict("records"):
+    rows = results.divergence.reindex(columns=[*DIVERGENCE, *results.divergence.columns.difference(DIVERGENCE)])
+    floor = rows.noise_floor_nats.max()
+    for row in rows[rows.precision == precision].to_dict("records"):
         change, low, high = (row[f"perplexity_change_pct{end}"] for end in ("", "_low", "_high"))
         if pd.notna(change):
             interval = f"95 %: {low:+.1f} to {high:+.1f}, " if pd.notna(low) else ""
             words = f"{change:+.1f} % ({interval}{row['tokens']:,.0f} tokens)"
             yield f"{precision.upper()}'s perplexity changes by {words}.{_chance(low, high)}"
+        if row["kl_mean_nats"] <= floor:
+            yield f"{precision.upper()}'s KL divergence is noise: another batch size alone gives {BASE} as much."
 
 
 def _chance(low: float, high: float) -> str:

@@ -36,6 +36,8 @@ ALL_SPEEDS = (*SPEED, "speedup", "engine_speedup", *(f"published_{name}" for nam
 # the columns that a notebook shows (SPEED_MAIN: of Tables 3 and 4)
 CHECKPOINTS = ("precision", "bits_per_weight", "weights_mib", "file_mib", "quantize_s", "save_s", "load_s",
                "reload_identical")  # fmt: skip
+RECOVERY = ("task", "precision", "n_items", "recovery_pct", "recovery_low_pct", "recovery_high_pct",
+            "answers_changed", "note")  # fmt: skip
 PASSES = ("precision", "engine", "repeat", "requests", "total_s", "tpot_s", "stop_reason", "note")
 SPEED_MAIN = ("precision", "engine", "batch_size", "peak_memory_mib", "tpot_s", "throughput_rps",
               "energy_j_per_token", "speedup")  # fmt: skip

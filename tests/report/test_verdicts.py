@@ -7,6 +7,8 @@ from example import answers
 from qnb.errors import InputError
 from qnb.report import verdicts
 from qnb.report.comparison import pairs
+from qnb.report.findings import about
+from qnb.report.results import Results
 from qnb.report.tables import build, compact
 from qnb.report.verdicts import Verdict, decide, judge
 
@@ -81,3 +83,18 @@ def test_tasks_weigh_the_same_whatever_their_items(measured):
     frame = verdicts.accuracies(results)  # INT8 was not asked `small`, so it counts for none
     assert frame.change_pp["nf4"] == 0 and frame.change_pp["int8"] == -50
     assert verdicts.accuracies(results, "small").change_pp["nf4"] == pytest.approx(-10)
+
+
+def test_a_divergence_that_another_batch_size_causes_as_well_is_called_noise():
+    rows = [{"precision": "bf16", "tokens": 9, "noise_floor_nats": 0.002}, {"precision": "fp16", "kl_mean_nats": 0.001},
+            {"precision": "nf4", "kl_mean_nats": 0.2}]  # fmt: skip
+    estimates = [f"perplexity_change_pct{end}" for end in ("", "_low", "_high")]
+    results = Results(
+        "", "", "", divergence=pd.DataFrame(rows).reindex(columns=[*rows[0], "kl_mean_nats", *estimates])
+    )
+    assert ["noise" in cell for cell in compact(results, "divergence")["mean KL divergence, nats"]] == [
+        False,
+        True,
+        False,
+    ]
+    assert any("noise" in line for line in about(results, "fp16")) and not about(results, "nf4")
