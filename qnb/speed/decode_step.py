@@ -321,5 +321,6 @@ def empty_layers(model: PreTrainedModel, batch_size: int, length: int) -> list[K
 
 def run_model(model: PreTrainedModel, cache: DynamicCache, **inputs: Any) -> Tensor:
     """Run a model's own forward with a cache; return the last position's logits, (B, V)."""
-    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"  # until transformers 5.24
+    accepted = signature(model.forward).parameters  # the last two are names until transformers 5.24
+    name = next(each for each in ("cache", "cache_params", "past_key_values") if each in accepted)
     return model(**inputs, **{name: cache}, use_cache=True, logits_to_keep=1).logits[:, -1]
