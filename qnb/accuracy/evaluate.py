@@ -5,6 +5,7 @@ Every format answers the same items, and each answer is kept, so that any two fo
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -99,15 +100,13 @@ class Evaluation:
         self, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers_path: Path | None = None
     ) -> TaskResult:
         """Score a model on a task; answers are kept in `answers_path` meanwhile, so that a killed task goes on."""
-        from lm_eval.models.huggingface import HFLM
-
-        from qnb.accuracy.scorer import SharedContextLM
+        from qnb.accuracy.scorer import SharedContextLM, StockLM
 
         options: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer, "batch_size": self.batch_size}
         if self.scorer == "qnb":
             options |= {"encoded": self.encoded, "answers_path": answers_path, "alone": self.alone}
         with quiet():
-            lm = (SharedContextLM if self.scorer == "qnb" else HFLM)(**options)
+            lm = (SharedContextLM if self.scorer == "qnb" else StockLM)(skips_misfits=True, **options)
             return task.evaluate(lm, self.limit)
 
 
@@ -158,7 +157,8 @@ def _load_tasks(session: Session, tasks: str | Iterable[str]) -> Iterator[Task]:
     session.check_weights()
     checked = check(_wanted(session, tasks))
     _ = session.tokenizer
-    return (Task(name, session.data_dir) for name in checked)
+    window = getattr(session.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    return (Task(name, session.data_dir, window) for name in checked)
 
 
 def _evaluate(session: Session, evaluation: Evaluation) -> list[Row]:
@@ -209,6 +209,7 @@ def _measure(
     values = {
         "scores": [asdict(score) for score in result.scores],
         "groups": task.groups,
+        "bad_items": result.bad_items,
         "items_file": items_file,
         "items_sha256": items_sha256,
         "evaluate_s": perf_counter() - started,

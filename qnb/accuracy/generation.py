@@ -11,6 +11,7 @@ from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from qnb.accuracy.backbone import Backbone, Tokens, repeat
+from qnb.finite import check_finite
 from qnb.memory import free_bytes, kv_cache_bytes_per_token
 
 MAX_ROWS = {"cuda": 512, "cpu": 16}
@@ -65,17 +66,24 @@ class GreedyGenerator:
     def generate(self, prompts: Sequence[Prompt], prefix_length: int, past: Cache | None) -> list[list[int]]:
         """Return each prompt's new tokens, up to the first end token; stop sequences are not cut off.
 
-        `past` holds the first `prefix_length` tokens, which all prompts share.
+        All prompts ask for as many new tokens. `past` holds the first `prefix_length` tokens, which they share.
+
+        Raises
+        ------
+        NotFiniteError
+            A logit is infinite or undefined.
         """
         # 1) prefill
         batch = _Batch(self.backbone, prompts, prefix_length, past)
         # 2) decode, and look at the new tokens every few steps
         texts: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))
-        last_step = max(prompt.max_new_tokens for prompt in prompts)
+        last_step = prompts[0].max_new_tokens
         for start in range(0, last_step, CHECK_EVERY):
-            steps = [batch.step() for _ in range(min(CHECK_EVERY, last_step - start))]  # (B, 1) each
-            for row, tokens in zip(running, torch.cat(steps, 1).tolist(), strict=True):
+            steps = [batch.step() for _ in range(min(CHECK_EVERY, last_step - start))]
+            ids, logits = (torch.cat(parts, 1) for parts in zip(*steps, strict=True))  # (B, steps) each
+            check_finite(logits, "largest logits of new tokens")
+            for row, tokens in zip(running, ids.tolist(), strict=True):
                 texts[row] += tokens
             going = [place for place, row in enumerate(running) if not self._is_done(texts[row], prompts[row])]
             if not going:
@@ -83,7 +91,7 @@ class GreedyGenerator:
             running = [running[place] for place in going]
             batch.keep(going)
         # 3) cut
-        return [self._cut(text[: prompt.max_new_tokens]) for text, prompt in zip(texts, prompts, strict=True)]
+        return [self._cut(text) for text in texts]
 
     def _is_done(self, text: list[int], prompt: Prompt) -> bool:
         """Return whether a text needs no more tokens, looking only at what is new since the last look.
@@ -129,8 +137,11 @@ class _Batch:
         hidden, past = self.backbone.run(ids, past, attention_mask=mask, position_ids=positions, use_cache=True)
         return hidden[:, -1], past
 
-    def step(self) -> torch.Tensor:
-        """Read the tokens that were chosen last, if any were, and return the likeliest next ones, (B, 1)."""
+    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read the tokens that were chosen last, if any were; return the likeliest next ones and their logits.
+
+        Both are (B, 1). The logit is nan where any of the row's is.
+        """
         if self.ids is not None:
             self.width, self.positions = self.width + 1, self.positions + 1
             seen = self.mask[:, : self.width]
@@ -138,8 +149,9 @@ class _Batch:
             windowed = self.backbone.window < inf
             mask = seen.long() if windowed else self.backbone.attention_mask(seen[:, None, None])
             self.last, self.past = self._read(self.ids, mask, self.positions, self.past)
-        self.ids = self.backbone.project(self.last).argmax(-1, keepdim=True)
-        return self.ids
+        logits = self.backbone.project(self.last)  # (B, V)
+        self.ids = logits.argmax(-1, keepdim=True)
+        return self.ids, logits.gather(-1, self.ids)
 
     def keep(self, places: list[int]) -> None:
         """Drop all other rows."""

@@ -8,10 +8,11 @@ several rows share is read once and kept as a KV cache. Only positions that are 
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from itertools import chain
+from itertools import chain, compress, groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
@@ -19,6 +20,9 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from qnb.accuracy.answer_cache import AnswerCache
 from qnb.accuracy.backbone import Backbone, Row, Tokens, compiled, separates
 from qnb.accuracy.generation import GreedyGenerator, Prompt, is_shaped
+from qnb.accuracy.tasks import UNANSWERED
+from qnb.errors import InputError
+from qnb.finite import check_finite
 from qnb.memory import is_out_of_memory, release
 
 Encoded = dict[tuple[str, str], tuple[list[int], list[int]]]  # token ids by (context, continuation)
@@ -31,7 +35,57 @@ MIN_PREFIX_ROWS = 4  # rows that must share it
 MIN_SAVED_WORK = {"cuda": 10**12, "cpu": 0}
 
 
-class SharedContextLM(HFLM):
+class StockLM(HFLM):
+    """lm-eval's ``hf``, which checks that the model's outputs are finite.
+
+    Parameters
+    ----------
+    skips_misfits
+        What becomes of a request with an empty text, or with a continuation that is longer than the window: it is
+        left `UNANSWERED`, or all are refused, as stock lm-eval does.
+
+    Raises
+    ------
+    NotFiniteError
+        An output is infinite or undefined.
+    InputError
+        A request does not fit.
+    """
+
+    def __init__(self, skips_misfits: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self._skips_misfits = skips_misfits
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        fits = [bool(context) and 0 < len(text) <= self.max_length for _, context, text in requests]
+        if not (all(fits) or self._skips_misfits):
+            raise InputError(
+                f"{fits.count(False)} of {len(fits)} requests have an empty text, or a continuation longer than the "
+                f"model's window of {self.max_length} tokens; leave them out"
+            )
+        answers = iter(self._score_tokens([*compress(requests, fits)], disable_tqdm, override_bs))
+        return [next(answers) if fit else UNANSWERED for fit in fits]
+
+    def _score_tokens(self, requests: list[Request], *options: Any) -> list[tuple[float, bool]]:
+        """Return (log-likelihood, whether greedy) of each request, in order."""
+        answers = super()._loglikelihood_tokens(requests, *options) if requests else []
+        check_finite(torch.tensor([value for value, _ in answers]), "log-likelihoods", self.model.dtype)
+        return answers
+
+    def _model_generate(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        def check(module: Any, inputs: Any, output: Any) -> None:
+            check_finite(output.logits[:, -1].amax(-1), "largest logits of new tokens")
+
+        hook = self.model.register_forward_hook(check)
+        try:
+            return super()._model_generate(*arguments, **options)
+        finally:
+            hook.remove()
+
+
+class SharedContextLM(StockLM):
     """lm-eval's ``hf`` with shared contexts: the same arguments, the same answers, less work.
 
     A batch holds as many tokens as the free memory allows, and half as many after it ran out. `batch_size` applies
@@ -86,16 +140,14 @@ class SharedContextLM(HFLM):
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         return self.encoded.get((context, continuation)) or super()._encode_pair(context, continuation)
 
-    def _loglikelihood_tokens(
-        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
+    def _score_tokens(self, requests: list[Request], *options: Any) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether greedy) of each request, in order.
 
         Batches are those of all requests, also where some are answered already. So a killed task ends with the same
         numbers as one that ran through.
         """
         if not self.shared:
-            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            return super()._score_tokens(requests, *options)
         keys = [key for key, *_ in requests]
         answers = AnswerCache(None if None in keys else self._answers_path, keys)  # windows of a long text have no key
         window = min(self.max_length, self.backbone.window)
@@ -127,7 +179,9 @@ class SharedContextLM(HFLM):
 
         def read_first() -> None:
             askers, scores = started.pop(0)
-            pairs = zip(*(each.tolist() for each in scores), strict=True)
+            values, is_likeliest = (each.cpu() for each in scores)
+            check_finite(values, "log-likelihoods", self.model.dtype)
+            pairs = zip(values.tolist(), is_likeliest.tolist(), strict=True)
             answers.keep({place: pair for places, pair in zip(askers, pairs, strict=True) for place in places})
 
         rows = sorted(rows, key=lambda row: -row.width)
@@ -158,11 +212,14 @@ class SharedContextLM(HFLM):
                 answers.keep({prompt.position: postprocess_generated_text(text, prompt.stop_sequences, None)
                               for prompt, text in zip(batch, texts, strict=True)})  # fmt: skip
 
-        _in_batches(prompts, lambda _: 1, generator.fitting_rows(prompts[0].length), generate)
+        # a row that shared its batch with longer texts would go on behind its window
+        for _, group in groupby(prompts, lambda prompt: prompt.max_new_tokens):
+            alike = [*group]
+            _in_batches(alike, lambda _: 1, generator.fitting_rows(alike[0].length), generate)
         return [answers.answers[position] for position in range(len(requests))]
 
     def _prompts(self, requests: list[Instance]) -> list[Prompt]:
-        """Return what is generated here, the longest first: all requests, or none."""
+        """Return what is generated here, that of most new tokens and of long contexts first: all requests, or none."""
         if not self.shared or self.think_end_token or is_shaped(self.model.generation_config):
             return []
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
@@ -173,9 +230,11 @@ class SharedContextLM(HFLM):
             new_tokens = options.pop("max_gen_toks")
             if options.pop("do_sample", False) or options.pop("temperature", 0.0) or options:
                 return []
-            ids = self.tok_encode(request.args[0])[-(self.max_length - new_tokens) :]
+            ids = self.tok_encode(request.args[0])[-max(1, self.max_length - new_tokens) :]
+            if new_tokens >= self.max_length or not ids:  # which stock refuses, or fills with padding
+                return []
             prompts.append(Prompt(position, tuple(ids), stops, new_tokens))
-        return sorted(prompts, key=lambda prompt: -prompt.length)
+        return sorted(prompts, key=lambda prompt: (-prompt.max_new_tokens, -prompt.length))
 
 
 def _in_batches(items: Sequence[Any], cost: Callable[[Any], int], limit: int, work: Callable[[Any], None]) -> int:

@@ -6,18 +6,22 @@ the log-likelihoods over an item's choices is the paper's p(y_i), which moves be
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, partial
 from hashlib import sha256
+from numbers import Real
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pandas as pd
 
@@ -40,6 +44,10 @@ SIZES = {"sample_easy": (48, 1), "sample_hard": (48, 1), "sample_completion": (4
          "gsm8k_cot": (1319, 1), "hellaswag": (10042, 1), "mmlu": (14042, 57)}  # fmt: skip
 FOLDERS = ("arc", "gsm8k", "hellaswag", "mmlu")  # of lm-eval's tasks: those that hold the paper's
 FEWSHOT_SEED = 1234  # lm-eval's default
+REHEARSED = 2  # items of a task that are scored without a model, to see that they can be
+UNANSWERED = (math.nan, False)  # what a model says of a text that does not fit it
+# words in the names of metrics that are shares, where lm-eval takes the mean of values from 0 to 1
+SHARES = frozenset({"acc", "accuracy", "em", "exact", "pct"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +57,14 @@ class Score:
     task: str
     metric: str  # acc, acc_norm, exact_match ...; p_correct: mean probability of the right choice
     filter: str  # how a generated answer was read; "none" for choices
-    value: float  # 0..1
-    stderr: float | None  # after Agresti and Coull where all items are right, or all wrong
+    value: float
+    stderr: float | None  # of a share: after Agresti and Coull where all items are right, or all wrong
     n_items: int
     n_total: int  # items that the task has
     shots: int
     group: bool  # a mean over other tasks, weighted by their items
+    unit: str = "%"  # of a share, whose value is from 0 to 1; else the metric's own name, such as bits per byte
+    higher_is_better: bool | None = True  # as the task declares it, if it does
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +72,8 @@ class TaskResult:
     """Scores of a task, of its subtasks and of their groups, and the items they were counted from."""
 
     scores: tuple[Score, ...]
-    items: pd.DataFrame  # a row an item and filter; see `_items`
+    items: pd.DataFrame  # a row an item and filter; see `Task._items`
+    bad_items: int = 0  # that could not be asked or scored; nothing else counts them
 
 
 # Which tasks there are
@@ -135,22 +146,36 @@ class Task:
         A name that `check` returned.
     data_dir
         A folder laid out like the hub's dataset repositories, read instead of the hub.
+    window
+        The most tokens that the model reads.
 
     Raises
     ------
     InputError
-        The data cannot be read or lack a split, or the task shows images, plays sounds or runs code.
+        The data cannot be read or lack a split, or nothing can be scored: the task shows images, plays sounds, runs
+        code, asks for texts as long as the window, or needs a package or file that is not there.
     """
 
-    def __init__(self, name: str, data_dir: Path | None = None) -> None:
+    def __init__(self, name: str, data_dir: Path | None = None, window: float = math.inf) -> None:
         self.name = name
         self._lm_eval = _load(name, data_dir)
         self._parts: dict[str, Any] = self._lm_eval["tasks"]
         self.groups = {group: tuple(part.task_name for part in members.get_all_tasks())
                        for group, members in self._lm_eval["groups"].items()}  # fmt: skip
-        self.sizes = {part: len(task.eval_docs) for part, task in self._parts.items()}
+        self._documents = {part: task.eval_docs for part, task in self._parts.items()}
+        self.sizes = {part: len(documents) for part, documents in self._documents.items()}
+        self._places: dict[str, Sequence[int]] = {}  # of the documents that are asked about, by part
         self._built_limit: int | None = 0  # that requests were built for; 0 before any were
+        self._error: Exception | None = None  # of the last bad item
         self.data_sha256 = cache(self._data_sha256)
+        for part, task in self._parts.items():
+            task.doc_iterator = partial(self._iterate, part)
+            task.process_results = partial(self._process, task, task.process_results)
+        try:
+            self.evaluate(_Rehearsal(window), REHEARSED)
+        except Exception as error:  # whatever a task's code raises
+            text = scrub(str(self._error or error)) or type(error).__name__
+            raise InputError(f"task {name!r} cannot be scored here ({text}); leave it out") from error
 
     @property
     def is_multiple_choice(self) -> bool:
@@ -161,11 +186,34 @@ class Task:
         """Return how many items a limit takes, of all parts together; None takes all."""
         return sum(min(limit or size, size) for size in self.sizes.values())
 
+    def _iterate(self, part: str, **_: Any) -> Iterator[tuple[int, Any]]:
+        """Yield (place, document) of what is asked; lm-eval's own looks for every place in a list of places."""
+        return ((place, self._documents[part][place]) for place in self._places[part])
+
+    def _process(self, part: Any, process: Any, document: Any, answers: Sequence[Any]) -> dict[str, Any]:
+        """Return an item's metrics; none where it cannot be scored."""
+        from lm_eval.api.metrics import mean
+
+        try:
+            if UNANSWERED in answers:
+                raise ValueError("a text is empty, or longer than the model's window")
+            metrics: dict[str, Any] = process(document, answers)
+            averaged = [value for name, value in metrics.items() if part.aggregation().get(name, mean) is mean]
+            if not all(math.isfinite(value) for value in averaged):
+                raise ValueError("a metric is not a finite number")
+            return metrics
+        except Exception as error:  # whatever a task's code raises over one item, the others are scored
+            self._error = error
+            return {}
+
     def _data_sha256(self, limit: int | None) -> str:
         """Return the hash of the documents that are asked about, and of those shown as examples."""
         digest = sha256()
         for name, part in self._parts.items():
-            documents, has_examples = part.eval_docs, part.get_config("num_fewshot") and hasattr(part, "sampler")
+            documents, has_examples = (
+                self._documents[name],
+                part.get_config("num_fewshot") and hasattr(part, "sampler"),
+            )
             drawn = [(place, documents[place]) for place in draw(name, self.sizes[name], limit)]
             examples = list(part.sampler.df) if has_examples else []
             for content in (name, *drawn, *examples):
@@ -181,32 +229,64 @@ class Task:
             The model, as lm-eval calls one.
         limit
             Items of the task, or of each subtask: the first of one fixed random order. None takes all.
+
+        Raises
+        ------
+        RuntimeError
+            All items are bad, or no metric is a finite number.
         """
         from lm_eval.evaluator import evaluate
 
-        # lm-eval draws its progress bars whatever it is told, on standard error
-        with contextlib.redirect_stderr(io.StringIO()), cached_templates(), wide_products(lm.device.type):
+        # lm-eval draws bars and prints whatever it is told, and resamples in copies of this process
+        with (redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()), cached_templates(),
+              wide_products(lm.device.type), patch.dict(os.environ, DISABLE_MULTIPROC="1")):  # fmt: skip
             self._build_requests(limit)
             # `simple_evaluate` would ask the system for its libraries each time, which takes a second
-            results: Any = evaluate(lm, self._lm_eval, samples=self._draw(limit), bootstrap_iters=100)
-        items = _items(results)
-        return TaskResult(tuple(self._scores(results, items)), items)
-
-    def _draw(self, limit: int | None) -> dict[str, list[int]] | None:
-        """Return the items taken of each part; None takes all."""
-        return {part: draw(part, size, limit) for part, size in self.sizes.items()} if limit else None
+            results: Any = evaluate(lm, self._lm_eval, bootstrap_iters=100)
+        items = self._items(results)
+        scores = tuple(self._scores(results, items)) if len(items) else ()
+        if not scores:
+            raise RuntimeError(f"none of {self.n_items(limit)} items gives a score ({self._error})")
+        return TaskResult(scores, items, self.n_items(limit) - len(items.drop_duplicates(["task", "doc_id"])))
 
     def _build_requests(self, limit: int | None) -> None:
         """Build the requests, unless they are; clear the answers of the model before."""
-        samples = self._draw(limit) or {}
         for name, part in self._parts.items():
             if self._built_limit != limit:
-                part.set_fewshot_seed(seed=FEWSHOT_SEED)
-                type(part).build_all_requests(part, samples=samples.get(name))
+                places = draw(name, self.sizes[name], limit)
+                if not self._build(name, places):
+                    good = [place for place in places if self._build(name, [place])]
+                    if not self._build(name, good):
+                        raise RuntimeError(f"no item of {name} can be asked ({self._error})")
                 part.build_all_requests = lambda **_: None  # lm-eval would build them again for every model
             for instance in part.instances:
                 instance.resps, instance.filtered_resps = [], {}
         self._built_limit = limit
+
+    def _build(self, name: str, places: Sequence[int]) -> bool:
+        """Build the requests of a part's items; return whether its own code could."""
+        part, self._places[name] = self._parts[name], places
+        part.set_fewshot_seed(seed=FEWSHOT_SEED)
+        try:
+            type(part).build_all_requests(part)
+        except Exception as error:  # whatever a template raises
+            self._error = error
+            return False
+        return True
+
+    def _items(self, results: Mapping[str, Any]) -> pd.DataFrame:
+        """Return a row an item and filter, unless it is bad: task, doc_id, filter, gold, picked, correct.
+
+        Choices have correct_norm, and the log-likelihood and probability of each choice, with p_correct that of the
+        right one. `picked` of a generation is its answer as the filter read it.
+        """
+        return pd.DataFrame([
+            {"task": task, "doc_id": sample["doc_id"], "filter": sample["filter"], "gold": str(sample["target"]),
+             "picked": _text(sample["filtered_resps"][0]),
+             "correct": _is_correct(sample.get("acc", sample.get("exact_match"))),
+             **(_choice(self._parts[task], sample) if self._parts[task].OUTPUT_TYPE == "multiple_choice" else {})}
+            for task, samples in results["samples"].items() for sample in samples if sample["metrics"]
+        ])  # fmt: skip
 
     def _scores(self, results: Mapping[str, Any], items: pd.DataFrame) -> Iterator[Score]:
         for task, metrics in results["results"].items():
@@ -218,14 +298,51 @@ class Task:
                             shots=shots if isinstance(shots, int) else 0)  # fmt: skip
             for key, value in metrics.items():
                 metric, _, filter_name = key.partition(",")
-                if filter_name and not metric.endswith("_stderr") and isinstance(value, int | float):
-                    stderr = _stderr(metric, value, metrics.get(f"{metric}_stderr,{filter_name}"), n_items)
-                    yield score(metric=metric, filter=filter_name, value=float(value), stderr=stderr)
+                is_value = filter_name and not metric.endswith("_stderr") and isinstance(value, Real)
+                if is_value and math.isfinite(value):
+                    unit = "%" if self._is_share(metric, parts, results["samples"]) else metric.replace("_", " ")
+                    stderr = _stderr(unit, value, metrics.get(f"{metric}_stderr,{filter_name}"), n_items)
+                    better = results["higher_is_better"][parts[0]].get(metric)
+                    yield score(metric=metric, filter=filter_name, unit=unit, higher_is_better=better,
+                                value=float(value), stderr=stderr)  # fmt: skip
             p_correct = answered.reindex(columns=["p_correct"]).p_correct.dropna()
             if len(p_correct):
                 stderr = float(p_correct.sem()) if len(p_correct) > 1 else None
-                value = float(p_correct.mean())
-                yield score(metric="p_correct", filter="none", value=value, stderr=stderr, n_items=len(p_correct))
+                yield score(metric="p_correct", filter="none", unit="%", higher_is_better=True,
+                            value=float(p_correct.mean()), stderr=stderr, n_items=len(p_correct))  # fmt: skip
+
+    def _is_share(self, metric: str, parts: Iterable[str], samples: Mapping[str, Any]) -> bool:
+        """Return whether a metric is a share of items, by its name, lm-eval's aggregation, and its values."""
+        from lm_eval.api.metrics import mean
+
+        if SHARES.isdisjoint(metric.split("_")):
+            return False
+        values = (sample[metric] for part in parts for sample in samples[part] if metric in sample["metrics"])
+        is_mean = all(self._parts[part].aggregation().get(metric, mean) is mean for part in parts)
+        return is_mean and all(0 <= value <= 1 for value in values)
+
+
+class _Rehearsal:
+    """Stands for a model while a task is tried: one log-likelihood for all texts, one text for all prompts."""
+
+    rank, world_size, device = 0, 1, SimpleNamespace(type="cpu")
+
+    def __init__(self, window: float) -> None:
+        self.window = window
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        return [(-1.0, False) for _ in requests]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        return [-1.0 for _ in requests]
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        new_tokens = max(normalize_gen_kwargs(request.args[1])["max_gen_toks"] for request in requests)
+        if new_tokens >= self.window:
+            raise ValueError(f"it asks for {new_tokens} new tokens, and the model's window is {self.window}")
+        return ["1" for _ in requests]
 
 
 def draw(name: str, count: int, limit: int | None) -> list[int]:
@@ -255,43 +372,45 @@ def _load(name: str, data_dir: Path | None) -> Any:
 # From lm-eval's results to scores and items
 
 
-def _stderr(metric: str, value: float, stderr: Any, n_items: int) -> float | None:
+def _stderr(unit: str, value: float, stderr: Any, n_items: int) -> float | None:
     """Return a score's standard error; lm-eval's is 0, or none at all, where all items are right or all wrong."""
-    is_number = isinstance(stderr, int | float) and math.isfinite(stderr)
-    if value in (0, 1) and (is_number or metric in ("acc", "acc_norm", "exact_match")):
+    if unit == "%" and value in (0, 1):
         return agresti_coull(round(value * n_items), n_items)
-    return float(stderr) if is_number else None
+    return float(stderr) if isinstance(stderr, Real) and math.isfinite(stderr) else None
 
 
-def _items(results: Mapping[str, Any]) -> pd.DataFrame:
-    """Return a row an item and filter: task, doc_id, filter, gold, picked, correct.
-
-    Choices have correct_norm, and the log-likelihood and probability of each choice, with p_correct that of the right
-    one. `picked` of a generation is its answer as the filter read it.
-    """
-    return pd.DataFrame([
-        {"task": task, "doc_id": sample["doc_id"], "filter": sample["filter"], "gold": str(sample["target"]),
-         **(_choice(sample) if "acc" in sample else {
-             "picked": str(sample["filtered_resps"][0]), "correct": _is_correct(sample.get("exact_match"))})}
-        for task, samples in results["samples"].items() for sample in samples
-    ])  # fmt: skip
+def _text(answer: Any) -> str:
+    """Return what a model answered: a generated text, or whether a text is its likeliest; empty for a likelihood."""
+    return str(answer[1]) if isinstance(answer, tuple) else "" if isinstance(answer, float) else str(answer)
 
 
-def _choice(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _choice(part: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
     loglikelihoods = [float(response[0]) for response in sample["filtered_resps"]]
+    if "acc_mutual_info" in sample["metrics"]:  # each choice without its question follows
+        loglikelihoods = loglikelihoods[: len(loglikelihoods) // 2]
     largest = max(loglikelihoods)
     weights = [math.exp(value - largest) for value in loglikelihoods]
     probabilities = [weight / sum(weights) for weight in weights]
-    gold = str(sample["target"])
-    has_gold = gold.isdecimal() and int(gold) < len(probabilities)
+    golds = _golds(part, sample)
+    has_gold = "acc" in sample["metrics"] and all(0 <= gold < len(probabilities) for gold in golds)
     return {
+        "gold": ", ".join(map(str, golds)),
         "picked": str(loglikelihoods.index(largest)),
-        "correct": _is_correct(sample["acc"]),
-        "correct_norm": bool(sample["acc_norm"]) if "acc_norm" in sample else None,
+        "correct_norm": _is_correct(sample.get("acc_norm")),
         "loglikelihoods": loglikelihoods,
         "probabilities": probabilities,
-        "p_correct": probabilities[int(gold)] if has_gold else None,
+        "p_correct": sum(probabilities[gold] for gold in golds) if has_gold else None,
     }
+
+
+def _golds(part: Any, sample: Mapping[str, Any]) -> list[int]:
+    """Return the places of the right choices, -1 for one that is not there; what differs may be the contexts."""
+    gold = part.doc_to_text(sample["doc"]) if part.multiple_input else sample["target"]
+    golds = gold if isinstance(gold, list) else [gold]
+    if all(isinstance(gold, int) for gold in golds):
+        return [int(gold) for gold in golds]
+    choices = part.doc_to_choice(sample["doc"])
+    return [choices.index(gold) if gold in choices else -1 for gold in golds]
 
 
 def _is_correct(score: Any) -> bool | None:
