@@ -18,6 +18,7 @@ import pandas as pd
 from qnb import prompts
 from qnb.accuracy.patches import wide_products
 from qnb.errors import InputError
+from qnb.finite import check_finite
 from qnb.ledger import fingerprint, write_parquet
 from qnb.options import Count, check_count
 from qnb.precision import BASELINE, PRECISIONS, Precision
@@ -38,7 +39,9 @@ QUANTITIES: dict[str, Callable[[Columns], float]] = {
     "perplexity": lambda tokens: math.exp(tokens["nll"].mean()),
     "perplexity_change_pct": lambda tokens: 100 * math.expm1((tokens["nll"] - tokens["nll_base"]).mean()),
     "kl_mean_nats": lambda tokens: float(tokens["kl"].mean()),
+    "kl_median_nats": lambda tokens: float(np.median(tokens["kl"])),
     "kl_p99_nats": lambda tokens: float(np.quantile(tokens["kl"], 0.99)),
+    "kl_p999_nats": lambda tokens: float(np.quantile(tokens["kl"], 0.999)),
     "same_top1_pct": lambda tokens: float(100 * tokens["same"].mean()),
 }
 
@@ -102,20 +105,37 @@ def divergence(session: Session, options: DivergenceOptions) -> None:
             if session.find(key):
                 continue
             with session.failing(key, f"{precision.name}'s divergence"):
-                tokens = _read(session, precision, ids, context)
+                tokens, noise_floor_nats = _read(session, precision, ids, context)
                 stem = f"samples/divergence.{precision.name}.{key['fingerprint']}"
                 file, sha256 = write_parquet(session.folder, stem, tokens)
-                session.append(key, asked, summarize(tokens), {"samples_file": file, "samples_sha256": sha256})
+                about = {"noise_floor_nats": noise_floor_nats, "samples_file": file, "samples_sha256": sha256}
+                session.append(key, asked, summarize(tokens), about)
     session.require("divergence")
 
 
-def _read(session: Session, precision: Precision, ids: Sequence[int], context: int) -> pd.DataFrame:
-    """Compare a format with BF16, loaded beside it."""
+def _read(
+    session: Session, precision: Precision, ids: Sequence[int], context: int
+) -> tuple[pd.DataFrame, float | None]:
+    """Compare a format with BF16, loaded beside it; of BF16 return its own predictions, and its noise floor.
+
+    The noise floor is the mean KL divergence in nats of BF16 in batches of windows from BF16 with one window at a
+    time: what rounding alone makes of the batch size. It is 0 where the device computes a row alike in any batch, as
+    some CPUs do, and None where no batch has two windows.
+    """
     base, place = PRECISIONS[BASELINE], session.device.place
     with session.loaded(precision) as model:
-        baseline = None if precision == base else checkpoint.load(session.checkpoint(base), base, place)
+        baseline = model if precision == base else checkpoint.load(session.checkpoint(base), base, place)
         with checkpoint.quiet(), wide_products(session.device.kind):
-            return distances(model, baseline, ids, context, context // 2)
+            tokens = distances(model, baseline, ids, context, context // 2)
+        if precision != base:
+            return tokens, None
+        is_batched = min(rows_per_batch(model, context), tokens.window.nunique()) > 1
+        return tokens[["window", "nll"]], float(tokens.kl.mean()) if is_batched else None
+
+
+def rows_per_batch(model: PreTrainedModel, context: int) -> int:
+    """Return how many windows of `context` tokens are read at once."""
+    return max(1, LOGITS_BYTES // (2 * context * model.config.get_text_config().vocab_size))
 
 
 def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -140,7 +160,7 @@ def distances(
     Parameters
     ----------
     model, baseline
-        Two formats of one model, on one device.
+        Two formats of one model, on one device. A baseline that is the model itself reads one window at a time.
     ids
         The text's token ids.
     context, stride
@@ -151,24 +171,35 @@ def distances(
     pandas.DataFrame
         A row a token: ``window``, ``nll`` in nats, and with a baseline ``nll_base``, ``kl`` (of the baseline's
         distribution from the model's, in nats) and ``same`` (whether both find the same token likeliest).
+
+    Raises
+    ------
+    NotFiniteError
+        An output of either is infinite or undefined.
     """
     import torch
 
     parts: list[pd.DataFrame] = []
     spans = list(windows(len(ids), context, stride))
-    size = max(1, LOGITS_BYTES // (2 * context * model.config.get_text_config().vocab_size))
+    size = rows_per_batch(model, context)
+    splits = 1 if baseline is model else size
     for at in range(0, len(spans), size):
         batch = spans[at : at + size]
         rows = [list(ids[start:end]) + [0] * (context - (end - start)) for start, _, end in batch]
         tokens = torch.tensor(rows, device=model.device)  # (B, C)
         with torch.inference_mode():
-            own, base = model(tokens).logits, baseline(tokens).logits if baseline else None  # (B, C, V)
+            own = model(tokens).logits  # (B, C, V)
+            base = [each for rows in tokens.split(splits) for each in baseline(rows).logits] if baseline else None
             for place, (start, first, end) in enumerate(batch):
                 predicting = slice(first - start - 1, end - start - 1)
                 targets = tokens[place, first - start : end - start]  # (n,)
-                other = None if base is None else base[place, predicting]  # (n, V)
+                other = None if base is None else base[place][predicting]  # (n, V)
                 parts += [part.assign(window=at + place) for part in _compare(own[place, predicting], other, targets)]
-    return pd.concat(parts, ignore_index=True)
+    frame = pd.concat(parts, ignore_index=True)
+    for name, source in (("nll", model), ("nll_base", baseline), ("kl", model)):
+        if source is not None and name in frame:
+            check_finite(torch.tensor(frame[name].to_numpy()), "predictions of tokens", source.dtype)
+    return frame
 
 
 def _compare(own: torch.Tensor, base: torch.Tensor | None, targets: torch.Tensor) -> Iterator[pd.DataFrame]:
