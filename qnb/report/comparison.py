@@ -57,14 +57,20 @@ def _pair(results: Results, base: Mapping[str, Any], row: Mapping[str, Any]) -> 
     # right or wrong by item, generated answers as `headline` reads them
     indexed = [one_filter(frame).set_index(["task", "doc_id"]).reindex(columns=list(ANSWER)) for frame in frames]
     both = indexed[0].join(indexed[1], lsuffix="_base", how="inner", validate="one_to_one").reset_index()
-    if row["data_sha256"] != base["data_sha256"] or any(len(frame) != len(both) for frame in indexed):
+    bad = sum(each.get("bad_items", 0) for each in (base, row))  # an item that is bad in one is missing in both
+    if row["data_sha256"] != base["data_sha256"] or any(len(frame) - len(both) > bad for frame in indexed):
         return _incomparable(f"the items are others than {BASELINE}'s")
-    is_share = any(score["metric"] in HEADLINE for score in row["scores"])
-    if not is_share or both[["correct_base", "correct"]].isna().any(axis=None):
+    if not _shares(row) or both[["correct_base", "correct"]].isna().any(axis=None):
         return _incomparable("its score is not a share of right answers")
     now, before = both.correct.astype(bool), both.correct_base.astype(bool)
     chance = [1 / len(shares) if isinstance(shares, Sized) else LUCKY for shares in both.probabilities]
     return both.assign(gained=now & ~before, lost=before & ~now, chance=chance)
+
+
+def _shares(row: Mapping[str, Any]) -> dict[str, None]:
+    """Return the tasks and groups of a row that have a share of right answers."""
+    scores = [score for score in row["scores"] if score["metric"] in HEADLINE and score.get("unit", "%") == "%"]
+    return dict.fromkeys(score["task"] for score in scores)
 
 
 def _incomparable(why: str) -> pd.DataFrame:
@@ -100,7 +106,7 @@ def _compare(row: Mapping[str, Any], precision: str, pair: pd.DataFrame) -> Iter
     if pair.empty:
         yield {"task": row["task"], "precision": precision, "note": pair.attrs["note"]}
         return
-    for task in dict.fromkeys(score["task"] for score in row["scores"] if score["metric"] in HEADLINE):
+    for task in _shares(row):
         part = pair if task == row["task"] else pair[pair.task.isin(row["groups"].get(task, ()))]
         if len(part):
             change = compare(list(part.correct_base), list(part.correct))

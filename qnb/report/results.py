@@ -238,7 +238,8 @@ def _scores(rows: Iterable[Row]) -> pd.DataFrame:
     """Unfold accuracy rows to a row a score; ``asked`` is the task that was asked for."""
     accuracy = [row for row in rows if row["stage"] == "accuracy"]
     return pd.DataFrame(
-        {"precision": row["precision"], "asked": row["task"], "limit": row["limit"], **score}
+        {"precision": row["precision"], "asked": row["task"], "limit": row["limit"],
+         "unit": "%" if 0 <= score["value"] <= 1 else score["metric"], **score}
         for row in accuracy for score in row["scores"]
     )  # fmt: skip
 

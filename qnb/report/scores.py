@@ -26,7 +26,7 @@ def headline(scores: pd.DataFrame) -> pd.DataFrame:
     """
     if scores.empty:
         return scores
-    shown = one_filter(scores[scores.metric.isin(HEADLINE)])
+    shown = one_filter(scores[scores.metric.isin(HEADLINE) & (scores.get("unit", "%") == "%")])
     whole = shown[shown.task == shown.asked]
     averages = [_means(whole[whole.task.isin(tasks)], name, len(tasks)) for name, tasks in AVERAGED.items()]
     common = whole.groupby("task").filter(
@@ -49,11 +49,13 @@ def _means(whole: pd.DataFrame, name: str, least: int = 1) -> pd.DataFrame:
         n_items=("n_items", "sum"), n_total=("n_total", "sum"), tasks=("task", "size"),
     )  # fmt: skip
     about = {"asked": name.partition(" (")[0], "task": name, "metric": "mean", "filter": "none", "group": True}
-    return means[means.tasks >= least].drop(columns="tasks").reset_index().assign(**about)
+    return means[means.tasks >= least].drop(columns="tasks").reset_index().assign(**about, unit="%")
 
 
 def table(results: Results) -> pd.DataFrame:
     """Table 1: a row a task, metric and number of items; a column a format in percent and its error in points.
+
+    Metrics that are no shares have a ``unit``, and columns of their own, which are named after the formats alone.
 
     ``p_correct`` is the mean probability of the right choice, ``mean`` an average of other rows, followed by the ends
     of its 95 % interval. Rows of a sample never share a cell with rows of a whole task: ``n_items`` and ``n_total``
@@ -67,13 +69,15 @@ def table(results: Results) -> pd.DataFrame:
         means.assign(metric=f"mean, 95 % {end}", value=(means.value + z * means.stderr).clip(0, 1), stderr=None)
         for end, z in (("low", -Z95), ("high", Z95))
     ]
-    keys, rows = ["task", "metric", "filter", "n_items", "n_total"], []
+    keys, rows = ["task", "metric", "filter", "n_items", "n_total", "unit"], []
     for key, group in stack([results.scores, means, *ends]).groupby(keys, sort=False, dropna=False):
         row = dict(zip(keys, key, strict=True))
         for score in group.itertuples():
-            row[f"{score.precision}_pct"] = 100 * score.value
-            row[f"{score.precision}_stderr_pp"] = 100 * score.stderr if pd.notna(score.stderr) else None
+            scale, value, error = (100, "_pct", "_stderr_pp") if score.unit == "%" else (1, "", "_stderr")
+            row[f"{score.precision}{value}"] = scale * score.value
+            row[f"{score.precision}{error}"] = scale * score.stderr if pd.notna(score.stderr) else None
         if row["metric"] in ("acc", "mean") and row["task"] in published:
             row |= {f"published_{name}_pct": value for name, value in published[row["task"]].items()}
         rows.append(row)
-    return pd.DataFrame(rows).round(4)
+    frame = pd.DataFrame(rows).round(4)
+    return frame.drop(columns="unit") if (frame.unit == "%").all() else frame
