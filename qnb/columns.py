@@ -92,11 +92,14 @@ _COLUMNS = (
     Column("energy_above_idle_j_per_token", "energy above idle per token", "J", "less"),
 )
 COLUMNS = {column.name: column for column in _COLUMNS}
+UNITS = {"mib": "MiB", "ms": "ms", "pct": "%", "pp": "points", "rps": "requests/s", "s": "s"}
 
 
 def column(name: str) -> Column:
-    """Return a quantity's column; one that is not registered is labelled by its name."""
-    return COLUMNS.get(name) or Column(name, name.replace("_", " "))
+    """Return a quantity's column; one that is not registered is labelled by its name, which may end in a unit."""
+    words, _, end = name.removeprefix("n_").rpartition("_")
+    label, unit = (words, UNITS[end]) if words and end in UNITS else (name.removeprefix("n_"), "")
+    return COLUMNS.get(name) or Column(name, label.replace("_", " "), unit)
 
 
 def header(name: str) -> str:

@@ -75,7 +75,7 @@ class Study:
         """Return the answer in one table: a row a format with its memory, speeds, loss and verdict."""
         return recommend.summary(self.results(), margin_pp)
 
-    def card(self, tasks: str | Iterable[str] = "", limit: Count = "auto") -> pd.DataFrame:
+    def card(self, tasks: str | Iterable[str] = "", limit: Count = "auto") -> Styler:
         """Return the study's card: what is measured, on what, with what, and what is done already.
 
         With tasks, it says as well which change in accuracy so many items can detect.
@@ -84,7 +84,7 @@ class Study:
         if tasks:
             options = evaluate.AccuracyOptions(tasks, limit)
             facts["can detect"] = verdicts.detectable(evaluate.planned_items(self.session, options))
-        return pd.DataFrame({"": facts})
+        return tables.styled(pd.DataFrame(facts.items())).hide(axis="columns")
 
     # 01: checkpoints
 
@@ -167,7 +167,7 @@ class Study:
 
     def perf_bs1(self, workload: Workload, repeats: int = 1, engines: str | Iterable[str] = "auto") -> pd.DataFrame:
         """Time the workload one request at a time; one row per format, engine and pass (Table 3)."""
-        speed.perf_bs1(self.session, speed.BatchOneOptions(workload, repeats, engines))
+        speed.perf_bs1(self.session, speed.TimingOptions(workload, engines, repeats))
         return self.results().passes.query("setting == 'bs1'")
 
     def perf_maxbatch(
@@ -179,7 +179,7 @@ class Study:
         engines: str | Iterable[str] = "auto",
     ) -> pd.DataFrame:
         """Find the largest batch of each format and engine, then time the workload at it (Table 4)."""
-        options = speed.LargestBatchOptions(workload, max_batch, memory_mib, repeats, engines)
+        options = speed.TimingOptions(workload, engines, repeats, max_batch, memory_mib)
         speed.perf_maxbatch(self.session, options)
         return self.results().passes.query("setting == 'maxbatch'")
 
@@ -187,12 +187,12 @@ class Study:
         self, workload: Workload, largest: Count = "auto", engines: str | Iterable[str] = "auto"
     ) -> pd.DataFrame:
         """Time batches of 1, 2, 4 ... requests; one row per format, engine and batch size."""
-        speed.sweep(self.session, speed.SweepOptions(workload, largest, engines))
+        speed.sweep(self.session, speed.TimingOptions(workload, engines, sweep_batch=largest))
         return self.table("sweep")
 
     def batch_plans(self, prompt_source: str = "auto", counts: Sequence[int] = (20, 2000, 5000)) -> pd.DataFrame:
         """Plan the batches of so many prompts in three orders; computed from the searches, not run."""
-        speed.prompt_lengths(self.session, speed.PlanOptions(prompt_source, tuple(counts)))
+        speed.prompt_lengths(self.session, prompt_source, counts)
         return self.table("batch_plans")
 
     def sensor(self) -> Callable[[], dict[str, float]]:

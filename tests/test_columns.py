@@ -7,8 +7,9 @@ from qnb.columns import COLUMNS, Flag, flag_text, format_value, header, is_distu
 
 
 def test_a_header_has_its_unit_and_an_unknown_name_is_its_own_label():
-    assert header("throughput_rps") == "throughput, requests/s"
-    assert header("some_thing") == "some thing"
+    names = ("throughput_rps", "some_thing", "knee_batch_latency_s", "n_prompts", "s")
+    heads = ["throughput, requests/s", "some thing", "knee batch latency, s", "prompts", "s"]
+    assert list(map(header, names)) == heads
 
 
 def test_names_carry_the_units_that_are_stored():

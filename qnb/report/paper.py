@@ -127,9 +127,9 @@ LAUNCHES = "kernels launched one by one or replayed"
 def ablations(runs: pd.DataFrame, number: int) -> pd.DataFrame:
     """Set rows that differ in one choice of the harness against each other; a row a choice and quantity.
 
-    ``ratio`` is right over left; it is empty where one was not measured, or they were measured under other
-    conditions. A pair without any value is left out. By its memory, the paper's BF16 row is 32 bit wide and its FP16
-    row 16: ``published_ratio`` is theirs. The paper's VRAM is a peak, not the weights.
+    A pair needs both rows. ``ratio`` is right over left; it is empty where they were measured under other conditions.
+    By its memory, the paper's BF16 row is 32 bit wide and its FP16 row 16: ``published_ratio`` is theirs. The paper's
+    VRAM is a peak, not the weights.
 
     Parameters
     ----------
@@ -153,7 +153,7 @@ def ablations(runs: pd.DataFrame, number: int) -> pd.DataFrame:
     ratios = (published.loc["fp16"] / published.loc["bf16"])[["peak_memory_mib", "throughput_rps"]]
     table["ratio"] = (table.right_value / table.left_value).where(is_alike)
     table["published_ratio"] = table.quantity.map(ratios).where(table.left == "fp32 eager")
-    table = table.dropna(subset=["left_value", "right_value"], how="all")
+    table = table.dropna(subset=["left_value", "right_value"])
     return table.drop(columns=["left_conditions", "right_conditions"]).round(6)
 
 

@@ -33,20 +33,25 @@ SENSITIVITY = ("precision", "setting", "task", "n_items", "n_choices", "mean_abs
 ALL_SWEPT = (*SPEED, "batch_spread_pct", "knee")
 ALL_SPEEDS = (*SPEED, "speedup", "engine_speedup", *(f"published_{name}" for name in PUBLISHED))
 
-# the columns that a notebook shows (SPEED_MAIN: of Tables 3 and 4)
+# the columns that a notebook shows, at most eight (SPEED_MAIN: of Tables 3 and 4)
 CHECKPOINTS = ("precision", "bits_per_weight", "weights_mib", "file_mib", "quantize_s", "save_s", "load_s",
                "reload_identical")  # fmt: skip
-RECOVERY = ("task", "precision", "n_items", "recovery_pct", "recovery_low_pct", "recovery_high_pct",
-            "answers_changed", "note")  # fmt: skip
-PASSES = ("precision", "engine", "repeat", "requests", "total_s", "tpot_s", "stop_reason", "note")
+PASSES = ("precision", "engine", "repeat", "requests", "ttft_s", "tpot_s", "stop_reason", "note")
 SPEED_MAIN = ("precision", "engine", "batch_size", "peak_memory_mib", "tpot_s", "throughput_rps",
               "energy_j_per_token", "speedup")  # fmt: skip
 DIVERGENCE = ("precision", "tokens", "perplexity", "perplexity_change_pct", "kl_mean_nats", "kl_median_nats",
               "kl_p99_nats", "same_top1_pct")  # fmt: skip
-TIME_SPENT = ("precision", "engine", "ttft_s", "tpot_s", "kernels_per_token", "gpu_busy_pct", "mbu_pct", "bound",
-              "flags", "note")  # fmt: skip
+SENSITIVITY_MAIN = ("precision", "scorer", "n_items", "n_choices", "mean_abs_logprob_diff", "max_abs_logprob_diff",
+                    "answers_changed", "accuracy_change_pp")  # fmt: skip
+TIME_SPENT = ("precision", "engine", "tpot_s", "gpu_busy_pct", "mbu_pct", "bound", "flags", "note")
 SEARCHES = ("precision", "engine", "batch_size", "capped", "limit_mib", "prompt_tokens", "new_tokens")
+KNEES = ("precision", "engine", "knee", "knee_throughput_rps", "knee_batch_latency_s", "swept_to", "throughput_rps",
+         "note")  # fmt: skip
 PLANS = ("precision", "engine", "n_prompts", "order", "largest_batch", "batches", "padding_pct", "note")
+VERDICTS = ("precision", "accuracy_pct", "n_items", "change_pp", "low_pp", "high_pp", "words")
+ANSWER = ("precision", "weights_mib", "peak_memory_mib", "tpot_captured_s", "tpot_eager_s", "throughput_rps",
+          "change_pp", "words")  # fmt: skip
+ADVICE = ("precision", "engine", "fit", "peak_memory_mib", "tpot_s", "change_pp", "kl_mean_nats", "words")
 
 
 def _performance(results: Results, setting: str, number: int) -> pd.DataFrame:
@@ -259,6 +264,8 @@ def as_text(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cell(name: str, value: Any) -> str:
+    if name == "quantity":
+        return header(value)
     return flag_text(flag_list(value)) if name == "flags" else format_value(name, value)
 
 
