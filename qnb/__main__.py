@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from qnb.errors import InputError, expand_path
+from qnb.errors import InputError, expand_path, never_fail_to_print
 
 PROFILES = Path(__file__).resolve().parents[1] / "notebooks" / "profiles"
 
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    never_fail_to_print()
     options = _parser().parse_args(arguments)
     try:
         return _dispatch(options)

@@ -58,9 +58,14 @@ def detect(wanted: str = "auto") -> Device:
     if not isinstance(wanted, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", wanted):
         raise InputError(f"device is {wanted!r}; give 'auto', 'cpu', 'cuda', or 'cuda:1' for the second GPU")
     index = int(wanted.partition(":")[2] or 0)
-    gpus = _count_gpus() if wanted != "cpu" else 0
-    if index < gpus:
-        return _gpu(index)
+    if wanted != "cpu":
+        import torch  # names the GPUs; NVML only reads them
+
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if index < gpus:
+            card = torch.cuda.get_device_properties(index)
+            bf16 = "native" if card.major >= 8 else "emulated"  # from Ampere on
+            return Device("cuda", card.name, card.total_memory / MIB, bf16, _driver(), index)
     if wanted.startswith("cuda"):
         seen = f"{gpus or 'no'} NVIDIA GPU{'s' * (gpus > 1)}"
         raise InputError(f"device is {wanted!r}, and PyTorch sees {seen} here; take 'auto'")
@@ -69,27 +74,6 @@ def detect(wanted: str = "auto") -> Device:
     native = "bfloat16" in cpu_types()
     name = f"{_cpu_field('model name') or platform.machine()}, {os.cpu_count()} cores"
     return Device("cpu", name, psutil.virtual_memory().total / MIB, "native" if native else "emulated", "")
-
-
-def _count_gpus() -> int:
-    """Return how many GPUs PyTorch can use: PyTorch names them, NVML only reads them."""
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def _gpu(index: int) -> Device:
-    import torch
-
-    properties = torch.cuda.get_device_properties(index)
-    return Device(
-        kind="cuda",
-        name=properties.name,
-        memory_mib=properties.total_memory / MIB,
-        bf16="native" if properties.major >= 8 else "emulated",  # from Ampere on
-        driver=_driver(),
-        index=index,
-    )
 
 
 def cpu_types() -> set[str]:
@@ -108,7 +92,7 @@ def _cpu_field(name: str) -> str:
 
 
 def _driver() -> str:
-    """Return the NVIDIA driver's version, or nothing where none answers."""
+    """Return the NVIDIA driver's version, or nothing where NVML does not answer."""
     import pynvml
 
     try:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import shutil
 
 from qnb import device
-from qnb.device import Device
 from qnb.provenance import ROOT
 
-GIB = 2**30
 NEEDED_GIB = 2  # of memory and of disk, for the demo
 
 
@@ -24,27 +22,26 @@ def doctor() -> int:
     from qnb.quantize import checkpoint, sources
 
     here = device.detect()
-    free = {"memory": psutil.virtual_memory().available / GIB, "disk": shutil.disk_usage(ROOT).free / GIB}
-    with checkpoint.quiet():
-        quantizes = can_quantize(here.place)
+    free_gib = {"memory": psutil.virtual_memory().available / 2**30, "disk": shutil.disk_usage(ROOT).free / 2**30}
     problems = [f"{gib:.1f} GiB of {what} are free, the demo needs {NEEDED_GIB}"
-                for what, gib in free.items() if gib < NEEDED_GIB]  # fmt: skip
-    if not quantizes:
-        problems.append("bitsandbytes cannot quantize on this device")
+                for what, gib in free_gib.items() if gib < NEEDED_GIB]  # fmt: skip
+    with checkpoint.quiet():
+        if not can_quantize(here.place):
+            problems.append("bitsandbytes cannot quantize on this device")
+    can_run = "profiles demo and smoke; colab and paper want a GPU"
+    if here.kind == "cuda":  # 16-bit weights, and a batch's cache and activations beside them
+        can_run = f"every profile; BF16 models up to about {here.memory_mib / 1024 / 2.5:.0f} billion parameters"
     facts = {
         "device": f"{here.name}, {here.memory_mib / 1024:.1f} GiB",
-        "driver": here.driver or "no GPU",
+        "driver": here.driver or ("not known" if here.kind == "cuda" else "no GPU"),
         "bfloat16": here.bf16,
-        "memory free": f"{free['memory']:.1f} GiB",
-        "disk free": f"{free['disk']:.1f} GiB",
+        **{f"{what} free": f"{gib:.1f} GiB" for what, gib in free_gib.items()},
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "hub token": "present" if get_token() else "absent",
         "embedded model": "in the cache" if sources.embedded_is_cached() else "fetched from PyPI on first use, 93 MB",
-        "bitsandbytes": "quantizes here" if quantizes else "does not quantize here",
-        "can run": "nothing" if problems else _suitable(here),
+        "can run": "nothing" if problems else can_run,
     }
-    for name, fact in facts.items():
-        print(f"{name:15} {fact}")
+    print("\n".join(f"{name:15} {fact}" for name, fact in facts.items()))
     for problem in problems:
         print(f"cannot run the demo: {problem}")
     return 1 if problems else 0
@@ -62,11 +59,3 @@ def can_quantize(place: str) -> bool:
         return bool(torch.equal(functional.dequantize_4bit(packed, state), ones))
     except (ImportError, RuntimeError, NotImplementedError, OSError):
         return False
-
-
-def _suitable(here: Device) -> str:
-    """Return the studies that a device is fit for, in words."""
-    if here.kind == "cpu":
-        return "profiles demo and smoke; colab and paper want a GPU"
-    largest = int(here.memory_mib / 1024 / 2.5)  # 16-bit weights, and a batch's cache and activations beside them
-    return f"every profile; BF16 models up to about {largest} billion parameters"

@@ -1,6 +1,7 @@
 """The one exception a user is meant to see, and what may be said of others."""
 
 import re
+import sys
 from pathlib import Path
 
 
@@ -41,3 +42,10 @@ def scrub(text: str, length: int = 200) -> str:
         line = line.replace(token, "***")
     line = re.sub(r"hf_\w+|(?<=://)[^/\s@]+(?=@)|(?i:(?<=bearer )\S+)", "***", line)
     return re.sub(r"(https?://[^\s?]*)\?\S*", r"\1", line)[:length]  # a signature stands in an address's query
+
+
+def never_fail_to_print() -> None:
+    """Let this process print what its console has no letters for, such as a path, as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's streams take every letter, and have no such method
+            stream.reconfigure(errors="backslashreplace")

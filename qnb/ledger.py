@@ -7,16 +7,19 @@ again.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import file_digest, sha256
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
 
 from qnb.errors import InputError
 
@@ -28,6 +31,8 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 KEY = ("stage", "precision", "engine", "setting", "task", "repeat")
 FAILED = ".failed"  # ends the stage of a row that says why a measurement failed
+# how network mounts and drives say that they cannot do what was asked, such as lock a file or flush it
+UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
 
 
 def fingerprint(parts: Mapping[str, Any]) -> str:
@@ -45,11 +50,47 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file whole or not at all, flushed to the disk; its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    with draft.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+    with draft.open("wb") as file:  # a path whose bytes are no text of this locale is written as an escape
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         file.flush()
-        os.fsync(file.fileno())
+        _sync(file.fileno())
     draft.replace(path)
+
+
+def _sync(descriptor: int) -> None:
+    """Flush a file to the disk; a file system that cannot does so in its own time."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+
+
+@contextmanager
+def holding(lock: FileLock, when_busy: Callable[[], None]) -> Iterator[None]:
+    """Hold a file lock for the block, or go on without where the file system has none.
+
+    Parameters
+    ----------
+    lock
+        The lock; held by this process already, it is held once more.
+    when_busy
+        Is called when another process holds the lock, which is then waited for.
+    """
+    try:
+        lock.acquire(timeout=0.5)
+    except Timeout:
+        when_busy()
+        lock.acquire(poll_interval=0.5)
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
+            raise
+        folder = Path(lock.lock_file).parent
+        log.warning("%s has no file locks (%s); make sure that one run at a time writes to it", folder, error)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_parquet(folder: Path, stem: str, frame: pd.DataFrame) -> tuple[str, str]:
@@ -104,7 +145,8 @@ class Ledger:
             log.warning("%s: %d rows of versions before 1.0 are passed over", self.path, self.outdated)
 
     def _clear(self) -> None:
-        self._newest: dict[tuple[Any, ...], Row] = {}  # in the order of appending
+        self._newest: dict[tuple[Any, ...], Row] = {}  # measured, by key, in the order of appending
+        self._failed: dict[tuple[Any, ...], Row] = {}  # those that came after the newest measured row, by its key
         self._by_fingerprint: dict[str, list[Row]] = {}
         self._end = self._lines = 0  # bytes and lines read
         self.outdated = 0  # rows passed over
@@ -137,8 +179,11 @@ class Ledger:
         if is_outdated(row):
             self.outdated += 1
             return
-        self._newest.pop(key, None)  # so that keys stand in the order in which they were last appended
-        self._newest[key] = row
+        is_failure, key = key[0].endswith(FAILED), (key[0].removesuffix(FAILED), *key[1:])
+        self._failed.pop(key, None)
+        shown = self._failed if is_failure else self._newest
+        shown.pop(key, None)  # so that keys stand in the order in which they were last appended
+        shown[key] = row
         self._by_fingerprint.setdefault(row.get("fingerprint", ""), []).append(row)
 
     def append(self, row: Mapping[str, Any]) -> Row:
@@ -164,13 +209,13 @@ class Ledger:
                 rest = memoryview(line)
                 while rest:
                     rest = rest[file.write(rest) :]
-                os.fsync(file.fileno())
+                _sync(file.fileno())
             except OSError:
                 with suppress(OSError):
                     file.truncate(self._end)
                 raise
         self.refresh()
-        return self._newest[row_key(whole)]
+        return self._by_fingerprint[whole.get("fingerprint", "")][-1]
 
     def find(self, key: Mapping[str, Any]) -> Row | None:
         """Return the newest row whose fields equal those of `key`, fingerprint included; None if there is none."""
@@ -180,13 +225,11 @@ class Ledger:
 
     def is_newest(self, row: Row) -> bool:
         """Return whether no other row, measured or failed, of what `row` is about came later."""
-        stage, *about = row_key(row)
-        stages = (stage.removesuffix(FAILED), stage.removesuffix(FAILED) + FAILED)
-        newest = next(key for key in reversed(self._newest) if key[0] in stages and [*key[1:]] == about)
-        return self._newest[newest] is row
+        key = row_key(row)
+        return self._newest.get(key) is row and key not in self._failed
 
     def rows(self, stage: str = "") -> list[Row]:
-        """Return the newest row of each key, oldest first; of one stage, or of all."""
+        """Return the newest measured row of each key, oldest first; of one stage, or of all."""
         self.refresh()
         return [row for row in self._newest.values() if stage in ("", row["stage"])]
 
@@ -198,16 +241,14 @@ class Ledger:
 
     def failures(self) -> list[Row]:
         """Return the rows that say what failed and was not measured since."""
-        return [row for row in self.rows() if row["stage"].endswith(FAILED) and self.is_newest(row)]
+        self.refresh()
+        return list(self._failed.values())
 
     @property
     def revision(self) -> tuple[int, int]:
         """A value that changes whenever the ledger's content does."""
         self.refresh()
-        if not self.path.exists():
-            return 0, 0
-        state = self.path.stat()
-        return state.st_size, state.st_mtime_ns
+        return self._end, self._lines
 
     def __len__(self) -> int:
         return len(self.rows())

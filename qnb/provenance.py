@@ -37,7 +37,8 @@ def commit() -> str:
     if (ROOT / ".git").exists():
         describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
         with suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=30).stdout.strip()  # noqa: S603
+            said = subprocess.run(describe, capture_output=True, check=True, timeout=30).stdout  # noqa: S603
+            return said.decode(errors="replace").strip()
         return ""
     try:
         origin = json.loads(metadata.distribution("qnb").read_text("direct_url.json") or "{}")

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
@@ -21,7 +21,7 @@ from time import perf_counter
 from typing import Any, NoReturn
 from unittest.mock import patch
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from qnb import colab, device
 from qnb.accuracy import tasks
@@ -29,11 +29,12 @@ from qnb.accuracy.evaluate import AccuracyOptions
 from qnb.accuracy.perplexity import DivergenceOptions
 from qnb.columns import is_disturbed
 from qnb.errors import INPUT_ERRORS, InputError, expand_path, scrub
-from qnb.ledger import FAILED, KEY, Row
+from qnb.ledger import FAILED, KEY, Row, holding
 from qnb.options import check_count
 from qnb.precision import listed
 from qnb.provenance import COMMAND, ROOT
 from qnb.quantize.stages import PushOptions
+from qnb.report.verdicts import MARGIN_PP, check_margin
 from qnb.speed.stages import WorkloadOptions
 from qnb.study import PARAMETERS, Study
 
@@ -70,13 +71,19 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
     if output:
         values["output"] = output if output.startswith(colab.DRIVE) else str(expand_path(output).resolve())
     study = check_parameters(values, names)
+    study.session.check_writable()
+
+    def refuse() -> NoReturn:
+        raise InputError(f"output {study.folder} is in use by another run; let it end, or give another --output")
+
     values |= {"output": str(study.folder), "data_dir": str(study.session.data_dir or "")}  # kernels run elsewhere
     if "device" in values:
         os.environ[device.CHOICE] = values["device"]  # for the notebooks' kernels
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it calls the rarely used parameters unknown
     os.environ[COMMAND] = shlex.join(["qnb", *sys.argv[1:]])
     earlier = study.session.ledger.failures()  # this run may not retry all of them
-    with _interruptible(), _alone(study.folder), _own_kernel():
+    (study.folder / "notebooks").mkdir(parents=True, exist_ok=True)
+    with _interruptible(), holding(FileLock(study.folder / ".run.lock"), refuse), _own_kernel():
         for name in names:
             started = perf_counter()
             failed = _execute(study, name, {key: value for key, value in values.items() if key in known[name]})
@@ -176,6 +183,7 @@ def check_parameters(values: Mapping[str, Any], names: Sequence[str]) -> Study:
         _options(PushOptions, values)
     options = _options(AccuracyOptions, values)
     _options(DivergenceOptions, values)
+    check_margin(values.get("margin_pp", MARGIN_PP))
     if "02_accuracy" in names:
         study.session.check_weights()
         if options.tasks != "auto":
@@ -222,24 +230,6 @@ def _interruptible() -> Iterator[None]:
         for each, handler in before.items():
             signal.signal(each, handler)
         logging.disable(logging.NOTSET)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Refuse a folder that another run is using, or that cannot be written."""
-    lock = FileLock(folder / ".run.lock", timeout=0)
-    try:
-        (folder / "notebooks").mkdir(parents=True, exist_ok=True)
-        with suppress(NotImplementedError):  # a network mount without locks
-            lock.acquire()
-    except Timeout:
-        raise InputError(f"output {folder} is in use by another run; let it end, or give another --output") from None
-    except OSError as error:
-        raise InputError(f"output {folder} cannot be written ({error.strerror}); give another") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -303,24 +293,22 @@ def _report_failure(place: str, kind: str, text: str, study: Study) -> int:
 
 
 def summary(study: Study) -> list[str]:
-    """Return a line for each kind of result there is."""
+    """Return where the results are, what is older than they are, and what other processes disturbed."""
     ledger, page = study.session.ledger, study.folder / "report.html"
-    lines = [f"{len(ledger)} measurements in {ledger.path}"]
-    for kind, pattern in (("tables", "*.csv"), ("figures", "*.html"), ("notebooks", "*.ipynb")):
-        if files := sorted((study.folder / kind).glob(pattern)):
-            lines.append(f"{kind} in {study.folder / kind}: {', '.join(path.name for path in files)}")
     renew = shlex.join(["qnb", "report", str(study.folder)])
+    lines = [f"{len(ledger)} measurements in {ledger.path}; tables, figures and notebooks lie beside it"]
     if not page.exists():
         lines.append(f"no report yet: {renew} draws the figures and writes one")
     else:
         stale = ledger.path.exists() and page.stat().st_mtime < ledger.path.stat().st_mtime
         lines.append(f"report: {page}" + f" (older than the newest measurements; {renew} renews it)" * stale)
-    results = study.results()
-    for number, frames in (("03", [results.bs1]), ("04", [results.maxbatch, results.sweep])):
-        rows = [row for frame in frames for row in frame.to_dict("records")]
-        if names := dict.fromkeys(row["precision"] for row in rows if is_disturbed(row.get("flags"))):
-            lines.append(
-                f"disturbed by other processes in {number}: {', '.join(names)}; the same command with --only {number} "
-                f"-p precisions {','.join(names)} -p overwrite true measures them again"
-            )
+    disturbed: dict[str, dict[str, None]] = {}  # names of formats, in order, by notebook
+    for row in study.results().speed.to_dict("records"):
+        if is_disturbed(row["flags"]):
+            disturbed.setdefault("03" if row["setting"] == "bs1" else "04", {})[row["precision"]] = None
+    for number, names in disturbed.items():
+        lines.append(
+            f"disturbed by other processes in {number}: {', '.join(names)}; the same command with --only {number} "
+            f"-p precisions {','.join(names)} -p overwrite true measures them again"
+        )
     return lines

@@ -16,12 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from tqdm.auto import tqdm
 
 from qnb import __version__, colab, device
-from qnb.errors import InputError, expand_path, scrub
-from qnb.ledger import FAILED, Ledger, Row, file_sha256, fingerprint, is_outdated, row_key, write_atomic
+from qnb.errors import InputError, expand_path, never_fail_to_print, scrub
+from qnb.ledger import FAILED, Ledger, Row, file_sha256, fingerprint, holding, is_outdated, row_key, write_atomic
 from qnb.memory import is_out_of_memory, release, released
 from qnb.options import Count, resolve_count
 from qnb.precision import Precision, parse
@@ -43,6 +43,14 @@ LIBRARIES = {
     "sweep": (*_MODEL, "qnb"),
     "peaks": ("torch",),
 }
+TYPES: tuple[tuple[str, Any, str], ...] = (
+    ("model", str, "a name or a folder"),
+    ("precisions", str | list | tuple, "names of formats"),
+    ("output", str | Path, "a folder"),
+    ("data_dir", str | Path, "a folder, or leave it empty"),
+    ("seed", int, "a whole number"),
+    ("overwrite", bool, "true or false"),
+)
 
 
 def locate(output: str | Path) -> Path:
@@ -95,7 +103,12 @@ class Session:
         overwrite: bool = False,
         device: str = "auto",
     ) -> None:
-        _check_types(model, precisions, output, data_dir, seed, overwrite)
+        never_fail_to_print()
+        given = (model, precisions, output, data_dir, seed, overwrite)
+        for value, (name, kind, words) in zip(given, TYPES, strict=True):
+            is_other = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+            if is_other or (value == "" and name != "data_dir") or "\0" in str(value):
+                raise InputError(f"{name} is {value!r}; give {words}")
         self.model, self.seed, self.overwrite = model, seed, overwrite
         self.precisions = parse(precisions)
         self.folder = locate(output)
@@ -333,19 +346,11 @@ class Session:
         """Measure while no other process measures into the same folder; wait for one that does, and say so."""
         self.check_writable()
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0.5)
-        except Timeout:
-            tqdm.write(f"another process is measuring into {self.folder}; waiting for it")
-            self._lock.acquire(poll_interval=0.5)
-        except (NotImplementedError, OSError) as error:  # network mounts have no locks
-            tqdm.write(f"{self.folder} has no file locks ({error}); make sure that one run at a time writes to it")
-        try:
+        waiting = f"another process is measuring into {self.folder}; waiting for it"
+        with holding(self._lock, lambda: tqdm.write(waiting)):
             self.device.use()
             with released():
                 yield
-        finally:
-            self._lock.release()
 
     def progress(self, total: int, what: str) -> tqdm:
         """Return a progress bar over `total` steps."""
@@ -365,27 +370,21 @@ class Session:
         """Return the folder of a format's checkpoint; make it if it is missing, damaged or to be overwritten."""
         folder = self.folder / "checkpoints" / precision.name
         key = self.key("quantize", precision)
-        row = self.ledger.find(key) if folder.exists() else None
-        damaged = self._damage(folder, row) if row else ""
         renew = self.overwrite and row_key(key) not in self._measured
-        if row and not damaged and not renew:
+        row = self.ledger.find(key) if folder.exists() and not renew else None
+        if row and folder in self._verified:  # bytes are read once
+            return folder
+        damaged = checkpoint.damage(folder, row["manifest_sha256"]) if row else ""
+        if row and not damaged:
+            self._verified.add(folder)
             return folder
         if damaged:
-            tqdm.write(f"{precision.name}: {damaged} in {folder} is not as it was saved; making the checkpoint again")
+            tqdm.write(f"{precision.name}: {damaged} in {folder} is not as it was saved; making it again")
         with released():
             converted = checkpoint.convert(self.source, precision, folder, self.device.place)
         self.append(key, asdict(converted), {"manifest_sha256": file_sha256(folder / checkpoint.MANIFEST)})
         self._verified.add(folder)
         return folder
-
-    def _damage(self, folder: Path, row: Row) -> str:
-        """Return the first file of a checkpoint that is not as its row and manifest say; bytes are read once."""
-        if folder in self._verified:
-            return ""
-        damaged = checkpoint.damage(folder, row["manifest_sha256"])
-        if not damaged:
-            self._verified.add(folder)
-        return damaged
 
     @contextmanager
     def loaded(self, precision: Precision) -> Iterator[PreTrainedModel]:
@@ -398,16 +397,3 @@ class Session:
         release(workspaces=True)
         with released():
             yield checkpoint.load(folder, precision, self.device.place)
-
-
-def _check_types(model: Any, precisions: Any, output: Any, data_dir: Any, seed: Any, overwrite: Any) -> None:
-    kinds = {"model": (model, str), "output": (output, str | Path), "precisions": (precisions, str | list | tuple)}
-    for name, (value, kind) in kinds.items():
-        if not value or not isinstance(value, kind):
-            raise InputError(f"{name} is {value!r}; give a name")
-    if not isinstance(data_dir, str | Path) or "\0" in f"{output}{data_dir}{model}":
-        raise InputError(f"output is {str(output)!r} and data_dir {data_dir!r}; give folders, or no data_dir")
-    if not isinstance(overwrite, bool):
-        raise InputError(f"overwrite is {overwrite!r}; give true or false")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise InputError(f"seed is {seed!r}; give a whole number")

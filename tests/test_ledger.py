@@ -1,7 +1,10 @@
 """The ledger: whole lines, the newest row shown, torn lines forgotten."""
 
+import errno
 import json
+import os
 import signal
+from contextlib import nullcontext
 
 import pandas as pd
 import pytest
@@ -79,6 +82,18 @@ def test_a_row_that_cannot_be_written_leaves_nothing(tmp_path):
     assert ledger.path.read_bytes() == before
     ledger.append(row("fp16"))
     assert precisions(Ledger(tmp_path)) == ["bf16", "fp16"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EIO])
+def test_a_file_system_that_cannot_flush_loses_nothing_and_a_broken_one_is_told(number, tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    for write in (lambda: write_atomic(tmp_path / "text", "x"), lambda: Ledger(tmp_path).append(row())):
+        with pytest.raises(OSError, match="error") if number == errno.EIO else nullcontext():
+            write()
+    assert len(Ledger(tmp_path)) == (number != errno.EIO) == (tmp_path / "text").exists()
 
 
 def test_a_clock_that_goes_backwards_changes_nothing(tmp_path, monkeypatch):

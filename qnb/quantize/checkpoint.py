@@ -78,7 +78,10 @@ def replacing(folder: Path) -> Iterator[Path]:
         }  # fmt: skip
         write_atomic(draft / MANIFEST, json.dumps(manifest, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
+        try:
+            draft.rename(folder)
+        except OSError:  # drives that cannot rename a folder, or a mount in its place
+            shutil.copytree(draft, folder, dirs_exist_ok=True)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

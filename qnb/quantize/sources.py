@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from qnb.errors import GatedModelError, InputError, expand_path
-from qnb.ledger import file_sha256, fingerprint
+from qnb.ledger import file_sha256, fingerprint, holding
 from qnb.prompts import DATA
 from qnb.provenance import cache_folder
 from qnb.quantize import hub
@@ -166,7 +166,7 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
     folder = cache_folder() / name
     if damage(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f".{name}.lock"):
+        with holding(FileLock(folder.parent / f".{name}.lock"), lambda: None):
             if damage(folder):
                 with quiet(), replacing(folder) as draft:
                     make(draft)
