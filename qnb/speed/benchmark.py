@@ -8,8 +8,9 @@ Large batches share that reading and are bound by arithmetic and by the KV cache
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,12 @@ from qnb.speed.decode_work import Work, count_work, trace_kernels
 from qnb.speed.device_peaks import DevicePeaks
 from qnb.speed.engines import Clock, Engine, Prompts
 from qnb.speed.monitor import Reading, Usage, Window, flags_of, open_sensor
+from qnb.speed.passes import twice
 
 LOG = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 4
+CHECKED_PROMPTS = 8  # of the first batch, whose outputs must be finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,22 +86,28 @@ def run(
     ------
     InputError
         The engine cannot run this model here, or a request is longer than the context window.
+    NotFiniteError
+        The model's outputs are not finite.
     torch.cuda.OutOfMemoryError
         The batch does not fit.
     """
     batches, device, new_tokens = full_batches(workload.prompts, batch_size), model.device, workload.new_tokens
     shape = {"batch_size": len(batches[0]), "prompt_tokens": len(workload.longest), "new_tokens": new_tokens}
     trace = trace and new_tokens > 1 and device.type == "cuda"
-    # 1) build the engine and warm up
+    # 1) check the model's outputs, and count a decode step's work
+    engines.check_outputs(model, batches[0][:CHECKED_PROMPTS])
+    work = _unless_it_fails(partial(count_work, model, **shape), Work())
+    # 2) build the engine and warm up
     generator, sensor = _warm_engine(model, engine, batches, workload), open_sensor(device)
-    # 2) time
+    # 3) time
     with Window(sensor, baseline_mib=baseline_mib) as window:
         token_times_s = [_token_times_s(generator, batch, new_tokens, device) for batch in batches]
     values = shape | asdict(window.usage) | latency(token_times_s) | peak_memory(device)
-    # 3) count a decode step's work, and trace its kernels
-    work = _measure_step(model, generator, batches[0], shape, trace)
+    # 4) trace a decode step's kernels, and flag what is unlike an undisturbed run
+    if trace:
+        kernels = partial(trace_kernels, work, generator, batches[0], new_tokens, device)
+        work = _unless_it_fails(partial(twice, kernels), work)
     values |= asdict(work) | (peaks.columns(work.flops_by_type) if peaks else {})
-    # 4) flag what is unlike an undisturbed run
     flags = flags_of(window.usage)
     flags += [Flag.TRACE_FAILED] if trace and work.kernels_per_token is None else []
     flags += [Flag.PEAKS_DISTURBED] if peaks and peaks.flags else []
@@ -170,15 +179,10 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     }
 
 
-def _measure_step(
-    model: PreTrainedModel, generator: Engine, prompts: Prompts, shape: Mapping[str, int], trace: bool
-) -> Work:
-    """Count a decode step's work and trace its kernels; what fails is missing, and leaves the timing as it is."""
-    work = Work()
+def _unless_it_fails(measure: Callable[[], Work], otherwise: Work) -> Work:
+    """Return what `measure` returns. Where it fails, that is missing, and the timing stays as it is."""
     try:
-        work = count_work(model, **shape)
-        if trace:
-            work = trace_kernels(work, generator, prompts, shape["new_tokens"], model.device)
+        return measure()
     except Exception as error:
         LOG.warning("a decode step was not measured: %s: %s", type(error).__name__, error)
-    return work
+        return otherwise

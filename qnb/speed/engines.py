@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, StoppingCriteriaList
 
 from qnb.errors import InputError
+from qnb.finite import check_finite
 from qnb.memory import register_capture
 from qnb.precision import listed
 from qnb.speed.decode_step import SMALL_BATCH, CompileOptions, decode_step_of, empty_layers, rotary_angles
@@ -93,6 +94,7 @@ class Eager:
 
     def __init__(self, model: PreTrainedModel) -> None:
         own = model.generation_config
+        return_logits_alone(model)
         # a copy shares everything; its settings are defaults, greedy and with a cache, not the model's own
         self._model: Any = copy(model)
         self._model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=0)
@@ -120,6 +122,29 @@ class Eager:
                 stopping_criteria=StoppingCriteriaList([tick] if clock else []),
             )
         return texts[:, ids.shape[1] :]  # (B, N)
+
+
+def return_logits_alone(model: PreTrainedModel) -> None:
+    """Let a model return no attentions and hidden states, which its configuration may ask for at every step."""
+    for config in (model.config, model.config.get_text_config()):
+        config.output_hidden_states = config.output_attentions = False
+        config.return_dict = True
+
+
+def check_outputs(model: PreTrainedModel, prompts: Prompts) -> None:
+    """Refuse a model whose logits after prompts are not finite: the tokens chosen by them mean nothing.
+
+    Raises
+    ------
+    NotFiniteError
+        Some are not.
+    """
+
+    def check(_: Any, __: Any, output: Any) -> None:
+        check_finite(output.logits[:, -1], "logits after a prompt", model.dtype)
+
+    with model.register_forward_hook(check):
+        Eager(model).generate(prompts, 1)
 
 
 def pad(prompts: Prompts, device: torch.device, width: int = 0) -> tuple[Tensor, Tensor]:
@@ -163,6 +188,7 @@ class Decoder:
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=model.device)
 
+        return_logits_alone(model)
         self.prompt_tokens, eos = prompt_tokens, model.generation_config.eos_token_id
         tokens = prompt_tokens + new_tokens + WARM_UP_STEPS
         length = -(-tokens // ALIGNMENT) * ALIGNMENT

@@ -97,15 +97,16 @@ class Sensor:
         self.sample()  # psutil's first answers are of no time at all
 
     def sample(self) -> Reading:
-        """Return each metric now; shares of the CPU are of the time since the last call."""
+        """Return each metric now; shares of the CPU are of the time since the last call. What fails is missing."""
         reading: Reading = {}
         for name, probe in self._probes.items():
-            with suppress(pynvml.NVMLError):
+            with suppress(Exception):  # whatever a driver raises
                 reading[name] = probe()
-        own_pct = min(100.0, self._process.cpu_percent() / self._cores)  # of a moment it may read more
-        reading["others_cpu_pct"] = max(0.0, psutil.cpu_percent() - own_pct)
-        if self.monitor == "process":
-            reading |= {"utilization_pct": own_pct, "memory_mib": self._process.memory_info().rss / MIB}
+        with suppress(Exception):  # a container may hide the host
+            own_pct = min(100.0, self._process.cpu_percent() / self._cores)  # of a moment it may read more
+            reading["others_cpu_pct"] = max(0.0, psutil.cpu_percent() - own_pct)
+            if self.monitor == "process":
+                reading |= {"utilization_pct": own_pct, "memory_mib": self._process.memory_info().rss / MIB}
         return reading
 
 
@@ -116,7 +117,7 @@ def open_sensor(device: str | torch.device) -> Sensor:
         return Sensor("process", {})
     probes: dict[str, Callable[[], float]] = {}
     for kind in ("GPU", "MIG"):  # MIG is a part of a GPU; by UUID, so that CUDA_VISIBLE_DEVICES cannot mislead
-        with suppress(pynvml.NVMLError, AttributeError):  # torch does not tell the UUID of every GPU
+        with suppress(Exception):  # there is no NVML, it knows no such GPU, or torch does not tell its UUID
             pynvml.nvmlInit()
             uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
             gpu = pynvml.nvmlDeviceGetHandleByUUID(f"{kind}-{uuid}")
@@ -173,7 +174,7 @@ class Window:
         while not is_last:
             is_last = self._stop.is_set()
             reading: Reading = {"t_s": perf_counter() - began_s}
-            with suppress(Exception):  # any driver error: a broken sensor must not break a measurement
+            with suppress(Exception):  # a broken sensor must not break a measurement
                 reading |= self._sensor.sample()
             self.readings.append(reading)
             self._stop.wait(self._period_s)

@@ -155,6 +155,17 @@ def _time_passes(missing: Sequence[Series], loaded: Loaded) -> None:
         memory.release()
 
 
+def twice(measure: Callable[[], Result]) -> Result:
+    """Return what `measure` returns; where memory runs out, give back what is cached and measure once more."""
+    try:
+        return measure()
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_out_of_memory(error):
+            raise
+    memory.release()  # out of `except`, whose error holds the frames of the failure
+    return measure()
+
+
 class Loaded(NamedTuple):
     """A model, and the memory in use before it was loaded, None where that is unknown."""
 

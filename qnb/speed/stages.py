@@ -5,7 +5,7 @@ Each is a function of a session and of what a user may ask, a class that checks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from qnb import memory, prompts
 from qnb.columns import flag_text
 from qnb.errors import InputError
-from qnb.ledger import FAILED, Row
+from qnb.ledger import Row
 from qnb.options import Count, check_count, check_requests, minutes_of
 from qnb.precision import Precision, parse
 from qnb.prompts import Workload
@@ -29,7 +29,7 @@ from qnb.speed.batch_search import (
     int32_rows,
     sweep_sizes,
 )
-from qnb.speed.passes import Loaded, Series, time_in_turn, time_row, with_model
+from qnb.speed.passes import Loaded, Series, time_in_turn, time_row, twice, with_model
 
 if TYPE_CHECKING:
     from qnb.session import Session
@@ -39,30 +39,11 @@ Engines = str | Iterable[str]  # names in `qnb.speed.engines.FACTORIES`; "auto" 
 
 PACE_BATCH = {"bs1": {"cuda": 1, "cpu": 1}, "maxbatch": {"cuda": 32, "cpu": 4}}  # by setting, timed to learn the pace
 BATCHES_SWEPT = 3  # of each size
-PEAK_TRIES = 3
 UNSAFE = "not tried: bitsandbytes counts an INT8 layer's outputs in 32 bits, and ends the process beyond"
 
 
-class _Checked:
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name == "setting" and value not in PACE_BATCH:
-                raise InputError(f"setting is {value!r}; give {' or '.join(map(repr, PACE_BATCH))}")
-            if name == "requests":
-                check_requests(f"{vars(self)['setting']}_requests", value)
-            if name == "workload" and not isinstance(value, Workload):
-                raise InputError(f"workload is {value!r}; give what study.workload('bs1') or ('maxbatch') returns")
-            if name == "prompt_source" and value != "auto":
-                prompts.check(value)
-            if name in ("prompt_tokens", "new_tokens", "max_batch", "memory_mib", "sweep_batch", "repeats"):
-                check_count(name, value)
-            if name == "counts":
-                for each in value or ["nothing"]:
-                    check_count(name, each)
-
-
 @dataclass(frozen=True)
-class WorkloadOptions(_Checked):
+class WorkloadOptions:
     """Which prompts every format gets.
 
     Parameters
@@ -77,7 +58,7 @@ class WorkloadOptions(_Checked):
     prompt_source
         ``"wikitext"``, ``"sample"``, or ``"auto"``: WikiText-2 where there is a GPU or a `data_dir`.
     engines, repeats
-        As for `BatchOneOptions`.
+        As for `TimingOptions`.
 
     Raises
     ------
@@ -93,45 +74,36 @@ class WorkloadOptions(_Checked):
     engines: Engines = "auto"
     repeats: int = 1
 
+    def __post_init__(self) -> None:
+        if self.setting not in PACE_BATCH:
+            raise InputError(f"setting is {self.setting!r}; give {' or '.join(map(repr, PACE_BATCH))}")
+        check_requests(f"{self.setting}_requests", self.requests)
+        for name in ("prompt_tokens", "new_tokens", "repeats"):
+            check_count(name, getattr(self, name))
+        if self.prompt_source != "auto":
+            prompts.check(self.prompt_source)
+
 
 @dataclass(frozen=True)
-class BatchOneOptions(_Checked):
-    """What is timed one request at a time.
+class TimingOptions:
+    """What is timed: one request at a time, in the largest batch, or in batches of several sizes.
 
     Parameters
     ----------
     workload
-        The requests.
-    repeats
-        The most passes. After three at the earliest, a format and engine that has settled gets no further one.
+        The requests. The search takes the longest of them with all its new tokens; a sweep repeats them as often as
+        its batches need.
     engines
         ``"eager"``, ``"cuda_graph"`` or both; ``"auto"`` is both on a GPU, else eager.
-
-    Raises
-    ------
-    InputError
-        A value is none of these.
-    """
-
-    workload: Workload
-    repeats: int = 1
-    engines: Engines = "auto"
-
-
-@dataclass(frozen=True)
-class LargestBatchOptions(_Checked):
-    """What is timed in the largest batch.
-
-    Parameters
-    ----------
-    workload
-        The requests. The search takes the longest of them with all its new tokens.
+    repeats
+        The most passes. After three at the earliest, a format and engine that has settled gets no further one.
     max_batch
         The largest batch worth trying.
     memory_mib
         The memory allowed: of a GPU, where ``"auto"`` is all; on a CPU, how much the process may grow.
-    repeats, engines
-        As for `BatchOneOptions`.
+    sweep_batch
+        The largest batch of a sweep; 0 is no sweep. On a GPU ``"auto"`` is the largest batch found for the format and
+        engine, or 256 where none was searched; on a CPU it is 0.
 
     Raises
     ------
@@ -140,49 +112,17 @@ class LargestBatchOptions(_Checked):
     """
 
     workload: Workload
+    engines: Engines = "auto"
+    repeats: int = 1
     max_batch: Count = "auto"
     memory_mib: Count = "auto"
-    repeats: int = 1
-    engines: Engines = "auto"
-
-
-@dataclass(frozen=True)
-class SweepOptions(_Checked):
-    """Which batch sizes are swept.
-
-    Parameters
-    ----------
-    workload
-        Its prompts are repeated as often as the batches need.
-    sweep_batch
-        The largest batch; 0 is no sweep. On a GPU ``"auto"`` is the largest batch found for the format and engine, or
-        256 where none was searched; on a CPU it is 0.
-    engines
-        As for `BatchOneOptions`.
-
-    Raises
-    ------
-    InputError
-        A value is none of these.
-    """
-
-    workload: Workload
     sweep_batch: Count = "auto"
-    engines: Engines = "auto"
 
-
-@dataclass(frozen=True)
-class PlanOptions(_Checked):
-    """Which prompts are planned in batches: their source as for `WorkloadOptions`, and several numbers of them.
-
-    Raises
-    ------
-    InputError
-        The source is unknown, or there is no number or one that is not positive.
-    """
-
-    prompt_source: str = "auto"
-    counts: Sequence[int] = (20, 2000, 5000)
+    def __post_init__(self) -> None:
+        if not isinstance(self.workload, Workload):
+            raise InputError(f"workload is {self.workload!r}; give what study.workload('bs1') or ('maxbatch') returns")
+        for name in ("repeats", "max_batch", "memory_mib", "sweep_batch"):
+            check_count(name, getattr(self, name))
 
 
 def workload(session: Session, options: WorkloadOptions) -> Workload:
@@ -222,7 +162,7 @@ def _affordable_requests(session: Session, options: WorkloadOptions, engines: in
         size, timed_s, repeats = PACE_BATCH[setting][session.device.kind], 0.0, int(options.repeats)
         batch = workload(session, replace(options, requests=size))
         for precision in session.precisions:
-            with suppress(RuntimeError, MemoryError):  # it is recorded where it is measured
+            with suppress(RuntimeError, MemoryError, ArithmeticError):  # it is recorded where it is measured
                 timed = with_model(session, precision, lambda loaded: run(loaded.model, batch, size, trace=False))
                 timed_s += timed.run.total_s
         requests = session.count(f"{setting}_requests", "auto")
@@ -235,38 +175,21 @@ def _affordable_requests(session: Session, options: WorkloadOptions, engines: in
 
 
 def device_peaks(session: Session) -> DevicePeaks:
-    """Measure the device's peaks, once a device; say so where other processes disturbed them."""
-    from qnb.speed.device_peaks import DevicePeaks
+    """Measure the device's peaks, once a device; say so where other processes disturbed them, or they failed."""
+    from qnb.speed.device_peaks import DevicePeaks, measure_peaks
 
     key = session.key("peaks")
     with session.exclusive():
         row = session.find(key)
-        if not row:
-            row = session.append(key, asdict(_best_peaks(session.device.place)))
+        with session.failing(key, "the device's peaks"):
+            row = row or session.append(key, asdict(measure_peaks(session.device.place)))
             if row["flags"]:
                 reason = flag_text(row["flags"])
                 tqdm.write(f"the device's peaks were disturbed ({reason}); overwrite measures them again")
-    return DevicePeaks(**{each.name: row[each.name] for each in fields(DevicePeaks)})
+    return DevicePeaks(**{each.name: row[each.name] for each in fields(DevicePeaks)} if row else {})
 
 
-def _best_peaks(place: str) -> DevicePeaks:
-    """Measure the peaks until nothing disturbs them, three times at most; keep the best of each."""
-    from qnb.speed.device_peaks import TYPES, DevicePeaks, measure_peaks
-
-    tries = [measure_peaks(place)]
-    while tries[-1].flags and len(tries) < PEAK_TRIES:
-        tries.append(measure_peaks(place))
-    rates = {name: [each.matmul_flop_per_s.get(name, 0.0) for each in tries] for name in TYPES}
-    idle_w = [each.idle_power_w for each in tries if each.idle_power_w is not None]
-    return DevicePeaks(
-        copy_bytes_per_s=max(each.copy_bytes_per_s for each in tries),
-        matmul_flop_per_s={name: max(values) for name, values in rates.items() if any(values)},
-        idle_power_w=min(idle_w, default=None),
-        flags=tries[-1].flags,
-    )
-
-
-def perf_bs1(session: Session, options: BatchOneOptions) -> None:
+def perf_bs1(session: Session, options: TimingOptions) -> None:
     """Time the workload one request at a time, a row a format, engine and pass (Table 3).
 
     Raises
@@ -276,16 +199,13 @@ def perf_bs1(session: Session, options: BatchOneOptions) -> None:
     RuntimeError
         Nothing could be measured.
     """
-    engines, repeats = _engines(session, options.engines), int(options.repeats)
-    series = partial(Series, session, "bs1", options.workload, repeats, device_peaks(session))
-    asked = _asked(options.workload)
-    all_series = [series(precision, engine, asked) for precision in session.precisions for engine in engines]
+    all_series = _all_series(session, "bs1", options)
     with session.exclusive():
         time_in_turn(session, all_series)
     session.require("perf", "bs1")
 
 
-def perf_maxbatch(session: Session, options: LargestBatchOptions) -> None:
+def perf_maxbatch(session: Session, options: TimingOptions) -> None:
     """Find the largest batch of each format and engine, then time the workload in it (Table 4).
 
     Raises
@@ -295,35 +215,42 @@ def perf_maxbatch(session: Session, options: LargestBatchOptions) -> None:
     RuntimeError
         Nothing could be measured.
     """
-    engines, repeats = _engines(session, options.engines), int(options.repeats)
     allowed_mib = session.count("memory_mib", options.memory_mib)
     cap = min(session.count("max_batch", options.max_batch), len(options.workload.prompts))
     limit_mib = float(allowed_mib or session.device.memory_mib)
-    asked = {**_asked(options.workload), "memory_limit_mib": limit_mib, "cap": cap}
     # peaks are measured before anything is loaded, or held to less memory
-    series = partial(Series, session, "maxbatch", options.workload, repeats, device_peaks(session))
+    all_series = _all_series(session, "maxbatch", options, memory_limit_mib=limit_mib, cap=cap)
     limited = memory.limited(session.device.memory_mib, allowed_mib if session.device.kind == "cuda" else 0)
     with session.exclusive(), limited:
         # 1) search
-        all_series = [series(precision, engine, asked) for precision in session.precisions for engine in engines]
         searched: list[Series] = []
+        too_little = []
         with session.progress(len(all_series), "largest batch") as bar:
             for each in all_series:
                 name = f"{each.precision.name} with {each.engine}"
                 bar.set_postfix_str(name)
                 with session.failing(each.batch_key, f"the largest batch of {name}"):
-                    _search(each)
-                    searched.append(each)
+                    try:
+                        _search(each)
+                        searched.append(each)
+                    except OneRequestDoesNotFit as error:
+                        too_little.append(str(error))
+                        raise
                 bar.update()
+        if options.memory_mib != "auto" and len(too_little) == len(all_series):
+            raise InputError(f"memory_mib is {allowed_mib}: {too_little[-1]}")
         # 2) time
         if not searched:
-            tried = [session.ledger.find({**each.batch_key, "stage": "batch" + FAILED}) for each in all_series]
-            failures = [row for row in tried if row]
-            if options.memory_mib != "auto" and all(row["error"] == OneRequestDoesNotFit.__name__ for row in failures):
-                raise InputError(f"memory_mib is {allowed_mib}: {failures[-1]['reason']}")
             session.require("batch")
         time_in_turn(session, searched)
     session.require("perf", "maxbatch")
+
+
+def _all_series(session: Session, setting: str, options: TimingOptions, **asked: Any) -> list[Series]:
+    engines, peaks, repeats = _engines(session, options.engines), device_peaks(session), int(options.repeats)
+    series = partial(Series, session, setting, options.workload, repeats, peaks)
+    asked = {**_asked(options.workload), **asked}
+    return [series(precision, engine, asked) for precision in session.precisions for engine in engines]
 
 
 def _search(series: Series) -> None:
@@ -365,7 +292,7 @@ def _last_safe_batch(session: Session, precision: Precision, engine: str, worklo
     return None
 
 
-def sweep(session: Session, options: SweepOptions) -> None:
+def sweep(session: Session, options: TimingOptions) -> None:
     """Time three batches each of 1, 2, 4 ... requests, a row a format, engine and size.
 
     The first size that does not fit ends the sizes of its format and engine. It is tried again on the next run. Sizes
@@ -376,15 +303,14 @@ def sweep(session: Session, options: SweepOptions) -> None:
     InputError
         An engine is unknown or cannot run here.
     """
-    engines, largest = _engines(session, options.engines), session.count("sweep_batch", options.sweep_batch)
+    largest, engines = session.count("sweep_batch", options.sweep_batch), _engines(session, options.engines)
     if not largest:
         return
     searches = session.ledger.rows("batch") if options.sweep_batch == "auto" else []
     searched = {(row["precision"], row["engine"]): row["batch_size"] for row in searches}
     asked, peaks = _asked(options.workload), device_peaks(session)
-    with session.exclusive(), session.progress(len(session.precisions), "batch sizes") as bar:
-        for precision in session.precisions:
-            bar.set_postfix_str(precision.name)
+    with session.exclusive():
+        for precision in session.each_format("batch sizes"):
             keys = []
             for engine in engines:
                 most = searched.get((precision.name, engine), largest)
@@ -398,7 +324,6 @@ def sweep(session: Session, options: SweepOptions) -> None:
             if missing:
                 with session.failing(missing[0], f"the batch sizes of {precision.name}"):
                     with_model(session, precision, partial(_sweep_format, session, missing, options.workload, peaks))
-            bar.update()
 
 
 def _sweep_format(
@@ -413,7 +338,7 @@ def _sweep_format(
         batches = replace(workload, prompts=tuple(islice(cycle(workload.prompts), BATCHES_SWEPT * size)))
         with session.failing(key, f"{key['precision']}'s batch of {size} with engine {engine}"):
             try:
-                values = _twice(partial(time_row, session, key, loaded, batches, size, peaks, trace=False))
+                values = twice(partial(time_row, session, key, loaded, batches, size, peaks, trace=False))
             except (RuntimeError, MemoryError) as error:
                 if not memory.is_out_of_memory(error):
                     raise
@@ -423,18 +348,7 @@ def _sweep_format(
         memory.release()
 
 
-def _twice(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what `measure` returns; where memory runs out, give back what is cached and measure once more."""
-    try:
-        return measure()
-    except (RuntimeError, MemoryError) as error:
-        if not memory.is_out_of_memory(error):
-            raise
-    memory.release()  # out of `except`, whose error holds the frames of the failure
-    return measure()
-
-
-def prompt_lengths(session: Session, options: PlanOptions) -> None:
+def prompt_lengths(session: Session, prompt_source: str = "auto", counts: Sequence[int] = (20, 2000, 5000)) -> None:
     """Record the lengths of prompts, from which `qnb.report.batch_plans` plans their batches.
 
     Prompts are whole paragraphs, of every split of WikiText-2: only the context window cuts them.
@@ -442,11 +356,13 @@ def prompt_lengths(session: Session, options: PlanOptions) -> None:
     Raises
     ------
     InputError
-        The prompts cannot be read.
+        The prompts cannot be read, or `counts` has no number or one that is not positive.
     """
     from qnb.speed.engines import context_window
 
-    source, counts = session.prompt_source(options.prompt_source), sorted({int(each) for each in options.counts})
+    for count in counts or [0]:
+        check_count("counts", count)
+    source, counts = session.prompt_source(prompt_source), sorted({int(count) for count in counts})
     lengths = prompts.lengths(session.tokenizer, source, counts[-1], session.data_dir, session.seed)
     asked = {"prompt_source": source, "counts": counts, "lengths": lengths, "window": context_window(session.config)}
     key = session.key("lengths", None, asked)
@@ -462,18 +378,24 @@ def continuation(session: Session, prompt: str, precision: str, new_tokens: int 
     ------
     InputError
         The prompt is empty, the format unknown, or `new_tokens` below 1.
+    NotFiniteError
+        The format overflows in this model.
     """
     from qnb.quantize.checkpoint import quiet
-    from qnb.speed.engines import Eager
+    from qnb.speed.engines import Eager, check_outputs
 
     (named,), tokens = parse(precision), session.count("new_tokens", new_tokens)
     prompt_ids = session.tokenizer(prompt, verbose=False)["input_ids"] if prompt.strip() else []
     if not prompt_ids:
         raise InputError("the prompt is empty; give some words to go on from")
+
+    def generate(loaded: Loaded) -> list[int]:
+        check_outputs(loaded.model, [prompt_ids])
+        new_ids: list[int] = Eager(loaded.model).generate([prompt_ids], tokens)[0].tolist()
+        return new_ids
+
     with session.exclusive(), quiet():  # a measurement of another process would be disturbed
-        new_ids = with_model(
-            session, named, lambda loaded: Eager(loaded.model).generate([prompt_ids], tokens)[0].tolist()
-        )  # (N,)
+        new_ids = with_model(session, named, generate)
     # a character may take several tokens: a piece is what its token adds to the text
     texts = [str(session.tokenizer.decode(new_ids[:end])).rstrip("\ufffd") for end in range(len(new_ids) + 1)]
     return [now.removeprefix(before) for before, now in pairwise(texts)]

@@ -1,7 +1,9 @@
 """Timed generation: times that add up, work counted by hand, and bookkeeping that costs only itself."""
 
+import copy
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,14 +13,16 @@ from transformers import GPT2Config, LlamaConfig, MambaConfig, MistralConfig, Mi
 
 from qnb.columns import Flag
 from qnb.errors import InputError
+from qnb.finite import NotFiniteError
 from qnb.precision import PRECISIONS
 from qnb.prompts import Workload, load
 from qnb.quantize import checkpoint as checkpoints
-from qnb.speed import benchmark, decode_work, device_peaks
+from qnb.speed import benchmark, decode_work, device_peaks, monitor
 from qnb.speed.benchmark import latency, run
 from qnb.speed.decode_work import Work, count_work, trace_kernels
 from qnb.speed.device_peaks import DevicePeaks, measure_peaks
 from qnb.speed.monitor import Usage
+from qnb.speed.passes import twice
 
 
 @pytest.fixture(scope="module")
@@ -145,13 +149,38 @@ def test_products_are_held_against_the_peak_of_their_own_type(checkpoint):
     assert peaks.flop_per_s({"float32": 1e12, "int8": 1.0}) is peaks.flop_per_s(None) is None
 
 
-def test_what_fails_beside_the_timing_costs_only_itself(model, five, monkeypatch):
+@pytest.mark.parametrize("broken", [(benchmark, "count_work"), (monitor.psutil, "cpu_percent")])
+def test_what_fails_beside_the_timing_costs_only_itself(broken, model, five, monkeypatch):
     def fail(*_, **__):
         raise AttributeError("no such layer")
 
-    monkeypatch.setattr(benchmark, "count_work", fail)
-    row = run(model, five, 1, peaks=DevicePeaks(1e9, {})).run
-    assert row.total_s > 0 and row.weights_mib is row.peak_flop_per_s is None
+    monkeypatch.setattr(*broken, fail)
+    row = run(model, five, 1, peaks=DevicePeaks()).run
+    assert row.total_s > 0 and row.tpot_s > 0 and row.peak_bytes_per_s is row.peak_flop_per_s is None
+    assert (row.weights_mib is None) == (broken[1] == "count_work")
+    assert (row.utilization_pct is None) == (broken[1] == "cpu_percent")
+
+
+@pytest.mark.parametrize(("failures", "kernels"), [(1, 7.0), (2, None)])
+def test_a_trace_that_runs_out_of_memory_is_tried_once_more(failures, kernels):
+    calls = []
+
+    def trace():
+        calls.append(1)
+        if len(calls) <= failures:
+            raise torch.cuda.OutOfMemoryError("simulated")
+        return Work(weights_mib=1.0, kernels_per_token=7.0)
+
+    work = benchmark._unless_it_fails(partial(twice, trace), Work(weights_mib=1.0))
+    assert (len(calls), work.weights_mib, work.kernels_per_token) == (2, 1.0, kernels)
+
+
+def test_a_model_whose_outputs_are_not_finite_is_not_timed(model, five):
+    """One token's embedding is far beyond float16."""
+    half = copy.deepcopy(model)
+    half.model.embed_tokens.weight.data[five.prompts[0][-1]] *= 1e7
+    with pytest.raises(NotFiniteError, match="FP16 overflows"):
+        run(half.half(), five, 2)
 
 
 def test_the_last_steps_are_timed_by_their_own_kernels(monkeypatch):

@@ -1,5 +1,6 @@
 """Engines: greedy whatever a model asks for, with a KV cache, refused where they cannot run, and captured on a GPU."""
 
+import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -11,11 +12,21 @@ from decode_oracle import ONE, THREE, decode, decode_forced, decode_stock, tiny_
 from transformers import LlamaConfig, MambaConfig, MambaForCausalLM, MistralConfig
 
 from qnb.errors import InputError
+from qnb.finite import NotFiniteError
 from qnb.memory import is_out_of_memory, release
 from qnb.precision import PRECISIONS
 from qnb.quantize import checkpoint
 from qnb.speed import engines
-from qnb.speed.engines import WARM_UP_STEPS, Clock, CudaGraph, Decoder, Eager, why_unavailable
+from qnb.speed.engines import (
+    WARM_UP_STEPS,
+    Clock,
+    CudaGraph,
+    Decoder,
+    Eager,
+    check_outputs,
+    pad,
+    why_unavailable,
+)
 
 
 def test_eager_ticks_once_a_token_and_changes_none():
@@ -27,18 +38,55 @@ def test_eager_ticks_once_a_token_and_changes_none():
     assert torch.equal(timed, Eager(model).generate(THREE, 6)) and timed.shape == (3, 6)
 
 
-@pytest.mark.parametrize("use_cache", [False, None])
-def test_a_models_own_sampling_penalties_beams_and_caches_do_not_reach_an_engine(use_cache):
-    model = tiny_model(LlamaConfig, use_cache=False)
-    own, plain, read = model.generation_config, Eager(model).generate(THREE, 12), []
-    own.repetition_penalty, own.no_repeat_ngram_size, own.num_beams, own.do_sample = 1.5, 2, 3, True
-    own.max_time, own.num_return_sequences, own.return_dict_in_generate, own.min_length = 1e-6, 2, True, 40
-    own.use_cache = use_cache
-    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
-    assert len(set(plain[0].tolist())) < 12, "nothing is repeated that a penalty would stop"
-    assert torch.equal(Eager(model).generate(THREE, 12), plain) and read == [5] + 11 * [1]
-    assert torch.equal(decode(Decoder(model, 3, 5, 12), THREE, 12), plain)
-    assert model.generation_config is own and own.num_beams == 3
+SETTINGS = {
+    "no cache": ({"use_cache": False}, {"use_cache": False}),
+    "no cache, no file": ({"use_cache": False, "max_length": 3}, None),
+    "other outputs": ({"output_hidden_states": True, "output_attentions": True, "return_dict": False}, {}),
+    "other attention": ({"attn_implementation": "eager", "_attn_implementation": "eager"}, {}),
+    "beams": ({"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True}),
+    "sampling": ({"do_sample": True}, {"do_sample": True, "temperature": 9.0, "top_k": 3, "typical_p": 0.5}),
+    "penalties": ({}, {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "suppress_tokens": list(range(99))}),
+    "lengths": ({}, {"max_time": 1e-9, "max_length": 7, "min_length": 60, "forced_eos_token_id": 9}),
+    "other ways": ({}, {"cache_implementation": "static", "prompt_lookup_num_tokens": 3, "guidance_scale": 2.0}),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_in_a_models_files_do_not_change_what_is_timed(name, tmp_path):
+    """The oracle is stock ``generate`` on the same weights, told nothing but to be greedy for 12 tokens."""
+    model, read, outputs = tiny_model(LlamaConfig), [], []
+    mask = torch.tensor([[0] * (5 - len(prompt)) + [1] * len(prompt) for prompt in THREE])
+    stock = model.generate(pad(THREE, model.device)[0], attention_mask=mask, min_new_tokens=12, max_new_tokens=12,
+                           do_sample=False)[:, 5:]  # fmt: skip
+    model.save_pretrained(tmp_path)
+    config, generation = SETTINGS[name]
+    for file, settings in (("config.json", config), ("generation_config.json", generation or {})):
+        own = json.loads((tmp_path / file).read_text())
+        (tmp_path / file).write_text(json.dumps({**own, **settings}))
+    if generation is None:
+        (tmp_path / "generation_config.json").unlink()
+    loaded = checkpoint.load(tmp_path, PRECISIONS["fp32"], "cpu")
+    own = loaded.generation_config
+    loaded.model.layers[0].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
+    loaded.register_forward_hook(lambda _, __, output: outputs.append(len(output)))
+    assert torch.equal(Eager(loaded).generate(THREE, 12), stock) and read == [5] + 11 * [1]
+    assert set(outputs) == {2} and loaded.config._attn_implementation == "sdpa"  # logits and the cache
+    assert torch.equal(decode(Decoder(loaded, 3, 5, 12), THREE, 12), stock) and loaded.generation_config is own
+    assert len(set(stock[0].tolist())) < 12, "nothing is repeated that a penalty would stop"
+
+
+@pytest.mark.parametrize(("dtype", "named"), [("float16", "FP16 overflows"), ("bfloat16", "bfloat16 fails")])
+def test_outputs_that_are_not_finite_are_told_by_type(dtype, named):
+    """In float16 one token's hidden states overflow; in bfloat16 a weight of the head is infinite."""
+    model = tiny_model(LlamaConfig)
+    if dtype == "float16":
+        model.model.embed_tokens.weight.data[4] *= 1e7
+    else:
+        model.lm_head.weight.data[3, 3] = torch.inf
+    model.to(getattr(torch, dtype))
+    for prompts, is_finite in (([[5, 6, 4]], False), (ONE, dtype == "float16")):
+        with nullcontext() if is_finite else pytest.raises(NotFiniteError, match=f"{named} .* of 300 outputs"):
+            check_outputs(model, prompts)
 
 
 def test_an_end_of_sequence_is_barred_as_generate_bars_it():

@@ -134,15 +134,31 @@ def gpu(monkeypatch):
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda name: handles.get(name) or refuse())
 
 
+@pytest.mark.parametrize("error", [pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED), OSError(), UnicodeError()])
 @pytest.mark.parametrize("name", ["nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetMemoryInfo"])
-def test_a_gpu_without_nvml_has_no_number_of_the_cpu_in_its_columns(name, gpu, monkeypatch):
-    monkeypatch.setattr(pynvml, name, refuse)
+def test_a_gpu_without_nvml_has_no_number_of_the_cpu_in_its_columns(name, error, gpu, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(pynvml, name, fail)
     with Window(open_sensor("cuda"), 0.01, monitor.used_memory_mib("cuda")) as window:
         time.sleep(0.02)
     usage = window.usage
     assert usage.monitor == "nvml" and usage.others_cpu_pct is not None
     assert (usage.utilization_pct, usage.used_memory_mib, usage.baseline_mib, usage.power_w) == (None,) * 4
     assert "memory_mib" in open_sensor("cuda").note and Flag.SAMPLES_MISSING not in flags_of(usage)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_host_that_hides_itself_leaves_readings_empty(device, gpu, monkeypatch):
+    def hide(*_):
+        raise PermissionError("/proc/stat")
+
+    monkeypatch.setattr(monitor.psutil, "cpu_percent", hide)
+    with Window(open_sensor(device), 0.01) as window:
+        time.sleep(0.02)
+    usage = window.usage
+    assert usage.others_cpu_pct is usage.utilization_pct is None and usage.samples >= 2
 
 
 def test_nvml_tells_what_it_can_and_the_hosts_cpu_beside(gpu, monkeypatch):

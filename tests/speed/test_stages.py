@@ -4,6 +4,7 @@ import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import child_trials
 import pytest
@@ -18,16 +19,7 @@ from qnb.speed import batch_search, batch_trials, benchmark, device_peaks, engin
 from qnb.speed.batch_search import LargestBatch, Probe
 from qnb.speed.benchmark import Run, Timed
 from qnb.speed.engines import EngineUnavailable
-from qnb.speed.stages import (
-    BatchOneOptions,
-    LargestBatchOptions,
-    PlanOptions,
-    SweepOptions,
-    WorkloadOptions,
-    perf_bs1,
-    perf_maxbatch,
-    sweep,
-)
+from qnb.speed.stages import TimingOptions, WorkloadOptions, perf_bs1, perf_maxbatch, sweep
 
 
 class Lab:
@@ -37,6 +29,7 @@ class Lab:
         self.monkeypatch, self.folder, self.source, self.tokenizer = monkeypatch, folder, source, tokenizer
         self.loaded, self.timed, self.model = [], [], None
         self.seconds = lambda call: 1.0
+        self._measure_peaks = device_peaks.measure_peaks
         monkeypatch.setattr(device_peaks, "measure_peaks", lambda place: device_peaks.DevicePeaks(1e9, {}))
         monkeypatch.setattr(benchmark, "run", self._run)
         monkeypatch.setattr(passes.memory, "release", lambda **_: None)
@@ -52,6 +45,10 @@ class Lab:
         """Let a search tell what `found` does, without a model."""
         self.monkeypatch.setattr(batch_trials, "Trials", lambda *_: None)
         self.monkeypatch.setattr(stages, "find_largest_batch", lambda *_: LargestBatch(*found))
+
+    def peaks_are_real(self, measure_once):
+        self.monkeypatch.setattr(device_peaks, "measure_peaks", self._measure_peaks)
+        self.monkeypatch.setattr(device_peaks, "_measure_once", measure_once)
 
     def _with_model(self, session, precision, measure):
         self.loaded.append(precision.name)
@@ -101,7 +98,7 @@ def test_formats_take_turns_until_each_has_settled_and_a_killed_study_goes_on(la
     lab.seconds, session = seconds, lab.open("bf16,fp16")
     work = workload(session)
     for _ in range(2):  # the second time nothing is left to do
-        perf_bs1(session, BatchOneOptions(work, 4))
+        perf_bs1(session, TimingOptions(work, repeats=4))
         reasons = {name: [row["stop_reason"] for row in rows(session) if row["precision"] == name] for name in seen}
         assert reasons == {"bf16": ["", "", "", "limit"], "fp16": ["", "", "interval"]}
     assert lab.loaded == ["bf16", "fp16", "fp16", "bf16", "bf16", "fp16", "bf16"]
@@ -109,27 +106,27 @@ def test_formats_take_turns_until_each_has_settled_and_a_killed_study_goes_on(la
     ledger = lab.folder / "ledger.jsonl"
     ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:-2]))  # killed before two passes
     again = lab.open("bf16,fp16")
-    perf_bs1(again, BatchOneOptions(work, 4))
+    perf_bs1(again, TimingOptions(work, repeats=4))
     assert lab.loaded[7:] == ["fp16", "bf16"] and len(rows(again)) == 7
-    perf_bs1(lab.open("fp16", overwrite=True), BatchOneOptions(work, 4))
+    perf_bs1(lab.open("fp16", overwrite=True), TimingOptions(work, repeats=4))
     assert lab.loaded[9:] == ["fp16"] * 3
 
 
 def test_a_pass_that_fails_costs_its_format_alone(lab):
     lab.seconds = lambda call: 1 // 0 if lab.loaded[-1] == "nf4" else 1.0
     session = lab.open("nf4,bf16")
-    perf_bs1(session, BatchOneOptions(workload(session), 3))
+    perf_bs1(session, TimingOptions(workload(session), repeats=3))
     assert [row["precision"] for row in rows(session)] == ["bf16"] * 3
     (failure,) = session.ledger.failures()
     assert (failure["stage"], failure["precision"], failure["error"]) == ("perf.failed", "nf4", "ZeroDivisionError")
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        perf_bs1(lab.open("nf4"), BatchOneOptions(workload(session), 3))
+        perf_bs1(lab.open("nf4"), TimingOptions(workload(session), repeats=3))
 
 
 def test_an_engine_that_cannot_run_leaves_a_row_that_says_why(lab, monkeypatch):
     monkeypatch.setattr(engines, "parse", lambda names, kind: ("eager", "cuda_graph"))
     session = lab.open()
-    perf_bs1(session, BatchOneOptions(workload(session), 2))
+    perf_bs1(session, TimingOptions(workload(session), repeats=2))
     eager, _, captured = sorted(rows(session), key=lambda row: row["engine"], reverse=True)
     assert eager["total_s"] and "total_s" not in captured and "no NVIDIA GPU" in captured["note"]
 
@@ -141,7 +138,7 @@ def test_a_batch_that_shrinks_in_a_later_pass_begins_again_alone(overwrite, lab)
     lab.search_finds(200, 900.0, False, probes)
     lab.seconds = lambda call: out_of_memory() if lab.timed[-1] == ("int8", 200, False) else float(call)
     session = lab.open("bf16,int8", overwrite=overwrite)
-    options = LargestBatchOptions(workload(session, "maxbatch", 200), 200, repeats=3)
+    options = TimingOptions(workload(session, "maxbatch", 200), max_batch=200, repeats=3)
     perf_maxbatch(session, options)
     counts = [(("bf16", 200, True), 1), (("bf16", 200, False), 2), (("int8", 200, True), 1), (("int8", 200, False), 1),
               (("int8", 198, True), 1), (("int8", 198, False), 2)]  # fmt: skip
@@ -163,7 +160,7 @@ def test_a_batch_that_may_end_its_process_is_searched_in_a_child(lab, monkeypatc
         session = lab.open("int8")
         monkeypatch.setattr(session, "checkpoint", lambda precision: lab.folder)
         monkeypatch.setattr(stages, "ChildTrials", lambda *_: child(getattr(child_trials, name), *arguments))
-        perf_maxbatch(session, LargestBatchOptions(workload(session, "maxbatch", 8), 8, memory_mib))
+        perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 8), max_batch=8, memory_mib=memory_mib))
         return session
 
     for error, trials, message in (
@@ -193,7 +190,7 @@ def test_only_what_was_just_tried_decides_whether_the_memory_is_an_input_error(f
     with session.failing(session.key("batch", PRECISIONS[failed], {}, engine="cuda_graph"), "an old search"):
         out_of_memory()
     with pytest.raises(InputError, match="memory_mib is 7"):
-        perf_maxbatch(session, LargestBatchOptions(workload(session, "maxbatch", 8), 8, 7))
+        perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 8), max_batch=8, memory_mib=7))
 
 
 def test_eager_int8_alone_may_end_its_process_on_a_gpu(lab):
@@ -216,22 +213,22 @@ def test_a_sweep_ends_where_a_batch_does_not_fit_and_tries_it_again(lab, monkeyp
     lab.seconds = lambda call: out_of_memory() if lab.timed[-1][1] > room else (1.0, 1.0, 1.25)
     session = lab.open()
     work = workload(session, "maxbatch", 3)
-    sweep(session, SweepOptions(work, 12))
+    sweep(session, TimingOptions(work, sweep_batch=12))
     notes = {row["batch_size"]: row.get("note") for row in rows(session, "sweep")}
     assert notes == {1: "", 2: "", 4: "", 8: "out of memory"}
     assert [row["requests"] for row in rows(session, "sweep")[:3]] == [3, 6, 12]
     room = 12
-    sweep(session, SweepOptions(work, 12))
+    sweep(session, TimingOptions(work, sweep_batch=12))
     # memory is given back before a size is tried a second time
     assert [size for _, size, _ in lab.timed] == [1, 2, 4, 8, 8, 8, 12] and len(rows(session, "sweep")) == 5
 
 
 def test_a_size_that_fits_once_memory_is_given_back_is_swept(lab, monkeypatch):
     released = []
-    monkeypatch.setattr(stages.memory, "release", lambda **_: released.append(len(lab.timed)))
+    monkeypatch.setattr(passes.memory, "release", lambda **_: released.append(len(lab.timed)))
     lab.seconds = lambda call: out_of_memory() if call == 2 else 1.0
     session = lab.open()
-    sweep(session, SweepOptions(workload(session, "maxbatch", 3), 4))
+    sweep(session, TimingOptions(workload(session, "maxbatch", 3), sweep_batch=4))
     assert [(row["batch_size"], row["note"]) for row in rows(session, "sweep")] == [(1, ""), (2, ""), (4, "")]
     assert [size for _, size, _ in lab.timed] == [1, 2, 2, 4] and 2 in released
 
@@ -239,7 +236,7 @@ def test_a_size_that_fits_once_memory_is_given_back_is_swept(lab, monkeypatch):
 def test_a_sweep_notes_the_first_size_that_may_end_its_process(lab, monkeypatch):
     monkeypatch.setattr(stages, "_last_safe_batch", lambda *_: 5)
     session = lab.open("int8")
-    options = SweepOptions(workload(session, "maxbatch", 3), 32)
+    options = TimingOptions(workload(session, "maxbatch", 3), sweep_batch=32)
     for _ in range(2):  # the second time nothing is left to do
         sweep(session, options)
     assert sorted(size for _, size, _ in lab.timed) == [1, 2, 4, 5]
@@ -251,11 +248,11 @@ def test_a_sweep_goes_to_the_largest_batch_found_on_a_gpu_and_is_left_out_elsewh
     monkeypatch.setattr(Device, "use", lambda _: None)
     session = lab.open()
     work = workload(session, "maxbatch", 3)
-    sweep(session, SweepOptions(work))
+    sweep(session, TimingOptions(work))
     assert not rows(session, "sweep")
     session.device = Device("cuda", "a card", 1024, "native", "")
     session.append(session.key("batch", session.precisions[0], {}, engine="eager"), {"batch_size": 4})
-    sweep(session, SweepOptions(work, "auto", "eager"))
+    sweep(session, TimingOptions(work, "eager"))
     assert [row["batch_size"] for row in rows(session, "sweep")] == [1, 2, 4]
 
 
@@ -282,30 +279,34 @@ def test_peaks_are_measured_before_anything_is_loaded_or_held_to_less_memory(lab
     lab.search_finds(2, 100.0, True, ())
     lab.seconds = lambda call: steps.append("timed") or 1.0
     session = lab.open()
-    perf_maxbatch(session, LargestBatchOptions(workload(session, "maxbatch", 2), 2))
+    perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 2), max_batch=2))
     assert steps == ["peaks", "limited", "timed"] and stages.device_peaks(lab.open()) == replace(peaks, flags=[])
 
 
 @pytest.mark.parametrize(("disturbed", "measured"), [(0, 1), (1, 2), (3, 3)])
-def test_disturbed_peaks_are_measured_up_to_three_times_and_the_best_of_each_stays(
-    disturbed, measured, lab, monkeypatch, capsys
-):
+def test_disturbed_peaks_are_measured_up_to_three_times(disturbed, measured, lab, monkeypatch, capsys):
+    """Of three disturbed tries the one with the fastest copy stays."""
     tries = []
 
-    def measure(place):
+    def measure(device):
         flags = (Flag.CPU_SHARED,) if len(tries) < disturbed else ()
-        rates = [{"float32": 5.0}, {"float32": 4.0, "int8": 8.0}, {"float32": 6.0}]
-        tries.append(device_peaks.DevicePeaks([2.0, 3.0, 1.0][len(tries)], rates[len(tries)], None, flags))
+        tries.append(device_peaks.DevicePeaks([2.0, 3.0, 1.0][len(tries)], {"float32": 5.0}, None, flags))
         return tries[-1]
 
-    monkeypatch.setattr(device_peaks, "measure_peaks", measure)
+    lab.peaks_are_real(measure)
     peaks = stages.device_peaks(lab.open())
     assert len(tries) == measured and peaks == stages.device_peaks(lab.open())
     assert peaks.copy_bytes_per_s == [2, 3, 3][measured - 1]
-    best = [{"float32": 5}, {"float32": 5, "int8": 8}, {"float32": 6, "int8": 8}]
-    assert peaks.matmul_flop_per_s == best[measured - 1]
     message = f"({flag_text(peaks.flags)}); overwrite measures them again"
     assert bool(peaks.flags) == (message in capsys.readouterr().out) == (disturbed == 3)
+
+
+def test_peaks_that_fail_cost_their_columns_alone(lab):
+    lab.peaks_are_real(lambda device: 1 // 0)
+    session = lab.open()
+    perf_bs1(session, TimingOptions(workload(session), repeats=1))
+    assert len(rows(session)) == 1 and stages.device_peaks(session).rows() == []
+    assert {row["error"] for row in session.ledger.failures()} == {"ZeroDivisionError"}
 
 
 def test_a_model_is_loaded_into_released_memory_and_no_failure_holds_it(source, tmp_path, monkeypatch):
@@ -333,7 +334,7 @@ def test_a_model_is_loaded_into_released_memory_and_no_failure_holds_it(source, 
 def test_lengths_of_prompts_are_recorded_once(lab):
     session = lab.open()
     for _ in range(2):
-        stages.prompt_lengths(session, PlanOptions("sample", (2000, 20)))
+        stages.prompt_lengths(session, "sample", (2000, 20))
     (row,) = rows(session, "lengths")
     assert row["counts"] == [20, 2000] and row["window"] == 8192 and len(row["lengths"]) == 24
 
@@ -352,9 +353,9 @@ def test_a_continuation_is_told_token_by_token(source, tmp_path):
         (WorkloadOptions, ("bs2",), "setting is 'bs2'; give 'bs1' or 'maxbatch'"),
         (WorkloadOptions, ("bs1", "0 minutes"), "requests is"),
         (WorkloadOptions, ("bs1", 1, 4, 2, "books"), "prompt_source is 'books'"),
-        (BatchOneOptions, (4,), "workload is 4; give what study"),
-        (PlanOptions, ("sample", ()), "counts"),
-        (PlanOptions, ("sample", (0,)), "counts"),
+        (TimingOptions, (4,), "workload is 4; give what study"),
+        (partial(stages.prompt_lengths, None), ("sample", ()), "counts"),
+        (partial(stages.prompt_lengths, None), ("sample", (0,)), "counts"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(options, values, message):
