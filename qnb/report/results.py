@@ -238,18 +238,22 @@ def _scores(rows: Iterable[Row]) -> pd.DataFrame:
     """Unfold accuracy rows to a row a score; ``asked`` is the task that was asked for."""
     accuracy = [row for row in rows if row["stage"] == "accuracy"]
     return pd.DataFrame(
-        {"precision": row["precision"], "asked": row["task"], "limit": row["limit"],
-         "unit": "%" if 0 <= score["value"] <= 1 else score["metric"], **score}
+        {"precision": row["precision"], "asked": row["task"], "limit": row["limit"], "unit": "%", **score}
         for row in accuracy for score in row["scores"]
     )  # fmt: skip
 
 
 def _checkpoints(frame: pd.DataFrame) -> pd.DataFrame:
-    """Add the weights in MiB, and the measured bits of a quantized weight (of any where none is quantized)."""
+    """Add the weights in MiB, the share that is quantized, and the bits that one takes: of all, and of the quantized.
+
+    bits_per_quantized_weight is missing where none is quantized.
+    """
     if frame.empty:
         return frame
     stored = frame.embedding_bytes + frame.linear_bytes + frame.other_bytes
-    is_quantized = frame.quantized_parameters > 0
-    counted_bytes = frame.quantized_bytes.where(is_quantized, stored)
-    counted = frame.quantized_parameters.where(is_quantized, frame.parameters)
-    return frame.assign(weights_mib=stored / MIB, bits_per_weight=8 * counted_bytes / counted)
+    return frame.assign(
+        weights_mib=stored / MIB,
+        bits_per_weight=8 * stored / frame.parameters,
+        quantized_pct=100 * frame.quantized_parameters / frame.parameters,
+        bits_per_quantized_weight=8 * frame.quantized_bytes / frame.quantized_parameters,
+    )

@@ -77,13 +77,15 @@ def test_every_frame_of_speeds_has_all_columns(tmp_path, studied):
         assert all({*SPEED, *BESIDE} <= set(frame) for frame in (study.bs1, study.passes, study.sweep, study.speed))
 
 
-def test_bits_per_weight_are_those_of_the_quantized_weights_or_of_all(tmp_path):
+def test_bits_per_weight_are_of_all_weights_and_the_quantized_share_stands_beside(tmp_path):
     row = {"stage": "quantize", "fingerprint": "f", "parameters": 100, "embedding_bytes": 40, "linear_bytes": 150,
            "other_bytes": 10, "quantized_parameters": 0, "quantized_bytes": 0}  # fmt: skip
-    nf4 = {"precision": "nf4", "quantized_parameters": 80, "quantized_bytes": 45}
+    nf4 = {"precision": "nf4", "linear_bytes": 150 - 20 + 6, "quantized_parameters": 10, "quantized_bytes": 6}
     checkpoints = read(tmp_path, {**row, "precision": "bf16"}, {**row, **nf4}).checkpoints
-    assert checkpoints.bits_per_weight.tolist() == [16, 4.5]
-    assert checkpoints.weights_mib.tolist() == [200 / 2**20] * 2
+    assert checkpoints.bits_per_weight.tolist() == [16, 8 * 186 / 100]
+    assert checkpoints.quantized_pct.tolist() == [0, 10]
+    assert checkpoints.bits_per_quantized_weight.fillna(0).tolist() == [0, 4.8]
+    assert checkpoints.weights_mib.tolist() == [200 / 2**20, 186 / 2**20]
 
 
 def test_samples_and_items_are_read_from_the_files_that_rows_name(studied):
