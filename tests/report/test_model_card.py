@@ -21,7 +21,7 @@ def test_a_card_holds_scores_as_the_hub_reads_them(studied, tmp_path):
     scores = {score.dataset_config: score.metric_value for score in card.data.eval_results[:2]}
     assert scores == pytest.approx({"ARC-Easy": shown["arc_easy"], "ARC-Challenge": shown["arc_challenge"]})
     assert json.dumps(card.data.to_dict())
-    assert "2.711 bits per quantized weight" in card.text  # 271,088,640 bytes of 800 million weights
+    assert "5.369 bits per weight" in card.text  # 640 MiB of 1,000 million weights
 
 
 @pytest.mark.parametrize(
