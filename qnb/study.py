@@ -61,7 +61,7 @@ class Study:
         return tables.save(self.results(), name)
 
     def show(self, name: str, of: str = "") -> Styler:
-        """Return what people compare in Table 1 to 4 or the divergence, after saving the whole table."""
+        """Return what people compare in one of `qnb.report.tables.TABLES` for display; save the whole table."""
         self.table(name)
         return tables.styled(tables.compact(self.results(), name, of))
 
@@ -81,9 +81,9 @@ class Study:
         With tasks, it says as well which change in accuracy so many items can detect.
         """
         facts = self.session.facts()
-        if tasks:
-            options = evaluate.AccuracyOptions(tasks, limit)
-            facts["can detect"] = verdicts.detectable(evaluate.planned_items(self.session, options))
+        options = evaluate.AccuracyOptions(tasks or "auto", limit)
+        if tasks and (n_items := evaluate.planned_items(self.session, options)):
+            facts["can detect"] = verdicts.detectable(n_items)
         return tables.styled(pd.DataFrame(facts.items())).hide(axis="columns")
 
     # 01: checkpoints
@@ -118,14 +118,6 @@ class Study:
         """Evaluate every format on every task; one row per task, metric and format."""
         evaluate.accuracy(self.session, evaluate.AccuracyOptions(tasks, limit, batch_size, scorer, minutes))
         return self.results().scores
-
-    def table1(self) -> pd.DataFrame:
-        """Return accuracy with standard errors, means over tasks, beside the published model's values."""
-        return self.table("table1_accuracy")
-
-    def table2(self) -> pd.DataFrame:
-        """Return the change against BF16 in points and relative, with a paired test."""
-        return self.table("table2_change")
 
     def batch_sensitivity(self, tasks: str | Iterable[str] = "auto", limit: Count = "auto") -> pd.DataFrame:
         """Measure how far a score depends on what shares its batch; one row per format and scorer."""
@@ -200,22 +192,6 @@ class Study:
         from qnb.speed import monitor
 
         return monitor.open_sensor(self.session.device.place).sample
-
-    def table3(self) -> pd.DataFrame:
-        """Return performance at batch size 1, beside the published model's values."""
-        return self.table("table3_bs1")
-
-    def table4(self) -> pd.DataFrame:
-        """Return performance at the largest batch, beside the published model's values."""
-        return self.table("table4_maxbatch")
-
-    def ablations(self, number: int) -> pd.DataFrame:
-        """Compare rows of Table 3 or 4 that differ in one choice of the harness."""
-        return self.table(f"table{number}_ablations")
-
-    def t4_estimate(self, number: int) -> pd.DataFrame:
-        """Estimate from its datasheet the least time that a T4 needs for the work of Table 3 or 4."""
-        return self.table(f"table{number}_t4_estimate")
 
     # 05: figures and report
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from qnb.columns import flag_text, format_value, header, is_disturbed
+from qnb.columns import flag_text, format_number, format_value, header, is_disturbed
 from qnb.ledger import write_atomic
 from qnb.precision import BASELINE
 from qnb.report import comparison, paper, scores, verdicts
@@ -33,25 +33,26 @@ SENSITIVITY = ("precision", "setting", "task", "n_items", "n_choices", "mean_abs
 ALL_SWEPT = (*SPEED, "batch_spread_pct", "knee")
 ALL_SPEEDS = (*SPEED, "speedup", "engine_speedup", *(f"published_{name}" for name in PUBLISHED))
 
-# the columns that a notebook shows, at most eight (SPEED_MAIN: of Tables 3 and 4)
-CHECKPOINTS = ("precision", "bits_per_weight", "weights_mib", "file_mib", "quantize_s", "save_s", "load_s",
+# the columns that people compare; every other table is shown whole
+SPEED_MAIN = ("precision", "engine", "batch_size", "peak_memory_mib", "tpot_s", "throughput_rps", "energy_j_per_token",
+          "speedup")  # fmt: skip
+MAIN = {
+    "table3_bs1": SPEED_MAIN,
+    "table4_maxbatch": SPEED_MAIN,
+    "divergence": ("precision", "tokens", "perplexity", "perplexity_change_pct", "kl_mean_nats", "kl_median_nats",
+                   "kl_p99_nats", "same_top1_pct"),
+    "batch_plans": ("precision", "engine", "n_prompts", "order", "largest_batch", "batches", "padding_pct", "note"),
+}  # fmt: skip
+# other views: of checkpoints, accuracy above chance, passes, where time is spent, and searches
+CHECKPOINTS = ("precision", "bits_per_weight", "quantized_pct", "weights_mib", "file_mib", "quantize_s", "load_s",
                "reload_identical")  # fmt: skip
-PASSES = ("precision", "engine", "repeat", "requests", "ttft_s", "tpot_s", "stop_reason", "note")
-SPEED_MAIN = ("precision", "engine", "batch_size", "peak_memory_mib", "tpot_s", "throughput_rps",
-              "energy_j_per_token", "speedup")  # fmt: skip
-DIVERGENCE = ("precision", "tokens", "perplexity", "perplexity_change_pct", "kl_mean_nats", "kl_median_nats",
-              "kl_p99_nats", "same_top1_pct")  # fmt: skip
-SENSITIVITY_MAIN = ("precision", "scorer", "n_items", "n_choices", "mean_abs_logprob_diff", "max_abs_logprob_diff",
-                    "answers_changed", "accuracy_change_pp")  # fmt: skip
-TIME_SPENT = ("precision", "engine", "tpot_s", "gpu_busy_pct", "mbu_pct", "bound", "flags", "note")
+RECOVERY = ("task", "precision", "n_items", "recovery_pct", "recovery_low_pct", "recovery_high_pct",
+            "answers_changed", "note")  # fmt: skip
+PUSHED = ("precision", "repository", "private", "total_mib", "commit")
+PASSES = ("precision", "engine", "repeat", "requests", "total_s", "tpot_s", "stop_reason", "note")
+TIME_SPENT = ("precision", "engine", "ttft_s", "tpot_s", "kernels_per_token", "gpu_busy_pct", "mbu_pct", "bound",
+              "flags", "note")  # fmt: skip
 SEARCHES = ("precision", "engine", "batch_size", "capped", "limit_mib", "prompt_tokens", "new_tokens")
-KNEES = ("precision", "engine", "knee", "knee_throughput_rps", "knee_batch_latency_s", "swept_to", "throughput_rps",
-         "note")  # fmt: skip
-PLANS = ("precision", "engine", "n_prompts", "order", "largest_batch", "batches", "padding_pct", "note")
-VERDICTS = ("precision", "accuracy_pct", "n_items", "change_pp", "low_pp", "high_pp", "words")
-ANSWER = ("precision", "weights_mib", "peak_memory_mib", "tpot_captured_s", "tpot_eager_s", "throughput_rps",
-          "change_pp", "words")  # fmt: skip
-ADVICE = ("precision", "engine", "fit", "peak_memory_mib", "tpot_s", "change_pp", "kl_mean_nats", "words")
 
 
 def _performance(results: Results, setting: str, number: int) -> pd.DataFrame:
@@ -178,16 +179,10 @@ def save(results: Results, name: str) -> pd.DataFrame:
 
 
 def compact(results: Results, name: str, of: str = "") -> pd.DataFrame:
-    """Return what people compare in a table: texts under their labels, a column a format or at most eight columns.
+    """Return what people compare in one of `TABLES`: texts under labels with units, at most eight columns.
 
-    Parameters
-    ----------
-    results
-        A study's frames.
-    name
-        ``"table1_accuracy"``, ``"table2_change"``, ``"divergence"``, ``"table3_bs1"`` or ``"table4_maxbatch"``.
-    of
-        Of Table 1: the group whose members are shown; empty shows the tasks that were asked for.
+    Tables 1 and 2 have a column a format. `of` is a group whose members Table 1 shows, such as MMLU's subjects; empty
+    shows the tasks that were asked for.
     """
     if name == "table1_accuracy":
         return _compact_scores(results, of)
@@ -195,7 +190,7 @@ def compact(results: Results, name: str, of: str = "") -> pd.DataFrame:
         return _compact_changes(results)
     if name == "divergence":
         return _compact_divergence(results)
-    return labelled(build(results, name), SPEED_MAIN)
+    return labelled(build(results, name), MAIN.get(name))
 
 
 def grouped(results: Results) -> list[str]:
@@ -205,17 +200,20 @@ def grouped(results: Results) -> list[str]:
 
 
 def _compact_scores(results: Results, of: str) -> pd.DataFrame:
-    """Return Table 1 as the paper has it: a row a task, a column a format, ``65.5 ± 1.0``."""
+    """Return Table 1 as the paper has it, ``65.5 ± 1.0``: one metric a task, in its own unit where it is no share."""
     if results.scores.empty:
         return pd.DataFrame()
-    shown = scores.headline(results.scores)
-    is_shown = (
-        (shown.asked == of) & (shown.task != of) if of else (shown.task == shown.asked) | (shown.metric == "mean")
-    )
-    shown = shown[is_shown]
-    error = (100 * shown.stderr.astype(float)).map(" ± {:.1f}".format).where(shown.stderr.notna(), "")
-    cells = shown.assign(cell=(100 * shown.value).map("{:.1f}".format) + error)
-    return _across(cells, f"{header('accuracy_pct')}, ± one standard error")
+    shares = scores.headline(results.scores)
+    others = results.scores[~results.scores.task.isin(shares.task)].drop_duplicates(["task", "precision"])
+    shown = stack([shares, others])
+    is_member = (shown.task != shown.asked) & (shown.metric != "mean")
+    shown = shown[is_member & (shown.asked == of) if of else ~is_member]
+    cells = [
+        f"{format_number(row.value)} {row.unit}" if row.unit != "%"
+        else f"{100 * row.value:.1f}" + (f" ± {100 * row.stderr:.1f}" if pd.notna(row.stderr) else "")
+        for row in shown.itertuples()
+    ]  # fmt: skip
+    return _across(shown.assign(cell=cells), f"{header('accuracy_pct')}, ± one standard error")
 
 
 def _across(frame: pd.DataFrame, what: str) -> pd.DataFrame:
@@ -244,7 +242,7 @@ def _compact_changes(results: Results) -> pd.DataFrame:
 def _compact_divergence(results: Results) -> pd.DataFrame:
     """Return perplexity and KL divergence; a divergence that another batch size causes as well is called noise."""
     frame = build(results, "divergence").reindex(columns=ALL_DIVERGENCE)
-    shown = labelled(frame, DIVERGENCE)
+    shown = labelled(frame, MAIN["divergence"])
     if header("kl_mean_nats") in shown:
         is_noise = frame.kl_mean_nats.le(frame.noise_floor_nats.max()).to_numpy()
         shown[header("kl_mean_nats")] += pd.Series(is_noise).map({True: " (noise)", False: ""})

@@ -153,12 +153,24 @@ def test_tables_are_saved_as_csv_and_markdown_and_viewed(studied):
 
 def test_what_a_notebook_shows_is_among_the_columns(studied):
     study = studied.results()
-    frames = {"CHECKPOINTS": study.checkpoints, "PASSES": study.passes, "SEARCHES": study.batches}
-    shown = {"DIVERGENCE": "divergence", "SPEED_MAIN": "table3_bs1",
-             "TIME_SPENT": "table4_maxbatch", "PLANS": "batch_plans"}  # fmt: skip
-    for name, frame in {**frames, **{name: build(study, table) for name, table in shown.items()}}.items():
-        columns = set(getattr(tables, name))
-        assert len(columns - {"flags", "note"}) <= 8 and columns <= set(frame), name
+    frames = {"CHECKPOINTS": study.checkpoints, "PASSES": study.passes, "SEARCHES": study.batches,
+              "RECOVERY": build(study, "table2_change"), "TIME_SPENT": build(study, "table4_maxbatch")}  # fmt: skip
+    views = [(getattr(tables, name), frame) for name, frame in frames.items()]
+    for columns, frame in [*views, *((columns, build(study, name)) for name, columns in tables.MAIN.items())]:
+        assert len(set(columns) - {"flags", "note"}) <= 8 and set(columns) <= {*frame, "quantized_pct"}
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_every_table_has_a_compact_form_of_texts(name, studied):
+    shown = tables.compact(studied.results(), name)
+    assert len(shown) and all(isinstance(cell, str) and cell for cell in shown.to_numpy().ravel())
+
+
+def test_a_metric_that_is_no_share_stands_in_its_own_unit_and_in_no_mean():
+    rows = [score("easy", 0.5), score("words", 9.5, "word_perplexity", unit="word perplexity")]
+    frame = pd.DataFrame(rows).assign(precision="bf16", asked=["easy", "words"]).fillna({"unit": "%"})
+    shown = tables.compact(Results("", "", "", scores=frame), "table1_accuracy").set_index("BF16")
+    assert "9.5 word perplexity" in shown.index and "50.0 ± 10.0" in shown.index and len(shown) == 3
 
 
 def test_a_view_says_what_is_missing_and_no_cell_can_end_itself_or_carry_a_tag():
