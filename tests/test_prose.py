@@ -5,54 +5,69 @@ import re
 import subprocess
 import tomllib
 
-import pandas as pd
 import pytest
 
 import qnb
+from qnb.accuracy.statistics import is_above_chance
 from qnb.precision import PRECISIONS
 from qnb.provenance import ROOT
+from qnb.report import recommend
+from qnb.report.results import read_reference
 from qnb.run import NOTEBOOKS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {"README.md": 1200, "outputs/reference/README.md": 500, "notebooks/METRICS.md": 500,
+REFERENCE = ROOT / "outputs" / "reference"
+WORDS = {"README.md": 1200, "outputs/reference/README.md": 500, "notebooks/METRICS.md": 500,
          "notebooks/01_quantize.ipynb": 450,
          "notebooks/02_accuracy.ipynb": 750, "notebooks/03_perf_bs1.ipynb": 700,
          "notebooks/04_perf_maxbatch.ipynb": 750, "notebooks/05_figures.ipynb": 500}  # fmt: skip
+TYPED_NUMBERS = {"README.md": 4, "outputs/reference/README.md": 6, "notebooks/METRICS.md": 6}  # in 100 words
+SETTINGS = {"0", "1", "2", "4", "15", "16", "32", "100", "128", "3.11", "6.0", "95"}  # README's numbers that are none
+NUMBER = r"(?<![\w.,-])[-+]?\d[\d,]*(?:\.\d+)?(?![\w-])"  # not in names such as Llama-3.2-1B, H200 or 4-bit
 
 
-def markdown(page):
-    """The page's prose, without code, tables, links' addresses and pictures."""
+def source(page):
+    """A page's Markdown, without code, links' addresses and pictures."""
     text = (ROOT / page).read_text(encoding="utf-8")
     if page.endswith(".ipynb"):
         cells = json.loads(text)["cells"]
         text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("|")]
-    return re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", "\n".join(lines))
+    return re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+
+
+def prose(page):
+    """A page's text without tables."""
+    return "\n".join(line for line in source(page).splitlines() if not line.lstrip().startswith("|"))
 
 
 def sentences(page):
     """The lengths of a page's sentences in words."""
-    blocks = re.split(r"\n\s*\n|\n(?=[-*] |#)", markdown(page))
+    blocks = re.split(r"\n\s*\n|\n(?=[-*] |#)", prose(page))
     parts = [part for block in blocks for part in re.split(r"(?<=[.!?:])\s+", block.strip("#-* \n"))]
     return [len(re.findall(r"\b[\w'-]+\b", part)) for part in parts if re.search(r"\w", part)]
 
 
-@pytest.mark.parametrize("page", PAGES)
+def numbers(text):
+    """The numbers typed into a text, outside code."""
+    return re.findall(NUMBER, re.sub(r"`[^`]*`", " ", text))
+
+
+@pytest.mark.parametrize("page", WORDS)
 def test_pages_keep_to_their_budgets(page):
     lengths = sentences(page)
-    assert sum(lengths) <= PAGES[page]
+    assert sum(lengths) <= WORDS[page]
     assert sum(lengths) / len(lengths) < 17 and sum(length > 30 for length in lengths) <= 1
+    assert 100 * len(numbers(prose(page))) <= TYPED_NUMBERS.get(page, 2) * sum(lengths)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.endswith(".ipynb")])
+@pytest.mark.parametrize("page", [page for page in WORDS if page.endswith(".ipynb")])
 def test_notebooks_report_no_typed_results(page):
     """Numbers with a decimal point are results; what a study found is computed from its rows."""
-    text = re.sub(r"Llama-3\.2|SmolLM2-[\w.]+|`[^`]*`", "", markdown(page))
-    assert re.findall(r"\b\d+\.\d+\b", text) == []
+    assert [number for number in numbers(source(page)) if "." in number] == []
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", WORDS)
 def test_links_and_pictures_lead_to_files(page):
     folder = (ROOT / page).parent
     targets = re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", (ROOT / page).read_text(encoding="utf-8"))
@@ -60,31 +75,73 @@ def test_links_and_pictures_lead_to_files(page):
         assert (folder / target.partition("#")[0]).exists(), target
 
 
-def test_the_table_holds_the_kept_runs_numbers():
-    folder = ROOT / "outputs" / "reference" / "h200-llama-3.2-1b-shape"
+@pytest.fixture(scope="module")
+def kept():
+    """The kept studies' frames by folder."""
+    return read_reference(REFERENCE)
+
+
+def rows_of(columns):
+    """The cells of README's rows of so many columns that begin with a format's name."""
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in README.splitlines()]
+    return {row[0]: row[1:] for row in rows if len(row) == columns and row[0] in PRECISIONS}
+
+
+def test_the_table_of_speeds_holds_the_kept_runs_numbers(kept):
     keys = ["precision", "engine"]
-    bs1, full = (pd.read_csv(folder / f"{name}.csv").set_index(keys) for name in ("table3_bs1", "table4_maxbatch"))
-    rows = re.findall(r"^\| `([\w-]+)` \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \| ([\d.-]+) \| ([\d.]+) \| (.+?) \|$",
-                      README, re.MULTILINE)  # fmt: skip
-    assert [row[0] for row in rows] == list(PRECISIONS)
-    for name, weights, memory, eager, captured, joules, served in rows:
+    study = kept["h200-llama-3.2-1b-shape"]
+    bs1, full = study.bs1.set_index(keys), study.maxbatch.set_index(keys)
+    rows = rows_of(7)
+    assert list(rows) == list(PRECISIONS)
+    for name, (weights, memory, eager, captured, joules, served) in rows.items():
         engine = "cuda_graph" if captured != "-" else "eager"
         best, batch = bs1.loc[(name, engine)], full.loc[(name, engine)]
         assert weights == f"{best.weights_mib:,.0f}" and memory == f"{best.peak_memory_mib:,.0f}"
         assert eager == f"{1000 * bs1.loc[(name, 'eager')].tpot_s:.1f}"
         assert captured in ("-", f"{1000 * best.tpot_s:.2f}") and joules == f"{best.energy_j_per_token:.2f}"
         assert served == f"{batch.throughput_rps:,.0f} at {batch.batch_size:,.0f}"
-    times = bs1.tpot_s.unstack().dropna()
+
+
+def test_the_table_of_verdicts_is_what_the_kept_study_is_judged_to_be(kept):
+    answer = recommend.summary(kept["h100-smollm2-135m"]).set_index("precision")
+    rows = {name: row for name, row in rows_of(5).items() if name in answer.index}
+    assert set(rows) == {"fp16", "int8", "int4", "nf4"}
+    for name, row in rows.items():
+        of = answer.loc[name]
+        change = f"{of.change_pp:+.1f} ({of.low_pp:+.1f} to {of.high_pp:+.1f})"
+        assert row == [change, f"{of.perplexity_change_pct:+.1f}", f"{of.kl_mean_nats:.3f}", of.words]
+
+
+def test_every_result_in_the_readmes_text_is_a_kept_tables(kept):
+    """What is left beside the results computed here, the settings and the citation is no number."""
+    runs = kept["h200-llama-3.2-1b-shape"].bs1
+    graph, tpot_s = runs[runs.engine == "cuda_graph"].set_index("precision"), runs.set_index("precision").tpot_s
+    times = runs.set_index(["precision", "engine"]).tpot_s.unstack().dropna()
     ratios = times.eager / times.cuda_graph
-    assert f"{min(ratios):.0f} to {max(ratios):.0f} times faster" in README
+    memory_mib = graph.peak_memory_mib
+    changes = kept["h100-smollm2-135m"].tables["table2_change"].set_index(["precision", "task"])
+    assert tpot_s.idxmin() == "fp16" and memory_mib.idxmin() == "nf4-dq"
+    results = [
+        f"{1000 * tpot_s.min():.2f} ms", f"{memory_mib.min():,.0f} MiB", f"takes {memory_mib.bf16:,.0f}",
+        f"{min(ratios):.0f} to {max(ratios):.0f} times", f"{-changes.change_pp['nf4', 'arc_easy']:.1f} points",
+    ]  # fmt: skip
+    text, citation = prose("README.md").split("## Citing")
+    for result in results:
+        assert result in text
+        text = text.replace(result, "")
+    assert set(numbers(re.sub(r"[Nn]otebooks? 0\d(?: and 0\d)?", "", text))) <= SETTINGS
+    assert numbers(citation.replace("Llama 3.2 1B", "").replace("2025", "")) == []
 
 
-def test_the_loss_named_is_the_kept_tables():
-    changes = pd.read_csv(ROOT / "outputs" / "reference" / "h100-smollm2-135m" / "table2_change.csv")
-    mean = changes[changes.task.str.startswith("mean over tasks")].set_index("precision")
-    interval = f"95 % interval {-mean.high_pp.nf4:.1f} to {-mean.low_pp.nf4:.1f}"
-    assert f"NF4 lost {-mean.change_pp.nf4:.1f} points on average ({interval})" in README
-    assert mean.low_pp.int8 < 0 < mean.high_pp.int8
+def test_the_kept_study_has_three_tasks_of_five_at_chance(kept):
+    """GSM8K's answers are written, the others' chosen of four."""
+    changes = kept["h100-smollm2-135m"].tables["table2_change"]
+    tasks = changes[changes.task.isin(["arc_challenge", "arc_easy", "hellaswag", "mmlu", "gsm8k"])]
+    above = {row.task: is_above_chance(round(row.baseline_pct * row.n_items / 100), row.n_items,
+                                       0.01 if row.task == "gsm8k" else 0.25)
+             for row in tasks.itertuples()}  # fmt: skip
+    assert sum(above.values()) == len(above) - 3 and above["arc_easy"]
+    assert "On three of them" in README and f"{len(above)} tasks" in README.replace("five", "5")
 
 
 def test_every_command_of_the_readme_is_one():

@@ -33,26 +33,33 @@ SENSITIVITY = ("precision", "setting", "task", "n_items", "n_choices", "mean_abs
 ALL_SWEPT = (*SPEED, "batch_spread_pct", "knee")
 ALL_SPEEDS = (*SPEED, "speedup", "engine_speedup", *(f"published_{name}" for name in PUBLISHED))
 
-# the columns that people compare; every other table is shown whole
+# the columns that people compare, at most eight; every other table is shown whole
 SPEED_MAIN = ("precision", "engine", "batch_size", "peak_memory_mib", "tpot_s", "throughput_rps", "energy_j_per_token",
-          "speedup")  # fmt: skip
+              "speedup")  # fmt: skip
 MAIN = {
     "table3_bs1": SPEED_MAIN,
     "table4_maxbatch": SPEED_MAIN,
     "divergence": ("precision", "tokens", "perplexity", "perplexity_change_pct", "kl_mean_nats", "kl_median_nats",
                    "kl_p99_nats", "same_top1_pct"),
+    "batch_sensitivity": ("precision", "scorer", "n_items", "n_choices", "mean_abs_logprob_diff",
+                          "max_abs_logprob_diff", "answers_changed", "accuracy_change_pp"),
     "batch_plans": ("precision", "engine", "n_prompts", "order", "largest_batch", "batches", "padding_pct", "note"),
 }  # fmt: skip
-# other views: of checkpoints, accuracy above chance, passes, where time is spent, and searches
+# other views that a notebook shows
 CHECKPOINTS = ("precision", "bits_per_weight", "quantized_pct", "weights_mib", "file_mib", "quantize_s", "load_s",
                "reload_identical")  # fmt: skip
+PUSHED = ("precision", "repository", "private", "total_mib", "commit")
 RECOVERY = ("task", "precision", "n_items", "recovery_pct", "recovery_low_pct", "recovery_high_pct",
             "answers_changed", "note")  # fmt: skip
-PUSHED = ("precision", "repository", "private", "total_mib", "commit")
-PASSES = ("precision", "engine", "repeat", "requests", "total_s", "tpot_s", "stop_reason", "note")
-TIME_SPENT = ("precision", "engine", "ttft_s", "tpot_s", "kernels_per_token", "gpu_busy_pct", "mbu_pct", "bound",
-              "flags", "note")  # fmt: skip
+VERDICTS = ("precision", "accuracy_pct", "n_items", "change_pp", "low_pp", "high_pp", "words")
+PASSES = ("precision", "engine", "repeat", "requests", "ttft_s", "tpot_s", "stop_reason", "note")
+TIME_SPENT = ("precision", "engine", "tpot_s", "gpu_busy_pct", "mbu_pct", "bound", "flags", "note")
 SEARCHES = ("precision", "engine", "batch_size", "capped", "limit_mib", "prompt_tokens", "new_tokens")
+KNEES = ("precision", "engine", "knee", "knee_throughput_rps", "knee_batch_latency_s", "swept_to", "throughput_rps",
+         "note")  # fmt: skip
+ANSWER = ("precision", "weights_mib", "peak_memory_mib", "tpot_captured_s", "tpot_eager_s", "throughput_rps",
+          "change_pp", "words")  # fmt: skip
+ADVICE = ("precision", "engine", "fit", "peak_memory_mib", "tpot_s", "change_pp", "kl_mean_nats", "words")
 
 
 def _performance(results: Results, setting: str, number: int) -> pd.DataFrame:
@@ -280,5 +287,6 @@ def view(frame: pd.DataFrame, columns: Sequence[str] | None = None) -> Styler:
 
 
 def styled(text: pd.DataFrame) -> Styler:
-    """Return a frame of texts for display, without its index; texts are escaped."""
-    return text.style.format(escape="html").hide(axis="index")
+    """Return a frame of texts for display, without its index; texts are escaped. An empty one says so."""
+    shown = text.style.format(escape="html").hide(axis="index")
+    return shown if len(text.columns) else shown.set_caption("Nothing was measured.")
