@@ -75,14 +75,11 @@ class StockLM(HFLM):
         return answers
 
     def _model_generate(self, *arguments: Any, **options: Any) -> torch.Tensor:
-        def check(module: Any, inputs: Any, output: Any) -> None:
-            check_finite(output.logits[:, -1].amax(-1), "largest logits of new tokens")
+        def check(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            check_finite(logits.amax(-1), "largest logits of new tokens", self.model.dtype)
+            return logits
 
-        hook = self.model.register_forward_hook(check)
-        try:
-            return super()._model_generate(*arguments, **options)
-        finally:
-            hook.remove()
+        return super()._model_generate(*arguments, logits_processor=[check], **options)
 
 
 class SharedContextLM(StockLM):

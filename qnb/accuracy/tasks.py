@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, partial
 from hashlib import sha256
+from itertools import chain
 from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +46,10 @@ SIZES = {"sample_easy": (48, 1), "sample_hard": (48, 1), "sample_completion": (4
 FOLDERS = ("arc", "gsm8k", "hellaswag", "mmlu")  # of lm-eval's tasks: those that hold the paper's
 FEWSHOT_SEED = 1234  # lm-eval's default
 REHEARSED = 2  # items of a task that are scored without a model, to see that they can be
+STAND_IN: Any = SimpleNamespace(  # for a model: one log-likelihood for all texts, one text after all prompts
+    rank=0, world_size=1, device=SimpleNamespace(type="cpu"), loglikelihood=lambda asked: [(-1.0, False)] * len(asked),
+    loglikelihood_rolling=lambda asked: [-1.0] * len(asked), generate_until=lambda asked: ["1"] * len(asked),
+)  # fmt: skip
 UNANSWERED = (math.nan, False)  # what a model says of a text that does not fit it
 # words in the names of metrics that are shares, where lm-eval takes the mean of values from 0 to 1
 SHARES = frozenset({"acc", "accuracy", "em", "exact", "pct"})
@@ -172,7 +177,9 @@ class Task:
             task.doc_iterator = partial(self._iterate, part)
             task.process_results = partial(self._process, task, task.process_results)
         try:
-            self.evaluate(_Rehearsal(window), REHEARSED)
+            self.evaluate(STAND_IN, REHEARSED)
+            if (new_tokens := max(self._new_tokens(), default=0)) >= window:
+                raise ValueError(f"it asks for {new_tokens} new tokens, and the model's window is {window}")
         except Exception as error:  # whatever a task's code raises
             text = scrub(str(self._error or error)) or type(error).__name__
             raise InputError(f"task {name!r} cannot be scored here ({text}); leave it out") from error
@@ -185,6 +192,14 @@ class Task:
     def n_items(self, limit: int | None) -> int:
         """Return how many items a limit takes, of all parts together; None takes all."""
         return sum(min(limit or size, size) for size in self.sizes.values())
+
+    def _new_tokens(self) -> Iterator[int]:
+        """Yield how many new tokens are asked for after each prompt."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        for instance in chain.from_iterable(part.instances for part in self._parts.values()):
+            if instance.request_type == "generate_until":
+                yield normalize_gen_kwargs(instance.args[1])["max_gen_toks"]
 
     def _iterate(self, part: str, **_: Any) -> Iterator[tuple[int, Any]]:
         """Yield (place, document) of what is asked; lm-eval's own looks for every place in a list of places."""
@@ -246,7 +261,7 @@ class Task:
         items = self._items(results)
         scores = tuple(self._scores(results, items)) if len(items) else ()
         if not scores:
-            raise RuntimeError(f"none of {self.n_items(limit)} items gives a score ({self._error})")
+            raise RuntimeError(f"none of {self.n_items(limit)} items gives a score: {self._error or 'no metric'}")
         return TaskResult(scores, items, self.n_items(limit) - len(items.drop_duplicates(["task", "doc_id"])))
 
     def _build_requests(self, limit: int | None) -> None:
@@ -298,13 +313,12 @@ class Task:
                             shots=shots if isinstance(shots, int) else 0)  # fmt: skip
             for key, value in metrics.items():
                 metric, _, filter_name = key.partition(",")
-                is_value = filter_name and not metric.endswith("_stderr") and isinstance(value, Real)
-                if is_value and math.isfinite(value):
+                stderr = metrics.get(f"{metric}_stderr,{filter_name}")  # every metric has one, be it "N/A"
+                if stderr is not None and metric != "bypass" and math.isfinite(value):
                     unit = "%" if self._is_share(metric, parts, results["samples"]) else metric.replace("_", " ")
-                    stderr = _stderr(unit, value, metrics.get(f"{metric}_stderr,{filter_name}"), n_items)
                     better = results["higher_is_better"][parts[0]].get(metric)
                     yield score(metric=metric, filter=filter_name, unit=unit, higher_is_better=better,
-                                value=float(value), stderr=stderr)  # fmt: skip
+                                value=float(value), stderr=_stderr(unit, value, stderr, n_items))  # fmt: skip
             p_correct = answered.reindex(columns=["p_correct"]).p_correct.dropna()
             if len(p_correct):
                 stderr = float(p_correct.sem()) if len(p_correct) > 1 else None
@@ -320,29 +334,6 @@ class Task:
         values = (sample[metric] for part in parts for sample in samples[part] if metric in sample["metrics"])
         is_mean = all(self._parts[part].aggregation().get(metric, mean) is mean for part in parts)
         return is_mean and all(0 <= value <= 1 for value in values)
-
-
-class _Rehearsal:
-    """Stands for a model while a task is tried: one log-likelihood for all texts, one text for all prompts."""
-
-    rank, world_size, device = 0, 1, SimpleNamespace(type="cpu")
-
-    def __init__(self, window: float) -> None:
-        self.window = window
-
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        return [(-1.0, False) for _ in requests]
-
-    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        return [-1.0 for _ in requests]
-
-    def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        from lm_eval.models.utils import normalize_gen_kwargs
-
-        new_tokens = max(normalize_gen_kwargs(request.args[1])["max_gen_toks"] for request in requests)
-        if new_tokens >= self.window:
-            raise ValueError(f"it asks for {new_tokens} new tokens, and the model's window is {self.window}")
-        return ["1" for _ in requests]
 
 
 def draw(name: str, count: int, limit: int | None) -> list[int]:
