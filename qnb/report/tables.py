@@ -289,4 +289,4 @@ def view(frame: pd.DataFrame, columns: Sequence[str] | None = None) -> Styler:
 def styled(text: pd.DataFrame) -> Styler:
     """Return a frame of texts for display, without its index; texts are escaped. An empty one says so."""
     shown = text.style.format(escape="html").hide(axis="index")
-    return shown if len(text.columns) else shown.set_caption("Nothing was measured.")
+    return shown if len(text.columns) else shown.set_caption("Nothing to show.")

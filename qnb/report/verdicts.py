@@ -154,6 +154,8 @@ def decide(precision: str, row: Any, margin_pp: float) -> tuple[Verdict, str]:
     if PRECISIONS[precision].quantized and row["quantized_pct"] < LEAST_QUANTIZED_PCT:
         return Verdict.BARELY_QUANTIZED, f"only {row['quantized_pct']:.0f} % of its weights are quantized"
     points = f"{margin_pp:g} point{'s' * (margin_pp != 1)}"
+    if pd.isna(row["low_pp"]) and pd.notna(row.get("accuracy_pct")):  # no task counts
+        return Verdict.UNCLEAR, "cannot tell on these tasks"
     if pd.isna(row["low_pp"]):
         return Verdict.UNMEASURED, "accuracy was not measured"
     if row["low_pp"] > -margin_pp:
@@ -174,7 +176,7 @@ def items_needed(row: Any, margin_pp: float) -> str:
 def detectable(n_items: Sequence[int], flip_rate: float = FLIP_RATE) -> str:
     """Return in words which mean change so many items of each task can detect, with 80 % power."""
     change = detectable_pp(n_items, flip_rate) if n_items else None
-    items = f"{sum(n_items):,} items of {len(n_items)} tasks"
+    items = f"{sum(n_items):,} items of {len(n_items)} task{'s' * (len(n_items) != 1)}"
     if change is None:
         return f"no change in accuracy ({items} are too few)"
     about = f"{items}, if {100 * flip_rate:.0f} % of the answers flip; power 80 %"

@@ -29,6 +29,10 @@ def test_the_interval_and_the_margin_decide(low_pp, high_pp, verdict):
     assert decide("bf16", row(low_pp, high_pp), 1.0)[0] is Verdict.BASELINE
 
 
+def test_tasks_that_cannot_show_a_loss_are_not_called_unmeasured():
+    assert decide("nf4", {**row(float("nan"), float("nan")), "accuracy_pct": 25.0}, 1.0)[0] is Verdict.UNCLEAR
+
+
 def test_too_few_items_are_told_with_the_number_that_would_decide():
     """The interval reaches 1 point and the margin is half a point away: 4 times as many items."""
     assert "400 items" in decide("nf4", row(-1.5, 0.5), 1.0)[1]
