@@ -155,12 +155,20 @@ def sweep_sizes(largest: int) -> tuple[int, ...]:
 
 
 def int32_rows(config: Any, prompt_tokens: int) -> int:
-    """Return how many prompts a model's widest layer turns into outputs that 32 bits count; 0 where not known.
+    """Return how many prompts a model's widest layer turns into outputs that 32 bits count.
 
-    bitsandbytes' INT8 kernels count a layer's outputs so (csrc/cuda/int8.cu), and end the process beyond.
+    bitsandbytes' INT8 kernels count a layer's outputs so (csrc/cuda/int8.cu), and end the process beyond. Embeddings
+    and the output head are not quantized.
     """
-    width = getattr(config.get_text_config(), "intermediate_size", None)
-    return (2**31 - 1) // (prompt_tokens * width) if width else 0
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):  # shapes without memory
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    layers = (each for each in model.modules() if each is not head and not isinstance(each, torch.nn.Embedding))
+    weights = (weight for module in layers for weight in module.parameters(recurse=False) if weight.dim() == 2)
+    return int((2**31 - 1) // (prompt_tokens * max(max(weight.shape) for weight in weights)))
 
 
 class ChildTrials:
@@ -222,9 +230,9 @@ def _try_in_child(batch_size: int) -> Probe:
     except RuntimeError:
         import torch
 
-        if torch.cuda.is_initialized():
-            try:
+        try:
+            if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
-            except RuntimeError:  # after an illegal memory access a CUDA context never works again
-                os._exit(1)
+        except RuntimeError:  # after an illegal memory access a CUDA context never works again
+            os._exit(1)
         raise

@@ -62,19 +62,20 @@ class Trials:
         torch.cuda.reset_peak_memory_stats(device)
         torch.cuda.reset_accumulated_memory_stats(device)
 
-        def is_squeezed() -> bool:
-            return torch.cuda.memory_stats(device)["num_alloc_retries"] > 0
+        def read() -> tuple[float, float, bool]:
+            stats = torch.cuda.memory_stats(device)
+            peaks_mib = (stats[f"{name}_bytes.all.peak"] / MIB for name in ("reserved", "allocated"))
+            return *peaks_mib, stats["num_alloc_retries"] > 0
 
         def is_near_limit() -> bool:
-            reserved_mib = torch.cuda.max_memory_reserved(device) / MIB
-            return is_squeezed() or reserved_mib > NEAR_LIMIT * min(self.limit_mib, room_mib)
+            reserved_mib, _, is_squeezed = read()
+            return is_squeezed or reserved_mib > NEAR_LIMIT * min(self.limit_mib, room_mib)
 
         if not self._fits(batch_size, self.workload.new_tokens, is_near_limit):
             return Probe(batch_size, False, idle_mib=idle_mib, room_mib=room_mib, ended=OUT_OF_MEMORY)
-        reserved_mib = torch.cuda.max_memory_reserved(device) / MIB
-        live_mib = torch.cuda.max_memory_allocated(device) / MIB
+        reserved_mib, live_mib, is_squeezed = read()
         fits = reserved_mib <= self.limit_mib
-        return Probe(batch_size, fits, reserved_mib, live_mib, is_squeezed(), idle_mib, room_mib)
+        return Probe(batch_size, fits, reserved_mib, live_mib, is_squeezed, idle_mib, room_mib)
 
     def _run_on_cpu(self, batch_size: int) -> Probe:
         with Window(open_sensor("cpu"), 0.01, self.baseline_mib) as window:

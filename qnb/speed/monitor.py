@@ -7,15 +7,17 @@ containers such as Colab's hide the memory of single processes. The thread reads
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import psutil
 import pynvml
 import torch
@@ -39,6 +41,7 @@ NVML_PROBES: dict[str, Callable[[Any], float]] = {
     # a process counts once it holds a context: containers hide which processes those are, not how many
     "gpu_processes": lambda gpu: len(pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)),
 }
+METRICS = (*NVML_PROBES, "others_cpu_pct")
 # NVML's bits (nvmlClocksEventReasons) that say the clocks are held below what the work asks for: software power cap,
 # hardware slowdown, software and hardware thermal slowdown, hardware power brake
 THROTTLE_BITS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
@@ -181,60 +184,47 @@ class Window:
 
     @property
     def usage(self) -> Usage:
-        """Means and peaks over the closed window."""
-        energy_j, energy_s = self._energy()
-        throttle = 0
-        for reading in self.readings:
-            throttle |= int(reading.get("throttle", 0)) & THROTTLE_BITS
-        whole = max([2, *map(len, self.readings)])  # a reading that failed has nothing but its time
+        """Means and peaks over the closed window.
+
+        A mean weighs each reading by the time since the one before: the last may follow at once. The first reading is
+        of the time before the window, and so are NVML's rates for a second.
+        """
+        metrics = pd.DataFrame(self.readings, columns=["t_s", *METRICS], dtype=float).set_index("t_s")
+        weights_s = metrics.notna().mul(metrics.index.to_series().diff(), axis=0)
+        if self._sensor.monitor == "nvml":
+            weights_s.loc[metrics.index < LOOK_BACK_S, ["utilization_pct", "power_w"]] = 0.0
+        mean, most, told = (metrics * weights_s).sum() / weights_s.sum(), metrics.max(), metrics.notna().sum(axis=1)
+        energy_j, energy_s = _energy(metrics.energy_j.dropna(), metrics.index[-1])
+        baseline_mib = math.nan if self._baseline_mib is None else self._baseline_mib
+        values = {
+            "utilization_pct": mean.utilization_pct,
+            "used_memory_mib": mean.memory_mib - baseline_mib,
+            "peak_used_memory_mib": most.memory_mib - baseline_mib,
+            "baseline_mib": baseline_mib,
+            "power_w": mean.power_w if math.isnan(energy_j) else energy_j / energy_s,
+            "clock_mhz": mean.clock_mhz,
+            "energy_j": energy_j,
+            "energy_s": energy_s,
+            "gpu_processes": most.gpu_processes,
+            "others_cpu_pct": mean.others_cpu_pct,
+        }
         return Usage(
             monitor=self._sensor.monitor,
-            samples=len(self.readings),
-            missing_samples=sum(len(reading) < whole for reading in self.readings),
-            duration_s=self.readings[-1]["t_s"],
-            utilization_pct=self._mean("utilization_pct"),
-            used_memory_mib=self._above_baseline(self._mean("memory_mib")),
-            peak_used_memory_mib=self._above_baseline(self._most("memory_mib")),
-            baseline_mib=self._baseline_mib,
-            power_w=energy_j / energy_s if energy_j and energy_s else self._mean("power_w"),
-            clock_mhz=self._mean("clock_mhz"),
-            energy_j=energy_j,
-            energy_s=energy_s,
-            throttle=throttle,
-            gpu_processes=self._most("gpu_processes"),
-            others_cpu_pct=self._mean("others_cpu_pct"),
+            samples=len(metrics),
+            missing_samples=int((told < max(1, told.max())).sum()),  # a reading that failed has nothing but its time
+            duration_s=metrics.index[-1],
+            throttle=int(np.bitwise_or.reduce(metrics.throttle.fillna(0).astype(int))) & THROTTLE_BITS,
+            **{name: None if math.isnan(value) else float(value) for name, value in values.items()},
         )
 
-    def _above_baseline(self, memory_mib: float | None) -> float | None:
-        return None if memory_mib is None or self._baseline_mib is None else memory_mib - self._baseline_mib
 
-    def _most(self, name: str) -> float | None:
-        return max((reading[name] for reading in self.readings if name in reading), default=None)
+def _energy(counter_j: pd.Series, duration_s: float) -> tuple[float, float]:
+    """Return the joules and seconds between the first and last reading of a counter, by time; NaN where there is none.
 
-    def _mean(self, name: str) -> float | None:
-        """Return a mean that weighs each reading by the time since the one before: the last may follow at once.
-
-        The first reading is of the time before the window, and so are NVML's rates for a second.
-        """
-        since_s = LOOK_BACK_S if self._sensor.monitor == "nvml" and name in ("utilization_pct", "power_w") else 0.0
-        weighted = [
-            (now[name], now["t_s"] - before["t_s"])
-            for before, now in pairwise(self.readings)
-            if name in now and now["t_s"] >= since_s
-        ]
-        total_s = sum(seconds for _, seconds in weighted)
-        return sum(value * seconds for value, seconds in weighted) / total_s if total_s else None
-
-    def _energy(self) -> tuple[float | None, float | None]:
-        """Return the joules and seconds between the counter's first and last reading.
-
-        The joules are None in a window in which the counter was lost, or that was too short for its steps.
-        """
-        counter = [(reading["t_s"], reading["energy_j"]) for reading in self.readings if "energy_j" in reading]
-        if not counter:
-            return None, None
-        (first_s, first_j), (last_s, last_j) = counter[0], counter[-1]
-        least_s = max(LOOK_BACK_S, LEAST_ENERGY_SHARE * self.readings[-1]["t_s"])
-        steps = sum(after != before for (_, before), (_, after) in pairwise(counter))
-        is_whole = last_s - first_s >= least_s and steps >= LEAST_ENERGY_STEPS
-        return last_j - first_j if is_whole else None, last_s - first_s
+    The joules are NaN in a window in which the counter was lost, or that was too short for its steps.
+    """
+    if counter_j.empty:
+        return math.nan, math.nan
+    energy_s, steps = counter_j.index[-1] - counter_j.index[0], counter_j.diff().iloc[1:].ne(0).sum()
+    is_whole = energy_s >= max(LOOK_BACK_S, LEAST_ENERGY_SHARE * duration_s) and steps >= LEAST_ENERGY_STEPS
+    return counter_j.iloc[-1] - counter_j.iloc[0] if is_whole else math.nan, energy_s

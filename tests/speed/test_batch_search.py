@@ -6,7 +6,6 @@ import sys
 from bisect import bisect_right
 from dataclasses import asdict, replace
 from math import ceil
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,6 +15,7 @@ from child_trials import __file__ as child_trials_file
 from child_trials import ends_above, fails
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config, LlamaConfig, Phi3Config
 
 from qnb.errors import InputError
 from qnb.provenance import ROOT
@@ -147,8 +147,22 @@ def test_the_last_safe_batch_is_tried_and_one_beyond_it():
     try_batch = simulated(1400 + 35 * 1023, lambda b: 1400 + 35 * b, 1300, DIED)
     largest = find_largest_batch(try_batch, 80_000, 10**5, last_safe=1023)
     assert largest.batch_size == 1023 and [probe.ended for probe in largest.probes].count(DIED) == 1
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(intermediate_size=1536))
-    assert batch_search.int32_rows(config, 256) == (2**31 - 1) // (256 * 1536)
+
+
+NARROW = {"vocab_size": 9999, "hidden_size": 64, "num_attention_heads": 4, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("config", "widest"),
+    [
+        (LlamaConfig(**NARROW, intermediate_size=192), 192),
+        (Phi3Config(**NARROW, intermediate_size=192), 384),
+        (GPT2Config(vocab_size=9999, n_embd=64, n_head=4), 256),
+    ],
+)
+def test_rows_that_32_bits_count_follow_from_the_widest_layer(config, widest):
+    """Phi-3 multiplies gate and up in one layer; GPT-2 names no width and multiplies in Conv1D."""
+    assert batch_search.int32_rows(config, 256) == (2**31 - 1) // (256 * widest)
 
 
 def test_a_batch_that_runs_out_of_memory_when_timed_shrinks_by_twice_as_much_each_time():

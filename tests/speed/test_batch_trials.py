@@ -69,8 +69,9 @@ def test_a_batch_near_the_limit_has_to_fit_twice(reserved_mib, room_mib, retries
 
     for name, value in {
         "memory_allocated": 0, "memory_reserved": 0, "mem_get_info": (room_mib * MIB, 2**30),
-        "reset_peak_memory_stats": None, "reset_accumulated_memory_stats": None, "max_memory_allocated": 0,
-        "max_memory_reserved": reserved_mib * MIB, "memory_stats": {"num_alloc_retries": retries},
+        "reset_peak_memory_stats": None, "reset_accumulated_memory_stats": None,
+        "memory_stats": {"num_alloc_retries": retries, "reserved_bytes.all.peak": reserved_mib * MIB,
+                         "allocated_bytes.all.peak": 0},
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert fake_trials(monkeypatch, "cuda", 1000, generate)(7).fits == fits and sizes.count(7) == times
