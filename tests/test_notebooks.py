@@ -4,6 +4,7 @@ import ast
 import csv
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -120,14 +121,28 @@ def test_smoke_leaves_rows_tables_figures_and_notebooks(smoke):
     tables = {path.stem for path in (folder / "tables").glob("*.csv")}
     assert tables == {
         "table1_accuracy", "table2_change", "divergence", "batch_sensitivity",
-        "table3_bs1", "table3_ablations", "table3_t4_estimate",
-        "table4_maxbatch", "table4_ablations", "table4_t4_estimate", "batch_plans",
+        "table3_bs1", "table3_t4_estimate", "table4_maxbatch", "table4_t4_estimate", "batch_plans",
     }  # fmt: skip
     assert len(list((folder / "figures").glob("fig[1-6]_*.html"))) == 6
     for name in NAMES:
         for cell in cells(folder / "notebooks" / f"{name}.ipynb", "code"):
             for output in cell["outputs"]:
                 assert output["output_type"] != "error" and output.get("name") != "stderr", output
+
+
+@pytest.mark.slow
+def test_tables_shown_are_narrow_and_have_no_gaps(smoke):
+    """At most eight columns, no index, no missing value."""
+    outputs = [output for name in NAMES for cell in cells(smoke[0] / "notebooks" / f"{name}.ipynb", "code")
+               for output in cell["outputs"]]  # fmt: skip
+    pages = ["".join(output.get("data", {}).get("text/html", "")) for output in outputs]
+    tables = [page for page in pages if "<table" in page]
+    assert len(tables) > len(NAMES) + 15
+    for table in tables:
+        assert "row_heading" not in table and "dataframe" not in table
+        for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL):
+            texts = [text.strip() for text in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL)]
+            assert 0 < len(texts) <= 8 and {"", "nan", "None", "NaT", "&lt;NA&gt;"}.isdisjoint(texts), texts
 
 
 @pytest.mark.slow
@@ -164,6 +179,7 @@ def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(source, tmp_path):
         (["-p", "limt", "3"], ["limt", "limit"]),
         (["-p", "limit", "-3"], ["-3", "at least 1, or 'all', or 'auto'"]),
         (["-p", "minutes", "-1"], ["-1", "minutes"]),
+        (["-p", "margin_pp", "0"], ["margin_pp is 0", "points"]),
         (["-p", "bs1_requests", "0"], ["0", "at least 1"]),
         (["-p", "bs1_requests", "all"], ["all", "at least 1, or 'auto', or a time such as '4 minutes'"]),
         (["-p", "device", "cuda:9"], ["cuda:9", "NVIDIA GPU"]),
