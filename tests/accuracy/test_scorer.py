@@ -8,25 +8,35 @@ import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 
+from qnb import InputError
 from qnb.accuracy import backbone, scorer
 from qnb.accuracy.backbone import Backbone
-from qnb.accuracy.scorer import SharedContextLM
+from qnb.accuracy.scorer import SharedContextLM, StockLM
+from qnb.finite import NotFiniteError
 from qnb.quantize.checkpoint import load_tokenizer
 
-MAX_LENGTH = 250
+WINDOW = 256
 SIZES = {
     "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 128, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
+    "intermediate_size": 128, "max_position_embeddings": WINDOW, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+SLIDING = {**SIZES, "head_dim": 16, "sliding_window": 32}
 FAMILIES = {
-    "untied head": lambda words: transformers.LlamaConfig(vocab_size=words, **SIZES, tie_word_embeddings=False),
-    "learned positions": lambda words: transformers.GPT2Config(
-        vocab_size=words, n_positions=256, n_embd=64, n_layer=3, n_head=4
+    "Llama": lambda words: transformers.LlamaConfig(vocab_size=words, **SIZES, tie_word_embeddings=False),
+    "Qwen 3": lambda words: transformers.Qwen3Config(vocab_size=words, **SIZES, head_dim=16),
+    "Mistral": lambda words: transformers.MistralConfig(vocab_size=words, **SLIDING),
+    "Gemma 2": lambda words: transformers.Gemma2Config(vocab_size=words, **SLIDING, final_logit_softcapping=3.0),
+    "Gemma 3": lambda words: transformers.Gemma3TextConfig(vocab_size=words, **SLIDING, query_pre_attn_scalar=16),
+    "GPT-2": lambda words: transformers.GPT2Config(
+        vocab_size=words, n_positions=WINDOW, n_embd=64, n_layer=3, n_head=4
     ),
-    "normed queries": lambda words: transformers.Qwen3Config(vocab_size=words, **SIZES, head_dim=16),
-    "sliding window": lambda words: transformers.MistralConfig(vocab_size=words, **SIZES, sliding_window=32),
-    "capped logits": lambda words: transformers.Gemma2Config(
-        vocab_size=words, **SIZES, head_dim=16, sliding_window=32, final_logit_softcapping=3.0
+    "GPT-NeoX": lambda words: transformers.GPTNeoXConfig(vocab_size=words, **SIZES),
+    "OPT": lambda words: transformers.OPTConfig(
+        vocab_size=words, **SIZES, ffn_dim=128, word_embed_proj_dim=64, pad_token_id=0
+    ),
+    "Phi": lambda words: transformers.PhiConfig(vocab_size=words, **SIZES),
+    "Mixtral": lambda words: transformers.MixtralConfig(
+        vocab_size=words, **SIZES, num_local_experts=4, num_experts_per_tok=2
     ),
 }
 
@@ -50,7 +60,7 @@ def text(tokenizer):
 
 @pytest.fixture(scope="module")
 def pairs(text):
-    """One and several tokens, one and several choices, a shared prefix, no context, too long, asked twice."""
+    """One and several tokens, one and several choices, a shared prefix, no context, too long, long, asked twice."""
     drawn = []
     for words in (3, 10, 40, 150, 3, 10, 40):
         context = text(words)
@@ -59,7 +69,7 @@ def pairs(text):
     for _ in range(6):
         context = f"{prefix} {text(5)}"
         drawn += [(context, " " + text(4)) for _ in range(3)]
-    return [*drawn, ("", text(5)), drawn[0]]
+    return [*drawn, ("", text(5)), (text(90), " " + text(90)), drawn[0]]
 
 
 @pytest.fixture
@@ -71,7 +81,7 @@ def both(tokenizer):
         model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
         for weight in model.parameters():  # as drawn, logits are all but equal
             weight.data *= 4 if weight.dim() > 1 else 1
-        options = {"pretrained": model, "tokenizer": tokenizer, "max_length": MAX_LENGTH}
+        options = {"pretrained": model, "tokenizer": tokenizer}
         return SharedContextLM(batch_size=4, **options), HFLM(batch_size=1, **options)
 
     return make
@@ -94,17 +104,27 @@ def test_every_kind_of_request_is_answered_as_stock_does(family, both, tokenizer
     mine, theirs = (lm.loglikelihood_rolling(long, disable_tqdm=True) for lm in (ours, stock))
     assert mine == pytest.approx(theirs, abs=1e-2)
 
-    prompts = [*{context for context, _ in pairs[:21]}, *{context for context, _ in pairs[21:39]}]
-    requests = [request(context, {"until": ["a", "\n\n"], "max_gen_toks": 20}) for context in sorted(prompts)]
+    # up to the window, and of two lengths, so that one row's text would end behind its window in the other's batch
+    contexts = sorted({context for context, _ in pairs if context})
+    requests = [request(context, {"until": ["a", "\n\n"], "max_gen_toks": new_tokens})
+                for context in contexts for new_tokens in (20, 60)[: 1 + len(context) % 2]]  # fmt: skip
     mine, theirs = (lm.generate_until(requests, disable_tqdm=True) for lm in (ours, stock))
     assert mine == theirs
     ours.backbone.max_tokens = 200  # contexts are read a few at a time, and their caches joined
     assert ours.generate_until(requests, disable_tqdm=True) == theirs
 
+    greedy = []  # the model's own tokens, and the same with another one at their end
+    for context in contexts[:4]:
+        ids = tokenizer(context)["input_ids"][: WINDOW - 4]
+        own = stock.model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0, len(ids) :].tolist()
+        greedy += [((context, str(tokens)), ids, tokens) for tokens in (own, own[:1], [*own[:-1], 5])]
+    mine, theirs = (lm._loglikelihood_tokens(greedy, disable_tqdm=True) for lm in (ours, stock))
+    assert [flag for _, flag in mine] == [flag for _, flag in theirs] == [True, True, False] * 4
+
 
 @pytest.mark.parametrize("settings", [{}, {"eos_token_id": "also"}, {"repetition_penalty": 1.3}])
 def test_texts_end_and_are_shaped_as_the_models_own_settings_say(settings, both, tokenizer, text):
-    ours, stock = both(FAMILIES["untied head"](len(tokenizer)))
+    ours, stock = both(FAMILIES["Llama"](len(tokenizer)))
     prompts = [request(text(count), {"until": ["\n\n"], "max_gen_toks": 24}) for count in (5, 9, 14, 30, 31)]
     plain = [tokenizer(answer)["input_ids"] for answer in stock.generate_until(prompts, disable_tqdm=True)]
     often = next(token for token in plain[0][2:] if token not in plain[0][:2])  # comes in the midst of a text
@@ -118,7 +138,7 @@ def test_texts_end_and_are_shaped_as_the_models_own_settings_say(settings, both,
 
 @pytest.mark.parametrize(("min_saved_work", "reads"), [(0, 1), (10**12, 0)])
 def test_a_shared_prefix_is_read_once_if_it_saves_enough(min_saved_work, reads, both, tokenizer, pairs, monkeypatch):
-    ours, stock = both(FAMILIES["untied head"](len(tokenizer)))
+    ours, stock = both(FAMILIES["Llama"](len(tokenizer)))
     read, lengths = Backbone.read, []
     monkeypatch.setattr(Backbone, "read", lambda self, prefix: lengths.append(len(prefix)) or read(self, prefix))
     monkeypatch.setitem(scorer.MIN_SAVED_WORK, "cpu", min_saved_work)
@@ -127,7 +147,7 @@ def test_a_shared_prefix_is_read_once_if_it_saves_enough(min_saved_work, reads, 
 
 
 def test_compiled_layers_give_the_same_scores_and_are_given_back(both, tokenizer, pairs, monkeypatch):
-    ours, stock = both(FAMILIES["untied head"](len(tokenizer)))
+    ours, stock = both(FAMILIES["Llama"](len(tokenizer)))
     monkeypatch.setitem(backbone.MIN_COMPILED_WORK, "cpu", 0)
     monkeypatch.setitem(backbone.COMPILE, "backend", "eager")
     compiled, score = [], Backbone.score
@@ -145,14 +165,14 @@ def test_compiled_layers_give_the_same_scores_and_are_given_back(both, tokenizer
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_compiled_layers_are_as_near_to_float32_as_the_models_own_kernels(dtype, both, tokenizer, pairs, monkeypatch):
-    ours, stock = both(FAMILIES["untied head"](len(tokenizer)))
+    ours, stock = both(FAMILIES["Llama"](len(tokenizer)))
     requests = [request(*pair) for pair in pairs]
     expected = torch.tensor([value for value, _ in stock.loglikelihood(requests, disable_tqdm=True)])
     model = ours.model.to("cuda", dtype)
     errors = []
     for work in (float("inf"), 0):
         monkeypatch.setitem(backbone.MIN_COMPILED_WORK, "cuda", work)
-        lm = SharedContextLM(pretrained=model, tokenizer=tokenizer, max_length=MAX_LENGTH)
+        lm = SharedContextLM(pretrained=model, tokenizer=tokenizer)
         values = torch.tensor([value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)])
         errors.append(float((values - expected).abs().mean()))
     assert errors[1] < 1.5 * errors[0]
@@ -166,7 +186,7 @@ def test_a_model_that_takes_no_mask_is_left_to_stock(both, tokenizer, pairs, cap
 
 
 def test_running_out_of_memory_halves_the_batch_and_loses_nothing(both, tokenizer, pairs, monkeypatch):
-    ours, stock = both(FAMILIES["untied head"](len(tokenizer)))
+    ours, stock = both(FAMILIES["Llama"](len(tokenizer)))
     score, failed = Backbone.score, []
 
     def small(self, rows, *more):
@@ -178,3 +198,45 @@ def test_running_out_of_memory_halves_the_batch_and_loses_nothing(both, tokenize
     monkeypatch.setattr(Backbone, "score", small)
     assert_same_scores(ours, stock, pairs)
     assert failed
+
+
+@pytest.mark.parametrize("make", [SharedContextLM, StockLM])
+@pytest.mark.parametrize(("dtype", "cause"), [("float16", "FP16 overflows"), ("float32", "float32 fails")])
+def test_outputs_that_are_not_finite_are_counted_and_refused(dtype, cause, make, both, tokenizer):
+    """One word overflows in float16, or is undefined; two of three requests have it."""
+    model = both(FAMILIES["Llama"](len(tokenizer)))[0].model
+    (word,) = tokenizer(" ship")["input_ids"]
+    model.model.embed_tokens.weight.data[word] *= 1e7 if dtype == "float16" else float("nan")
+    lm = make(pretrained=model.to(getattr(torch, dtype)), tokenizer=tokenizer, batch_size=4)
+    contexts = ["the ship was", "the lamp was", "was the ship"]
+    assert len(lm.loglikelihood([request(contexts[1], " old")], disable_tqdm=True)) == 1
+    with pytest.raises(NotFiniteError, match=f"^{cause} in this model: 2 of 3 outputs are not finite"):
+        lm.loglikelihood([request(context, " old") for context in contexts], disable_tqdm=True)
+    with pytest.raises(NotFiniteError, match=cause):
+        lm.loglikelihood_rolling([request(context) for context in contexts], disable_tqdm=True)
+    for options in ({}, {"do_sample": True, "temperature": 1.0}):
+        requests = [request(context, {"until": ["."], "max_gen_toks": 3, **options}) for context in contexts]
+        with pytest.raises(NotFiniteError, match=cause):
+            lm.generate_until(requests, disable_tqdm=True)
+
+
+@pytest.mark.parametrize("new_tokens", [WINDOW - 1, WINDOW, WINDOW + 44])
+@pytest.mark.parametrize("family", ["Llama", "GPT-2"])
+def test_what_does_not_fit_the_window_is_refused_as_stock_does(family, new_tokens, both, tokenizer, text):
+    """Texts as long as the window, and continuations that are longer."""
+    texts = [request(text(count), {"until": ["\n\n"], "max_gen_toks": new_tokens}) for count in (2, 300)]
+    ids = tokenizer(text(600))["input_ids"]
+
+    def answers(lm):
+        for ask in (
+            (lm.generate_until, texts),
+            (lm._loglikelihood_tokens, [(("a", "b"), ids[:5], ids[: new_tokens + 1])]),
+        ):
+            try:
+                yield ask[0](ask[1], disable_tqdm=True)[0]
+            except (AssertionError, InputError):
+                yield "refused"
+
+    (mine, value), (theirs, expected) = (answers(lm) for lm in both(FAMILIES[family](len(tokenizer))))
+    assert mine == theirs and (mine == "refused") is (new_tokens >= WINDOW) is (value == "refused")
+    assert value == pytest.approx(expected, abs=1e-2)
