@@ -35,7 +35,7 @@ _is_warmed_up = False  # whether this process has run a model
 
 @dataclass
 class Series:
-    """The passes of one format with one engine, all of one batch size: the largest where that was searched, or 1.
+    """The passes of one format with one engine, all of one batch size: the largest where that was searched, or `size`.
 
     `asked` holds everything that the search depends on. The passes depend on it and on the batch that was found.
     """
@@ -48,6 +48,8 @@ class Series:
     precision: Precision
     engine: str
     asked: Mapping[str, Any]
+    stage: str = "perf"  # or "sweep", in which a size that does not fit is a result
+    size: int = 1
     largest: LargestBatch | None = None
     passes: list[Mapping[str, Any]] = field(default_factory=list)
     has_failed: bool = False
@@ -56,14 +58,14 @@ class Series:
     def pass_asked(self) -> dict[str, Any]:
         """What a pass depends on."""
         if self.largest is None:
-            return {**self.asked, "batch_size": 1}
+            return {**self.asked, "batch_size": self.size}
         return {**self.asked, "batch_size": self.largest.batch_size, "capped": self.largest.capped}
 
     @property
     def key(self) -> dict[str, Any]:
         """The key of the next pass."""
         fields = {"engine": self.engine, "setting": self.setting, "repeat": len(self.passes)}
-        return self.session.key("perf", self.precision, self.pass_asked, **fields)
+        return self.session.key(self.stage, self.precision, self.pass_asked, **fields)
 
     @property
     def batch_key(self) -> dict[str, Any]:
@@ -87,23 +89,28 @@ class Series:
         self.passes.clear()
 
     def find_pass(self) -> bool:
-        """Take the next pass from the ledger; return whether it was there."""
+        """Take the next pass from the ledger; return whether it was there. What did not fit is tried again."""
         row = self.session.find(self.key)
-        self.passes += [row] if row else []
-        self.has_failed = not row  # until it is recorded
-        return bool(row)
+        is_there = row is not None and row.get("fits") is not False
+        self.passes += [row] if row and is_there else []
+        self.has_failed = not is_there  # until it is recorded
+        return is_there
 
     def time_pass(self, loaded: Loaded) -> None:
-        """Time the next pass and record it. Where memory runs out, the batch shrinks."""
+        """Time the next pass and record it. Where memory runs out, the batch shrinks; in a sweep that ends it."""
         while True:
             key, asked = self.key, self.pass_asked
-            size, is_first = asked["batch_size"], not self.passes
+            size, is_first = asked["batch_size"], not self.passes and self.stage == "perf"
+            measure = partial(time_row, self.session, key, loaded, self.workload, size, self.peaks, trace=is_first)
             try:
-                values = time_row(self.session, key, loaded, self.workload, size, self.peaks, trace=is_first)
+                values = measure() if self.stage == "perf" else twice(measure)
                 break
             except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error) or self.largest is None or size == 1:
+                if not memory.is_out_of_memory(error) or (self.stage == "perf" and size == 1):
                     raise
+            if self.largest is None:
+                values = {"batch_size": size, "fits": False, "note": "out of memory"}
+                break
             self.record_batch(self.largest.smaller())
             memory.release()
         self.passes.append(values)
@@ -126,10 +133,10 @@ def is_settled(pass_medians_s: Sequence[float]) -> bool:
     return 2 * half_width <= SETTLED_WIDTH * fmean(pass_medians_s)
 
 
-def time_in_turn(session: Session, all_series: Sequence[Series]) -> None:
+def time_in_turn(session: Session, what: str, all_series: Sequence[Series]) -> None:
     """Give each series passes until it has settled, has failed, or has had all of them.
 
-    What the ledger has is not measured again. A format is loaded once for all its engines' passes of a turn.
+    What the ledger has is not measured again. A format is loaded once for all its passes of a turn.
     """
     precisions = session.precisions
     for turn in count():
@@ -137,7 +144,7 @@ def time_in_turn(session: Session, all_series: Sequence[Series]) -> None:
         if not due:
             return
         first = turn % len(precisions)
-        with session.progress(len(precisions), f"{due[0].setting}, pass {turn + 1}") as bar:
+        with session.progress(len(precisions), f"{what}, pass {turn + 1}") as bar:
             for precision in (*precisions[first:], *precisions[:first]):
                 bar.set_postfix_str(precision.name)
                 missing = [series for series in due if series.precision == precision and not series.find_pass()]
@@ -148,10 +155,17 @@ def time_in_turn(session: Session, all_series: Sequence[Series]) -> None:
 
 
 def _time_passes(missing: Sequence[Series], loaded: Loaded) -> None:
-    """Time a pass of each series with their format loaded; one that fails costs no other its pass."""
+    """Time a pass of each series with their format loaded; one that fails costs no other its pass.
+
+    After a size that does not fit, no larger one of its engine is tried.
+    """
+    full_engines: set[str] = set()
     for series in missing:
+        if series.engine in full_engines:
+            continue
         with series.session.failing(series.key, f"{series.precision.name} with engine {series.engine}"):
             series.time_pass(loaded)
+            full_engines |= {series.engine} if series.passes[-1].get("fits") is False else set()
         memory.release()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from itertools import cycle, islice, pairwise
+from itertools import cycle, islice, pairwise, product
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from qnb import memory, prompts
 from qnb.columns import flag_text
 from qnb.errors import InputError
-from qnb.ledger import Row
 from qnb.options import Count, check_count, check_requests, minutes_of
 from qnb.precision import Precision, parse
 from qnb.prompts import Workload
@@ -29,7 +28,7 @@ from qnb.speed.batch_search import (
     int32_rows,
     sweep_sizes,
 )
-from qnb.speed.passes import Loaded, Series, time_in_turn, time_row, twice, with_model
+from qnb.speed.passes import Loaded, Series, time_in_turn, with_model
 
 if TYPE_CHECKING:
     from qnb.session import Session
@@ -201,7 +200,7 @@ def perf_bs1(session: Session, options: TimingOptions) -> None:
     """
     all_series = _all_series(session, "bs1", options)
     with session.exclusive():
-        time_in_turn(session, all_series)
+        time_in_turn(session, "bs1", all_series)
     session.require("perf", "bs1")
 
 
@@ -242,7 +241,7 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
         # 2) time
         if not searched:
             session.require("batch")
-        time_in_turn(session, searched)
+        time_in_turn(session, "maxbatch", searched)
     session.require("perf", "maxbatch")
 
 
@@ -308,44 +307,20 @@ def sweep(session: Session, options: TimingOptions) -> None:
         return
     searches = session.ledger.rows("batch") if options.sweep_batch == "auto" else []
     searched = {(row["precision"], row["engine"]): row["batch_size"] for row in searches}
-    asked, peaks = _asked(options.workload), device_peaks(session)
+    asked, peaks, swept = _asked(options.workload), device_peaks(session), []
     with session.exclusive():
-        for precision in session.each_format("batch sizes"):
-            keys = []
-            for engine in engines:
-                most = searched.get((precision.name, engine), largest)
-                last_safe = _last_safe_batch(session, precision, engine, options.workload) or most
-                key = partial(session.key, "sweep", precision, asked, engine=engine)
-                keys += [key(setting=str(size)) for size in sweep_sizes(min(most, last_safe))]
-                unsafe = next((size for size in sweep_sizes(most) if size > last_safe), 0)
-                if unsafe and not session.find(key(setting=str(unsafe))):
-                    session.append(key(setting=str(unsafe)), asked, {"batch_size": unsafe, "note": UNSAFE})
-            missing = [key for key in keys if (session.find(key) or {"fits": False}).get("fits") is False]
-            if missing:
-                with session.failing(missing[0], f"the batch sizes of {precision.name}"):
-                    with_model(session, precision, partial(_sweep_format, session, missing, options.workload, peaks))
-
-
-def _sweep_format(
-    session: Session, keys: Sequence[Row], workload: Workload, peaks: DevicePeaks, loaded: Loaded
-) -> None:
-    """Time a batch size a key with a loaded format, each engine's until one does not fit, and record the rows."""
-    full_engines: set[str] = set()
-    for key in keys:
-        size, engine = int(key["setting"]), key["engine"]
-        if engine in full_engines:
-            continue
-        batches = replace(workload, prompts=tuple(islice(cycle(workload.prompts), BATCHES_SWEPT * size)))
-        with session.failing(key, f"{key['precision']}'s batch of {size} with engine {engine}"):
-            try:
-                values = twice(partial(time_row, session, key, loaded, batches, size, peaks, trace=False))
-            except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error):
-                    raise
-                full_engines.add(engine)
-                values = {"batch_size": size, "fits": False, "note": "out of memory"}
-            session.append(key, _asked(workload), values)
-        memory.release()
+        for precision, engine in product(session.precisions, engines):
+            most = searched.get((precision.name, engine), largest)
+            last_safe = _last_safe_batch(session, precision, engine, options.workload) or most
+            for size in sweep_sizes(min(most, last_safe)):
+                prompt_ids = tuple(islice(cycle(options.workload.prompts), BATCHES_SWEPT * size))
+                batches = replace(options.workload, prompts=prompt_ids)
+                swept.append(Series(session, str(size), batches, 1, peaks, precision, engine, asked, "sweep", size))
+            unsafe = next((size for size in sweep_sizes(most) if size > last_safe), 0)
+            key = session.key("sweep", precision, asked, engine=engine, setting=str(unsafe))
+            if unsafe and not session.find(key):
+                session.append(key, asked, {"batch_size": unsafe, "note": UNSAFE})
+        time_in_turn(session, "batch sizes", swept)
 
 
 def prompt_lengths(session: Session, prompt_source: str = "auto", counts: Sequence[int] = (20, 2000, 5000)) -> None:
@@ -360,9 +335,10 @@ def prompt_lengths(session: Session, prompt_source: str = "auto", counts: Sequen
     """
     from qnb.speed.engines import context_window
 
-    for count in counts or [0]:
-        check_count("counts", count)
-    source, counts = session.prompt_source(prompt_source), sorted({int(count) for count in counts})
+    source, counts = (
+        session.prompt_source(prompt_source),
+        sorted({session.count("counts", each) for each in counts or [0]}),
+    )
     lengths = prompts.lengths(session.tokenizer, source, counts[-1], session.data_dir, session.seed)
     asked = {"prompt_source": source, "counts": counts, "lengths": lengths, "window": context_window(session.config)}
     key = session.key("lengths", None, asked)

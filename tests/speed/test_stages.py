@@ -4,7 +4,6 @@ import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 
 import child_trials
 import pytest
@@ -337,6 +336,9 @@ def test_lengths_of_prompts_are_recorded_once(lab):
         stages.prompt_lengths(session, "sample", (2000, 20))
     (row,) = rows(session, "lengths")
     assert row["counts"] == [20, 2000] and row["window"] == 8192 and len(row["lengths"]) == 24
+    for counts in ((), (0,)):
+        with pytest.raises(InputError, match="counts"):
+            stages.prompt_lengths(session, "sample", counts)
 
 
 def test_a_continuation_is_told_token_by_token(source, tmp_path):
@@ -354,8 +356,6 @@ def test_a_continuation_is_told_token_by_token(source, tmp_path):
         (WorkloadOptions, ("bs1", "0 minutes"), "requests is"),
         (WorkloadOptions, ("bs1", 1, 4, 2, "books"), "prompt_source is 'books'"),
         (TimingOptions, (4,), "workload is 4; give what study"),
-        (partial(stages.prompt_lengths, None), ("sample", ()), "counts"),
-        (partial(stages.prompt_lengths, None), ("sample", (0,)), "counts"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(options, values, message):
