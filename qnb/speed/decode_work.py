@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
 from qnb.memory import MIB, release
-from qnb.quantize.checkpoint import count_weights
 from qnb.speed.decode_step import run_model
 from qnb.speed.engines import Engine, Prompts
 
@@ -77,7 +76,7 @@ def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_
             groups = max(1, heads / keys.shape[1])
             flops_by_type[_type_name(keys.dtype)] += 2 * groups * seen_bytes / keys.itemsize
     return Work(
-        weights_mib=count_weights(model).total_mib,
+        weights_mib=sum(weight.bytes for weight in _weights(model)) / MIB,
         kv_cache_mib=kv_bytes / MIB or None,
         bytes_per_step=bytes_per_step,
         flops_by_type={name: flops for name, flops in flops_by_type.items() if flops},

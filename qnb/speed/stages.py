@@ -20,14 +20,8 @@ from qnb.errors import InputError
 from qnb.options import Count, check_count, check_requests, minutes_of
 from qnb.precision import Precision, parse
 from qnb.prompts import Workload
-from qnb.speed.batch_search import (
-    ChildTrials,
-    LargestBatch,
-    OneRequestDoesNotFit,
-    find_largest_batch,
-    int32_rows,
-    sweep_sizes,
-)
+from qnb.speed import batch_search
+from qnb.speed.batch_search import LargestBatch
 from qnb.speed.passes import Loaded, Series, time_in_turn, with_model
 
 if TYPE_CHECKING:
@@ -120,8 +114,6 @@ class TimingOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.workload, Workload):
             raise InputError(f"workload is {self.workload!r}; give what study.workload('bs1') or ('maxbatch') returns")
-        for name in ("repeats", "max_batch", "memory_mib", "sweep_batch"):
-            check_count(name, getattr(self, name))
 
 
 def workload(session: Session, options: WorkloadOptions) -> Workload:
@@ -232,7 +224,7 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
                     try:
                         _search(each)
                         searched.append(each)
-                    except OneRequestDoesNotFit as error:
+                    except batch_search.OneRequestDoesNotFit as error:
                         too_little.append(str(error))
                         raise
                 bar.update()
@@ -246,10 +238,10 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
 
 
 def _all_series(session: Session, setting: str, options: TimingOptions, **asked: Any) -> list[Series]:
-    engines, peaks, repeats = _engines(session, options.engines), device_peaks(session), int(options.repeats)
-    series = partial(Series, session, setting, options.workload, repeats, peaks)
+    engines, repeats = _engines(session, options.engines), session.count("repeats", options.repeats)
+    series = partial(Series, session, setting, options.workload, repeats, device_peaks(session))
     asked = {**_asked(options.workload), **asked}
-    return [series(precision, engine, asked) for precision in session.precisions for engine in engines]
+    return [series(precision, engine, asked) for precision, engine in product(session.precisions, engines)]
 
 
 def _search(series: Series) -> None:
@@ -267,7 +259,7 @@ def _search(series: Series) -> None:
 
     def search(loaded: Loaded) -> LargestBatch:
         trials = Trials(loaded.model, work, limit_mib, engine, loaded.baseline_mib)
-        return find_largest_batch(trials, limit_mib, cap)
+        return batch_search.find_largest_batch(trials, limit_mib, cap)
 
     last_safe = _last_safe_batch(session, precision, engine, work)
     with suppress(EngineUnavailable):
@@ -276,8 +268,8 @@ def _search(series: Series) -> None:
         else:
             folder = session.checkpoint(precision)
             memory.release(workspaces=True)
-            with ChildTrials(load_trials, folder, precision, place, work, limit_mib, engine) as try_batch:
-                largest = find_largest_batch(try_batch, limit_mib, cap, last_safe)
+            with batch_search.ChildTrials(load_trials, folder, precision, place, work, limit_mib, engine) as try_batch:
+                largest = batch_search.find_largest_batch(try_batch, limit_mib, cap, last_safe)
         series.record_batch(largest)
 
 
@@ -287,7 +279,7 @@ def _last_safe_batch(session: Session, precision: Precision, engine: str, worklo
     bitsandbytes' INT8 kernels end the process where `eager` reads more prompts at once. `cuda_graph` reads chunks.
     """
     if session.device.kind == "cuda" and precision.eight_bit and engine == "eager":
-        return int32_rows(session.config, len(workload.longest))
+        return batch_search.int32_rows(session.config, len(workload.longest))
     return None
 
 
@@ -312,11 +304,11 @@ def sweep(session: Session, options: TimingOptions) -> None:
         for precision, engine in product(session.precisions, engines):
             most = searched.get((precision.name, engine), largest)
             last_safe = _last_safe_batch(session, precision, engine, options.workload) or most
-            for size in sweep_sizes(min(most, last_safe)):
+            for size in batch_search.sweep_sizes(min(most, last_safe)):
                 prompt_ids = tuple(islice(cycle(options.workload.prompts), BATCHES_SWEPT * size))
                 batches = replace(options.workload, prompts=prompt_ids)
                 swept.append(Series(session, str(size), batches, 1, peaks, precision, engine, asked, "sweep", size))
-            unsafe = next((size for size in sweep_sizes(most) if size > last_safe), 0)
+            unsafe = next((size for size in batch_search.sweep_sizes(most) if size > last_safe), 0)
             key = session.key("sweep", precision, asked, engine=engine, setting=str(unsafe))
             if unsafe and not session.find(key):
                 session.append(key, asked, {"batch_size": unsafe, "note": UNSAFE})

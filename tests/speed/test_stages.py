@@ -43,7 +43,7 @@ class Lab:
     def search_finds(self, *found):
         """Let a search tell what `found` does, without a model."""
         self.monkeypatch.setattr(batch_trials, "Trials", lambda *_: None)
-        self.monkeypatch.setattr(stages, "find_largest_batch", lambda *_: LargestBatch(*found))
+        self.monkeypatch.setattr(batch_search, "find_largest_batch", lambda *_: LargestBatch(*found))
 
     def peaks_are_real(self, measure_once):
         self.monkeypatch.setattr(device_peaks, "measure_peaks", self._measure_peaks)
@@ -158,7 +158,7 @@ def test_a_batch_that_may_end_its_process_is_searched_in_a_child(lab, monkeypatc
     def search(name, *arguments, memory_mib="auto"):
         session = lab.open("int8")
         monkeypatch.setattr(session, "checkpoint", lambda precision: lab.folder)
-        monkeypatch.setattr(stages, "ChildTrials", lambda *_: child(getattr(child_trials, name), *arguments))
+        monkeypatch.setattr(batch_search, "ChildTrials", lambda *_: child(getattr(child_trials, name), *arguments))
         perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 8), max_batch=8, memory_mib=memory_mib))
         return session
 
@@ -184,7 +184,7 @@ def test_only_what_was_just_tried_decides_whether_the_memory_is_an_input_error(f
         raise batch_search.OneRequestDoesNotFit("one request takes more than the 7 MiB that are allowed")
 
     monkeypatch.setattr(batch_trials, "Trials", lambda *_: None)
-    monkeypatch.setattr(stages, "find_largest_batch", search)
+    monkeypatch.setattr(batch_search, "find_largest_batch", search)
     session = lab.open("int8")
     with session.failing(session.key("batch", PRECISIONS[failed], {}, engine="cuda_graph"), "an old search"):
         out_of_memory()
