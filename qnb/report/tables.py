@@ -259,6 +259,8 @@ def _compact_divergence(results: Results) -> pd.DataFrame:
 def labelled(frame: pd.DataFrame, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Return columns as text under their labels with units, without empty ones; a dash stands in an empty cell."""
     text = as_text(frame[[name for name in columns or frame if name in frame]])
+    if "task" in text:
+        text["task"] = text["task"].map(task_name)
     return text.replace("", "-").rename(columns=header)
 
 

@@ -35,7 +35,7 @@ def test_what_there_is_no_plan_for_says_why():
     clean = [(1, 110.0), (8, 180.0)]
     table = plan([8, 400], [1, 2, 9], 120, bf16=clean, int8=[(1, 110.0), (2, 120.0)], int4=[])
     notes = table.groupby(["precision", "n_prompts"]).note.first()
-    assert notes["bf16", 1] == "" and "no line: 2 of 2 probes" in notes["int8", 1] and "0 of 0" in notes["int4", 1]
+    assert notes["bf16", 1] == "" and "2 of 2 can be used" in notes["int8", 1] and "0 of 0" in notes["int4", 1]
     assert notes["bf16", 2] == "cut to the context window: 1; sample has no more prompts"
     assert table.longest_tokens[table.precision == "bf16"].unique().tolist() == [8, 118]
     assert "4000 tokens needs more memory" in plan([8, 4000], [1, 2], bf16=clean).note[3]
@@ -50,7 +50,7 @@ def test_the_line_goes_through_the_two_largest_readings_of_their_own():
     assert fit_line(probes, 10, 500) == MemoryLine(free_mib=300, token_mib=1, error_pct=0)  # read at the limit
     assert fit_line(probes, 10, 800).error_pct == pytest.approx(5)
     for too_few in (probes[:1], probes[3:]):
-        with pytest.raises(InputError, match=r"no line: \d of \d probes"):
+        with pytest.raises(InputError, match=r"no plan: .* \d of \d can be used"):
             fit_line(too_few, 10, 500)
 
 
