@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 something failed on the way, 2 the input cannot be used, 1
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    if arguments is None and sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"  # notebooks hold paths as UTF-8, whatever the locale
+        os.execv(sys.executable, [sys.executable, "-m", "qnb", *sys.argv[1:]])  # noqa: S606
     never_fail_to_print()
     options = _parser().parse_args(arguments)
     try:

@@ -37,9 +37,10 @@ RELEASED_FILES = (  # those beside weights and configuration, which a checkpoint
 )  # fmt: skip
 CONVERTED = ("dtype", "torch_dtype", "quantization_config")  # settings that a format has of its own
 TEXT_HALF = {  # how a multimodal model's files name the tensors of its text half, and how a text model names them
-    r"^(model\.)?language_model\.model\.": "model.", r"^model\.language_model\.": "model.",
+    r"^(model\.)?language_model\.model\.": "model.",
+    r"^model\.(language|text)_model\.": "model.",
     r"^language_model\.lm_head": "lm_head",
-}  # fmt: skip
+}
 TEXT = "The quick brown fox jumps over the lazy dog while seven wizards count to twelve."
 
 
@@ -151,7 +152,7 @@ def read_config(folder: str | Path) -> PretrainedConfig:
             "right; give a model that is text alone, such as the one it was built on"
         )
     if type(whole) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # its files say by the whole's rule which tensors are one
-        text.tie_word_embeddings = whole.tie_word_embeddings
+        text.tie_word_embeddings = getattr(whole, "tie_word_embeddings", text.tie_word_embeddings)
     text._attn_implementation = None  # a choice in config.json would be timed in place of the default
     return text
 
@@ -179,6 +180,7 @@ def load(folder: str | Path, precision: Precision, device: str) -> PreTrainedMod
     config = read_config(folder)
     if precision.quantized and not hasattr(config, "quantization_config"):
         options["quantization_config"] = precision.config()
+        options["quantization_config"].llm_int8_skip_modules = _skipped_modules(config, precision, device)
     if _is_half(folder, config):
         options["key_mapping"] = TEXT_HALF
     with quiet():
@@ -191,11 +193,39 @@ def load(folder: str | Path, precision: Precision, device: str) -> PreTrainedMod
     stacks = {_stack(name) for name, _ in model.named_parameters()} - {""}
     wrong |= {key for key in report["unexpected_keys"] if _stack(key) in stacks}
     if wrong:  # transformers would draw the missing ones at random and pass over the others
+        what, advice = "a config.json and safetensors that do not belong together", "save both from one model"
+        if _is_half(folder, config):
+            what, advice = "a text half that transformers cannot take out", "give a model that is text alone"
         raise InputError(
-            f"{folder} has a config.json and safetensors that do not belong together: {len(wrong)} tensors are "
-            f"missing, left over or of another shape, such as {min(wrong)}; save both from one model"
+            f"{folder} has {what}: {len(wrong)} tensors are missing, left over or of another shape, such as "
+            f"{min(wrong)}; {advice}"
         )
     return model.eval()
+
+
+def _skipped_modules(config: PretrainedConfig, precision: Precision, device: str) -> list[str] | None:
+    """Return the modules that stay as they are where bitsandbytes cannot multiply by all; None: transformers chooses.
+
+    On CPUs with bfloat16 units a 4-bit layer's outputs must come in multiples of 32. Mamba multiplies by some weights
+    itself.
+    """
+    import torch
+    from bitsandbytes.functional import has_avx512bf16
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    with torch.device("meta"), quiet():
+        model: Any = AutoModelForCausalLM.from_config(config)
+    default = get_keys_to_not_convert(model)
+    multiple = 32 if device == "cpu" and has_avx512bf16() and not precision.eight_bit else 1
+    own = {"mamba": "dt_proj"}.get(config.model_type, "-")
+    impossible = [
+        name for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and name not in default
+        and (name.endswith(own) or module.weight.shape[isinstance(module, Conv1D)] % multiple)
+    ]  # fmt: skip
+    return [*default, *impossible] if impossible else None
 
 
 def _is_half(folder: str | Path, config: PretrainedConfig) -> bool:
@@ -282,8 +312,9 @@ def _why_left_out(module: torch.nn.Module, tensor: torch.Tensor, model: PreTrain
         return "norms, biases and other vectors"
     if module is model.get_output_embeddings():
         return "output head"
-    is_linear = isinstance(module, torch.nn.Linear)
-    return "linear layers that bitsandbytes skips" if is_linear else f"{type(module).__name__} is no linear layer"
+    if isinstance(module, torch.nn.Linear):
+        return "linear layers that bitsandbytes cannot multiply by"
+    return f"{type(module).__name__} is no linear layer"
 
 
 # Conversion

@@ -1,6 +1,8 @@
 """Quantizing, saving, reloading: against analytic bytes and the libraries' own results."""
 
+import errno
 import json
+import os
 import shutil
 from contextlib import suppress
 
@@ -38,23 +40,41 @@ def test_a_checkpoint_weighs_what_its_layout_says(request, name):
     assert made.total_mib < made.file_mib < made.total_mib + 0.5 and checkpoint.damage(folder) == ""
 
 
+VECTORS = "norms, biases and other vectors"
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+ATTENTION = 2 * 64 * 64 + 2 * 64 * 32  # of a layer of TINY, whose 4 heads share 2 of keys and values
+
+
 @pytest.mark.parametrize(
-    ("config", "quantized"),
+    ("config", "quantized", "left_out"),
     [
-        # fused experts stay in 16 bit: only the attention of 3 layers is quantized
-        (transformers.MixtralConfig(**TINY, num_local_experts=4), 3 * (2 * 64 * 64 + 2 * 64 * 32)),
+        (transformers.MixtralConfig(**TINY, num_local_experts=4), 3 * ATTENTION,
+         {"embeddings": 256 * 64, "output head": 256 * 64, VECTORS: 7 * 64, "MixtralTopKRouter": 3 * 4 * 64,
+          "MixtralExperts": 3 * 4 * 3 * 64 * 128}),
+        (transformers.Qwen3MoeConfig(**TINY, **MIXTURE, tie_word_embeddings=True), 3 * ATTENTION,
+         {"embeddings": 256 * 64, VECTORS: 7 * 64 + 3 * 2 * 16, "Qwen3MoeTopKRouter": 3 * 4 * 64,
+          "Qwen3MoeExperts": 3 * 4 * 3 * 64 * 32}),
         # transposed layers, of another class: attention 4 x 64 x 64 and two matrices of 64 x 256
-        (transformers.GPT2Config(vocab_size=256, n_embd=64, n_layer=3, n_head=4), 3 * (4 * 64 * 64 + 2 * 64 * 256)),
+        (transformers.GPT2Config(vocab_size=256, n_embd=64, n_layer=3, n_head=4), 3 * (4 * 64 * 64 + 2 * 64 * 256),
+         {"embeddings": (256 + 1024) * 64, VECTORS: 3 * (192 + 64 + 256 + 64 + 4 * 64) + 2 * 64}),
+        # no attention: 128 inner values with a state of 14, steps of rank 4, a convolution over 4 tokens
+        (transformers.MambaConfig(vocab_size=256, hidden_size=64, num_hidden_layers=3, state_size=14),
+         3 * (64 * 256 + 128 * 32 + 128 * 64),
+         {"embeddings": 256 * 64, VECTORS: 3 * (64 + 3 * 128) + 64, "Conv1d": 3 * 4 * 128, "MambaMixer": 3 * 128 * 14,
+          "linear layers that bitsandbytes cannot multiply by": 3 * 4 * 128}),
     ],
-    ids=["mixtral", "gpt2"],
-)
-def test_what_is_quantized_is_counted_from_the_tensors(config, quantized, tmp_path):
+    ids=["mixtral", "qwen3_moe", "gpt2", "mamba"],
+)  # fmt: skip
+def test_what_is_quantized_and_what_is_not_is_counted_from_the_tensors(config, quantized, left_out, tmp_path):
     folder = save_tiny(tmp_path, config)
     for name, bits in (("bf16", 0), ("nf4", 4.5), ("int8", 8)):
         model = checkpoint.load(folder, PRECISIONS[name], "cpu")
         counts = checkpoint.count_weights(model)
         assert counts.quantized_parameters == (quantized if bits else 0)
-        assert 0 <= 8 * counts.quantized_bytes - bits * counts.quantized_parameters <= 0.5 * quantized
+        assert 0 <= 8 * counts.quantized_bytes - bits * counts.quantized_parameters <= 0.8 * quantized
+        reasons = {reason.removesuffix(" is no linear layer"): count for reason, count in counts.left_out.items()}
+        assert reasons == (left_out if bits else {})
+        assert counts.parameters == quantized + sum(left_out.values())
         model(torch.tensor([[1, 2, 3]]))  # bitsandbytes moves INT8's scales here
         assert checkpoint.count_weights(model) == counts
 
@@ -66,16 +86,90 @@ def test_reloading_gives_the_same_logits_as_transformers_alone(request):
     assert torch.equal(checkpoint.logits(ours, tokenizer), checkpoint.logits(stock, tokenizer))
 
 
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
+
+
+def multimodal(kind):
+    """A random multimodal model whose text half is a TINY one."""
+    text = {**TINY, "head_dim": 16}
+    build = {
+        "gemma3": lambda: transformers.Gemma3Config(
+            text_config=transformers.Gemma3TextConfig(**text), vision_config=VISION, mm_tokens_per_image=4,
+            image_token_index=1),
+        "idefics3": lambda: transformers.Idefics3Config(
+            text_config=transformers.LlamaConfig(**text).to_dict(), vision_config=VISION, image_token_id=1),
+        "internvl": lambda: transformers.InternVLConfig(
+            text_config=transformers.Qwen2Config(**text), vision_config={**VISION, "image_size": [28, 28]},
+            image_token_id=1),
+        "voxtral": lambda: transformers.VoxtralConfig(
+            text_config=transformers.LlamaConfig(**text), audio_token_id=1,
+            audio_config={"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1,
+                          "num_attention_heads": 2, "num_mel_bins": 16}),
+    }  # fmt: skip
+    config = build[kind]()
+    torch.manual_seed(0)
+    return transformers.AutoModelForMultimodalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "idefics3", "internvl", "voxtral"])
+def test_a_multimodal_models_text_half_is_loaded_and_saved_as_a_text_model(kind, tmp_path):
+    """Its logits are those of transformers' whole model over text; its checkpoint is one that transformers loads."""
+    whole, folder = multimodal(kind), tmp_path / "whole"
+    whole.save_pretrained(folder)
+    sources.save_byte_tokenizer(folder)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    half = checkpoint.load(folder, PRECISIONS["bf16"], "cpu")
+    expected = whole(ids).logits
+    assert torch.equal(half(ids).logits, expected)
+    assert checkpoint.count_weights(half).parameters < sum(each.numel() for each in whole.parameters())
+    for name in ("bf16", "nf4"):
+        checkpoint.convert(sources.resolve(str(folder), "cpu"), PRECISIONS[name], tmp_path / name, "cpu")
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.bfloat16)
+    assert torch.equal(stock(ids).logits, expected)
+
+
+@pytest.mark.parametrize("released", [
+    {"use_cache": False, "attn_implementation": "eager", "temperature": 0.7, "max_length": 9, "note": "modèle"},
+    {"attn_implementation": "flash_attention_2", "repetition_penalty": 1.3, "num_beams": 3},
+])  # fmt: skip
+def test_a_models_own_settings_stay_and_change_nothing(released, tiny_folder, tmp_path):
+    config = json.loads((tiny_folder / "config.json").read_text()) | released
+    before = checkpoint.load(tiny_folder, PRECISIONS["fp32"], "cpu")
+    (tiny_folder / "config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    after = checkpoint.load(tiny_folder, PRECISIONS["fp32"], "cpu")
+    assert after.config._attn_implementation == "sdpa" and torch.equal(before(ids).logits, after(ids).logits)
+    checkpoint.convert(sources.resolve(str(tiny_folder), "cpu"), PRECISIONS["nf4"], tmp_path / "nf4", "cpu")
+    saved = json.loads((tmp_path / "nf4" / "config.json").read_text(encoding="utf-8"))
+    assert saved.pop("quantization_config")["bnb_4bit_quant_type"] == "nf4" and saved == config
+
+
+@pytest.mark.parametrize("row", [0, 77])
+def test_a_model_that_overflows_is_no_checkpoint_and_the_reason_is_said(row, tiny_folder, tmp_path, monkeypatch):
+    network = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    network.model.embed_tokens.weight.data[row] = 3e38  # float16 holds 65504 at most
+    network.save_pretrained(tiny_folder)
+    monkeypatch.setattr(checkpoint, "TEXT", checkpoint.load_tokenizer(tiny_folder).decode([5, row, 9]))
+    source = sources.resolve(str(tiny_folder), "cpu")
+    # 3 tokens of 256 values; those before the token have its share of 0, and 0 times infinity is no number
+    with pytest.raises(ArithmeticError, match="FP16 overflows in this model: 768 of 768 outputs are not finite"):
+        checkpoint.convert(source, PRECISIONS["fp16"], tmp_path / "fp16", "cpu")
+    assert not (tmp_path / "fp16").exists()
+
+
 def test_tokenizer_and_generation_settings_are_saved_as_released(tiny_folder, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder, padding_side="right", pad_token="!")
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "T{{ messages }}"}
     tokenizer.save_pretrained(tiny_folder)
+    for name in ("tekken.json", "qwen.tiktoken", "vocab.txt", "spiece.model"):
+        (tiny_folder / name).write_text("{}")
     (tiny_folder / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
     source = sources.resolve(str(tiny_folder), "cpu")
     checkpoint.convert(source, PRECISIONS["nf4"], tmp_path / "nf4", "cpu")
     converted = {tiny_folder / "model.safetensors", tiny_folder / "config.json"}
     files = {path for path in tiny_folder.rglob("*") if path.is_file()} - converted
-    assert len(files) >= 5
+    assert len(files) >= 9
     for path in files:
         assert (tmp_path / "nf4" / path.relative_to(tiny_folder)).read_bytes() == path.read_bytes(), path
     used = checkpoint.load_tokenizer(tmp_path / "nf4")
@@ -89,6 +183,15 @@ def test_a_model_that_changes_on_reload_is_no_checkpoint(tiny_folder, tmp_path, 
     with pytest.raises(RuntimeError, match="logits differ"):
         checkpoint.convert(source, PRECISIONS["bf16"], folder, "cpu")
     assert list(folder.parent.iterdir()) == []
+
+
+def test_a_drive_that_renames_no_folder_gets_a_whole_checkpoint(tiny_folder, tmp_path, monkeypatch):
+    def refuse(path, target):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr("pathlib.Path.rename", refuse)
+    checkpoint.convert(sources.resolve(str(tiny_folder), "cpu"), PRECISIONS["bf16"], tmp_path / "bf16", "cpu")
+    assert checkpoint.damage(tmp_path / "bf16") == "" and not list(tmp_path.glob(".*"))
 
 
 def test_an_interrupted_folder_leaves_the_one_before(tmp_path):

@@ -81,13 +81,22 @@ def test_a_study_stays_with_the_commit_it_began_with(server, tiny, tmp_path):
     assert "holds a study of" in error(Session, f"me/moving@{second}", "bf16", tmp_path / "study")
 
 
-def test_only_what_transformers_reads_is_fetched_and_then_needs_no_hub(server, tiny):
-    copies = {"consolidated.safetensors": b"1", "checkpoint-5/model.safetensors": b"2", "model.fp16.safetensors": b"3",
-              "original/tokenizer.json": b"{}", "modeling_own.py": b"4", "README.md": b"5"}  # fmt: skip
-    server.publish("me/copies", contents(tiny) | copies)
+@pytest.mark.parametrize(
+    ("copies", "read"),
+    [
+        (["consolidated.safetensors", "checkpoint-5/model.safetensors", "model.fp16.safetensors", "pytorch_model.bin",
+          "original/tokenizer.json", "modeling_own.py", "README.md"], "*"),
+        # one file is read before an index, as transformers does; the index may be an older upload's
+        (["model.safetensors", "fp32/model.safetensors", "model-00001-of-00009.safetensors", "onnx/model.onnx",
+          "model.safetensors.index.fp16.json", "metal/model.bin"], "model.safetensors"),
+    ],
+)  # fmt: skip
+def test_only_what_transformers_reads_is_fetched_and_then_needs_no_hub(copies, read, server, tiny):
+    weights = [path.name for path in tiny.glob("model-*")]
+    server.publish("me/copies", contents(tiny) | {name: b"{}" for name in copies})
     source = sources.resolve("me/copies", "cpu")
     files = {path.relative_to(source.path).as_posix() for path in Path(source.path).rglob("*") if path.is_file()}
-    assert files == set(contents(tiny, "manifest.json"))
+    assert files == set(contents(tiny, "manifest.json", *weights)) | set(weights if read == "*" else [read])
     for status in (429, 500):
         server.faults = {"": lambda _, status=status: httpx.Response(status)}
         assert sources.resolve("me/copies", "cpu").path == sources.resolve(source.name, "cpu").path == source.path
@@ -132,6 +141,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(server, tiny):
         ("me/bare", MINE, "has settings that transformers cannot read"),
         ("me/pickled", MINE, "is not whole: model.safetensors is missing; give a model saved as safetensors"),
         ("me/own", MINE, "code of a model's own is never run"),
+        ("me/adapter", MINE, "is an adapter; merge it"),
     ],
 )
 def test_what_cannot_be_had_is_refused_before_its_weights(server, tiny, monkeypatch, name, token, expected):
@@ -143,6 +153,7 @@ def test_what_cannot_be_had_is_refused_before_its_weights(server, tiny, monkeypa
     server.publish("me/gated", contents(tiny), gated=True)
     server.publish("me/bare", {"model.gguf": b"GGUF"})
     server.publish("me/pickled", pickled)
+    server.publish("me/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"1"})
     server.publish("me/own", {**contents(tiny), "config.json": json.dumps(own).encode(), "modeling_own.py": b"1 / 0"})
     monkeypatch.setenv("HF_TOKEN", token)
     message = error(sources.resolve, name, "cpu")

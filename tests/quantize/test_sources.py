@@ -59,6 +59,37 @@ def test_a_folder_that_is_no_whole_model_is_refused(local, name, content, expect
     assert first, "weights are there"
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            transformers.Qwen2_5_VLConfig(),
+            r"is multimodal \(vision_config\): .* no text model of Qwen2_5_VLTextConfig",
+        ),
+        (
+            transformers.Phi4MultimodalConfig(),
+            r"is multimodal \(audio_config, vision_config\).*give a model that is text",
+        ),
+        (transformers.MoshiConfig(), r"is multimodal \(audio_encoder_config\)"),
+        (transformers.T5Config(), "is no causal language model"),
+        (transformers.WhisperConfig(), "is no causal language model"),
+        (transformers.BertConfig(architectures=["BertForMaskedLM"]), "is no causal language model"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_what_has_no_text_model_is_refused_by_its_settings(config, expected, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=expected):
+        sources.resolve(str(tmp_path), "cpu")
+
+
+def test_an_adapter_is_refused(local):
+    """Transformers would load the model that the adapter names, in place of the one in the folder."""
+    (local / "adapter_config.json").write_text('{"base_model_name_or_path": "you/another", "peft_type": "LORA"}')
+    with pytest.raises(InputError, match="is an adapter; merge it"):
+        sources.resolve(str(local), "cpu")
+
+
 def test_a_wheel_that_is_absent_or_holds_other_weights_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("QNB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
