@@ -11,6 +11,7 @@ import transformers
 
 from qnb import InputError
 from qnb.accuracy.perplexity import DivergenceOptions, distances, divergence, summarize, windows
+from qnb.finite import NotFiniteError
 from qnb.session import Session
 
 
@@ -64,6 +65,27 @@ def test_against_a_pass_over_each_window_by_hand():
             row += 1
 
 
+def test_a_model_is_compared_with_itself_one_window_at_a_time():
+    model, batches = random_model(0), []
+    ids = torch.randint(0, 50, (37,), generator=torch.Generator().manual_seed(0)).tolist()
+    model.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    own = distances(model, model, ids, 12, 6)
+    assert batches == [6, 1, 1, 1, 1, 1, 1] and own.kl.max() < 1e-5 and own.same.all()
+    assert own[["window", "nll"]].equals(distances(model, None, ids, 12, 6))
+
+
+@pytest.mark.parametrize(("place", "count"), [(36, 1), (35, 6 + 1), (20, 6 + 6)])
+@pytest.mark.parametrize("of_baseline", [False, True])
+def test_outputs_that_are_not_finite_are_counted_and_refused(place, count, of_baseline):
+    """A word is undefined, and with it all outputs of the one or two windows that hold it."""
+    model, base = random_model(0), random_model(1)
+    (base if of_baseline else model).model.embed_tokens.weight.data[49] = math.nan
+    ids = [place % 49 for place in range(37)]
+    ids[place] = 49
+    with pytest.raises(NotFiniteError, match=f"{count} of 36 outputs"):
+        distances(model, base, ids, 12, 6)
+
+
 def test_summary_by_hand():
     tokens = pd.DataFrame(
         {"window": [0, 0, 1, 1], "nll": [1.0, 2.0, 3.0, 2.0], "nll_base": [1.0, 1.0, 2.0, 2.0],
@@ -73,6 +95,7 @@ def test_summary_by_hand():
     assert summary["perplexity"] == pytest.approx(math.e**2)
     assert summary["perplexity_change_pct"] == pytest.approx(100 * (math.e**0.5 - 1))
     assert summary["kl_mean_nats"] == pytest.approx(0.2) and summary["same_top1_pct"] == 75
+    assert summary["kl_median_nats"] == 0.2 and summary["kl_p999_nats"] == pytest.approx(0.2 + 0.997 * 0.2)
     # two windows: each resample is one of them twice, or both
     assert (summary["perplexity_low"], summary["perplexity_high"]) == pytest.approx((math.e**1.5, math.e**2.5))
     assert summarize(tokens[tokens.window == 0])["perplexity_low"] is None
@@ -92,6 +115,7 @@ def test_a_window_is_no_longer_than_the_models_or_the_text(source, tiny, tmp_pat
     divergence(session, DivergenceOptions("sample", 200))  # on a CPU auto is 128
     lines = [json.loads(line) for line in session.ledger.path.read_text().splitlines()]
     assert [(row["context"], row["stride"], row["tokens"]) for row in lines] == [(20, 10, 20), (64, 32, 200)]
+    assert lines[0]["noise_floor_nats"] is None and 0 <= lines[1]["noise_floor_nats"] < 1e-9  # one window has none
 
 
 @pytest.mark.slow

@@ -1,20 +1,27 @@
 """Tasks against stock lm-eval on the same model and items, and against a hand count of the items."""
 
+import json
 import math
 import random
 from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 
+import evaluate
+import lm_eval
 import pandas as pd
 import pytest
 import yaml
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.api.task import Task as LMEvalTask
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from qnb import InputError
 from qnb.accuracy import tasks
-from qnb.accuracy.evaluate import Evaluation
+from qnb.accuracy.evaluate import AccuracyOptions, Evaluation, accuracy
 from qnb.accuracy.tasks import Task, draw
+from qnb.session import Session
 
 
 def score(model, task, limit, scorer="qnb"):
@@ -38,9 +45,6 @@ def arc(folder, questions=("What falls from clouds?", "What do cows eat?"), spli
 
 def test_arc_easy_equals_stock_lm_eval(tiny, hub, monkeypatch, capfd):
     """24 items by lm-eval left to itself, and by either scorer here: equal accuracy, equal answers, no bars."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
     task = Task("arc_easy", hub)
     results = [score(tiny, task, 24, scorer) for scorer in ("hf", "qnb")]
     assert "it/s" not in capfd.readouterr().err
@@ -144,6 +148,194 @@ def test_names_are_unfolded_and_unknown_ones_refused():
         tasks.check("arc_eazy")
     with pytest.raises(InputError, match="no task"):
         tasks.check(" ")
+
+
+FUNCTIONS = """
+import math
+
+def fraction(doc, results):
+    shares = [math.exp(value - max(results)[0]) for value, _ in results]
+    return {"acc": shares[0] / sum(shares)}
+
+def percent(doc, results):
+    return {"acc": 100.0 * (len(results[0]) % 2), "bleu_acc": len(results[0]) % 2, "rouge1": 0.25}
+
+def longest(doc, results):
+    return {"longest": len(results[0])}
+
+def largest(values):
+    return max(values)
+
+def fails_once(doc, results):
+    return {"exact_match": {}[2] if doc["n"] == 2 else 1.0}
+
+def is_nan_once(doc, results):
+    return {"score": float("nan") if doc["n"] == 1 else 3.5}
+
+def has_no_package(values):
+    raise FileNotFoundError("no script squad_v2")
+"""
+TEXT = {"output_type": "generate_until", "doc_to_target": "right",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 6}}  # fmt: skip
+
+
+class Function(str):
+    """One of `FUNCTIONS`, as a task's configuration names it."""
+
+
+yaml.SafeDumper.add_representer(
+    Function, lambda dumper, name: dumper.represent_scalar("!function", f"functions.{name}")
+)
+CHOICE = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "place"}
+SHARE, PERPLEXITIES = ("%", True), ("word_perplexity", "byte_perplexity", "bits_per_byte")
+
+
+@pytest.fixture
+def form(tmp_path, monkeypatch):
+    """Returns a function that writes a task over six made-up documents, and makes it one of lm-eval's."""
+    words = ["green stone", "ship", "old"]
+    rows = [{"n": n, "q": f"the river {n} paints", "choices": words, "place": n % 3, "right": words[n % 3],
+             "zero": "0", "places": [0, 2], "contexts": ["the a green", "the b green"],
+             "empty": ["ship", "old" if n != 3 else ""], "long": " green" if n != 4 else " long" * 3000}
+            for n in range(6)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "functions.py").write_text(FUNCTIONS)
+
+    def write(metrics, **config):
+        base = {"task": "form", "dataset_path": "json", "test_split": "test", "doc_to_text": "{{q}}",
+                "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}}  # fmt: skip
+        listed = [{"metric": name, **more} for name, more in metrics.items()]
+        (tmp_path / "form.yaml").write_text(yaml.safe_dump({**base, **config, "metric_list": listed}))
+        index = TaskManager(include_path=tmp_path, include_defaults=False)
+        monkeypatch.setattr(tasks, "_index_with", lambda name: index)
+        return index
+
+    return write
+
+
+def stock_scores(model, index, **options):
+    lm = HFLM(pretrained=model[0], tokenizer=model[1], batch_size=8)
+    results = lm_eval.simple_evaluate(lm, tasks=["form"], task_manager=index, bootstrap_iters=0, **options)
+    return results["results"]["form"]
+
+
+MEAN = {"aggregation": "mean", "higher_is_better": True}
+LESS = {"aggregation": "mean", "higher_is_better": False}
+FORMS = {
+    "choices": (CHOICE, {"acc": {}, "acc_bytes": {}, "mcc": {}, "brier_score": {}, "acc_mutual_info": {}},
+                {"mcc": ("mcc", True), "brier_score": ("brier score", False)}),
+    "choices named by their text": ({**CHOICE, "doc_to_choice": "choices", "doc_to_target": "right"}, {"acc": {}}, {}),
+    "several right choices": ({**CHOICE, "doc_to_target": "places"}, {"acc": {}}, {}),
+    "a context a choice": ({**CHOICE, "doc_to_text": "{{n % 2}}", "doc_to_choice": "{{contexts}}",
+                            "doc_to_target": "{{right}}"}, {"acc": {}}, {}),
+    "probabilities": ({**CHOICE, "process_results": Function("fraction")}, {"acc": MEAN}, {}),
+    "one text": ({"output_type": "loglikelihood", "doc_to_target": "zero"}, {"perplexity": {}, "acc": {}},
+                 {"perplexity": ("perplexity", False)}),
+    "running text": ({"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "q"},
+                     {name: {} for name in PERPLEXITIES},
+                     {name: (name.replace("_", " "), False) for name in PERPLEXITIES}),
+    "generated text": (TEXT, {"exact_match": {}, "bleu": {}, "ter": {}},
+                       {"bleu": ("bleu", True), "ter": ("ter", False)}),
+    "points of 100": ({**TEXT, "process_results": Function("percent")},
+                      {"acc": MEAN, "bleu_acc": LESS, "rouge1": MEAN},
+                      {"acc": ("acc", True), "bleu_acc": ("%", False), "rouge1": ("rouge1", True)}),
+    "an aggregation of its own": ({**TEXT, "process_results": Function("longest")},
+                                  {"longest": {"aggregation": Function("largest"), "higher_is_better": False}},
+                                  {"longest": ("longest", False)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scorer", ["qnb", "hf"])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_task_of_any_form_has_stocks_scores_in_the_units_that_it_declares(name, scorer, form, tiny):
+    config, metrics, units = FORMS[name]
+    index = form(metrics, **config)
+    expected = stock_scores(tiny, index)
+    result = score(tiny, Task("form"), None, scorer)
+    scores = {each.metric: each for each in result.scores if each.metric != "p_correct"}
+    assert {name: (each.unit, each.higher_is_better) for name, each in scores.items()} == {
+        name: units.get(name, SHARE) for name in metrics
+    }
+    assert {name: each.value for name, each in scores.items()} == pytest.approx(
+        {name: expected[f"{name},none"] for name in metrics}, rel=1e-3
+    )
+    assert {each.n_items for each in result.scores} == {6} and result.bad_items == 0
+    if config["output_type"] == "multiple_choice":
+        rights = [[int(place) for place in gold.split(", ")] for gold in result.items.gold]
+        assert rights == [{"a context a choice": [n % 2], "several right choices": [0, 2]}.get(name, [n % 3])
+                          for n in range(6)]  # fmt: skip
+        chances = [sum(math.exp(row[place]) for place in right) / sum(map(math.exp, row))
+                   for right, row in zip(rights, result.items.loglikelihoods, strict=True)]  # fmt: skip
+        assert list(result.items.p_correct) == pytest.approx(chances)
+        assert all(len(row) == (2 if name == "a context a choice" else 3) for row in result.items.probabilities)
+
+
+@pytest.mark.parametrize(
+    ("bad", "config", "metric"),
+    [(2, {**TEXT, "process_results": Function("fails_once")}, {"exact_match": MEAN}),
+     (1, {**TEXT, "process_results": Function("is_nan_once")}, {"score": MEAN}),
+     (5, {**TEXT, "doc_to_text": "{{ q if n < 5 else q.a.b }}"}, {"exact_match": {}}),
+     (3, {**CHOICE, "doc_to_choice": "{{empty}}", "doc_to_target": 0, "target_delimiter": ""}, {"acc": {}}),
+     (4, {"output_type": "loglikelihood", "doc_to_target": "long"}, {"perplexity": {}})],
+)  # fmt: skip
+@pytest.mark.parametrize("scorer", ["qnb", "hf"])
+def test_one_bad_item_costs_that_item_and_is_counted(scorer, bad, config, metric, form, tiny):
+    """It fails, is not a number, cannot be asked, has an empty text, or is too long; the others score as in stock."""
+    index = form(metric, **config)
+    expected = stock_scores(tiny, index, samples={"form": [n for n in range(6) if n != bad]})
+    result = score(tiny, Task("form"), None, scorer)
+    (name,) = metric
+    (value,) = (each for each in result.scores if each.metric == name)
+    assert value.value == pytest.approx(expected[f"{name},none"], rel=1e-3)
+    assert (value.n_items, value.n_total, result.bad_items) == (5, 6, 1) and bad not in set(result.items.doc_id)
+
+
+@pytest.mark.parametrize(
+    ("config", "metric", "text"),
+    [({"generation_kwargs": {"max_gen_toks": 2048}}, {"exact_match": {}}, "2048"),
+     ({"unsafe_code": True}, {"exact_match": {}}, "programs"),
+     ({}, {"bypass": {"aggregation": "bypass"}}, "no metric"),
+     ({"process_results": Function("longest")},
+      {"longest": {"aggregation": Function("has_no_package"), "higher_is_better": True}}, "no script squad_v2")],
+)  # fmt: skip
+def test_what_cannot_be_scored_is_refused_by_name_before_a_checkpoint_is_made(
+    config, metric, text, form, source, tmp_path, monkeypatch
+):
+    form(metric, **{**TEXT, **config})
+    session = Session("smollm2-135m", "bf16", tmp_path / "study")
+    monkeypatch.setattr(session.config, "max_position_embeddings", 2048)
+    monkeypatch.setattr(tasks, "_look_up", lambda name: [name])
+    with pytest.raises(InputError, match=f"'form'.*{text}"):
+        accuracy(session, AccuracyOptions("form"))
+    assert not (session.folder / "checkpoints").exists()
+
+
+def test_a_task_that_asks_in_two_ways_scores_as_in_stock(tiny, tmp_path, monkeypatch):
+    """SQuAD 2 asks for a text and a log-likelihood; in place of its metric, a script on the hub, both are added."""
+    home = tmp_path / "lighteval" / "squad_v2"
+    home.mkdir(parents=True)
+    rows = [{"id": str(n), "title": "T", "context": "the river is green", "question": "which ?",
+             "answers": {"text": ["green"] * (n % 2), "answer_start": [13] * (n % 2)}} for n in range(6)]  # fmt: skip
+    for split in ("train", "validation"):
+        (home / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def compute(predictions, references):
+        assert [each["id"] for each in predictions] == [each["id"] for each in references]
+        texts = sum(len(each["prediction_text"]) for each in predictions)
+        return {"exact": texts, "f1": sum(math.log(each["no_answer_probability"]) for each in predictions)}
+
+    index = TaskManager(include_path=Path(lm_eval.__file__).parent / "tasks" / "squadv2", include_defaults=False)
+    monkeypatch.setattr(tasks, "_index_with", lambda name: index)
+    monkeypatch.setattr(evaluate, "load", lambda name: SimpleNamespace(compute=compute))
+    results = [score(tiny, Task("squadv2", tmp_path), None, scorer) for scorer in ("qnb", "hf")]
+    monkeypatch.chdir(tmp_path)
+    lm = HFLM(pretrained=tiny[0], tokenizer=tiny[1], batch_size=8)
+    stock = lm_eval.simple_evaluate(lm, tasks=["squadv2"], task_manager=index)
+    for result in results:
+        scores = {each.metric: each for each in result.scores}
+        assert scores["exact"].value == stock["results"]["squadv2"]["exact,none"] > 0
+        assert scores["f1"].value == pytest.approx(stock["results"]["squadv2"]["f1,none"], rel=1e-4)
+        assert (scores["f1"].unit, scores["f1"].n_items, result.bad_items) == ("f1", 6, 0)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
