@@ -130,7 +130,7 @@ def _read(
         if precision != base:
             return tokens, None
         is_batched = min(rows_per_batch(model, context), tokens.window.nunique()) > 1
-        return tokens[["window", "nll"]], float(tokens.kl.mean()) if is_batched else None
+        return tokens[["nll", "window"]], float(tokens.kl.mean()) if is_batched else None
 
 
 def rows_per_batch(model: PreTrainedModel, context: int) -> int:

@@ -71,7 +71,7 @@ def test_a_model_is_compared_with_itself_one_window_at_a_time():
     model.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
     own = distances(model, model, ids, 12, 6)
     assert batches == [6, 1, 1, 1, 1, 1, 1] and own.kl.max() < 1e-5 and own.same.all()
-    assert own[["window", "nll"]].equals(distances(model, None, ids, 12, 6))
+    assert own[["nll", "window"]].equals(distances(model, None, ids, 12, 6))
 
 
 @pytest.mark.parametrize(("place", "count"), [(36, 1), (35, 6 + 1), (20, 6 + 6)])
