@@ -21,6 +21,7 @@ from qnb.report.results import SPEED, Results, flag_list, in_order, stack, task_
 
 LINE = ["precision", "engine"]  # one line of a sweep
 OTHER = "not measured like the newest row: other prompts, device, memory or cap"
+LONG = 60  # characters of a text that may take several lines
 PUBLISHED = ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_mib", "speedup")
 
 # all columns of a table, as its file has them
@@ -289,6 +290,14 @@ def view(frame: pd.DataFrame, columns: Sequence[str] | None = None) -> Styler:
 
 
 def styled(text: pd.DataFrame) -> Styler:
-    """Return a frame of texts for display, without its index; texts are escaped. An empty one says so."""
-    shown = text.style.format(escape="html").hide(axis="index")
+    """Return a frame of texts for display, without its index: escaped, words to the left, a line a row.
+
+    Only columns of long texts are broken into lines. An empty frame says so.
+    """
+    words = [name for name in text if not text[name].str.match(r"[-+<]?\d|-$").all()]
+    long = [name for name in words if text[name].str.len().max() > LONG]
+    left = ", ".join(f".col{list(text).index(name)}" for name in words)
+    styles = [{"selector": left, "props": "text-align: left"}, {"selector": "caption", "props": "white-space: nowrap"}]
+    shown = text.style.format(escape="html").hide(axis="index").set_table_styles(styles)
+    shown.set_properties([name for name in text if name not in long], **{"white-space": "nowrap"})
     return shown if len(text.columns) else shown.set_caption("Nothing to show.")
