@@ -6,25 +6,24 @@ import math
 from collections.abc import Callable, Collection
 
 import pandas as pd
-import plotly.express as px
 import plotly.graph_objects as go
 
 from qnb.columns import column, header
 from qnb.precision import BASELINE
-from qnb.report import paper, theme
+from qnb.report import paper, recommend, theme
 from qnb.report.findings import SETTINGS
-from qnb.report.recommend import FITS, RULED_OUT, UNSURE, Advice, candidates, facts
-from qnb.report.results import SPEED, Results
-from qnb.report.speed_figures import energy, heatmap, memory, metrics, roofline, sweep, timeline, token_time
+from qnb.report.results import SPEED, Results, stack
 from qnb.report.scores import MEAN, headline
+from qnb.report.speed_figures import energy, heatmap, memory, metrics, roofline, sweep, timeline, token_time
 from qnb.report.tables import build
-from qnb.report.verdicts import accuracies
+from qnb.report.verdicts import CHANGE, Verdict, accuracies
 
 ACCURACY = "accuracy_pct"
 QUANTITIES = [name for name in SPEED if column(name).unit]
 NEEDS = f"needs the accuracy of {BASELINE.upper()} and of another format"
-CHANGE = ("change_pp", "low_pp", "high_pp")
-OPACITY = {FITS: 1.0, UNSURE: 0.45, RULED_OUT: 0.15}
+QUALITIES = ("change_pp", "kl_mean_nats", "perplexity_change_pct")  # the first that was measured is drawn
+SIGNS = {str(verdict): verdict.symbol for verdict in Verdict}
+MOST_TASKS = 12  # panels that fit a screen
 
 
 def accuracy(results: Results) -> go.Figure:
@@ -36,63 +35,43 @@ def accuracy(results: Results) -> go.Figure:
     frame = frame[frame.group.astype(bool) | (frame.task == frame.asked)]  # a group stands for its subjects
     share, error = 100 * frame.value, 100 * frame.stderr.astype(float)
     frame = frame.assign(accuracy_pct=share, above=error.clip(upper=100 - share), below=error.clip(upper=share))
-    published = paper.accuracy().set_index(["task", "precision"]).accuracy_pct.rename("published")
-    frame = frame.join(published, on=["task", "precision"])
-    return _bars(results, frame, "accuracy_pct", title, "whiskers: one standard error; right is better")
+    return _by_task(results, frame.assign(engine=""), ACCURACY, title, "lines: one standard error; right is better")
 
 
 def change(results: Results) -> go.Figure:
     """Draw Figure 2: change in accuracy in percent of the baseline's, as the paper shows it."""
-    title = f"How much of {BASELINE.upper()}'s accuracy changes?"
-    frame = build(results, "table2_change").dropna(subset=["change_pct"])
-    if frame.empty:
-        return theme.nothing(title, NEEDS)
-    frame = frame.rename(columns={"published_change_pct": "published"}).assign(above=math.nan, below=math.nan)
-    return _bars(results, frame, "change_pct", title, "left of 0 is a loss; the forest plot has the intervals")
+    frame = build(results, "table2_change").assign(engine="")
+    note = "left of 0 is a loss; the forest plot has the intervals"
+    return _by_task(results, frame, "change_pct", f"How much of {BASELINE.upper()}'s accuracy changes?", note)
 
 
 def forest(results: Results) -> go.Figure:
     """Draw the change in accuracy in points with its 95 % interval; filled where it is significant after Holm."""
-    title = "Which changes in accuracy are real?"
-    frame = build(results, "table2_change").dropna(subset=["change_pp"])
+    frame = build(results, "table2_change")
+    engines = frame.significant.eq(True).map({True: "significant after Holm", False: "not significant"})
+    note = "left of 0 is a loss; an interval that crosses 0 proves neither a change nor none"
+    return _by_task(results, _with_interval(frame).assign(engine=engines), "change_pp",
+                    "Which changes in accuracy are real?", note)  # fmt: skip
+
+
+def _by_task(results: Results, frame: pd.DataFrame, name: str, title: str, note: str) -> go.Figure:
+    """Draw a panel per task, and what the paper published beside its own model."""
+    frame = frame.dropna(subset=[name])
     if frame.empty:
         return theme.nothing(title, NEEDS)
-    engines = frame.significant.eq(True).map({True: "significant after Holm", False: "not significant"})
-    frame = _with_interval(frame).assign(
-        engine=engines, name=frame.task.map(theme.label), hover=theme.hovers(frame, *CHANGE, "p_mcnemar", "p_holm")
-    )
-    figure = theme.points(frame, "change_pp", "name", error_x="above", error_x_minus="below", orientation="h")
-    figure.update_xaxes(title=header("change_pp"))
-    return _by_task(figure, frame, title, f"change against {BASELINE.upper()} with its 95 % interval")
-
-
-def _bars(results: Results, frame: pd.DataFrame, value: str, title: str, note: str) -> go.Figure:
-    """Draw a bar per task and format, and a line across it at the column `published`, beside the paper's model."""
-    is_published = paper.is_published_model(results.model)
+    if name in (published := paper.accuracy()) and paper.is_published_model(results.model):
+        there = published.merge(frame[["task", "precision"]].drop_duplicates()).dropna(subset=[name])
+        frame = stack([frame, there.assign(engine=theme.PUBLISHED)])
+    tasks = list(dict.fromkeys(frame.task))
+    if len(tasks) > MOST_TASKS:
+        note = f"{note}; {len(tasks) - MOST_TASKS} more tasks are in the tables"
+        tasks = [*tasks[: MOST_TASKS - 1], tasks[-1]]  # the last is the mean
     frame = frame.assign(
-        name=frame.task.map(theme.label), hover=theme.hovers(frame, value, *["published"] * is_published)
-    )
-    look = {"y": "name", "orientation": "h", **theme.by_format(frame)}
-    figure = px.bar(frame, x=value, error_x="above", error_x_minus="below", barmode="group", **look)
-    figure.update_traces(error_x={"color": theme.INK, "thickness": 1.2, "width": 2})
-    if is_published:
-        lines = px.scatter(frame, x="published", **look)
-        marker = {"symbol": "line-ns", "size": 9, "line": {"width": 2, "color": theme.INK}}
-        figure.add_traces(lines.update_traces(marker=marker, showlegend=False).data)
-        note += "; black lines: published"
-    figure.update_xaxes(title=header(value))
-    return _by_task(figure, frame, title, note)
-
-
-def _by_task(figure: go.Figure, frame: pd.DataFrame, title: str, note: str) -> go.Figure:
-    """Group what is drawn by task, the first on top; each format keeps its place within every task."""
-    tasks = list(dict.fromkeys(frame.name))
-    for trace in figure.data:
-        trace.offsetgroup = trace.name
-    figure.update_layout(scattermode="group", scattergap=0.25)
-    figure.update_yaxes(categoryorder="array", categoryarray=tasks, autorange="reversed", showgrid=False, title="")
-    figure.update_xaxes(zeroline=True, zerolinecolor=theme.INK)
-    return theme.finish(figure, title, 160 + len(tasks) * (14 + 13 * frame.precision.nunique()), note)
+        panel=frame.task.map(theme.label), value=frame[name], text=theme.numbers(frame[name]),
+        hover=theme.hovers(frame, name, "low_pp", "high_pp", "p_mcnemar", "p_holm"),
+    )[frame.task.isin(tasks)]  # fmt: skip
+    is_change = name.startswith("change")
+    return theme.dots(frame, title, note, 2 if len(tasks) < 5 else 3, header(name) if is_change else "")
 
 
 def _with_interval(frame: pd.DataFrame) -> pd.DataFrame:
@@ -101,79 +80,63 @@ def _with_interval(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def front(results: Results, cost: str) -> go.Figure:
-    """Draw mean accuracy over a cost at batch size 1, with the Pareto front through the best.
+    """Draw quality over a cost with each format's better engine, and the Pareto front through the best.
 
     Parameters
     ----------
     results
         A study's frames.
     cost
-        A speed's or a memory's column of which less is better.
+        ``"tpot_s"``, or ``"peak_memory_mib"``, which is the weights where no allocator was read.
     """
-    title = f"Accuracy against {column(cost).label.rsplit('(')[-1].rstrip(')')}"
-    frame = candidates(results, "bs1").dropna(subset=[cost, "accuracy_pct"])
-    if frame.empty:
-        return theme.nothing(title, "needs accuracy and a speed of the same format")
+    title = f"What does saving {'time' if cost == 'tpot_s' else 'memory'} cost?"
+    frame = recommend.summary(results)
+    frame = frame.assign(tpot_s=frame[["tpot_eager_s", "tpot_captured_s"]].min(axis=1), engine="")
+    if cost == "peak_memory_mib" and frame[cost].isna().all():
+        cost = "weights_mib"
+    is_base = frame.precision == BASELINE
+    quality = next((name for name in QUALITIES if any(frame[name][~is_base].notna())), QUALITIES[0])
+    frame = frame.assign(**{quality: frame[quality].mask(is_base, 0.0)}).dropna(subset=[cost, quality])
+    if len(frame) < 2:
+        return theme.nothing(title, f"{NEEDS}, and what each format takes")
+    is_loss, costs = column(quality).better == "less", frame[cost] * column(cost).scale
     frame = _with_interval(frame).assign(
-        cost=frame[cost] * column(cost).scale, hover=theme.hovers(frame, cost, "accuracy_pct", *CHANGE)
-    )
-    figure = theme.points(frame, "cost", "accuracy_pct", error_y="above", error_y_minus="below")
-    edge = pareto(frame)
-    figure.add_scatter(
-        x=edge.cost, y=edge.accuracy_pct, mode="lines+text", text=[f"  {name}" for name in edge.precision],
-        textposition="top right", line={"shape": "hv", "color": "#999999", "dash": "dot"}, hoverinfo="skip",
-        name="Pareto front", cliponaxis=False,
+        cost=costs, quality=frame[quality] * (-1 if is_loss else 1),
+        hover=theme.hovers(frame, cost, quality, *CHANGE[1:], "words"),
     )  # fmt: skip
-    figure.update_xaxes(title=header(cost), **theme.LOG_AXIS).update_yaxes(title="mean accuracy over tasks, %")
-    note = "up and left is better; bars: 95 % interval of the change; points on the line are Pareto-optimal"
-    return theme.finish(figure, title, 460, note)
+    figure = _points_and_front(frame.sort_values(["cost", "quality"]), quality)
+    figure.update_xaxes(title=header(cost), range=[0, 1.25 * costs.max()])
+    figure.update_yaxes(title=header(quality), autorange="reversed" if is_loss else True)
+    note = "up and left is better; points on the dotted line are Pareto-optimal; a sign is the verdict"
+    return theme.finish(figure, title, 420, note + "; bars: 95 % interval" * (not is_loss))
+
+
+def _points_and_front(frame: pd.DataFrame, quality: str) -> go.Figure:
+    """Draw a named point per format, and the line through the best."""
+    figure = theme.points(frame, "cost", quality, error_y="above", error_y_minus="below")
+    edge, line = pareto(frame), {"color": theme.QUIET, "dash": "dot", "shape": "hv"}
+    figure.update_traces(showlegend=False).add_scatter(
+        x=edge.cost, y=edge[quality], mode="lines", line=line, hoverinfo="skip", name="Pareto front"
+    )
+    is_near = frame.cost.diff(-1).abs() < 0.3 * frame.cost.max()  # to the next point, which has its name on the right
+    return figure.add_scatter(
+        x=frame.cost, y=frame[quality], text=theme.PAD + frame.precision + " " + frame.verdict.map(SIGNS) + theme.PAD,
+        mode="text", textposition=is_near.map({True: "middle left", False: "middle right"}), hoverinfo="skip",
+        showlegend=False, cliponaxis=False,
+    )  # fmt: skip
 
 
 def pareto(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows that no other beats in both `cost` (less is better) and `accuracy_pct`, by cost."""
-    frame = frame.sort_values(["cost", "accuracy_pct"], ascending=[True, False])
-    return frame[frame.accuracy_pct > frame.accuracy_pct.cummax().shift(fill_value=-math.inf)]
-
-
-def decision(advice: Advice) -> go.Figure:
-    """Draw speed over memory, with what is allowed: solid fits, pale may fit, faint does not.
-
-    Parameters
-    ----------
-    advice
-        As `qnb.report.recommend.choose` returns it.
-    """
-    title = "What fits, and what is recommended?"
-    demand, speed = advice.demand, column(advice.demand.rank_by)
-    frame = advice.candidates.dropna(subset=["peak_memory_mib", demand.rank_by])
-    if frame.empty:
-        return theme.nothing(title)
-    frame = frame.assign(
-        speed=frame[demand.rank_by] * speed.scale, opacity=frame.fit.map(OPACITY),
-        size=[20 if name in advice.of(FITS).index[:1] else 10 for name in frame.index],
-        hover=["<br>".join(filter(None, (f"{name}: {row.fit}", facts(row, demand), row.reasons)))
-               for name, row in frame.iterrows()],
-    )  # fmt: skip
-    figure = theme.points(frame, "peak_memory_mib", "speed", "opacity", "size")
-    theme.style_points(figure, "opacity", "size")
-    limit = {"line_color": theme.QUIET, "line_dash": "dash", "line_width": 1.5}
-    if demand.memory_mib is not None:
-        figure.add_vline(x=demand.memory_mib, **limit)
-    if demand.speed_limit:  # a rate of 0 asks for nothing, and has no place on a logarithmic axis
-        figure.add_hline(y=demand.speed_limit * speed.scale, **limit)
-    figure.update_xaxes(title=header("peak_memory_mib"), rangemode="tozero")
-    figure.update_yaxes(title=header(demand.rank_by), **theme.LOG_AXIS)
-    note = "solid: fits; pale: may fit; faint: does not; large: recommended; dashed: what is allowed"
-    return theme.finish(figure, title, 460, note)
+    """Return the rows that no other beats in both `cost` (less is better) and `quality` (more is), by cost."""
+    frame = frame.sort_values(["cost", "quality"], ascending=[True, False])
+    return frame[frame.quality > frame.quality.cummax().shift(fill_value=-math.inf)]
 
 
 def measured(results: Results) -> dict[str, list[str]]:
     """Return the quantities that were measured, each with the settings it was measured in; accuracy has none."""
-    quantities: dict[str, list[str]] = {ACCURACY: []} if len(results.scores) else {}
-    for name in QUANTITIES:
-        if settings := [each for each in SETTINGS if results.timed(each)[name].notna().any()]:
-            quantities[name] = settings
-    return quantities
+    settings = {name: [each for each in SETTINGS if results.timed(each)[name].notna().any()] for name in QUANTITIES}
+    none: dict[str, list[str]] = {ACCURACY: []} if len(results.scores) else {}
+    return none | {name: each for name, each in settings.items() if each}
 
 
 def compare(
@@ -184,7 +147,7 @@ def compare(
     precisions: Collection[str] = (),
     baseline: str = "",
 ) -> go.Figure:
-    """Draw one quantity, a panel per engine: throughput with its range over passes, accuracy with a 95 % interval.
+    """Draw one quantity, a dot per engine; of accuracy with a 95 % interval.
 
     Parameters
     ----------
@@ -199,33 +162,19 @@ def compare(
     baseline
         Give values in percent of this format's, of the same engine; empty gives them as they are.
     """
-    frame = _with_range(results, quantity, setting, task)
-    unit, scale = column(quantity).unit, column(quantity).scale
+    title, frame = column(quantity).label[:1].upper() + column(quantity).label[1:], results.timed(setting)
+    if quantity == ACCURACY:
+        frame = _with_interval(accuracies(results, task).reset_index(names="precision").assign(engine=""))
+    frame = theme.panels(frame, [quantity], *CHANGE)
     if baseline:
-        of_engine = frame[frame.precision == baseline].set_index("engine")[quantity]
-        unit, scale = f"% of {baseline}", 100 / frame.engine.map(of_engine).astype(float)
-    frame = frame.assign(
-        value=frame[quantity] * scale, above=frame.above * scale, below=frame.below * scale,
-        panel=[f"{engine}, {unit}" if engine else unit for engine in frame.engine],
-        hover=theme.hovers(frame, quantity, "change_pp", "low_pp", "high_pp"),
-    )  # fmt: skip
+        of_engine = frame[frame.precision == baseline].set_index("engine").value
+        scale = 100 / frame.engine.map(of_engine)
+        scaled = {name: frame[name] * scale for name in ("value", "above", "below") if name in frame}
+        frame = frame.assign(panel=f"% of {baseline}", **scaled)
     frame = frame[frame.precision.isin(precisions or frame.precision)].dropna(subset=["value"])
-    title = column(quantity).label[:1].upper() + column(quantity).label[1:]
     if frame.empty:
         return theme.nothing(title)
-    where = theme.label(task) if quantity == ACCURACY else SETTINGS[setting]
-    return theme.bars(frame.assign(text=theme.numbers(frame.value)), {"value": 1.0}, title, where)
-
-
-def _with_range(results: Results, quantity: str, setting: str, task: str) -> pd.DataFrame:
-    """Return a quantity's rows, and how far its interval or range reaches `above` and `below` it, if there is one."""
-    if quantity == ACCURACY:
-        frame = accuracies(results, task).reset_index(names="precision").assign(engine="")
-        return _with_interval(frame)
-    frame = results.timed(setting)
-    if quantity != "throughput_rps":  # the one whose range over passes is kept
-        return frame.assign(above=math.nan, below=math.nan)
-    return frame.assign(above=frame.high_rps - frame.throughput_rps, below=frame.throughput_rps - frame.low_rps)
+    return theme.dots(frame, title, theme.label(task) if quantity == ACCURACY else SETTINGS[setting], columns=1)
 
 
 FIGURES: dict[str, Callable[[Results], go.Figure]] = {
@@ -244,7 +193,6 @@ FIGURES: dict[str, Callable[[Results], go.Figure]] = {
     "energy": energy,
     "memory": memory,
     "timeline_bs1": lambda results: timeline(results, "bs1"),
-    "timeline_maxbatch": lambda results: timeline(results, "maxbatch"),
 }
 
 

@@ -6,8 +6,10 @@ Plotly's JSON escapes it in scripts, and the page forbids itself every address.
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,11 @@ from qnb import __version__
 from qnb.columns import flag_text, header
 from qnb.ledger import file_sha256, write_atomic
 from qnb.precision import BASELINE, PRECISIONS
-from qnb.report import export, findings, model_card, paper, theme
-from qnb.report.figures import FIGURES, draw_all
-from qnb.report.results import Results, read_reference
-from qnb.report.tables import SPEED_MAIN, TABLES, as_text, build, knees, save
+from qnb.report import export, findings, model_card, paper, recommend, theme, verdicts
+from qnb.report.figures import FIGURES, SIGNS, draw_all
+from qnb.report.findings import SETTINGS
+from qnb.report.results import Results, read_reference, task_name
+from qnb.report.tables import TABLES, as_text, build, compact, grouped, knees, labelled, save
 
 SHOWN = ("table1_accuracy", "table2_change", "divergence", "table3_bs1", "table4_maxbatch")
 GALLERY = ("fig1_accuracy", "forest", "fig3_bs1_metrics", "fig5_maxbatch_metrics", "front_memory", "front_tpot",
@@ -59,31 +62,67 @@ def write(results: Results) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Table:
+    """What the page shows of a table, all as text."""
+
+    compact: pd.DataFrame  # what people compare
+    csv: str  # the whole table, in base 64
+    blocks: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # all its columns, by title
+    members: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # a group's tasks, by the group's name
+
+
 def page(results: Results) -> str:
     """Return the report as one HTML text."""
     templates = Environment(loader=PackageLoader("qnb", "data"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    summary = recommend.summary(results)
     return templates.get_template("report.html").render(
-        results=results,
-        baseline=BASELINE,
-        plotly=get_plotlyjs(),
-        opening=findings.opening(results),
-        findings=findings.findings(results),
-        tables=_tables(results),
-        figures=draw_all(results),
-        caption=theme.caption,
-        header=header,
-        card=card(results),
-        audit=paper.audit(),
-        limits=limits(results),
+        results=results, baseline=BASELINE, formats=PRECISIONS, plotly=get_plotlyjs(), caption=theme.caption,
+        sentence=recommend.sentence(results), summary=_summary(summary), verdicts=list(summary.verdict),
+        notes=verdicts.notes(results), findings=findings.findings(results), tables=_tables(results),
+        figures=draw_all(results), card=card(results), audit=paper.audit(), limits=limits(results),
+    )  # fmt: skip
+
+
+def _summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the answer as text: a change with its interval, a verdict with its sign; no column that is empty."""
+    rows = list(frame.itertuples())
+    change = [f"{row.change_pp:+.1f} [{row.low_pp:+.1f}, {row.high_pp:+.1f}]" for row in rows]
+    has_change = frame.change_pp.notna() & (frame.precision != BASELINE)
+    spare = {"weights_mib": frame.peak_memory_mib.notna(), "kl_mean_nats": has_change}  # what another column tells
+    frame = frame.assign(
+        change_pp=pd.Series(change, dtype=object).where(has_change),
+        words=[f"{SIGNS[row.verdict]} {row.words}" for row in rows],
+    )  # fmt: skip
+    text = labelled(
+        frame.drop(columns=["low_pp", "high_pp", "verdict", *(name for name in spare if any(spare[name]))])
     )
+    return text.rename(columns={header("throughput_rps"): f"{header('throughput_rps')} at {SETTINGS['maxbatch']}"})
 
 
-def _tables(results: Results) -> dict[str, pd.DataFrame]:
-    """Return the page's tables as text, what people compare first."""
-    frames = {name: build(results, name) for name in SHOWN} | {"knees": knees(results.sweep)}
-    for name in ("table3_bs1", "table4_maxbatch"):
-        frames[name] = frames[name][sorted(frames[name], key=lambda column: column not in SPEED_MAIN)]
-    return {name: as_text(frame) for name, frame in frames.items()}
+def _tables(results: Results) -> dict[str, Table]:
+    """Return the page's tables by name."""
+    tables = {}
+    for name in SHOWN:
+        frame = build(results, name)
+        groups = grouped(results) if name == "table1_accuracy" else []
+        members = {task_name(task): compact(results, name, of=task) for task in groups}
+        tables[name] = Table(compact(results, name), _csv(frame), all_columns(frame), members)
+    return tables | {"sweep": Table(labelled(knees(results.sweep)), _csv(build(results, "sweep")))}
+
+
+def _csv(frame: pd.DataFrame) -> str:
+    return b64encode(frame.to_csv(index=False).encode()).decode()
+
+
+def all_columns(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return all columns by engine or task, with formats across and quantities down; Table 1 as it is."""
+    if "precision" not in frame:
+        return {"": as_text(frame).rename(columns=header)}
+    by = [name for name in ("engine", "task") if name in frame]
+    parts = frame.groupby(by[0], sort=False) if by else [("", frame)] * (len(frame) > 0)
+    texts = {task_name(str(title)): as_text(rows.drop(columns=by)).set_index("precision").T for title, rows in parts}
+    return {title: text.rename(index=header).rename_axis(None).reset_index(names="") for title, text in texts.items()}
 
 
 def card(results: Results) -> dict[str, str]:

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
 
-from qnb.columns import column, header, is_disturbed
+from qnb.columns import column, header
 from qnb.report import paper, theme
 from qnb.report.findings import SETTINGS
 from qnb.report.results import Results, stack
@@ -18,11 +18,10 @@ METRICS = ("throughput_rps", "seconds_per_request", "utilization_pct", "peak_mem
 SWEPT = ("throughput_rps", "batch_latency_s")
 TIMELINE = ("utilization_pct", "memory_mib", "power_w", "clock_mhz")
 DISTURBED = "; *: disturbed by other processes"
-OWN_SCALE = "each panel has its own scale"
 
 
 def metrics(results: Results, setting: str) -> go.Figure:
-    """Draw Figures 3 and 5: four panels of what one setting costs, bars for one engine and dots for several.
+    """Draw Figures 3 and 5: four panels of what one setting costs.
 
     Parameters
     ----------
@@ -32,24 +31,16 @@ def metrics(results: Results, setting: str) -> go.Figure:
         ``"bs1"`` or ``"maxbatch"``.
     """
     title = f"What do you get at {SETTINGS[setting]}?"
-    frame = _metrics(results, setting)
+    frame = theme.panels(results.timed(setting), METRICS, "throughput_spread_pct")
     if frame.empty:
         return theme.nothing(title)
-    note = DISTURBED * any(frame.text.str.endswith("*"))
+    note = ("a line joins a format's engines; panels with lines are logarithmic" if frame.engine.nunique() > 1
+            else "each panel has its own unit") + DISTURBED * any(frame.text.str.endswith("*"))  # fmt: skip
     if paper.is_published_model(results.model):
         published = paper.performance(3 if setting == "bs1" else 4).rename(columns={"vram_mib": "peak_memory_mib"})
         published = published[published.precision.isin(frame.precision)].assign(engine=theme.PUBLISHED)
-        frame = stack([frame, theme.panels(published, METRICS).assign(text="")])
-    if frame.engine.nunique() > 1:
-        return theme.dots(frame, title, f"logarithmic: equal distances are equal ratios{note}")
-    return theme.bars(frame, {"value": 1.0}, title, f"the paper's four quantities{note}")
-
-
-def _metrics(results: Results, setting: str) -> pd.DataFrame:
-    """Return a row per quantity, format and engine; an asterisk marks what other processes disturbed."""
-    frame = theme.panels(results.timed(setting), METRICS, "throughput_spread_pct")
-    stars = ["*" * is_disturbed(flags) for flags in frame["flags"]]
-    return frame.assign(text=[text + star for text, star in zip(theme.numbers(frame.value), stars, strict=True)])
+        frame = stack([frame, theme.panels(published, METRICS)])
+    return theme.dots(frame, title, note)
 
 
 def heatmap(results: Results, setting: str) -> go.Figure:
@@ -58,10 +49,10 @@ def heatmap(results: Results, setting: str) -> go.Figure:
     Utilization is shaded by its size: more of it is neither better nor worse.
     """
     title = f"Which is best at {SETTINGS[setting]}?"
-    frame = _metrics(results, setting)
+    frame = theme.panels(results.timed(setting), METRICS, "throughput_spread_pct")
     if frame.empty:
         return theme.nothing(title)
-    cells = frame.assign(row=frame.precision + ", " + frame.engine)
+    cells = frame.assign(row=frame.precision + "<br>" + frame.engine)
     cells = cells.set_index(["row", "panel"])[["value", "text", "hover"]].unstack(sort=False)
     signs = pd.Series({header(name): -1 if column(name).better == "less" else 1 for name in METRICS})
     scores = cells.value * signs[cells.value.columns]
@@ -74,9 +65,9 @@ def heatmap(results: Results, setting: str) -> go.Figure:
             colorscale="Blues", zmin=0, zmax=1.25, xgap=3, ygap=3, showscale=False,
         )
     )  # fmt: skip
-    figure.update_yaxes(autorange="reversed").update_xaxes(tickangle=0, tickfont_size=11)
+    figure.update_yaxes(autorange="reversed", tickfont={"size": 10}).update_xaxes(tickangle=0, tickfont={"size": 10})
     note = "dark is better; of utilization, more" + DISTURBED * any(frame.text.str.endswith("*"))
-    return theme.finish(figure, title, 180 + 30 * len(shades), note)
+    return theme.finish(figure, title, 180 + 34 * len(shades), note)
 
 
 def sweep(results: Results) -> go.Figure:
@@ -95,16 +86,17 @@ def sweep(results: Results) -> go.Figure:
     knee = knees(steps).set_index(["precision", "engine"]).knee.fillna(0)  # no line bends at 0
     ring = [knee[row.precision, row.engine] == row.batch_size for row in frame.itertuples()]
     frame = frame.assign(
-        symbol=frame.precision.map(theme.symbol).mask(ring, "circle-open"), size=frame["size"].mask(ring, 16)
-    )
+        panel=frame.engine + ": " + frame.panel, size=frame["size"].mask(ring, 16),
+        symbol=frame.precision.map(theme.symbol).mask(ring, "circle-open"),
+    )  # fmt: skip
     figure = px.line(
-        frame, x="batch_size", y="value", markers=True, facet_row="panel", facet_col="engine",
-        facet_col_spacing=0.03, **theme.by_format(frame, "symbol", "size"),
+        frame, x="batch_size", y="value", markers=True, **theme.facets(frame.engine.nunique(), 620, 0.1),
+        **theme.by_format(frame, "symbol", "size"),
     )  # fmt: skip
     theme.style_points(figure, "symbol", "size")
-    figure.update_xaxes(title="", **theme.LOG_AXIS).update_yaxes(title="", **theme.LOG_AXIS)
+    figure.update_xaxes(title="", type="log", tickvals=[4**power for power in range(8)], tickangle=0)
+    figure.update_yaxes(title="", **theme.LOG_AXIS, matches=None, showticklabels=True)
     figure.update_xaxes(title=header("batch_size"), row=1)
-    figure.update_yaxes(matches=f"y{1 + frame.engine.nunique()}", row=2)  # the upper row has a scale of its own
     note = "logarithmic; ring: knee" + "; large point: the largest batch" * bool(len(largest))
     return theme.finish(figure, title, 620, note)
 
@@ -118,39 +110,40 @@ def timeline(results: Results, setting: str) -> go.Figure:
     if not names:
         return theme.nothing(title)
     frame = theme.panels(samples, names)
+    height = 340 if len(names) < 3 else 560
     dashes = {engine: "dot" if engine == "eager" else "solid" for engine in frame.engine}
     figure = px.line(
-        frame, x="t_s", y="value", line_dash="engine", line_dash_map=dashes, render_mode="svg", facet_col="panel",
-        facet_col_wrap=2, facet_col_spacing=0.14, facet_row_spacing=0.12, **theme.by_format(frame),
+        frame, x="t_s", y="value", line_dash="engine", line_dash_map=dashes, render_mode="svg",
+        **theme.facets(2, height, 0.12), **theme.by_format(frame),
     )  # fmt: skip
     for line in figure.data:  # one entry of the legend per format
         line.name, _, engine = line.name.partition(", ")
-        line.showlegend = line.showlegend and engine in ("", frame.engine.iloc[0])
+        line.showlegend = line.showlegend and engine in ("", frame.engine.iloc[-1])
     figure.update_yaxes(matches=None, showticklabels=True, rangemode="tozero", title="").update_xaxes(title="")
     figure.update_xaxes(title="time, s", row=1)
-    return theme.finish(figure, title, 560, "dotted: eager; memory: the whole device's, on a CPU the process's")
+    return theme.finish(figure, title, height, "dotted: eager; memory: the whole device's, on a CPU the process's")
 
 
 def token_time(results: Results) -> go.Figure:
     """Draw where a token's time goes at batch size 1: kernels at work, and the GPU waiting for a launch."""
-    title = "Where does a token's time go?"
-    runs = results.bs1.dropna(subset=["kernel_s_per_token", "tpot_s"])
+    runs = results.bs1.dropna(subset=["tpot_s"])
     runs = runs.assign(panel=runs.engine)
-    waiting = (runs.tpot_s - runs.kernel_s_per_token).clip(lower=0)
-    parts = {"kernels at work": 1e3 * runs.kernel_s_per_token, "waiting for a launch": 1e3 * waiting}
+    kernel_s = runs.kernel_s_per_token
+    parts = {"kernels at work": 1e3 * kernel_s, "waiting for a launch": 1e3 * (runs.tpot_s - kernel_s).clip(lower=0)}
+    note = "ms per token at batch size 1"
+    if kernel_s.isna().all():
+        parts, note = {"time per token": 1e3 * runs.tpot_s}, f"{note}; what a GPU's kernels take of it is not known"
     names = ("tpot_s", "kernel_s_per_token", "kernels_per_token", "gpu_busy_pct", "bound")
-    note = f"ms per token at batch size 1; {OWN_SCALE}"
-    return _parts(runs, parts, names, title, note, "kernels are traced on a GPU")
+    return _parts(runs, parts, names, "Where does a token's time go?", note)
 
 
 def energy(results: Results) -> go.Figure:
     """Draw energy per generated token, above idle and the idle device's share, in both settings."""
-    runs = _settings(results).dropna(subset=["energy_j_per_token"])
+    runs = _settings(results)
     above = runs.energy_above_idle_j_per_token.fillna(runs.energy_j_per_token)
     parts = {"above idle": above, "the idle device's share": (runs.energy_j_per_token - above).clip(lower=0)}
     names = ("energy_j_per_token", "energy_above_idle_j_per_token", "power_w")
-    note = f"J per generated token; {OWN_SCALE}"
-    return _parts(runs, parts, names, "What does a token cost in energy?", note, "a GPU's own counter is read")
+    return _parts(runs, parts, names, "What does a token cost in energy?", "J per token; read from a GPU's counter")
 
 
 def memory(results: Results) -> go.Figure:
@@ -158,15 +151,15 @@ def memory(results: Results) -> go.Figure:
 
     Weights and KV cache are computed. The rest follows from the allocator's two peaks.
     """
-    names = ["weights_mib", "kv_cache_mib", "peak_allocated_mib", "peak_reserved_mib"]
-    runs = _settings(results).dropna(subset=names)
+    runs = _settings(results)
     parts = {
         "weights": runs.weights_mib,
         "KV cache": runs.kv_cache_mib,
         "activations": (runs.peak_allocated_mib - runs.weights_mib - runs.kv_cache_mib).clip(lower=0),
         "allocator slack": (runs.peak_reserved_mib - runs.peak_allocated_mib).clip(lower=0),
     }
-    return _parts(runs, parts, names, "What fills the memory?", f"MiB; {OWN_SCALE}", "the allocator of a GPU is read")
+    names = ["weights_mib", "kv_cache_mib", "peak_allocated_mib", "peak_reserved_mib"]
+    return _parts(runs, parts, names, "What fills the memory?", "MiB; read from a GPU's allocator")
 
 
 def _settings(results: Results) -> pd.DataFrame:
@@ -176,14 +169,15 @@ def _settings(results: Results) -> pd.DataFrame:
 
 
 def _parts(
-    runs: pd.DataFrame, parts: Mapping[str, pd.Series], names: Sequence[str], title: str, note: str, needs: str
+    runs: pd.DataFrame, parts: Mapping[str, pd.Series], names: Sequence[str], title: str, note: str
 ) -> go.Figure:
-    """Draw parts end to end, from solid to pale; the number is their sum."""
+    """Draw the rows of which all parts are known."""
+    known = pd.DataFrame(parts).notna().all(axis=1)
+    runs = runs.assign(hover=theme.hovers(runs, *names))[known]
     if runs.empty:
-        return theme.nothing(title, needs)
-    shades = {name: 0.3 + 0.7 * (1 - place / (len(parts) - 1)) for place, name in enumerate(parts)}
-    runs = runs.assign(text=theme.numbers(sum(parts.values())), hover=theme.hovers(runs, *names), **parts)
-    return theme.bars(runs, shades, title, note)
+        return theme.nothing(title, note)
+    parts = {name: part[known] for name, part in parts.items()}
+    return theme.stacked(runs, parts, title, f"{note}; each panel has its own scale")
 
 
 def roofline(results: Results) -> go.Figure:
@@ -202,7 +196,9 @@ def roofline(results: Results) -> go.Figure:
     left, right = runs.intensity.min() / 2, max(runs.intensity.max() * 2, 3 * highest / bandwidth)
     for peak in runs.peak_flop_per_s.unique():
         figure.add_scatter(
-            x=[left, peak / bandwidth, right], y=[left * bandwidth / 1e12, peak / 1e12, peak / 1e12], mode="lines",
+            x=[left, peak / bandwidth, right], y=[left * bandwidth / 1e12, peak / 1e12, peak / 1e12],
+            mode="lines+text",
+            text=["", "", f"{peak / 1e12:.3g}"], textposition="top left", textfont={"size": 11, "color": theme.QUIET},
             line={"color": theme.QUIET, "width": 1.2}, showlegend=False, hoverinfo="skip",
         )  # fmt: skip
     figure.update_xaxes(title="arithmetic per byte read, FLOP/byte", dtick=1)

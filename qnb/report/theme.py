@@ -1,4 +1,4 @@
-"""The look of every figure: one Plotly template and the three ways to draw.
+"""The look of every figure: one Plotly template, and the ways to draw.
 
 Colour and marker identify the format (`qnb.precision` sets them). A hollow or filled marker identifies the engine.
 Both survive print.
@@ -21,14 +21,16 @@ from qnb.columns import column, format_value, header, is_disturbed
 from qnb.precision import PRECISIONS
 from qnb.report.results import stack, task_name
 
-INK, QUIET = "#222222", "#777777"
+INK, QUIET = "#222222", "#6b6b6b"
 MOST_PX = 700  # of a figure's height
 TOP_PX, NOTE_PX, FOOT_PX = 46, 17, 56  # of the title, of a line below it, of an axis with its title
-ROW_PX, GAP_PX = 22, 52  # of a format in a panel, and between two panels for the lower one's title
+ROW_PX, GAP_PX = 20, 52  # of a format in a panel, and between two panels for the lower one's title
 ROOM = 0.5  # of what an axis spans, for the numbers at its ends
-NOTE_LETTERS = 60  # in a line below the title, so that it fits a phone
+PAD = "\u2002\u2009"  # between a mark and its number
+NOTE_LETTERS = 54  # in a line below the title, so that it fits a phone
+PANEL_LETTERS = 24  # in a line of a panel's title
 HOLLOW = ("eager", "not significant")
-PUBLISHED = "published (T4)"  # in place of an engine
+PUBLISHED = "published"  # in place of an engine
 LOG_AXIS = {"type": "log", "tickvals": [digit * 10.0**power for power in range(-6, 9) for digit in (1, 2, 5)],
             "tickformat": ",~g"}  # fmt: skip
 COLORS = {name: precision.color for name, precision in PRECISIONS.items()}
@@ -49,11 +51,6 @@ pio.templates["qnb"] = go.layout.Template(
 def symbol(precision: str, engine: str = "") -> str:
     """Return a point's marker: the format's, hollow for eager; a line for what the paper published."""
     return "line-ns-open" if engine == PUBLISHED else PRECISIONS[precision].marker + "-open" * (engine in HOLLOW)
-
-
-def symbols(frame: pd.DataFrame) -> list[str]:
-    """Return the marker of each row."""
-    return [symbol(row.precision, row.engine) for row in frame.itertuples()]
 
 
 def by_format(frame: pd.DataFrame, *custom: str) -> dict[str, Any]:
@@ -78,87 +75,109 @@ def _hover(row: Mapping[str, Any], names: Iterable[str]) -> str:
 
 
 def panels(frame: pd.DataFrame, names: Sequence[str], *also: str) -> pd.DataFrame:
-    """Return a row per row and named quantity: `panel` says which, `value`, and `hover`, which shows `also` too."""
+    """Return a row per row and named quantity: `panel`, `value`, `text`, and `hover`, which shows `also` too.
+
+    An asterisk in a text marks what other processes disturbed.
+    """
     values = {name: frame[name].astype(float) * column(name).scale for name in names}
     parts = [frame.assign(panel=header(name), value=values[name], hover=hovers(frame, name, *also)) for name in names]
-    return stack(parts).dropna(subset=["value"])
+    long = stack(parts).dropna(subset=["value"])
+    stars = ["*" * is_disturbed(flags) for flags in long.get("flags", [""] * len(long))]
+    return long.assign(text=[text + star for text, star in zip(numbers(long.value), stars, strict=True)])
 
 
 def points(frame: pd.DataFrame, x: str, y: str, *custom: str, **more: Any) -> go.Figure:
     """Draw a point per row of a frame with `hover`: a colour per format, hollow for eager."""
+    markers = [symbol(row.precision, row.engine) for row in frame.itertuples()]
     figure = px.scatter(
-        frame.assign(marker=symbols(frame)), x=x, y=y, symbol="marker", symbol_map="identity", render_mode="svg",
+        frame.assign(marker=markers), x=x, y=y, symbol="marker", symbol_map="identity", render_mode="svg",
         **by_format(frame, *custom), **more,
     )  # fmt: skip
     return _add_engines(figure.update_traces(marker_size=10), frame)
 
 
-def bars(frame: pd.DataFrame, parts: Mapping[str, float], title: str, note: str = "") -> go.Figure:
-    """Draw panels with a bar per format, its parts end to end, with its text at its end.
+def stacked(frame: pd.DataFrame, parts: Mapping[str, pd.Series], title: str, note: str) -> go.Figure:
+    """Draw panels with a bar per format: parts end to end, from solid to pale, and their sum.
 
     Parameters
     ----------
     frame
-        Columns panel, precision, text, hover and each of `parts`; above and below, an interval's two sides, where
-        they are known.
+        Columns panel, precision and hover.
     parts
-        Columns, each with its opacity in the format's colour.
+        The length of each part, by its name in the legend.
     title, note
         What the figure shows, and how it is read.
     """
-    whiskers = ["above", "below"]
-    frame = frame.assign(**{name: frame.get(name, math.nan) for name in whiskers})
-    ends = frame[[*parts, "above"]].sum(axis=1)
-    frame = frame.assign(gap=frame.above.fillna(0), room=ROOM * ends.groupby(frame.panel).transform("max"))
-    shades = {**parts, "gap": 0.0, "room": 0.0}  # the text stands in the room, beyond the whisker
-    long = frame.melt(["panel", "precision", "text", "hover", *whiskers], list(shades), "part", "length")
-    long["text"] = long.text.where(long.part == "room", "")
-    long[whiskers] = long[whiskers].where(long.part == list(parts)[-1])
-    look = {**by_format(frame), "color": "part", "error_x": "above", "error_x_minus": "below"}
-    figure = px.bar(long, x="length", y="precision", text="text", **look, **_two_by_two(frame))
+    opacity = {name: 1 - 0.7 * place / max(len(parts) - 1, 1) for place, name in enumerate(parts)}
+    total = sum(parts.values())
+    frame = frame.assign(**parts, low=0.0, high=total, is_low=False, text=numbers(total))
+    long = frame.melt(["panel", "precision", "hover"], list(parts), "part", "length")
+    look = {**by_format(frame), **facets(2, _height(frame, 2)), "color": "part"}
+    figure = px.bar(long, x="length", y="precision", **look).update_traces(showlegend=False)
     for bar in figure.data:
-        bar.marker = {"color": [COLORS[name] for name in bar.y], "opacity": shades[bar.name]}
-    figure.update_traces(
-        textposition="inside", insidetextanchor="start", insidetextfont={"size": 11, "color": INK},
-        textangle=0, constraintext="none", showlegend=False, error_x={"color": INK, "thickness": 1.2, "width": 3},
-    )  # fmt: skip
-    for part, opacity in parts.items() if len(parts) > 1 else ():
-        figure.add_bar(x=[None], y=[None], name=part, legendgroup=part, marker_color=f"rgba(34,34,34,{opacity})")
-    return _finish_panels(figure.update_xaxes(matches=None), frame, title, note)
+        bar.marker = {"color": [COLORS[name] for name in bar.y], "opacity": opacity[bar.name]}
+    for part in parts if len(parts) > 1 else ():
+        marker = {"color": QUIET, "opacity": opacity[part]}
+        figure.add_bar(x=[None], y=[None], name=part, legendgroup=part, marker=marker)
+    return _finish_panels(_add_numbers(figure, frame, 2), frame, title, note, 2)
 
 
-def dots(frame: pd.DataFrame, title: str, note: str = "") -> go.Figure:
-    """Draw panels with a row per format, a dot per engine, those with a text joined; logarithmic if all are above 0.
+def dots(frame: pd.DataFrame, title: str, note: str, columns: int = 2, change: str = "") -> go.Figure:
+    """Draw panels with a row per format: a dot per engine, joined, with its number and what is known of its error.
+
+    A panel of several engines is logarithmic where all values are above 0. Other panels without errors begin at 0.
 
     Parameters
     ----------
     frame
-        Columns panel, precision, engine, value, text and hover.
+        Columns panel, precision, engine, value, text and hover; above and below, an error's sides, where it is known.
     title, note
         What the figure shows, and how it is read.
+    columns
+        Panels side by side.
+    change
+        The title of an axis that all panels share, with a line at 0; values then have no numbers.
     """
-    least = frame.value.where(frame.text != "").groupby([frame.panel, frame.precision]).transform("min")
+    frame = frame.assign(**{name: frame.get(name, math.nan) for name in ("above", "below")})
+    mine = frame.engine != PUBLISHED
+    text = frame.text.where(mine, "")
+    twice = frame.assign(text=text).duplicated(["panel", "precision", "text"])
+    highest = frame.value.where(mine).groupby([frame.panel, frame.precision]).transform("max")
     frame = frame.assign(
-        symbol=symbols(frame), joined=frame.text != "",
-        side=["middle left" if low else "middle right" for low in frame.value == least],
-        text=frame.text.mask(frame.duplicated(["panel", "precision", "text"]), ""),
+        joined=mine, symbol=[symbol(row.precision, row.engine) for row in frame.itertuples()],
+        low=frame.value - frame.below.fillna(0), high=frame.value + frame.above.fillna(0),
+        is_low=mine & (frame.value < highest), text=text.mask(twice, ""),
     )  # fmt: skip
-    look = by_format(frame, "symbol", "side")
     figure = px.line(
-        frame, x="value", y="precision", text="text", markers=True, line_group="joined", **look, **_two_by_two(frame)
-    )
+        frame, x="value", y="precision", markers=True, line_group="joined", error_x="above", error_x_minus="below",
+        **by_format(frame, "symbol"), **facets(columns, _height(frame, columns)),
+    )  # fmt: skip
+    figure.update_traces(showlegend=False, cliponaxis=False, marker_size=9, error_x={"thickness": 1.5, "width": 0})
     style_points(figure, "symbol")
-    for trace in figure.data:
-        trace.textposition = [row[2] for row in trace.customdata]
-    figure.update_traces(showlegend=False, cliponaxis=False, textfont_size=11, marker_size=10)
-    figure.update_xaxes(matches=None)
-    for name in {trace.xaxis for trace in figure.data}:
-        values = [x for trace in figure.select_traces({"xaxis": name}) for x in trace.x]
-        if min(values) > 0:
-            low, high = math.log10(min(values)), math.log10(max(values))
-            room = ROOM * (high - low or 1.0)
-            figure.layout[name.replace("x", "xaxis")].update(type="log", range=[low - room, high + room])
-    return _finish_panels(_add_engines(figure, frame), frame, title, note)
+    figure = _add_engines(figure if change else _add_numbers(figure, frame, columns), frame)
+    return _finish_panels(figure, frame, title, note, columns, change)
+
+
+def _add_numbers(figure: go.Figure, frame: pd.DataFrame, columns: int) -> go.Figure:
+    """Write each row's `text` beyond its `low` or `high` end, and give each panel an axis with room for it."""
+    look = {**by_format(frame), **facets(columns, _height(frame, columns)), "color": None, "custom_data": ["side"]}
+    frame = frame.assign(
+        end=frame.high.mask(frame.is_low, frame.low), text=PAD + frame.text + PAD,
+        side=frame.is_low.map({True: "middle left", False: "middle right"}),
+    )  # fmt: skip
+    texts = px.scatter(frame, x="end", y="precision", text="text", **look).data
+    for trace, (_, rows) in zip(texts, frame.groupby("panel", sort=False), strict=True):
+        trace.update(mode="text", textposition=[row[0] for row in trace.customdata], customdata=None, textfont_size=11)
+        figure.add_trace(trace.update(hoverinfo="skip", hovertemplate=None, cliponaxis=False))
+        low, high, kind = rows.low.min(), rows.high.max(), "linear"
+        if frame.is_low.any() and low > 0:
+            low, high, kind = math.log10(low), math.log10(high), "log"
+        elif (rows.low == rows.high).all():  # no errors
+            low = min(low, 0.0)
+        room = ROOM * (high - low or 1.0)
+        span = [low - room * (low != 0), high + room]
+        figure.layout[trace.xaxis.replace("x", "xaxis")].update(type=kind, range=span)
+    return figure.update_xaxes(matches=None)
 
 
 def style_points(figure: go.Figure, *properties: str) -> None:
@@ -168,27 +187,36 @@ def style_points(figure: go.Figure, *properties: str) -> None:
             trace.marker[name] = [row[place] for row in trace.customdata]
 
 
-def _two_by_two(frame: pd.DataFrame) -> dict[str, Any]:
-    """Return what Plotly Express needs for a panel per name in column `panel`."""
-    gap = GAP_PX / (_height(frame) - 120) if frame.panel.nunique() > 2 else 0
-    return {"facet_col": "panel", "facet_col_wrap": 2, "facet_col_spacing": 0.05, "facet_row_spacing": gap}
+def facets(columns: int, height: int, gap: float = 0.03) -> dict[str, Any]:
+    """Return what Plotly Express needs for a panel per name in column `panel`, in a figure so high."""
+    spacing = min(0.9, GAP_PX / (height - TOP_PX - FOOT_PX - 2 * NOTE_PX))
+    return {"facet_col": "panel", "facet_col_wrap": columns, "facet_col_spacing": gap, "facet_row_spacing": spacing}
 
 
-def _height(frame: pd.DataFrame) -> int:
-    rows = math.ceil(frame.panel.nunique() / 2)
-    return min(MOST_PX, 140 + rows * (ROW_PX * frame.precision.nunique() + 10) + (rows - 1) * GAP_PX)
+def _height(frame: pd.DataFrame, columns: int) -> int:
+    rows = math.ceil(frame.panel.nunique() / columns)
+    return min(MOST_PX, 150 + rows * (ROW_PX * frame.precision.nunique() + 10) + (rows - 1) * GAP_PX)
 
 
-def _finish_panels(figure: go.Figure, frame: pd.DataFrame, title: str, note: str) -> go.Figure:
-    """Leave out the axes' numbers, since each value has its own."""
-    figure.update_xaxes(showticklabels=False, showgrid=False, title="").update_yaxes(showgrid=False, title="")
-    return finish(figure, title, _height(frame), note)
+def _finish_panels(
+    figure: go.Figure, frame: pd.DataFrame, title: str, note: str, columns: int, change: str = ""
+) -> go.Figure:
+    """Leave out the axes' numbers where each value has its own."""
+    break_name = "-no-<br>" if frame.panel.nunique() <= 2 * columns else "-no-"  # the longest takes a phone's width
+    names = [name.replace("-no-", break_name) for name in PRECISIONS]
+    figure.update_yaxes(showgrid=False, title="", tickvals=list(PRECISIONS), ticktext=names, tickfont={"size": 11})
+    if change:
+        figure.update_xaxes(zeroline=True, zerolinecolor=QUIET, showticklabels=True, tickangle=0, nticks=5, title="")
+        figure.update_xaxes(title=change, row=1, col=1)
+    else:
+        figure.update_xaxes(showticklabels=False, showgrid=False, title="")
+    return finish(figure, title, _height(frame, columns), note)
 
 
 def _add_engines(figure: go.Figure, frame: pd.DataFrame) -> go.Figure:
     """Add the engines' markers to the legend, where there are several."""
     engines = list(dict.fromkeys(frame.engine))
-    for engine in engines if len(engines) > 1 else ():
+    for engine in filter(None, engines if len(engines) > 1 else ()):
         marker = {"symbol": symbol("fp32", engine), "color": QUIET, "size": 9}
         figure.add_scatter(x=[None], y=[None], mode="markers", name=engine, legendgroup=engine, marker=marker)
     return figure
@@ -201,14 +229,16 @@ def finish(figure: go.Figure, title: str, height: int, note: str = "") -> go.Fig
     """
     lines = textwrap.wrap(note, NOTE_LETTERS)
     height = min(height, MOST_PX)
-    top = TOP_PX + NOTE_PX * len(lines) + 24 * bool(figure.layout.annotations)
+    for panel in figure.layout.annotations:  # Plotly Express names them column=value
+        words = textwrap.wrap(panel.text.partition("=")[2], PANEL_LETTERS, break_long_words=False)
+        panel.update(text="<br>".join(words), font={"size": 11})
+    title_lines = max((panel.text.count("<br>") + 1 for panel in figure.layout.annotations), default=0)
+    top = TOP_PX + NOTE_PX * len(lines) + 14 * title_lines + 10 * bool(title_lines)
     figure.update_layout(
         template="plotly_white+qnb", height=height, margin={"l": 12, "r": 16, "t": top, "b": FOOT_PX}, bargap=0.25,
         title={"text": title, "subtitle": {"text": "<br>".join(lines)}},
         legend={"title": "", "y": -(FOOT_PX - 8) / max(height - top - FOOT_PX, 1)},
     )  # fmt: skip
-    for panel in figure.layout.annotations:  # Plotly Express names them column=value
-        panel.update(text=panel.text.partition("=")[2], font={"size": 11})
     return figure.update_traces(
         hovertemplate="%{customdata[0]}<extra></extra>", selector=lambda trace: trace.customdata is not None
     )

@@ -25,6 +25,8 @@ from qnb.report import figures, recommend, verdicts
 from qnb.report.findings import SETTINGS
 from qnb.report.results import Results, read_reference, task_name
 from qnb.report.scores import MEAN
+from qnb.report.tables import labelled
+from qnb.report.verdicts import CHANGE
 
 REFERENCE = Path(__file__).parents[2] / "outputs" / "reference"
 NOTHING = "Nothing measured yet: run 02_accuracy, 03_perf_bs1 or 04_perf_maxbatch first."
@@ -56,19 +58,14 @@ def show(output: widgets.Output, figure: go.Figure) -> None:
     output.outputs = ({"output_type": "display_data", "data": bundle, "metadata": {}},)
 
 
-def sources(study: Any) -> dict[str, Results]:
-    """Return what a panel can show: this study if anything was measured, then the studies kept in the repository."""
-    mine = study.results()
-    return ({f"this study ({mine.name})": mine} if mine.rows else {}) | {
-        f"kept: {name}": results for name, results in read_reference(REFERENCE).items()
-    }
-
-
 def _choose_study(
     study: Any, usable: Callable[[Results], bool], build: Callable[[Results], list[widgets.Widget]]
 ) -> widgets.VBox:
     """Return a panel that lists the studies that can be shown, above what `build` makes of the one chosen."""
-    studies = {name: results for name, results in sources(study).items() if usable(results)}
+    mine = study.results()
+    studies = {f"this study ({mine.name})": mine}
+    studies |= {f"kept: {name}": results for name, results in read_reference(REFERENCE).items()}
+    studies = {name: results for name, results in studies.items() if usable(results)}
     if not studies:
         return widgets.VBox([widgets.Label(NOTHING)])
     source, below = _with_words(widgets.Dropdown, "study", options=list(studies)), widgets.VBox()
@@ -135,7 +132,7 @@ def _chooser(results: Results) -> list[widgets.Widget]:
 def _limited(results: Results, setting: str, speed: str, task: str) -> list[widgets.Widget]:
     """Return a slider per limit in `recommend.Demand`, at first allowing all but a loss, and the advice below them."""
     candidates = recommend.candidates(results, setting, task or MEAN)
-    sliders, words, output = {}, widgets.HTML(), widgets.Output()
+    sliders, words = {}, widgets.HTML()
     memory_mib, top = 1.1 * candidates.peak_memory_mib.max(), 1.1 * column(speed).scale * candidates[speed].max()
     if not math.isnan(memory_mib):
         sliders["memory_mib"] = _slider("memory, MiB, at most", memory_mib, memory_mib, 10)
@@ -143,23 +140,23 @@ def _limited(results: Results, setting: str, speed: str, task: str) -> list[widg
     bound, value = ("least", 0) if column(speed).better == "more" else ("most", top)
     sliders["speed_limit"] = _slider(f"{short}, {column(speed).unit}, at {bound}", top, value, top / 100)
     if task:
-        sliders["loss_pp"] = _slider("loss, points, at most", 10, 2, 0.1)
+        sliders["loss_pp"] = _slider("loss, points, at most", 10, 2, 0.1, least=0.1)
 
     def decide() -> None:
         values = {name: slider.value for name, slider in sliders.items()}
         values["speed_limit"] /= column(speed).scale
         advice = recommend.choose(candidates, recommend.Demand(speed, **values))
-        words.value = HTML.advice(recommend.explain(advice))
-        show(output, figures.decision(advice))
+        table = labelled(advice.candidates, ["precision", "engine", "fit", "peak_memory_mib", speed, *CHANGE])
+        words.value = HTML.advice(recommend.explain(advice), table)
 
     _observe(list(sliders.values()), decide)
-    return [*sliders.values(), words, output]
+    return [*sliders.values(), words]
 
 
-def _slider(words: str, high: float, value: float, step: float) -> widgets.FloatSlider:
+def _slider(words: str, high: float, value: float, step: float, least: float = 0) -> widgets.FloatSlider:
     step = float(f"{step:.1g}")
     return _with_words(
-        widgets.FloatSlider, words, min=0, max=step * math.ceil(high / step), value=value, step=step,
+        widgets.FloatSlider, words, min=least, max=step * math.ceil(high / step), value=value, step=step,
         continuous_update=False, readout_format=f".{max(0, -math.floor(math.log10(step)))}f",
     )  # fmt: skip
 

