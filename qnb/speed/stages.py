@@ -229,7 +229,7 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
                         raise
                 bar.update()
         if options.memory_mib != "auto" and len(too_little) == len(all_series):
-            raise InputError(f"memory_mib is {allowed_mib}: {too_little[-1]}")
+            raise InputError(f"memory_mib is {allowed_mib}: out of memory: {too_little[-1]}")
         # 2) time
         if not searched:
             session.require("batch")
