@@ -38,7 +38,7 @@ _COLUMNS = (
     Column("recovery_pct", "accuracy above chance kept", "%", "more"),
     Column("recovery_low_pct", "kept, 95 % low", "%", "more"),
     Column("recovery_high_pct", "kept, 95 % high", "%", "more"),
-    Column("verdict", "verdict"),
+    Column("verdict", "decision"),
     Column("words", "verdict"),
     Column("p_mcnemar", "McNemar p"),
     Column("p_holm", "p after Holm"),
