@@ -36,6 +36,9 @@ RELEASED_FILES = (  # those beside weights and configuration, which a checkpoint
     "*.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 CONVERTED = ("dtype", "torch_dtype", "quantization_config")  # settings that a format has of its own
+# settings of a model's own that would change what is timed, or how its outputs are read
+OVERRIDDEN = {"_attn_implementation": None, "use_cache": True, "return_dict": True, "output_attentions": False,
+              "output_hidden_states": False}  # fmt: skip
 TEXT_HALF = {  # how a multimodal model's files name the tensors of its text half, and how a text model names them
     r"^(model\.)?language_model\.model\.": "model.",
     r"^model\.(language|text)_model\.": "model.",
@@ -109,7 +112,7 @@ def damage(folder: Path, manifest_sha256: str = "") -> str:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Load a tokenizer as batches need it: padded on the left, with the end of sequence as pad token.
+    """Load a tokenizer as batches need it: padded on the left, with the end of sequence as pad token if there is one.
 
     Raises
     ------
@@ -126,12 +129,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder} has no tokenizer that transformers can load; save one beside the model") from error
     tokenizer.padding_side = "left"
-    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.eos_token or tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
 def read_config(folder: str | Path) -> PretrainedConfig:
-    """Read a causal language model's configuration; of a multimodal model, that of its text half.
+    """Read a causal language model's configuration, for measuring; of a multimodal model, that of its text half.
 
     Raises
     ------
@@ -153,7 +156,8 @@ def read_config(folder: str | Path) -> PretrainedConfig:
         )
     if type(whole) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # its files say by the whole's rule which tensors are one
         text.tie_word_embeddings = getattr(whole, "tie_word_embeddings", text.tie_word_embeddings)
-    text._attn_implementation = None  # a choice in config.json would be timed in place of the default
+    for name, value in OVERRIDDEN.items():
+        setattr(text, name, value)
     return text
 
 
@@ -178,7 +182,7 @@ def load(folder: str | Path, precision: Precision, device: str) -> PreTrainedMod
 
     options: dict[str, Any] = {"dtype": precision.torch_dtype, "device_map": device}
     config = read_config(folder)
-    if precision.quantized and not hasattr(config, "quantization_config"):
+    if precision.quantized and not getattr(config, "quantization_config", None):
         options["quantization_config"] = precision.config()
         options["quantization_config"].llm_int8_skip_modules = _skipped_modules(config, precision, device)
     if _is_half(folder, config):
@@ -373,12 +377,15 @@ def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
     is_half = _is_half(source, model.config)
     with quiet():
         model.save_pretrained(folder, save_original_format=not is_half)
+    (folder / "generation_config.json").unlink(missing_ok=True)  # made of what was overridden
     for path in (path for pattern in RELEASED_FILES for path in source.glob(pattern) if path.is_file()):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
-    if not is_half:
-        released, saved = _read_json(source / CONFIG), _read_json(folder / CONFIG)
+    saved, released = _read_json(folder / CONFIG), _read_json(source / CONFIG)
+    if is_half:
+        settings = saved | {name: value for name, value in released["text_config"].items() if name in OVERRIDDEN}
+    else:
         settings = {name: value for name, value in released.items() if name not in CONVERTED}
         settings |= {name: saved[name] for name in CONVERTED if name in saved}
-        write_atomic(folder / CONFIG, json.dumps(settings, indent=2))
+    write_atomic(folder / CONFIG, json.dumps(settings, indent=2))

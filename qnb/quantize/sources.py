@@ -148,7 +148,7 @@ def _weight_files(name: str, folder: Path) -> list[str]:
             f"model {name!r} has settings that transformers cannot read, and code of a model's own is never run; "
             f"give a model that transformers can load by itself ({hub.scrub(str(error))})"
         ) from error
-    if hasattr(config, "quantization_config"):
+    if getattr(config, "quantization_config", None):
         raise InputError(f"model {name!r} is quantized already; give the model it was made from")
     return weights
 

@@ -132,17 +132,23 @@ def test_a_multimodal_models_text_half_is_loaded_and_saved_as_a_text_model(kind,
 @pytest.mark.parametrize("released", [
     {"use_cache": False, "attn_implementation": "eager", "temperature": 0.7, "max_length": 9, "note": "modèle"},
     {"attn_implementation": "flash_attention_2", "repetition_penalty": 1.3, "num_beams": 3},
+    {"return_dict": False, "output_hidden_states": True, "output_attentions": True, "quantization_config": None},
 ])  # fmt: skip
 def test_a_models_own_settings_stay_and_change_nothing(released, tiny_folder, tmp_path):
     config = json.loads((tiny_folder / "config.json").read_text()) | released
+    (tiny_folder / "generation_config.json").unlink()
     before = checkpoint.load(tiny_folder, PRECISIONS["fp32"], "cpu")
     (tiny_folder / "config.json").write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
     ids = torch.tensor([[5, 6, 7, 8]])
     after = checkpoint.load(tiny_folder, PRECISIONS["fp32"], "cpu")
-    assert after.config._attn_implementation == "sdpa" and torch.equal(before(ids).logits, after(ids).logits)
+    outputs = after(ids)
+    assert after.config._attn_implementation == "sdpa" and torch.equal(before(ids).logits, outputs.logits)
+    assert outputs.past_key_values is not None and outputs.hidden_states is outputs.attentions is None
     checkpoint.convert(sources.resolve(str(tiny_folder), "cpu"), PRECISIONS["nf4"], tmp_path / "nf4", "cpu")
     saved = json.loads((tmp_path / "nf4" / "config.json").read_text(encoding="utf-8"))
-    assert saved.pop("quantization_config")["bnb_4bit_quant_type"] == "nf4" and saved == config
+    assert saved.pop("quantization_config")["bnb_4bit_quant_type"] == "nf4"
+    config.pop("quantization_config", None)
+    assert saved == config and not (tmp_path / "nf4" / "generation_config.json").exists()
 
 
 @pytest.mark.parametrize("row", [0, 77])
