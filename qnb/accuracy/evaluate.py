@@ -106,7 +106,8 @@ class Evaluation:
         if self.scorer == "qnb":
             options |= {"encoded": self.encoded, "answers_path": answers_path, "alone": self.alone}
         with quiet():
-            lm = (SharedContextLM if self.scorer == "qnb" else StockLM)(skips_misfits=True, **options)
+            lm = (SharedContextLM if self.scorer == "qnb" else StockLM)(**options)
+            lm.skips_misfits = True  # the task counts them
             return task.evaluate(lm, self.limit)
 
 
@@ -304,8 +305,9 @@ def _compare_batchings(session: Session, precision: Precision, task: Task, limit
                 session.append(keys[scorer], asked, compare_items(*items))
 
 
-def compare_items(usual: pd.DataFrame, alone: pd.DataFrame) -> dict[str, float]:
+def compare_items(usual: pd.DataFrame, alone: pd.DataFrame) -> dict[str, float | None]:
     """Compare the items of one task of choices, scored twice by one model and in the same order."""
+    usual_share, alone_share = (frame.correct.astype(float).mean() for frame in (usual, alone))  # nan: no shares
     differences = np.abs(np.concatenate(usual.loglikelihoods) - np.concatenate(alone.loglikelihoods))  # (choices,)
     return {
         "n_items": len(usual),
@@ -313,5 +315,5 @@ def compare_items(usual: pd.DataFrame, alone: pd.DataFrame) -> dict[str, float]:
         "mean_abs_logprob_diff": float(differences.mean()),
         "max_abs_logprob_diff": float(differences.max()),
         "answers_changed": int((usual.picked != alone.picked).sum()),  # items whose likeliest choice differs
-        "accuracy_change_pp": 100 * float(alone.correct.mean() - usual.correct.mean()),
+        "accuracy_change_pp": 100 * float(alone_share - usual_share) if usual_share == usual_share else None,
     }

@@ -37,11 +37,6 @@ class Prompt:
     stop_sequences: list[str]
     max_new_tokens: int
 
-    @property
-    def length(self) -> int:
-        """Tokens of the context and of the longest text after it."""
-        return len(self.tokens) + self.max_new_tokens
-
 
 class GreedyGenerator:
     """Greedy generation by one model, up to any token by which the model or its tokenizer ends a text."""

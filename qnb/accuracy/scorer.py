@@ -38,11 +38,11 @@ MIN_SAVED_WORK = {"cuda": 10**12, "cpu": 0}
 class StockLM(HFLM):
     """lm-eval's ``hf``, which checks that the model's outputs are finite.
 
-    Parameters
+    Attributes
     ----------
     skips_misfits
-        What becomes of a request with an empty text, or with a continuation that is longer than the window: it is
-        left `UNANSWERED`, or all are refused, as stock lm-eval does.
+        Whether a request with an empty text, or with a continuation that is longer than the window, is left
+        `UNANSWERED`; else all are refused, as stock lm-eval does.
 
     Raises
     ------
@@ -52,15 +52,13 @@ class StockLM(HFLM):
         A request does not fit.
     """
 
-    def __init__(self, skips_misfits: bool = False, **options: Any) -> None:
-        super().__init__(**options)
-        self._skips_misfits = skips_misfits
+    skips_misfits = False
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         fits = [bool(context) and 0 < len(text) <= self.max_length for _, context, text in requests]
-        if not (all(fits) or self._skips_misfits):
+        if not (all(fits) or self.skips_misfits):
             raise InputError(
                 f"{fits.count(False)} of {len(fits)} requests have an empty text, or a continuation longer than the "
                 f"model's window of {self.max_length} tokens; leave them out"
@@ -212,7 +210,8 @@ class SharedContextLM(StockLM):
         # a row that shared its batch with longer texts would go on behind its window
         for _, group in groupby(prompts, lambda prompt: prompt.max_new_tokens):
             alike = [*group]
-            _in_batches(alike, lambda _: 1, generator.fitting_rows(alike[0].length), generate)
+            longest = len(alike[0].tokens) + alike[0].max_new_tokens
+            _in_batches(alike, lambda _: 1, generator.fitting_rows(longest), generate)
         return [answers.answers[position] for position in range(len(requests))]
 
     def _prompts(self, requests: list[Instance]) -> list[Prompt]:
@@ -231,7 +230,7 @@ class SharedContextLM(StockLM):
             if new_tokens >= self.max_length or not ids:  # which stock refuses, or fills with padding
                 return []
             prompts.append(Prompt(position, tuple(ids), stops, new_tokens))
-        return sorted(prompts, key=lambda prompt: (-prompt.max_new_tokens, -prompt.length))
+        return sorted(prompts, key=lambda prompt: (-prompt.max_new_tokens, -len(prompt.tokens)))
 
 
 def _in_batches(items: Sequence[Any], cost: Callable[[Any], int], limit: int, work: Callable[[Any], None]) -> int:
@@ -264,7 +263,8 @@ def build_rows(requests: Sequence[Request], max_length: int, window: float) -> l
     Parameters
     ----------
     requests
-        What is asked. A request that is too long loses tokens from its left, as in stock lm-eval.
+        What is asked, with continuations that fit. A request that is too long loses tokens from its left, as in stock
+        lm-eval.
     max_length
         Tokens that the model reads.
     window
@@ -273,7 +273,6 @@ def build_rows(requests: Sequence[Request], max_length: int, window: float) -> l
     """
     contexts: dict[Tokens, dict[Tokens, list[int]]] = {}
     for position, (_, context, continuation) in enumerate(requests):
-        assert context and 0 < len(continuation) <= max_length
         start = max(0, len(context) + len(continuation) - max_length - 1)
         contexts.setdefault(tuple(context[start:]), {}).setdefault(tuple(continuation), []).append(position)
     rows: list[Row] = []

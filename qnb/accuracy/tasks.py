@@ -225,13 +225,9 @@ class Task:
         """Return the hash of the documents that are asked about, and of those shown as examples."""
         digest = sha256()
         for name, part in self._parts.items():
-            documents, has_examples = (
-                self._documents[name],
-                part.get_config("num_fewshot") and hasattr(part, "sampler"),
-            )
-            drawn = [(place, documents[place]) for place in draw(name, self.sizes[name], limit)]
-            examples = list(part.sampler.df) if has_examples else []
-            for content in (name, *drawn, *examples):
+            drawn = [(place, self._documents[name][place]) for place in draw(name, self.sizes[name], limit)]
+            has_examples = part.get_config("num_fewshot") and hasattr(part, "sampler")
+            for content in (name, *drawn, *(part.sampler.df if has_examples else ())):
                 digest.update(json.dumps(content, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
         return digest.hexdigest()
 
@@ -279,11 +275,14 @@ class Task:
         self._built_limit = limit
 
     def _build(self, name: str, places: Sequence[int]) -> bool:
-        """Build the requests of a part's items; return whether its own code could."""
+        """Build the requests of a part's items; return whether its own code could, and knows what is right."""
         part, self._places[name] = self._parts[name], places
         part.set_fewshot_seed(seed=FEWSHOT_SEED)
         try:
             type(part).build_all_requests(part)
+            _ = [
+                part.doc_to_target(document) for _, document in self._iterate(name)
+            ]  # lm-eval keeps them beside answers
         except Exception as error:  # whatever a template raises
             self._error = error
             return False

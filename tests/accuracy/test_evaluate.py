@@ -129,6 +129,7 @@ def test_a_row_holds_its_scores_and_items(source, tiny, tmp_path, monkeypatch):
     scores = {score["metric"]: score for score in row["scores"]}
     assert set(scores) == {"acc", "acc_norm", "p_correct"} and scores["acc"]["value"] == items.correct.mean()
     assert (row["limit"], row["scorer"], row["batch_size"], row["groups"]) == (3, "qnb", None, {})
+    assert (row["bad_items"], scores["acc"]["unit"], scores["acc"]["higher_is_better"]) == (0, "%", True)
     assert not list((tmp_path / "items").glob("*.answers")) and json.loads(session.ledger.path.read_text()) == row
 
 
@@ -155,6 +156,9 @@ def test_batch_sensitivity_by_hand():
     assert (compared["n_items"], compared["n_choices"], compared["answers_changed"]) == (2, 4, 1)
     assert compared["mean_abs_logprob_diff"] == 0.75 and compared["max_abs_logprob_diff"] == 2
     assert compared["accuracy_change_pp"] == -50
+    assert (
+        evaluate.compare_items(*(each.assign(correct=None) for each in (usual, alone)))["accuracy_change_pp"] is None
+    )
 
 
 def test_a_model_without_a_tokenizer_is_refused_before_anything_is_made(source, tmp_path):

@@ -275,12 +275,13 @@ def test_a_task_of_any_form_has_stocks_scores_in_the_units_that_it_declares(name
     [(2, {**TEXT, "process_results": Function("fails_once")}, {"exact_match": MEAN}),
      (1, {**TEXT, "process_results": Function("is_nan_once")}, {"score": MEAN}),
      (5, {**TEXT, "doc_to_text": "{{ q if n < 5 else q.a.b }}"}, {"exact_match": {}}),
+     (2, {**TEXT, "doc_to_target": "{{ q if n != 2 else q.a.b }}"}, {"exact_match": {}}),
      (3, {**CHOICE, "doc_to_choice": "{{empty}}", "doc_to_target": 0, "target_delimiter": ""}, {"acc": {}}),
      (4, {"output_type": "loglikelihood", "doc_to_target": "long"}, {"perplexity": {}})],
 )  # fmt: skip
 @pytest.mark.parametrize("scorer", ["qnb", "hf"])
 def test_one_bad_item_costs_that_item_and_is_counted(scorer, bad, config, metric, form, tiny):
-    """It fails, is not a number, cannot be asked, has an empty text, or is too long; the others score as in stock."""
+    """It fails, is no number, cannot be asked or judged, is empty, or too long; the others score as in stock."""
     index = form(metric, **config)
     expected = stock_scores(tiny, index, samples={"form": [n for n in range(6) if n != bad]})
     result = score(tiny, Task("form"), None, scorer)
