@@ -14,6 +14,7 @@ from qnb import __version__
 from qnb.columns import format_value
 from qnb.ledger import write_atomic
 from qnb.precision import BASELINE, Precision
+from qnb.report import recommend
 from qnb.report.findings import about
 from qnb.report.results import Results, task_name
 from qnb.report.scores import headline
@@ -46,15 +47,14 @@ def card(results: Results, precision: Precision) -> str:
         pipeline_tag="text-generation", tags=["qnb", precision.name, *(["bitsandbytes"] * precision.quantized)],
         eval_results=_scores(results, precision.name) or None,
     )  # fmt: skip
-    rows = results.checkpoints.to_dict("records")
-    bits = [row["bits_per_weight"] for row in rows if row["precision"] == precision.name]
+    rows, verdicts = results.checkpoints.to_dict("records"), recommend.summary(results).set_index("precision").words
     changes = build(results, "table2_change")
     changes = changes[changes.precision == precision.name].dropna(subset=["change_pp"])
     return str(
         ModelCard.from_template(
             head, str(TEMPLATE), title=title, model=model, revision=revision, precision=precision, version=__version__,
-            baseline=BASELINE,
-            device=results.device, bits_per_weight=format_value("bits_per_weight", bits[0]) if bits else "",
+            baseline=BASELINE, device=results.device, verdict=verdicts.get(precision.name), shown=format_value,
+            stored=next((row for row in rows if row["precision"] == precision.name), {}),
             sentences=about(results, precision.name), accuracy=markdown(changes[COLUMNS]) if len(changes) else "",
         )
     )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from qnb.precision import PRECISIONS
-from qnb.report import model_card
+from qnb.report import model_card, recommend
 from qnb.report.results import Results
 from qnb.report.tables import build
 
@@ -22,6 +22,15 @@ def test_a_card_holds_scores_as_the_hub_reads_them(studied, tmp_path):
     assert scores == pytest.approx({"ARC-Easy": shown["arc_easy"], "ARC-Challenge": shown["arc_challenge"]})
     assert json.dumps(card.data.to_dict())
     assert "5.369 bits per weight" in card.text  # 640 MiB of 1,000 million weights
+    assert "80.00 % of the 1,000,000,000 parameters are quantized, to 2.711 bits" in card.text
+    assert f"Verdict on example/one-billion: {recommend.summary(studied.results()).words[3]}" in card.text
+
+
+def test_a_card_says_what_was_left_out(studied):
+    study = studied.results()
+    left_out = [{"<experts> fused into one tensor": 200_000_000}] * len(study.checkpoints)
+    text = model_card.card(replace(study, checkpoints=study.checkpoints.assign(left_out=left_out)), PRECISIONS["nf4"])
+    assert "200,000,000 parameters, &lt;experts&gt; fused" in text and "<experts" not in text
 
 
 @pytest.mark.parametrize(
