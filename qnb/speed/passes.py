@@ -55,11 +55,17 @@ class Series:
     has_failed: bool = False
 
     @property
+    def batch_size(self) -> int:
+        """Rows of a batch."""
+        return self.largest.batch_size if self.largest else self.size
+
+    @property
     def pass_asked(self) -> dict[str, Any]:
-        """What a pass depends on."""
-        if self.largest is None:
-            return {**self.asked, "batch_size": self.size}
-        return {**self.asked, "batch_size": self.largest.batch_size, "capped": self.largest.capped}
+        """What a pass depends on; the sizes of a sweep belong together."""
+        if self.stage == "sweep":
+            return {**self.asked}
+        capped = {"capped": self.largest.capped} if self.largest else {}
+        return {**self.asked, "batch_size": self.batch_size, **capped}
 
     @property
     def key(self) -> dict[str, Any]:
@@ -99,14 +105,14 @@ class Series:
     def time_pass(self, loaded: Loaded) -> None:
         """Time the next pass and record it. Where memory runs out, the batch shrinks; in a sweep that ends it."""
         while True:
-            key, asked = self.key, self.pass_asked
-            size, is_first = asked["batch_size"], not self.passes and self.stage == "perf"
-            measure = partial(time_row, self.session, key, loaded, self.workload, size, self.peaks, trace=is_first)
+            key, asked, size, is_sweep = self.key, self.pass_asked, self.batch_size, self.stage == "sweep"
+            trace = not self.passes and not is_sweep
+            measure = partial(time_row, self.session, key, loaded, self.workload, size, self.peaks, trace)
             try:
-                values = measure() if self.stage == "perf" else twice(measure)
+                values = twice(measure) if is_sweep else measure()
                 break
             except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error) or (self.stage == "perf" and size == 1):
+                if not memory.is_out_of_memory(error) or (size == 1 and not is_sweep):
                     raise
             if self.largest is None:
                 values = {"batch_size": size, "fits": False, "note": "out of memory"}

@@ -13,6 +13,7 @@ from qnb.columns import Flag, flag_text
 from qnb.device import Device
 from qnb.errors import InputError
 from qnb.precision import PRECISIONS, parse
+from qnb.report.results import Results
 from qnb.session import Session
 from qnb.speed import batch_search, batch_trials, benchmark, device_peaks, engines, passes, stages
 from qnb.speed.batch_search import LargestBatch, Probe
@@ -216,6 +217,7 @@ def test_a_sweep_ends_where_a_batch_does_not_fit_and_tries_it_again(lab, monkeyp
     notes = {row["batch_size"]: row.get("note") for row in rows(session, "sweep")}
     assert notes == {1: "", 2: "", 4: "", 8: "out of memory"}
     assert [row["requests"] for row in rows(session, "sweep")[:3]] == [3, 6, 12]
+    assert set(Results.read(session.ledger).sweep.batch_size) == {1, 2, 4}
     room = 12
     sweep(session, TimingOptions(work, sweep_batch=12))
     # memory is given back before a size is tried a second time
