@@ -214,11 +214,12 @@ def _skipped_modules(config: PretrainedConfig, precision: Precision, device: str
     itself.
     """
     import torch
-    from bitsandbytes.functional import has_avx512bf16
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import get_keys_to_not_convert
 
+    with quiet():
+        from bitsandbytes.functional import has_avx512bf16  # importing it warns
     with torch.device("meta"), quiet():
         model: Any = AutoModelForCausalLM.from_config(config)
     default = get_keys_to_not_convert(model)
