@@ -31,7 +31,7 @@ from qnb.speed.passes import twice
 LOG = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 4
-CHECKED_PROMPTS = 8  # of the first batch, whose outputs must be finite
+CHECKED_PROMPTS = 8  # the first so many, whose outputs must be finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,8 @@ def run(
     shape = {"batch_size": len(batches[0]), "prompt_tokens": len(workload.longest), "new_tokens": new_tokens}
     trace = trace and new_tokens > 1 and device.type == "cuda"
     # 1) check the model's outputs, and count a decode step's work
-    engines.check_outputs(model, batches[0][:CHECKED_PROMPTS])
+    for batch in full_batches(workload.prompts[:CHECKED_PROMPTS], batch_size):
+        engines.check_outputs(model, batch)
     work = _unless_it_fails(partial(count_work, model, **shape), Work())
     # 2) build the engine and warm up
     generator, sensor = _warm_engine(model, engine, batches, workload), open_sensor(device)
@@ -171,12 +172,8 @@ def latency(token_times_s: Sequence[Sequence[float]]) -> dict[str, Any]:
 
 def peak_memory(device: torch.device) -> dict[str, float]:
     """Return the peaks of torch's allocator since the engine was built; nothing on a CPU."""
-    if device.type != "cuda":
-        return {}
-    return {
-        "peak_allocated_mib": torch.cuda.max_memory_allocated(device) / MIB,
-        "peak_reserved_mib": torch.cuda.max_memory_reserved(device) / MIB,
-    }
+    kinds = ("allocated", "reserved") if device.type == "cuda" else ()
+    return {f"peak_{kind}_mib": torch.cuda.memory_stats(device)[f"{kind}_bytes.all.peak"] / MIB for kind in kinds}
 
 
 def _unless_it_fails(measure: Callable[[], Work], otherwise: Work) -> Work:

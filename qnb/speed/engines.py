@@ -93,11 +93,11 @@ class Eager:
     note = ""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        own = model.generation_config
         return_logits_alone(model)
         # a copy shares everything; its settings are defaults, greedy and with a cache, not the model's own
         self._model: Any = copy(model)
-        self._model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=0)
+        eos_token_id = model.generation_config.eos_token_id
+        self._model.generation_config = GenerationConfig(eos_token_id=eos_token_id, pad_token_id=0)
 
     def generate(self, prompts: Prompts, new_tokens: int, clock: Clock | None = None) -> Tensor:
         """Return new ids, (B, N).
@@ -340,19 +340,14 @@ def why_unavailable(
         states = (getattr(module, "state", None) for module in model.modules())
         int8_threshold = max((getattr(state, "threshold", 0.0) for state in states), default=0.0)
     if int8_threshold > 0:
-        return (
-            "LLM.int8 with an outlier threshold reads the outlier columns back to the host in every product, "
-            "which no graph can capture (int8-no-outliers has no threshold)"
-        )
+        return "LLM.int8 reads outlier columns back to the host, which no graph captures (int8-no-outliers has none)"
     if model is None:
         return ""
-    config = model.config.get_text_config()
+    config, needs = model.config.get_text_config(), "it reads the keys and values of every token"
     window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
     if model._is_stateful or not {"full_attention", "sliding_attention"}.issuperset(layer_types):
-        return "it reads the keys and values of every token, and not all layers of this model keep them"
-    if window and window < tokens:
-        return f"it reads the keys and values of every token, and this model attends to the last {window} tokens alone"
-    return ""
+        return f"{needs}, and not all layers of this model keep them"
+    return f"{needs}, and this model attends to the last {window} tokens alone" if window and window < tokens else ""
 
 
 Engine = Eager | CudaGraph

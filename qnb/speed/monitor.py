@@ -197,17 +197,14 @@ class Window:
         energy_j, energy_s = _energy(metrics.energy_j.dropna(), metrics.index[-1])
         baseline_mib = math.nan if self._baseline_mib is None else self._baseline_mib
         values = {
-            "utilization_pct": mean.utilization_pct,
+            **mean[["utilization_pct", "power_w", "clock_mhz", "others_cpu_pct"]],
+            **{"gpu_processes": most.gpu_processes, "energy_j": energy_j, "energy_s": energy_s},
             "used_memory_mib": mean.memory_mib - baseline_mib,
             "peak_used_memory_mib": most.memory_mib - baseline_mib,
             "baseline_mib": baseline_mib,
-            "power_w": mean.power_w if math.isnan(energy_j) else energy_j / energy_s,
-            "clock_mhz": mean.clock_mhz,
-            "energy_j": energy_j,
-            "energy_s": energy_s,
-            "gpu_processes": most.gpu_processes,
-            "others_cpu_pct": mean.others_cpu_pct,
         }
+        if not math.isnan(energy_j):
+            values["power_w"] = energy_j / energy_s
         return Usage(
             monitor=self._sensor.monitor,
             samples=len(metrics),
