@@ -346,6 +346,8 @@ def _load(name: str, data_dir: Path | None) -> Any:
     try:
         with reading_from(DATA / "tasks" if name in TASKS["sample"] else data_dir):
             loaded = _index_with(name).load([name])
+    except ImportError as error:
+        raise InputError(f"task {name!r} cannot be scored here ({error}); install that, or leave it out") from error
     except Exception as error:  # whatever a task's loader raises, the data are what is missing
         text = scrub(str(error)) or type(error).__name__
         reason = f"it lacks the split or column {text}" if isinstance(error, KeyError) else text
@@ -382,7 +384,8 @@ def _choice(part: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
     weights = [math.exp(value - largest) for value in loglikelihoods]
     probabilities = [weight / sum(weights) for weight in weights]
     golds = _golds(part, sample)
-    has_gold = "acc" in sample["metrics"] and all(0 <= gold < len(probabilities) for gold in golds)
+    is_plain = "acc" in sample["metrics"] and not part.config.process_results  # else a target may stand for nothing
+    has_gold = is_plain and all(0 <= gold < len(probabilities) for gold in golds)
     return {
         "gold": ", ".join(map(str, golds)),
         "picked": str(loglikelihoods.index(largest)),
