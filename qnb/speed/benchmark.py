@@ -7,8 +7,7 @@ Large batches share that reading and are bound by arithmetic and by the KV cache
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -26,9 +25,7 @@ from qnb.speed.decode_work import Work, count_work, trace_kernels
 from qnb.speed.device_peaks import DevicePeaks
 from qnb.speed.engines import Clock, Engine, Prompts
 from qnb.speed.monitor import Reading, Usage, Window, flags_of, open_sensor
-from qnb.speed.passes import twice
-
-LOG = logging.getLogger(__name__)
+from qnb.speed.passes import twice, unless_it_fails
 
 WARM_UP_TOKENS = 4
 CHECKED_PROMPTS = 8  # the first so many, whose outputs must be finite
@@ -97,7 +94,7 @@ def run(
     # 1) check the model's outputs, and count a decode step's work
     for batch in full_batches(workload.prompts[:CHECKED_PROMPTS], batch_size):
         engines.check_outputs(model, batch)
-    work = _unless_it_fails(partial(count_work, model, **shape), Work())
+    work = unless_it_fails(partial(count_work, model, **shape), Work())
     # 2) build the engine and warm up
     generator, sensor = _warm_engine(model, engine, batches, workload), open_sensor(device)
     # 3) time
@@ -107,7 +104,7 @@ def run(
     # 4) trace a decode step's kernels, and flag what is unlike an undisturbed run
     if trace:
         kernels = partial(trace_kernels, work, generator, batches[0], new_tokens, device)
-        work = _unless_it_fails(partial(twice, kernels), work)
+        work = unless_it_fails(partial(twice, kernels), work)
     values |= asdict(work) | (peaks.columns(work.flops_by_type) if peaks else {})
     flags = flags_of(window.usage)
     flags += [Flag.TRACE_FAILED] if trace and work.kernels_per_token is None else []
@@ -174,12 +171,3 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     """Return the peaks of torch's allocator since the engine was built; nothing on a CPU."""
     kinds = ("allocated", "reserved") if device.type == "cuda" else ()
     return {f"peak_{kind}_mib": torch.cuda.memory_stats(device)[f"{kind}_bytes.all.peak"] / MIB for kind in kinds}
-
-
-def _unless_it_fails(measure: Callable[[], Work], otherwise: Work) -> Work:
-    """Return what `measure` returns. Where it fails, that is missing, and the timing stays as it is."""
-    try:
-        return measure()
-    except Exception as error:
-        LOG.warning("a decode step was not measured: %s: %s", type(error).__name__, error)
-        return otherwise

@@ -5,6 +5,7 @@ Each turn begins with another format, so a machine that slows down slows all of 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from qnb.session import Session
     from qnb.speed.device_peaks import DevicePeaks
+
+LOG = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -186,6 +189,15 @@ def twice(measure: Callable[[], Result]) -> Result:
     return measure()
 
 
+def unless_it_fails(measure: Callable[[], Result], otherwise: Result) -> Result:
+    """Return what `measure` returns. Where it fails, that is missing, and the timing beside it stays."""
+    try:
+        return measure()
+    except Exception as error:
+        LOG.warning("something beside a timing failed: %s: %s", type(error).__name__, error)
+        return otherwise
+
+
 class Loaded(NamedTuple):
     """A model, and the memory in use before it was loaded, None where that is unknown."""
 
@@ -228,10 +240,14 @@ def time_row(
     if reason := why_unavailable(engine, session.device.kind, model=loaded.model, tokens=tokens):
         return {"batch_size": batch_size, "note": reason}
     timed = run(loaded.model, workload, batch_size, engine, loaded.baseline_mib, peaks, trace)
-    values = asdict(timed.run)
-    stem = "samples/" + ".".join(map(str, key.values()))
     token_times_s = pd.DataFrame(timed.token_times_s).rename(columns=str)  # a row a batch, a column a new token
-    for name, frame in (("samples", pd.DataFrame(timed.readings)), ("tokens", token_times_s)):
-        file_and_hash = write_parquet(session.folder, f"{stem}.{name}", frame)
-        values[f"{name}_file"], values[f"{name}_sha256"] = file_and_hash
-    return values
+    frames = {"samples": pd.DataFrame(timed.readings), "tokens": token_times_s}
+    stem = "samples/" + ".".join(map(str, key.values()))
+
+    def write() -> dict[str, Any]:
+        files = {name: write_parquet(session.folder, f"{stem}.{name}", frame) for name, frame in frames.items()}
+        paths = {f"{name}_file": path for name, (path, _) in files.items()}
+        return paths | {f"{name}_sha256": sha256 for name, (_, sha256) in files.items()}
+
+    values = asdict(timed.run)
+    return values | unless_it_fails(write, values)

@@ -22,7 +22,7 @@ from qnb.speed.benchmark import latency, run
 from qnb.speed.decode_work import Work, count_work, trace_kernels
 from qnb.speed.device_peaks import DevicePeaks, measure_peaks
 from qnb.speed.monitor import Usage
-from qnb.speed.passes import twice
+from qnb.speed.passes import twice, unless_it_fails
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_a_trace_that_runs_out_of_memory_is_tried_once_more(failures, kernels):
             raise torch.cuda.OutOfMemoryError("simulated")
         return Work(weights_mib=1.0, kernels_per_token=7.0)
 
-    work = benchmark._unless_it_fails(partial(twice, trace), Work(weights_mib=1.0))
+    work = unless_it_fails(partial(twice, trace), Work(weights_mib=1.0))
     assert (len(calls), work.weights_mib, work.kernels_per_token) == (2, 1.0, kernels)
 
 
