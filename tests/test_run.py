@@ -1,6 +1,7 @@
 """Runs: what goes wrong is said in one line, nothing finished is lost, and the next run goes on."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -111,6 +112,23 @@ def test_the_interpreter_that_started_the_run_executes_the_notebooks(tmp_path, m
     with run._own_kernel():
         assert get_kernel_spec("python3").argv[0] == sys.executable
     assert os.environ["JUPYTER_PATH"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "console",
+    [{"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+     {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}],
+)  # fmt: skip
+def test_a_console_without_the_letters_gets_escapes(console, tmp_path):
+    done = command("report", str(tmp_path / "東京"), **console)
+    assert done.returncode == 2 and "holds no study" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_without_file_locks_ends_well_and_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: None)
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    assert main(["run", "--profile", "smoke", "--only", "05", "--output", str(tmp_path / "study")]) == 0
+    assert "has no file locks" in caplog.text
 
 
 def test_figures_of_an_empty_folder_end_well(tmp_path, capsys):
