@@ -103,8 +103,8 @@ class Sensor:
         """Return each metric now; shares of the CPU are of the time since the last call. What fails is missing."""
         reading: Reading = {}
         for name, probe in self._probes.items():
-            with suppress(Exception):  # whatever a driver raises
-                reading[name] = probe()
+            with suppress(Exception):  # whatever a driver raises, or tells that is no number
+                reading[name] = float(probe())
         with suppress(Exception):  # a container may hide the host
             own_pct = min(100.0, self._process.cpu_percent() / self._cores)  # of a moment it may read more
             reading["others_cpu_pct"] = max(0.0, psutil.cpu_percent() - own_pct)

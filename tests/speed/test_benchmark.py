@@ -3,7 +3,6 @@
 import copy
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +21,6 @@ from qnb.speed.benchmark import latency, run
 from qnb.speed.decode_work import Work, count_work, trace_kernels
 from qnb.speed.device_peaks import DevicePeaks, measure_peaks
 from qnb.speed.monitor import Usage
-from qnb.speed.passes import twice, unless_it_fails
 
 
 @pytest.fixture(scope="module")
@@ -159,20 +157,6 @@ def test_what_fails_beside_the_timing_costs_only_itself(broken, model, five, mon
     assert row.total_s > 0 and row.tpot_s > 0 and row.peak_bytes_per_s is row.peak_flop_per_s is None
     assert (row.weights_mib is None) == (broken[1] == "count_work")
     assert (row.utilization_pct is None) == (broken[1] == "cpu_percent")
-
-
-@pytest.mark.parametrize(("failures", "kernels"), [(1, 7.0), (2, None)])
-def test_a_trace_that_runs_out_of_memory_is_tried_once_more(failures, kernels):
-    calls = []
-
-    def trace():
-        calls.append(1)
-        if len(calls) <= failures:
-            raise torch.cuda.OutOfMemoryError("simulated")
-        return Work(weights_mib=1.0, kernels_per_token=7.0)
-
-    work = unless_it_fails(partial(twice, trace), Work(weights_mib=1.0))
-    assert (len(calls), work.weights_mib, work.kernels_per_token) == (2, 1.0, kernels)
 
 
 def test_a_model_whose_outputs_are_not_finite_is_not_timed(model, five):

@@ -162,7 +162,8 @@ def test_a_host_that_hides_itself_leaves_readings_empty(device, gpu, monkeypatch
 
 
 def test_nvml_tells_what_it_can_and_the_hosts_cpu_beside(gpu, monkeypatch):
-    """Energy is refused at first, power later."""
+    """Energy is refused at first, power later; utilization is no number."""
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", lambda _: SimpleNamespace(gpu="[N/A]"))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: SimpleNamespace(used=5 * 2**20))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda _: 70_000)
     sensor = open_sensor("cuda")
