@@ -25,7 +25,7 @@ from qnb.errors import InputError
 from qnb.finite import check_finite
 from qnb.memory import is_out_of_memory, release
 
-Encoded = dict[tuple[str, str], tuple[list[int], list[int]]]  # token ids by (context, continuation)
+Encoded = dict[tuple[Any, ...], list[int]]  # token ids by text and options
 Request = tuple[Any, list[int], list[int]]  # lm-eval's: what it is cached under, context, continuation
 
 MIN_PREFIX_TOKENS = 32  # a shorter shared prefix is not worth a cache
@@ -110,30 +110,12 @@ class SharedContextLM(StockLM):
             self.backbone.max_tokens = 1
         self.shared = separates(self.backbone)
 
-    # Log-likelihoods
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return (log-likelihood, whether greedy) of each request (context, continuation), in order."""
-        bos = self.tokenizer.decode(self.prefix_token_id)  # lm-eval gives a text that begins with it no second one
-        pairs = {request.args for request in requests} - self.encoded.keys()
-        if new := {pair for pair in pairs if pair[0].strip() and not pair[0].startswith(bos)}:
-            self._encode(new)
-        return super().loglikelihood(requests, disable_tqdm)
-
-    def _encode(self, pairs: set[tuple[str, str]]) -> None:
-        """Encode (context, continuation) pairs in one call, which fast tokenizers spread over the cores.
-
-        As in lm-eval's ``_encode_pair``, a context's trailing spaces belong to the continuation.
-        """
-        texts = list({text for context, continuation in pairs for text in (context.rstrip(), context + continuation)})
-        special = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
-        ids = dict(zip(texts, self.tokenizer(texts, **special)["input_ids"], strict=True))
-        for context, continuation in pairs:
-            context_ids = ids[context.rstrip()]
-            self.encoded[context, continuation] = context_ids, ids[context + continuation][len(context_ids) :]
-
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        return self.encoded.get((context, continuation)) or super()._encode_pair(context, continuation)
+    def tok_encode(self, string: str, *arguments: Any, **options: Any) -> list[int]:
+        """Encode a text, once for all models that share `encoded`."""
+        key = (string, arguments, *options.items())
+        if key not in self.encoded:
+            self.encoded[key] = super().tok_encode(string, *arguments, **options)
+        return self.encoded[key]
 
     def _score_tokens(self, requests: list[Request], *options: Any) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether greedy) of each request, in order.
