@@ -92,8 +92,7 @@ def run(
     shape = {"batch_size": len(batches[0]), "prompt_tokens": len(workload.longest), "new_tokens": new_tokens}
     trace = trace and new_tokens > 1 and device.type == "cuda"
     # 1) check the model's outputs, and count a decode step's work
-    for batch in full_batches(workload.prompts[:CHECKED_PROMPTS], batch_size):
-        engines.check_outputs(model, batch)
+    engines.check_outputs(model, *full_batches(workload.prompts[:CHECKED_PROMPTS], batch_size))
     work = unless_it_fails(partial(count_work, model, **shape), Work())
     # 2) build the engine and warm up
     generator, sensor = _warm_engine(model, engine, batches, workload), open_sensor(device)

@@ -51,7 +51,7 @@ def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_
     """
     cache, token = DynamicCache(config=model.config), torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.inference_mode():
-        for _ in range(2):  # the first products move INT8 weights, and the second run is a decode step
+        for _ in range(2):  # the second is a decode step
             step = _Step(model)
             with step:
                 run_model(model, cache, input_ids=token)
@@ -136,7 +136,8 @@ class _Step(TorchDispatchMode):
 def _weights(model: PreTrainedModel) -> Iterator[_Weight]:
     for name, tensor in model.named_parameters():  # a tied one comes once
         module, packed = model.get_submodule(name.rpartition(".")[0]), getattr(tensor, "quant_state", None)
-        dtype, constants = tensor.dtype, [getattr(getattr(module, "state", None), "SCB", None)]
+        owners = tensor, getattr(module, "state", None)  # of INT8's constants, before and after the first product
+        dtype, constants = tensor.dtype, [getattr(owner, "SCB", None) for owner in owners]
         if packed:
             constants = packed.as_dict(packed=False).values()
             dtype = getattr(module, "compute_dtype", None) or model.dtype

@@ -131,8 +131,8 @@ def return_logits_alone(model: PreTrainedModel) -> None:
         config.return_dict = True
 
 
-def check_outputs(model: PreTrainedModel, prompts: Prompts) -> None:
-    """Refuse a model whose logits after prompts are not finite: the tokens chosen by them mean nothing.
+def check_outputs(model: PreTrainedModel, *batches: Prompts) -> None:
+    """Refuse a model whose logits after a prompt are not finite: the tokens chosen by them mean nothing.
 
     Raises
     ------
@@ -144,7 +144,8 @@ def check_outputs(model: PreTrainedModel, prompts: Prompts) -> None:
         check_finite(output.logits[:, -1], "logits after a prompt", model.dtype)
 
     with model.register_forward_hook(check):
-        Eager(model).generate(prompts, 1)
+        for prompts in batches:
+            Eager(model).generate(prompts, 1)
 
 
 def pad(prompts: Prompts, device: torch.device, width: int = 0) -> tuple[Tensor, Tensor]:
