@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from qnb.errors import InputError
+from qnb.errors import InputError, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -54,10 +53,8 @@ class Precision:
         """The magnitude from which LLM.int8 multiplies an input column in 16 bit; 0 where it has no outlier path."""
         return float(self.quantization.get("llm_int8_threshold", 0.0))
 
-    def config(self) -> BitsAndBytesConfig | None:
-        """Return the ``quantization_config`` for ``from_pretrained``; None for plain types."""
-        if not self.quantization:
-            return None
+    def config(self) -> BitsAndBytesConfig:
+        """Return the ``quantization_config`` of a quantized format, for ``from_pretrained``."""
         from transformers import BitsAndBytesConfig
 
         return BitsAndBytesConfig(**self.quantization)
@@ -127,7 +124,5 @@ def parse(names: str | Iterable[str]) -> tuple[Precision, ...]:
         raise InputError(f"no precision was given; name some of: {', '.join(PRECISIONS)}")
     for name in names:
         if name not in PRECISIONS:
-            near = get_close_matches(name, PRECISIONS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"precision {name!r} is unknown; choose from {', '.join(PRECISIONS)}{hint}")
+            raise unknown("precision", name, PRECISIONS)
     return tuple(PRECISIONS[name] for name in dict.fromkeys(names))

@@ -37,8 +37,8 @@ def commit() -> str:
     if (ROOT / ".git").exists():
         describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
         with suppress(OSError, subprocess.SubprocessError):
-            said = subprocess.run(describe, capture_output=True, check=True, timeout=30).stdout  # noqa: S603
-            return said.decode(errors="replace").strip()
+            done = subprocess.run(describe, capture_output=True, check=True, timeout=30)  # noqa: S603
+            return done.stdout.decode(errors="replace").strip()
         return ""
     try:
         origin = json.loads(metadata.distribution("qnb").read_text("direct_url.json") or "{}")

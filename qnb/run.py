@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -28,7 +27,7 @@ from qnb.accuracy import tasks
 from qnb.accuracy.evaluate import AccuracyOptions
 from qnb.accuracy.perplexity import DivergenceOptions
 from qnb.columns import is_disturbed
-from qnb.errors import INPUT_ERRORS, InputError, expand_path, scrub
+from qnb.errors import INPUT_ERRORS, InputError, expand_path, scrub, unknown
 from qnb.ledger import FAILED, KEY, Row, holding
 from qnb.options import check_count
 from qnb.precision import listed
@@ -148,16 +147,14 @@ def parameters(profile: str, given: Sequence[Sequence[str]], known: set[str]) ->
     """
     files = {path.stem: path for path in sorted((NOTEBOOKS / "profiles").glob("*.yaml"))}
     if profile not in files:
-        raise InputError(f"profile {profile!r} is unknown; choose from {', '.join(files)}")
+        raise unknown("profile", profile, files)
     values = _plain(f"profile {files[profile]}", files[profile].read_bytes())
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise InputError(f"profile {files[profile]} is no list of names and values; give lines such as 'limit: 40'")
     values |= {name: _plain(f"parameter {name}", text) for name, text in given}
     for name in values:
         if name not in known:
-            near = get_close_matches(name, sorted(known), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"parameter {name!r} is unknown; choose from {', '.join(sorted(known))}{hint}")
+            raise unknown("parameter", name, sorted(known))
     return values
 
 

@@ -28,7 +28,7 @@ def test_int4_is_what_load_in_4bit_alone_means():
 
 
 def test_plain_types_carry_no_quantization():
-    assert precision.PRECISIONS["fp16"].config() is None
+    assert not precision.PRECISIONS["fp16"].quantized
     assert precision.PRECISIONS["fp16"].torch_dtype is torch.float16
 
 

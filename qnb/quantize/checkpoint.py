@@ -133,8 +133,15 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def read_config(folder: str | Path) -> PretrainedConfig:
+def read_config(folder: str | Path, name: str = "") -> PretrainedConfig:
     """Read a causal language model's configuration, for measuring; of a multimodal model, that of its text half.
+
+    Parameters
+    ----------
+    folder
+        Where config.json is.
+    name
+        What an error calls the model; empty takes the folder.
 
     Raises
     ------
@@ -151,8 +158,8 @@ def read_config(folder: str | Path) -> PretrainedConfig:
     if not is_causal or getattr(text, "is_encoder_decoder", False) or (others and text is whole):
         kind = f"is multimodal ({', '.join(others)})" if others else "is no causal language model"
         raise InputError(
-            f"{folder} {kind}: transformers has no text model of {type(text).__name__} that generates from left to "
-            "right; give a model that is text alone, such as the one it was built on"
+            f"{name or folder} {kind}: transformers has no text model of {type(text).__name__} that generates from "
+            "left to right; give a model that is text alone, such as the one it was built on"
         )
     if type(whole) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # its files say by the whole's rule which tensors are one
         text.tie_word_embeddings = getattr(whole, "tie_word_embeddings", text.tie_word_embeddings)

@@ -138,7 +138,7 @@ def _weight_files(name: str, folder: Path) -> list[str]:
     if (folder / ADAPTER).exists():  # transformers would load another model below it
         raise InputError(f"model {name!r} is an adapter; merge it into its model (merge_and_unload) and give that")
     try:
-        config = read_config(folder)
+        config = read_config(folder, f"model {name!r}")
         if index.exists() and not (folder / WEIGHTS).exists():
             weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except InputError:
