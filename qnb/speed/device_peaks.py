@@ -20,7 +20,6 @@ from qnb.speed.monitor import LOOK_BACK_S, Window, flags_of, open_sensor
 SIZES = {"cuda": (1024, 8192), "cpu": (64, 512)}
 TYPES = ("float32", "float16", "bfloat16", "int8")
 IDLE_S = 1.5
-TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +55,8 @@ class DevicePeaks:
 
 
 def measure_peaks(device: torch.device | str) -> DevicePeaks:
-    """Measure the peaks until nothing disturbs them; of three disturbed tries, return the one of the fastest copy."""
-    tries = []
-    for _ in range(TRIES):
-        tries.append(_measure_once(torch.device(device)))
-        if not tries[-1].flags:
-            return tries[-1]
-    return max(tries, key=lambda peaks: peaks.copy_bytes_per_s or 0.0)
-
-
-def _measure_once(device: torch.device) -> DevicePeaks:
     """Measure a GPU's power when idle, then a copy, then square products; float32 is what PyTorch does by default."""
+    device = torch.device(device)
     copied_mib, side = SIZES[device.type]
     flop_per_s = {}
     with Window(open_sensor(device)) as window:

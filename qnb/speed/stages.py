@@ -172,11 +172,12 @@ def device_peaks(session: Session) -> DevicePeaks:
     key = session.key("peaks")
     with session.exclusive():
         row = session.find(key)
-        with session.failing(key, "the device's peaks"):
-            row = row or session.append(key, asdict(measure_peaks(session.device.place)))
-            if row["flags"]:
-                reason = flag_text(row["flags"])
-                tqdm.write(f"the device's peaks were disturbed ({reason}); overwrite measures them again")
+        if not row:
+            with session.failing(key, "the device's peaks"):
+                row = session.append(key, asdict(measure_peaks(session.device.place)))
+                if row["flags"]:
+                    reason = flag_text(row["flags"])
+                    tqdm.write(f"the device's peaks were disturbed ({reason}); overwrite measures them again")
     return DevicePeaks(**{each.name: row[each.name] for each in fields(DevicePeaks)} if row else {})
 
 

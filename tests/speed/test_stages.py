@@ -29,7 +29,6 @@ class Lab:
         self.monkeypatch, self.folder, self.source, self.tokenizer = monkeypatch, folder, source, tokenizer
         self.loaded, self.timed, self.model = [], [], None
         self.seconds = lambda call: 1.0
-        self._measure_peaks = device_peaks.measure_peaks
         monkeypatch.setattr(device_peaks, "measure_peaks", lambda place: device_peaks.DevicePeaks(1e9, {}))
         monkeypatch.setattr(benchmark, "run", self._run)
         monkeypatch.setattr(passes.memory, "release", lambda **_: None)
@@ -45,10 +44,6 @@ class Lab:
         """Let a search tell what `found` does, without a model."""
         self.monkeypatch.setattr(batch_trials, "Trials", lambda *_: None)
         self.monkeypatch.setattr(batch_search, "find_largest_batch", lambda *_: LargestBatch(*found))
-
-    def peaks_are_real(self, measure_once):
-        self.monkeypatch.setattr(device_peaks, "measure_peaks", self._measure_peaks)
-        self.monkeypatch.setattr(device_peaks, "_measure_once", measure_once)
 
     def _with_model(self, session, precision, measure):
         self.loaded.append(precision.name)
@@ -284,26 +279,17 @@ def test_peaks_are_measured_before_anything_is_loaded_or_held_to_less_memory(lab
     assert steps == ["peaks", "limited", "timed"] and stages.device_peaks(lab.open()) == replace(peaks, flags=[])
 
 
-@pytest.mark.parametrize(("disturbed", "measured"), [(0, 1), (1, 2), (3, 3)])
-def test_disturbed_peaks_are_measured_up_to_three_times(disturbed, measured, lab, monkeypatch, capsys):
-    """Of three disturbed tries the one with the fastest copy stays."""
-    tries = []
-
-    def measure(device):
-        flags = (Flag.CPU_SHARED,) if len(tries) < disturbed else ()
-        tries.append(device_peaks.DevicePeaks([2.0, 3.0, 1.0][len(tries)], {"float32": 5.0}, None, flags))
-        return tries[-1]
-
-    lab.peaks_are_real(measure)
-    peaks = stages.device_peaks(lab.open())
-    assert len(tries) == measured and peaks == stages.device_peaks(lab.open())
-    assert peaks.copy_bytes_per_s == [2, 3, 3][measured - 1]
-    message = f"({flag_text(peaks.flags)}); overwrite measures them again"
-    assert bool(peaks.flags) == (message in capsys.readouterr().out) == (disturbed == 3)
+def test_disturbed_peaks_are_kept_and_said_to_be(lab, monkeypatch, capsys):
+    peaks = device_peaks.DevicePeaks(2.0, {"float32": 5.0}, None, (Flag.CPU_SHARED,))
+    monkeypatch.setattr(device_peaks, "measure_peaks", lambda place: peaks)
+    for told in (True, False):
+        assert stages.device_peaks(lab.open()) == replace(peaks, flags=[Flag.CPU_SHARED])
+        message = f"({flag_text(peaks.flags)}); overwrite measures them again"
+        assert (message in capsys.readouterr().out) == told
 
 
 def test_peaks_and_samples_that_fail_cost_their_columns_alone(lab, monkeypatch):
-    lab.peaks_are_real(lambda device: 1 // 0)
+    monkeypatch.setattr(device_peaks, "measure_peaks", lambda place: 1 // 0)
     monkeypatch.setattr(passes, "write_parquet", lambda *_: 1 // 0)
     session = lab.open()
     perf_bs1(session, TimingOptions(workload(session), repeats=1))
