@@ -226,29 +226,30 @@ def sentence(results: Results, margin_pp: float = MARGIN_PP) -> str:
     if table.empty:
         return "Nothing was measured yet."
     points = f"{margin_pp:g} point{'s' * (margin_pp != 1)}"
-    headings = {
-        Verdict.WITHIN: f"Within {points}",
-        Verdict.LOSES: f"Loses more than {points}",
-        Verdict.UNCLEAR: "Too few items to tell",
-        Verdict.UNMEASURED: "Not measured",
-        Verdict.BARELY_QUANTIZED: "Most weights not quantized",
+    phrases = {
+        Verdict.WITHIN: f"within {points} for",
+        Verdict.LOSES: f"more than {points} lost by",
+        Verdict.UNCLEAR: "too few items to tell for",
+        Verdict.UNMEASURED: "not measured for",
+        Verdict.BARELY_QUANTIZED: "most weights not quantized in",
     }
-    names = {each: ", ".join(table.precision[table.verdict == each].str.upper()) for each in headings}
-    lists = [f"{heading}: {names[each]}." for each, heading in headings.items() if names[each]]
+    names = {each: ", ".join(table.precision[table.verdict == each].str.upper()) for each in phrases}
+    lists = "; ".join(f"{phrase} {names[each]}" for each, phrase in phrases.items() if names[each])
+    opening = [f"On {results.model}, accuracy against {BASELINE.upper()}: {lists}."] if lists else []
     allowed = table[~table.verdict.isin([Verdict.LOSES, Verdict.BARELY_QUANTIZED])]
-    return " ".join([f"Accuracy of {results.model} against {BASELINE.upper()}.", *lists, *_extremes(allowed)])
+    return " ".join([*opening, *_extremes(allowed)])
 
 
 def _extremes(allowed: pd.DataFrame) -> Iterator[str]:
-    """Yield which format is fastest at batch size 1, and which is smallest, of those that are not ruled out."""
+    """Yield which format is closest, fastest and smallest, of those that are not ruled out."""
     size = "peak_memory_mib" if allowed.peak_memory_mib.notna().any() else "weights_mib"
     tpot_s = allowed[["tpot_captured_s", "tpot_eager_s"]].min(axis=1)
     unclear = allowed.kl_mean_nats.where(allowed.verdict.isin([Verdict.UNCLEAR, Verdict.UNMEASURED]))
-    for words, name, values in (
-        ("Closest of what accuracy cannot tell", "kl_mean_nats", unclear),
-        ("Fastest at batch size 1", "tpot_s", tpot_s),
-        ("Smallest", size, allowed[size]),
+    for what, name, values in (
+        ("closest of those that accuracy cannot tell", "kl_mean_nats", unclear),
+        ("fastest at batch size 1", "tpot_s", tpot_s),
+        ("smallest", size, allowed[size]),
     ):
         if values.notna().sum() > 1:
             best = values.idxmin()
-            yield f"{words}: {allowed.precision[best].upper()}, {column(name).label} {_shown(name, values[best])}."
+            yield f"{allowed.precision[best].upper()} is {what} ({column(name).label} {_shown(name, values[best])})."
