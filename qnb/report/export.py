@@ -19,7 +19,7 @@ from qnb.report.results import Results
 
 LOGGER = logging.getLogger(__name__)
 WIDTH_PX, SCALE = 900, 1.5
-REMEDY = "install Chromium or Chrome, or run kaleido_get_chrome"
+REMEDY = "pip install kaleido, and install Chromium or Chrome, or run kaleido_get_chrome"
 
 
 def save_figures(results: Results, folder: Path, with_pictures: bool = True) -> dict[str, go.Figure]:
@@ -54,11 +54,6 @@ def pictures(
     shown = {name: _labelled(figure, label) for name, figure in figures.items() if figure.data}
     if not shown:
         return ""
-    try:
-        from kaleido import write_fig_from_object_sync
-        from kaleido.errors import KaleidoError
-    except ModuleNotFoundError:
-        return f"figures are saved as HTML only: kaleido is not installed; pip install kaleido, and {REMEDY}"
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [
         {"fig": figure, "path": folder / f"{name}.{kind}",
@@ -66,8 +61,10 @@ def pictures(
         for name, figure in shown.items() for kind in kinds
     ]  # fmt: skip
     try:
+        from kaleido import write_fig_from_object_sync
+
         write_fig_from_object_sync(jobs, cancel_on_error=True, kopts={"mathjax": False, "timeout": 30})
-    except (RuntimeError, OSError, KaleidoError) as error:
+    except Exception as error:
         return f"figures are saved as HTML only: the browser did not draw them ({error}); {REMEDY}"
     return ""
 

@@ -13,10 +13,10 @@ from qnb.precision import BASELINE
 from qnb.report import paper, recommend, theme
 from qnb.report.findings import SETTINGS
 from qnb.report.results import SPEED, Results, stack
-from qnb.report.scores import MEAN, headline
+from qnb.report.scores import headline
 from qnb.report.speed_figures import energy, heatmap, memory, metrics, roofline, sweep, timeline, token_time
 from qnb.report.tables import build
-from qnb.report.verdicts import CHANGE, Verdict, accuracies
+from qnb.report.verdicts import CHANGE, Verdict, accuracies, tasks
 
 ACCURACY = "accuracy_pct"
 QUANTITIES = [name for name in SPEED if column(name).unit]
@@ -48,8 +48,8 @@ def change(results: Results) -> go.Figure:
 def forest(results: Results) -> go.Figure:
     """Draw the change in accuracy in points with its 95 % interval; filled where it is significant after Holm."""
     frame = build(results, "table2_change")
-    engines = frame.significant.eq(True).map({True: "significant after Holm", False: "not significant"})
-    note = "left of 0 is a loss; an interval that crosses 0 proves neither a change nor none"
+    engines = frame.significant.eq(True).map({True: "significant", False: "not significant"})
+    note = "left of 0 is a loss; filled: significant after Holm; lines: 95 % interval"
     return _by_task(results, _with_interval(frame).assign(engine=engines), "change_pp",
                     "Which changes in accuracy are real?", note)  # fmt: skip
 
@@ -62,16 +62,16 @@ def _by_task(results: Results, frame: pd.DataFrame, name: str, title: str, note:
     if name in (published := paper.accuracy()) and paper.is_published_model(results.model):
         there = published.merge(frame[["task", "precision"]].drop_duplicates()).dropna(subset=[name])
         frame = stack([frame, there.assign(engine=theme.PUBLISHED)])
-    tasks = list(dict.fromkeys(frame.task))
-    if len(tasks) > MOST_TASKS:
-        note = f"{note}; {len(tasks) - MOST_TASKS} more tasks are in the tables"
-        tasks = [*tasks[: MOST_TASKS - 1], tasks[-1]]  # the last is the mean
+    shown = list(dict.fromkeys(frame.task))
+    if len(shown) > MOST_TASKS:
+        note = f"{note}; {len(shown) - MOST_TASKS} more tasks are in the tables"
+        shown = [*shown[: MOST_TASKS - 1], shown[-1]]  # the last is the mean
     frame = frame.assign(
         panel=frame.task.map(theme.label), value=frame[name], text=theme.numbers(frame[name]),
         hover=theme.hovers(frame, name, "low_pp", "high_pp", "p_mcnemar", "p_holm"),
-    )[frame.task.isin(tasks)]  # fmt: skip
+    )[frame.task.isin(shown)]  # fmt: skip
     is_change = name.startswith("change")
-    return theme.dots(frame, title, note, 2 if len(tasks) < 5 else 3, header(name) if is_change else "")
+    return theme.dots(frame, title, note, header(name) if is_change else "")
 
 
 def _with_interval(frame: pd.DataFrame) -> pd.DataFrame:
@@ -133,19 +133,15 @@ def pareto(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def measured(results: Results) -> dict[str, list[str]]:
-    """Return the quantities that were measured, each with the settings it was measured in; accuracy has none."""
-    settings = {name: [each for each in SETTINGS if results.timed(each)[name].notna().any()] for name in QUANTITIES}
-    none: dict[str, list[str]] = {ACCURACY: []} if len(results.scores) else {}
-    return none | {name: each for name, each in settings.items() if each}
+    """Return the quantities that were measured, each with its settings; accuracy with its tasks."""
+    places = {ACCURACY: tasks(results)}
+    for name in QUANTITIES:
+        places[name] = [setting for setting in SETTINGS if results.timed(setting)[name].notna().any()]
+    return {name: each for name, each in places.items() if each}
 
 
 def compare(
-    results: Results,
-    quantity: str,
-    setting: str = "bs1",
-    task: str = MEAN,
-    precisions: Collection[str] = (),
-    baseline: str = "",
+    results: Results, quantity: str, place: str, precisions: Collection[str] = (), baseline: str = ""
 ) -> go.Figure:
     """Draw one quantity, a dot per engine; of accuracy with a 95 % interval.
 
@@ -154,27 +150,29 @@ def compare(
     results
         A study's frames.
     quantity
-        `ACCURACY` or a name in `QUANTITIES`. The interval of an accuracy is that of its change against BF16.
-    setting, task
-        Of a speed: ``"bs1"`` or ``"maxbatch"``. Of accuracy: a task, or the mean over tasks.
+        A name in `measured`. The interval of an accuracy is that of its change against BF16.
+    place
+        ``"bs1"`` or ``"maxbatch"``; of accuracy a task.
     precisions
         These formats only; empty takes all.
     baseline
         Give values in percent of this format's, of the same engine; empty gives them as they are.
     """
-    title, frame = column(quantity).label[:1].upper() + column(quantity).label[1:], results.timed(setting)
+    title = column(quantity).label[:1].upper() + column(quantity).label[1:]
     if quantity == ACCURACY:
-        frame = _with_interval(accuracies(results, task).reset_index(names="precision").assign(engine=""))
+        frame = _with_interval(accuracies(results, place).reset_index(names="precision").assign(engine=""))
+    else:
+        frame = results.timed(place)
     frame = theme.panels(frame, [quantity], *CHANGE)
     if baseline:
-        of_engine = frame[frame.precision == baseline].set_index("engine").value
-        scale = 100 / frame.engine.map(of_engine)
+        scale = 100 / frame.engine.map(frame[frame.precision == baseline].set_index("engine").value)
         scaled = {name: frame[name] * scale for name in ("value", "above", "below") if name in frame}
         frame = frame.assign(panel=f"% of {baseline}", **scaled)
+        frame = frame.assign(text=theme.numbers(frame.value))
     frame = frame[frame.precision.isin(precisions or frame.precision)].dropna(subset=["value"])
     if frame.empty:
         return theme.nothing(title)
-    return theme.dots(frame, title, theme.label(task) if quantity == ACCURACY else SETTINGS[setting], columns=1)
+    return theme.dots(frame, title, f"{SETTINGS.get(place) or theme.label(place)}; hollow: eager")
 
 
 FIGURES: dict[str, Callable[[Results], go.Figure]] = {

@@ -12,7 +12,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from qnb import __version__
 from qnb.columns import format_value
-from qnb.ledger import write_atomic
 from qnb.precision import BASELINE, Precision
 from qnb.report import recommend
 from qnb.report.findings import about
@@ -28,13 +27,6 @@ DATASETS = {  # task: the hub's data set and configuration that lm-eval asks
     "gsm8k": ("openai/gsm8k", "main"), "gsm8k_cot": ("openai/gsm8k", "main"),
 }  # fmt: skip
 COLUMNS = ["task", "n_items", "baseline_pct", "accuracy_pct", "change_pp", "low_pp", "high_pp", "p_holm"]
-
-
-def write(results: Results, precision: Precision, folder: Path) -> Path:
-    """Write a format's card to ``folder/<format>/README.md`` and return its path."""
-    path = folder / precision.name / "README.md"
-    write_atomic(path, card(results, precision))
-    return path
 
 
 def card(results: Results, precision: Precision) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from qnb.report.findings import SETTINGS
 from qnb.report.results import Results, read_reference, task_name
 from qnb.report.tables import TABLES, as_text, build, compact, grouped, knees, labelled, save
 
-SHOWN = ("table1_accuracy", "table2_change", "divergence", "table3_bs1", "table4_maxbatch")
 GALLERY = ("fig1_accuracy", "forest", "fig3_bs1_metrics", "fig5_maxbatch_metrics", "front_memory", "front_tpot",
            "sweep", "roofline", "token_time", "memory", "energy")  # fmt: skip
 CARD = {"model": "model", "model_reason": "why this one", "device": "device", "bf16": "bfloat16"}
@@ -56,20 +54,10 @@ def write(results: Results) -> Path:
     for name in TABLES:
         save(results, name)
     for name in results.checkpoints.get("precision", ()):
-        model_card.write(results, PRECISIONS[name], results.folder / "cards")
+        write_atomic(results.folder / "cards" / name / "README.md", model_card.card(results, PRECISIONS[name]))
     path = results.folder / "report.html"
     write_atomic(path, page(results))
     return path
-
-
-@dataclass(frozen=True)
-class Table:
-    """What the page shows of a table, all as text."""
-
-    compact: pd.DataFrame  # what people compare
-    csv: str  # the whole table, in base 64
-    blocks: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # all its columns, by title
-    members: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # a group's tasks, by the group's name
 
 
 def page(results: Results) -> str:
@@ -79,8 +67,10 @@ def page(results: Results) -> str:
     return templates.get_template("report.html").render(
         results=results, baseline=BASELINE, formats=PRECISIONS, plotly=get_plotlyjs(), caption=theme.caption,
         sentence=recommend.sentence(results), summary=_summary(summary), verdicts=list(summary.verdict),
-        notes=verdicts.notes(results), findings=findings.findings(results), tables=_tables(results),
-        figures=draw_all(results), card=card(results), audit=paper.audit(), limits=limits(results),
+        notes=verdicts.notes(results), findings=findings.findings(results), figures=draw_all(results),
+        knees=labelled(knees(results.sweep)), groups={task_name(task): task for task in grouped(results)},
+        build=build, compact=compact, all_columns=all_columns, b64encode=b64encode, card=card(results),
+        audit=paper.audit(), limits=limits(results),
     )  # fmt: skip
 
 
@@ -98,21 +88,6 @@ def _summary(frame: pd.DataFrame) -> pd.DataFrame:
         frame.drop(columns=["low_pp", "high_pp", "verdict", *(name for name in spare if any(spare[name]))])
     )
     return text.rename(columns={header("throughput_rps"): f"{header('throughput_rps')} at {SETTINGS['maxbatch']}"})
-
-
-def _tables(results: Results) -> dict[str, Table]:
-    """Return the page's tables by name."""
-    tables = {}
-    for name in SHOWN:
-        frame = build(results, name)
-        groups = grouped(results) if name == "table1_accuracy" else []
-        members = {task_name(task): compact(results, name, of=task) for task in groups}
-        tables[name] = Table(compact(results, name), _csv(frame), all_columns(frame), members)
-    return tables | {"sweep": Table(labelled(knees(results.sweep)), _csv(build(results, "sweep")))}
-
-
-def _csv(frame: pd.DataFrame) -> str:
-    return b64encode(frame.to_csv(index=False).encode()).decode()
 
 
 def all_columns(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:

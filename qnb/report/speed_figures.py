@@ -34,12 +34,12 @@ def metrics(results: Results, setting: str) -> go.Figure:
     frame = theme.panels(results.timed(setting), METRICS, "throughput_spread_pct")
     if frame.empty:
         return theme.nothing(title)
-    note = ("a line joins a format's engines; panels with lines are logarithmic" if frame.engine.nunique() > 1
+    note = ("hollow: eager; filled: cuda_graph; panels with lines are logarithmic" if frame.engine.nunique() > 1
             else "each panel has its own unit") + DISTURBED * any(frame.text.str.endswith("*"))  # fmt: skip
     if paper.is_published_model(results.model):
         published = paper.performance(3 if setting == "bs1" else 4).rename(columns={"vram_mib": "peak_memory_mib"})
         published = published[published.precision.isin(frame.precision)].assign(engine=theme.PUBLISHED)
-        frame = stack([frame, theme.panels(published, METRICS)])
+        frame, note = stack([frame, theme.panels(published, METRICS)]), f"{note}; |: published"
     return theme.dots(frame, title, note)
 
 
@@ -60,7 +60,7 @@ def heatmap(results: Results, setting: str) -> go.Figure:
     figure = go.Figure(
         go.Heatmap(
             z=shades.where(scores.notna()), y=shades.index,
-            x=[name.replace(",", "").replace(" ", "<br>") for name in shades],
+            x=[theme.wrapped(name, 12) for name in shades],
             text=cells.text.fillna(""), hovertext=cells.hover, hoverinfo="text", texttemplate="%{text}",
             colorscale="Blues", zmin=0, zmax=1.25, xgap=3, ygap=3, showscale=False,
         )
@@ -94,34 +94,25 @@ def sweep(results: Results) -> go.Figure:
         **theme.by_format(frame, "symbol", "size"),
     )  # fmt: skip
     theme.style_points(figure, "symbol", "size")
-    figure.update_xaxes(title="", type="log", tickvals=[4**power for power in range(8)], tickangle=0)
-    figure.update_yaxes(title="", **theme.LOG_AXIS, matches=None, showticklabels=True)
-    figure.update_xaxes(title=header("batch_size"), row=1)
+    figure.update_xaxes(type="log", tickvals=[4**power for power in range(8)], tickangle=0)
     note = "logarithmic; ring: knee" + "; large point: the largest batch" * bool(len(largest))
-    return theme.finish(figure, title, 620, note)
+    return theme.finish_lines(figure.update_yaxes(**theme.LOG_AXIS), header("batch_size"), title, 620, note)
 
 
 def timeline(results: Results, setting: str) -> go.Figure:
-    """Draw the monitor's readings in the first pass: a panel per quantity, a line per format and engine."""
-    title = f"The device at {SETTINGS[setting]}"
-    samples = results.samples
-    samples = samples[samples.setting == setting] if len(samples) else samples
+    """Draw the monitor's readings in the first pass of the fastest engine: a panel per quantity, a line per format."""
+    title, samples = f"The device at {SETTINGS[setting]}", results.samples
+    if len(samples):
+        samples = samples[samples.setting == setting]
+        samples = samples[samples.engine.isin(samples.engine.tail(1))]
     names = [name for name in TIMELINE if name in samples and samples[name].notna().any()]
     if not names:
         return theme.nothing(title)
-    frame = theme.panels(samples, names)
-    height = 340 if len(names) < 3 else 560
-    dashes = {engine: "dot" if engine == "eager" else "solid" for engine in frame.engine}
-    figure = px.line(
-        frame, x="t_s", y="value", line_dash="engine", line_dash_map=dashes, render_mode="svg",
-        **theme.facets(2, height, 0.12), **theme.by_format(frame),
-    )  # fmt: skip
-    for line in figure.data:  # one entry of the legend per format
-        line.name, _, engine = line.name.partition(", ")
-        line.showlegend = line.showlegend and engine in ("", frame.engine.iloc[-1])
-    figure.update_yaxes(matches=None, showticklabels=True, rangemode="tozero", title="").update_xaxes(title="")
-    figure.update_xaxes(title="time, s", row=1)
-    return theme.finish(figure, title, height, "dotted: eager; memory: the whole device's, on a CPU the process's")
+    frame, height = theme.panels(samples, names), 340 if len(names) < 3 else 560
+    look = {**theme.facets(2, height, 0.12), **theme.by_format(frame)}
+    figure = px.line(frame, x="t_s", y="value", render_mode="svg", **look).update_yaxes(rangemode="tozero")
+    note = f"with {frame.engine.iloc[0]}; memory: the whole device's, on a CPU the process's"
+    return theme.finish_lines(figure, "time, s", title, height, note)
 
 
 def token_time(results: Results) -> go.Figure:
@@ -152,12 +143,10 @@ def memory(results: Results) -> go.Figure:
     Weights and KV cache are computed. The rest follows from the allocator's two peaks.
     """
     runs = _settings(results)
-    parts = {
-        "weights": runs.weights_mib,
-        "KV cache": runs.kv_cache_mib,
-        "activations": (runs.peak_allocated_mib - runs.weights_mib - runs.kv_cache_mib).clip(lower=0),
-        "allocator slack": (runs.peak_reserved_mib - runs.peak_allocated_mib).clip(lower=0),
-    }
+    activations_mib = (runs.peak_allocated_mib - runs.weights_mib - runs.kv_cache_mib).clip(lower=0)
+    slack_mib = (runs.peak_reserved_mib - runs.peak_allocated_mib).clip(lower=0)
+    parts = {"weights": runs.weights_mib, "KV cache": runs.kv_cache_mib, "activations": activations_mib,
+             "allocator slack": slack_mib}  # fmt: skip
     names = ["weights_mib", "kv_cache_mib", "peak_allocated_mib", "peak_reserved_mib"]
     return _parts(runs, parts, names, "What fills the memory?", "MiB; read from a GPU's allocator")
 
@@ -192,16 +181,15 @@ def roofline(results: Results) -> go.Figure:
         hover=theme.hovers(runs, "mbu_pct", "mfu_pct", "bound"),
     )  # fmt: skip
     figure = theme.points(runs, "intensity", "tflops", log_x=True, log_y=True)
-    bandwidth, highest = runs.peak_bytes_per_s.max(), runs.peak_flop_per_s.max()
-    left, right = runs.intensity.min() / 2, max(runs.intensity.max() * 2, 3 * highest / bandwidth)
-    for peak in runs.peak_flop_per_s.unique():
+    bandwidth, peaks = runs.peak_bytes_per_s.max() / 1e12, runs.peak_flop_per_s.unique() / 1e12
+    left, right = runs.intensity.min() / 2, max(runs.intensity.max() * 2, 3 * max(peaks) / bandwidth)
+    for peak in peaks:
         figure.add_scatter(
-            x=[left, peak / bandwidth, right], y=[left * bandwidth / 1e12, peak / 1e12, peak / 1e12],
-            mode="lines+text",
-            text=["", "", f"{peak / 1e12:.3g}"], textposition="top left", textfont={"size": 11, "color": theme.QUIET},
+            x=[left, peak / bandwidth, right], y=[left * bandwidth, peak, peak], mode="lines+text",
+            text=["", "", f"{peak:.3g}"], textposition="top left", textfont={"size": 11, "color": theme.QUIET},
             line={"color": theme.QUIET, "width": 1.2}, showlegend=False, hoverinfo="skip",
         )  # fmt: skip
     figure.update_xaxes(title="arithmetic per byte read, FLOP/byte", dtick=1)
     figure.update_yaxes(title="achieved, TFLOP/s", dtick=1)
-    note = f"lines: measured limits, {bandwidth / 1e12:.3g} TB/s and up to {highest / 1e12:.3g} TFLOP/s"
-    return theme.finish(figure, title, 520, f"{note}; a step far below waits for something else")
+    note = f"lines: measured limits, {bandwidth:.3g} TB/s and TFLOP/s by type; hollow: eager"
+    return theme.finish(figure, title, 520, note)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -42,8 +42,7 @@ pio.templates["qnb"] = go.layout.Template(
                   "font": {"size": 16, "weight": 700}, "subtitle": {"font": {"size": 12, "color": QUIET}},
                   "pad": {"l": 12, "t": 14}},
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "yanchor": "top"},
-        "xaxis": {"zeroline": False, "title": {"font": {"size": 12}}},
-        "yaxis": {"zeroline": False, "title": {"font": {"size": 12}}},
+        **{axis: {"zeroline": False, "title": {"font": {"size": 12}}} for axis in ("xaxis", "yaxis")},
     }
 )  # fmt: skip
 
@@ -62,16 +61,14 @@ def by_format(frame: pd.DataFrame, *custom: str) -> dict[str, Any]:
 
 def hovers(frame: pd.DataFrame, *names: str) -> list[str]:
     """Return what the pointer shows of each row: its format and engine, the named quantities, and its counts."""
-    return [_hover(row, names) for row in frame.to_dict("records")]
-
-
-def _hover(row: Mapping[str, Any], names: Iterable[str]) -> str:
-    lines = [", ".join(filter(None, (PRECISIONS[row["precision"]].label, escape(str(row.get("engine") or "")))))]
-    for name in ("batch_size", *names, "requests", "passes", "n_items"):
-        if value := format_value(name, row.get(name)):
-            lines.append(f"{column(name).label}: {value} {column(name).unit}".rstrip())
-    lines += ["disturbed by other processes"] * is_disturbed(row.get("flags"))
-    return "<br>".join(lines)
+    texts = []
+    for row in frame.to_dict("records"):
+        lines = [", ".join(filter(None, (PRECISIONS[row["precision"]].label, escape(str(row.get("engine") or "")))))]
+        for name in ("batch_size", *names, "requests", "passes", "n_items"):
+            if value := format_value(name, row.get(name)):
+                lines.append(f"{column(name).label}: {value} {column(name).unit}".rstrip())
+        texts.append("<br>".join([*lines, *["disturbed by other processes"] * is_disturbed(row.get("flags"))]))
+    return texts
 
 
 def panels(frame: pd.DataFrame, names: Sequence[str], *also: str) -> pd.DataFrame:
@@ -86,14 +83,14 @@ def panels(frame: pd.DataFrame, names: Sequence[str], *also: str) -> pd.DataFram
     return long.assign(text=[text + star for text, star in zip(numbers(long.value), stars, strict=True)])
 
 
-def points(frame: pd.DataFrame, x: str, y: str, *custom: str, **more: Any) -> go.Figure:
+def points(frame: pd.DataFrame, x: str, y: str, **more: Any) -> go.Figure:
     """Draw a point per row of a frame with `hover`: a colour per format, hollow for eager."""
     markers = [symbol(row.precision, row.engine) for row in frame.itertuples()]
     figure = px.scatter(
         frame.assign(marker=markers), x=x, y=y, symbol="marker", symbol_map="identity", render_mode="svg",
-        **by_format(frame, *custom), **more,
+        **by_format(frame), **more,
     )  # fmt: skip
-    return _add_engines(figure.update_traces(marker_size=10), frame)
+    return figure.update_traces(marker_size=10)
 
 
 def stacked(frame: pd.DataFrame, parts: Mapping[str, pd.Series], title: str, note: str) -> go.Figure:
@@ -112,17 +109,17 @@ def stacked(frame: pd.DataFrame, parts: Mapping[str, pd.Series], title: str, not
     total = sum(parts.values())
     frame = frame.assign(**parts, low=0.0, high=total, is_low=False, text=numbers(total))
     long = frame.melt(["panel", "precision", "hover"], list(parts), "part", "length")
-    look = {**by_format(frame), **facets(2, _height(frame, 2)), "color": "part"}
+    look = {**by_format(frame), **facets(*_shape(frame)), "color": "part"}
     figure = px.bar(long, x="length", y="precision", **look).update_traces(showlegend=False)
     for bar in figure.data:
         bar.marker = {"color": [COLORS[name] for name in bar.y], "opacity": opacity[bar.name]}
     for part in parts if len(parts) > 1 else ():
         marker = {"color": QUIET, "opacity": opacity[part]}
         figure.add_bar(x=[None], y=[None], name=part, legendgroup=part, marker=marker)
-    return _finish_panels(_add_numbers(figure, frame, 2), frame, title, note, 2)
+    return _finish_panels(_add_numbers(figure, frame), frame, title, note)
 
 
-def dots(frame: pd.DataFrame, title: str, note: str, columns: int = 2, change: str = "") -> go.Figure:
+def dots(frame: pd.DataFrame, title: str, note: str, change: str = "") -> go.Figure:
     """Draw panels with a row per format: a dot per engine, joined, with its number and what is known of its error.
 
     A panel of several engines is logarithmic where all values are above 0. Other panels without errors begin at 0.
@@ -133,8 +130,6 @@ def dots(frame: pd.DataFrame, title: str, note: str, columns: int = 2, change: s
         Columns panel, precision, engine, value, text and hover; above and below, an error's sides, where it is known.
     title, note
         What the figure shows, and how it is read.
-    columns
-        Panels side by side.
     change
         The title of an axis that all panels share, with a line at 0; values then have no numbers.
     """
@@ -150,17 +145,17 @@ def dots(frame: pd.DataFrame, title: str, note: str, columns: int = 2, change: s
     )  # fmt: skip
     figure = px.line(
         frame, x="value", y="precision", markers=True, line_group="joined", error_x="above", error_x_minus="below",
-        **by_format(frame, "symbol"), **facets(columns, _height(frame, columns)),
+        **by_format(frame, "symbol"), **facets(*_shape(frame)),
     )  # fmt: skip
     figure.update_traces(showlegend=False, cliponaxis=False, marker_size=9, error_x={"thickness": 1.5, "width": 0})
     style_points(figure, "symbol")
-    figure = _add_engines(figure if change else _add_numbers(figure, frame, columns), frame)
-    return _finish_panels(figure, frame, title, note, columns, change)
+    figure = figure if change else _add_numbers(figure, frame)
+    return _finish_panels(figure, frame, title, note, change)
 
 
-def _add_numbers(figure: go.Figure, frame: pd.DataFrame, columns: int) -> go.Figure:
+def _add_numbers(figure: go.Figure, frame: pd.DataFrame) -> go.Figure:
     """Write each row's `text` beyond its `low` or `high` end, and give each panel an axis with room for it."""
-    look = {**by_format(frame), **facets(columns, _height(frame, columns)), "color": None, "custom_data": ["side"]}
+    look = {**by_format(frame), **facets(*_shape(frame)), "color": None, "custom_data": ["side"]}
     frame = frame.assign(
         end=frame.high.mask(frame.is_low, frame.low), text=PAD + frame.text + PAD,
         side=frame.is_low.map({True: "middle left", False: "middle right"}),
@@ -193,15 +188,17 @@ def facets(columns: int, height: int, gap: float = 0.03) -> dict[str, Any]:
     return {"facet_col": "panel", "facet_col_wrap": columns, "facet_col_spacing": gap, "facet_row_spacing": spacing}
 
 
-def _height(frame: pd.DataFrame, columns: int) -> int:
-    rows = math.ceil(frame.panel.nunique() / columns)
-    return min(MOST_PX, 150 + rows * (ROW_PX * frame.precision.nunique() + 10) + (rows - 1) * GAP_PX)
+def _shape(frame: pd.DataFrame) -> tuple[int, int]:
+    """Return how many panels stand side by side, and the figure's height in pixels."""
+    panels = frame.panel.nunique()
+    columns = min(panels, 2 if panels < 5 else 3)
+    rows = math.ceil(panels / columns)
+    return columns, min(MOST_PX, 150 + rows * (ROW_PX * frame.precision.nunique() + 10) + (rows - 1) * GAP_PX)
 
 
-def _finish_panels(
-    figure: go.Figure, frame: pd.DataFrame, title: str, note: str, columns: int, change: str = ""
-) -> go.Figure:
+def _finish_panels(figure: go.Figure, frame: pd.DataFrame, title: str, note: str, change: str = "") -> go.Figure:
     """Leave out the axes' numbers where each value has its own."""
+    columns, height = _shape(frame)
     break_name = "-no-<br>" if frame.panel.nunique() <= 2 * columns else "-no-"  # the longest takes a phone's width
     names = [name.replace("-no-", break_name) for name in PRECISIONS]
     figure.update_yaxes(showgrid=False, title="", tickvals=list(PRECISIONS), ticktext=names, tickfont={"size": 11})
@@ -210,16 +207,13 @@ def _finish_panels(
         figure.update_xaxes(title=change, row=1, col=1)
     else:
         figure.update_xaxes(showticklabels=False, showgrid=False, title="")
-    return finish(figure, title, _height(frame, columns), note)
+    return finish(figure, title, height, note)
 
 
-def _add_engines(figure: go.Figure, frame: pd.DataFrame) -> go.Figure:
-    """Add the engines' markers to the legend, where there are several."""
-    engines = list(dict.fromkeys(frame.engine))
-    for engine in filter(None, engines if len(engines) > 1 else ()):
-        marker = {"symbol": symbol("fp32", engine), "color": QUIET, "size": 9}
-        figure.add_scatter(x=[None], y=[None], mode="markers", name=engine, legendgroup=engine, marker=marker)
-    return figure
+def finish_lines(figure: go.Figure, x_title: str, title: str, height: int, note: str) -> go.Figure:
+    """Give every panel a vertical axis of its own, and the lowest ones the horizontal axis's title."""
+    figure.update_yaxes(title="", matches=None, showticklabels=True).update_xaxes(title="")
+    return finish(figure.update_xaxes(title=x_title, row=1), title, height, note)
 
 
 def finish(figure: go.Figure, title: str, height: int, note: str = "") -> go.Figure:
@@ -227,21 +221,27 @@ def finish(figure: go.Figure, title: str, height: int, note: str = "") -> go.Fig
 
     The legend lies below the axis, where it takes room from the panels instead of covering them.
     """
-    lines = textwrap.wrap(note, NOTE_LETTERS)
-    height = min(height, MOST_PX)
     for panel in figure.layout.annotations:  # Plotly Express names them column=value
-        words = textwrap.wrap(panel.text.partition("=")[2], PANEL_LETTERS, break_long_words=False)
-        panel.update(text="<br>".join(words), font={"size": 11})
-    title_lines = max((panel.text.count("<br>") + 1 for panel in figure.layout.annotations), default=0)
-    top = TOP_PX + NOTE_PX * len(lines) + 14 * title_lines + 10 * bool(title_lines)
+        panel.update(text=wrapped(panel.text.partition("=")[2], PANEL_LETTERS), font={"size": 11})
+    note, title_lines = (
+        wrapped(note, NOTE_LETTERS),
+        [panel.text.count("<br>") + 2 for panel in figure.layout.annotations],
+    )
+    top = TOP_PX + NOTE_PX * (note.count("<br>") + bool(note)) + 14 * max(title_lines, default=0)
+    height = min(height, MOST_PX)
     figure.update_layout(
         template="plotly_white+qnb", height=height, margin={"l": 12, "r": 16, "t": top, "b": FOOT_PX}, bargap=0.25,
-        title={"text": title, "subtitle": {"text": "<br>".join(lines)}},
+        title={"text": title, "subtitle": {"text": note}},
         legend={"title": "", "y": -(FOOT_PX - 8) / max(height - top - FOOT_PX, 1)},
     )  # fmt: skip
     return figure.update_traces(
         hovertemplate="%{customdata[0]}<extra></extra>", selector=lambda trace: trace.customdata is not None
     )
+
+
+def wrapped(text: str, letters: int) -> str:
+    """Break a text between words into lines of so many letters, as Plotly writes them."""
+    return "<br>".join(textwrap.wrap(text, letters, break_long_words=False))
 
 
 def numbers(values: pd.Series) -> list[str]:

@@ -24,9 +24,7 @@ from qnb.precision import BASELINE, PRECISIONS
 from qnb.report import figures, recommend, verdicts
 from qnb.report.findings import SETTINGS
 from qnb.report.results import Results, read_reference, task_name
-from qnb.report.scores import MEAN
 from qnb.report.tables import labelled
-from qnb.report.verdicts import CHANGE
 
 REFERENCE = Path(__file__).parents[2] / "outputs" / "reference"
 NOTHING = "Nothing measured yet: run 02_accuracy, 03_perf_bs1 or 04_perf_maxbatch first."
@@ -35,9 +33,9 @@ WIDTH_PX, HEIGHT_PX = 240, 36  # of one of its lines
 HTML: Any = Environment(loader=PackageLoader("qnb", "data"), autoescape=True).get_template("panels.html").module
 
 
-def _with_words(kind: type[widgets.Widget], words: str, width: str = "30rem", **options: Any) -> Any:
+def _with_words(kind: type[widgets.Widget], words: str, **options: Any) -> Any:
     """Return a control with its words beside it."""
-    layout = widgets.Layout(width=f"min(100%, {width})")
+    layout = widgets.Layout(width="min(100%, 34rem)")
     return kind(description=words, style={"description_width": "11rem"}, layout=layout, **options)
 
 
@@ -83,25 +81,24 @@ def explorer(study: Any) -> widgets.VBox:
 
 
 def _explorer(results: Results) -> list[widgets.Widget]:
-    settings_of, names = figures.measured(results), results.precisions
+    places, names = figures.measured(results), results.precisions
     options = {
-        "quantity": [(header(name), name) for name in settings_of],
-        "setting": [(words, name) for name, words in SETTINGS.items() if len(results.timed(name))],
-        "task": [(task_name(name), name) for name in verdicts.tasks(results)],
+        "quantity": [(header(name), name) for name in places],
+        "of": [""],
         "compared with": [("nothing: as measured", ""), *((name, name) for name in names)],
     }
     choices = [_with_words(widgets.Dropdown, words, options=each) for words, each in options.items()]
-    quantity, setting, task, baseline = choices
+    quantity, place, baseline = choices
     selected, output = _formats(names), widgets.Output()
 
-    def redraw() -> None:
-        of_accuracy = quantity.value == figures.ACCURACY
-        task.disabled, setting.disabled = not of_accuracy, of_accuracy
-        if not of_accuracy and setting.value not in settings_of[quantity.value]:
-            setting.value = settings_of[quantity.value][0]  # draws again
-        choice = (quantity.value, setting.value or "bs1", task.value or MEAN)
-        show(output, figures.compare(results, *choice, selected.value, baseline.value))
+    def offer() -> None:
+        place.options = [(SETTINGS.get(each) or task_name(each), each) for each in places[quantity.value]]
 
+    def redraw() -> None:
+        if place.value in places[quantity.value]:  # not while its options change
+            show(output, figures.compare(results, quantity.value, place.value, selected.value, baseline.value))
+
+    _observe([quantity], offer)  # first, so that what is drawn is of a place that has the quantity
     _observe([*choices, selected], redraw)
     return [*choices, selected, output]
 
@@ -116,22 +113,18 @@ def _chooser(results: Results) -> list[widgets.Widget]:
         (f"{header(name)}, {SETTINGS[setting]}", (setting, name))
         for name in recommend.SPEEDS for setting in figures.measured(results).get(name, ())
     ]  # fmt: skip
-    tasks = [*((task_name(name), name) for name in verdicts.tasks(results)), ("do not ask", "")]
-    ranked = _with_words(widgets.Dropdown, "ranked by", options=speeds)
-    task = _with_words(widgets.Dropdown, "accuracy on", options=tasks)
-    below = widgets.VBox()
+    ranked, below = _with_words(widgets.Dropdown, "ranked by", options=speeds), widgets.VBox()
 
     def rebuild() -> None:
-        setting, speed = ranked.value
-        below.children = _limited(results, setting, speed, task.value)
+        below.children = _limited(results, *ranked.value)
 
-    _observe([ranked, task], rebuild)
-    return [ranked, task, below]
+    _observe([ranked], rebuild)
+    return [ranked, below]
 
 
-def _limited(results: Results, setting: str, speed: str, task: str) -> list[widgets.Widget]:
+def _limited(results: Results, setting: str, speed: str) -> list[widgets.Widget]:
     """Return a slider per limit in `recommend.Demand`, at first allowing all but a loss, and the advice below them."""
-    candidates = recommend.candidates(results, setting, task or MEAN)
+    candidates = recommend.candidates(results, setting)
     sliders, words = {}, widgets.HTML()
     memory_mib, top = 1.1 * candidates.peak_memory_mib.max(), 1.1 * column(speed).scale * candidates[speed].max()
     if not math.isnan(memory_mib):
@@ -139,14 +132,14 @@ def _limited(results: Results, setting: str, speed: str, task: str) -> list[widg
     short = column(speed).label.rpartition("(")[2].rstrip(")")  # TPOT: a slider has little room
     bound, value = ("least", 0) if column(speed).better == "more" else ("most", top)
     sliders["speed_limit"] = _slider(f"{short}, {column(speed).unit}, at {bound}", top, value, top / 100)
-    if task:
-        sliders["loss_pp"] = _slider("loss, points, at most", 10, 2, 0.1, least=0.1)
+    if candidates.low_pp.notna().any():
+        sliders["loss_pp"] = _slider("loss, points, at most", 20, verdicts.MARGIN_PP, 0.1, least=0.1)
 
     def decide() -> None:
         values = {name: slider.value for name, slider in sliders.items()}
         values["speed_limit"] /= column(speed).scale
         advice = recommend.choose(candidates, recommend.Demand(speed, **values))
-        table = labelled(advice.candidates, ["precision", "engine", "fit", "peak_memory_mib", speed, *CHANGE])
+        table = labelled(advice.candidates, ["precision", "engine", "fit", "peak_memory_mib", speed, *verdicts.CHANGE])
         words.value = HTML.advice(recommend.explain(advice), table)
 
     _observe(list(sliders.values()), decide)
@@ -155,10 +148,8 @@ def _limited(results: Results, setting: str, speed: str, task: str) -> list[widg
 
 def _slider(words: str, high: float, value: float, step: float, least: float = 0) -> widgets.FloatSlider:
     step = float(f"{step:.1g}")
-    return _with_words(
-        widgets.FloatSlider, words, min=least, max=step * math.ceil(high / step), value=value, step=step,
-        continuous_update=False, readout_format=f".{max(0, -math.floor(math.log10(step)))}f",
-    )  # fmt: skip
+    limits = {"min": least, "max": step * math.ceil(high / step), "step": step, "readout_format": ".4g"}
+    return _with_words(widgets.FloatSlider, words, value=value, continuous_update=False, **limits)
 
 
 def playground(study: Any) -> widgets.VBox:
@@ -166,7 +157,7 @@ def playground(study: Any) -> widgets.VBox:
 
     BF16 is what they are compared with. Nothing is loaded before the button is pressed.
     """
-    prompt = _with_words(widgets.Textarea, "prompt", "46rem", value="The capital of France is", rows=3)
+    prompt = _with_words(widgets.Textarea, "prompt", value="The capital of France is", rows=3)
     selected = _formats([precision.name for precision in study.precisions])
     tokens = _with_words(widgets.IntSlider, "new tokens", value=24, min=4, max=128, continuous_update=False)
     button = widgets.Button(description="Continue", button_style="primary", tooltip="Generate in each format selected")

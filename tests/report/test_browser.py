@@ -159,7 +159,7 @@ def use_chooser(page):
     advice.wait_for(timeout=90 * SECOND)
     advice.scroll_into_view_if_needed()
     panel = page.locator(".widget-vbox", has=advice).last
-    assert "Recommended: nf4 (cuda_graph)" in advice.inner_text()
+    assert "Recommended: int8 (cuda_graph)" in advice.inner_text()
     handles = panel.get_by_role("slider").or_(panel.locator(".ui-slider-handle"))  # ipywidgets 7 names no role
     assert handles.count() == 3
     handles.nth(0).focus()

@@ -93,7 +93,7 @@ def test_rows_with_nothing_but_a_time_are_drawn_and_compared(tmp_path):
                        "fingerprint": "f", "batch_size": 1, "requests": 4, "total_s": total_s})  # fmt: skip
     study = Results.read(ledger)
     assert points(figures.metrics(study, "bs1"), xaxis="x") == [(2.0, "bf16"), (4.0, "int8")]
-    assert points(figures.compare(study, "throughput_rps", baseline="bf16")) == [(100, "bf16"), (200, "int8")]
+    assert points(figures.compare(study, "throughput_rps", "bs1", baseline="bf16")) == [(100, "bf16"), (200, "int8")]
     assert figures.measured(study) == {key: ["bs1"] for key in ("throughput_rps", "total_s", "seconds_per_request")}
 
 
@@ -197,10 +197,9 @@ def test_parts_add_up_to_the_whole(name, column, scale, settings, study, drawn):
     assert total == pytest.approx(scale * sum(study.timed(setting)[column].sum() for setting in settings))
 
 
-def test_the_timeline_has_a_line_per_quantity_format_and_engine(study, drawn):
+def test_the_timeline_has_a_line_per_quantity_and_format(study, drawn):
     lines = [trace for trace in drawn["timeline_bs1"].data if len(trace.x) == 40]
-    assert len(lines) == 4 * 5 * 2 and sum(bool(trace.showlegend) for trace in lines) == 5
-    assert {trace.line.dash for trace in lines} == {"dot", "solid"}
+    assert len(lines) == 4 * 5 and sum(bool(trace.showlegend) for trace in lines) == 5
 
 
 def test_the_front_holds_what_no_other_beats_in_both(study, drawn):
@@ -227,13 +226,13 @@ def test_without_accuracy_quality_is_divergence_and_without_a_gpu_memory_is_the_
 def test_one_quantity_is_compared_as_it_is_and_with_a_baseline(study):
     scores = headline(study.scores)
     mean = scores[scores.task.str.startswith(MEAN)].set_index("precision").value
-    figure = figures.compare(study, "accuracy_pct", precisions=["bf16", "int4"])
+    figure = figures.compare(study, "accuracy_pct", MEAN, precisions=["bf16", "int4"])
     assert points(figure) == [(pytest.approx(100 * mean[name]), name) for name in ("int4", "bf16")]
-    relative = figures.compare(study, "accuracy_pct", baseline="bf16")
+    relative = figures.compare(study, "accuracy_pct", MEAN, baseline="bf16")
     (dot,) = relative.select_traces({"name": "int4"})
     low_pp = recommend.summary(study).set_index("precision").low_pp["int4"]
     assert dot.error_x.arrayminus[0] == pytest.approx(dot.x[0] - 100 - low_pp / mean["bf16"])
-    assert not figures.compare(study, "tpot_s", precisions=["fp32"]).data
+    assert not figures.compare(study, "tpot_s", "bs1", precisions=["fp32"]).data
 
 
 def test_pages_share_one_library_and_pictures_say_what_they_need(study, tmp_path, monkeypatch, caplog):

@@ -12,10 +12,8 @@ from qnb.report.results import Results
 from qnb.report.tables import build
 
 
-def test_a_card_holds_scores_as_the_hub_reads_them(studied, tmp_path):
-    path = model_card.write(studied.results(), PRECISIONS["int4"], tmp_path)
-    assert path == tmp_path / "int4" / "README.md"
-    card = ModelCard(path.read_text())
+def test_a_card_holds_scores_as_the_hub_reads_them(studied):
+    card = ModelCard(model_card.card(studied.results(), PRECISIONS["int4"]))
     assert card.data.base_model == "example/one-billion" and "bitsandbytes" in card.data.tags
     shown = build(studied.results(), "table1_accuracy").set_index("task").int4_pct / 100
     scores = {score.dataset_config: score.metric_value for score in card.data.eval_results[:2]}
