@@ -251,5 +251,5 @@ def _extremes(allowed: pd.DataFrame) -> Iterator[str]:
         ("smallest", size, allowed[size]),
     ):
         if values.notna().sum() > 1:
-            best = values.idxmin()
-            yield f"{allowed.precision[best].upper()} is {what} ({column(name).label} {_shown(name, values[best])})."
+            best, label = values.idxmin(), column(name).label.partition(" (")[0]
+            yield f"{allowed.precision[best].upper()} is {what} ({label} {_shown(name, values[best])})."
