@@ -217,8 +217,8 @@ def load(folder: str | Path, precision: Precision, device: str) -> PreTrainedMod
 def _skipped_modules(config: PretrainedConfig, precision: Precision, device: str) -> list[str] | None:
     """Return the modules that stay as they are where bitsandbytes cannot multiply by all; None: transformers chooses.
 
-    On CPUs with bfloat16 units a 4-bit layer's outputs must come in multiples of 32. Mamba multiplies by some weights
-    itself.
+    On CPUs with bfloat16 units a 4-bit layer must have a multiple of 32 outputs and of 64 inputs. Mamba multiplies by
+    some weights itself.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -230,13 +230,14 @@ def _skipped_modules(config: PretrainedConfig, precision: Precision, device: str
     with torch.device("meta"), quiet():
         model: Any = AutoModelForCausalLM.from_config(config)
     default = get_keys_to_not_convert(model)
-    multiple = 32 if device == "cpu" and has_avx512bf16() and not precision.eight_bit else 1
+    is_packed = device == "cpu" and has_avx512bf16() and not precision.eight_bit
     own = {"mamba": "dt_proj"}.get(config.model_type, "-")
-    impossible = [
-        name for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and name not in default
-        and (name.endswith(own) or module.weight.shape[isinstance(module, Conv1D)] % multiple)
-    ]  # fmt: skip
+    impossible = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and name not in default:
+            outputs, inputs = module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1]
+            if name.endswith(own) or (is_packed and (outputs % 32 or inputs % 64)):
+                impossible.append(name)
     return [*default, *impossible] if impossible else None
 
 

@@ -79,6 +79,20 @@ def test_what_is_quantized_and_what_is_not_is_counted_from_the_tensors(config, q
         assert checkpoint.count_weights(model) == counts
 
 
+@pytest.mark.parametrize(
+    ("sizes", "odd"), [({"intermediate_size": 100}, 3 * 64 * 100), ({"head_dim": 4}, 2 * 64 * 16 + 2 * 64 * 8)]
+)
+def test_layers_that_this_cpu_cannot_multiply_by_stay_and_are_counted(sizes, odd, tmp_path):
+    """Those of the feed-forward part have 100 inputs or outputs, those of the attention 8 or 16."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    source = sources.resolve(str(save_tiny(tmp_path / "model", transformers.LlamaConfig(**{**TINY, **sizes}))), "cpu")
+    made = checkpoint.convert(source, PRECISIONS["nf4"], tmp_path / "nf4", "cpu")
+    left = made.left_out.get("linear layers that bitsandbytes cannot multiply by", 0)
+    assert left == (3 * odd if has_avx512bf16() else 0)
+    assert made.quantized_parameters == made.parameters - sum(made.left_out.values()) > 0
+
+
 def test_reloading_gives_the_same_logits_as_transformers_alone(request):
     folder, _ = request.getfixturevalue("checkpoint")("bf16")
     stock = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16)
