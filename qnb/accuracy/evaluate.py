@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from qnb.accuracy.tasks import SIZES, Task, TaskResult, check, names
+from qnb.accuracy.tasks import LM_EVAL_SEED, SIZES, Task, TaskResult, check, names
 from qnb.errors import InputError
 from qnb.ledger import Row, file_sha256, write_parquet
 from qnb.options import Count, check_count, check_minutes
@@ -100,8 +100,11 @@ class Evaluation:
         self, task: Task, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answers_path: Path | None = None
     ) -> TaskResult:
         """Score a model on a task; answers are kept in `answers_path` meanwhile, so that a killed task goes on."""
+        import torch
+
         from qnb.accuracy.scorer import SharedContextLM, StockLM
 
+        torch.manual_seed(LM_EVAL_SEED)  # some tasks sample
         options: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer, "batch_size": self.batch_size}
         if self.scorer == "qnb":
             options |= {"encoded": self.encoded, "answers_path": answers_path, "alone": self.alone}

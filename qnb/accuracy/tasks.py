@@ -44,7 +44,7 @@ SIZES = {"sample_easy": (48, 1), "sample_hard": (48, 1), "sample_completion": (4
          "sample_exam": (48, 4), "arc_challenge": (1172, 1), "arc_easy": (2376, 1), "gsm8k": (1319, 1),
          "gsm8k_cot": (1319, 1), "hellaswag": (10042, 1), "mmlu": (14042, 57)}  # fmt: skip
 FOLDERS = ("arc", "gsm8k", "hellaswag", "mmlu")  # of lm-eval's tasks: those that hold the paper's
-FEWSHOT_SEED = 1234  # lm-eval's default
+LM_EVAL_SEED = 1234  # its default, for examples and for sampled texts
 REHEARSED = 2  # items of a task that are scored without a model, to see that they can be
 STAND_IN: Any = SimpleNamespace(  # for a model: one log-likelihood for all texts, one text after all prompts
     rank=0, world_size=1, device=SimpleNamespace(type="cpu"), loglikelihood=lambda asked: [(-1.0, False)] * len(asked),
@@ -277,7 +277,7 @@ class Task:
     def _build(self, name: str, places: Sequence[int]) -> bool:
         """Build the requests of a part's items; return whether its own code could, and knows what is right."""
         part, self._places[name] = self._parts[name], places
-        part.set_fewshot_seed(seed=FEWSHOT_SEED)
+        part.set_fewshot_seed(seed=LM_EVAL_SEED)
         try:
             type(part).build_all_requests(part)
             _ = [
