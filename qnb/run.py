@@ -11,10 +11,9 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NoReturn
@@ -242,41 +241,31 @@ def _own_kernel() -> Iterator[None]:
             yield
 
 
-def _execute(study: Study, name: str, values: Mapping[str, Any]) -> tuple[str, str, str] | None:
+def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2) -> tuple[str, str, str] | None:
     """Execute one notebook; return the place, kind and text of what stopped it, or None."""
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    execute = partial(
-        papermill.execute_notebook,
-        NOTEBOOKS / f"{name}.ipynb",
-        study.folder / "notebooks" / f"{name}.ipynb",
-        values,
-        kernel_name="python3",
-        progress_bar={"desc": name, "leave": False, "disable": not sys.stderr.isatty()},
-        execution_timeout=CELL_TIMEOUT_S,
-        extra_arguments=["--log-level=CRITICAL"],  # the kernel's remarks would break the progress line
-    )
     try:
-        _retry_start(execute)
+        papermill.execute_notebook(
+            NOTEBOOKS / f"{name}.ipynb",
+            study.folder / "notebooks" / f"{name}.ipynb",
+            values,
+            kernel_name="python3",
+            progress_bar={"desc": name, "leave": False, "disable": not sys.stderr.isatty()},
+            execution_timeout=CELL_TIMEOUT_S,
+            extra_arguments=["--log-level=CRITICAL"],  # the kernel's remarks would break the progress line
+        )
     except papermill.PapermillExecutionError as error:
         return f"{name}, cell {error.cell_index + 1}", error.ename, error.evalue
     except (CellTimeoutError, DeadKernelError, OSError) as error:
         return name, type(error).__name__, str(error)
-    return None
-
-
-def _retry_start(execute: Callable[[], None]) -> None:
-    """Execute a notebook, and once more if its kernel died before it answered.
-
-    Two kernels that start at once may take the same port (nteract/papermill issue 511); nothing has run by then.
-    """
-    try:
-        execute()
     except RuntimeError as error:
-        if "before replying to kernel_info" not in str(error):
+        # two kernels that start at once may take one port (nteract/papermill issue 511); nothing has run by then
+        if "before replying to kernel_info" not in str(error) or tries == 1:
             raise
-        execute()
+        return _execute(study, name, values, tries - 1)
+    return None
 
 
 def _report_failure(place: str, kind: str, text: str, study: Study) -> int:
