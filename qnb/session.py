@@ -133,7 +133,7 @@ class Session:
             )
 
     def check_writable(self) -> None:
-        """Make the output folder, and refuse one that this user cannot write to.
+        """Refuse an output folder that this user cannot write to.
 
         Raises
         ------
@@ -143,10 +143,6 @@ class Session:
         parent = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         if not os.access(parent, os.W_OK):
             raise InputError(f"output {self.folder} cannot be written (no right to write in {parent}); give another")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"output {self.folder} cannot be written ({error.strerror}); give another") from error
 
     def check_weights(self) -> None:
         """Refuse a model of random weights, without fetching it.
