@@ -80,7 +80,10 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it calls the rarely used parameters unknown
     os.environ[COMMAND] = shlex.join(["qnb", *sys.argv[1:]])
     earlier = study.session.ledger.failures()  # this run may not retry all of them
-    (study.folder / "notebooks").mkdir(parents=True, exist_ok=True)
+    try:
+        (study.folder / "notebooks").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output {study.folder} cannot be written ({error.strerror}); give another") from error
     with _interruptible(), holding(FileLock(study.folder / ".run.lock"), refuse), _own_kernel():
         for name in names:
             started = perf_counter()
