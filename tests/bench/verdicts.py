@@ -42,8 +42,8 @@ def main():
                 rows.append(row)
     table = pd.DataFrame(rows).round(1)
     print(table.to_string(index=False))
-    print(f"{studies} studies a row; highest shares: {table.within_pct.max()} % within, {table.loses_pct.max()} % loses; "
-          f"power from {table.power_pct.min()} to {table.power_pct.max()} %")  # fmt: skip
+    print(f"{studies} studies a row, at most {table.within_pct.max()} % within, {table.loses_pct.max()} % loses")
+    print(f"power from {table.power_pct.min()} to {table.power_pct.max()} %")
 
 
 main()
