@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
+from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -53,7 +54,7 @@ def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_
     with torch.inference_mode():
         for _ in range(2):  # the second is a decode step
             step = _Step(model)
-            with step:
+            with step, register_module_forward_hook(step.note_module):
                 run_model(model, cache, input_ids=token)
     # 1) products with weights
     flops_by_type = step.flops_by_type
@@ -85,6 +86,7 @@ def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_
 
 class _Weight(NamedTuple):
     role: str  # its name; the layers and the experts of one role share it
+    module: torch.nn.Module
     tensor: Tensor
     numbers: int  # two in an element where it is in 4 bit
     bytes: int  # with quantization constants
@@ -96,37 +98,52 @@ class _Step(TorchDispatchMode):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        # by the address of their memory, which views, transposed matrices and single experts have too
-        self._weights = {each.tensor.untyped_storage().data_ptr(): each for each in _weights(model)}
+        # by their memory, which views, transposed matrices and single experts share, and layers that were joined
+        self._weights = {_memory(each.tensor): each for each in _weights(model)}
+        self._modules_run, self._memory_read = set[torch.nn.Module](), set[int]()
         self._read_bytes: dict[str, float] = defaultdict(float)  # by role
         self.flops_by_type: dict[str, float] = defaultdict(float)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and add what it reads."""
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, kwargs)) if isinstance(out, Tensor) else ():
+        returned = function(*args, **(kwargs or {}))
+        outputs = [each for each in tree_leaves(returned) if isinstance(each, Tensor)]
+        for tensor in tree_leaves((args, kwargs)) if outputs else ():
             weight = self._weight_of(tensor)
-            if weight and not self._weight_of(out):  # a view reads nothing
-                self._add(weight, tensor, function, out)
-        return out
+            if weight and not self._weight_of(outputs[0]):  # a view reads nothing
+                self._add(weight, tensor, function, outputs[0])
+        return returned
+
+    def note_module(self, module: torch.nn.Module, *_: Any) -> None:
+        """Note that a module's forward has run."""
+        self._modules_run.add(module)
 
     def _weight_of(self, tensor: Any) -> _Weight | None:
-        return self._weights.get(tensor.untyped_storage().data_ptr()) if isinstance(tensor, Tensor) else None
+        return self._weights.get(_memory(tensor)) if isinstance(tensor, Tensor) else None
 
     def _add(self, weight: _Weight, tensor: Tensor, function: Any, out: Tensor) -> None:
         dims, is_lookup = weight.tensor.dim(), function.overloadpacket in LOOKUPS
         share = (out if is_lookup else tensor).numel() / weight.tensor.numel()
         if tensor.dim() == 3 and out.dim() == 2:  # each row is multiplied by its own matrix of a stack
             share *= min(1, len(out) / len(tensor))
+        self._memory_read.add(_memory(tensor))
         self._read_bytes[weight.role] += share * weight.bytes
         is_product = dims > (2 if is_lookup else 1) and torch.Tag.pointwise not in function.tags
         self.flops_by_type[weight.multiplied_as] += 2 * share * weight.numbers * is_product
 
     def weight_bytes(self, batch_size: int) -> float:
-        """Return the bytes of weights that a batch reads. Where a token reads a part, other tokens read others."""
+        """Return the bytes of weights that a batch reads. Where a token reads a part, other tokens read others.
+
+        Raises
+        ------
+        RuntimeError
+            A layer has run whose matrix no operation has read: its kernel is none of PyTorch's.
+        """
         stored_bytes, total = Counter[str](), 0.0
-        for weight in self._weights.values():
+        for memory, weight in self._weights.items():
             stored_bytes[weight.role] += weight.bytes
+            if weight.tensor.dim() > 1 and weight.module in self._modules_run and memory not in self._memory_read:
+                raise RuntimeError(f"what reads {weight.role} is not seen")
         for role, read in self._read_bytes.items():
             unread = max(0, 1 - read / stored_bytes[role])
             total += max(read, stored_bytes[role] * (1 - unread**batch_size))
@@ -142,8 +159,15 @@ def _weights(model: PreTrainedModel) -> Iterator[_Weight]:
             constants = packed.as_dict(packed=False).values()
             dtype = getattr(module, "compute_dtype", None) or model.dtype
         size = sum(each.nbytes for each in (tensor, *constants) if isinstance(each, Tensor))
-        role = re.sub(r"\.\d+\.(?!.*\.\d+\.)", ".*.", name)
-        yield _Weight(role, tensor, (packed.shape if packed else tensor.shape).numel(), size, _type_name(dtype))
+        role, numbers = (
+            re.sub(r"\.\d+\.(?!.*\.\d+\.)", ".*.", name),
+            (packed.shape if packed else tensor.shape).numel(),
+        )
+        yield _Weight(role, module, tensor, numbers, size, _type_name(dtype))
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _type_name(dtype: torch.dtype) -> str:

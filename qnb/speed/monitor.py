@@ -209,7 +209,7 @@ class Window:
             monitor=self._sensor.monitor,
             samples=len(metrics),
             missing_samples=int((told < max(1, told.max())).sum()),  # a reading that failed has nothing but its time
-            duration_s=metrics.index[-1],
+            duration_s=float(metrics.index[-1]),
             throttle=int(np.bitwise_or.reduce(metrics.throttle.fillna(0).astype(int))) & THROTTLE_BITS,
             **{name: None if math.isnan(value) else float(value) for name, value in values.items()},
         )

@@ -1,6 +1,7 @@
 """Timed generation: times that add up, work counted by hand, and bookkeeping that costs only itself."""
 
 import copy
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from qnb.speed import benchmark, decode_work, device_peaks, monitor
 from qnb.speed.benchmark import latency, run
 from qnb.speed.decode_work import Work, count_work, trace_kernels
 from qnb.speed.device_peaks import DevicePeaks, measure_peaks
+from qnb.speed.engines import Decoder
 from qnb.speed.monitor import Usage
 
 
@@ -112,6 +114,9 @@ def test_work_is_counted_as_by_hand(kind, batch_size):
     assert work.flops_by_type == {"float32": pytest.approx(2 * batch_size * (products + 3 * 2 * 32 * seen))}
     assert work.kv_cache_mib == 3 * 4 * batch_size * 16 * cache / 2**20
     assert work.weights_mib == sum(weight.nbytes for weight in model.parameters()) / 2**20
+    if kind.startswith("llama"):
+        Decoder(model, 1, 4, 4)  # joins weights
+        assert count_work(model, batch_size, 10, 6) == work
 
 
 def test_a_window_and_layers_of_other_classes_are_counted():
@@ -133,15 +138,35 @@ def test_a_model_without_attention_reads_its_weights_and_reads_and_writes_its_st
     assert row.bytes_per_step == pytest.approx(row.weights_mib * 2**20 + embedded + 4 * 2 * 2 * states)
 
 
-def test_products_are_held_against_the_peak_of_their_own_type(checkpoint):
+@pytest.mark.parametrize(("name", "type_name"), [("int4", "float32"), ("nf4", "bfloat16"), ("int8", "int8")])
+def test_products_and_bytes_are_those_of_the_layers_own_type(name, type_name, source):
     """int4 multiplies in 32 bit, as load_in_4bit=True alone means it; the head and attention in the model's 16."""
-    folder, _ = checkpoint("int4")
-    model = checkpoints.load(folder, PRECISIONS["int4"], "cpu")
-    flops, head = count_work(model, 1, 8, 2).flops_by_type, model.get_output_embeddings()
+    with checkpoints.quiet():
+        model = checkpoints.load(source.path, PRECISIONS[name], "cpu")
+        work, head = count_work(model, 1, 8, 2), model.get_output_embeddings()
     head_flops = 2 * head.in_features * head.out_features
     attention = 4.0 * model.config.num_hidden_layers * model.config.hidden_size * (8 + 2 / 2)
-    linear = sum(2 * one.in_features * one.out_features for one in model.modules() if isinstance(one, torch.nn.Linear))
-    assert flops == {"bfloat16": head_flops + attention, "float32": linear - head_flops}
+    layers = [one for one in model.modules() if isinstance(one, torch.nn.Linear) and one is not head]
+    flops = sum(2 * one.in_features * one.out_features for one in layers)
+    expected = Counter({"bfloat16": head_flops + attention}) + Counter({type_name: flops})
+    assert work.flops_by_type == expected
+    if name == "int8":
+        stored = flops / 2 + 4 * sum(one.out_features for one in layers)
+    else:  # a block of 64 has a maximum, which some CPUs round to 16 bit
+        stored = flops / 2 * (1 / 2 + layers[0].weight.quant_state.absmax.itemsize / 64)
+    cache_bytes = 9 * work.kv_cache_mib * 2**20 / 10
+    assert work.bytes_per_step == pytest.approx(stored + head_flops + cache_bytes, rel=0.002)
+
+
+def test_work_whose_kernels_are_not_seen_is_not_counted(model, five, monkeypatch):
+    """A kernel of another library reads weights past PyTorch, as a product of a copy does."""
+    layer = model.model.layers[0].mlp.down_proj
+    monkeypatch.setattr(layer, "forward", lambda x: x @ torch.tensor(layer.weight.tolist()).t())
+    row = run(model, five).run
+    assert row.total_s > 0 and row.bytes_per_step is row.flops_by_type is None
+
+
+def test_types_are_multiplied_one_after_the_other():
     peaks = DevicePeaks(1e9, {"float32": 1e12, "bfloat16": 4e12})
     assert peaks.flop_per_s({"float32": 1e12, "bfloat16": 4e12}) == 5e12 / 2  # a second each
     assert peaks.flop_per_s({"float32": 1e12, "int8": 1.0}) is peaks.flop_per_s(None) is None
