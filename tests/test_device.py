@@ -4,10 +4,11 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pynvml
 import pytest
 import torch
 
-from qnb import device
+from qnb import device, doctor
 from qnb.errors import InputError
 from qnb.session import Session
 
@@ -17,7 +18,8 @@ def two_gpus(monkeypatch):
     """A machine with two cards; returns those that torch was told to mean."""
     chosen = []
     monkeypatch.delenv(device.CHOICE, raising=False)
-    monkeypatch.setattr(device, "_driver", lambda: "580.1")
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -61,10 +63,26 @@ def test_without_a_gpu_none_can_be_taken(monkeypatch):
         device.detect("cuda")
 
 
-def test_a_gpu_that_nvml_does_not_know_is_taken(two_gpus, monkeypatch):
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [("nvmlInit", pynvml.NVML_ERROR_DRIVER_NOT_LOADED), ("nvmlInit", pynvml.NVML_ERROR_NO_PERMISSION),
+     ("nvmlSystemGetDriverVersion", pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)],
+)  # fmt: skip
+def test_a_gpu_that_nvml_does_not_know_is_taken_and_its_driver_left_empty(
+    call, code, two_gpus, monkeypatch, capsys, tmp_path
+):
     """PyTorch names the GPUs; NVML only reads them (Jetson, WSL, some containers have none)."""
-    monkeypatch.setattr(device, "_driver", lambda: "")
-    assert (device.detect().place, device.detect().driver) == ("cuda:0", "")
+
+    def refuse():
+        raise pynvml.NVMLError(code)
+
+    monkeypatch.setattr(pynvml, call, refuse)
+    for place in ("auto", "cuda:1"):
+        assert (device.detect(place).kind, device.detect(place).driver) == ("cuda", "")
+    assert "driver" not in Session(output=tmp_path).facts()["device"]
+    monkeypatch.setattr(doctor, "can_quantize", lambda place: place == "cuda:0")
+    doctor.doctor()
+    assert "not known" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
