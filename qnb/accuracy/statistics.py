@@ -154,11 +154,12 @@ def recovery(change: Change, chance: float) -> tuple[float, float, float]:
     return 100 * ratio, 100 * (ratio - half), 100 * (ratio + half)
 
 
-def is_above_chance(n_correct: int, n_items: int, chance: float) -> bool:
-    """Return whether so many right answers are more than guessing gives (one-sided exact binomial test, 5 %)."""
+def is_above_chance(accuracy: float, n_items: int, chance: float) -> bool:
+    """Return whether an accuracy (0..1) is more than guessing gives, by a one-sided exact binomial test at 5 %."""
     from scipy.stats import binomtest
 
-    return n_correct > 0 and float(binomtest(n_correct, n_items, chance, alternative="greater").pvalue) < 0.05
+    n_correct = round(accuracy * n_items)
+    return float(binomtest(n_correct, n_items, chance, alternative="greater").pvalue) < 0.05
 
 
 def mean_of_independent(changes: Iterable[tuple[float, float, float]]) -> tuple[float, float, float]:

@@ -27,27 +27,25 @@ from qnb.report.scores import AVERAGED, HEADLINE, MEAN, one_filter
 SIGNIFICANT = 0.05
 LUCKY = 0.01  # the chance taken for an answer that is written, not chosen
 ANSWER = ("correct", "p_correct", "picked", "probabilities")
-COLUMNS = ("task", "precision", "n_items", "baseline_pct", "accuracy_pct", "change_pp", "low_pp", "high_pp",
-           "change_pct", "gained", "lost", "answers_changed", "recovery_pct", "recovery_low_pct", "recovery_high_pct",
-           "p_mcnemar", "p_correct_change_pp", "p_correct_low_pp", "p_correct_high_pp", "note", "p_holm",
-           "significant")  # fmt: skip
+COLUMNS = ("task", "precision", "n_items", "chance_pct", "baseline_pct", "accuracy_pct", "change_pp", "low_pp",
+           "high_pp", "change_pct", "gained", "lost", "answers_changed", "recovery_pct", "recovery_low_pct",
+           "recovery_high_pct", "p_mcnemar", "p_correct_change_pp", "p_correct_low_pp", "p_correct_high_pp", "note",
+           "p_holm", "significant")  # fmt: skip
 
 
-def pairs(results: Results) -> dict[tuple[str, str], pd.DataFrame]:
-    """Return by task and format a row an item that both it and the baseline answered; made once a study.
+def _pairs(results: Results) -> dict[tuple[str, str], pd.DataFrame]:
+    """Return by task and format a row an item that both it and the baseline answered.
 
     The baseline's columns end in ``_base``. ``chance`` is the probability of guessing an item right. A frame without
     rows says in ``attrs["note"]`` why the two are not compared.
     """
-    if "pairs" not in results.cache:
-        by_task: dict[str, dict[str, Any]] = {}
-        for row in results.accuracy_rows.to_dict("records"):
-            by_task.setdefault(row["task"], {})[row["precision"]] = row
-        results.cache["pairs"] = {
-            (task, name): _pair(results, rows[BASELINE], row)
-            for task, rows in by_task.items() if BASELINE in rows for name, row in rows.items() if name != BASELINE
-        }  # fmt: skip
-    return results.cache["pairs"]
+    by_task: dict[str, dict[str, Any]] = {}
+    for row in results.accuracy_rows.to_dict("records"):
+        by_task.setdefault(row["task"], {})[row["precision"]] = row
+    return {
+        (task, name): _pair(results, rows[BASELINE], row)
+        for task, rows in by_task.items() if BASELINE in rows for name, row in rows.items() if name != BASELINE
+    }  # fmt: skip
 
 
 def _pair(results: Results, base: Mapping[str, Any], row: Mapping[str, Any]) -> pd.DataFrame:
@@ -79,6 +77,14 @@ def _incomparable(why: str) -> pd.DataFrame:
     return frame
 
 
+def changes(results: Results) -> pd.DataFrame:
+    """Return Table 2, made once a study, or the one that was kept. Do not write into it."""
+    if "changes" not in results.cache:
+        kept = results.tables.get("table2_change")
+        results.cache["changes"] = table(results) if kept is None else kept
+    return results.cache["changes"]
+
+
 def table(results: Results) -> pd.DataFrame:
     """Table 2: a row a task and format, the change against BF16 with its interval and paired test.
 
@@ -89,7 +95,7 @@ def table(results: Results) -> pd.DataFrame:
     tasks have an interval, for which each task's items are resampled by themselves; their parts are tested, they are
     not.
     """
-    both = pairs(results)
+    both = _pairs(results)
     groups = {row["task"]: row for row in results.accuracy_rows.to_dict("records")}
     rows = [row for (task, name), pair in both.items() for row in _compare(groups[task], name, pair)]
     frame = pd.DataFrame([*rows, *_averaged({key: pair for key, pair in both.items() if len(pair)})])
@@ -111,7 +117,9 @@ def _compare(row: Mapping[str, Any], precision: str, pair: pd.DataFrame) -> Iter
         if len(part):
             change = compare(list(part.correct_base), list(part.correct))
             changed = int((part.picked.map(str) != part.picked_base.map(str)).sum())
-            yield _row(task, precision, change, **_p_correct(part), **_recovery(part, change), answers_changed=changed)
+            chance = part.chance.mean()
+            more = {**_p_correct(part), **_recovery(change, chance), "answers_changed": changed}
+            yield _row(task, precision, change, **more, chance_pct=100 * chance)
 
 
 def _row(task: str, precision: str, change: Change, **more: Any) -> dict[str, Any]:
@@ -129,17 +137,12 @@ def _p_correct(pair: pd.DataFrame) -> dict[str, float | None]:
     return {"p_correct_change_pp": change_pp.mean(), "p_correct_low_pp": low, "p_correct_high_pp": high}
 
 
-def _recovery(pair: pd.DataFrame, change: Change) -> dict[str, Any]:
+def _recovery(change: Change, chance: float) -> dict[str, Any]:
     """Return the accuracy above chance that is kept, or a note where the baseline is near chance."""
-    if not above_chance(pair):
+    if not is_above_chance(change.baseline, change.n_items, chance):
         return {"note": f"{BASELINE.upper()} cannot be told from guessing"}
-    share, low, high = recovery(change, pair.chance.mean())
+    share, low, high = recovery(change, chance)
     return {"recovery_pct": share, "recovery_low_pct": low, "recovery_high_pct": high}
-
-
-def above_chance(pair: pd.DataFrame) -> bool:
-    """Return whether the baseline answers a task's items better than guessing does."""
-    return is_above_chance(int(pair.correct_base.sum()), len(pair), pair.chance.mean())
 
 
 def _averaged(both: Mapping[tuple[str, str], pd.DataFrame]) -> Iterator[dict[str, Any]]:

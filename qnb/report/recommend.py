@@ -204,7 +204,8 @@ def summary(results: Results, margin_pp: float = MARGIN_PP) -> pd.DataFrame:
     """Return the answer in one table: a row a format with its memory, speeds, loss and verdict.
 
     Speeds at batch size 1 are given for both engines; throughput is the best engine's at the largest batch, energy the
-    best engine's at batch size 1. ``peak_memory_mib`` is a GPU's: a process on a CPU grows by what ran before.
+    best engine's at batch size 1. ``peak_memory_mib`` is a GPU's, captured where that was timed: a process on
+    a CPU grows by what ran before.
     """
     timed = results.bs1.assign(
         peak_memory_mib=results.bs1.peak_memory_mib.where(results.bs1.peak_reserved_mib.notna()),
@@ -212,6 +213,7 @@ def summary(results: Results, margin_pp: float = MARGIN_PP) -> pd.DataFrame:
         tpot_captured_s=results.bs1.tpot_s.where(results.bs1.engine != "eager"),
     )
     least = timed.groupby("precision")[[name for name in SUMMARY if name in timed and name != "precision"]].min()
+    least["peak_memory_mib"] = timed.groupby("precision").peak_memory_mib.last()
     frames = [least.drop(columns="throughput_rps"), results.maxbatch.groupby("precision")[["throughput_rps"]].max(),
               _by_format(results.divergence, "perplexity_change_pct", "kl_mean_nats")]  # fmt: skip
     frame = judge(results, margin_pp).join(frames)

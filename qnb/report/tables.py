@@ -149,7 +149,7 @@ def choice_probabilities(results: Results, item: int = 0) -> pd.DataFrame:
 
 TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "table1_accuracy": scores.table,
-    "table2_change": comparison.table,
+    "table2_change": comparison.changes,
     "divergence": lambda results: results.divergence.reindex(columns=list(ALL_DIVERGENCE)),
     "batch_sensitivity": lambda results: results.batch_sensitivity.reindex(columns=list(SENSITIVITY)).rename(
         columns={"setting": "scorer"}

@@ -13,11 +13,11 @@ from typing import Any, Self
 
 import pandas as pd
 
-from qnb.accuracy.statistics import detectable_pp, pooled_change
+from qnb.accuracy.statistics import detectable_pp, is_above_chance, pooled_change
 from qnb.columns import format_number
 from qnb.errors import InputError
 from qnb.precision import BASELINE, PRECISIONS
-from qnb.report.comparison import above_chance, pairs
+from qnb.report.comparison import changes
 from qnb.report.results import Results, task_name
 from qnb.report.scores import MEAN, headline
 
@@ -65,8 +65,10 @@ def tasks(results: Results) -> list[str]:
 
 def at_chance(results: Results) -> list[str]:
     """Return the tasks on which the baseline cannot be told from guessing."""
-    baselines = {task: pair for (task, _), pair in pairs(results).items() if len(pair)}
-    return [task for task, pair in baselines.items() if not above_chance(pair)]
+    return [
+        row.task for row in _answers(results).drop_duplicates("task").itertuples()
+        if not is_above_chance(row.baseline_pct / 100, row.n_items, row.chance_pct / 100)
+    ]  # fmt: skip
 
 
 def accuracies(results: Results, task: str = MEAN) -> pd.DataFrame:
@@ -85,45 +87,34 @@ def accuracies(results: Results, task: str = MEAN) -> pd.DataFrame:
     shown = headline(results.scores)
     shown = shown[(shown.asked if task == MEAN else shown.task) == task].drop_duplicates("precision")
     frame = shown.assign(accuracy_pct=100 * shown.value).set_index("precision").reindex(columns=columns)
-    changes = _kept(results, task) if "table2_change" in results.tables else _changes(results, task)
-    frame = changes.combine_first(frame.astype(float))
+    frame = _changes(results, task).combine_first(frame.astype(float))
     frame.loc[frame.index == BASELINE, list(CHANGE)] = 0.0
     return frame.reindex(columns=columns, index=[name for name in PRECISIONS if name in frame.index])
-
-
-def _kept(results: Results, task: str) -> pd.DataFrame:
-    """Return the changes that stand in the kept Table 2 of a study without items."""
-    kept = results.tables["table2_change"]
-    kept = kept[kept.task.map(lambda name: name.partition(" (")[0]) == task].dropna(subset=list(CHANGE))
-    return kept.set_index("precision")[list(CHANGE)].astype(float)
 
 
 def _changes(results: Results, task: str) -> pd.DataFrame:
     """Return the pooled change of each format, with its accuracy and the baseline's on the same items."""
     rows: dict[str, dict[str, float]] = {}
-    for name, parts in _counted(results, task).items():
-        gained, lost = ([part[key].sum() for part in parts] for key in ("gained", "lost"))
-        n_items = [len(part) for part in parts]
-        estimates = zip(CHANGE, pooled_change(gained, lost, n_items), strict=True)
-        for format_name, key in ((BASELINE, "correct_base"), (name, "correct")):
-            mean = sum(part[key].mean() for part in parts) / len(parts)
-            rows[format_name] = {"accuracy_pct": 100 * mean, "n_items": sum(n_items)}
-        rows[name] |= dict(estimates)
+    for name, answers in _counted(results, task).groupby("precision"):
+        estimates = dict(zip(CHANGE, pooled_change(answers.gained, answers.lost, answers.n_items), strict=True))
+        items = {"n_items": answers.n_items.sum()}
+        rows[BASELINE] = {"accuracy_pct": answers.baseline_pct.mean(), **items}
+        rows[str(name)] = {"accuracy_pct": answers.accuracy_pct.mean(), **items, **estimates}
     return pd.DataFrame.from_dict(rows, orient="index", columns=["accuracy_pct", "n_items", *CHANGE], dtype=float)
 
 
-def _counted(results: Results, task: str) -> dict[str, list[pd.DataFrame]]:
-    """Return by format the pairs of each task that counts: of one task, or of all above chance that all answered."""
-    both = {key: pair for key, pair in pairs(results).items() if len(pair)}
-    names = list(dict.fromkeys(name for _, name in both))
+def _answers(results: Results) -> pd.DataFrame:
+    """Return Table 2's rows of tasks that were asked for and compared."""
+    return changes(results).dropna(subset=["gained", "chance_pct"]).query("task in @results.scores.asked")
+
+
+def _counted(results: Results, task: str) -> pd.DataFrame:
+    """Return Table 2's rows of what counts: one task, or all tasks above chance that every format answered."""
+    answers = _answers(results)
     if task != MEAN:
-        return {name: [both[task, name]] for name in names if (task, name) in both}
-    dropped = at_chance(results)
-    common = [
-        each for each in dict.fromkeys(asked for asked, _ in both)
-        if each not in dropped and all((each, name) in both for name in names)
-    ]  # fmt: skip
-    return {name: [both[each, name] for each in common] for name in names if common}
+        return answers[answers.task == task]
+    n_formats = answers.groupby("task").precision.transform("nunique")
+    return answers[~answers.task.isin(at_chance(results)) & (n_formats == answers.precision.nunique())]
 
 
 def judge(results: Results, margin_pp: float = MARGIN_PP, task: str = MEAN) -> pd.DataFrame:
@@ -189,9 +180,9 @@ def notes(results: Results) -> list[str]:
     if dropped := at_chance(results):
         names = ", ".join(map(task_name, dropped))
         lines.append(f"{BASELINE.upper()} cannot be told from guessing on {names}: left out of the verdict.")
-    if counted := _counted(results, MEAN):
-        answers = pd.concat([part for parts in counted.values() for part in parts])
-        flip_rate = float((answers.gained | answers.lost).mean())
-        n_items = [len(part) for part in next(iter(counted.values()))]
+    counted = _counted(results, MEAN)
+    if len(counted):
+        flip_rate = float((counted.gained + counted.lost).sum() / counted.n_items.sum())
+        n_items = [int(n) for n in counted.drop_duplicates("task").n_items]
         lines.append(f"This study can detect {detectable(n_items, flip_rate)}.")
     return lines

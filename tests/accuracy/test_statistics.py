@@ -127,4 +127,5 @@ def test_recovery_is_of_what_is_above_chance():
 
 
 def test_guessing_is_not_above_chance():
-    assert not is_above_chance(11, 40, 0.25) and is_above_chance(30, 40, 0.25) and not is_above_chance(0, 40, 0.01)
+    assert not is_above_chance(11 / 40, 40, 0.25) and is_above_chance(30 / 40, 40, 0.25)
+    assert not is_above_chance(0, 40, 0.01)

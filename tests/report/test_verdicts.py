@@ -1,12 +1,13 @@
 """A verdict says no more than the answers show."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 from example import answers
 
 from qnb.errors import InputError
 from qnb.report import verdicts
-from qnb.report.comparison import pairs
 from qnb.report.findings import about
 from qnb.report.results import Results
 from qnb.report.tables import build, compact
@@ -78,12 +79,21 @@ def test_tasks_at_chance_are_left_out_and_named(measured):
     assert shown.iloc[-1, -1].startswith("-10.0 [") and len(shown) == 4
 
 
+def test_a_kept_table_2_gives_the_verdicts_that_its_items_gave(measured):
+    rows = {(name, task): choices(task, [place < n + more for place in range(40)])
+            for name, more in (("bf16", 0), ("int8", -4), ("nf4", 3))
+            for task, n in (("easy", 30), ("hard", 11))}  # fmt: skip
+    results = measured(rows)
+    kept = replace(results, accuracy_rows=pd.DataFrame(), tables={"table2_change": build(results, "table2_change")})
+    assert verdicts.at_chance(kept) == verdicts.at_chance(results) == ["hard"]
+    pd.testing.assert_frame_equal(judge(kept), judge(results))
+
+
 def test_tasks_weigh_the_same_whatever_their_items(measured):
     rows = {("bf16", "large"): choices("large", [1] * 100), ("bf16", "small"): choices("small", [1] * 20),
             ("nf4", "large"): choices("large", [1] * 100), ("nf4", "small"): choices("small", [1] * 18 + [0] * 2),
             ("int8", "large"): choices("large", [0] * 50 + [1] * 50)}  # fmt: skip
     results = measured(rows)
-    assert set(pairs(results)) == {("large", "nf4"), ("small", "nf4"), ("large", "int8")}
     frame = verdicts.accuracies(results)  # INT8 was not asked `small`, so it counts for none
     assert frame.change_pp["nf4"] == 0 and frame.change_pp["int8"] == -50
     assert verdicts.accuracies(results, "small").change_pp["nf4"] == pytest.approx(-10)
