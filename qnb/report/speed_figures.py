@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
 
-from qnb.columns import column, header
+from qnb.columns import column, header, is_disturbed
 from qnb.report import paper, theme
 from qnb.report.findings import SETTINGS
 from qnb.report.results import Results, stack
@@ -48,25 +48,24 @@ def heatmap(results: Results, setting: str) -> go.Figure:
 
     Utilization is shaded by its size: more of it is neither better nor worse.
     """
-    title = f"Which is best at {SETTINGS[setting]}?"
-    frame = theme.panels(results.timed(setting), METRICS, "throughput_spread_pct")
-    if frame.empty:
+    title, runs = f"Which is best at {SETTINGS[setting]}?", results.timed(setting)
+    names = [name for name in METRICS if runs[name].notna().any()]
+    if not names:
         return theme.nothing(title)
-    cells = frame.assign(row=frame.precision + "<br>" + frame.engine)
-    cells = cells.set_index(["row", "panel"])[["value", "text", "hover"]].unstack(sort=False)
-    signs = pd.Series({header(name): -1 if column(name).better == "less" else 1 for name in METRICS})
-    scores = cells.value * signs[cells.value.columns]
+    values, stars = runs[names].astype(float), runs["flags"].map(is_disturbed).map({True: "*", False: ""})
+    scores = values * [-1 if column(name).better == "less" else 1 for name in names]
     shades = ((scores - scores.min()) / (scores.max() - scores.min())).fillna(1)  # equal ones are best
+    texts = pd.DataFrame({name: theme.numbers(values[name] * column(name).scale) + stars for name in names})
     figure = go.Figure(
         go.Heatmap(
-            z=shades.where(scores.notna()), y=shades.index,
-            x=[theme.wrapped(name, 12) for name in shades],
-            text=cells.text.fillna(""), hovertext=cells.hover, hoverinfo="text", texttemplate="%{text}",
-            colorscale="Blues", zmin=0, zmax=1.25, xgap=3, ygap=3, showscale=False,
+            z=shades.where(values.notna()), y=runs.precision + "<br>" + runs.engine,
+            x=[theme.wrapped(header(name), 12) for name in names], text=texts.where(values.notna(), ""),
+            hovertext=[[hover] * len(names) for hover in theme.hovers(runs, *names)], hoverinfo="text",
+            texttemplate="%{text}", colorscale="Blues", zmin=0, zmax=1.25, xgap=3, ygap=3, showscale=False,
         )
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed", tickfont={"size": 10}).update_xaxes(tickangle=0, tickfont={"size": 10})
-    note = "dark is better; of utilization, more" + DISTURBED * any(frame.text.str.endswith("*"))
+    note = "dark is better; of utilization, more" + DISTURBED * any(stars)
     return theme.finish(figure, title, 180 + 34 * len(shades), note)
 
 

@@ -252,7 +252,7 @@ def numbers(values: pd.Series) -> list[str]:
 def caption(figure: go.Figure) -> str:
     """Return a figure's title and note as plain text."""
     title = figure.layout.title
-    return ": ".join(filter(None, (title.text, title.subtitle.text))).replace("<br>", " ")
+    return " ".join(filter(None, (title.text, title.subtitle.text))).replace("<br>", " ")
 
 
 def label(task: str) -> str:
