@@ -142,7 +142,7 @@ def test_a_model_without_attention_reads_its_weights_and_reads_and_writes_its_st
 def test_products_and_bytes_are_those_of_the_layers_own_type(name, type_name, source):
     """int4 multiplies in 32 bit, as load_in_4bit=True alone means it; the head and attention in the model's 16."""
     with checkpoints.quiet():
-        model = checkpoints.load(source.path, PRECISIONS[name], "cpu")
+        model = checkpoints.load(source.path, PRECISIONS[name], "cuda" if torch.cuda.is_available() else "cpu")
         work, head = count_work(model, 1, 8, 2), model.get_output_embeddings()
     head_flops = 2 * head.in_features * head.out_features
     attention = 4.0 * model.config.num_hidden_layers * model.config.hidden_size * (8 + 2 / 2)
