@@ -246,12 +246,13 @@ def test_a_print_opens_every_section_and_cuts_no_figure(page, report_page):
     page.goto(report_page.as_uri())
     page.wait_for_function(DRAWN, arg=15, timeout=30 * SECOND)
     page.emulate_media(media="print")
+    page.set_viewport_size({"width": 718, "height": 1000})  # a sheet of A4 less its margins
     page.evaluate("() => dispatchEvent(new Event('beforeprint'))")
     page.wait_for_timeout(SECOND)
     assert page.locator("main > details[open]").count() == 9
     widths = page.locator(".figure .main-svg").evaluate_all(
         "all => all.map(each => each.getBoundingClientRect().width)"
     )
-    assert 600 < max(widths) < 700  # a sheet of A4 less its margins has 718 pixels
+    assert 600 < max(widths) < 700 and page.evaluate(SCROLLS) == []
     page.evaluate("() => dispatchEvent(new Event('afterprint'))")
     assert page.locator("main > details[open]").count() == 0
