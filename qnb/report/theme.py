@@ -24,7 +24,7 @@ from qnb.report.results import stack, task_name
 INK, QUIET = "#222222", "#6b6b6b"
 MOST_PX = 700  # of a figure's height
 TOP_PX, NOTE_PX, FOOT_PX = 46, 17, 56  # of the title, of a line below it, of an axis with its title
-ROW_PX, GAP_PX = 20, 52  # of a format in a panel, and between two panels for the lower one's title
+ROW_PX, GAP_PX = 23, 52  # of a format in a panel, and between two panels for the lower one's title
 ROOM = 0.5  # of what an axis spans, for the numbers at its ends
 PAD = "\u2002\u2009"  # between a mark and its number
 NOTE_LETTERS = 54  # in a line below the title, so that it fits a phone
@@ -114,8 +114,8 @@ def stacked(frame: pd.DataFrame, parts: Mapping[str, pd.Series], title: str, not
     for bar in figure.data:
         bar.marker = {"color": [COLORS[name] for name in bar.y], "opacity": opacity[bar.name]}
     for part in parts if len(parts) > 1 else ():
-        marker = {"color": QUIET, "opacity": opacity[part]}
-        figure.add_bar(x=[None], y=[None], name=part, legendgroup=part, marker=marker)
+        shade = f"rgba(107,107,107,{opacity[part]})"  # a legend shows no opacity of its own
+        figure.add_bar(x=[None], y=[None], name=part, legendgroup=part, marker_color=shade)
     return _finish_panels(_add_numbers(figure, frame), frame, title, note)
 
 
@@ -223,11 +223,8 @@ def finish(figure: go.Figure, title: str, height: int, note: str = "") -> go.Fig
     """
     for panel in figure.layout.annotations:  # Plotly Express names them column=value
         panel.update(text=wrapped(panel.text.partition("=")[2], PANEL_LETTERS), font={"size": 11})
-    note, title_lines = (
-        wrapped(note, NOTE_LETTERS),
-        [panel.text.count("<br>") + 2 for panel in figure.layout.annotations],
-    )
-    top = TOP_PX + NOTE_PX * (note.count("<br>") + bool(note)) + 14 * max(title_lines, default=0)
+    note, lines = wrapped(note, NOTE_LETTERS), [panel.text.count("<br>") + 2 for panel in figure.layout.annotations]
+    top = TOP_PX + NOTE_PX * (note.count("<br>") + bool(note)) + 14 * max(lines, default=0)
     height = min(height, MOST_PX)
     figure.update_layout(
         template="plotly_white+qnb", height=height, margin={"l": 12, "r": 16, "t": top, "b": FOOT_PX}, bargap=0.25,
