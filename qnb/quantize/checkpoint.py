@@ -153,7 +153,7 @@ def read_config(folder: str | Path, name: str = "") -> PretrainedConfig:
     with quiet():
         whole = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     text = getattr(whole, "text_config", whole)
-    others = [name for name in whole.sub_configs if re.search("vision|image|vq|audio", name)]
+    others = [part for part in whole.sub_configs if re.search("vision|image|vq|audio", part)]
     is_causal = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING and "MaskedLM" not in str(whole.architectures)
     if not is_causal or getattr(text, "is_encoder_decoder", False) or (others and text is whole):
         kind = f"is multimodal ({', '.join(others)})" if others else "is no causal language model"
@@ -163,8 +163,8 @@ def read_config(folder: str | Path, name: str = "") -> PretrainedConfig:
         )
     if type(whole) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # its files say by the whole's rule which tensors are one
         text.tie_word_embeddings = getattr(whole, "tie_word_embeddings", text.tie_word_embeddings)
-    for name, value in OVERRIDDEN.items():
-        setattr(text, name, value)
+    for setting, value in OVERRIDDEN.items():
+        setattr(text, setting, value)
     return text
 
 
@@ -200,7 +200,7 @@ def load(folder: str | Path, precision: Precision, device: str) -> PreTrainedMod
             trust_remote_code=False, use_safetensors=True, **options,
         )  # fmt: skip
     model, report = loaded
-    wrong = {str(key) for kind in ("missing_keys", "mismatched_keys") for key in report[kind]}
+    wrong = {*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])}
     stacks = {_stack(name) for name, _ in model.named_parameters()} - {""}
     wrong |= {key for key in report["unexpected_keys"] if _stack(key) in stacks}
     if wrong:  # transformers would draw the missing ones at random and pass over the others
@@ -252,7 +252,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _stack(name: str) -> str:
     """Return what stands before the layer's number in a tensor's name; empty without one."""
-    return "".join(re.split(r"\.\d+\.", name)[:-1][:1])
+    match = re.match(r"(.*?)\.\d+\.", name)
+    return match[1] if match else ""
 
 
 def logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -383,10 +384,13 @@ def convert(source: Source, precision: Precision, folder: Path, device: str) -> 
 
 def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
     """Save a model, with its tokenizer and all settings as they were released."""
+    from transformers import GenerationConfig
+
     is_half = _is_half(source, model.config)
+    model.generation_config = GenerationConfig()  # transformers refuses to save some that were released
     with quiet():
         model.save_pretrained(folder, save_original_format=not is_half)
-    (folder / "generation_config.json").unlink(missing_ok=True)  # made of what was overridden
+    (folder / "generation_config.json").unlink()
     for path in (path for pattern in RELEASED_FILES for path in source.glob(pattern) if path.is_file()):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)

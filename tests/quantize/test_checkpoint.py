@@ -184,7 +184,7 @@ def test_tokenizer_and_generation_settings_are_saved_as_released(tiny_folder, tm
     tokenizer.save_pretrained(tiny_folder)
     for name in ("tekken.json", "qwen.tiktoken", "vocab.txt", "spiece.model"):
         (tiny_folder / name).write_text("{}")
-    (tiny_folder / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    (tiny_folder / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 7, "num_beams": 0}')  # invalid
     source = sources.resolve(str(tiny_folder), "cpu")
     checkpoint.convert(source, PRECISIONS["nf4"], tmp_path / "nf4", "cpu")
     converted = {tiny_folder / "model.safetensors", tiny_folder / "config.json"}
