@@ -105,7 +105,8 @@ def _changes(results: Results, task: str) -> pd.DataFrame:
 
 def _answers(results: Results) -> pd.DataFrame:
     """Return Table 2's rows of tasks that were asked for and compared."""
-    return changes(results).dropna(subset=["gained", "chance_pct"]).query("task in @results.scores.asked")
+    answers = changes(results).dropna(subset=["gained", "chance_pct"])
+    return answers[answers.task.isin(tasks(results))]
 
 
 def _counted(results: Results, task: str) -> pd.DataFrame:
