@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qnb.errors import InputError
 from qnb.finite import check_finite
@@ -291,28 +291,47 @@ class Weights:
         return (self.embedding_bytes + self.linear_bytes + self.other_bytes) / MIB
 
 
+class LoadedTensor(NamedTuple):
+    """A tensor of a loaded model, and what it stores."""
+
+    name: str
+    module: torch.nn.Module  # that holds it
+    tensor: torch.Tensor
+    parameters: int  # two in an element in 4 bit
+    bytes: int  # with quantization constants
+    is_quantized: bool
+
+
+def loaded_tensors(model: PreTrainedModel) -> Iterator[LoadedTensor]:
+    """Yield a model's tensors, a tied one once, whatever class their modules have."""
+    import torch
+
+    for name, tensor in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        state = getattr(tensor, "quant_state", None)  # of a tensor in 4 bit, which packs two weights into a byte
+        scale = getattr(tensor, "SCB", None)  # of one in 8 bit
+        if scale is None and tensor.dtype == torch.int8:  # the first product moves it
+            scale = getattr(getattr(module, "state", None), "SCB", None)
+        constants = [scale] if state is None else state.as_dict(packed=False).values()
+        parameters = tensor.numel() if state is None else state.shape.numel()
+        size = sum(each.nbytes for each in (tensor, *constants) if isinstance(each, torch.Tensor))
+        yield LoadedTensor(name, module, tensor, parameters, size, state is not None or tensor.dtype == torch.int8)
+
+
 def count_weights(model: PreTrainedModel) -> Weights:
     """Count a model's parameters and bytes from its tensors, whatever class their modules have."""
     import torch
 
     count: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
-    for name, tensor in model.named_parameters():  # a tied one comes once
-        module = model.get_submodule(name.rpartition(".")[0])
-        state = getattr(tensor, "quant_state", None)  # of a tensor in 4 bit, which packs two weights into a byte
-        scale = getattr(tensor, "SCB", None)  # of one in 8 bit
-        if scale is None and tensor.dtype == torch.int8:  # the first forward moves it
-            scale = getattr(getattr(module, "state", None), "SCB", None)
-        constants = [scale] if state is None else state.as_dict(packed=False).values()
-        parameters = tensor.numel() if state is None else state.shape.numel()
-        size = sum(each.nbytes for each in (tensor, *constants) if isinstance(each, torch.Tensor))
-        is_embedding = isinstance(module, torch.nn.Embedding)
-        kind = "embedding" if is_embedding else "linear" if tensor.dim() > 1 else "other"
-        count.update({"parameters": parameters, f"{kind}_bytes": size})
-        if state is not None or tensor.dtype == torch.int8:
-            count.update({"quantized_parameters": parameters, "quantized_bytes": size})
+    for each in loaded_tensors(model):
+        is_embedding = isinstance(each.module, torch.nn.Embedding)
+        kind = "embedding" if is_embedding else "linear" if each.tensor.dim() > 1 else "other"
+        count.update({"parameters": each.parameters, f"{kind}_bytes": each.bytes})
+        if each.is_quantized:
+            count.update({"quantized_parameters": each.parameters, "quantized_bytes": each.bytes})
         elif getattr(model, "hf_quantizer", None):
-            left_out[_why_left_out(module, tensor, model)] += parameters
+            left_out[_why_left_out(each.module, each.tensor, model)] += each.parameters
     return Weights(**{name: count[name] for name in Weights.__slots__ if name != "left_out"}, left_out=dict(left_out))
 
 

@@ -1,7 +1,7 @@
-"""What one decode step costs: the bytes and operations it needs at least, counted, and the GPU's kernels, traced.
+"""Count the bytes and operations that a decode step needs at least, and trace a GPU's kernels.
 
-The count is made from a step that runs: what its operations read of the loaded tensors, whatever class a layer has.
-The trace is a pass of its own: its wall clock carries the profiler's cost.
+A step runs for the count. Its operations tell what they read of the loaded tensors, whatever class a layer has. The
+trace is a pass of its own, because its wall clock carries the profiler's cost.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
 from qnb.memory import MIB, release
+from qnb.quantize.checkpoint import LoadedTensor, count_weights, loaded_tensors
 from qnb.speed.decode_step import run_model
 from qnb.speed.engines import Engine, Prompts
 
@@ -32,7 +32,10 @@ LOOKUPS = {torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a decode step reads and computes, and the memory that takes. None where it is not counted or traced."""
+    """What a decode step reads and computes, and the memory that takes.
+
+    A value is None where it is not counted or traced.
+    """
 
     weights_mib: float | None = None
     kv_cache_mib: float | None = None  # of the whole batch, when its last token is there
@@ -45,52 +48,49 @@ class Work:
 def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int) -> Work:
     """Count a decode step of a batch, from one that runs for one token.
 
-    Weights are read once, whatever the batch. Of experts, and of an embedding's rows, a batch reads the expected
-    number of distinct ones. Keys and values are those of the prompt and half the new tokens, or of a layer's window.
-    A recurrent state is read and written. A product of (B, K) and (K, N) counts 2BKN operations, and each token is
-    multiplied by its own experts.
+    Weights are read once, whatever the batch. Some are read in part: experts, and an embedding's rows. Of these the
+    expected number of distinct ones counts.
+
+    Keys and values are those of the prompt and half the new tokens, or of a layer's window. A recurrent state is read
+    and written.
+
+    A product of (B, K) and (K, N) counts 2BKN operations. Each token is multiplied by its own experts.
     """
-    cache, token = DynamicCache(config=model.config), torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    cache: Any = DynamicCache(config=model.config)
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.inference_mode():
         for _ in range(2):  # the second is a decode step
             step = _Step(model)
             with step, register_module_forward_hook(step.note_module):
                 run_model(model, cache, input_ids=token)
+
     # 1) products with weights
-    flops_by_type = step.flops_by_type
-    for name in flops_by_type:
-        flops_by_type[name] *= batch_size
+    flops_by_type = defaultdict(float, {name: batch_size * flops for name, flops in step.flops_by_type.items()})
     bytes_per_step, kv_bytes = step.weight_bytes(batch_size), 0.0
-    # 2) keys and values, and recurrent states
+
+    # 2) recurrent states, and keys and values
     heads = getattr(model.config.get_text_config(), "num_attention_heads", 0)
     for layer in cache.layers:
         states = [getattr(layer, name, None) for name in ("conv_states", "recurrent_states")]
         bytes_per_step += 2 * batch_size * sum(state.nbytes for state in tree_leaves(states) if state is not None)
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)  # (1, H, T, S)
-        if keys is not None and values is not None:
+        keys = getattr(layer, "keys", None)  # (1, H, T, S)
+        if keys is not None:
             window = getattr(layer, "sliding_window", None) or math.inf
-            token_bytes = (keys.nbytes + values.nbytes) / keys.shape[2]
+            token_bytes = (keys.nbytes + layer.values.nbytes) / keys.shape[2]
             seen_bytes = batch_size * min(prompt_tokens + new_tokens / 2, window) * token_bytes
             bytes_per_step += seen_bytes
             kv_bytes += batch_size * min(prompt_tokens + new_tokens, window) * token_bytes
-            # queries times keys and shares times values, for each query head that shares a KV head
+
+            # Queries are multiplied by keys, and shares by values. Query heads share a KV head.
             groups = max(1, heads / keys.shape[1])
             flops_by_type[_type_name(keys.dtype)] += 2 * groups * seen_bytes / keys.itemsize
+
     return Work(
-        weights_mib=sum(weight.bytes for weight in _weights(model)) / MIB,
+        weights_mib=count_weights(model).total_mib,
         kv_cache_mib=kv_bytes / MIB or None,
         bytes_per_step=bytes_per_step,
-        flops_by_type={name: flops for name, flops in flops_by_type.items() if flops},
+        flops_by_type=dict(flops_by_type),
     )
-
-
-class _Weight(NamedTuple):
-    role: str  # its name; the layers and the experts of one role share it
-    module: torch.nn.Module
-    tensor: Tensor
-    numbers: int  # two in an element where it is in 4 bit
-    bytes: int  # with quantization constants
-    multiplied_as: str
 
 
 class _Step(TorchDispatchMode):
@@ -98,8 +98,9 @@ class _Step(TorchDispatchMode):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        # by their memory, which views, transposed matrices and single experts share, and layers that were joined
-        self._weights = {_memory(each.tensor): each for each in _weights(model)}
+        self._model_dtype = model.dtype
+        # By their memory: views, transposed matrices and single experts share it, and layers that were joined.
+        self._weights = {_memory(each.tensor): each for each in loaded_tensors(model)}
         self._modules_run, self._memory_read = set[torch.nn.Module](), set[int]()
         self._read_bytes: dict[str, float] = defaultdict(float)  # by role
         self.flops_by_type: dict[str, float] = defaultdict(float)
@@ -108,9 +109,10 @@ class _Step(TorchDispatchMode):
         """Run an operation, and add what it reads."""
         returned = function(*args, **(kwargs or {}))
         outputs = [each for each in tree_leaves(returned) if isinstance(each, Tensor)]
+
         for tensor in tree_leaves((args, kwargs)) if outputs else ():
             weight = self._weight_of(tensor)
-            if weight and not self._weight_of(outputs[0]):  # a view reads nothing
+            if weight and not self._weight_of(outputs[0]):  # A view reads nothing.
                 self._add(weight, tensor, function, outputs[0])
         return returned
 
@@ -118,18 +120,25 @@ class _Step(TorchDispatchMode):
         """Note that a module's forward has run."""
         self._modules_run.add(module)
 
-    def _weight_of(self, tensor: Any) -> _Weight | None:
+    def _weight_of(self, tensor: Any) -> LoadedTensor | None:
         return self._weights.get(_memory(tensor)) if isinstance(tensor, Tensor) else None
 
-    def _add(self, weight: _Weight, tensor: Tensor, function: Any, out: Tensor) -> None:
-        dims, is_lookup = weight.tensor.dim(), function.overloadpacket in LOOKUPS
+    def _add(self, weight: LoadedTensor, tensor: Tensor, function: Any, out: Tensor) -> None:
+        """Add one read. A lookup reads what it returns."""
+        is_lookup = function.overloadpacket in LOOKUPS
         share = (out if is_lookup else tensor).numel() / weight.tensor.numel()
-        if tensor.dim() == 3 and out.dim() == 2:  # each row is multiplied by its own matrix of a stack
+
+        if tensor.dim() == 3 and out.dim() == 2:  # Each row is multiplied by its own matrix of a stack.
             share *= min(1, len(out) / len(tensor))
         self._memory_read.add(_memory(tensor))
-        self._read_bytes[weight.role] += share * weight.bytes
-        is_product = dims > (2 if is_lookup else 1) and torch.Tag.pointwise not in function.tags
-        self.flops_by_type[weight.multiplied_as] += 2 * share * weight.numbers * is_product
+        self._read_bytes[_role(weight)] += share * weight.bytes
+
+        if weight.tensor.dim() > (2 if is_lookup else 1) and torch.Tag.pointwise not in function.tags:
+            # A tensor in 4 bit does not say in which type it is multiplied.
+            dtype = weight.tensor.dtype
+            if getattr(weight.tensor, "quant_state", None):
+                dtype = getattr(weight.module, "compute_dtype", None) or self._model_dtype
+            self.flops_by_type[_type_name(dtype)] += 2 * share * weight.parameters
 
     def weight_bytes(self, batch_size: int) -> float:
         """Return the bytes of weights that a batch reads. Where a token reads a part, other tokens read others.
@@ -141,29 +150,19 @@ class _Step(TorchDispatchMode):
         """
         stored_bytes, total = Counter[str](), 0.0
         for memory, weight in self._weights.items():
-            stored_bytes[weight.role] += weight.bytes
+            stored_bytes[_role(weight)] += weight.bytes
             if weight.tensor.dim() > 1 and weight.module in self._modules_run and memory not in self._memory_read:
-                raise RuntimeError(f"what reads {weight.role} is not seen")
-        for role, read in self._read_bytes.items():
-            unread = max(0, 1 - read / stored_bytes[role])
-            total += max(read, stored_bytes[role] * (1 - unread**batch_size))
+                raise RuntimeError(f"what reads {weight.name} is not seen")
+
+        for role, read_bytes in self._read_bytes.items():
+            unread = max(0, 1 - read_bytes / stored_bytes[role])
+            total += max(read_bytes, stored_bytes[role] * (1 - unread**batch_size))
         return total
 
 
-def _weights(model: PreTrainedModel) -> Iterator[_Weight]:
-    for name, tensor in model.named_parameters():  # a tied one comes once
-        module, packed = model.get_submodule(name.rpartition(".")[0]), getattr(tensor, "quant_state", None)
-        owners = tensor, getattr(module, "state", None)  # of INT8's constants, before and after the first product
-        dtype, constants = tensor.dtype, [getattr(owner, "SCB", None) for owner in owners]
-        if packed:
-            constants = packed.as_dict(packed=False).values()
-            dtype = getattr(module, "compute_dtype", None) or model.dtype
-        size = sum(each.nbytes for each in (tensor, *constants) if isinstance(each, Tensor))
-        role, numbers = (
-            re.sub(r"\.\d+\.(?!.*\.\d+\.)", ".*.", name),
-            (packed.shape if packed else tensor.shape).numel(),
-        )
-        yield _Weight(role, module, tensor, numbers, size, _type_name(dtype))
+def _role(weight: LoadedTensor) -> str:
+    """Return a weight's name without its last number: the layers, or a layer's experts, share it."""
+    return re.sub(r"(.*\.)\d+\.", r"\1*.", weight.name)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -177,9 +176,8 @@ def _type_name(dtype: torch.dtype) -> str:
 def trace_kernels(work: Work, engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> Work:
     """Return `work` with the kernels of the decode steps in the middle of the new tokens, traced.
 
-    Two generations are traced, the second a few steps longer. It runs more kernels, and the extra ones belong to its
-    last steps: their times are summed. Subtracting the times of the two would be wrong, because the clocks change
-    between them.
+    Two generations are traced, the second a few steps longer. It runs more kernels. The extra ones belong to its last
+    steps, and their times are summed. The difference of both totals would be wrong: clocks change between the two.
 
     Raises
     ------
