@@ -57,6 +57,7 @@ _COLUMNS = (
     # checkpoints
     Column("weights_mib", "weights", "MiB", "less"),
     Column("bits_per_weight", "bits per weight", "", "less"),
+    Column("bits_per_quantized_weight", "bits per quantized weight", "", "less"),
     Column("quantized_pct", "weights quantized", "%"),
     Column("reload_identical", "reload identical"),
     # speed

@@ -47,8 +47,8 @@ MAIN = {
     "batch_plans": ("precision", "engine", "n_prompts", "order", "largest_batch", "batches", "padding_pct", "note"),
 }  # fmt: skip
 # other views that a notebook shows
-CHECKPOINTS = ("precision", "bits_per_weight", "quantized_pct", "weights_mib", "file_mib", "quantize_s", "load_s",
-               "reload_identical")  # fmt: skip
+CHECKPOINTS = ("precision", "weights_mib", "bits_per_weight", "quantized_pct", "bits_per_quantized_weight", "file_mib",
+               "load_s", "reload_identical")  # fmt: skip
 PUSHED = ("precision", "repository", "private", "total_mib", "commit")
 RECOVERY = ("task", "precision", "n_items", "recovery_pct", "recovery_low_pct", "recovery_high_pct",
             "answers_changed", "note")  # fmt: skip
