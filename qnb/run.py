@@ -32,7 +32,8 @@ from qnb.options import check_count
 from qnb.precision import listed
 from qnb.provenance import COMMAND, ROOT
 from qnb.quantize.stages import PushOptions
-from qnb.report.verdicts import MARGIN_PP, check_margin
+from qnb.report.results import MARGIN_PP
+from qnb.report.verdicts import check_margin
 from qnb.speed.stages import WorkloadOptions
 from qnb.study import PARAMETERS, Study
 

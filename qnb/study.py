@@ -16,8 +16,7 @@ from qnb.options import Count
 from qnb.prompts import Workload
 from qnb.quantize import stages as checkpoints
 from qnb.report import recommend, tables, verdicts
-from qnb.report.results import Results
-from qnb.report.verdicts import MARGIN_PP
+from qnb.report.results import MARGIN_PP, Results
 from qnb.session import Session
 from qnb.speed import stages as speed
 
@@ -27,8 +26,8 @@ PARAMETERS = tuple(signature(Session).parameters)  # what every notebook gives t
 class Study:
     """One model in several formats, and the folder in which everything measured of it is kept.
 
-    The parameters are those of `qnb.session.Session`. Each method measures what is missing in the ledger, then returns
-    a frame of what the rows say.
+    The parameters are those of `qnb.session.Session`, and `margin_pp`, the loss of accuracy in points that you accept.
+    Each method measures what is missing in the ledger, then returns a frame of what the rows say.
     """
 
     def __init__(
@@ -40,9 +39,12 @@ class Study:
         seed: int = 0,
         overwrite: bool = False,
         device: str = "auto",
+        margin_pp: float = MARGIN_PP,
     ) -> None:
+        verdicts.check_margin(margin_pp)
         self.session = Session(model, precisions, output, data_dir, seed, overwrite, device)
         self.folder, self.precisions = self.session.folder, self.session.precisions
+        self.margin_pp = margin_pp
         self._results: tuple[tuple[int, int], Results] | None = None
 
     # What was measured
@@ -51,7 +53,7 @@ class Study:
         """Return everything measured, as frames: what tables, figures, panels and the report are made of."""
         revision = self.session.ledger.revision
         if self._results is None or self._results[0] != revision:
-            self._results = revision, Results.read(self.session.ledger)
+            self._results = revision, Results.read(self.session.ledger, self.margin_pp)
         return self._results[1]
 
     def table(self, name: str) -> pd.DataFrame:
@@ -66,14 +68,14 @@ class Study:
         return tables.styled(tables.compact(self.results(), name, of))
 
     def recommend(
-        self, peak_memory_mib: float | None = None, tpot_ms: float | None = None, margin_pp: float = MARGIN_PP
+        self, peak_memory_mib: float | None = None, tpot_ms: float | None = None, margin_pp: float | None = None
     ) -> pd.DataFrame:
         """Return every format and engine with its verdict and reasons, the best that fits first."""
         return recommend.ranked(self.results(), peak_memory_mib, tpot_ms, margin_pp)
 
-    def summary(self, margin_pp: float = MARGIN_PP) -> pd.DataFrame:
+    def summary(self) -> pd.DataFrame:
         """Return the answer in one table: a row a format with its memory, speeds, loss and verdict."""
-        return recommend.summary(self.results(), margin_pp)
+        return recommend.summary(self.results())
 
     def card(self, tasks: str | Iterable[str] = "", limit: Count = "auto") -> Styler:
         """Return the study's card: what is measured, on what, with what, and what is done already.

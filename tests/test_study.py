@@ -95,9 +95,8 @@ def test_results_follow_the_ledger(tmp_path):
     assert study.results() is study.results() and study.results().rows == ()
     study.session.ledger.append({"stage": "lengths", "fingerprint": "x", "counts": [1]})
     assert len(study.results().rows) == 1
-    for wrong in (study.ablations, study.t4_estimate):
-        with pytest.raises(InputError, match="table5_"):
-            wrong(5)
+    with pytest.raises(InputError, match="table5"):
+        study.table("table5")
 
 
 def test_all_formats_of_the_ledger_are_in_every_table(studied):

@@ -22,16 +22,6 @@ DIVERGENCE = ["precision", "kl_mean_nats", "noise_floor_nats"]
 BASE, NOTHING = BASELINE.upper(), "Nothing was measured yet."
 
 
-def opening(results: Results) -> str:
-    """Say what was measured, of what, and on what."""
-    frames = {"accuracy": results.scores, "perplexity": results.divergence, "batch size 1": results.bs1,
-              "the largest batch": results.maxbatch}  # fmt: skip
-    measured = ", ".join(name for name, frame in frames.items() if len(frame)) or "checkpoints"
-    device = results.device or "an unnamed device"
-    what = f"{len(results.precisions)} formats of {results.model} on {device}: {measured}."
-    return what if results.precisions else NOTHING
-
-
 def text(results: Results, section: str) -> str:
     """Return the sentences about every format in ``"accuracy"``, ``"bs1"`` or ``"maxbatch"``, one a line."""
     return "\n".join(line for name in results.precisions for line in about(results, name, [section])) or NOTHING

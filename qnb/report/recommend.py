@@ -12,7 +12,7 @@ from qnb.columns import column, format_value, is_disturbed
 from qnb.precision import BASELINE
 from qnb.report.results import Results
 from qnb.report.scores import MEAN
-from qnb.report.verdicts import MARGIN_PP, Verdict, check_margin, decide, judge
+from qnb.report.verdicts import Verdict, check_margin, decide, judge
 
 SPEEDS = ("tpot_s", "throughput_rps", "throughput_tps")  # what candidates may be ranked by
 FITS, UNSURE, RULED_OUT = "fits", "may fit", "ruled out"
@@ -173,7 +173,7 @@ def ranked(
     results: Results,
     peak_memory_mib: float | None = None,
     tpot_ms: float | None = None,
-    margin_pp: float = MARGIN_PP,
+    margin_pp: float | None = None,
 ) -> pd.DataFrame:
     """Return every format and engine, what fits best first, each with its verdict and reasons.
 
@@ -186,13 +186,14 @@ def ranked(
     tpot_ms
         At most so many milliseconds per output token; None sets no limit.
     margin_pp
-        The loss of accuracy against the baseline, in points, that is accepted.
+        The loss of accuracy against the baseline, in points, that is accepted; None takes the study's.
 
     Raises
     ------
     InputError
         `margin_pp` is no number of points above 0.
     """
+    margin_pp = results.margin_pp if margin_pp is None else margin_pp
     check_margin(margin_pp)
     demand = Demand("tpot_s", peak_memory_mib, None if tpot_ms is None else tpot_ms / 1000, margin_pp)
     table = choose(candidates(results, "bs1"), demand).candidates
@@ -200,7 +201,7 @@ def ranked(
     return table.assign(words=words)[list(RANKED)].reset_index(drop=True)
 
 
-def summary(results: Results, margin_pp: float = MARGIN_PP) -> pd.DataFrame:
+def summary(results: Results) -> pd.DataFrame:
     """Return the answer in one table: a row a format with its memory, speeds, loss and verdict.
 
     Speeds at batch size 1 are given for both engines; throughput is the best engine's at the largest batch, energy the
@@ -216,18 +217,18 @@ def summary(results: Results, margin_pp: float = MARGIN_PP) -> pd.DataFrame:
     least["peak_memory_mib"] = timed.groupby("precision").peak_memory_mib.last()
     frames = [least.drop(columns="throughput_rps"), results.maxbatch.groupby("precision")[["throughput_rps"]].max(),
               _by_format(results.divergence, "perplexity_change_pct", "kl_mean_nats")]  # fmt: skip
-    frame = judge(results, margin_pp).join(frames)
+    frame = judge(results).join(frames)
     stored_mib = _by_format(results.checkpoints, "weights_mib").weights_mib
     frame = frame.assign(weights_mib=stored_mib.combine_first(frame.weights_mib))
     return frame.rename_axis("precision").reset_index()[list(SUMMARY)]
 
 
-def sentence(results: Results, margin_pp: float = MARGIN_PP) -> str:
+def sentence(results: Results) -> str:
     """Return the study's answer in a few sentences: what is lost, which format is fastest, and which smallest."""
-    table = summary(results, margin_pp)
+    table = summary(results)
     if table.empty:
         return "Nothing was measured yet."
-    points = f"{margin_pp:g} point{'s' * (margin_pp != 1)}"
+    points = f"{results.margin_pp:g} point{'s' * (results.margin_pp != 1)}"
     phrases = {
         Verdict.WITHIN: f"within {points} for",
         Verdict.LOSES: f"more than {points} lost by",

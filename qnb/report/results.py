@@ -39,6 +39,7 @@ OF_MEDIANS = ("gpu_busy_pct", "mbu_pct", "mfu_pct", "bound")  # kernels are trac
 STAGES = {"accuracy_rows": "accuracy", "batches": "batch", "divergence": "divergence", "lengths": "lengths",
           "batch_sensitivity": "batch_sensitivity"}  # fmt: skip
 KEPT = {"bs1": "table3_bs1", "maxbatch": "table4_maxbatch", "sweep": "sweep"}
+MARGIN_PP = 1.0  # the loss of accuracy that is accepted, unless a study says otherwise
 ORDER = {name: place for place, name in enumerate([*PRECISIONS, "eager"])}
 # words of tasks' names that are written in another way
 WORDS = {"arc": "ARC", "gsm8k": "GSM8K", "cot": "CoT", "hellaswag": "HellaSwag", "mmlu": "MMLU", "stem": "STEM"}
@@ -78,11 +79,12 @@ class Results:
     checkpoints: pd.DataFrame = field(default_factory=pd.DataFrame)
     rows: tuple[Row, ...] = ()  # what was measured; none for kept tables
     failures: tuple[Row, ...] = ()  # what could not be, each with its reason
+    margin_pp: float = MARGIN_PP
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # kept ones by name
     cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # what was made of the other fields
 
     @classmethod
-    def read(cls, ledger: Ledger) -> Results:
+    def read(cls, ledger: Ledger, margin_pp: float = MARGIN_PP) -> Results:
         """Read the newest row of each key."""
         rows = tuple(row for row in ledger.rows() if not row["stage"].endswith(FAILED))
         newest = rows[-1] if rows else {}
@@ -92,7 +94,7 @@ class Results:
         return cls(
             ledger.folder.resolve().name, newest.get("model", ""), newest.get("device", ""), ledger.folder,
             in_order(_scores(rows)), passes=passes, checkpoints=_checkpoints(in_order(ledger.frame("quantize"))),
-            rows=rows, failures=tuple(ledger.failures()), **frames,
+            rows=rows, failures=tuple(ledger.failures()), margin_pp=margin_pp, **frames,
         )  # fmt: skip
 
     @classmethod

@@ -21,7 +21,6 @@ from qnb.report.comparison import changes
 from qnb.report.results import Results, task_name
 from qnb.report.scores import MEAN, headline
 
-MARGIN_PP = 1.0
 FLIP_RATE = 0.1  # of items that a format is assumed to answer rightly where the baseline does not, or the reverse
 CHANGE = ("change_pp", "low_pp", "high_pp")
 LEAST_QUANTIZED_PCT = 50  # of the weights; a format that changed fewer says so in the verdict's place
@@ -118,7 +117,7 @@ def _counted(results: Results, task: str) -> pd.DataFrame:
     return answers[~answers.task.isin(at_chance(results)) & (n_formats == answers.precision.nunique())]
 
 
-def judge(results: Results, margin_pp: float = MARGIN_PP, task: str = MEAN) -> pd.DataFrame:
+def judge(results: Results, task: str = MEAN) -> pd.DataFrame:
     """Return the decision on each format, a row a format that anything was measured of.
 
     Returns
@@ -126,16 +125,11 @@ def judge(results: Results, margin_pp: float = MARGIN_PP, task: str = MEAN) -> p
     pandas.DataFrame
         Indexed by precision: what `accuracies` gives, `verdict`, and `words` that say it with the margin.
 
-    Raises
-    ------
-    InputError
-        `margin_pp` is no number of points above 0.
     """
-    check_margin(margin_pp)
     frame = accuracies(results, task).reindex(results.precisions)
     rows = results.checkpoints.reindex(columns=["precision", "quantized_pct"]).set_index("precision")
     frame = frame.join(rows)
-    decisions = [decide(str(name), row, margin_pp) for name, row in frame.iterrows()]
+    decisions = [decide(str(name), row, results.margin_pp) for name, row in frame.iterrows()]
     return frame.assign(verdict=[verdict for verdict, _ in decisions], words=[words for _, words in decisions])
 
 

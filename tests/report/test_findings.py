@@ -7,7 +7,7 @@ import pytest
 
 from qnb.provenance import ROOT
 from qnb.report import scores
-from qnb.report.findings import NOTHING, about, findings, opening, text
+from qnb.report.findings import NOTHING, about, findings, text
 from qnb.report.results import Results, read_reference
 
 
@@ -46,8 +46,7 @@ def test_disturbed_rows_are_named_disturbed_peaks_bound_nothing_and_a_cpus_memor
     assert "disturbed by other processes" in speed and "bound" not in speed
 
 
-def test_every_study_has_an_opening_and_kept_ones_have_findings(studied):
-    assert opening(Results("", "", "")) == NOTHING and findings(Results("", "", "")) == {}
-    assert all(part in opening(studied.results()) for part in ("5 formats", "example/one-billion", "Example GPU"))
+def test_kept_studies_have_findings_and_an_empty_one_has_none(studied):
+    assert findings(Results("", "", "")) == {}
     assert text(studied.results(), "maxbatch").count("\n") == 2 * 4 - 1  # engines, formats beside BF16
     assert all(findings(study) for study in read_reference(ROOT / "outputs" / "reference").values())

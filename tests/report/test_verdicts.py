@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from example import answers
 
+from qnb import Study
 from qnb.errors import InputError
 from qnb.report import verdicts
 from qnb.report.findings import about
@@ -46,9 +47,9 @@ def test_a_format_that_left_most_weights_alone_says_so():
 
 
 @pytest.mark.parametrize("margin", [0, -1, "1", float("nan"), True, 100])
-def test_a_margin_is_a_number_of_points(margin, studied):
+def test_a_margin_is_a_number_of_points(margin, tmp_path):
     with pytest.raises(InputError, match="margin_pp"):
-        judge(studied.results(), margin)
+        Study(output=tmp_path, margin_pp=margin)
 
 
 def choices(task, correct, n_choices=4):
