@@ -73,21 +73,28 @@ def checkpoint(source, shared):
     return make
 
 
-def tiny_model(folder):
-    """A random Llama of two layers, the same in every process, and the tokenizer in `folder`."""
+def random_model(config, seed=0):
+    """A random model in float32, the same in every process."""
     import torch
     import transformers
 
+    torch.manual_seed(seed)
+    network = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    for weight in network.parameters():  # as drawn, logits are all but equal
+        weight.data *= 4 if weight.dim() > 1 else 1
+    return network
+
+
+def tiny_model(folder):
+    """A random Llama of two layers, and the tokenizer in `folder`."""
+    import transformers
+
     tokenizer = checkpoints.load_tokenizer(folder)
-    torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=2048,
     )  # fmt: skip
-    network = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    for weight in network.parameters():  # as drawn, logits are all but equal
-        weight.data *= 4 if weight.dim() > 1 else 1
-    return network, tokenizer
+    return random_model(config), tokenizer
 
 
 @pytest.fixture(scope="session")

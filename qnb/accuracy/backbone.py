@@ -106,7 +106,6 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.device, self.config = model, model.device, model.config.get_text_config()
-        self.kind = "cuda" if self.device.type == "cuda" else "cpu"
         # transformers 5.24 renames the argument, and warns about the old name
         renamed = "cache" in signature(model.base_model.forward).parameters
         self._cache_name = "cache" if renamed else "past_key_values"
@@ -116,13 +115,13 @@ class Backbone:
         inner = getattr(self.config, "intermediate_size", None) or 4 * self.config.hidden_size
         self.parameters = sum(weight.numel() for weight in model.parameters())
         self.activation_bytes = 4 * (10 * self.config.hidden_size + 4 * inner)
-        free = free_bytes(self.device) // 2 - LOGITS_BYTES[self.kind]
-        self.max_tokens = int(max(256, min(MAX_TOKENS[self.kind], free // self.activation_bytes)))
+        free = free_bytes(self.device) // 2 - LOGITS_BYTES[self.device.type]
+        self.max_tokens = int(max(256, min(MAX_TOKENS[self.device.type], free // self.activation_bytes)))
 
     def integers(self, values: Any) -> torch.Tensor:
         """Return integers as a tensor on the device, without waiting for the device to get to it."""
         tensor = torch.from_numpy(np.asarray(values, dtype=np.int64))  # torch.tensor takes seven times as long
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.kind == "cuda" else tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def run(self, ids: torch.Tensor, past: Cache | None = None, **options: Any) -> tuple[torch.Tensor, Any]:
         """Read tokens (B, L) behind a KV cache; return hidden states (B, L, D) and the cache with these tokens."""
@@ -163,7 +162,7 @@ class Backbone:
         # 2) project what predicts a scored token, some at a time
         continuations = [tokens for row in rows for tokens in row.continuations]
         targets = self.integers([*chain.from_iterable(continuations)])  # (N,)
-        size = max(64, LOGITS_BYTES[self.kind] // (10 * self.model.get_output_embeddings().weight.shape[0]))
+        size = max(64, LOGITS_BYTES[self.device.type] // (10 * self.model.get_output_embeddings().weight.shape[0]))
         chunks = zip(hidden.split(size), targets.split(size), strict=True)
         scores = [self.likelihoods(self.project(some), wanted) for some, wanted in chunks]
         values, misses = (torch.cat(parts) for parts in zip(*scores, strict=True))  # (N,)
@@ -209,7 +208,7 @@ def compiled(backbone: Backbone, tokens: int) -> Iterator[None]:
     activation: an RMS norm takes eight. Compiled, scoring is 1.3 to 1.4 times as fast (H200, Llama-3.2-1B's shape,
     fp16). Compiling takes about 10 s there. A layer that cannot be compiled runs as it is.
     """
-    if tokens * backbone.parameters < MIN_COMPILED_WORK[backbone.kind]:
+    if tokens * backbone.parameters < MIN_COMPILED_WORK[backbone.device.type]:
         yield
         return
     names = backbone.model._no_split_modules or ()

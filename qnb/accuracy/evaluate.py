@@ -109,9 +109,7 @@ class Evaluation:
         if self.scorer == "qnb":
             options |= {"encoded": self.encoded, "answers_path": answers_path, "alone": self.alone}
         with quiet():
-            lm = (SharedContextLM if self.scorer == "qnb" else StockLM)(**options)
-            lm.skips_misfits = True  # the task counts them
-            return task.evaluate(lm, self.limit)
+            return task.evaluate((SharedContextLM if self.scorer == "qnb" else StockLM)(**options), self.limit)
 
 
 # Accuracy
@@ -253,8 +251,6 @@ def _spend_budget(session: Session, evaluation: Evaluation) -> None:
         next_items = _most_items(evaluation.tasks, rows, limit, PLANNED_SHARE * left_s)
         done = next_items < MIN_GROWTH * items
         plan = session.append(key, asked, {"limit": items if done else next_items, "spent_s": spent_s, "done": done})
-        if done:
-            return
 
 
 def _most_items(tasks: Sequence[Task], rows: Sequence[Row], limit: int, seconds: float) -> int:

@@ -55,7 +55,7 @@ class GreedyGenerator:
         repeated = (1 + config.num_attention_heads / kv_heads) / config.num_hidden_layers
         free = free_bytes(backbone.device) - backbone.max_tokens * backbone.activation_bytes
         rows = 0.9 * free // (token_bytes * length * (1 + repeated))
-        return int(max(1, min(rows, MAX_ROWS[backbone.kind])))
+        return int(max(1, min(rows, MAX_ROWS[backbone.device.type])))
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], prefix_length: int, past: Cache | None) -> list[list[int]]:

@@ -153,9 +153,9 @@ def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 
 
 def distances(
-    model: PreTrainedModel, baseline: PreTrainedModel | None, ids: Sequence[int], context: int, stride: int
+    model: PreTrainedModel, baseline: PreTrainedModel, ids: Sequence[int], context: int, stride: int
 ) -> pd.DataFrame:
-    """Predict every token by `model`, and by `baseline` if there is one.
+    """Predict every token by a model and by a baseline.
 
     Parameters
     ----------
@@ -169,8 +169,8 @@ def distances(
     Returns
     -------
     pandas.DataFrame
-        A row a token: ``window``, ``nll`` in nats, and with a baseline ``nll_base``, ``kl`` (of the baseline's
-        distribution from the model's, in nats) and ``same`` (whether both find the same token likeliest).
+        A row a token: ``window``; ``nll`` and ``nll_base``, in nats; ``kl``, of the baseline's distribution from the
+        model's, in nats; and ``same``, whether both find the same token likeliest.
 
     Raises
     ------
@@ -182,40 +182,37 @@ def distances(
     parts: list[pd.DataFrame] = []
     spans = list(windows(len(ids), context, stride))
     size = rows_per_batch(model, context)
-    splits = 1 if baseline is model else size
+    base_size = 1 if baseline is model else size
     for at in range(0, len(spans), size):
         batch = spans[at : at + size]
         rows = [list(ids[start:end]) + [0] * (context - (end - start)) for start, _, end in batch]
         tokens = torch.tensor(rows, device=model.device)  # (B, C)
         with torch.inference_mode():
             own = model(tokens).logits  # (B, C, V)
-            base = [each for rows in tokens.split(splits) for each in baseline(rows).logits] if baseline else None
+            base = [logits for rows in tokens.split(base_size) for logits in baseline(rows).logits]  # B of (C, V)
             for place, (start, first, end) in enumerate(batch):
                 predicting = slice(first - start - 1, end - start - 1)
                 targets = tokens[place, first - start : end - start]  # (n,)
-                other = None if base is None else base[place][predicting]  # (n, V)
-                parts += [part.assign(window=at + place) for part in _compare(own[place, predicting], other, targets)]
+                columns = _compare(own[place, predicting], base[place][predicting], targets)
+                parts += [part.assign(window=at + place) for part in columns]
     frame = pd.concat(parts, ignore_index=True)
     for name, source in (("nll", model), ("nll_base", baseline), ("kl", model)):
-        if source is not None and name in frame:
-            check_finite(torch.tensor(frame[name].to_numpy()), "predictions of tokens", source.dtype)
+        check_finite(torch.tensor(frame[name].to_numpy()), "predictions of tokens", source.dtype)
     return frame
 
 
-def _compare(own: torch.Tensor, base: torch.Tensor | None, targets: torch.Tensor) -> Iterator[pd.DataFrame]:
+def _compare(own: torch.Tensor, base: torch.Tensor, targets: torch.Tensor) -> Iterator[pd.DataFrame]:
     """Yield a column a quantity from logits (n, V) and the tokens that came, (n,), some rows at a time."""
     import torch
 
-    for start in range(0, len(targets), ROWS):
-        rows = slice(start, start + ROWS)
-        expected = targets[rows, None]  # (r, 1)
-        log_p = torch.log_softmax(own[rows], 1, dtype=torch.float32)  # (r, V)
-        columns = {"nll": -log_p.gather(1, expected)[:, 0]}
-        if base is not None:
-            log_q = torch.log_softmax(base[rows], 1, dtype=torch.float32)  # (r, V)
-            columns["nll_base"] = -log_q.gather(1, expected)[:, 0]
-            columns["kl"] = (log_q.exp() * (log_q - log_p)).sum(1).clamp(min=0)
-            columns["same"] = own[rows].argmax(1) == base[rows].argmax(1)
+    for p, q, expected in zip(own.split(ROWS), base.split(ROWS), targets[:, None].split(ROWS), strict=True):
+        log_p, log_q = (torch.log_softmax(logits, 1, dtype=torch.float32) for logits in (p, q))  # (r, V)
+        columns = {
+            "nll": -log_p.gather(1, expected)[:, 0],
+            "nll_base": -log_q.gather(1, expected)[:, 0],
+            "kl": (log_q.exp() * (log_q - log_p)).sum(1).clamp(min=0),
+            "same": p.argmax(1) == q.argmax(1),
+        }
         yield pd.DataFrame({name: value.cpu().numpy() for name, value in columns.items()})
 
 

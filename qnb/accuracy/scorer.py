@@ -21,7 +21,6 @@ from qnb.accuracy.answer_cache import AnswerCache
 from qnb.accuracy.backbone import Backbone, Row, Tokens, compiled, separates
 from qnb.accuracy.generation import GreedyGenerator, Prompt, is_shaped
 from qnb.accuracy.tasks import UNANSWERED
-from qnb.errors import InputError
 from qnb.finite import check_finite
 from qnb.memory import is_out_of_memory, release
 
@@ -38,31 +37,19 @@ MIN_SAVED_WORK = {"cuda": 10**12, "cpu": 0}
 class StockLM(HFLM):
     """lm-eval's ``hf``, which checks that the model's outputs are finite.
 
-    Attributes
-    ----------
-    skips_misfits
-        Whether a request with an empty text, or with a continuation that is longer than the window, is left
-        `UNANSWERED`; else all are refused, as stock lm-eval does.
+    A request with an empty text, or with a continuation that is longer than the window, is left `UNANSWERED`. Stock
+    lm-eval fails there, and all the other requests with it.
 
     Raises
     ------
     NotFiniteError
         An output is infinite or undefined.
-    InputError
-        A request does not fit.
     """
-
-    skips_misfits = False
 
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         fits = [bool(context) and 0 < len(text) <= self.max_length for _, context, text in requests]
-        if not (all(fits) or self.skips_misfits):
-            raise InputError(
-                f"{fits.count(False)} of {len(fits)} requests have an empty text, or a continuation longer than the "
-                f"model's window of {self.max_length} tokens; leave them out"
-            )
         answers = iter(self._score_tokens([*compress(requests, fits)], disable_tqdm, override_bs))
         return [next(answers) if fit else UNANSWERED for fit in fits]
 
@@ -129,7 +116,7 @@ class SharedContextLM(StockLM):
         answers = AnswerCache(None if None in keys else self._answers_path, keys)  # windows of a long text have no key
         window = min(self.max_length, self.backbone.window)
         rows = build_rows(requests, self.max_length, window)
-        min_saved_tokens = MIN_SAVED_WORK[self.backbone.kind] / self.backbone.parameters
+        min_saved_tokens = MIN_SAVED_WORK[self.backbone.device.type] / self.backbone.parameters
         with compiled(self.backbone, sum(row.width for row in rows)):
             for prefix, group in prefix_groups(rows, window, min_saved_tokens):
                 past = cache(partial(self.backbone.read, prefix))

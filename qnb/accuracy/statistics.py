@@ -50,17 +50,10 @@ def compare(baseline: Sequence[bool], other: Sequence[bool]) -> Change:
     Parameters
     ----------
     baseline, other
-        Whether each item is right, in the same order.
-
-    Raises
-    ------
-    ValueError
-        The two differ in length, or are empty.
+        Whether each item is right, in the same order; at least one item.
     """
     from scipy.stats import binomtest  # takes a second to import
 
-    if len(baseline) != len(other) or not len(baseline):
-        raise ValueError(f"{len(baseline)} and {len(other)} items; give the same ones twice, at least one")
     before, now = np.asarray(baseline, bool), np.asarray(other, bool)  # (n,)
     gained, lost = int((now & ~before).sum()), int((before & ~now).sum())
     interval = mean_interval(100 * (now.astype(float) - before))

@@ -35,14 +35,14 @@ from qnb.prompts import DATA, reading_from
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
 
+# items of each task, and the subtasks that a limit counts for
 TASKS = {
-    "sample": ("sample_easy", "sample_hard", "sample_completion", "sample_arithmetic", "sample_exam"),
-    "paper": ("arc_challenge", "arc_easy", "gsm8k", "gsm8k_cot", "hellaswag", "mmlu"),
-}
-# items of each, and the subtasks that a limit counts for
-SIZES = {"sample_easy": (48, 1), "sample_hard": (48, 1), "sample_completion": (48, 1), "sample_arithmetic": (40, 1),
-         "sample_exam": (48, 4), "arc_challenge": (1172, 1), "arc_easy": (2376, 1), "gsm8k": (1319, 1),
-         "gsm8k_cot": (1319, 1), "hellaswag": (10042, 1), "mmlu": (14042, 57)}  # fmt: skip
+    "sample": {"sample_easy": (48, 1), "sample_hard": (48, 1), "sample_completion": (48, 1),
+               "sample_arithmetic": (40, 1), "sample_exam": (48, 4)},
+    "paper": {"arc_challenge": (1172, 1), "arc_easy": (2376, 1), "gsm8k": (1319, 1), "gsm8k_cot": (1319, 1),
+              "hellaswag": (10042, 1), "mmlu": (14042, 57)},
+}  # fmt: skip
+SIZES = TASKS["sample"] | TASKS["paper"]
 FOLDERS = ("arc", "gsm8k", "hellaswag", "mmlu")  # of lm-eval's tasks: those that hold the paper's
 LM_EVAL_SEED = 1234  # its default, for examples and for sampled texts
 REHEARSED = 2  # items of a task that are scored without a model, to see that they can be
@@ -106,9 +106,8 @@ def check(tasks: str | Iterable[str]) -> tuple[str, ...]:
     InputError
         A task is unknown; the nearest names are offered.
     """
-    preset = {name for group in TASKS.values() for name in group}
-    return tuple(dict.fromkeys(task for name in names(tasks)
-                               for task in ([name] if name in preset else _look_up(name))))  # fmt: skip
+    found = (task for name in names(tasks) for task in ([name] if name in SIZES else _look_up(name)))
+    return tuple(dict.fromkeys(found))
 
 
 def _look_up(name: str) -> list[str]:
@@ -169,12 +168,10 @@ class Task:
                        for group, members in self._lm_eval["groups"].items()}  # fmt: skip
         self._documents = {part: task.eval_docs for part, task in self._parts.items()}
         self.sizes = {part: len(documents) for part, documents in self._documents.items()}
-        self._places: dict[str, Sequence[int]] = {}  # of the documents that are asked about, by part
-        self._built_limit: int | None = 0  # that requests were built for; 0 before any were
         self._error: Exception | None = None  # of the last bad item
         self.data_sha256 = cache(self._data_sha256)
         for part, task in self._parts.items():
-            task.doc_iterator = partial(self._iterate, part)
+            task.build_all_requests = partial(self._ask, task, cache(partial(self._requests, part)))
             task.process_results = partial(self._process, task, task.process_results)
         try:
             self.evaluate(STAND_IN, REHEARSED)
@@ -201,20 +198,46 @@ class Task:
             if instance.request_type == "generate_until":
                 yield normalize_gen_kwargs(instance.args[1])["max_gen_toks"]
 
-    def _iterate(self, part: str, **_: Any) -> Iterator[tuple[int, Any]]:
-        """Yield (place, document) of what is asked; lm-eval's own looks for every place in a list of places."""
-        return ((place, self._documents[part][place]) for place in self._places[part])
+    def _drawn(self, part: str, limit: int | None) -> list[tuple[int, Any]]:
+        """Return (place, document) of the items that a limit takes of a part."""
+        documents = self._documents[part]
+        return [(place, documents[place]) for place in draw(part, len(documents), limit)]
+
+    def _requests(self, name: str, limit: int | None) -> tuple[list[Any], list[tuple[int, Any]]]:
+        """Return a part's requests, and the items that can be asked: whose right answer can be read too."""
+        part, requests, items = self._parts[name], [], []
+        part.set_fewshot_seed(seed=LM_EVAL_SEED)
+        for item in self._drawn(name, limit):
+            part.doc_iterator = lambda item=item, **_: iter([item])
+            try:
+                type(part).build_all_requests(part)
+                part.doc_to_target(item[1])  # lm-eval keeps it beside the answers
+            except Exception as error:  # whatever a template raises
+                self._error = error
+            else:
+                requests += part.instances
+                items.append(item)
+        if not items:
+            raise RuntimeError(f"no item of {name} can be asked ({self._error})")
+        return requests, items
+
+    def _ask(self, part: Any, requests: Any, limit: int | None, **_: Any) -> None:
+        """Take the place of lm-eval's method, which builds the requests again for every model.
+
+        A part gets what `requests` returns for the limit, without the answers of the model before.
+        """
+        part._instances, items = requests(limit)
+        part.doc_iterator = lambda **_: iter(items)
+        for instance in part.instances:
+            instance.resps, instance.filtered_resps = [], {}
 
     def _process(self, part: Any, process: Any, document: Any, answers: Sequence[Any]) -> dict[str, Any]:
         """Return an item's metrics; none where it cannot be scored."""
-        from lm_eval.api.metrics import mean
-
         try:
             if UNANSWERED in answers:
                 raise ValueError("a text is empty, or longer than the model's window")
             metrics: dict[str, Any] = process(document, answers)
-            averaged = [value for name, value in metrics.items() if part.aggregation().get(name, mean) is mean]
-            if not all(math.isfinite(value) for value in averaged):
+            if not all(math.isfinite(value) for name, value in metrics.items() if _is_averaged(part, name)):
                 raise ValueError("a metric is not a finite number")
             return metrics
         except Exception as error:  # whatever a task's code raises over one item, the others are scored
@@ -225,9 +248,8 @@ class Task:
         """Return the hash of the documents that are asked about, and of those shown as examples."""
         digest = sha256()
         for name, part in self._parts.items():
-            drawn = [(place, self._documents[name][place]) for place in draw(name, self.sizes[name], limit)]
             has_examples = part.get_config("num_fewshot") and hasattr(part, "sampler")
-            for content in (name, *drawn, *(part.sampler.df if has_examples else ())):
+            for content in (name, *self._drawn(name, limit), *(part.sampler.df if has_examples else ())):
                 digest.update(json.dumps(content, sort_keys=True, ensure_ascii=False, default=str).encode() + b"\n")
         return digest.hexdigest()
 
@@ -251,42 +273,13 @@ class Task:
         # lm-eval draws bars and prints whatever it is told, and resamples in copies of this process
         with (redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()), cached_templates(),
               wide_products(lm.device.type), patch.dict(os.environ, DISABLE_MULTIPROC="1")):  # fmt: skip
-            self._build_requests(limit)
             # `simple_evaluate` would ask the system for its libraries each time, which takes a second
-            results: Any = evaluate(lm, self._lm_eval, bootstrap_iters=100)
+            results: Any = evaluate(lm, self._lm_eval, limit, bootstrap_iters=100)
         items = self._items(results)
         scores = tuple(self._scores(results, items)) if len(items) else ()
         if not scores:
             raise RuntimeError(f"none of {self.n_items(limit)} items gives a score: {self._error or 'no metric'}")
         return TaskResult(scores, items, self.n_items(limit) - len(items.drop_duplicates(["task", "doc_id"])))
-
-    def _build_requests(self, limit: int | None) -> None:
-        """Build the requests, unless they are; clear the answers of the model before."""
-        for name, part in self._parts.items():
-            if self._built_limit != limit:
-                places = draw(name, self.sizes[name], limit)
-                if not self._build(name, places):
-                    good = [place for place in places if self._build(name, [place])]
-                    if not self._build(name, good):
-                        raise RuntimeError(f"no item of {name} can be asked ({self._error})")
-                part.build_all_requests = lambda **_: None  # lm-eval would build them again for every model
-            for instance in part.instances:
-                instance.resps, instance.filtered_resps = [], {}
-        self._built_limit = limit
-
-    def _build(self, name: str, places: Sequence[int]) -> bool:
-        """Build the requests of a part's items; return whether its own code could, and knows what is right."""
-        part, self._places[name] = self._parts[name], places
-        part.set_fewshot_seed(seed=LM_EVAL_SEED)
-        try:
-            type(part).build_all_requests(part)
-            _ = [
-                part.doc_to_target(document) for _, document in self._iterate(name)
-            ]  # lm-eval keeps them beside answers
-        except Exception as error:  # whatever a template raises
-            self._error = error
-            return False
-        return True
 
     def _items(self, results: Mapping[str, Any]) -> pd.DataFrame:
         """Return a row an item and filter, unless it is bad: task, doc_id, filter, gold, picked, correct.
@@ -326,13 +319,10 @@ class Task:
 
     def _is_share(self, metric: str, parts: Iterable[str], samples: Mapping[str, Any]) -> bool:
         """Return whether a metric is a share of items, by its name, lm-eval's aggregation, and its values."""
-        from lm_eval.api.metrics import mean
-
-        if SHARES.isdisjoint(metric.split("_")):
+        if SHARES.isdisjoint(metric.split("_")) or not all(_is_averaged(self._parts[part], metric) for part in parts):
             return False
         values = (sample[metric] for part in parts for sample in samples[part] if metric in sample["metrics"])
-        is_mean = all(self._parts[part].aggregation().get(metric, mean) is mean for part in parts)
-        return is_mean and all(0 <= value <= 1 for value in values)
+        return all(0 <= value <= 1 for value in values)
 
 
 def draw(name: str, count: int, limit: int | None) -> list[int]:
@@ -362,6 +352,13 @@ def _load(name: str, data_dir: Path | None) -> Any:
 
 
 # From lm-eval's results to scores and items
+
+
+def _is_averaged(part: Any, metric: str) -> bool:
+    """Return whether lm-eval takes the mean of a metric's values."""
+    from lm_eval.api.metrics import mean
+
+    return part.aggregation().get(metric, mean) is mean
 
 
 def _stderr(unit: str, value: float, stderr: Any, n_items: int) -> float | None:

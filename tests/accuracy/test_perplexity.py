@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from conftest import random_model
 
 from qnb import InputError
 from qnb.accuracy.perplexity import DivergenceOptions, distances, divergence, summarize, windows
@@ -36,26 +37,23 @@ def test_options_that_cannot_be_used_are_refused(given):
         DivergenceOptions(**given)
 
 
-def random_model(seed):
-    torch.manual_seed(seed)
+@pytest.fixture
+def models():
+    """Two random models of one shape."""
     config = transformers.LlamaConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
     )
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
-    for weight in model.parameters():
-        weight.data *= 4 if weight.dim() > 1 else 1
-    return model
+    return [random_model(config, seed) for seed in (0, 1)]
 
 
-def test_against_a_pass_over_each_window_by_hand():
-    model, base = random_model(0), random_model(1)
+def test_against_a_pass_over_each_window_by_hand(models):
     ids = torch.randint(0, 50, (37,), generator=torch.Generator().manual_seed(0)).tolist()
-    found = distances(model, base, ids, 12, 6)
+    found = distances(*models, ids, 12, 6)
     assert len(found) == 36
     row = 0
     for start, first, end in windows(37, 12, 6):
         with torch.inference_mode():
-            own, other = (each(torch.tensor([ids[start:end]])).logits[0].double() for each in (model, base))
+            own, other = (each(torch.tensor([ids[start:end]])).logits[0].double() for each in models)
         for place in range(first, end):
             p, q = (torch.log_softmax(each[place - start - 1], 0) for each in (own, other))
             assert found.nll[row] == pytest.approx(-float(p[ids[place]]), abs=1e-4)
@@ -65,25 +63,23 @@ def test_against_a_pass_over_each_window_by_hand():
             row += 1
 
 
-def test_a_model_is_compared_with_itself_one_window_at_a_time():
-    model, batches = random_model(0), []
-    ids = torch.randint(0, 50, (37,), generator=torch.Generator().manual_seed(0)).tolist()
+def test_a_model_is_compared_with_itself_one_window_at_a_time(models):
+    (model, other), batches, ids = models, [], list(range(37))
     model.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
     own = distances(model, model, ids, 12, 6)
     assert batches == [6, 1, 1, 1, 1, 1, 1] and own.kl.max() < 1e-5 and own.same.all()
-    assert own[["nll", "window"]].equals(distances(model, None, ids, 12, 6))
+    assert own[["nll", "window"]].equals(distances(model, other, ids, 12, 6)[["nll", "window"]])
 
 
 @pytest.mark.parametrize(("place", "count"), [(36, 1), (35, 6 + 1), (20, 6 + 6)])
-@pytest.mark.parametrize("of_baseline", [False, True])
-def test_outputs_that_are_not_finite_are_counted_and_refused(place, count, of_baseline):
+@pytest.mark.parametrize("which", [0, 1])
+def test_outputs_that_are_not_finite_are_counted_and_refused(place, count, which, models):
     """A word is undefined, and with it all outputs of the one or two windows that hold it."""
-    model, base = random_model(0), random_model(1)
-    (base if of_baseline else model).model.embed_tokens.weight.data[49] = math.nan
+    models[which].model.embed_tokens.weight.data[49] = math.nan
     ids = [place % 49 for place in range(37)]
     ids[place] = 49
     with pytest.raises(NotFiniteError, match=f"{count} of 36 outputs"):
-        distances(model, base, ids, 12, 6)
+        distances(*models, ids, 12, 6)
 
 
 def test_summary_by_hand():

@@ -6,19 +6,7 @@ import numpy as np
 import pytest
 
 from qnb.accuracy import statistics
-from qnb.accuracy.statistics import (
-    agresti_coull,
-    agresti_min,
-    compare,
-    detectable_pp,
-    holm,
-    is_above_chance,
-    mean_interval,
-    mean_of_independent,
-    pooled_change,
-    power,
-    recovery,
-)
+from qnb.accuracy.statistics import compare, detectable_pp, mean_interval, pooled_change
 
 
 def test_hand_count():
@@ -27,45 +15,31 @@ def test_hand_count():
     assert change.change_pp == pytest.approx(-100 / 3) and change.change_pct == pytest.approx(-50)
     # exact two-sided: twice the binomial tail of min(1, 3) in 4 fair tosses
     assert change.p_mcnemar == pytest.approx(2 * (math.comb(4, 0) + math.comb(4, 1)) / 2**4)
-
-
-def test_no_discordant_item_is_no_evidence():
-    change = compare([True, False], [True, False])
-    assert change.p_mcnemar == 1 and change.change_pp == 0
-
-
-def test_a_baseline_of_zero_has_no_relative_change():
-    assert compare([False, False], [True, False]).change_pct is None
-
-
-def test_unequal_or_empty_samples_are_refused():
-    with pytest.raises(ValueError):
-        compare([True], [True, False])
-    with pytest.raises(ValueError, match="at least one"):
-        compare([], [])
+    assert compare([False, False], [True, False]).change_pct is None  # of a baseline of 0
 
 
 def test_no_flip_leaves_room_for_one():
-    """The bootstrap of equal values has no interval; half an item in each cell has."""
+    """The bootstrap of equal values has no interval; half an item in each of the four cells has."""
     change = compare([True, False] * 50, [True, False] * 50)
-    assert (change.low_pp, change.high_pp) == agresti_min(0, 0, 100) and change.low_pp < 0 < change.high_pp
+    assert (change.p_mcnemar, change.change_pp) == (1, 0)
+    assert (change.low_pp, change.high_pp) == pytest.approx((-196 / 102, 196 / 102))
     assert mean_interval([1.0]) is None
 
 
 def test_holm_by_hand():
     """Sorted 0.01, 0.02, 0.04 times 3, 2, 1, and never smaller than the one before."""
-    assert holm([0.02, 0.01, 0.04]) == pytest.approx([0.04, 0.03, 0.04])
-    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+    assert statistics.holm([0.02, 0.01, 0.04]) == pytest.approx([0.04, 0.03, 0.04])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0] and statistics.holm([]) == []
 
 
 def test_the_mean_of_two_changes_by_hand():
     """Half-widths of 3 and 4 below, of 6 and 8 above, add to 5 and 10; the mean halves them."""
-    assert mean_of_independent([(1, -2, 7), (3, -1, 11)]) == pytest.approx((2, -0.5, 7))
+    assert statistics.mean_of_independent([(1, -2, 7), (3, -1, 11)]) == pytest.approx((2, -0.5, 7))
 
 
 def test_all_wrong_still_has_an_error():
     """0 of 10: 2 of 14 with two right and two wrong added."""
-    assert agresti_coull(0, 10) == pytest.approx(math.sqrt(2 / 14 * 12 / 14 / 14))
+    assert statistics.agresti_coull(0, 10) == pytest.approx(math.sqrt(2 / 14 * 12 / 14 / 14))
 
 
 @pytest.mark.parametrize("sizes", [(60,), (40, 15), (30, 80, 20)])
@@ -106,7 +80,7 @@ def simulate(n_items, gained, lost, studies):
 @pytest.mark.parametrize(("n_items", "flips"), [([40] * 5, 0.2), ([12] * 5, 0.1), ([1000, 40, 400], 0.05)])
 def test_the_predicted_power_is_had(n_items, flips):
     change = detectable_pp(n_items, flips) / 100
-    assert power(100 * change, n_items, flips) >= 0.8
+    assert statistics.power(100 * change, n_items, flips) >= 0.8
     rate = max(flips, change)
     _, high = simulate(n_items, (rate - change) / 2, (rate + change) / 2, 1000)
     assert (high < 0).mean() == pytest.approx(0.8, abs=0.05) or rate == change  # counts are coarse there
@@ -121,11 +95,11 @@ def test_what_few_items_detect_falls_with_their_root_and_nothing_detects_nothing
 def test_recovery_is_of_what_is_above_chance():
     """From 75 to 65 % right of four choices: 40 of 50 points are kept."""
     change = compare([1] * 75 + [0] * 25, [1] * 65 + [0] * 35)
-    share, low, high = recovery(change, 0.25)
+    share, low, high = statistics.recovery(change, 0.25)
     assert share == pytest.approx(80) and low < 80 < high
-    assert recovery(compare([1, 0] * 50, [1, 0] * 50), 0.25)[1] < 100  # no flip is no proof
+    assert statistics.recovery(compare([1, 0] * 50, [1, 0] * 50), 0.25)[1] < 100  # no flip is no proof
 
 
 def test_guessing_is_not_above_chance():
-    assert not is_above_chance(11 / 40, 40, 0.25) and is_above_chance(30 / 40, 40, 0.25)
-    assert not is_above_chance(0, 40, 0.01)
+    assert not statistics.is_above_chance(11 / 40, 40, 0.25) and statistics.is_above_chance(30 / 40, 40, 0.25)
+    assert not statistics.is_above_chance(0, 40, 0.01)
