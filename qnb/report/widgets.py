@@ -133,7 +133,7 @@ def _limited(results: Results, setting: str, speed: str) -> list[widgets.Widget]
     bound, value = ("least", 0) if column(speed).better == "more" else ("most", top)
     sliders["speed_limit"] = _slider(f"{short}, {column(speed).unit}, at {bound}", top, value, top / 100)
     if candidates.low_pp.notna().any():
-        sliders["loss_pp"] = _slider("loss, points, at most", 20, verdicts.MARGIN_PP, 0.1, least=0.1)
+        sliders["loss_pp"] = _slider("loss, points, at most", 20, results.margin_pp, 0.1, least=0.1)
 
     def decide() -> None:
         values = {name: slider.value for name, slider in sliders.items()}
