@@ -11,7 +11,6 @@ import evaluate
 import lm_eval
 import pandas as pd
 import pytest
-import yaml
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.api.task import Task as LMEvalTask
 from lm_eval.models.huggingface import HFLM
@@ -24,8 +23,15 @@ from qnb.accuracy.tasks import Task, draw
 from qnb.session import Session
 
 
-def score(model, task, limit, scorer="qnb"):
+def score(model, task, limit=None, scorer="qnb"):
     return Evaluation([task], limit, scorer, 8).evaluate(task, *model)
+
+
+def stock(model, task, index=None, **options):
+    """Results of lm-eval left to itself."""
+    lm = HFLM(pretrained=model[0], tokenizer=model[1], batch_size=8)
+    index = index or TaskManager(include_defaults=False)
+    return lm_eval.simple_evaluate(lm, tasks=[task], task_manager=index, bootstrap_iters=0, **options)
 
 
 def arc(folder, questions=("What falls from clouds?", "What do cows eat?"), splits=("train", "validation", "test")):
@@ -39,7 +45,7 @@ def arc(folder, questions=("What falls from clouds?", "What do cows eat?"), spli
         pd.DataFrame(rows).to_parquet(home / "ARC-Easy" / f"{split}.parquet")
     files = [{"split": split, "path": f"ARC-Easy/{split}.parquet"} for split in splits]
     head = {"configs": [{"config_name": "ARC-Easy", "data_files": files}]}
-    (home / "README.md").write_text(f"---\n{yaml.safe_dump(head)}---\n")
+    (home / "README.md").write_text(f"---\n{json.dumps(head)}\n---\n")
     return folder
 
 
@@ -50,17 +56,14 @@ def test_arc_easy_equals_stock_lm_eval(tiny, hub, monkeypatch, capfd):
     assert "it/s" not in capfd.readouterr().err
     drawn = draw("arc_easy", 2376, 24)
     monkeypatch.chdir(hub)
-    stock = lm_eval.simple_evaluate(
-        HFLM(pretrained=tiny[0], tokenizer=tiny[1], batch_size=8), tasks=["arc_easy"], samples={"arc_easy": drawn},
-        bootstrap_iters=0, task_manager=tasks._index(),
-    )  # fmt: skip
-    expected = {sample["doc_id"]: bool(sample["acc"]) for sample in stock["samples"]["arc_easy"]}
+    expected = stock(tiny, "arc_easy", tasks._index(), samples={"arc_easy": drawn})
+    correct = {sample["doc_id"]: bool(sample["acc"]) for sample in expected["samples"]["arc_easy"]}
     for result in results:
         scores = {score.metric: score for score in result.scores}
-        assert scores["acc"].value == stock["results"]["arc_easy"]["acc,none"]
-        assert scores["acc_norm"].value == stock["results"]["arc_easy"]["acc_norm,none"]
+        for metric in ("acc", "acc_norm"):
+            assert scores[metric].value == expected["results"]["arc_easy"][f"{metric},none"]
         assert (scores["acc"].n_items, scores["acc"].n_total, scores["acc"].group) == (24, 2376, False)
-        assert dict(zip(result.items.doc_id, result.items.correct, strict=True)) == expected
+        assert dict(zip(result.items.doc_id, result.items.correct, strict=True)) == correct
         assert scores["p_correct"].value == pytest.approx(results[0].items.p_correct.mean(), abs=1e-5)
 
 
@@ -150,73 +153,56 @@ def test_names_are_unfolded_and_unknown_ones_refused():
         tasks.check(" ")
 
 
-FUNCTIONS = """
-import math
-
 def fraction(doc, results):
     shares = [math.exp(value - max(results)[0]) for value, _ in results]
     return {"acc": shares[0] / sum(shares)}
 
+
 def percent(doc, results):
     return {"acc": 100.0 * (len(results[0]) % 2), "bleu_acc": len(results[0]) % 2, "rouge1": 0.25}
+
 
 def longest(doc, results):
     return {"longest": len(results[0])}
 
-def largest(values):
-    return max(values)
 
 def fails_once(doc, results):
     return {"exact_match": {}[2] if doc["n"] == 2 else 1.0}
 
+
 def is_nan_once(doc, results):
-    return {"score": float("nan") if doc["n"] == 1 else 3.5}
+    return {"score": math.nan if doc["n"] == 1 else 3.5}
+
 
 def has_no_package(values):
     raise FileNotFoundError("no script squad_v2")
-"""
+
+
 TEXT = {"output_type": "generate_until", "doc_to_target": "right",
         "generation_kwargs": {"until": ["."], "max_gen_toks": 6}}  # fmt: skip
-
-
-class Function(str):
-    """One of `FUNCTIONS`, as a task's configuration names it."""
-
-
-yaml.SafeDumper.add_representer(
-    Function, lambda dumper, name: dumper.represent_scalar("!function", f"functions.{name}")
-)
 CHOICE = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "place"}
 SHARE, PERPLEXITIES = ("%", True), ("word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
 @pytest.fixture
 def form(tmp_path, monkeypatch):
-    """Returns a function that writes a task over six made-up documents, and makes it one of lm-eval's."""
+    """Returns a function that configures a task over six made-up documents, which `Task` then loads by any name."""
     words = ["green stone", "ship", "old"]
     rows = [{"n": n, "q": f"the river {n} paints", "choices": words, "place": n % 3, "right": words[n % 3],
              "zero": "0", "places": [0, 2], "contexts": ["the a green", "the b green"],
              "empty": ["ship", "old" if n != 3 else ""], "long": " green" if n != 4 else " long" * 3000}
             for n in range(6)]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "functions.py").write_text(FUNCTIONS)
 
-    def write(metrics, **config):
-        base = {"task": "form", "dataset_path": "json", "test_split": "test", "doc_to_text": "{{q}}",
-                "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}}  # fmt: skip
-        listed = [{"metric": name, **more} for name, more in metrics.items()]
-        (tmp_path / "form.yaml").write_text(yaml.safe_dump({**base, **config, "metric_list": listed}))
-        index = TaskManager(include_path=tmp_path, include_defaults=False)
+    def configure(metrics, **config):
+        config = {"task": "form", "dataset_path": "json", "test_split": "test", "doc_to_text": "{{q}}",
+                  "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}, **config,
+                  "metric_list": [{"metric": name, **more} for name, more in metrics.items()]}  # fmt: skip
+        index = SimpleNamespace(load=lambda names: TaskManager(include_defaults=False).load([config]))
         monkeypatch.setattr(tasks, "_index_with", lambda name: index)
-        return index
+        return config
 
-    return write
-
-
-def stock_scores(model, index, **options):
-    lm = HFLM(pretrained=model[0], tokenizer=model[1], batch_size=8)
-    results = lm_eval.simple_evaluate(lm, tasks=["form"], task_manager=index, bootstrap_iters=0, **options)
-    return results["results"]["form"]
+    return configure
 
 
 MEAN = {"aggregation": "mean", "higher_is_better": True}
@@ -228,7 +214,7 @@ FORMS = {
     "several right choices": ({**CHOICE, "doc_to_target": "places"}, {"acc": {}}, {}),
     "a context a choice": ({**CHOICE, "doc_to_text": "{{n % 2}}", "doc_to_choice": "{{contexts}}",
                             "doc_to_target": "{{right}}"}, {"acc": {}}, {}),
-    "probabilities": ({**CHOICE, "process_results": Function("fraction")}, {"acc": MEAN}, {}),
+    "probabilities": ({**CHOICE, "process_results": fraction}, {"acc": MEAN}, {}),
     "one text": ({"output_type": "loglikelihood", "doc_to_target": "zero"}, {"perplexity": {}, "acc": {}},
                  {"perplexity": ("perplexity", False)}),
     "running text": ({"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "q"},
@@ -236,14 +222,14 @@ FORMS = {
                      {name: (name.replace("_", " "), False) for name in PERPLEXITIES}),
     "generated text": (TEXT, {"exact_match": {}, "bleu": {}, "ter": {}},
                        {"bleu": ("bleu", True), "ter": ("ter", False)}),
-    "points of 100": ({**TEXT, "process_results": Function("percent")},
+    "points of 100": ({**TEXT, "process_results": percent},
                       {"acc": MEAN, "bleu_acc": LESS, "rouge1": MEAN},
                       {"acc": ("acc", True), "bleu_acc": ("%", False), "rouge1": ("rouge1", True)}),
-    "sampled text": ({**TEXT, "process_results": Function("longest"), "repeats": 2,
+    "sampled text": ({**TEXT, "process_results": longest, "repeats": 2,
                       "generation_kwargs": {"until": ["."], "max_gen_toks": 6, "do_sample": True, "temperature": 0.7}},
                      {"longest": MEAN}, {"longest": ("longest", True)}),
-    "an aggregation of its own": ({**TEXT, "process_results": Function("longest")},
-                                  {"longest": {"aggregation": Function("largest"), "higher_is_better": False}},
+    "an aggregation of its own": ({**TEXT, "process_results": longest},
+                                  {"longest": {"aggregation": max, "higher_is_better": False}},
                                   {"longest": ("longest", False)}),
 }  # fmt: skip
 
@@ -252,9 +238,8 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_a_task_of_any_form_has_stocks_scores_in_the_units_that_it_declares(name, scorer, form, tiny):
     config, metrics, units = FORMS[name]
-    index = form(metrics, **config)
-    expected = stock_scores(tiny, index)
-    result = score(tiny, Task("form"), None, scorer)
+    expected = stock(tiny, form(metrics, **config))["results"]["form"]
+    result = score(tiny, Task("form"), scorer=scorer)
     scores = {each.metric: each for each in result.scores if each.metric != "p_correct"}
     assert {name: (each.unit, each.higher_is_better) for name, each in scores.items()} == {
         name: units.get(name, SHARE) for name in metrics
@@ -276,8 +261,8 @@ def test_a_task_of_any_form_has_stocks_scores_in_the_units_that_it_declares(name
 
 @pytest.mark.parametrize(
     ("bad", "config", "metric"),
-    [(2, {**TEXT, "process_results": Function("fails_once")}, {"exact_match": MEAN}),
-     (1, {**TEXT, "process_results": Function("is_nan_once")}, {"score": MEAN}),
+    [(2, {**TEXT, "process_results": fails_once}, {"exact_match": MEAN}),
+     (1, {**TEXT, "process_results": is_nan_once}, {"score": MEAN}),
      (5, {**TEXT, "doc_to_text": "{{ q if n < 5 else q.a.b }}"}, {"exact_match": {}}),
      (2, {**TEXT, "doc_to_target": "{{ q if n != 2 else q.a.b }}"}, {"exact_match": {}}),
      (3, {**CHOICE, "doc_to_choice": "{{empty}}", "doc_to_target": 0, "target_delimiter": ""}, {"acc": {}}),
@@ -286,12 +271,11 @@ def test_a_task_of_any_form_has_stocks_scores_in_the_units_that_it_declares(name
 @pytest.mark.parametrize("scorer", ["qnb", "hf"])
 def test_one_bad_item_costs_that_item_and_is_counted(scorer, bad, config, metric, form, tiny):
     """It fails, is no number, cannot be asked or judged, is empty, or too long; the others score as in stock."""
-    index = form(metric, **config)
-    expected = stock_scores(tiny, index, samples={"form": [n for n in range(6) if n != bad]})
-    result = score(tiny, Task("form"), None, scorer)
+    expected = stock(tiny, form(metric, **config), samples={"form": [n for n in range(6) if n != bad]})
+    result = score(tiny, Task("form"), scorer=scorer)
     (name,) = metric
     (value,) = (each for each in result.scores if each.metric == name)
-    assert value.value == pytest.approx(expected[f"{name},none"], rel=1e-3)
+    assert value.value == pytest.approx(expected["results"]["form"][f"{name},none"], rel=1e-3)
     assert (value.n_items, value.n_total, result.bad_items) == (5, 6, 1) and bad not in set(result.items.doc_id)
 
 
@@ -299,9 +283,10 @@ def test_one_bad_item_costs_that_item_and_is_counted(scorer, bad, config, metric
     ("config", "metric", "text"),
     [({"generation_kwargs": {"max_gen_toks": 2048}}, {"exact_match": {}}, "2048"),
      ({"unsafe_code": True}, {"exact_match": {}}, "programs"),
+     ({"doc_to_text": "{{ q if n == 0 else q.a.b }}"}, {"exact_match": {}}, "no attribute 'a'"),
      ({}, {"bypass": {"aggregation": "bypass"}}, "no metric"),
-     ({"process_results": Function("longest")},
-      {"longest": {"aggregation": Function("has_no_package"), "higher_is_better": True}}, "no script squad_v2")],
+     ({"process_results": longest},
+      {"longest": {"aggregation": has_no_package, "higher_is_better": True}}, "no script squad_v2")],
 )  # fmt: skip
 def test_what_cannot_be_scored_is_refused_by_name_before_a_checkpoint_is_made(
     config, metric, text, form, source, tmp_path, monkeypatch
@@ -332,14 +317,13 @@ def test_a_task_that_asks_in_two_ways_scores_as_in_stock(tiny, tmp_path, monkeyp
     index = TaskManager(include_path=Path(lm_eval.__file__).parent / "tasks" / "squadv2", include_defaults=False)
     monkeypatch.setattr(tasks, "_index_with", lambda name: index)
     monkeypatch.setattr(evaluate, "load", lambda name: SimpleNamespace(compute=compute))
-    results = [score(tiny, Task("squadv2", tmp_path), None, scorer) for scorer in ("qnb", "hf")]
+    results = [score(tiny, Task("squadv2", tmp_path), scorer=scorer) for scorer in ("qnb", "hf")]
     monkeypatch.chdir(tmp_path)
-    lm = HFLM(pretrained=tiny[0], tokenizer=tiny[1], batch_size=8)
-    stock = lm_eval.simple_evaluate(lm, tasks=["squadv2"], task_manager=index)
+    expected = stock(tiny, "squadv2", index)["results"]["squadv2"]
     for result in results:
         scores = {each.metric: each for each in result.scores}
-        assert scores["exact"].value == stock["results"]["squadv2"]["exact,none"] > 0
-        assert scores["f1"].value == pytest.approx(stock["results"]["squadv2"]["f1,none"], rel=1e-4)
+        assert scores["exact"].value == expected["exact,none"] > 0
+        assert scores["f1"].value == pytest.approx(expected["f1,none"], rel=1e-4)
         assert (scores["f1"].unit, scores["f1"].n_items, result.bad_items) == ("f1", 6, 0)
 
 
