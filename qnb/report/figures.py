@@ -107,7 +107,7 @@ def front(results: Results, cost: str) -> go.Figure:
     figure = _points_and_front(frame.sort_values(["cost", "quality"]), quality)
     figure.update_xaxes(title=header(cost), range=[0, 1.25 * costs.max()])
     figure.update_yaxes(title=header(quality), autorange="reversed" if is_loss else True)
-    note = "up and left is better; points on the dotted line are Pareto-optimal; a sign is the verdict"
+    note = "up and left is better; points on the dotted line are Pareto-optimal; the sign beside a name is its verdict"
     return theme.finish(figure, title, 420, note + "; bars: 95 % interval" * (not is_loss))
 
 

@@ -79,14 +79,13 @@ def _summary(frame: pd.DataFrame) -> pd.DataFrame:
     rows = list(frame.itertuples())
     change = [f"{row.change_pp:+.1f} [{row.low_pp:+.1f}, {row.high_pp:+.1f}]" for row in rows]
     has_change = frame.change_pp.notna() & (frame.precision != BASELINE)
-    spare = {"weights_mib": frame.peak_memory_mib.notna(), "kl_mean_nats": has_change}  # what another column tells
+    decided = has_change.any() and not frame.verdict.eq(verdicts.Verdict.UNCLEAR).any()
+    spare = {"weights_mib": frame.peak_memory_mib.notna().any(), "kl_mean_nats": decided}  # another column tells it
     frame = frame.assign(
         change_pp=pd.Series(change, dtype=object).where(has_change),
         words=[f"{SIGNS[row.verdict]} {row.words}" for row in rows],
     )  # fmt: skip
-    text = labelled(
-        frame.drop(columns=["low_pp", "high_pp", "verdict", *(name for name in spare if any(spare[name]))])
-    )
+    text = labelled(frame.drop(columns=["low_pp", "high_pp", "verdict", *(name for name in spare if spare[name])]))
     return text.rename(columns={header("throughput_rps"): f"{header('throughput_rps')} at {SETTINGS['maxbatch']}"})
 
 

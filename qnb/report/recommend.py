@@ -12,7 +12,7 @@ from qnb.columns import column, format_value, is_disturbed
 from qnb.precision import BASELINE
 from qnb.report.results import Results
 from qnb.report.scores import MEAN
-from qnb.report.verdicts import Verdict, check_margin, decide, judge
+from qnb.report.verdicts import Verdict, check_margin, decide, in_points, judge
 
 SPEEDS = ("tpot_s", "throughput_rps", "throughput_tps")  # what candidates may be ranked by
 FITS, UNSURE, RULED_OUT = "fits", "may fit", "ruled out"
@@ -228,7 +228,7 @@ def sentence(results: Results) -> str:
     table = summary(results)
     if table.empty:
         return "Nothing was measured yet."
-    points = f"{results.margin_pp:g} point{'s' * (results.margin_pp != 1)}"
+    points = in_points(results.margin_pp)
     phrases = {
         Verdict.WITHIN: f"within {points} for",
         Verdict.LOSES: f"more than {points} lost by",
@@ -249,7 +249,7 @@ def _extremes(allowed: pd.DataFrame) -> Iterator[str]:
     tpot_s = allowed[["tpot_captured_s", "tpot_eager_s"]].min(axis=1)
     unclear = allowed.kl_mean_nats.where(allowed.verdict.isin([Verdict.UNCLEAR, Verdict.UNMEASURED]))
     for what, name, values in (
-        ("closest of those that accuracy cannot tell", "kl_mean_nats", unclear),
+        (f"closest to {BASELINE.upper()} by KL divergence, of those that are undecided", "kl_mean_nats", unclear),
         ("fastest at batch size 1", "tpot_s", tpot_s),
         ("smallest", size, allowed[size]),
     ):

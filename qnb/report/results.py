@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from qnb.errors import InputError
-from qnb.ledger import FAILED, Ledger, Row, file_sha256
+from qnb.ledger import Ledger, Row, file_sha256
 from qnb.memory import MIB
 from qnb.precision import PRECISIONS
 from qnb.speed.roofline import derived
@@ -86,15 +86,15 @@ class Results:
     @classmethod
     def read(cls, ledger: Ledger, margin_pp: float = MARGIN_PP) -> Results:
         """Read the newest row of each key."""
-        rows = tuple(row for row in ledger.rows() if not row["stage"].endswith(FAILED))
+        rows = tuple(ledger.rows())
         newest = rows[-1] if rows else {}
-        frames = {name: in_order(ledger.frame(stage)) for name, stage in STAGES.items()}
+        frames = {name: in_order(pd.DataFrame(ledger.rows(stage))) for name, stage in STAGES.items()}
         passes = _passes([row for row in rows if row["stage"] in ("perf", "sweep")])
         frames |= {setting: medians(passes[passes.setting == setting]) for setting in KEPT}
         return cls(
             ledger.folder.resolve().name, newest.get("model", ""), newest.get("device", ""), ledger.folder,
-            in_order(_scores(rows)), passes=passes, checkpoints=_checkpoints(in_order(ledger.frame("quantize"))),
-            rows=rows, failures=tuple(ledger.failures()), margin_pp=margin_pp, **frames,
+            in_order(_scores(rows)), passes=passes, rows=rows, failures=tuple(ledger.failures()), margin_pp=margin_pp,
+            checkpoints=_checkpoints(in_order(pd.DataFrame(ledger.rows("quantize")))), **frames,
         )  # fmt: skip
 
     @classmethod

@@ -139,7 +139,7 @@ def decide(precision: str, row: Any, margin_pp: float) -> tuple[Verdict, str]:
         return Verdict.BASELINE, "the baseline"
     if PRECISIONS[precision].quantized and row["quantized_pct"] < LEAST_QUANTIZED_PCT:
         return Verdict.BARELY_QUANTIZED, f"only {row['quantized_pct']:.0f} % of its weights are quantized"
-    points = f"{margin_pp:g} point{'s' * (margin_pp != 1)}"
+    points = in_points(margin_pp)
     if pd.isna(row["low_pp"]) and pd.notna(row.get("accuracy_pct")):  # no task counts
         return Verdict.UNCLEAR, "cannot tell on these tasks"
     if pd.isna(row["low_pp"]):
@@ -148,7 +148,12 @@ def decide(precision: str, row: Any, margin_pp: float) -> tuple[Verdict, str]:
         return Verdict.WITHIN, f"within {points}"
     if row["high_pp"] < -margin_pp:
         return Verdict.LOSES, f"loses more than {points}"
-    return Verdict.UNCLEAR, f"cannot tell; about {items_needed(row, margin_pp)} items would"
+    return Verdict.UNCLEAR, f"cannot tell; about {items_needed(row, margin_pp)} items would decide"
+
+
+def in_points(margin_pp: float) -> str:
+    """Return a margin in words."""
+    return f"{margin_pp:g} point{'s' * (margin_pp != 1)}"
 
 
 def items_needed(row: Any, margin_pp: float) -> str:
@@ -165,13 +170,15 @@ def detectable(n_items: Sequence[int], flip_rate: float = FLIP_RATE) -> str:
     items = f"{sum(n_items):,} items of {len(n_items)} task{'s' * (len(n_items) != 1)}"
     if change is None:
         return f"no change in accuracy ({items} are too few)"
-    about = f"{items}, if {100 * flip_rate:.0f} % of the answers flip; power 80 %"
+    about = f"{items} in all; {100 * flip_rate:.0f} % of the answers flip; power 80 %"
     return f"a mean change in accuracy of {format_number(round(change, 1))} points or more ({about})"
 
 
 def notes(results: Results) -> list[str]:
     """Return what qualifies the verdicts."""
     lines = []
+    if len(results.scores) and results.scores.precision.nunique() > 1:
+        lines.append(f"The margin, the loss that is accepted, is {in_points(results.margin_pp)}.")
     if dropped := at_chance(results):
         names = ", ".join(map(task_name, dropped))
         lines.append(f"{BASELINE.upper()} cannot be told from guessing on {names}: left out of the verdict.")

@@ -71,7 +71,8 @@ def test_tasks_at_chance_are_left_out_and_named(measured):
     frame = judge(results)
     assert frame.change_pp["int8"] == pytest.approx(-10) and frame.n_items["int8"] == 80
     assert frame.accuracy_pct["bf16"] == pytest.approx((75 + 50) / 2)
-    assert "hard" in verdicts.notes(results)[0] and "points" in verdicts.notes(results)[1]
+    margin, chance, detected = verdicts.notes(results)
+    assert "1 point" in margin and "hard" in chance and "points" in detected
     table = build(results, "table2_change").set_index("task")
     assert table.recovery_pct["easy"] == pytest.approx(100 * (65 - 25) / (75 - 25))
     assert pd.isna(table.recovery_pct["hard"]) and table.answers_changed["easy"] == 4
