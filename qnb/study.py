@@ -193,7 +193,7 @@ class Study:
         """Return what reads the device now, for a live monitor."""
         from qnb.speed import monitor
 
-        return monitor.open_sensor(self.session.device.place).sample
+        return monitor.Sensor(self.session.device.place).sample
 
     # 05: figures and report
 

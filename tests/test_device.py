@@ -90,7 +90,7 @@ def test_who_only_asks_takes_no_context_of_a_gpu():
     """The process that starts the notebooks stands beside the one that measures: it would be flagged as another."""
     code = (
         "import torch; from qnb import device; from qnb.speed import monitor; here = device.detect();"
-        "held = lambda: int(monitor.open_sensor(here.place).sample()['gpu_processes']);"
+        "held = lambda: int(monitor.Sensor(here.place).sample()['gpu_processes']);"
         "asked = held(); here.use(); torch.zeros(1, device='cuda'); print(held() - asked)"
     )
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -16,7 +16,7 @@ from qnb.prompts import Workload
 from qnb.quantize.checkpoint import load, quiet
 from qnb.speed.batch_search import OUT_OF_MEMORY, Probe
 from qnb.speed.engines import FACTORIES, warm_up_batch_sizes
-from qnb.speed.monitor import Window, open_sensor, used_memory_mib
+from qnb.speed.monitor import Sensor, Window, used_memory_mib
 
 NEAR_LIMIT = 0.95  # share of the memory above which a batch has to fit twice
 
@@ -34,7 +34,7 @@ class Trials:
     workload: Workload
     limit_mib: float
     engine: str = "eager"
-    baseline_mib: float | None = 0.0
+    baseline_mib: float = 0.0
 
     def __post_init__(self) -> None:
         """Generate a few tokens, so that kernels and workspaces loaded once are not counted to a batch."""
@@ -78,7 +78,7 @@ class Trials:
         return Probe(batch_size, fits, reserved_mib, live_mib, is_squeezed, idle_mib, room_mib)
 
     def _run_on_cpu(self, batch_size: int) -> Probe:
-        with Window(open_sensor("cpu"), 0.01, self.baseline_mib) as window:
+        with Window(Sensor("cpu"), 0.01, self.baseline_mib) as window:
             fits = self._fits(batch_size, self.workload.new_tokens)
         if not fits:
             return Probe(batch_size, False, ended=OUT_OF_MEMORY)

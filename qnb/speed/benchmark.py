@@ -24,11 +24,12 @@ from qnb.speed import engines
 from qnb.speed.decode_work import Work, count_work, trace_kernels
 from qnb.speed.device_peaks import DevicePeaks
 from qnb.speed.engines import Clock, Engine, Prompts
-from qnb.speed.monitor import Reading, Usage, Window, flags_of, open_sensor
+from qnb.speed.monitor import Reading, Sensor, Usage, Window, flags_of
 from qnb.speed.passes import twice, unless_it_fails
 
 WARM_UP_TOKENS = 4
 CHECKED_PROMPTS = 8  # the first so many, whose outputs must be finite
+UNKNOWN_PEAKS = DevicePeaks()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +71,13 @@ def run(
     workload: Workload,
     batch_size: int = 1,
     engine: str = "eager",
-    baseline_mib: float | None = 0.0,
-    peaks: DevicePeaks | None = None,
+    baseline_mib: float = 0.0,
+    peaks: DevicePeaks = UNKNOWN_PEAKS,
     trace: bool = True,
 ) -> Timed:
     """Generate for the workload's prompts in full batches, and time it.
 
-    `engine` is a name in `qnb.speed.engines.FACTORIES`. `baseline_mib` was in use before the model was loaded, None
-    where unknown. `trace` adds a GPU's kernels; where that fails, the timing stays and a flag says so.
+    `baseline_mib` was in use before the model was loaded, NaN where unknown. `trace` adds a GPU's kernels.
 
     Raises
     ------
@@ -90,26 +90,21 @@ def run(
     """
     batches, device, new_tokens = full_batches(workload.prompts, batch_size), model.device, workload.new_tokens
     shape = {"batch_size": len(batches[0]), "prompt_tokens": len(workload.longest), "new_tokens": new_tokens}
-    trace = trace and new_tokens > 1 and device.type == "cuda"
-    # 1) check the model's outputs, and count a decode step's work
+    # 1) check the model's outputs, count a decode step's work, and warm up
     engines.check_outputs(model, *full_batches(workload.prompts[:CHECKED_PROMPTS], batch_size))
     work = unless_it_fails(partial(count_work, model, **shape), Work())
-    # 2) build the engine and warm up
-    generator, sensor = _warm_engine(model, engine, batches, workload), open_sensor(device)
-    # 3) time
+    generator, sensor = _warm_engine(model, engine, batches, workload), Sensor(device)
+    # 2) time
     with Window(sensor, baseline_mib=baseline_mib) as window:
         token_times_s = [_token_times_s(generator, batch, new_tokens, device) for batch in batches]
-    values = shape | asdict(window.usage) | latency(token_times_s) | peak_memory(device)
-    # 4) trace a decode step's kernels, and flag what is unlike an undisturbed run
-    if trace:
-        kernels = partial(trace_kernels, work, generator, batches[0], new_tokens, device)
-        work = unless_it_fails(partial(twice, kernels), work)
-    values |= asdict(work) | (peaks.columns(work.flops_by_type) if peaks else {})
-    flags = flags_of(window.usage)
-    flags += [Flag.TRACE_FAILED] if trace and work.kernels_per_token is None else []
-    flags += [Flag.PEAKS_DISTURBED] if peaks and peaks.flags else []
+    # 3) trace a decode step's kernels
+    is_traced = trace and new_tokens > 1 and device.type == "cuda"
+    work = _trace(work, generator, batches[0], new_tokens, device) if is_traced else work
+    failed = {Flag.TRACE_FAILED: is_traced and work.kernels_per_token is None, Flag.PEAKS_DISTURBED: peaks.flags}
+    flags = (*flags_of(window.usage), *(flag for flag, holds in failed.items() if holds))
+    values = shape | asdict(window.usage) | asdict(work) | latency(token_times_s) | peak_memory(device)
     note = "; ".join(filter(None, (generator.note, sensor.note)))
-    row = Run(**values, requests=sum(map(len, batches)), flags=tuple(flags), note=note)
+    row = Run(**values, **peaks.columns(work.flops_by_type), requests=sum(map(len, batches)), flags=flags, note=note)
     return Timed(row, window.readings, token_times_s)
 
 
@@ -144,6 +139,11 @@ def _warm_engine(model: PreTrainedModel, engine: str, batches: Sequence[Prompts]
         warm_up_tokens = new_tokens  # the allocator then holds what a batch takes
     _token_times_s(generator, [longest] * batch_size, warm_up_tokens, model.device)
     return generator
+
+
+def _trace(work: Work, generator: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> Work:
+    """Return `work` with a GPU's kernels, or as it is where tracing fails."""
+    return unless_it_fails(partial(twice, partial(trace_kernels, work, generator, prompts, new_tokens, device)), work)
 
 
 def _token_times_s(generator: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> list[float]:

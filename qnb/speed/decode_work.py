@@ -48,13 +48,10 @@ class Work:
 def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int) -> Work:
     """Count a decode step of a batch, from one that runs for one token.
 
-    Weights are read once, whatever the batch. Some are read in part: experts, and an embedding's rows. Of these the
-    expected number of distinct ones counts.
-
-    Keys and values are those of the prompt and half the new tokens, or of a layer's window. A recurrent state is read
-    and written.
-
-    A product of (B, K) and (K, N) counts 2BKN operations. Each token is multiplied by its own experts.
+    Weights are read once, whatever the batch. Of experts and of an embedding's rows, the expected number of distinct
+    ones is read. Keys and values are those of the prompt and half the new tokens, or of a layer's window. A recurrent
+    state is read and written. A product of (B, K) and (K, N) counts 2BKN operations. Each token is multiplied by its
+    own experts.
     """
     cache: Any = DynamicCache(config=model.config)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
@@ -63,11 +60,9 @@ def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_
             step = _Step(model)
             with step, register_module_forward_hook(step.note_module):
                 run_model(model, cache, input_ids=token)
-
     # 1) products with weights
     flops_by_type = defaultdict(float, {name: batch_size * flops for name, flops in step.flops_by_type.items()})
     bytes_per_step, kv_bytes = step.weight_bytes(batch_size), 0.0
-
     # 2) recurrent states, and keys and values
     heads = getattr(model.config.get_text_config(), "num_attention_heads", 0)
     for layer in cache.layers:
@@ -80,11 +75,9 @@ def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_
             seen_bytes = batch_size * min(prompt_tokens + new_tokens / 2, window) * token_bytes
             bytes_per_step += seen_bytes
             kv_bytes += batch_size * min(prompt_tokens + new_tokens, window) * token_bytes
-
             # Queries are multiplied by keys, and shares by values. Query heads share a KV head.
             groups = max(1, heads / keys.shape[1])
             flops_by_type[_type_name(keys.dtype)] += 2 * groups * seen_bytes / keys.itemsize
-
     return Work(
         weights_mib=count_weights(model).total_mib,
         kv_cache_mib=kv_bytes / MIB or None,
@@ -94,7 +87,7 @@ def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_
 
 
 class _Step(TorchDispatchMode):
-    """Adds up what operations read of a model's weights within a block."""
+    """Adds up, within a block, what operations read of a model's weights."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -141,7 +134,9 @@ class _Step(TorchDispatchMode):
             self.flops_by_type[_type_name(dtype)] += 2 * share * weight.parameters
 
     def weight_bytes(self, batch_size: int) -> float:
-        """Return the bytes of weights that a batch reads. Where a token reads a part, other tokens read others.
+        """Return the bytes of weights that a batch reads.
+
+        Where a token reads a part, other tokens read others.
 
         Raises
         ------

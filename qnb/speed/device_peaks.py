@@ -14,7 +14,7 @@ from torch.utils.benchmark import Timer
 
 from qnb.columns import Flag
 from qnb.memory import MIB
-from qnb.speed.monitor import LOOK_BACK_S, Window, flags_of, open_sensor
+from qnb.speed.monitor import LOOK_BACK_S, Sensor, Window, flags_of
 
 # sizes that fill a device without taking long: MiB copied, rows of a square product
 SIZES = {"cuda": (1024, 8192), "cpu": (64, 512)}
@@ -31,20 +31,14 @@ class DevicePeaks:
     idle_power_w: float | None = None  # of a GPU that waits with a context on it
     flags: tuple[Flag, ...] = ()  # whether other processes used the device meanwhile
 
-    def flop_per_s(self, flops_by_type: Mapping[str, float] | None) -> float | None:
-        """Return the most operations a second of a mix of types, done one type after the other; None where unknown."""
-        if not flops_by_type or not all(self.matmul_flop_per_s.get(name) for name in flops_by_type):
-            return None
-        least_s = sum(flops / self.matmul_flop_per_s[name] for name, flops in flops_by_type.items())
-        return sum(flops_by_type.values()) / least_s
-
-    def columns(self, flops_by_type: Mapping[str, float] | None) -> dict[str, float | None]:
-        """Return what a timed row keeps of the peaks, for a decode step's mix of types."""
-        return {
-            "peak_bytes_per_s": self.copy_bytes_per_s,
-            "peak_flop_per_s": self.flop_per_s(flops_by_type),
-            "idle_power_w": self.idle_power_w,
-        }
+    def columns(self, flops_by_type: Mapping[str, float] | None) -> dict[str, Any]:
+        """Return what a timed row keeps of the peaks; its operations are done one type after the other."""
+        rates, flop_per_s = self.matmul_flop_per_s, None
+        if flops_by_type and flops_by_type.keys() <= rates.keys():
+            least_s = sum(flops / rates[name] for name, flops in flops_by_type.items())
+            flop_per_s = sum(flops_by_type.values()) / least_s
+        peaks = {"peak_bytes_per_s": self.copy_bytes_per_s, "peak_flop_per_s": flop_per_s}
+        return {**peaks, "idle_power_w": self.idle_power_w}
 
     def rows(self) -> list[tuple[str, float, str]]:
         """Return a row a peak: what it is of, its value and unit."""
@@ -59,7 +53,7 @@ def measure_peaks(device: torch.device | str) -> DevicePeaks:
     device = torch.device(device)
     copied_mib, side = SIZES[device.type]
     flop_per_s = {}
-    with Window(open_sensor(device)) as window:
+    with Window(Sensor(device)) as window:
         idle_power_w = _idle_power_w(device) if device.type == "cuda" else None
         source = torch.ones(copied_mib * MIB, dtype=torch.uint8, device=device)
         copy_s = _fastest_s(partial(torch.empty_like(source).copy_, source))
@@ -79,7 +73,7 @@ def _idle_power_w(device: torch.device) -> float | None:
     torch.zeros(1, device=device)  # a context keeps the clocks from falling
     torch.cuda.synchronize(device)
     sleep(LOOK_BACK_S)
-    with Window(open_sensor(device)) as window:
+    with Window(Sensor(device)) as window:
         sleep(IDLE_S)
     return window.usage.power_w
 

@@ -42,7 +42,7 @@ class EngineUnavailable(InputError):
 
 
 class Clock:
-    """Notes when each new token was there, without waiting for it.
+    """Notes when each new token was there, without waiting for it. Its tick is a stopping criterion that never stops.
 
     On a GPU a tick is an event in the stream, read after the last one: the host runs ahead as it would untimed.
     """
@@ -52,12 +52,13 @@ class Clock:
         self._ticks: list[Any] = []
         self.tick()  # the start
 
-    def tick(self) -> None:
-        """Note that one more token a row is there, once what was launched before is done."""
+    def tick(self, *_: Any, **__: Any) -> bool:
+        """Note that one more token a row is there, once what was launched before is done; return False."""
         if self._stream:
             self._ticks.append(self._stream.record_event(torch.cuda.Event(enable_timing=True)))
         else:
             self._ticks.append(perf_counter())
+        return False
 
     def elapsed_s(self) -> list[float]:
         """Return the seconds from the start to each tick."""
@@ -93,7 +94,6 @@ class Eager:
     note = ""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        return_logits_alone(model)
         # a copy shares everything; its settings are defaults, greedy and with a cache, not the model's own
         self._model: Any = copy(model)
         eos_token_id = model.generation_config.eos_token_id
@@ -108,27 +108,15 @@ class Eager:
         model = self._model
         check_context_window(model.config, max(map(len, prompts)), new_tokens)
         ids, padding = pad(prompts, model.device)  # (B, T), (B,)
-
-        def tick(*_: Any, **__: Any) -> bool:
-            clock.tick()  # type: ignore[union-attr]  # called only where there is one
-            return False
-
         with torch.inference_mode():
             texts = model.generate(
                 input_ids=ids,
                 attention_mask=(torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).long(),
                 max_new_tokens=new_tokens,
                 min_new_tokens=new_tokens,  # bars the end of sequence
-                stopping_criteria=StoppingCriteriaList([tick] if clock else []),
+                stopping_criteria=StoppingCriteriaList([clock.tick] if clock else []),
             )
         return texts[:, ids.shape[1] :]  # (B, N)
-
-
-def return_logits_alone(model: PreTrainedModel) -> None:
-    """Let a model return no attentions and hidden states, which its configuration may ask for at every step."""
-    for config in (model.config, model.config.get_text_config()):
-        config.output_hidden_states = config.output_attentions = False
-        config.return_dict = True
 
 
 def check_outputs(model: PreTrainedModel, *batches: Prompts) -> None:
@@ -189,7 +177,6 @@ class Decoder:
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=model.device)
 
-        return_logits_alone(model)
         self.prompt_tokens, eos = prompt_tokens, model.generation_config.eos_token_id
         tokens = prompt_tokens + new_tokens + WARM_UP_STEPS
         length = -(-tokens // ALIGNMENT) * ALIGNMENT

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -55,13 +54,10 @@ class Usage:
     """
 
     monitor: str  # "nvml" for a GPU, or "process"
-    samples: int
-    missing_samples: int = 0  # samples that lack what others have
+    missing_samples: int = 0  # readings that lack what others have
     duration_s: float
     utilization_pct: float | None = None  # mean, of the GPU or of all cores
-    used_memory_mib: float | None = None  # mean above the baseline, of the whole device or of this process
-    peak_used_memory_mib: float | None = None
-    baseline_mib: float | None = None  # in use before the model was loaded
+    peak_used_memory_mib: float | None = None  # above the baseline, of the whole device or of this process
     power_w: float | None = None  # mean
     clock_mhz: float | None = None  # mean, streaming multiprocessors
     energy_j: float | None = None  # of the whole device
@@ -84,27 +80,33 @@ def flags_of(usage: Usage) -> list[Flag]:
 
 
 class Sensor:
-    """Reads a device's probes, and what other processes use of the host's CPU, which launches a GPU's kernels.
+    """Reads a torch device, and what other processes use of the host's CPU, which launches a GPU's kernels.
 
-    Parameters
+    A GPU's metrics come from NVML alone: where it fails, they stay empty. On a CPU they are this process's share of
+    all cores and its resident set.
+
+    Attributes
     ----------
     monitor
-        As in `Usage`; "process" adds this process's share of all cores and its resident set.
-    probes
-        By metric, what reads it. A probe that fails is missing from that reading only.
+        As in `Usage`.
+    note
+        What a reader of its rows should know; "" for nothing.
     """
 
-    def __init__(self, monitor: str, probes: Mapping[str, Callable[[], float]]) -> None:
-        self.monitor, self.note, self._probes = monitor, "", probes  # `note`: what a reader of its rows should know
+    def __init__(self, device: str | torch.device) -> None:
+        device = torch.device(device)
+        self.monitor = "nvml" if device.type == "cuda" else "process"
+        self._gpu = _nvml_handle(device) if device.type == "cuda" else None
         self._process, self._cores = psutil.Process(), psutil.cpu_count() or 1
-        self.sample()  # psutil's first answers are of no time at all
+        refused = sorted(NVML_PROBES.keys() - self.sample().keys())  # psutil's first answers are of no time at all
+        self.note = f"NVML does not tell {', '.join(refused)}" if refused and device.type == "cuda" else ""
 
     def sample(self) -> Reading:
         """Return each metric now; shares of the CPU are of the time since the last call. What fails is missing."""
         reading: Reading = {}
-        for name, probe in self._probes.items():
+        for name, probe in NVML_PROBES.items() if self._gpu is not None else ():
             with suppress(Exception):  # whatever a driver raises, or tells that is no number
-                reading[name] = float(probe())
+                reading[name] = float(probe(self._gpu))
         with suppress(Exception):  # a container may hide the host
             own_pct = min(100.0, self._process.cpu_percent() / self._cores)  # of a moment it may read more
             reading["others_cpu_pct"] = max(0.0, psutil.cpu_percent() - own_pct)
@@ -113,33 +115,25 @@ class Sensor:
         return reading
 
 
-def open_sensor(device: str | torch.device) -> Sensor:
-    """Return the sensor for a torch device. A GPU's metrics come from NVML alone: where it fails, they stay empty."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return Sensor("process", {})
-    probes: dict[str, Callable[[], float]] = {}
+def _nvml_handle(device: torch.device) -> Any:
+    """Return what NVML knows a GPU by; None where it knows none."""
     for kind in ("GPU", "MIG"):  # MIG is a part of a GPU; by UUID, so that CUDA_VISIBLE_DEVICES cannot mislead
         with suppress(Exception):  # there is no NVML, it knows no such GPU, or torch does not tell its UUID
             pynvml.nvmlInit()
             uuid = str(torch.cuda.get_device_properties(device).uuid).removeprefix("GPU-")
-            gpu = pynvml.nvmlDeviceGetHandleByUUID(f"{kind}-{uuid}")
-            probes = {name: partial(probe, gpu) for name, probe in NVML_PROBES.items()}
-    sensor = Sensor("nvml", probes)
-    if refused := sorted(NVML_PROBES.keys() - sensor.sample().keys()):
-        sensor.note = f"NVML does not tell {', '.join(refused)}"
-    return sensor
+            return pynvml.nvmlDeviceGetHandleByUUID(f"{kind}-{uuid}")
+    return None
 
 
-def used_memory_mib(device: str | torch.device) -> float | None:
-    """Return the memory in use without what torch's allocator holds unused; None where no sensor tells.
+def used_memory_mib(device: str | torch.device) -> float:
+    """Return the memory in use without what torch's allocator holds unused; NaN where no sensor tells.
 
     Read before a model is loaded, it is the baseline: the model is loaded into what the allocator still holds.
     """
-    memory_mib = open_sensor(device).sample().get("memory_mib")
-    if memory_mib is None or torch.device(device).type != "cuda":
-        return memory_mib
-    return memory_mib - (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / MIB
+    memory_mib = Sensor(device).sample().get("memory_mib", math.nan)
+    if torch.device(device).type == "cuda":
+        memory_mib -= (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / MIB
+    return memory_mib
 
 
 class Window:
@@ -154,10 +148,10 @@ class Window:
     period_s
         Seconds between two readings.
     baseline_mib
-        Memory in use before the model was loaded, subtracted from every reading; None where it is unknown.
+        Memory in use before the model was loaded, subtracted from the peak; NaN where it is unknown.
     """
 
-    def __init__(self, sensor: Sensor, period_s: float = 0.1, baseline_mib: float | None = 0.0) -> None:
+    def __init__(self, sensor: Sensor, period_s: float = 0.1, baseline_mib: float = 0.0) -> None:
         self._sensor, self._period_s, self._baseline_mib = sensor, period_s, baseline_mib
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="qnb-monitor", daemon=True)
@@ -195,19 +189,16 @@ class Window:
             weights_s.loc[metrics.index < LOOK_BACK_S, ["utilization_pct", "power_w"]] = 0.0
         mean, most, told = (metrics * weights_s).sum() / weights_s.sum(), metrics.max(), metrics.notna().sum(axis=1)
         energy_j, energy_s = _energy(metrics.energy_j.dropna(), metrics.index[-1])
-        baseline_mib = math.nan if self._baseline_mib is None else self._baseline_mib
         values = {
-            **mean[["utilization_pct", "power_w", "clock_mhz", "others_cpu_pct"]],
-            **{"gpu_processes": most.gpu_processes, "energy_j": energy_j, "energy_s": energy_s},
-            "used_memory_mib": mean.memory_mib - baseline_mib,
-            "peak_used_memory_mib": most.memory_mib - baseline_mib,
-            "baseline_mib": baseline_mib,
+            **mean[["utilization_pct", "clock_mhz", "others_cpu_pct"]],
+            "power_w": mean.power_w if math.isnan(energy_j) else energy_j / energy_s,
+            "peak_used_memory_mib": most.memory_mib - self._baseline_mib,
+            "gpu_processes": most.gpu_processes,
+            "energy_j": energy_j,
+            "energy_s": energy_s,
         }
-        if not math.isnan(energy_j):
-            values["power_w"] = energy_j / energy_s
         return Usage(
             monitor=self._sensor.monitor,
-            samples=len(metrics),
             missing_samples=int((told < max(1, told.max())).sum()),  # a reading that failed has nothing but its time
             duration_s=float(metrics.index[-1]),
             throttle=int(np.bitwise_or.reduce(metrics.throttle.fillna(0).astype(int))) & THROTTLE_BITS,

@@ -16,7 +16,7 @@ from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from qnb import memory
-from qnb.ledger import Row, write_parquet
+from qnb.ledger import write_parquet
 from qnb.precision import Precision
 from qnb.prompts import Workload
 from qnb.speed.batch_search import LargestBatch
@@ -54,7 +54,7 @@ class Series:
     stage: str = "perf"  # or "sweep", in which a size that does not fit is a result
     size: int = 1
     largest: LargestBatch | None = None
-    passes: list[Mapping[str, Any]] = field(default_factory=list)
+    passes: list[Mapping[str, Any]] = field(default_factory=list, init=False)
     has_failed: bool = False
 
     @property
@@ -108,23 +108,48 @@ class Series:
     def time_pass(self, loaded: Loaded) -> None:
         """Time the next pass and record it. Where memory runs out, the batch shrinks; in a sweep that ends it."""
         while True:
-            key, asked, size, is_sweep = self.key, self.pass_asked, self.batch_size, self.stage == "sweep"
-            trace = not self.passes and not is_sweep
-            measure = partial(time_row, self.session, key, loaded, self.workload, size, self.peaks, trace)
             try:
-                values = twice(measure) if is_sweep else measure()
+                values = twice(partial(self._time, loaded)) if self.stage == "sweep" else self._time(loaded)
                 break
             except (RuntimeError, MemoryError) as error:
-                if not memory.is_out_of_memory(error) or (size == 1 and not is_sweep):
+                if not memory.is_out_of_memory(error) or (self.batch_size == 1 and self.stage != "sweep"):
                     raise
             if self.largest is None:
-                values = {"batch_size": size, "fits": False, "note": "out of memory"}
+                values = {"batch_size": self.batch_size, "fits": False, "note": "out of memory"}
                 break
             self.record_batch(self.largest.smaller())
             memory.release()
+        key, asked = self.key, self.pass_asked
         self.passes.append(values)
         self.session.append(key, asked, values, {"stop_reason": self.stop_reason})
         self.has_failed = False
+
+    def _time(self, loaded: Loaded) -> dict[str, Any]:
+        """Run the workload; return the row's values, or a note where the engine cannot run.
+
+        What the row was reduced from, the monitor's readings and each token's time, is written to files that it names.
+        """
+        import pandas as pd
+
+        from qnb.speed.benchmark import run
+        from qnb.speed.engines import why_unavailable
+
+        workload, folder = self.workload, self.session.folder
+        tokens = len(workload.longest) + workload.new_tokens
+        if reason := why_unavailable(self.engine, self.session.device.kind, model=loaded.model, tokens=tokens):
+            return {"batch_size": self.batch_size, "note": reason}
+        trace = not self.passes and self.stage != "sweep"
+        timed = run(loaded.model, workload, self.batch_size, self.engine, loaded.baseline_mib, self.peaks, trace)
+        values = asdict(timed.run)
+        token_times_s = pd.DataFrame(timed.token_times_s).rename(columns=str)  # a row a batch, a column a new token
+        stem = "samples/" + ".".join(map(str, self.key.values()))
+
+        def write() -> None:
+            for name, frame in {"samples": pd.DataFrame(timed.readings), "tokens": token_times_s}.items():
+                values[f"{name}_file"], values[f"{name}_sha256"] = write_parquet(folder, f"{stem}.{name}", frame)
+
+        unless_it_fails(write, None)
+        return values
 
 
 def is_settled(pass_medians_s: Sequence[float]) -> bool:
@@ -199,10 +224,10 @@ def unless_it_fails(measure: Callable[[], Result], otherwise: Result) -> Result:
 
 
 class Loaded(NamedTuple):
-    """A model, and the memory in use before it was loaded, None where that is unknown."""
+    """A model, and the memory in use before it was loaded, NaN where that is unknown."""
 
     model: PreTrainedModel
-    baseline_mib: float | None
+    baseline_mib: float
 
 
 def with_model(session: Session, precision: Precision, measure: Callable[[Loaded], Result]) -> Result:
@@ -222,32 +247,3 @@ def with_model(session: Session, precision: Precision, measure: Callable[[Loaded
     baseline_mib = used_memory_mib(session.device.place)
     with ExitStack() as stack:  # no variable here may hold the model: a notebook keeps its last traceback
         return measure(Loaded(stack.enter_context(session.loaded(precision)), baseline_mib))
-
-
-def time_row(
-    session: Session, key: Row, loaded: Loaded, workload: Workload, batch_size: int, peaks: DevicePeaks, trace: bool
-) -> dict[str, Any]:
-    """Run the workload with the key's engine; return the row's values, or a note where the engine cannot run.
-
-    What the row was reduced from, the monitor's readings and each token's time, is written to files that it names.
-    """
-    import pandas as pd
-
-    from qnb.speed.benchmark import run
-    from qnb.speed.engines import why_unavailable
-
-    engine, tokens = key["engine"], len(workload.longest) + workload.new_tokens
-    if reason := why_unavailable(engine, session.device.kind, model=loaded.model, tokens=tokens):
-        return {"batch_size": batch_size, "note": reason}
-    timed = run(loaded.model, workload, batch_size, engine, loaded.baseline_mib, peaks, trace)
-    token_times_s = pd.DataFrame(timed.token_times_s).rename(columns=str)  # a row a batch, a column a new token
-    frames = {"samples": pd.DataFrame(timed.readings), "tokens": token_times_s}
-    stem = "samples/" + ".".join(map(str, key.values()))
-
-    def write() -> dict[str, Any]:
-        files = {name: write_parquet(session.folder, f"{stem}.{name}", frame) for name, frame in frames.items()}
-        paths = {f"{name}_file": path for name, (path, _) in files.items()}
-        return paths | {f"{name}_sha256": sha256 for name, (_, sha256) in files.items()}
-
-    values = asdict(timed.run)
-    return values | unless_it_fails(write, values)

@@ -18,7 +18,7 @@ from qnb import memory, prompts
 from qnb.columns import flag_text
 from qnb.errors import InputError
 from qnb.options import Count, check_count, check_requests, minutes_of
-from qnb.precision import Precision, parse
+from qnb.precision import parse
 from qnb.prompts import Workload
 from qnb.speed import batch_search
 from qnb.speed.batch_search import LargestBatch
@@ -32,6 +32,7 @@ Engines = str | Iterable[str]  # names in `qnb.speed.engines.FACTORIES`; "auto" 
 
 PACE_BATCH = {"bs1": {"cuda": 1, "cpu": 1}, "maxbatch": {"cuda": 32, "cpu": 4}}  # by setting, timed to learn the pace
 BATCHES_SWEPT = 3  # of each size
+PEAK_TRIES = 3  # while other processes disturb them
 UNSAFE = "not tried: bitsandbytes counts an INT8 layer's outputs in 32 bits, and ends the process beyond"
 
 
@@ -125,11 +126,13 @@ def workload(session: Session, options: WorkloadOptions) -> Workload:
         The prompts cannot be read, an engine cannot run here, or a request is longer than the context window.
     """
     from qnb.speed.engines import check_context_window
+    from qnb.speed.engines import parse as parse_engines
 
     prompt_tokens = session.count("prompt_tokens", options.prompt_tokens)
     new_tokens = session.count("new_tokens", options.new_tokens)
     check_context_window(session.config, prompt_tokens, new_tokens)
-    engines, source = _engines(session, options.engines), session.prompt_source(options.prompt_source)
+    engines = parse_engines(options.engines, session.device.kind)
+    source = session.prompt_source(options.prompt_source)
     if minutes := minutes_of(options.requests):
         requests = _affordable_requests(session, options, len(engines), minutes)
     else:
@@ -174,7 +177,11 @@ def device_peaks(session: Session) -> DevicePeaks:
         row = session.find(key)
         if not row:
             with session.failing(key, "the device's peaks"):
-                row = session.append(key, asdict(measure_peaks(session.device.place)))
+                for _ in range(PEAK_TRIES):
+                    peaks = measure_peaks(session.device.place)
+                    if not peaks.flags:
+                        break
+                row = session.append(key, asdict(peaks))
                 if row["flags"]:
                     reason = flag_text(row["flags"])
                     tqdm.write(f"the device's peaks were disturbed ({reason}); overwrite measures them again")
@@ -239,9 +246,11 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
 
 
 def _all_series(session: Session, setting: str, options: TimingOptions, **asked: Any) -> list[Series]:
-    engines, repeats = _engines(session, options.engines), session.count("repeats", options.repeats)
+    from qnb.speed.engines import parse as parse_engines
+
+    engines, repeats = parse_engines(options.engines, session.device.kind), session.count("repeats", options.repeats)
+    asked = {"workload": options.workload.fingerprint, "prompt_source": options.workload.source, **asked}
     series = partial(Series, session, setting, options.workload, repeats, device_peaks(session))
-    asked = {**_asked(options.workload), **asked}
     return [series(precision, engine, asked) for precision, engine in product(session.precisions, engines)]
 
 
@@ -262,7 +271,7 @@ def _search(series: Series) -> None:
         trials = Trials(loaded.model, work, limit_mib, engine, loaded.baseline_mib)
         return batch_search.find_largest_batch(trials, limit_mib, cap)
 
-    last_safe = _last_safe_batch(session, precision, engine, work)
+    last_safe = _last_safe_batch(series)
     with suppress(EngineUnavailable):
         if last_safe is None or cap <= last_safe:
             largest = with_model(session, precision, search)
@@ -274,13 +283,13 @@ def _search(series: Series) -> None:
         series.record_batch(largest)
 
 
-def _last_safe_batch(session: Session, precision: Precision, engine: str, workload: Workload) -> int | None:
+def _last_safe_batch(series: Series) -> int | None:
     """Return the largest batch that cannot end its process, 0 where it is not known; None where none can.
 
     bitsandbytes' INT8 kernels end the process where `eager` reads more prompts at once. `cuda_graph` reads chunks.
     """
-    if session.device.kind == "cuda" and precision.eight_bit and engine == "eager":
-        return batch_search.int32_rows(session.config, len(workload.longest))
+    if series.session.device.kind == "cuda" and series.precision.eight_bit and series.engine == "eager":
+        return batch_search.int32_rows(series.session.config, len(series.workload.longest))
     return None
 
 
@@ -295,24 +304,24 @@ def sweep(session: Session, options: TimingOptions) -> None:
     InputError
         An engine is unknown or cannot run here.
     """
-    largest, engines = session.count("sweep_batch", options.sweep_batch), _engines(session, options.engines)
+    largest = session.count("sweep_batch", options.sweep_batch)
     if not largest:
         return
     searches = session.ledger.rows("batch") if options.sweep_batch == "auto" else []
     searched = {(row["precision"], row["engine"]): row["batch_size"] for row in searches}
-    asked, peaks, swept = _asked(options.workload), device_peaks(session), []
+    all_series, swept = _all_series(session, "", options), []
     with session.exclusive():
-        for precision, engine in product(session.precisions, engines):
-            most = searched.get((precision.name, engine), largest)
-            last_safe = _last_safe_batch(session, precision, engine, options.workload) or most
+        for each in all_series:
+            most = searched.get((each.precision.name, each.engine), largest)
+            last_safe = _last_safe_batch(each) or most
             for size in batch_search.sweep_sizes(min(most, last_safe)):
                 prompt_ids = tuple(islice(cycle(options.workload.prompts), BATCHES_SWEPT * size))
                 batches = replace(options.workload, prompts=prompt_ids)
-                swept.append(Series(session, str(size), batches, 1, peaks, precision, engine, asked, "sweep", size))
+                swept.append(replace(each, stage="sweep", setting=str(size), size=size, workload=batches, repeats=1))
             unsafe = next((size for size in batch_search.sweep_sizes(most) if size > last_safe), 0)
-            key = session.key("sweep", precision, asked, engine=engine, setting=str(unsafe))
+            key = session.key("sweep", each.precision, each.asked, engine=each.engine, setting=str(unsafe))
             if unsafe and not session.find(key):
-                session.append(key, asked, {"batch_size": unsafe, "note": UNSAFE})
+                session.append(key, each.asked, {"batch_size": unsafe, "note": UNSAFE})
         time_in_turn(session, "batch sizes", swept)
 
 
@@ -328,10 +337,8 @@ def prompt_lengths(session: Session, prompt_source: str = "auto", counts: Sequen
     """
     from qnb.speed.engines import context_window
 
-    source, counts = (
-        session.prompt_source(prompt_source),
-        sorted({session.count("counts", each) for each in counts or [0]}),
-    )
+    source = session.prompt_source(prompt_source)
+    counts = sorted({session.count("counts", each) for each in counts or [0]})
     lengths = prompts.lengths(session.tokenizer, source, counts[-1], session.data_dir, session.seed)
     asked = {"prompt_source": source, "counts": counts, "lengths": lengths, "window": context_window(session.config)}
     key = session.key("lengths", None, asked)
@@ -360,21 +367,10 @@ def continuation(session: Session, prompt: str, precision: str, new_tokens: int 
 
     def generate(loaded: Loaded) -> list[int]:
         check_outputs(loaded.model, [prompt_ids])
-        new_ids: list[int] = Eager(loaded.model).generate([prompt_ids], tokens)[0].tolist()
-        return new_ids
+        return list(Eager(loaded.model).generate([prompt_ids], tokens)[0].tolist())
 
     with session.exclusive(), quiet():  # a measurement of another process would be disturbed
         new_ids = with_model(session, named, generate)
     # a character may take several tokens: a piece is what its token adds to the text
     texts = [str(session.tokenizer.decode(new_ids[:end])).rstrip("\ufffd") for end in range(len(new_ids) + 1)]
     return [now.removeprefix(before) for before, now in pairwise(texts)]
-
-
-def _asked(workload: Workload) -> dict[str, Any]:
-    return {"workload": workload.fingerprint, "prompt_source": workload.source}
-
-
-def _engines(session: Session, engines: Engines) -> tuple[str, ...]:
-    from qnb.speed.engines import parse as parse_engines
-
-    return parse_engines(engines, session.device.kind)

@@ -12,12 +12,11 @@ from transformers import AutoModelForCausalLM as Auto
 from transformers import GPT2Config, LlamaConfig, MambaConfig, MistralConfig, MixtralConfig, Qwen3MoeConfig
 
 from qnb.columns import Flag
-from qnb.errors import InputError
 from qnb.finite import NotFiniteError
 from qnb.precision import PRECISIONS
 from qnb.prompts import Workload, load
 from qnb.quantize import checkpoint as checkpoints
-from qnb.speed import benchmark, decode_work, device_peaks, monitor
+from qnb.speed import decode_work, device_peaks, monitor
 from qnb.speed.benchmark import latency, run
 from qnb.speed.decode_work import Work, count_work, trace_kernels
 from qnb.speed.device_peaks import DevicePeaks, measure_peaks
@@ -42,7 +41,7 @@ def test_a_run_counts_full_batches_and_its_times_add_up(model, five):
     assert (row.batch_size, row.requests, row.new_tokens, row.prompt_tokens, row.monitor) == (2, 4, 4, 12, "process")
     assert [len(times) for times in times_s] == [4, 4] and all(0 < times[0] < times[-1] for times in times_s)
     assert row.batch_s == tuple(times[-1] for times in times_s) and sum(row.batch_s) == pytest.approx(row.total_s)
-    assert row.duration_s >= row.total_s and len(timed.readings) == row.samples
+    assert row.duration_s >= row.total_s and len(timed.readings) > 1
     assert row.kernels_per_token is row.peak_allocated_mib is None and row.note == ""
     assert Flag.PEAKS_DISTURBED in row.flags and set(row.flags) <= {Flag.PEAKS_DISTURBED, Flag.CPU_SHARED}
 
@@ -58,11 +57,6 @@ def test_times_of_tokens_are_reduced_as_by_hand():
 def test_fewer_prompts_than_a_batch_are_one_batch_and_one_token_has_no_rate(model, five):
     row = run(model, replace(five, new_tokens=1), batch_size=9).run
     assert (row.batch_size, row.requests, len(row.batch_s)) == (5, 5, 1) and row.tpot_s is row.itl_p50_s is None
-
-
-def test_longer_than_the_context_window_is_refused(model, five):
-    with pytest.raises(InputError, match="context window"):
-        run(model, replace(five, new_tokens=10**6))
 
 
 SHAPE = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -158,30 +152,20 @@ def test_products_and_bytes_are_those_of_the_layers_own_type(name, type_name, so
     assert work.bytes_per_step == pytest.approx(stored + head_flops + cache_bytes, rel=0.002)
 
 
-def test_work_whose_kernels_are_not_seen_is_not_counted(model, five, monkeypatch):
-    """A kernel of another library reads weights past PyTorch, as a product of a copy does."""
-    layer = model.model.layers[0].mlp.down_proj
-    monkeypatch.setattr(layer, "forward", lambda x: x @ torch.tensor(layer.weight.tolist()).t())
-    row = run(model, five).run
-    assert row.total_s > 0 and row.bytes_per_step is row.flops_by_type is None
-
-
 def test_types_are_multiplied_one_after_the_other():
     peaks = DevicePeaks(1e9, {"float32": 1e12, "bfloat16": 4e12})
-    assert peaks.flop_per_s({"float32": 1e12, "bfloat16": 4e12}) == 5e12 / 2  # a second each
-    assert peaks.flop_per_s({"float32": 1e12, "int8": 1.0}) is peaks.flop_per_s(None) is None
+    mixes = ({"float32": 1e12, "bfloat16": 4e12}, {"float32": 1e12, "int8": 1.0}, None)
+    assert [peaks.columns(mix)["peak_flop_per_s"] for mix in mixes] == [5e12 / 2, None, None]  # a second each
 
 
-@pytest.mark.parametrize("broken", [(benchmark, "count_work"), (monitor.psutil, "cpu_percent")])
-def test_what_fails_beside_the_timing_costs_only_itself(broken, model, five, monkeypatch):
-    def fail(*_, **__):
-        raise AttributeError("no such layer")
-
-    monkeypatch.setattr(*broken, fail)
+def test_what_fails_beside_the_timing_costs_only_itself(model, five, monkeypatch):
+    """The process cannot be read, and a kernel of another library reads weights past PyTorch, as of a copy."""
+    layer = model.model.layers[0].mlp.down_proj
+    monkeypatch.setattr(layer, "forward", lambda x: x @ torch.tensor(layer.weight.tolist()).t())
+    monkeypatch.setattr(monitor.psutil, "cpu_percent", lambda *_: 1 // 0)
     row = run(model, five, 1, peaks=DevicePeaks()).run
     assert row.total_s > 0 and row.tpot_s > 0 and row.peak_bytes_per_s is row.peak_flop_per_s is None
-    assert (row.weights_mib is None) == (broken[1] == "count_work")
-    assert (row.utilization_pct is None) == (broken[1] == "cpu_percent")
+    assert row.weights_mib is row.bytes_per_step is row.flops_by_type is row.utilization_pct is None
 
 
 def test_a_model_whose_outputs_are_not_finite_is_not_timed(model, five):
@@ -202,7 +186,7 @@ def test_the_last_steps_are_timed_by_their_own_kernels(monkeypatch):
 
 
 def test_peaks_measured_on_a_busy_machine_say_so(monkeypatch):
-    usage = Usage(monitor="process", samples=9, duration_s=2.0, others_cpu_pct=60.0)
+    usage = Usage(monitor="process", duration_s=2.0, others_cpu_pct=60.0)
     monkeypatch.setattr(device_peaks, "_fastest_s", lambda work: 1.0)
     monkeypatch.setattr(device_peaks, "Window", lambda sensor: nullcontext(SimpleNamespace(usage=usage)))
     peaks = measure_peaks("cpu")

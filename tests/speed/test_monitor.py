@@ -1,6 +1,7 @@
 """Windows over fake sensors, the process, and NVML where there is a GPU."""
 
 import gc
+import math
 import mmap
 import threading
 import time
@@ -12,7 +13,7 @@ import torch
 
 from qnb.columns import Flag
 from qnb.speed import monitor
-from qnb.speed.monitor import Sensor, Window, flags_of, open_sensor
+from qnb.speed.monitor import Sensor, Window, flags_of
 
 
 def fake(sample=dict, monitor="process"):
@@ -31,19 +32,19 @@ def test_means_and_peaks_are_those_of_the_readings_above_the_baseline():
     with Window(fake(lambda: next(values)), 0.01, baseline_mib=100) as window:
         time.sleep(0.06)
     usage = window.usage
-    assert usage.monitor == "process" and usage.samples == len(window.readings) >= 3 and usage.missing_samples == 0
-    assert (usage.power_w, usage.used_memory_mib) == pytest.approx((40, 30))  # the first is of the time before
-    assert (usage.peak_used_memory_mib, usage.baseline_mib, usage.utilization_pct) == (40, 100, None)
+    assert usage.monitor == "process" and len(window.readings) >= 3 and usage.missing_samples == 0
+    assert usage.power_w == pytest.approx(40)  # the first is of the time before
+    assert (usage.peak_used_memory_mib, usage.utilization_pct) == (40, None)
     assert usage.duration_s == pytest.approx(0.06, abs=0.05)
-    window._baseline_mib = None
-    assert window.usage.used_memory_mib is window.usage.peak_used_memory_mib is None
+    window._baseline_mib = math.nan
+    assert window.usage.peak_used_memory_mib is None
 
 
 def test_a_sensor_that_fails_midway_costs_readings_not_the_measurement():
     readings = iter([{"memory_mib": 1.0}])
     with Window(fake(lambda: next(readings)), 0.01) as window:
         time.sleep(0.03)
-    assert window.usage.missing_samples == window.usage.samples - 1 >= 2
+    assert window.usage.missing_samples == len(window.readings) - 1 >= 2
     assert usage_of([{}, {}]).missing_samples == 2
 
 
@@ -87,27 +88,24 @@ def test_nvml_rates_of_the_first_second_are_left_out():
 
 
 @pytest.mark.parametrize(
-    ("readings", "flags"),
+    ("readings", "throttle", "flags"),
     [
-        ([{"throttle": 1.0, "gpu_processes": 1.0, "power_w": 50.0}] * 3, []),  # 1: idle, no throttling
-        ([{"throttle": 64, "gpu_processes": 2}] * 2, [Flag.THROTTLED, Flag.GPU_SHARED]),
-        ([{"throttle": 1}, {}, {"throttle": 0}], [Flag.SAMPLES_MISSING]),
-        ([{"others_cpu_pct": pct} for pct in (90.0, 30.0, 50.0)], [Flag.CPU_SHARED]),
-        ([{"others_cpu_pct": pct} for pct in (90.0, 4.0, 6.0)], []),
+        ([{"throttle": 1.0, "gpu_processes": 1.0, "power_w": 50.0}] * 3, 0, []),  # 1: idle, no throttling
+        ([{"throttle": 4, "gpu_processes": 2}, {"throttle": 65, "gpu_processes": 1}], 4 | 64, [Flag.THROTTLED, Flag.GPU_SHARED]),
+        ([{"throttle": 1}, {}, {"throttle": 0}], 0, [Flag.SAMPLES_MISSING]),
+        ([{"others_cpu_pct": pct} for pct in (90.0, 30.0, 50.0)], 0, [Flag.CPU_SHARED]),
+        ([{"others_cpu_pct": pct} for pct in (90.0, 4.0, 6.0)], 0, []),
     ],
 )  # fmt: skip
-def test_what_disturbed_a_window_is_flagged(readings, flags):
-    assert flags_of(usage_of(readings)) == flags
-
-
-def test_what_held_the_clocks_down_is_kept():
-    assert usage_of([{"throttle": 4}, {"throttle": 65}]).throttle == 4 | 64
+def test_what_disturbed_a_window_is_flagged_and_what_held_its_clocks_down_is_kept(readings, throttle, flags):
+    usage = usage_of(readings)
+    assert (usage.throttle, flags_of(usage)) == (throttle, flags)
 
 
 def test_the_process_sensor_sees_this_process_grow():
     """Fresh pages, which no freed memory of an earlier test can stand for."""
     gc.collect()  # what garbage there is goes now, not between the two readings
-    sensor = open_sensor("cpu")
+    sensor = Sensor("cpu")
     before_mib = sensor.sample()["memory_mib"]
     with mmap.mmap(-1, 64 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
         for start in range(0, len(pages), mmap.PAGESIZE):
@@ -141,12 +139,12 @@ def test_a_gpu_without_nvml_has_no_number_of_the_cpu_in_its_columns(name, error,
         raise error
 
     monkeypatch.setattr(pynvml, name, fail)
-    with Window(open_sensor("cuda"), 0.01, monitor.used_memory_mib("cuda")) as window:
+    with Window(Sensor("cuda"), 0.01, monitor.used_memory_mib("cuda")) as window:
         time.sleep(0.02)
     usage = window.usage
     assert usage.monitor == "nvml" and usage.others_cpu_pct is not None
-    assert (usage.utilization_pct, usage.used_memory_mib, usage.baseline_mib, usage.power_w) == (None,) * 4
-    assert "memory_mib" in open_sensor("cuda").note and Flag.SAMPLES_MISSING not in flags_of(usage)
+    assert (usage.utilization_pct, usage.peak_used_memory_mib, usage.power_w) == (None,) * 3
+    assert "memory_mib" in Sensor("cuda").note and Flag.SAMPLES_MISSING not in flags_of(usage)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -155,10 +153,10 @@ def test_a_host_that_hides_itself_leaves_readings_empty(device, gpu, monkeypatch
         raise PermissionError("/proc/stat")
 
     monkeypatch.setattr(monitor.psutil, "cpu_percent", hide)
-    with Window(open_sensor(device), 0.01) as window:
+    with Window(Sensor(device), 0.01) as window:
         time.sleep(0.02)
     usage = window.usage
-    assert usage.others_cpu_pct is usage.utilization_pct is None and usage.samples >= 2
+    assert usage.others_cpu_pct is usage.utilization_pct is None and len(window.readings) >= 2
 
 
 def test_nvml_tells_what_it_can_and_the_hosts_cpu_beside(gpu, monkeypatch):
@@ -166,7 +164,7 @@ def test_nvml_tells_what_it_can_and_the_hosts_cpu_beside(gpu, monkeypatch):
     monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", lambda _: SimpleNamespace(gpu="[N/A]"))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: SimpleNamespace(used=5 * 2**20))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", lambda _: 70_000)
-    sensor = open_sensor("cuda")
+    sensor = Sensor("cuda")
     reading = sensor.sample()
     assert reading.pop("others_cpu_pct") >= 0 and reading == {"memory_mib": 5, "power_w": 70}
     assert "energy_j" in sensor.note and "power_w" not in sensor.note
@@ -176,18 +174,18 @@ def test_nvml_tells_what_it_can_and_the_hosts_cpu_beside(gpu, monkeypatch):
 
 def test_the_baseline_leaves_out_what_the_allocator_holds_unused(monkeypatch):
     """The next model is loaded into it."""
-    monkeypatch.setattr(monitor, "open_sensor", lambda device: fake(lambda: {"memory_mib": 3000.0}))
+    monkeypatch.setattr(monitor, "Sensor", lambda device: fake(lambda: {"memory_mib": 3000.0}))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1000 * 2**20)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200 * 2**20)
     assert monitor.used_memory_mib("cuda:0") == 2200 and monitor.used_memory_mib("cpu") == 3000
-    monkeypatch.setattr(monitor, "open_sensor", lambda device: fake())
-    assert monitor.used_memory_mib("cuda:0") is None
+    monkeypatch.setattr(monitor, "Sensor", lambda device: fake())
+    assert math.isnan(monitor.used_memory_mib("cuda:0"))
 
 
 @pytest.mark.gpu
 def test_nvml_reads_the_device_that_torch_uses():
-    sensor = open_sensor("cuda")
-    assert sensor.monitor == "nvml" and isinstance(sensor, Sensor) and sensor.note == ""
+    sensor = Sensor("cuda")
+    assert sensor.monitor == "nvml" and sensor.note == ""
     before_mib = sensor.sample()["memory_mib"]
     ballast = torch.zeros(512 * 2**20, dtype=torch.uint8, device="cuda")
     assert len(ballast) and sensor.sample()["memory_mib"] - before_mib >= 512
@@ -197,7 +195,7 @@ def test_nvml_reads_the_device_that_torch_uses():
 def test_nvml_power_and_energy_agree():
     """Two sources of one number: the counter, and readings that look back a second."""
     matrix, until = torch.randn(8192, 8192, device="cuda"), time.monotonic() + 4
-    with Window(open_sensor("cuda"), 0.05) as window:
+    with Window(Sensor("cuda"), 0.05) as window:
         while time.monotonic() < until:
             matrix @ matrix
             torch.cuda.synchronize()

@@ -4,6 +4,8 @@ import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
+from types import SimpleNamespace
 
 import child_trials
 import pytest
@@ -54,9 +56,8 @@ class Lab:
         batch_s = self.seconds(len(self.timed))
         batch_s = batch_s if isinstance(batch_s, tuple) else (batch_s,) * 2
         shape = {"batch_size": batch_size, "prompt_tokens": 4, "new_tokens": 2, "requests": len(workload.prompts)}
-        run = Run(**shape, monitor="process", samples=0, duration_s=1.0, total_s=sum(batch_s), ttft_s=1.0,
-                  batch_s=batch_s)  # fmt: skip
-        return Timed(run, [{"t_s": 0.0}], [[0.5, 1.0]] * 2)
+        times_s = {"duration_s": 1.0, "total_s": sum(batch_s), "ttft_s": 1.0, "batch_s": batch_s}
+        return Timed(Run(**shape, **times_s, monitor="process"), [{"t_s": 0.0}], [[0.5, 1.0]] * 2)
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_a_batch_that_shrinks_in_a_later_pass_begins_again_alone(overwrite, lab)
 
 
 def test_a_batch_that_may_end_its_process_is_searched_in_a_child(lab, monkeypatch):
-    """What fails there is told here, and while it is searched nothing is loaded here."""
+    """What fails there is told here, whatever failed before, and while it is searched nothing is loaded here."""
     child = batch_search.ChildTrials
     monkeypatch.setattr(stages, "_last_safe_batch", lambda *_: 0)
 
@@ -155,13 +156,16 @@ def test_a_batch_that_may_end_its_process_is_searched_in_a_child(lab, monkeypatc
         session = lab.open("int8")
         monkeypatch.setattr(session, "checkpoint", lambda precision: lab.folder)
         monkeypatch.setattr(batch_search, "ChildTrials", lambda *_: child(getattr(child_trials, name), *arguments))
+        for old in ("fp32", "int8"):  # of another format, and of this one with another engine
+            with session.failing(session.key("batch", PRECISIONS[old], {}, engine="cuda_graph"), "an old search"):
+                out_of_memory()
         perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 8), max_batch=8, memory_mib=memory_mib))
         return session
 
     for error, trials, message in (
         (InputError, ("fails", InputError("beyond the context window")), "context window"),
         (RuntimeError, ("ends_above", 0, 0), "one request did not run"),
-        (InputError, ("holds_nothing",), "one request takes .* 7 MiB .* raise the limit"),
+        (InputError, ("holds_nothing",), "memory_mib is 7: .* one request takes .* 7 MiB .* raise the limit"),
     ):
         with pytest.raises(error, match=message):
             search(*trials, memory_mib=7)
@@ -172,61 +176,32 @@ def test_a_batch_that_may_end_its_process_is_searched_in_a_child(lab, monkeypatc
     assert lab.loaded == ["int8"]  # to be timed
 
 
-@pytest.mark.parametrize("failed", ["fp32", "int8"])
-def test_only_what_was_just_tried_decides_whether_the_memory_is_an_input_error(failed, lab, monkeypatch):
-    """Another format's old failure, or this one's with another engine, is none of this run's."""
-
-    def search(*_):
-        raise batch_search.OneRequestDoesNotFit("one request takes more than the 7 MiB that are allowed")
-
-    monkeypatch.setattr(batch_trials, "Trials", lambda *_: None)
-    monkeypatch.setattr(batch_search, "find_largest_batch", search)
-    session = lab.open("int8")
-    with session.failing(session.key("batch", PRECISIONS[failed], {}, engine="cuda_graph"), "an old search"):
-        out_of_memory()
-    with pytest.raises(InputError, match="memory_mib is 7"):
-        perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 8), max_batch=8, memory_mib=7))
-
-
 def test_eager_int8_alone_may_end_its_process_on_a_gpu(lab):
-    session = lab.open()
+    session, last_safe = lab.open(), {}
     work = workload(session)
-    last_safe = {}
-    for kind in ("cuda", "cpu"):
+    for kind, (name, precision), engine in product(("cuda", "cpu"), PRECISIONS.items(), ("eager", "cuda_graph")):
         session.device = Device(kind, "a machine", 1024, "native", "")
-        for name, precision in PRECISIONS.items():
-            for engine in ("eager", "cuda_graph"):
-                last_safe[kind, name, engine] = stages._last_safe_batch(session, precision, engine, work)
-    expected = (2**31 - 1) // (4 * 1536)
-    assert {key: size for key, size in last_safe.items() if size is not None} == {
-        ("cuda", "int8", "eager"): expected, ("cuda", "int8-no-outliers", "eager"): expected
-    }  # fmt: skip
+        series = SimpleNamespace(session=session, precision=precision, engine=engine, workload=work)
+        last_safe[kind, name, engine] = stages._last_safe_batch(series)
+    int8 = [("cuda", name, "eager") for name in ("int8", "int8-no-outliers")]
+    assert {key: size for key, size in last_safe.items() if size} == dict.fromkeys(int8, (2**31 - 1) // (4 * 1536))
 
 
 def test_a_sweep_ends_where_a_batch_does_not_fit_and_tries_it_again(lab, monkeypatch):
-    room = 4
-    lab.seconds = lambda call: out_of_memory() if lab.timed[-1][1] > room else (1.0, 1.0, 1.25)
+    """Memory is given back before a size is tried a second time: two rows then fit, eight do not."""
+    room, released = 4, []
+    monkeypatch.setattr(passes.memory, "release", lambda **_: released.append(len(lab.timed)))
+    lab.seconds = lambda call: out_of_memory() if call == 2 or lab.timed[-1][1] > room else (1.0, 1.0, 1.25)
     session = lab.open()
-    work = workload(session, "maxbatch", 3)
-    sweep(session, TimingOptions(work, sweep_batch=12))
+    options = TimingOptions(workload(session, "maxbatch", 3), sweep_batch=12)
+    sweep(session, options)
     notes = {row["batch_size"]: row.get("note") for row in rows(session, "sweep")}
-    assert notes == {1: "", 2: "", 4: "", 8: "out of memory"}
+    assert notes == {1: "", 2: "", 4: "", 8: "out of memory"} and 2 in released
     assert [row["requests"] for row in rows(session, "sweep")[:3]] == [3, 6, 12]
     assert set(Results.read(session.ledger).sweep.batch_size) == {1, 2, 4}
     room = 12
-    sweep(session, TimingOptions(work, sweep_batch=12))
-    # memory is given back before a size is tried a second time
-    assert [size for _, size, _ in lab.timed] == [1, 2, 4, 8, 8, 8, 12] and len(rows(session, "sweep")) == 5
-
-
-def test_a_size_that_fits_once_memory_is_given_back_is_swept(lab, monkeypatch):
-    released = []
-    monkeypatch.setattr(passes.memory, "release", lambda **_: released.append(len(lab.timed)))
-    lab.seconds = lambda call: out_of_memory() if call == 2 else 1.0
-    session = lab.open()
-    sweep(session, TimingOptions(workload(session, "maxbatch", 3), sweep_batch=4))
-    assert [(row["batch_size"], row["note"]) for row in rows(session, "sweep")] == [(1, ""), (2, ""), (4, "")]
-    assert [size for _, size, _ in lab.timed] == [1, 2, 2, 4] and 2 in released
+    sweep(session, options)
+    assert [size for _, size, _ in lab.timed] == [1, 2, 2, 4, 8, 8, 8, 12] and len(rows(session, "sweep")) == 5
 
 
 def test_a_sweep_notes_the_first_size_that_may_end_its_process(lab, monkeypatch):
@@ -268,24 +243,25 @@ def test_a_time_buys_requests_the_same_for_every_format(setting, bought, lab):
 
 
 def test_peaks_are_measured_before_anything_is_loaded_or_held_to_less_memory(lab, monkeypatch):
-    steps = []
-    peaks = device_peaks.DevicePeaks(1e9, {})
-    monkeypatch.setattr(device_peaks, "measure_peaks", lambda place: steps.append("peaks") or peaks)
+    steps, measure_peaks = [], device_peaks.measure_peaks
+    monkeypatch.setattr(device_peaks, "measure_peaks", lambda place: steps.append("peaks") or measure_peaks(place))
     monkeypatch.setattr(stages.memory, "limited", lambda *_: nullcontext(steps.append("limited")))
     lab.search_finds(2, 100.0, True, ())
     lab.seconds = lambda call: steps.append("timed") or 1.0
     session = lab.open()
     perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 2), max_batch=2))
-    assert steps == ["peaks", "limited", "timed"] and stages.device_peaks(lab.open()) == replace(peaks, flags=[])
+    assert steps == ["peaks", "limited", "timed"]
 
 
-def test_disturbed_peaks_are_kept_and_said_to_be(lab, monkeypatch, capsys):
-    peaks = device_peaks.DevicePeaks(2.0, {"float32": 5.0}, None, (Flag.CPU_SHARED,))
-    monkeypatch.setattr(device_peaks, "measure_peaks", lambda place: peaks)
-    for told in (True, False):
-        assert stages.device_peaks(lab.open()) == replace(peaks, flags=[Flag.CPU_SHARED])
-        message = f"({flag_text(peaks.flags)}); overwrite measures them again"
-        assert (message in capsys.readouterr().out) == told
+@pytest.mark.parametrize(("busy", "tries"), [(9, 3), (1, 2)])
+def test_disturbed_peaks_are_measured_again_then_kept_and_said_to_be(busy, tries, lab, monkeypatch, capsys):
+    flags, peaks = [[Flag.CPU_SHARED]] * busy + [[]], device_peaks.DevicePeaks(2.0, {"float32": 5.0})
+    monkeypatch.setattr(device_peaks, "measure_peaks", lambda place: replace(peaks, flags=flags.pop(0)))
+    for is_told in (busy > tries, False):  # the second time nothing is left to do
+        expected = [Flag.CPU_SHARED] if busy > tries else []
+        assert stages.device_peaks(lab.open()) == replace(peaks, flags=expected)
+        assert (f"({flag_text(expected)}); overwrite" in capsys.readouterr().out) == is_told
+    assert len(flags) == busy + 1 - tries
 
 
 def test_peaks_and_samples_that_fail_cost_their_columns_alone(lab, monkeypatch):
