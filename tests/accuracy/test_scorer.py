@@ -225,9 +225,8 @@ def test_what_does_not_fit_the_window_is_left_out_where_stock_fails(family, new_
         (mine,), (theirs,) = (lm._loglikelihood_tokens(continuation, disable_tqdm=True) for lm in (ours, stock))
         assert mine == pytest.approx(theirs, abs=1e-2)
         return
-    for ask in (ours.generate_until, stock.generate_until):
+    for ask, requests in ((ours.generate_until, texts), (stock.generate_until, texts),
+                          (stock._loglikelihood_tokens, continuation)):  # fmt: skip
         with pytest.raises(AssertionError):
-            ask(texts, disable_tqdm=True)
-    with pytest.raises(AssertionError):
-        stock._loglikelihood_tokens(continuation, disable_tqdm=True)
+            ask(requests, disable_tqdm=True)
     assert ours._loglikelihood_tokens(continuation, disable_tqdm=True) == [UNANSWERED]

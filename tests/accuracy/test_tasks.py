@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import evaluate
 import lm_eval
-import pandas as pd
 import pytest
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.api.task import Task as LMEvalTask
@@ -32,21 +31,6 @@ def stock(model, task, index=None, **options):
     lm = HFLM(pretrained=model[0], tokenizer=model[1], batch_size=8)
     index = index or TaskManager(include_defaults=False)
     return lm_eval.simple_evaluate(lm, tasks=[task], task_manager=index, bootstrap_iters=0, **options)
-
-
-def arc(folder, questions=("What falls from clouds?", "What do cows eat?"), splits=("train", "validation", "test")):
-    """A folder laid out like the hub, with ARC-Easy's columns and made-up questions."""
-    home = folder / "allenai" / "ai2_arc"
-    (home / "ARC-Easy").mkdir(parents=True, exist_ok=True)
-    choices = {"text": ["rain", "grass", "iron"], "label": ["A", "B", "C"]}
-    rows = [{"id": str(number), "question": text, "choices": choices, "answerKey": "AB"[number % 2]}
-            for number, text in enumerate(questions)]  # fmt: skip
-    for split in splits:
-        pd.DataFrame(rows).to_parquet(home / "ARC-Easy" / f"{split}.parquet")
-    files = [{"split": split, "path": f"ARC-Easy/{split}.parquet"} for split in splits]
-    head = {"configs": [{"config_name": "ARC-Easy", "data_files": files}]}
-    (home / "README.md").write_text(f"---\n{json.dumps(head)}\n---\n")
-    return folder
 
 
 def test_arc_easy_equals_stock_lm_eval(tiny, hub, monkeypatch, capfd):
@@ -74,13 +58,8 @@ def test_items_are_drawn_in_one_order():
 
 
 def test_scores_by_hand(tiny):
-    """Choices, a group of four subjects, and generations that are read in two ways."""
-    easy, exam, arithmetic = (score(tiny, Task(f"sample_{name}"), 2) for name in ("easy", "exam", "arithmetic"))
-    assert (easy.items.picked == easy.items.gold).tolist() == easy.items.correct.tolist()
-    assert all(math.isclose(sum(probabilities), 1) for probabilities in easy.items.probabilities)
-    gold = [item.probabilities[int(item.gold)] for item in easy.items.itertuples()]
-    values = {score.metric: score.value for score in easy.scores}
-    assert values["acc"] == easy.items.correct.mean() and values["p_correct"] == pytest.approx(sum(gold) / 2)
+    """A group of four subjects, and generations that are read in two ways."""
+    exam, arithmetic = (score(tiny, Task(f"sample_{name}"), 2) for name in ("exam", "arithmetic"))
     assert {score.task for score in exam.scores if score.group} == {"sample_exam"} and exam.items.task.nunique() == 4
     assert set(arithmetic.items["filter"]) == {"strict-match", "flexible-extract"} and len(arithmetic.items) == 4
     assert {score.n_items for score in arithmetic.scores} == {2} and arithmetic.scores[0].shots == 3
@@ -127,20 +106,22 @@ def test_requests_are_built_once_and_answered_anew(name, tiny, monkeypatch):
     assert score(tiny, task, 2).items.equals(expected_of_two.items)
 
 
-def test_changed_data_are_other_data(tiny, tmp_path):
-    before = Task("arc_easy", arc(tmp_path))
-    after = Task("arc_easy", arc(tmp_path, ("What falls from clouds?", "What do goats eat?")))
-    assert before.data_sha256(2) != after.data_sha256(2) and before.data_sha256(1) != before.data_sha256(2)
-    assert before.data_sha256(2) == Task("arc_easy", arc(tmp_path / "copy")).data_sha256(2)
+def test_changed_data_are_other_data(form, tiny, tmp_path):
+    form({"acc": {}}, **CHOICE)
+    path, before, same = tmp_path / "rows.jsonl", Task("form"), Task("form")
+    path.write_text(path.read_text().replace("river", "fire"))
+    after = Task("form")
+    assert before.data_sha256(1) != before.data_sha256(2) == same.data_sha256(2) != after.data_sha256(2)
     likelihoods = [score(tiny, task, 2).items.loglikelihoods.tolist() for task in (before, after)]
     assert likelihoods[0] != likelihoods[1]
 
 
-def test_missing_data_are_named(tmp_path):
+def test_missing_data_are_named(form, tmp_path):
     with pytest.raises(InputError, match=f"arc_easy.*{tmp_path}"):
         Task("arc_easy", tmp_path)
-    with pytest.raises(InputError, match="'test'"):
-        Task("arc_easy", arc(tmp_path, splits=("train", "validation")))
+    form({"acc": {}}, **CHOICE, test_split="absent")
+    with pytest.raises(InputError, match=r"'form'.*'absent'"):
+        Task("form")
 
 
 def test_names_are_unfolded_and_unknown_ones_refused():
@@ -255,8 +236,11 @@ def test_a_task_of_any_form_has_stocks_scores_in_the_units_that_it_declares(name
         chances = [sum(math.exp(row[place]) for place in right) / sum(map(math.exp, row))
                    for right, row in zip(rights, result.items.loglikelihoods, strict=True)]  # fmt: skip
         own = name == "probabilities"  # the task's own code says what is right
+        picks = zip(result.items.picked, result.items.gold, strict=True)
+        assert own or result.items.correct.tolist() == [picked in gold.split(", ") for picked, gold in picks]
         assert result.items.p_correct.isna().all() if own else list(result.items.p_correct) == pytest.approx(chances)
         assert all(len(row) == (2 if name == "a context a choice" else 3) for row in result.items.probabilities)
+        assert result.items.probabilities.map(sum).tolist() == pytest.approx([1] * 6)
 
 
 @pytest.mark.parametrize(
