@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from qnb import memory, prompts
 from qnb.columns import flag_text
 from qnb.errors import InputError
-from qnb.options import Count, check_count, check_requests, minutes_of
+from qnb.options import Count, check_count, minutes_of
 from qnb.precision import parse
 from qnb.prompts import Workload
 from qnb.speed import batch_search
@@ -32,7 +32,6 @@ Engines = str | Iterable[str]  # names in `qnb.speed.engines.FACTORIES`; "auto" 
 
 PACE_BATCH = {"bs1": {"cuda": 1, "cpu": 1}, "maxbatch": {"cuda": 32, "cpu": 4}}  # by setting, timed to learn the pace
 BATCHES_SWEPT = 3  # of each size
-PEAK_TRIES = 3  # while other processes disturb them
 UNSAFE = "not tried: bitsandbytes counts an INT8 layer's outputs in 32 bits, and ends the process beyond"
 
 
@@ -71,7 +70,7 @@ class WorkloadOptions:
     def __post_init__(self) -> None:
         if self.setting not in PACE_BATCH:
             raise InputError(f"setting is {self.setting!r}; give {' or '.join(map(repr, PACE_BATCH))}")
-        check_requests(f"{self.setting}_requests", self.requests)
+        check_count(f"{self.setting}_requests", self.requests)
         for name in ("prompt_tokens", "new_tokens", "repeats"):
             check_count(name, getattr(self, name))
         if self.prompt_source != "auto":
@@ -177,7 +176,7 @@ def device_peaks(session: Session) -> DevicePeaks:
         row = session.find(key)
         if not row:
             with session.failing(key, "the device's peaks"):
-                for _ in range(PEAK_TRIES):
+                for _ in range(3):  # other processes that disturb it may end
                     peaks = measure_peaks(session.device.place)
                     if not peaks.flags:
                         break

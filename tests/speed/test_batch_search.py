@@ -131,11 +131,6 @@ def test_the_cap_ends_the_search():
     assert find_largest_batch(simulated(10**6, lambda b: b), 10**6, cap=1).capped
 
 
-def test_one_request_that_ends_its_process_is_no_search():
-    with pytest.raises(RuntimeError, match=DIED):
-        find_largest_batch(lambda b: Probe(b, False, ended=DIED), 550, cap=8)
-
-
 def test_less_room_than_allowed_is_the_limit():
     try_batch = simulated(5000, lambda b: 1000 + 10 * b, 900)
     largest = find_largest_batch(lambda b: replace(try_batch(b), room_mib=5000), 80_000, 10**5)
@@ -173,10 +168,6 @@ def test_a_batch_that_runs_out_of_memory_when_timed_shrinks_by_twice_as_much_eac
     assert sizes == [984, 960, 920, 840, 704, 476]  # 1, 2, 4, 8, 16, 32 % less, rounded down
     assert not largest.capped and [probe.batch_size for probe in largest.probes] == [1000, 1000, *sizes[:-1]]
     assert LargestBatch(2, 1000.0, True, ()).smaller().batch_size == 1
-
-
-def test_a_sweep_doubles_up_to_the_largest():
-    assert [batch_search.sweep_sizes(most) for most in (1, 8, 11)] == [(1,), (1, 2, 4, 8), (1, 2, 4, 8, 11)]
 
 
 def test_a_batch_may_end_its_process_and_the_next_gets_a_new_one():

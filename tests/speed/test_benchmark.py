@@ -1,6 +1,5 @@
 """Timed generation: times that add up, work counted by hand, and bookkeeping that costs only itself."""
 
-import copy
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -12,7 +11,6 @@ from transformers import AutoModelForCausalLM as Auto
 from transformers import GPT2Config, LlamaConfig, MambaConfig, MistralConfig, MixtralConfig, Qwen3MoeConfig
 
 from qnb.columns import Flag
-from qnb.finite import NotFiniteError
 from qnb.precision import PRECISIONS
 from qnb.prompts import Workload, load
 from qnb.quantize import checkpoint as checkpoints
@@ -166,14 +164,6 @@ def test_what_fails_beside_the_timing_costs_only_itself(model, five, monkeypatch
     row = run(model, five, 1, peaks=DevicePeaks()).run
     assert row.total_s > 0 and row.tpot_s > 0 and row.peak_bytes_per_s is row.peak_flop_per_s is None
     assert row.weights_mib is row.bytes_per_step is row.flops_by_type is row.utilization_pct is None
-
-
-def test_a_model_whose_outputs_are_not_finite_is_not_timed(model, five):
-    """One token's embedding is far beyond float16."""
-    half = copy.deepcopy(model)
-    half.model.embed_tokens.weight.data[five.prompts[0][-1]] *= 1e7
-    with pytest.raises(NotFiniteError, match="FP16 overflows"):
-        run(half.half(), five, 2)
 
 
 def test_the_last_steps_are_timed_by_their_own_kernels(monkeypatch):

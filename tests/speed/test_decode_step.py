@@ -20,6 +20,7 @@ FAMILIES = [
     pytest.param(MistralConfig, {}, id="mistral"),
     pytest.param(Qwen2Config, {}, id="qwen2"),
     pytest.param(Qwen3Config, {"head_dim": 32}, id="qwen3"),
+    pytest.param(StableLmConfig, {}, id="another family"),
 ]
 BATCHES = pytest.mark.parametrize("prompts", [ONE, THREE], ids=["one", "three, padded"])
 
@@ -33,19 +34,11 @@ def assert_same_logits(model, decoder, prompts, new_tokens=4):
 
 @BATCHES
 @pytest.mark.parametrize(("config", "more"), FAMILIES)
-def test_the_fused_step_is_the_models_forward(config, more, prompts):
+def test_the_step_is_the_models_forward_and_says_where_it_is_not_fused(config, more, prompts):
     model = tiny_model(config, **more)
     decoder = Decoder(model, len(prompts) + 1, 6, 9)
-    assert decoder.network.note == ""
+    assert ("stablelm" in decoder.network.note) == bool(decoder.network.note) == (config is StableLmConfig)
     assert_same_logits(model, decoder, prompts, 9)
-
-
-@BATCHES
-def test_another_family_runs_its_own_forward_and_says_so(prompts):
-    model = tiny_model(StableLmConfig)
-    decoder = Decoder(model, len(prompts), 6, 9)
-    assert "stablelm" in decoder.network.note
-    assert_same_logits(model, decoder, prompts)
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(5, [1, 1, 1]), (12, [2, 2]), (17, [2, 2]), (18, [3])])

@@ -91,7 +91,7 @@ def test_nvml_rates_of_the_first_second_are_left_out():
     ("readings", "throttle", "flags"),
     [
         ([{"throttle": 1.0, "gpu_processes": 1.0, "power_w": 50.0}] * 3, 0, []),  # 1: idle, no throttling
-        ([{"throttle": 4, "gpu_processes": 2}, {"throttle": 65, "gpu_processes": 1}], 4 | 64, [Flag.THROTTLED, Flag.GPU_SHARED]),
+        ([{"throttle": bits, "gpu_processes": 2} for bits in (4, 65)], 4 | 64, [Flag.THROTTLED, Flag.GPU_SHARED]),
         ([{"throttle": 1}, {}, {"throttle": 0}], 0, [Flag.SAMPLES_MISSING]),
         ([{"others_cpu_pct": pct} for pct in (90.0, 30.0, 50.0)], 0, [Flag.CPU_SHARED]),
         ([{"others_cpu_pct": pct} for pct in (90.0, 4.0, 6.0)], 0, []),

@@ -31,12 +31,9 @@ def test_what_is_missing_leaves_its_columns_empty():
     as_in_a_frame = derived(ROW | {"energy_j": math.nan, "flops_by_type": math.nan, "kernel_s_per_token": math.nan})
     assert as_in_a_frame["energy_j_per_token"] is as_in_a_frame["mfu_pct"] is as_in_a_frame["gpu_busy_pct"] is None
     assert as_in_a_frame["bound"] == "bandwidth"
-
-
-def test_memory_of_a_gpu_is_its_allocators_or_unknown():
-    """The device's own reading counts other processes: it never stands in for a pass that was not made."""
-    assert derived(ROW | {"peak_allocated_mib": None})["peak_memory_mib"] is None
-    assert derived(ROW | {"monitor": "process", "peak_allocated_mib": None})["peak_memory_mib"] == 900
+    # the reading of a whole GPU counts other processes: it stands for no allocator's
+    for monitor, memory_mib in (("nvml", None), ("process", 900)):
+        assert derived(ROW | {"monitor": monitor, "peak_allocated_mib": None})["peak_memory_mib"] == memory_mib
 
 
 @pytest.mark.parametrize(
