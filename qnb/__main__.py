@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from qnb.errors import InputError, expand_path, never_fail_to_print
+from qnb.errors import InputError, expand_path, never_fail_to_print, scrub
 
 PROFILES = Path(__file__).resolve().parents[1] / "notebooks" / "profiles"
 
@@ -65,8 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("qnb: interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
         return 130
     except Exception as error:  # the last resort: no traceback is shown, and nothing measured is lost
-        from qnb.errors import scrub
-
         text = f"{type(error).__name__}: {scrub(' '.join(str(error).split()))}".rstrip(": ")
         print(f"qnb: {text}; what was measured is kept", file=sys.stderr)
         return 1
@@ -77,15 +75,13 @@ def _dispatch(options: argparse.Namespace) -> int:
         from qnb.run import run
 
         return run(options.profile, options.output, options.only, options.parameters)
-    if options.command == "report":
-        return report(options.folder)
-    if options.command == "verify":
-        return verify(options.folder)
+    if options.command == "doctor":
+        from qnb.doctor import doctor
+
+        return doctor()
     if options.command == "audit":
         return audit()
-    from qnb.doctor import doctor
-
-    return doctor()
+    return report(options.folder) if options.command == "report" else verify(options.folder)
 
 
 def report(folder: str) -> int:
@@ -96,30 +92,23 @@ def report(folder: str) -> int:
     InputError
         `folder` holds no study, or one without a row.
     """
+    from qnb.report.page import gallery
     from qnb.run import summary
     from qnb.study import Study
 
     path = expand_path(folder).resolve()
     if not (path / "ledger.jsonl").is_file():
-        return _gallery(path)
+        pictures, problem = gallery(path)
+        if problem or not pictures:
+            raise InputError(problem or f"{path} holds no study (no ledger.jsonl); give a folder such as outputs/demo")
+        print("\n".join(map(str, pictures)))
+        return 0
     study = Study(precisions="all", output=path)
     if not len(study.session.ledger):
         raise InputError(f"{path / 'ledger.jsonl'} holds no row; put the file back, or give another folder")
     study.figures()
     study.report()
     print("\n".join(summary(study)))
-    return 0
-
-
-def _gallery(folder: Path) -> int:
-    from qnb.report.page import gallery
-
-    pictures, problem = gallery(folder)
-    if problem:
-        raise InputError(problem)
-    if not pictures:
-        raise InputError(f"{folder} holds no study (no ledger.jsonl in it); give a folder such as outputs/demo")
-    print("\n".join(map(str, pictures)))
     return 0
 
 

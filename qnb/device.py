@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from qnb import __version__
 from qnb.errors import InputError
 from qnb.memory import MIB
 
@@ -31,6 +32,15 @@ class Device:
     def place(self) -> str:
         """Its name for torch."""
         return f"cuda:{self.index}" if self.kind == "cuda" else self.kind
+
+    def facts(self) -> dict[str, str]:
+        """Return what people ask of a device, and the versions of the libraries that use it."""
+        driver = f", driver {self.driver or 'not known'}" if self.kind == "cuda" else ""
+        return {
+            "device": f"{self.name}, {self.memory_mib / 1024:.1f} GiB{driver}",
+            "bfloat16": self.bf16,
+            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        }
 
     def use(self) -> None:
         """Let torch mean it where it says ``"cuda"``. On a GPU this makes a context, hundreds of MiB of its memory."""
@@ -104,7 +114,7 @@ def _driver() -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions that decide what is measured; "absent" for a library that is not installed."""
-    found = {"python": platform.python_version()}
+    found = {"qnb": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:
             found[name] = metadata.version(name)

@@ -12,8 +12,7 @@ NEEDED_GIB = 2  # of memory and of disk, for the demo
 
 def doctor() -> int:
     """Print what this machine is and what it can run; return 1 when it cannot run the demo."""
-    versions = device.versions()
-    if absent := [name for name, version in versions.items() if version == "absent"]:
+    if absent := [name for name, version in device.versions().items() if version == "absent"]:
         print(f"cannot run the demo: {', '.join(absent)} not installed; pip install -r requirements.txt")
         return 1
     import psutil
@@ -32,11 +31,8 @@ def doctor() -> int:
     if here.kind == "cuda":  # 16-bit weights, and a batch's cache and activations beside them
         can_run = f"every profile; BF16 models up to about {here.memory_mib / 1024 / 2.5:.0f} billion parameters"
     facts = {
-        "device": f"{here.name}, {here.memory_mib / 1024:.1f} GiB",
-        "driver": here.driver or ("not known" if here.kind == "cuda" else "no GPU"),
-        "bfloat16": here.bf16,
+        **here.facts(),
         **{f"{what} free": f"{gib:.1f} GiB" for what, gib in free_gib.items()},
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "hub token": "present" if get_token() else "absent",
         "embedded model": "in the cache" if sources.embedded_is_cached() else "fetched from PyPI on first use, 93 MB",
         "can run": "nothing" if problems else can_run,

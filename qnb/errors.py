@@ -21,10 +21,10 @@ class GatedModelError(InputError):
 INPUT_ERRORS = ("InputError", "GatedModelError", "EngineUnavailable")  # as a notebook that failed names them
 
 
-def unknown(kind: str, name: str, choices: Iterable[str]) -> InputError:
+def unknown(kind: str, name: object, choices: Iterable[str]) -> InputError:
     """Return the error for a name that is none of `choices`, with the one that looks most like it."""
     choices = list(choices)
-    hint = "".join(f"; did you mean {near!r}?" for near in get_close_matches(name, choices, 1))
+    hint = "".join(f"; did you mean {near!r}?" for near in get_close_matches(str(name), choices, 1))
     return InputError(f"{kind} {name!r} is unknown; choose from {', '.join(choices)}{hint}")
 
 

@@ -145,8 +145,7 @@ class Ledger:
             log.warning("%s: %d rows of versions before 1.0 are passed over", self.path, self.outdated)
 
     def _clear(self) -> None:
-        self._newest: dict[tuple[Any, ...], Row] = {}  # measured, by key, in the order of appending
-        self._failed: dict[tuple[Any, ...], Row] = {}  # those that came after the newest measured row, by its key
+        self._newest: dict[tuple[Any, ...], Row] = {}  # by key, in the order of appending; failures too
         self._by_fingerprint: dict[str, list[Row]] = {}
         self._end = self._lines = 0  # bytes and lines read
         self.outdated = 0  # rows passed over
@@ -179,11 +178,9 @@ class Ledger:
         if is_outdated(row):
             self.outdated += 1
             return
-        is_failure, key = key[0].endswith(FAILED), (key[0].removesuffix(FAILED), *key[1:])
-        self._failed.pop(key, None)
-        shown = self._failed if is_failure else self._newest
-        shown.pop(key, None)  # so that keys stand in the order in which they were last appended
-        shown[key] = row
+        self._newest.pop((key[0] + FAILED, *key[1:]), None)  # it failed before, and is measured now
+        self._newest.pop(key, None)  # so that keys stand in the order in which they were last appended
+        self._newest[key] = row
         self._by_fingerprint.setdefault(row.get("fingerprint", ""), []).append(row)
 
     def append(self, row: Mapping[str, Any]) -> Row:
@@ -200,11 +197,9 @@ class Ledger:
         whole = {**dict.fromkeys(KEY, ""), "measured_at": stamp, **row}
         line = json.dumps(whole, allow_nan=False).encode() + b"\n"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.path.touch()
-        with self.path.open("r+b", buffering=0) as file:  # a buffer would be written again at closing
+        with self.path.open("ab", buffering=0) as file:  # a buffer would be written again at closing
             self.refresh()
             file.truncate(self._end)  # drops the torn line of a killed process
-            file.seek(self._end)
             try:
                 rest = memoryview(line)
                 while rest:
@@ -226,23 +221,18 @@ class Ledger:
     def is_newest(self, row: Row) -> bool:
         """Return whether no other row, measured or failed, of what `row` is about came later."""
         key = row_key(row)
-        return self._newest.get(key) is row and key not in self._failed
+        return self._newest.get(key) is row and (key[0] + FAILED, *key[1:]) not in self._newest
 
     def rows(self, stage: str = "") -> list[Row]:
         """Return the newest measured row of each key, oldest first; of one stage, or of all."""
         self.refresh()
-        return [row for row in self._newest.values() if stage in ("", row["stage"])]
-
-    def frame(self, stage: str) -> pd.DataFrame:
-        """Return the newest rows of one stage, a column a field; empty if nothing was measured."""
-        import pandas as pd
-
-        return pd.DataFrame(self.rows(stage))
+        rows = self._newest.values()
+        return [row for row in rows if (row["stage"] == stage if stage else not row["stage"].endswith(FAILED))]
 
     def failures(self) -> list[Row]:
         """Return the rows that say what failed and was not measured since."""
         self.refresh()
-        return list(self._failed.values())
+        return [row for row in self._newest.values() if row["stage"].endswith(FAILED)]
 
     @property
     def revision(self) -> tuple[int, int]:

@@ -21,7 +21,9 @@ WORDS = {"limit": "all", "ppl_tokens": "all", "sweep_batch": "0"}
 
 
 def check_count(name: str, value: Count) -> None:
-    """Refuse what is neither a whole number of at least 1, nor ``"auto"``, nor the word that `name` allows.
+    """Refuse what is neither a whole number of at least 1, nor another value that `name` allows.
+
+    That is ``"auto"``, a word of its own, or for requests a time such as ``"4 minutes"``.
 
     Raises
     ------
@@ -30,12 +32,14 @@ def check_count(name: str, value: Count) -> None:
     """
     word = WORDS.get(name)
     has_auto = name in AUTO["cpu"]
-    if (has_auto and value == "auto") or (word is not None and str(value) == word and not isinstance(value, bool)):
+    has_time = name.endswith("requests")
+    if (has_auto and value == "auto") or (has_time and minutes_of(value)):
         return
-    if not isinstance(value, bool) and re.fullmatch(r"0*[1-9]\d{0,17}", str(value), re.ASCII):
+    if not isinstance(value, bool) and (str(value) == word or re.fullmatch(r"0*[1-9]\d{0,17}", str(value), re.ASCII)):
         return
-    choices = ["a whole number of at least 1", repr(word) if word else "", "'auto'" if has_auto else ""]
-    raise InputError(f"{name} is {str(value)[:40]!r}; give {', or '.join(filter(None, choices))}")
+    others = {repr(word): word, "'auto'": has_auto, "a time such as '4 minutes'": has_time}
+    choices = ["a whole number of at least 1", *(text for text, is_allowed in others.items() if is_allowed)]
+    raise InputError(f"{name} is {str(value)[:40]!r}; give {', or '.join(choices)}")
 
 
 def resolve_count(name: str, value: Count, device_kind: str) -> int:
@@ -57,30 +61,6 @@ def check_minutes(minutes: float) -> None:
 
 
 def minutes_of(requests: Count) -> float | None:
-    """Return the minutes in a text such as ``"4 minutes"``; None for a number of requests or ``"auto"``.
-
-    Raises
-    ------
-    InputError
-        The time is 0.
-    """
+    """Return the minutes above 0 in a text such as ``"4 minutes"``; None for all else."""
     match = re.fullmatch(r"(\d{1,4}(?:\.\d{1,3})?) ?min(?:ute)?s?", str(requests).strip())
-    if match and not float(match[1]):
-        raise InputError(f"requests is {requests!r}; give a time above 0, such as '4 minutes'")
-    return float(match[1]) if match else None
-
-
-def check_requests(name: str, value: Count) -> None:
-    """Refuse what is neither a count nor a time such as ``"4 minutes"``.
-
-    Raises
-    ------
-    InputError
-        `value` is neither.
-    """
-    if minutes_of(value) is not None:
-        return
-    try:
-        check_count(name, value)
-    except InputError as error:
-        raise InputError(f"{error}, or a time such as '4 minutes'") from None
+    return float(match[1]) or None if match else None

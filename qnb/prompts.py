@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
-from qnb.errors import InputError, scrub
+from qnb.errors import InputError, scrub, unknown
 from qnb.provenance import cache_folder, file_state
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def check(source: str) -> None:
         `source` is none of `SOURCES`.
     """
     if source not in SOURCES:
-        raise InputError(f"prompt_source is {source!r}; choose from {', '.join(SOURCES)}")
+        raise unknown("prompt_source", source, SOURCES)
 
 
 def paragraphs(source: str, data_dir: str | Path | None = None, split: str | None = "test") -> list[str]:

@@ -88,9 +88,10 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
     with _interruptible(), holding(FileLock(study.folder / ".run.lock"), refuse), _own_kernel():
         for name in names:
             started = perf_counter()
-            failed = _execute(study, name, {key: value for key, value in values.items() if key in known[name]})
-            if failed:
-                return _report_failure(*failed, study)
+            reason = _execute(study, name, {key: value for key, value in values.items() if key in known[name]})
+            if reason:
+                print(f"qnb: {reason}; what was measured is kept in {study.folder}", file=sys.stderr)
+                return 1
             if _interrupted.is_set():
                 raise KeyboardInterrupt
             rows = len(study.session.ledger)
@@ -221,9 +222,7 @@ def _interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
     _interrupted.clear()
-    main = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {each: signal.signal(each, interrupt) for each in signals}
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -245,8 +244,14 @@ def _own_kernel() -> Iterator[None]:
             yield
 
 
-def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2) -> tuple[str, str, str] | None:
-    """Execute one notebook; return the place, kind and text of what stopped it, or None."""
+def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2) -> str:
+    """Execute one notebook; return where it stopped and why, or nothing.
+
+    Raises
+    ------
+    InputError
+        The notebook found that input cannot be used.
+    """
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
@@ -261,25 +266,17 @@ def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2)
             extra_arguments=["--log-level=CRITICAL"],  # the kernel's remarks would break the progress line
         )
     except papermill.PapermillExecutionError as error:
-        return f"{name}, cell {error.cell_index + 1}", error.ename, error.evalue
+        if error.ename in INPUT_ERRORS:
+            raise InputError(scrub(error.evalue, 1000)) from None
+        return f"{name}, cell {error.cell_index + 1}: {error.ename}: {scrub(error.evalue)}".rstrip(": ")
     except (CellTimeoutError, DeadKernelError, OSError) as error:
-        return name, type(error).__name__, str(error)
+        return f"{name}: {type(error).__name__}: {scrub(str(error))}".rstrip(": ")
     except RuntimeError as error:
         # two kernels that start at once may take one port (nteract/papermill issue 511); nothing has run by then
         if "before replying to kernel_info" not in str(error) or tries == 1:
             raise
         return _execute(study, name, values, tries - 1)
-    return None
-
-
-def _report_failure(place: str, kind: str, text: str, study: Study) -> int:
-    """Print in one line what stopped the run; return 2 when the input was at fault, else 1."""
-    if kind in INPUT_ERRORS:
-        print(f"qnb: {scrub(text, 1000)}", file=sys.stderr)
-        return 2
-    reason = f"{kind}: {scrub(text)}".rstrip(": ")
-    print(f"qnb: {place}: {reason}; what was measured is kept in {study.folder}", file=sys.stderr)
-    return 1
+    return ""
 
 
 def summary(study: Study) -> list[str]:
@@ -292,11 +289,10 @@ def summary(study: Study) -> list[str]:
     else:
         stale = ledger.path.exists() and page.stat().st_mtime < ledger.path.stat().st_mtime
         lines.append(f"report: {page}" + f" (older than the newest measurements; {renew} renews it)" * stale)
-    disturbed: dict[str, dict[str, None]] = {}  # names of formats, in order, by notebook
-    for row in study.results().speed.to_dict("records"):
-        if is_disturbed(row["flags"]):
-            disturbed.setdefault("03" if row["setting"] == "bs1" else "04", {})[row["precision"]] = None
-    for number, names in disturbed.items():
+    speed = study.results().speed
+    disturbed = speed.loc[[is_disturbed(flags) for flags in speed["flags"]]]
+    for number, rows in disturbed.groupby(disturbed.setting.eq("bs1").map({True: "03", False: "04"})):
+        names = rows.precision.unique()
         lines.append(
             f"disturbed by other processes in {number}: {', '.join(names)}; the same command with --only {number} "
             f"-p precisions {','.join(names)} -p overwrite true measures them again"

@@ -35,12 +35,8 @@ if TYPE_CHECKING:
 _MODEL = ("torch", "transformers", "bitsandbytes")
 LIBRARIES = {
     "quantize": _MODEL,
-    "accuracy": (*_MODEL, "lm_eval", "qnb"),
-    "batch_sensitivity": (*_MODEL, "lm_eval", "qnb"),
-    "divergence": (*_MODEL, "qnb"),
-    "batch": (*_MODEL, "qnb"),
-    "perf": (*_MODEL, "qnb"),
-    "sweep": (*_MODEL, "qnb"),
+    **dict.fromkeys(("divergence", "batch", "perf", "sweep"), (*_MODEL, "qnb")),
+    **dict.fromkeys(("accuracy", "batch_sensitivity"), (*_MODEL, "qnb", "lm_eval")),
     "peaks": ("torch",),
 }
 TYPES: tuple[tuple[str, Any, str], ...] = (
@@ -152,9 +148,9 @@ class Session:
         InputError
             The model is a shape, or this study was made with one.
         """
-        if self.model == sources.SHAPE or self.record.get("random_weights"):
+        if self.record.get("name", self.model) == sources.SHAPE:
             raise InputError(
-                f"model {self.record.get('name', self.model)} has random weights, so its accuracy means nothing; "
+                f"model {sources.SHAPE} has random weights, so its accuracy means nothing; "
                 "leave 02_accuracy out, or take smollm2-135m or a model from the hub"
             )
 
@@ -194,8 +190,6 @@ class Session:
             "requested": record.get("requested", self.model),
             **asdict(source),
             "files": file_state(Path(source.path)),
-            "precisions": [precision.name for precision in self.precisions],
-            "data_dir": str(self.data_dir or ""),
         }
         write_atomic(self.folder / "study.json", json.dumps({**facts, **self._context}, indent=1))
         return source
@@ -213,7 +207,7 @@ class Session:
     @cached_property
     def versions(self) -> dict[str, str]:
         """Versions of the libraries that a row may depend on."""
-        return {"qnb": __version__, **device.versions()}
+        return device.versions()
 
     def count(self, name: str, value: Count) -> int:
         """Return a count as a number: what was given, or for ``"auto"`` what suits the device."""
@@ -227,16 +221,13 @@ class Session:
 
     def facts(self) -> dict[str, str]:
         """Return what is measured, on what, with what, and what is done already. Nothing is fetched for it."""
-        here, source = self.device, self.record
+        source = self.record
         stages = Counter(row["stage"] for row in self.ledger.rows())
         model = f"{source['name']} ({source['reason']})" if source else f"{self.model} (not fetched yet)"
         return {
             "model": model,
             "formats": ", ".join(precision.name for precision in self.precisions),
-            "device": f"{here.name}, {here.memory_mib / 1024:.1f} GiB"
-            + (f", driver {here.driver}" if here.driver else ""),
-            "bfloat16": here.bf16,
-            "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+            **self.device.facts(),
             "output": str(self.folder),
             "already measured": ", ".join(f"{count} {stage} rows" for stage, count in stages.items()) or "nothing",
         }
@@ -334,11 +325,10 @@ class Session:
             There is no row, and a failure.
         """
         names = {precision.name for precision in self.precisions}
-        rows = (row for row in self.ledger.rows(stage) if setting in (None, row["setting"]))
-        failures = [
-            row for row in self.ledger.failures() if row["stage"] == stage + FAILED and row["precision"] in names
-        ]
-        if failures and not any(row["precision"] in names for row in rows):
+        rows, failures = (
+            [row for row in self.ledger.rows(each) if row["precision"] in names] for each in (stage, stage + FAILED)
+        )
+        if failures and not any(setting in (None, row["setting"]) for row in rows):
             raise RuntimeError(f"nothing of stage {stage} could be measured: {failures[-1]['reason']}")
 
     @contextmanager
@@ -369,20 +359,17 @@ class Session:
     def checkpoint(self, precision: Precision) -> Path:
         """Return the folder of a format's checkpoint; make it if it is missing, damaged or to be overwritten."""
         folder = self.folder / "checkpoints" / precision.name
+        if folder in self._verified and folder.exists():  # bytes are read once
+            return folder
         key = self.key("quantize", precision)
-        renew = self.overwrite and row_key(key) not in self._measured
-        row = self.ledger.find(key) if folder.exists() and not renew else None
-        if row and folder in self._verified:  # bytes are read once
-            return folder
+        row = self.ledger.find(key) if folder.exists() and not self.overwrite else None
         damaged = checkpoint.damage(folder, row["manifest_sha256"]) if row else ""
-        if row and not damaged:
-            self._verified.add(folder)
-            return folder
         if damaged:
             tqdm.write(f"{precision.name}: {damaged} in {folder} is not as it was saved; making it again")
-        with released():
-            converted = checkpoint.convert(self.source, precision, folder, self.device.place)
-        self.append(key, asdict(converted), {"manifest_sha256": file_sha256(folder / checkpoint.MANIFEST)})
+        if damaged or not row:
+            with released():
+                converted = checkpoint.convert(self.source, precision, folder, self.device.place)
+            self.append(key, asdict(converted), {"manifest_sha256": file_sha256(folder / checkpoint.MANIFEST)})
         self._verified.add(folder)
         return folder
 

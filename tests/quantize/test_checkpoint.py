@@ -104,32 +104,23 @@ VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "n
           "image_size": 28, "patch_size": 14}  # fmt: skip
 
 
-def multimodal(kind):
-    """A random multimodal model whose text half is a TINY one."""
-    text = {**TINY, "head_dim": 16}
-    build = {
-        "gemma3": lambda: transformers.Gemma3Config(
-            text_config=transformers.Gemma3TextConfig(**text), vision_config=VISION, mm_tokens_per_image=4,
-            image_token_index=1),
-        "idefics3": lambda: transformers.Idefics3Config(
-            text_config=transformers.LlamaConfig(**text).to_dict(), vision_config=VISION, image_token_id=1),
-        "internvl": lambda: transformers.InternVLConfig(
-            text_config=transformers.Qwen2Config(**text), vision_config={**VISION, "image_size": [28, 28]},
-            image_token_id=1),
-        "voxtral": lambda: transformers.VoxtralConfig(
-            text_config=transformers.LlamaConfig(**text), audio_token_id=1,
-            audio_config={"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1,
-                          "num_attention_heads": 2, "num_mel_bins": 16}),
-    }  # fmt: skip
-    config = build[kind]()
-    torch.manual_seed(0)
-    return transformers.AutoModelForMultimodalLM.from_config(config, dtype=torch.bfloat16).eval()
+AUDIO = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "num_mel_bins": 16}  # fmt: skip
+MULTIMODAL = {
+    "gemma3": {"vision_config": VISION, "mm_tokens_per_image": 4, "image_token_index": 1},
+    "idefics3": {"vision_config": VISION, "image_token_id": 1},
+    "internvl": {"vision_config": {**VISION, "image_size": [28, 28]}, "image_token_id": 1},
+    "voxtral": {"audio_config": AUDIO, "audio_token_id": 1},
+}
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "idefics3", "internvl", "voxtral"])
+@pytest.mark.parametrize("kind", MULTIMODAL)
 def test_a_multimodal_models_text_half_is_loaded_and_saved_as_a_text_model(kind, tmp_path):
     """Its logits are those of transformers' whole model over text; its checkpoint is one that transformers loads."""
-    whole, folder = multimodal(kind), tmp_path / "whole"
+    text, folder = {**TINY, "head_dim": 16}, tmp_path / "whole"
+    config = transformers.AutoConfig.for_model(kind, text_config=text, **MULTIMODAL[kind])
+    torch.manual_seed(0)
+    whole = transformers.AutoModelForMultimodalLM.from_config(config, dtype=torch.bfloat16).eval()
     whole.save_pretrained(folder)
     sources.save_byte_tokenizer(folder)
     ids = torch.tensor([[5, 6, 7, 8]])
