@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import types
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,36 +13,20 @@ from qnb.run import NOTEBOOKS
 
 SHELL = '''
 """Run the notebooks' setup cells in an IPython shell that takes itself for Colab's, and say what they asked for."""
-import builtins, contextlib, importlib.util, io, json, sys, types
+import builtins, contextlib, importlib.util, io, json, sys
+from types import ModuleType, SimpleNamespace
 from IPython.core.interactiveshell import InteractiveShell
 
-calls = []
-google = types.ModuleType("google")
-google.colab = types.ModuleType("google.colab")
-errors = types.ModuleType("google.colab.errors")
-errors.Error = type("Error", (Exception,), {})
-class userdata:
-    NotebookAccessError = type("NotebookAccessError", (errors.Error,), {})
-    SecretNotFoundError = type("SecretNotFoundError", (errors.Error,), {})
-    @staticmethod
-    def get(name):
-        calls.append(["secret", name])
-        return "hf_from_the_secrets"
-class output:
-    @staticmethod
-    def enable_custom_widget_manager():
-        calls.append(["widgets"])
-google.colab.userdata, google.colab.output, google.colab.errors = userdata, output, errors
-sys.modules |= {"google": google, "google.colab": google.colab, "google.colab.errors": errors}
+calls, printed, cells = [], io.StringIO(), json.loads(sys.argv[1])
+google, colab, errors = map(ModuleType, ("google", "google.colab", "google.colab.errors"))
+google.colab, errors.Error = colab, type("Error", (Exception,), {})
+colab.output = SimpleNamespace(enable_custom_widget_manager=lambda: calls.append(["widgets"]))
+colab.userdata = SimpleNamespace(get=lambda name: calls.append(["secret", name]) or "hf_from_the_secrets")
+sys.modules |= {"google": google, "google.colab": colab, "google.colab.errors": errors}
 
 shell = InteractiveShell.instance()
-class Shell:
-    def __str__(self):
-        return "<google.colab._shell.Shell object>"
-builtins.get_ipython = lambda: Shell()  # what huggingface_hub knows Colab by
+builtins.get_ipython = lambda: "<google.colab._shell.Shell object>"  # what huggingface_hub knows Colab by
 shell.register_magic_function(lambda line: calls.append(["pip", line]), magic_name="pip")
-printed = io.StringIO()
-cells = json.loads(sys.argv[1])
 with contextlib.redirect_stdout(printed):
     for cell in cells:
         shell.run_cell(cell).raise_error()
@@ -55,20 +39,14 @@ print(json.dumps({"calls": calls, "printed": printed.getvalue(), "token": get_to
 
 
 def setup_cells():
-    cells = []
-    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        notebook = json.loads(path.read_text())
-        cells.append("".join(next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")["source"]))
-    return cells
-
-
-def test_all_notebooks_have_the_same_setup_cell():
-    assert len(set(setup_cells())) == 1
+    notebooks = [json.loads(path.read_text())["cells"] for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
+    return ["".join(next(cell for cell in cells if cell["cell_type"] == "code")["source"]) for cells in notebooks]
 
 
 def test_the_setup_cell_installs_only_what_is_missing_and_lets_panels_be_drawn(tmp_path):
     environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONWARNINGS": "ignore"}
     environment.pop("HF_TOKEN", None)
+    assert len(set(setup_cells())) == 1, "all notebooks have the same"
     run = [sys.executable, "-c", SHELL, json.dumps(setup_cells())]
     done = subprocess.run(run, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -99,10 +77,8 @@ def drive(tmp_path, monkeypatch):
         calls.append(path)
         (tmp_path / "MyDrive").mkdir()
 
-    module = types.ModuleType("google.colab")
-    module.drive = types.SimpleNamespace(mount=mount)
-    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
-    monkeypatch.setitem(sys.modules, "google.colab", module)
+    monkeypatch.setitem(sys.modules, "google", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=SimpleNamespace(mount=mount)))
     monkeypatch.setattr(colab, "MOUNT", tmp_path)
     return calls
 

@@ -90,12 +90,7 @@ def test_any_profile_is_taken_or_refused(ask, tmp_path, monkeypatch, content):
 
 
 @calm
-@given(
-    some.lists(
-        some.sampled_from([*WORDS, ""]) | some.text(max_size=8),
-        max_size=6,
-    )
-)
+@given(some.lists(some.sampled_from([*WORDS, ""]) | some.text(max_size=8), max_size=6))
 def test_any_command_line_is_taken_or_refused(ask, tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(session, "locate", lambda output: tmp_path / "relative")

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from qnb import Study, run
 from qnb.__main__ import main
-from qnb.ledger import Ledger
+from qnb.ledger import Ledger, row_key
 from qnb.provenance import ROOT
 from qnb.quantize.checkpoint import damage
 from qnb.run import NAMES, NOTEBOOKS
@@ -168,13 +168,13 @@ def test_a_run_told_to_end_ends_cleanly(source, tmp_path, sent):
     FileLock(tmp_path / "study" / ".lock", timeout=5).acquire().lock.release()
 
 
-def test_a_second_run_into_the_same_folder_is_refused(tmp_path):
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path, capsys):
     (tmp_path / "study").mkdir()
     with FileLock(tmp_path / "study" / ".run.lock"):
-        process = start(tmp_path / "study", "--only", "05")
-        said = process.communicate(timeout=120)[1].strip()
-    assert process.returncode == 2 and said.startswith("qnb: ") and "in use by another run" in said
-    assert len(said.splitlines()) == 1 and not rows(tmp_path / "study")
+        assert main(["run", "--profile", "smoke", "--output", str(tmp_path / "study")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("qnb: ") and "in use by another run" in said and len(said.splitlines()) == 1
+    assert not rows(tmp_path / "study")
 
 
 # Disks
@@ -232,10 +232,6 @@ def unmeasured(row):
     return {name: value for name, value in row.items() if not MEASURED.fullmatch(name)}
 
 
-def key(row):
-    return (row["stage"], row["precision"], row["engine"], row["setting"], row["task"], row["repeat"])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, pytest.param(25, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
 def test_killed_anywhere_it_ends_as_an_undisturbed_run(smoke, tmp_path, kills):
@@ -260,10 +256,10 @@ def test_killed_anywhere_it_ends_as_an_undisturbed_run(smoke, tmp_path, kills):
     assert kills < 25 or {count for count in counts if 0 < count < len(rows(whole))}, "no kill fell in the middle"
     done = command("run", "--profile", "smoke", "--output", str(folder))
     assert done.returncode == 0, done.stderr
-    resumed, expected = rows(folder), {key(row): row for row in rows(whole)}
+    resumed, expected = rows(folder), {row_key(row): row for row in rows(whole)}
     assert len((folder / "ledger.jsonl").read_bytes().splitlines()) == len(resumed) == len(expected)
     for row in resumed:
-        assert unmeasured(row) == unmeasured(expected[key(row)])
+        assert unmeasured(row) == unmeasured(expected[row_key(row)])
     for checkpoint in (folder / "checkpoints").glob("[a-z]*"):
         assert damage(checkpoint) == ""
     assert not [path for path in (folder / "checkpoints").glob(".*") if path.suffix != ".lock"]
@@ -274,11 +270,11 @@ def test_two_runs_are_equal(smoke, tmp_path):
     """One seed, one machine: equal accuracy, divergence, checkpoints, and tables of them, to the last bit."""
     again = command("run", "--profile", "smoke", "--output", str(tmp_path / "study"), "--only", "01,02")
     assert again.returncode == 0, again.stderr
-    expected = {key(row): row for row in rows(smoke[0])}
+    expected = {row_key(row): row for row in rows(smoke[0])}
     repeated = rows(tmp_path / "study")
     assert {row["stage"] for row in repeated} == {"quantize", *EXACT}
     for row in repeated:
-        assert unmeasured(row) == unmeasured(expected[key(row)])
+        assert unmeasured(row) == unmeasured(expected[row_key(row)])
     for name in ("table1_accuracy", "table2_change", "divergence", "batch_sensitivity"):
         first, second = (folder / "tables" / f"{name}.csv" for folder in (smoke[0], tmp_path / "study"))
         assert first.read_text() == second.read_text(), name

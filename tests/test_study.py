@@ -12,10 +12,6 @@ from qnb.speed import benchmark
 from qnb.speed.engines import Eager
 
 
-def full(*_, **__):
-    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-
 @pytest.fixture
 def study(smoke, tmp_path):
     """A study of two formats whose checkpoints are made and of which nothing else was measured."""
@@ -28,60 +24,43 @@ def study(smoke, tmp_path):
     return Study("smollm2-135m", "bf16,int8", folder)
 
 
-def fails_once(study, measure, stage, capsys):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "owner", "name", "measure"),
+    [
+        ("accuracy", checkpoint, "load", lambda study: study.accuracy("sample_easy", 2)),
+        ("batch", Eager, "generate",
+         lambda study: study.perf_maxbatch(study.workload("maxbatch", 2, 8, 2, "sample"), 2, 2000)),
+        ("perf", benchmark, "run", lambda study: study.perf_bs1(study.workload("bs1", 2, 8, 2, "sample"))),
+    ],
+    ids=["when loading", "in every probe", "in a timed run"],
+)  # fmt: skip
+def test_out_of_memory_costs_that_format_alone(stage, owner, name, measure, study, monkeypatch, capsys):
     """Only int8 failed, in one line; asked again with room it is measured, and nothing else is."""
+    works = getattr(owner, name)
+
+    def fails(first, *rest, **options):
+        model = getattr(first, "_model", first)  # of an engine
+        if getattr(model, "is_quantized", False) or getattr(first, "name", "") == "int8":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return works(first, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails)
+        measure(study)
     failures = study.session.ledger.failures()
     reasons = {(row["stage"], row["precision"], row["reason"].partition(":")[0]) for row in failures}
     assert reasons == {(f"{stage}.failed", "int8", "out of memory")}
     said = capsys.readouterr().out
     assert "int8" in said and "could not be measured (out of memory" in said
     assert {row["precision"] for row in study.session.ledger.rows(stage)} == {"bf16"}
+    assert "int8" not in set(study.results().maxbatch.precision)
     before = study.session.ledger.path.read_bytes()
     again = Study("smollm2-135m", "bf16,int8", study.folder)
     measure(again)
     assert again.session.ledger.failures() == []
     assert {row["precision"] for row in again.session.ledger.rows(stage)} == {"bf16", "int8"}
     assert b'"precision": "bf16"' not in again.session.ledger.path.read_bytes()[len(before) :]
-
-
-@pytest.mark.slow
-def test_out_of_memory_when_loading_costs_that_format_alone(study, monkeypatch, capsys):
-    def measure(study):
-        study.accuracy("sample_easy", 2)
-
-    load = checkpoint.load
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "load", lambda folder, precision, place: (
-            full() if precision.name == "int8" else load(folder, precision, place)))  # fmt: skip
-        measure(study)
-    fails_once(study, measure, "accuracy", capsys)
-
-
-@pytest.mark.slow
-def test_out_of_memory_in_every_probe_costs_that_format_alone(study, monkeypatch, capsys):
-    def measure(study):
-        study.perf_maxbatch(study.workload("maxbatch", 2, 8, 2, "sample"), 2, 2000)
-
-    generate = Eager.generate
-    with monkeypatch.context() as patch:
-        patch.setattr(Eager, "generate", lambda engine, *rest: (
-            full() if getattr(engine._model, "is_quantized", False) else generate(engine, *rest)))  # fmt: skip
-        measure(study)
-    assert set(study.results().maxbatch.precision) == {"bf16"}
-    fails_once(study, measure, "batch", capsys)
-
-
-@pytest.mark.slow
-def test_out_of_memory_in_a_timed_run_costs_that_format_alone(study, monkeypatch, capsys):
-    def measure(study):
-        study.perf_bs1(study.workload("bs1", 2, 8, 2, "sample"))
-
-    run = benchmark.run
-    with monkeypatch.context() as patch:
-        patch.setattr(benchmark, "run", lambda model, *rest, **options: (
-            full() if getattr(model, "is_quantized", False) else run(model, *rest, **options)))  # fmt: skip
-        measure(study)
-    fails_once(study, measure, "perf", capsys)
 
 
 def test_a_request_that_does_not_fit_is_refused_with_what_there_was(source, tmp_path):
