@@ -182,7 +182,9 @@ def trace_kernels(work: Work, engine: Engine, prompts: Prompts, new_tokens: int,
     release()  # what generations left in pieces
     steps = min(TRACED_STEPS, new_tokens - 1)
     before = 1 + (new_tokens - 1 - steps) // 2
-    _kernel_times_s(engine, prompts, 1, device)  # a profiler's first trace misses kernels
+
+    # A profiler's first trace misses kernels.
+    _kernel_times_s(engine, prompts, 1, device)
     shorter, longer = (_kernel_times_s(engine, prompts, tokens, device) for tokens in (before, before + steps))
     kernels = len(longer) - len(shorter)
     if kernels < 1:
@@ -195,6 +197,7 @@ def _kernel_times_s(engine: Engine, prompts: Prompts, new_tokens: int, device: t
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         engine.generate(prompts, new_tokens)
         torch.cuda.synchronize(device)
+
     kernels = [
         event
         for event in trace.events() or ()
