@@ -43,10 +43,9 @@ class Trials:
 
     def __call__(self, batch_size: int) -> Probe:
         """Run a batch with all its new tokens."""
-        run = self._run_on_gpu if self.model.device.type == "cuda" else self._run_on_cpu
         release()
         try:
-            return run(batch_size)
+            return self._run_on_gpu(batch_size) if self.model.device.type == "cuda" else self._run_on_cpu(batch_size)
         finally:
             release()
 

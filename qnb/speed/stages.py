@@ -73,8 +73,7 @@ class WorkloadOptions:
         check_count(f"{self.setting}_requests", self.requests)
         for name in ("prompt_tokens", "new_tokens", "repeats"):
             check_count(name, getattr(self, name))
-        if self.prompt_source != "auto":
-            prompts.check(self.prompt_source)
+        prompts.check(self.prompt_source)
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,11 @@ def _affordable_requests(session: Session, options: WorkloadOptions, engines: in
 
 
 def device_peaks(session: Session) -> DevicePeaks:
-    """Measure the device's peaks, once a device; say so where other processes disturbed them, or they failed."""
+    """Measure the device's peaks, once a device, and say so where they failed.
+
+    While other processes disturb them, they are measured up to three times. The last ones are kept, and said to be
+    disturbed.
+    """
     from qnb.speed.device_peaks import DevicePeaks, measure_peaks
 
     key = session.key("peaks")

@@ -21,16 +21,6 @@ from qnb.speed import engines
 from qnb.speed.benchmark import run
 from qnb.speed.engines import WARM_UP_STEPS, Clock, CudaGraph, Decoder, Eager, pad, why_unavailable
 
-
-def test_eager_ticks_once_a_token_and_changes_none():
-    model = tiny_model(LlamaConfig)
-    clock = Clock(model.device)
-    timed = Eager(model).generate(THREE, 6, clock)
-    times_s = clock.elapsed_s()
-    assert len(times_s) == 6 and sorted(times_s) == times_s and times_s[0] > 0
-    assert torch.equal(timed, Eager(model).generate(THREE, 6)) and timed.shape == (3, 6)
-
-
 SETTINGS = {
     "no cache": ({"use_cache": False}, {"use_cache": False}),
     "no cache, no file": ({"use_cache": False, "max_length": 3}, None),
@@ -122,7 +112,7 @@ class Repeated(CudaGraph):
 
 
 @pytest.mark.parametrize("captured_tokens", [0, 4096], ids=["prefill launched", "prefill captured"])
-def test_batches_of_any_size_and_length_follow_each_other(captured_tokens, monkeypatch):
+def test_batches_of_any_size_follow_each_other_and_clocks_tick_once_a_token(captured_tokens, monkeypatch):
     """The order of loading, capturing and replaying, on a CPU."""
     monkeypatch.setattr(engines, "CAPTURED_PREFILL_TOKENS", captured_tokens)
     monkeypatch.setattr(engines, "why_unavailable", lambda *_, **__: "")
@@ -135,9 +125,12 @@ def test_batches_of_any_size_and_length_follow_each_other(captured_tokens, monke
             begin()
     engine = Repeated(model, 3, 6, 8)
     for prompts, new_tokens in ((THREE, 8), (ONE, 3), (THREE, 1), ([[3, 4], [9]], 8), (ONE, 8)):
-        clock = Clock(model.device)
-        assert torch.equal(engine.generate(prompts, new_tokens, clock), Eager(model).generate(prompts, new_tokens))
-        assert len(clock.elapsed_s()) == new_tokens
+        expected = Eager(model).generate(prompts, new_tokens)
+        for each in (engine, Eager(model)):
+            clock = Clock(model.device)
+            assert torch.equal(each.generate(prompts, new_tokens, clock), expected)
+            times_s = clock.elapsed_s()
+            assert len(times_s) == new_tokens and sorted(times_s) == times_s and times_s[0] > 0
 
 
 @pytest.mark.gpu
