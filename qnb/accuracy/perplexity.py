@@ -73,8 +73,7 @@ class DivergenceOptions:
     def __post_init__(self) -> None:
         check_count("ppl_tokens", self.ppl_tokens)
         check_count("ppl_context", self.ppl_context)
-        if self.prompt_source != "auto":
-            prompts.check(self.prompt_source)
+        prompts.check(self.prompt_source)
 
 
 def divergence(session: Session, options: DivergenceOptions) -> None:

@@ -204,7 +204,10 @@ class Task:
         return [(place, documents[place]) for place in draw(part, len(documents), limit)]
 
     def _requests(self, name: str, limit: int | None) -> tuple[list[Any], list[tuple[int, Any]]]:
-        """Return a part's requests, and the items that can be asked: whose right answer can be read too."""
+        """Return a part's requests, and the items that they ask about.
+
+        They are built item by item. An item is left out if the task's own code cannot ask it, or read what is right.
+        """
         part, requests, items = self._parts[name], [], []
         part.set_fewshot_seed(seed=LM_EVAL_SEED)
         for item in self._drawn(name, limit):
@@ -274,7 +277,7 @@ class Task:
         with (redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()), cached_templates(),
               wide_products(lm.device.type), patch.dict(os.environ, DISABLE_MULTIPROC="1")):  # fmt: skip
             # `simple_evaluate` would ask the system for its libraries each time, which takes a second
-            results: Any = evaluate(lm, self._lm_eval, limit, bootstrap_iters=100)
+            results: Any = evaluate(lm, self._lm_eval, limit=limit, bootstrap_iters=100)
         items = self._items(results)
         scores = tuple(self._scores(results, items)) if len(items) else ()
         if not scores:
