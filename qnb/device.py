@@ -94,10 +94,8 @@ def cpu_types() -> set[str]:
 
 
 def _cpu_field(name: str) -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
+    path = Path("/proc/cpuinfo")  # of Linux
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
 
 

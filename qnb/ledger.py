@@ -146,7 +146,7 @@ class Ledger:
 
     def _clear(self) -> None:
         self._newest: dict[tuple[Any, ...], Row] = {}  # by key, in the order of appending; failures too
-        self._by_fingerprint: dict[str, list[Row]] = {}
+        self._answers: dict[tuple[Any, ...], Row] = {}  # by key and fingerprint
         self._end = self._lines = 0  # bytes and lines read
         self.outdated = 0  # rows passed over
         self.damaged: list[str] = []
@@ -171,9 +171,8 @@ class Ledger:
                     self.damaged.append(f"{self.path}, line {self._lines}, is not a row of a study")
 
     def _add(self, row: Row) -> None:
-        key = row_key(row)
-        parts = (*key, row.get("fingerprint", ""))
-        if not (key[0] and isinstance(key[0], str) and all(isinstance(part, str | int) for part in parts)):
+        key, digits = row_key(row), row.get("fingerprint", "")
+        if not (key[0] and isinstance(key[0], str) and all(isinstance(part, str | int) for part in (*key, digits))):
             raise TypeError("a row's key is made of texts and numbers")
         if is_outdated(row):
             self.outdated += 1
@@ -181,7 +180,7 @@ class Ledger:
         self._newest.pop((key[0] + FAILED, *key[1:]), None)  # it failed before, and is measured now
         self._newest.pop(key, None)  # so that keys stand in the order in which they were last appended
         self._newest[key] = row
-        self._by_fingerprint.setdefault(row.get("fingerprint", ""), []).append(row)
+        self._answers[key, digits] = row
 
     def append(self, row: Mapping[str, Any]) -> Row:
         """Write one row, whole and flushed to the disk, and return it with its time stamp.
@@ -210,13 +209,12 @@ class Ledger:
                     file.truncate(self._end)
                 raise
         self.refresh()
-        return self._by_fingerprint[whole.get("fingerprint", "")][-1]
+        return self._answers[row_key(whole), whole.get("fingerprint", "")]
 
     def find(self, key: Mapping[str, Any]) -> Row | None:
-        """Return the newest row whose fields equal those of `key`, fingerprint included; None if there is none."""
+        """Return the newest row of a key and its fingerprint; None if there is none."""
         self.refresh()
-        rows = reversed(self._by_fingerprint.get(key["fingerprint"], []))
-        return next((row for row in rows if all(row.get(name) == value for name, value in key.items())), None)
+        return self._answers.get((row_key(key), key["fingerprint"]))
 
     def is_newest(self, row: Row) -> bool:
         """Return whether no other row, measured or failed, of what `row` is about came later."""

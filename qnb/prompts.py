@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).parent / "data"
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
-SOURCES = ("sample", "wikitext")
+SOURCES = ("auto", "sample", "wikitext")
 
 
 @dataclass(frozen=True, slots=True)
