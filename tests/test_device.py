@@ -63,18 +63,12 @@ def test_without_a_gpu_none_can_be_taken(monkeypatch):
         device.detect("cuda")
 
 
-@pytest.mark.parametrize(
-    ("call", "code"),
-    [("nvmlInit", pynvml.NVML_ERROR_DRIVER_NOT_LOADED), ("nvmlInit", pynvml.NVML_ERROR_NO_PERMISSION),
-     ("nvmlSystemGetDriverVersion", pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)],
-)  # fmt: skip
-def test_a_gpu_that_nvml_does_not_know_is_taken_and_its_driver_left_empty(
-    call, code, two_gpus, monkeypatch, capsys, tmp_path
-):
+@pytest.mark.parametrize("call", ["nvmlInit", "nvmlSystemGetDriverVersion"])
+def test_a_gpu_that_nvml_does_not_know_is_taken(call, two_gpus, monkeypatch, capsys, tmp_path):
     """PyTorch names the GPUs; NVML only reads them (Jetson, WSL, some containers have none)."""
 
     def refuse():
-        raise pynvml.NVMLError(code)
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
 
     monkeypatch.setattr(pynvml, call, refuse)
     for place in ("auto", "cuda:1"):

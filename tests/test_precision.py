@@ -19,17 +19,14 @@ def test_unknown_precision_names_the_alternatives(given, expected):
         precision.parse(given)
 
 
-def test_int4_is_what_load_in_4bit_alone_means():
+def test_formats_are_what_the_libraries_mean_by_them():
+    """INT4 is what load_in_4bit alone means."""
     from transformers import BitsAndBytesConfig
 
     stock, ours = BitsAndBytesConfig(load_in_4bit=True), precision.PRECISIONS["int4"].config()
     assert ours.to_dict() == stock.to_dict()
+    assert precision.PRECISIONS["fp16"].torch_dtype is torch.float16 and not precision.PRECISIONS["fp16"].quantized
     assert precision.PRECISIONS["int8"].config().to_dict() == BitsAndBytesConfig(load_in_8bit=True).to_dict()
-
-
-def test_plain_types_carry_no_quantization():
-    assert not precision.PRECISIONS["fp16"].quantized
-    assert precision.PRECISIONS["fp16"].torch_dtype is torch.float16
 
 
 def test_colours_markers_and_labels_are_distinct():

@@ -48,13 +48,6 @@ def rows(folder):
     return ledger.rows()
 
 
-def wait_for(condition, seconds=120):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it never came"
-        time.sleep(0.1)
-
-
 # Notebooks
 
 
@@ -157,7 +150,9 @@ def test_a_run_names_what_was_disturbed_and_a_report_that_is_older(studied, tmp_
 def test_a_run_told_to_end_ends_cleanly(source, tmp_path, sent):
     """Exit code 130, one line, no kernel left behind, what was measured kept, locks free."""
     process = start(tmp_path / "study", "--only", "01")
-    wait_for(lambda: rows(tmp_path / "study"))
+    while not rows(tmp_path / "study"):
+        assert process.poll() is None, "it ended by itself"
+        time.sleep(0.1)
     kernels = psutil.Process(process.pid).children(recursive=True)
     assert any("ipykernel" in " ".join(kernel.cmdline()) for kernel in kernels)
     process.send_signal(sent)

@@ -102,14 +102,11 @@ def test_only_versions_that_can_change_a_row_are_in_its_key(session):
 
 def test_a_key_changes_with_everything_that_was_asked(session):
     bf16, int8 = session.precisions
-    prints = [
-        session.key("perf", bf16, {"a": 1})["fingerprint"],
-        session.key("perf", bf16, {"a": 2})["fingerprint"],
-        session.key("perf", int8, {"a": 1})["fingerprint"],
-    ]
-    assert len(set(prints)) == 3
+    asked = ((bf16, {"a": 1}), (bf16, {"a": 2}), (int8, {"a": 1}))
+    first, *others = (session.key("perf", *each)["fingerprint"] for each in asked)
+    assert len({first, *others}) == 3
     key = session.key("perf", bf16, {"a": 1}, engine="eager", repeat=2)
-    assert (key["precision"], key["engine"], key["repeat"], key["fingerprint"]) == ("bf16", "eager", 2, prints[0])
+    assert (key["precision"], key["engine"], key["repeat"], key["fingerprint"]) == ("bf16", "eager", 2, first)
 
 
 def test_what_was_asked_last_is_shown_and_overwriting_measures_once(session):
@@ -178,18 +175,13 @@ def test_a_damaged_checkpoint_is_noticed_and_made_again(tiny, tmp_path, capsys):
         part.save_pretrained(model)
     Session(model, "bf16", tmp_path).checkpoint(module.parse("bf16")[0])
     folder = tmp_path / "checkpoints" / "bf16"
-    weights = folder / "model.safetensors"
+    weights, config, manifest = (folder / name for name in ("model.safetensors", "config.json", "manifest.json"))
     whole = file_sha256(weights)
-    damages = {
-        "model.safetensors": lambda: flip(weights),
-        "model.safetensors ": lambda: os.truncate(weights, 1000),
-        "config.json": lambda: (folder / "config.json").unlink(),
-        "manifest.json": lambda: flip(folder / "manifest.json", 20),
-    }
-    for name, damage in damages.items():
-        damage()
+    damages = ((flip, weights), (os.truncate, weights, 1000), (os.remove, config), (flip, manifest, 20))
+    for damage, path, *how in damages:
+        damage(path, *how)
         Session(model, "bf16", tmp_path).checkpoint(module.parse("bf16")[0])
-        assert f"{name.strip()} in" in capsys.readouterr().out
+        assert f"{path.name} in" in capsys.readouterr().out
         assert checkpoint.damage(folder) == "" and file_sha256(weights) == whole
 
 

@@ -27,6 +27,10 @@ def tiny_folder(tmp_path):
     return save_tiny(tmp_path / "model")
 
 
+def convert(model, name, folder):
+    return checkpoint.convert(sources.resolve(str(model), "cpu"), PRECISIONS[name], folder / name, "cpu")
+
+
 @pytest.mark.parametrize("name", STUDY)
 def test_a_checkpoint_weighs_what_its_layout_says(request, name):
     folder, made = request.getfixturevalue("checkpoint")(name)
@@ -86,8 +90,7 @@ def test_layers_that_this_cpu_cannot_multiply_by_stay_and_are_counted(sizes, odd
     """Those of the feed-forward part have 100 inputs or outputs, those of the attention 8 or 16."""
     from bitsandbytes.functional import has_avx512bf16
 
-    source = sources.resolve(str(save_tiny(tmp_path / "model", transformers.LlamaConfig(**{**TINY, **sizes}))), "cpu")
-    made = checkpoint.convert(source, PRECISIONS["nf4"], tmp_path / "nf4", "cpu")
+    made = convert(save_tiny(tmp_path / "model", transformers.LlamaConfig(**{**TINY, **sizes})), "nf4", tmp_path)
     left = made.left_out.get("linear layers that bitsandbytes cannot multiply by", 0)
     assert left == (3 * odd if has_avx512bf16() else 0)
     assert made.quantized_parameters == made.parameters - sum(made.left_out.values()) > 0
@@ -129,7 +132,7 @@ def test_a_multimodal_models_text_half_is_loaded_and_saved_as_a_text_model(kind,
     assert torch.equal(half(ids).logits, expected)
     assert checkpoint.count_weights(half).parameters < sum(each.numel() for each in whole.parameters())
     for name in ("bf16", "nf4"):
-        checkpoint.convert(sources.resolve(str(folder), "cpu"), PRECISIONS[name], tmp_path / name, "cpu")
+        convert(folder, name, tmp_path)
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype=torch.bfloat16)
     assert torch.equal(stock(ids).logits, expected)
 
@@ -149,7 +152,7 @@ def test_a_models_own_settings_stay_and_change_nothing(released, tiny_folder, tm
     outputs = after(ids)
     assert after.config._attn_implementation == "sdpa" and torch.equal(before(ids).logits, outputs.logits)
     assert outputs.past_key_values is not None and outputs.hidden_states is outputs.attentions is None
-    checkpoint.convert(sources.resolve(str(tiny_folder), "cpu"), PRECISIONS["nf4"], tmp_path / "nf4", "cpu")
+    convert(tiny_folder, "nf4", tmp_path)
     saved = json.loads((tmp_path / "nf4" / "config.json").read_text(encoding="utf-8"))
     assert saved.pop("quantization_config")["bnb_4bit_quant_type"] == "nf4"
     config.pop("quantization_config", None)
@@ -162,10 +165,9 @@ def test_a_model_that_overflows_is_no_checkpoint_and_the_reason_is_said(row, tin
     network.model.embed_tokens.weight.data[row] = 3e38  # float16 holds 65504 at most
     network.save_pretrained(tiny_folder)
     monkeypatch.setattr(checkpoint, "TEXT", checkpoint.load_tokenizer(tiny_folder).decode([5, row, 9]))
-    source = sources.resolve(str(tiny_folder), "cpu")
     # 3 tokens of 256 values; those before the token have its share of 0, and 0 times infinity is no number
     with pytest.raises(ArithmeticError, match="FP16 overflows in this model: 768 of 768 outputs are not finite"):
-        checkpoint.convert(source, PRECISIONS["fp16"], tmp_path / "fp16", "cpu")
+        convert(tiny_folder, "fp16", tmp_path)
     assert not (tmp_path / "fp16").exists()
 
 
@@ -176,8 +178,7 @@ def test_tokenizer_and_generation_settings_are_saved_as_released(tiny_folder, tm
     for name in ("tekken.json", "qwen.tiktoken", "vocab.txt", "spiece.model"):
         (tiny_folder / name).write_text("{}")
     (tiny_folder / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 7, "num_beams": 0}')  # invalid
-    source = sources.resolve(str(tiny_folder), "cpu")
-    checkpoint.convert(source, PRECISIONS["nf4"], tmp_path / "nf4", "cpu")
+    convert(tiny_folder, "nf4", tmp_path)
     converted = {tiny_folder / "model.safetensors", tiny_folder / "config.json"}
     files = {path for path in tiny_folder.rglob("*") if path.is_file()} - converted
     assert len(files) >= 9
@@ -189,11 +190,10 @@ def test_tokenizer_and_generation_settings_are_saved_as_released(tiny_folder, tm
 
 
 def test_a_model_that_changes_on_reload_is_no_checkpoint(tiny_folder, tmp_path, monkeypatch):
-    source, folder = sources.resolve(str(tiny_folder), "cpu"), tmp_path / "made" / "bf16"
     monkeypatch.setattr(checkpoint, "logits", lambda *_: torch.rand(3))
     with pytest.raises(RuntimeError, match="logits differ"):
-        checkpoint.convert(source, PRECISIONS["bf16"], folder, "cpu")
-    assert list(folder.parent.iterdir()) == []
+        convert(tiny_folder, "bf16", tmp_path / "made")
+    assert list((tmp_path / "made").iterdir()) == []
 
 
 def test_a_drive_that_renames_no_folder_gets_a_whole_checkpoint(tiny_folder, tmp_path, monkeypatch):
@@ -201,7 +201,7 @@ def test_a_drive_that_renames_no_folder_gets_a_whole_checkpoint(tiny_folder, tmp
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     monkeypatch.setattr("pathlib.Path.rename", refuse)
-    checkpoint.convert(sources.resolve(str(tiny_folder), "cpu"), PRECISIONS["bf16"], tmp_path / "bf16", "cpu")
+    convert(tiny_folder, "bf16", tmp_path)
     assert checkpoint.damage(tmp_path / "bf16") == "" and not list(tmp_path.glob(".*"))
 
 
