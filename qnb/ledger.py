@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import file_digest, sha256
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,11 +97,10 @@ def write_parquet(folder: Path, stem: str, frame: pd.DataFrame) -> tuple[str, st
 
     The name carries the hash, so a new measurement leaves an earlier row's file alone.
     """
-    buffer = BytesIO()
-    frame.to_parquet(buffer)
-    digest = sha256(buffer.getvalue()).hexdigest()
+    content = frame.to_parquet()
+    digest = sha256(content).hexdigest()
     name = f"{stem}.{digest[:8]}.parquet"
-    write_atomic(folder / name, buffer.getvalue())
+    write_atomic(folder / name, content)
     return name, digest
 
 

@@ -177,9 +177,8 @@ class Session:
     def source(self) -> sources.Source:
         """The model as released; fetched on first use and then remembered in study.json."""
         record = self.record
-        fields = sources.Source.__slots__
-        if record and Path(record["path"]).is_dir() and file_state(Path(record["path"])) == record["files"]:
-            return sources.Source(**{name: record[name] for name in fields})
+        if record and file_state(Path(record["path"])) == record["files"]:
+            return sources.Source(**{name: record[name] for name in sources.Source.__slots__})
         source = sources.resolve(record.get("name", self.model), self.device.kind)
         if record.get("fingerprint", source.fingerprint) != source.fingerprint:
             raise InputError(

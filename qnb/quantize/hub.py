@@ -6,7 +6,7 @@ secrets that the client's own messages may hold.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +84,17 @@ def push(folder: Path, repository: str, private: bool, dry_run: bool, card: str)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     additions = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in paths]
     additions.append(CommitOperationAdd("README.md", card.encode()))
+    files = tuple(addition.path_in_repo for addition in additions)
     total_mib = sum(addition.upload_info.size for addition in additions) / MIB
-    planned = Push(repository, private, tuple(addition.path_in_repo for addition in additions), total_mib)
     if dry_run:
-        return planned
+        return Push(repository, private, files, total_mib)
     with _talking(f"pushing to {repository!r} failed"):
         api = HfApi()
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repository).private:
             raise InputError(f"{repository!r} exists and is public; give another push_to, or set private to false")
         commit = api.create_commit(repository, additions, commit_message=f"Add {folder.name}").commit_url
-    return replace(planned, repository=repository, commit=commit)
+    return Push(repository, private, files, total_mib, commit)
 
 
 @contextmanager
