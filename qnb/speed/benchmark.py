@@ -97,14 +97,14 @@ def run(
     # 2) time
     with Window(sensor, baseline_mib=baseline_mib) as window:
         token_times_s = [_token_times_s(generator, batch, new_tokens, device) for batch in batches]
-    # 3) trace a decode step's kernels
+    values = shape | asdict(window.usage) | latency(token_times_s) | peak_memory(device)
+    # 3) trace a decode step's kernels, which changes the memory's peaks
     is_traced = trace and new_tokens > 1 and device.type == "cuda"
     work = _trace(work, generator, batches[0], new_tokens, device) if is_traced else work
     failed = {Flag.TRACE_FAILED: is_traced and work.kernels_per_token is None, Flag.PEAKS_DISTURBED: peaks.flags}
     flags = (*flags_of(window.usage), *(flag for flag, holds in failed.items() if holds))
-    values = shape | asdict(window.usage) | asdict(work) | latency(token_times_s) | peak_memory(device)
-    note = "; ".join(filter(None, (generator.note, sensor.note)))
-    row = Run(**values, **peaks.columns(work.flops_by_type), requests=sum(map(len, batches)), flags=flags, note=note)
+    values |= asdict(work) | peaks.columns(work.flops_by_type) | {"requests": sum(map(len, batches)), "flags": flags}
+    row = Run(**values, note="; ".join(filter(None, (generator.note, sensor.note))))
     return Timed(row, window.readings, token_times_s)
 
 
