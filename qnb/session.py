@@ -345,10 +345,10 @@ class Session:
         """Return a progress bar over `total` steps."""
         return tqdm(total=total, desc=what, unit="step", leave=False)
 
-    def each_format(self, what: str) -> Iterator[Precision]:
-        """Yield this session's formats; a progress bar says which is at work."""
+    def each_format(self, what: str, first: int = 0) -> Iterator[Precision]:
+        """Yield this session's formats, beginning with number `first`; a progress bar says which is at work."""
         with self.progress(len(self.precisions), what) as bar:
-            for precision in self.precisions:
+            for precision in (*self.precisions[first:], *self.precisions[:first]):
                 bar.set_postfix_str(precision.name)
                 yield precision
                 bar.update()

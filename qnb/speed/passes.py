@@ -172,20 +172,15 @@ def time_in_turn(session: Session, what: str, all_series: Sequence[Series]) -> N
 
     What the ledger has is not measured again. A format is loaded once for all its passes of a turn.
     """
-    precisions = session.precisions
     for turn in count():
         due = [series for series in all_series if not (series.has_failed or series.stop_reason)]
         if not due:
             return
-        first = turn % len(precisions)
-        with session.progress(len(precisions), f"{what}, pass {turn + 1}") as bar:
-            for precision in (*precisions[first:], *precisions[:first]):
-                bar.set_postfix_str(precision.name)
-                missing = [series for series in due if series.precision == precision and not series.find_pass()]
-                if missing:
-                    with session.failing(missing[0].key, precision.name):
-                        with_model(session, precision, partial(_time_passes, missing))
-                bar.update()
+        for precision in session.each_format(f"{what}, pass {turn + 1}", turn % len(session.precisions)):
+            missing = [series for series in due if series.precision == precision and not series.find_pass()]
+            if missing:
+                with session.failing(missing[0].key, precision.name):
+                    with_model(session, precision, partial(_time_passes, missing))
 
 
 def _time_passes(missing: Sequence[Series], loaded: Loaded) -> None:
