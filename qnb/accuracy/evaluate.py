@@ -143,7 +143,12 @@ def _limit(session: Session, options: AccuracyOptions) -> int | None:
 
 
 def planned_items(session: Session, options: AccuracyOptions) -> list[int]:
-    """Return how many items of each task are asked, of the tasks whose sizes are known without fetching them."""
+    """Return how many items of each task are asked, of the tasks whose sizes are known without fetching them.
+
+    A budget's are not known before the run: there are none then.
+    """
+    if options.minutes:
+        return []
     limit = _limit(session, options)
     sizes = [SIZES[name] for name in names(_wanted(session, options.tasks)) if name in SIZES]
     return [min(size, limit * parts) if limit else size for size, parts in sizes]
@@ -229,6 +234,7 @@ def _spend_budget(session: Session, evaluation: Evaluation) -> None:
     """Evaluate rounds of more and more items, the same for every format, until the budget is spent.
 
     The pace of a round says how many items the next may have. Few items take longer each, so first guesses are low.
+    A format that fails has no pace, and does not hold the others up.
     The number of items is in the ledger before a round begins: an interrupted round goes on with it, and so do formats
     that are added later.
     """
@@ -239,11 +245,12 @@ def _spend_budget(session: Session, evaluation: Evaluation) -> None:
     key = session.key("budget", asked=asked, task=all_names, setting=f"{evaluation.minutes:g} min")
     first = {"limit": min(FIRST_LIMIT[session.device.kind], limit), "spent_s": 0.0, "done": False}
     plan = session.decided(key) or session.append(key, asked, first)
-    while True:
+    done = False
+    while not done:
         started, items = perf_counter(), plan["limit"]
         rows = _evaluate(session, replace(evaluation, limit=items))
-        if plan["done"] or len(rows) < len(session.precisions) * len(evaluation.tasks):
-            return  # what failed has no pace: the round is tried again on the next run
+        if plan["done"] or not rows:
+            return  # where all failed there is no pace: the round is tried again on the next run
         evaluate_s = sum(row["evaluate_s"] for row in rows)
         round_s = max(perf_counter() - started, evaluate_s)  # rows of an earlier run took their time then
         spent_s = plan["spent_s"] + round_s

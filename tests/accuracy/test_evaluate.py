@@ -78,6 +78,15 @@ def test_a_large_budget_buys_all_and_a_limit_holds(paced):
     assert limits(session) == {"bf16": 10}
 
 
+def test_a_format_that_fails_leaves_the_others_their_budget(paced):
+    session, loads, _ = paced(bf16=2, fp16=None)
+    options = AccuracyOptions("sample_easy", minutes=5)
+    accuracy(session, options)
+    accuracy(session, options)
+    assert limits(session) == {"bf16": 48} and loads == ["bf16", "fp16"] * 2 + ["fp16"]  # which is tried again
+    assert evaluate.planned_items(session, options) == []
+
+
 def test_an_interrupted_budget_goes_on_with_the_items_it_had_chosen(paced, monkeypatch):
     session, loads, now = paced(bf16=2, int8=8)
     load = session.loaded
