@@ -20,12 +20,19 @@ CHECK_EVERY = 8  # new tokens between two looks for stop sequences
 HARMLESS = {"bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p",
             "typical_p", "max_length", "use_cache", "cache_implementation", "transformers_version",
             "_from_model_config"}  # fmt: skip
+# values by which the other numbers do; not set, any setting does
+NEUTRAL = {"min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+           "epsilon_cutoff": 0, "eta_cutoff": 0, "diversity_penalty": 0, "penalty_alpha": 0, "num_beams": 1,
+           "num_beam_groups": 1, "num_return_sequences": 1, "repetition_penalty": 1, "encoder_repetition_penalty": 1,
+           "length_penalty": 1, "guidance_scale": 1}  # fmt: skip
 
 
 def is_shaped(config: GenerationConfig) -> bool:
     """Return whether a model's own settings may make its greedy texts other than its likeliest tokens."""
-    changed = {name for name, value in config.to_diff_dict().items() if value not in (0, 1)}  # penalties of 1 are none
-    return not changed <= HARMLESS
+    return any(
+        name not in HARMLESS and value is not None and value is not False and value != NEUTRAL.get(name)
+        for name, value in config.to_diff_dict().items()
+    )
 
 
 @dataclass(frozen=True, slots=True)

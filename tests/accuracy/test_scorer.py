@@ -11,6 +11,7 @@ from lm_eval.models.huggingface import HFLM
 
 from qnb.accuracy import backbone, scorer
 from qnb.accuracy.backbone import Backbone
+from qnb.accuracy.generation import is_shaped
 from qnb.accuracy.scorer import SharedContextLM, StockLM
 from qnb.accuracy.tasks import UNANSWERED
 from qnb.finite import NotFiniteError
@@ -120,7 +121,9 @@ def test_every_kind_of_request_is_answered_as_stock_does(family, both, tokenizer
     assert [flag for _, flag in mine] == [flag for _, flag in theirs] == [True, True, False] * 4
 
 
-@pytest.mark.parametrize("settings", [{}, {"eos_token_id": "also"}, {"repetition_penalty": 1.3}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"eos_token_id": "also"}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 1}]
+)
 def test_texts_end_and_are_shaped_as_the_models_own_settings_say(settings, both, tokenizer, text):
     ours, stock = both()
     prompts = [request(text(count), {"until": ["\n\n"], "max_gen_toks": 24}) for count in (5, 9, 14, 30, 31)]
@@ -132,6 +135,17 @@ def test_texts_end_and_are_shaped_as_the_models_own_settings_say(settings, both,
     theirs = stock.generate_until(prompts, disable_tqdm=True)
     assert ours.generate_until(prompts, disable_tqdm=True) == theirs
     assert bool(own) == ([tokenizer(answer)["input_ids"] for answer in theirs] != plain)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shaped"),
+    [({"temperature": 0.6, "top_k": 1, "max_length": 1}, False),
+     ({"min_length": 0, "num_beams": 1, "repetition_penalty": 1.0, "remove_invalid_values": False}, False),
+     *(({name: 1}, True) for name in ("min_length", "min_new_tokens", "no_repeat_ngram_size", "forced_eos_token_id")),
+     ({"forced_bos_token_id": 0}, True), ({"remove_invalid_values": True}, True)],
+)  # fmt: skip
+def test_a_setting_shapes_texts_unless_its_value_is_neutral(settings, shaped):
+    assert is_shaped(transformers.GenerationConfig(**settings)) is shaped
 
 
 @pytest.mark.parametrize(("min_saved_work", "reads"), [(0, 1), (10**12, 0)])
