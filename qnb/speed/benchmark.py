@@ -28,7 +28,7 @@ from qnb.speed.monitor import Reading, Sensor, Usage, Window, flags_of
 from qnb.speed.passes import twice, unless_it_fails
 
 WARM_UP_TOKENS = 4
-CHECKED_PROMPTS = 8  # the first so many, whose outputs must be finite
+CHECKED_PROMPTS, CHECKED_TOKENS = 8, 4  # the first so many, and new tokens of each: their logits must be finite
 UNKNOWN_PEAKS = DevicePeaks()
 
 
@@ -91,7 +91,8 @@ def run(
     batches, device, new_tokens = full_batches(workload.prompts, batch_size), model.device, workload.new_tokens
     shape = {"batch_size": len(batches[0]), "prompt_tokens": len(workload.longest), "new_tokens": new_tokens}
     # 1) check the model's outputs, count a decode step's work, and warm up
-    engines.check_outputs(model, *full_batches(workload.prompts[:CHECKED_PROMPTS], batch_size))
+    for batch in full_batches(workload.prompts[:CHECKED_PROMPTS], batch_size):
+        engines.generate_checked(model, batch, min(CHECKED_TOKENS, new_tokens))
     work = unless_it_fails(partial(count_work, model, **shape), Work())
     generator, sensor = _warm_engine(model, engine, batches, workload), Sensor(device)
     # 2) time

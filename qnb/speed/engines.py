@@ -119,21 +119,20 @@ class Eager:
         return texts[:, ids.shape[1] :]  # (B, N)
 
 
-def check_outputs(model: PreTrainedModel, *batches: Prompts) -> None:
-    """Refuse a model whose logits after a prompt are not finite: the tokens chosen by them mean nothing.
+def generate_checked(model: PreTrainedModel, prompts: Prompts, new_tokens: int) -> Tensor:
+    """Return new ids, (B, N), as `Eager` does, once the logits of every step were found finite; not for timing.
 
     Raises
     ------
     NotFiniteError
-        Some are not.
+        Some are not: the tokens chosen by them mean nothing.
     """
 
     def check(_: Any, __: Any, output: Any) -> None:
-        check_finite(output.logits[:, -1], "logits after a prompt", model.dtype)
+        check_finite(output.logits[:, -1], "logits of a new token", model.dtype)
 
     with model.register_forward_hook(check):
-        for prompts in batches:
-            Eager(model).generate(prompts, 1)
+        return Eager(model).generate(prompts, new_tokens)
 
 
 def pad(prompts: Prompts, device: torch.device, width: int = 0) -> tuple[Tensor, Tensor]:

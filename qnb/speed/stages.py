@@ -360,7 +360,7 @@ def continuation(session: Session, prompt: str, precision: str, new_tokens: int 
         The format overflows in this model.
     """
     from qnb.quantize.checkpoint import quiet
-    from qnb.speed.engines import Eager, check_outputs
+    from qnb.speed.engines import generate_checked
 
     (named,), tokens = parse(precision), session.count("new_tokens", new_tokens)
     prompt_ids = session.tokenizer(prompt, verbose=False)["input_ids"] if prompt.strip() else []
@@ -368,8 +368,7 @@ def continuation(session: Session, prompt: str, precision: str, new_tokens: int 
         raise InputError("the prompt is empty; give some words to go on from")
 
     def generate(loaded: Loaded) -> list[int]:
-        check_outputs(loaded.model, [prompt_ids])
-        return list(Eager(loaded.model).generate([prompt_ids], tokens)[0].tolist())
+        return list(generate_checked(loaded.model, [prompt_ids], tokens)[0].tolist())
 
     with session.exclusive(), quiet():  # a measurement of another process would be disturbed
         new_ids = with_model(session, named, generate)

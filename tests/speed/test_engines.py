@@ -72,6 +72,17 @@ def test_a_model_whose_outputs_are_not_finite_is_not_timed(dtype, named):
             run(model, Workload(prompts, 2, "ramp"))
 
 
+def test_a_new_token_that_overflows_is_told_and_not_timed():
+    model = tiny_model(LlamaConfig).to(torch.float16)
+    (first, *_) = Eager(model).generate(ONE, 1)[0].tolist()
+    assert first not in ONE[0]
+    model.model.embed_tokens.weight.data[first] *= 1e7
+    assert engines.generate_checked(model, ONE, 1).tolist() == [[first]]
+    for measure in (lambda: engines.generate_checked(model, ONE, 3), lambda: run(model, Workload(ONE, 3, "ramp"))):
+        with pytest.raises(NotFiniteError, match="FP16 overflows"):
+            measure()
+
+
 def test_an_end_of_sequence_is_barred_as_generate_bars_it():
     model = tiny_model(LlamaConfig)
     model.lm_head.weight.data[7] = 40 * model.lm_head.weight.data[7].sign()  # often the likeliest token
