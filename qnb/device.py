@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -101,13 +102,12 @@ def _cpu_field(name: str) -> str:
 
 def _driver() -> str:
     """Return the NVIDIA driver's version, or nothing where NVML does not answer."""
-    import pynvml
+    with suppress(Exception):  # nothing depends on it; some answers are no text
+        import pynvml
 
-    try:
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
-    except pynvml.NVMLError:
-        return ""
+    return ""
 
 
 def versions() -> dict[str, str]:

@@ -63,12 +63,16 @@ def test_without_a_gpu_none_can_be_taken(monkeypatch):
         device.detect("cuda")
 
 
+NO_TEXT = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text")
+
+
+@pytest.mark.parametrize("error", [pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION), NO_TEXT], ids=repr)
 @pytest.mark.parametrize("call", ["nvmlInit", "nvmlSystemGetDriverVersion"])
-def test_a_gpu_that_nvml_does_not_know_is_taken(call, two_gpus, monkeypatch, capsys, tmp_path):
+def test_a_gpu_that_nvml_does_not_know_is_taken(call, error, two_gpus, monkeypatch, capsys, tmp_path):
     """PyTorch names the GPUs; NVML only reads them (Jetson, WSL, some containers have none)."""
 
     def refuse():
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
+        raise error
 
     monkeypatch.setattr(pynvml, call, refuse)
     for place in ("auto", "cuda:1"):
