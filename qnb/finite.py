@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 
 class NotFiniteError(ArithmeticError):
     """A model's outputs are infinite or undefined, so nothing can be measured of it."""
 
 
-def check_finite(outputs: torch.Tensor, what: str, dtype: torch.dtype | None = None) -> None:
+def check_finite(outputs: torch.Tensor, what: str, model: PreTrainedModel | None = None) -> None:
     """Raise if a model's outputs are not all finite; waits for the device.
 
     Parameters
@@ -21,8 +22,8 @@ def check_finite(outputs: torch.Tensor, what: str, dtype: torch.dtype | None = N
         Numbers of any shape.
     what
         What they are, in the plural.
-    dtype
-        The type that the model computes in, where `outputs` were widened; None means that of `outputs`.
+    model
+        Whose they are. Without it, the type that the model computes in is taken to be that of `outputs`.
 
     Raises
     ------
@@ -34,8 +35,10 @@ def check_finite(outputs: torch.Tensor, what: str, dtype: torch.dtype | None = N
     bad = outputs.numel() - int(torch.isfinite(outputs).sum())
     if not bad:
         return
-    dtype = dtype or outputs.dtype
+    dtype = model.dtype if model else outputs.dtype
     cause, advice = f"{str(dtype).removeprefix('torch.')} fails in this model", "check the model's weights"
     if dtype == torch.float16:
         cause, advice = "FP16 overflows in this model", "take bf16 instead"
+    if getattr(model, "is_loaded_in_8bit", False):  # bitsandbytes casts what it multiplies by INT8 weights to float16
+        cause, advice = "the FP16 inputs of 8-bit layers overflow in this model", "take another format"
     raise NotFiniteError(f"{cause}: {bad:,} of {outputs.numel():,} outputs are not finite ({what}); {advice}")

@@ -84,7 +84,7 @@ class GreedyGenerator:
         for start in range(0, last_step, CHECK_EVERY):
             steps = [batch.step() for _ in range(min(CHECK_EVERY, last_step - start))]
             ids, logits = (torch.cat(parts, 1) for parts in zip(*steps, strict=True))  # (B, steps) each
-            check_finite(logits, "largest logits of new tokens")
+            check_finite(logits, "largest logits of new tokens", self.backbone.model)
             for row, tokens in zip(running, ids.tolist(), strict=True):
                 texts[row] += tokens
             going = [place for place, row in enumerate(running) if not self._is_done(texts[row], prompts[row])]

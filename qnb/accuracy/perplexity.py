@@ -196,7 +196,7 @@ def distances(
                 parts += [part.assign(window=at + place) for part in columns]
     frame = pd.concat(parts, ignore_index=True)
     for name, source in (("nll", model), ("nll_base", baseline), ("kl", model)):
-        check_finite(torch.tensor(frame[name].to_numpy()), "predictions of tokens", source.dtype)
+        check_finite(torch.tensor(frame[name].to_numpy()), "predictions of tokens", source)
     return frame
 
 

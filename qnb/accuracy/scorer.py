@@ -56,12 +56,12 @@ class StockLM(HFLM):
     def _score_tokens(self, requests: list[Request], *options: Any) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether greedy) of each request, in order."""
         answers = super()._loglikelihood_tokens(requests, *options) if requests else []
-        check_finite(torch.tensor([value for value, _ in answers]), "log-likelihoods", self.model.dtype)
+        check_finite(torch.tensor([value for value, _ in answers]), "log-likelihoods", self.model)
         return answers
 
     def _model_generate(self, *arguments: Any, **options: Any) -> torch.Tensor:
         def check(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-            check_finite(logits.amax(-1), "largest logits of new tokens", self.model.dtype)
+            check_finite(logits.amax(-1), "largest logits of new tokens", self.model)
             return logits
 
         return super()._model_generate(*arguments, logits_processor=[check], **options)
@@ -144,7 +144,7 @@ class SharedContextLM(StockLM):
         def read_first() -> None:
             askers, scores = started.pop(0)
             values, is_likeliest = (each.cpu() for each in scores)
-            check_finite(values, "log-likelihoods", self.model.dtype)
+            check_finite(values, "log-likelihoods", self.model)
             pairs = zip(values.tolist(), is_likeliest.tolist(), strict=True)
             answers.keep({place: pair for places, pair in zip(askers, pairs, strict=True) for place in places})
 

@@ -269,7 +269,7 @@ def logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> torch.
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"].to(model.device)  # (1, T)
     with torch.inference_mode(), quiet():
         outputs = model(ids).logits[0].cpu()  # (T, V)
-    check_finite(outputs, "logits of a short text")
+    check_finite(outputs, "logits of a short text", model)
     return outputs
 
 

@@ -129,7 +129,7 @@ def generate_checked(model: PreTrainedModel, prompts: Prompts, new_tokens: int) 
     """
 
     def check(_: Any, __: Any, output: Any) -> None:
-        check_finite(output.logits[:, -1], "logits of a new token", model.dtype)
+        check_finite(output.logits[:, -1], "logits of a new token", model)
 
     with model.register_forward_hook(check):
         return Eager(model).generate(prompts, new_tokens)

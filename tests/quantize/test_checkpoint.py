@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -169,6 +169,16 @@ def test_a_model_that_overflows_is_no_checkpoint_and_the_reason_is_said(row, tin
     with pytest.raises(ArithmeticError, match="FP16 overflows in this model: 768 of 768 outputs are not finite"):
         convert(tiny_folder, "fp16", tmp_path)
     assert not (tmp_path / "fp16").exists()
+
+
+@pytest.mark.parametrize("name", ["bf16", "nf4", "int8-no-outliers"])
+def test_a_model_whose_inputs_overflow_in_8_bit_alone_is_told_to_take_another_format(name, tiny_folder, tmp_path):
+    network = transformers.AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    network.model.layers[0].input_layernorm.weight.data.fill_(1e5)  # float16 holds 65504 at most
+    network.save_pretrained(tiny_folder)
+    fails = pytest.raises(ArithmeticError, match=r"FP16 inputs of 8-bit layers .* another format")
+    with fails if name == "int8-no-outliers" else nullcontext():
+        convert(tiny_folder, name, tmp_path)
 
 
 def test_tokenizer_and_generation_settings_are_saved_as_released(tiny_folder, tmp_path):
