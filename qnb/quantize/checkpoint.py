@@ -346,7 +346,7 @@ def _why_left_out(module: torch.nn.Module, tensor: torch.Tensor, model: PreTrain
     if module is model.get_output_embeddings():
         return "output head"
     if isinstance(module, torch.nn.Linear):
-        return "linear layers that bitsandbytes cannot multiply by"
+        return "linear layers that transformers or bitsandbytes skips"
     return f"{type(module).__name__} is no linear layer"
 
 
