@@ -90,10 +90,10 @@ def run(
     """
     batches, device, new_tokens = full_batches(workload.prompts, batch_size), model.device, workload.new_tokens
     shape = {"batch_size": len(batches[0]), "prompt_tokens": len(workload.longest), "new_tokens": new_tokens}
-    # 1) check the model's outputs, count a decode step's work, and warm up
+    # 1) count a decode step's work, check the model's outputs, and warm up
+    work = unless_it_fails(partial(count_work, model, **shape), Work())
     for batch in full_batches(workload.prompts[:CHECKED_PROMPTS], batch_size):
         engines.generate_checked(model, batch, min(CHECKED_TOKENS, new_tokens))
-    work = unless_it_fails(partial(count_work, model, **shape), Work())
     generator, sensor = _warm_engine(model, engine, batches, workload), Sensor(device)
     # 2) time
     with Window(sensor, baseline_mib=baseline_mib) as window:

@@ -53,6 +53,7 @@ def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_
     state is read and written. A product of (B, K) and (K, N) counts 2BKN operations. Each token is multiplied by its
     own experts.
     """
+    weights = count_weights(model)  # of a checkpoint: on some CPUs the first product packs 4-bit weights closer
     cache: Any = DynamicCache(config=model.config)
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.inference_mode():
@@ -79,7 +80,7 @@ def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_
             groups = max(1, heads / keys.shape[1])
             flops_by_type[_type_name(keys.dtype)] += 2 * groups * seen_bytes / keys.itemsize
     return Work(
-        weights_mib=count_weights(model).total_mib,
+        weights_mib=weights.total_mib,
         kv_cache_mib=kv_bytes / MIB or None,
         bytes_per_step=bytes_per_step,
         flops_by_type=dict(flops_by_type),

@@ -135,13 +135,14 @@ def test_products_and_bytes_are_those_of_the_layers_own_type(name, type_name, so
     """int4 multiplies in 32 bit, as load_in_4bit=True alone means it; the head and attention in the model's 16."""
     with checkpoints.quiet():
         model = checkpoints.load(source.path, PRECISIONS[name], "cuda" if torch.cuda.is_available() else "cpu")
+        loaded_mib = checkpoints.count_weights(model).total_mib  # some CPUs pack weights closer at the first product
         work, head = count_work(model, 1, 8, 2), model.get_output_embeddings()
     head_flops = 2 * head.in_features * head.out_features
     attention = 4.0 * model.config.num_hidden_layers * model.config.hidden_size * (8 + 2 / 2)
     layers = [one for one in model.modules() if isinstance(one, torch.nn.Linear) and one is not head]
     flops = sum(2 * one.in_features * one.out_features for one in layers)
     expected = Counter({"bfloat16": head_flops + attention}) + Counter({type_name: flops})
-    assert work.flops_by_type == expected
+    assert work.flops_by_type == expected and work.weights_mib == loaded_mib
     if name == "int8":
         stored = flops / 2 + 4 * sum(one.out_features for one in layers)
     else:  # a block of 64 has a maximum, which some CPUs round to 16 bit
