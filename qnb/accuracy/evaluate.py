@@ -5,12 +5,12 @@ Every format answers the same items, and each answer is kept, so that any two fo
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -163,9 +163,18 @@ def _load_tasks(session: Session, tasks: str | Iterable[str]) -> Iterator[Task]:
     """Yield tasks with their data; what cannot be evaluated is refused here, before a checkpoint is made."""
     session.check_weights()
     checked = check(_wanted(session, tasks))
-    _ = session.tokenizer
-    window = getattr(session.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    window = _window(session)
     return (Task(name, session.data_dir, window) for name in checked)
+
+
+def _window(session: Session) -> int:
+    """Return the most tokens that lm-eval lets the model read: by its own rule, before there is a model."""
+    from lm_eval.models.huggingface import HFLM
+
+    rule: Any = HFLM.max_length
+    model, default = SimpleNamespace(config=session.config), HFLM._DEFAULT_MAX_LENGTH
+    lm = SimpleNamespace(model=model, tokenizer=session.tokenizer, _max_length=None, _DEFAULT_MAX_LENGTH=default)
+    return int(rule.fget(lm))
 
 
 def _evaluate(session: Session, evaluation: Evaluation) -> list[Row]:

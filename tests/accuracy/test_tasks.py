@@ -14,6 +14,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.api.task import Task as LMEvalTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from transformers import BloomConfig
 
 from qnb import InputError
 from qnb.accuracy import tasks
@@ -277,7 +278,8 @@ def test_what_cannot_be_scored_is_refused_by_name_before_a_checkpoint_is_made(
 ):
     form(metric, **{**TEXT, **config})
     session = Session("smollm2-135m", "bf16", tmp_path / "study")
-    monkeypatch.setattr(session.config, "max_position_embeddings", 2048)
+    monkeypatch.setattr(session, "config", BloomConfig())  # names no window; lm-eval's then is 2048
+    monkeypatch.setattr(session.tokenizer, "model_max_length", int(1e30))
     monkeypatch.setattr(tasks, "_look_up", lambda name: [name])
     with pytest.raises(InputError, match=f"'form'.*{text}"):
         accuracy(session, AccuracyOptions("form"))
