@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import file_digest, sha256
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,16 @@ def _sync(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
+
+
+def _cut(file: FileIO, size_bytes: int) -> None:
+    """Cut a file to a size; where the file system cannot, end its last line, which is then no row."""
+    try:
+        file.truncate(size_bytes)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        file.write(b"\n")
 
 
 @contextmanager
@@ -196,7 +207,8 @@ class Ledger:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:  # a buffer would be written again at closing
             self.refresh()
-            file.truncate(self._end)  # drops the torn line of a killed process
+            if file.tell() > self._end:  # a killed process left a torn line
+                _cut(file, self._end)
             try:
                 rest = memoryview(line)
                 while rest:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from contextlib import nullcontext
+from io import FileIO
 
 import pandas as pd
 import pytest
@@ -48,6 +49,22 @@ def test_a_torn_last_line_is_dropped_and_overwritten(tmp_path):
     assert len(again) == 1 and again.damaged == []
     again.append(row("fp16"))
     assert precisions(Ledger(tmp_path)) == ["bf16", "fp16"]
+
+
+@pytest.mark.parametrize("is_torn", [False, True])
+def test_a_file_system_that_cannot_cut_files_keeps_every_row(is_torn, tmp_path, monkeypatch):
+    class Uncut(FileIO):
+        def truncate(self, _):
+            raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(module.Path, "open", lambda path, mode, **_: Uncut(path, mode))
+    ledger = Ledger(tmp_path)
+    for name in ("bf16", "fp16"):
+        ledger.append(row(name))
+        (tmp_path / "ledger.jsonl").open("ab").write(b'{"stage": "pe' if is_torn else b"")
+    Ledger(tmp_path).append(row("nf4"))
+    again = Ledger(tmp_path)
+    assert precisions(again) == ["bf16", "fp16", "nf4"] and len(again.damaged) == 2 * is_torn
 
 
 @pytest.mark.parametrize(
