@@ -55,6 +55,7 @@ _COLUMNS = (
     Column("max_abs_logprob_diff", "largest |difference| of log-probabilities", "nats", "less"),
     Column("answers_changed", "answers changed", "", "less"),
     # checkpoints
+    Column("left_out", "weights left out of quantization"),
     Column("weights_mib", "weights", "MiB", "less"),
     Column("bits_per_weight", "bits per weight", "", "less"),
     Column("bits_per_quantized_weight", "bits per quantized weight", "", "less"),

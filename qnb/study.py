@@ -77,14 +77,17 @@ class Study:
         """Return the answer in one table: a row a format with its memory, speeds, loss and verdict."""
         return recommend.summary(self.results())
 
-    def card(self, tasks: str | Iterable[str] = "", limit: Count = "auto") -> Styler:
+    def card(self, tasks: str | Iterable[str] = "", limit: Count = "auto", minutes: float = 0) -> Styler:
         """Return the study's card: what is measured, on what, with what, and what is done already.
 
-        With tasks, it says as well which change in accuracy so many items can detect.
+        With tasks, it says as well which change in accuracy so many items can detect; a budget decides how many, so
+        then that is said after the run.
         """
         facts = self.session.facts()
-        options = evaluate.AccuracyOptions(tasks or "auto", limit)
-        if tasks and (n_items := evaluate.planned_items(self.session, options)):
+        options = evaluate.AccuracyOptions(tasks or "auto", limit, minutes=minutes)
+        if tasks and minutes:
+            facts["can detect"] = f"said after the run: {minutes:g} minutes decide how many items are asked"
+        elif tasks and (n_items := evaluate.planned_items(self.session, options)):
             facts["can detect"] = verdicts.detectable(n_items)
         return tables.styled(pd.DataFrame(facts.items())).hide(axis="columns")
 

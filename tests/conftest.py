@@ -138,3 +138,25 @@ def studied(tmp_path_factory):
 def report_page(studied):
     """The example's report, written once."""
     return studied.report()
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Returns a function that gives the results of accuracy rows, from their items (or whether each is right)."""
+    import pandas as pd
+
+    from qnb.ledger import Ledger, write_parquet
+    from qnb.report.results import Results
+
+    ledger = Ledger(tmp_path)
+
+    def measure(rows, **fields):
+        for (name, task), items in rows.items():
+            frame = items if isinstance(items, pd.DataFrame) else example.answers(task, items)
+            file, sha256 = write_parquet(tmp_path, f"items/{task}.{name}", frame)
+            row = {"stage": "accuracy", "precision": name, "task": task, "limit": 4, "scores": [example.score(task)],
+                   "groups": {}, "data_sha256": task, "items_file": file, "items_sha256": sha256}  # fmt: skip
+            ledger.append({**row, **fields.get(name, {}), **fields.get(task, {}), **fields.get("every", {})})
+        return Results.read(ledger)
+
+    return measure

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 2000
+LUCKY = 0.01  # a share of right answers that proves nothing
 STUDIES = 2000  # simulated for a power
 Z95 = 1.959964  # standard errors each way
 CHUNK = 4_000_000  # resampled values held at once
@@ -136,8 +137,8 @@ def detectable_pp(n_items: Sequence[int], flip_rate: float, wanted: float = 0.8)
 def recovery(change: Change, chance: float) -> tuple[float, float, float]:
     """Return how much of the baseline's accuracy above chance is kept, in percent, and its 95 % interval.
 
-    The change and the baseline add their uncertainties in squares, as the delta method has it. Ask `is_above_chance`
-    first.
+    The uncertainties of the change and of the baseline are added in squares. The delta method's covariance is left
+    out, which makes the interval a little wide. Ask `is_above_chance` first.
     """
     above = change.baseline - chance
     ratio = 1 + change.change_pp / 100 / above
@@ -148,11 +149,14 @@ def recovery(change: Change, chance: float) -> tuple[float, float, float]:
 
 
 def is_above_chance(accuracy: float, n_items: int, chance: float) -> bool:
-    """Return whether an accuracy (0..1) is more than guessing gives, by a one-sided exact binomial test at 5 %."""
+    """Return whether an accuracy (0..1) is more than guessing gives, by a one-sided exact binomial test at 5 %.
+
+    Answers that are written, not chosen, have a chance of 0: there `LUCKY` stands for it.
+    """
     from scipy.stats import binomtest
 
     n_correct = round(accuracy * n_items)
-    return float(binomtest(n_correct, n_items, chance, alternative="greater").pvalue) < 0.05
+    return float(binomtest(n_correct, n_items, max(chance, LUCKY), alternative="greater").pvalue) < 0.05
 
 
 def mean_of_independent(changes: Iterable[tuple[float, float, float]]) -> tuple[float, float, float]:

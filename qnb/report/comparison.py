@@ -25,7 +25,6 @@ from qnb.report.results import Results
 from qnb.report.scores import AVERAGED, HEADLINE, MEAN, one_filter
 
 SIGNIFICANT = 0.05
-LUCKY = 0.01  # the chance taken for an answer that is written, not chosen
 ANSWER = ("correct", "p_correct", "picked", "probabilities")
 COLUMNS = ("task", "precision", "n_items", "chance_pct", "baseline_pct", "accuracy_pct", "change_pp", "low_pp",
            "high_pp", "change_pct", "gained", "lost", "answers_changed", "recovery_pct", "recovery_low_pct",
@@ -61,7 +60,7 @@ def _pair(results: Results, base: Mapping[str, Any], row: Mapping[str, Any]) -> 
     if not _shares(row) or both[["correct_base", "correct"]].isna().any(axis=None):
         return _incomparable("its score is not a share of right answers")
     now, before = both.correct.astype(bool), both.correct_base.astype(bool)
-    chance = [1 / len(shares) if isinstance(shares, Sized) else LUCKY for shares in both.probabilities]
+    chance = [1 / len(shares) if isinstance(shares, Sized) else 0.0 for shares in both.probabilities]
     return both.assign(gained=now & ~before, lost=before & ~now, chance=chance)
 
 

@@ -16,7 +16,7 @@ from qnb.report.results import SPEED, Results, stack
 from qnb.report.scores import headline
 from qnb.report.speed_figures import energy, heatmap, memory, metrics, roofline, sweep, timeline, token_time
 from qnb.report.tables import build
-from qnb.report.verdicts import CHANGE, Verdict, accuracies, tasks
+from qnb.report.verdicts import CHANGE, Verdict, accuracies, tasks, with_pooled
 
 ACCURACY = "accuracy_pct"
 QUANTITIES = [name for name in SPEED if column(name).unit]
@@ -47,7 +47,7 @@ def change(results: Results) -> go.Figure:
 
 def forest(results: Results) -> go.Figure:
     """Draw the change in accuracy in points with its 95 % interval; filled where it is significant after Holm."""
-    frame = build(results, "table2_change")
+    frame = with_pooled(results)
     engines = frame.significant.eq(True).map({True: "significant", False: "not significant"})
     note = "left of 0 is a loss; filled: significant after Holm; lines: 95 % interval"
     return _by_task(results, _with_interval(frame).assign(engine=engines), "change_pp",

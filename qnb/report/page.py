@@ -24,7 +24,7 @@ from qnb.report import export, findings, model_card, paper, recommend, theme, ve
 from qnb.report.figures import FIGURES, SIGNS, draw_all
 from qnb.report.findings import SETTINGS
 from qnb.report.results import Results, read_reference, task_name
-from qnb.report.tables import TABLES, as_text, build, compact, grouped, knees, labelled, save
+from qnb.report.tables import CHECKPOINTS, TABLES, as_text, build, compact, grouped, knees, labelled, save
 
 GALLERY = ("fig1_accuracy", "forest", "fig3_bs1_metrics", "fig5_maxbatch_metrics", "front_memory", "front_tpot",
            "sweep", "roofline", "token_time", "memory", "energy")  # fmt: skip
@@ -70,7 +70,7 @@ def page(results: Results) -> str:
         notes=verdicts.notes(results), findings=findings.findings(results), figures=draw_all(results),
         knees=labelled(knees(results.sweep)), groups={task_name(task): task for task in grouped(results)},
         build=build, compact=compact, all_columns=all_columns, b64encode=b64encode, card=card(results),
-        audit=paper.audit(), limits=limits(results),
+        audit=paper.audit(), limits=limits(results), checkpoints=checkpoints(results),
     )  # fmt: skip
 
 
@@ -87,6 +87,18 @@ def _summary(frame: pd.DataFrame) -> pd.DataFrame:
     )  # fmt: skip
     text = labelled(frame.drop(columns=["low_pp", "high_pp", "verdict", *(name for name in spare if spare[name])]))
     return text.rename(columns={header("throughput_rps"): f"{header('throughput_rps')} at {SETTINGS['maxbatch']}"})
+
+
+def checkpoints(results: Results) -> pd.DataFrame:
+    """Return what each checkpoint holds, and the share of the weights that was left out of quantization by reason."""
+    frame = results.checkpoints
+    if frame.empty:
+        return frame
+    left_out = [
+        [f"{why} {100 * count / row['parameters']:.0f} %" for why, count in (row.get("left_out") or {}).items()]
+        for row in frame.to_dict("records")
+    ]
+    return labelled(frame.assign(left_out=left_out), [*CHECKPOINTS, "left_out"])
 
 
 def all_columns(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -128,6 +140,10 @@ def limits(results: Results) -> list[str]:
         part = whole[whole.n_items < whole.n_total.astype(float)]
         if len(part):
             lines.append(f"Accuracy is of a sample: {part.n_items.sum():,.0f} of {part.n_total.sum():,.0f} items.")
+    for row in results.rows:
+        if row.get("bad_items"):
+            what = f"{row['precision'].upper()} on {task_name(row['task'])}: {row['bad_items']}"
+            lines.append(f"Items left out of the score, since they could not be asked or judged: {what}.")
     lines += [f"Could not be measured: {what} ({reason})." for what, reason in _by_text(results.failures, "reason")]
     return lines + [f"{what}: {note}." for what, note in _by_text(results.rows, "note")]
 

@@ -17,7 +17,7 @@ from qnb.report.verdicts import Verdict, check_margin, decide, in_points, judge
 SPEEDS = ("tpot_s", "throughput_rps", "throughput_tps")  # what candidates may be ranked by
 FITS, UNSURE, RULED_OUT = "fits", "may fit", "ruled out"
 RANKED = ("precision", "engine", "fit", "peak_memory_mib", "weights_mib", "tpot_s", "change_pp", "low_pp", "high_pp",
-          "kl_mean_nats", "words", "reasons")  # fmt: skip
+          "kl_mean_nats", "words", "reasons", "model")  # fmt: skip
 SUMMARY = ("precision", "weights_mib", "peak_memory_mib", "tpot_eager_s", "tpot_captured_s", "throughput_rps",
            "energy_j_per_token", "change_pp", "low_pp", "high_pp", "perplexity_change_pct", "kl_mean_nats", "verdict",
            "words")  # fmt: skip
@@ -68,7 +68,11 @@ def candidates(results: Results, setting: str, task: str = MEAN) -> pd.DataFrame
     timed, verdicts = results.timed(setting), judge(results, task=task).drop(columns=["verdict", "words"])
     if timed.empty:
         timed = timed.reindex(range(len(verdicts))).assign(precision=verdicts.index, engine="not timed")
-        timed = timed.drop(columns="weights_mib").join(_by_format(results.checkpoints, "weights_mib"), on="precision")
+    stored_mib = timed.precision.map(_by_format(results.checkpoints, "weights_mib").weights_mib)
+    timed = timed.assign(
+        weights_mib=stored_mib.combine_first(timed.weights_mib),
+        peak_memory_mib=timed.peak_memory_mib.where(timed.peak_reserved_mib.notna()),  # a process is no measure
+    )
     frame = timed.join(verdicts, on="precision").join(_by_format(results.divergence, "kl_mean_nats"), on="precision")
     return frame.set_index(pd.Index([f"{row.precision} ({row.engine})" for row in frame.itertuples()], dtype=object))
 
@@ -95,19 +99,26 @@ def choose(candidates: pd.DataFrame, demand: Demand) -> Advice:
 
 
 def _hold(row: Mapping[str, Any], demand: Demand) -> tuple[list[str], list[str]]:
-    """Return what rules a candidate out, and what the data cannot tell of it."""
+    """Return what rules a candidate out, and what the data cannot tell of it.
+
+    Where no allocator was read, the weights are held against the memory that is allowed.
+    """
     against, unknown = [], []
-    for name, limit in (("peak_memory_mib", demand.memory_mib), (demand.rank_by, demand.speed_limit)):
+    is_known = pd.notna(row["peak_memory_mib"]) or pd.isna(row.get("weights_mib"))
+    size = "peak_memory_mib" if is_known else "weights_mib"
+    for name, limit in ((size, demand.memory_mib), (demand.rank_by, demand.speed_limit)):
         value, more = row[name], column(name).better == "more"
         if pd.isna(value) and (limit is not None or name == demand.rank_by):
             unknown.append(f"its {column(name).label} was not measured")
         elif limit is not None and (value < limit if more else value > limit):
             bound = "more" if more else "less"
             against.append(f"{column(name).label} is {_shown(name, value)}; you need {_shown(name, limit)} or {bound}")
-    if demand.loss_pp:
-        verdict, words = decide(row["precision"], row, demand.loss_pp)
+    verdict, words = decide(row["precision"], row, demand.loss_pp or 0)
+    if verdict is Verdict.BARELY_QUANTIZED:
+        against.append(words)
+    elif demand.loss_pp is not None:
         interval = "" if pd.isna(row["low_pp"]) else f": {interval_text(row)}"
-        if verdict in (Verdict.LOSES, Verdict.BARELY_QUANTIZED):
+        if verdict is Verdict.LOSES:
             against.append(words + interval)
         elif verdict in (Verdict.UNCLEAR, Verdict.UNMEASURED):
             unknown.append(words + interval)
@@ -188,6 +199,11 @@ def ranked(
     margin_pp
         The loss of accuracy against the baseline, in points, that is accepted; None takes the study's.
 
+    Returns
+    -------
+    pandas.DataFrame
+        A row a format and engine; ``attrs["notes"]`` holds what qualifies the ranking.
+
     Raises
     ------
     InputError
@@ -196,9 +212,11 @@ def ranked(
     margin_pp = results.margin_pp if margin_pp is None else margin_pp
     check_margin(margin_pp)
     demand = Demand("tpot_s", peak_memory_mib, None if tpot_ms is None else tpot_ms / 1000, margin_pp)
-    table = choose(candidates(results, "bs1"), demand).candidates
-    words = [decide(row["precision"], row, margin_pp)[1] for row in table.to_dict("records")]
-    return table.assign(words=words)[list(RANKED)].reset_index(drop=True)
+    advice = choose(candidates(results, "bs1"), demand)
+    words = [decide(row["precision"], row, margin_pp)[1] for row in advice.candidates.to_dict("records")]
+    table = advice.candidates.assign(words=words, model=results.model)[list(RANKED)].reset_index(drop=True)
+    table.attrs["notes"] = [f"Measured on {results.model}, {results.device}.", *advice.notes]
+    return table
 
 
 def summary(results: Results) -> pd.DataFrame:
@@ -232,26 +250,26 @@ def sentence(results: Results) -> str:
     phrases = {
         Verdict.WITHIN: f"within {points} for",
         Verdict.LOSES: f"more than {points} lost by",
-        Verdict.UNCLEAR: "too few items to tell for",
+        Verdict.UNCLEAR: "undecided for",
         Verdict.UNMEASURED: "not measured for",
         Verdict.BARELY_QUANTIZED: "most weights not quantized in",
     }
     names = {each: ", ".join(table.precision[table.verdict == each].str.upper()) for each in phrases}
     lists = "; ".join(f"{phrase} {names[each]}" for each, phrase in phrases.items() if names[each])
     opening = [f"On {results.model}, accuracy against {BASELINE.upper()}: {lists}."] if lists else []
-    allowed = table[~table.verdict.isin([Verdict.LOSES, Verdict.BARELY_QUANTIZED])]
-    return " ".join([*opening, *_extremes(allowed)])
+    is_allowed = ~table.verdict.isin([Verdict.LOSES, Verdict.BARELY_QUANTIZED])
+    return " ".join([*opening, *_extremes(table[is_allowed], "" if is_allowed.all() else ", of those not ruled out")])
 
 
-def _extremes(allowed: pd.DataFrame) -> Iterator[str]:
+def _extremes(allowed: pd.DataFrame, among: str) -> Iterator[str]:
     """Yield which format is closest, fastest and smallest, of those that are not ruled out."""
     size = "peak_memory_mib" if allowed.peak_memory_mib.notna().any() else "weights_mib"
     tpot_s = allowed[["tpot_captured_s", "tpot_eager_s"]].min(axis=1)
     unclear = allowed.kl_mean_nats.where(allowed.verdict.isin([Verdict.UNCLEAR, Verdict.UNMEASURED]))
     for what, name, values in (
         (f"closest to {BASELINE.upper()} by KL divergence, of those that are undecided", "kl_mean_nats", unclear),
-        ("fastest at batch size 1", "tpot_s", tpot_s),
-        ("smallest", size, allowed[size]),
+        (f"fastest at batch size 1{among}", "tpot_s", tpot_s),
+        (f"smallest{among}", size, allowed[size]),
     ):
         if values.notna().sum() > 1:
             best, label = values.idxmin(), column(name).label.partition(" (")[0]

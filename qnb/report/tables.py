@@ -44,6 +44,8 @@ MAIN = {
                    "kl_p99_nats", "same_top1_pct"),
     "batch_sensitivity": ("precision", "scorer", "n_items", "n_choices", "mean_abs_logprob_diff",
                           "max_abs_logprob_diff", "answers_changed", "accuracy_change_pp"),
+    "sweep": ("precision", "engine", "batch_size", "throughput_rps", "batch_latency_s", "tpot_s", "peak_memory_mib",
+              "note"),
     "batch_plans": ("precision", "engine", "n_prompts", "order", "largest_batch", "batches", "padding_pct", "note"),
 }  # fmt: skip
 # other views that a notebook shows
@@ -187,10 +189,10 @@ def save(results: Results, name: str) -> pd.DataFrame:
 
 
 def compact(results: Results, name: str, of: str = "") -> pd.DataFrame:
-    """Return what people compare in one of `TABLES`: texts under labels with units, at most eight columns.
+    """Return what people compare in one of `TABLES`: texts under labels with units.
 
-    Tables 1 and 2 have a column a format. `of` is a group whose members Table 1 shows, such as MMLU's subjects; empty
-    shows the tasks that were asked for.
+    Tables 1 and 2 have a column a format, the others at most eight columns. `of` is a group whose members Table 1
+    shows, such as MMLU's subjects; empty shows the tasks that were asked for.
     """
     if name == "table1_accuracy":
         return _compact_scores(results, of)
@@ -236,10 +238,8 @@ def _across(frame: pd.DataFrame, what: str) -> pd.DataFrame:
 
 def _compact_changes(results: Results) -> pd.DataFrame:
     """Return Table 2 with a change and its interval in a cell, and the change that the verdict rests on below."""
-    frame = build(results, "table2_change")
-    frame = frame[frame.task.isin(verdicts.tasks(results))].dropna(subset=["change_pp"])
-    pooled = verdicts.accuracies(results).drop(index=BASELINE, errors="ignore").dropna(subset=["low_pp"])
-    frame = stack([frame, pooled.rename_axis("precision").reset_index().assign(task="mean, for the verdict")])
+    frame = verdicts.with_pooled(results)
+    frame = frame[frame.task.isin([*verdicts.tasks(results), verdicts.POOLED])]
     if frame.empty:
         return pd.DataFrame()
     star = frame.significant.eq(True).map({True: " *", False: ""})

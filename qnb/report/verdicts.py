@@ -7,6 +7,7 @@ from guessing are left out: they cannot show a loss. With the 95 % interval (low
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, Self
@@ -17,10 +18,11 @@ from qnb.accuracy.statistics import detectable_pp, is_above_chance, pooled_chang
 from qnb.columns import format_number
 from qnb.errors import InputError
 from qnb.precision import BASELINE, PRECISIONS
-from qnb.report.comparison import changes
-from qnb.report.results import Results, task_name
+from qnb.report.comparison import COLUMNS, changes
+from qnb.report.results import Results, stack, task_name
 from qnb.report.scores import MEAN, headline
 
+POOLED = "mean, for the verdict"
 FLIP_RATE = 0.1  # of items that a format is assumed to answer rightly where the baseline does not, or the reverse
 CHANGE = ("change_pp", "low_pp", "high_pp")
 LEAST_QUANTIZED_PCT = 50  # of the weights; a format that changed fewer says so in the verdict's place
@@ -59,7 +61,8 @@ def check_margin(margin_pp: float) -> None:
 
 def tasks(results: Results) -> list[str]:
     """Return what a verdict can rest on: the mean over tasks first; none where no accuracy was measured."""
-    return [MEAN, *results.scores.asked.unique()] if len(results.scores) else []
+    shown = headline(results.scores)
+    return [MEAN, *shown.asked[shown.task == shown.asked].unique()] if len(shown) else []
 
 
 def at_chance(results: Results) -> list[str]:
@@ -104,17 +107,34 @@ def _changes(results: Results, task: str) -> pd.DataFrame:
 
 def _answers(results: Results) -> pd.DataFrame:
     """Return Table 2's rows of tasks that were asked for and compared."""
-    answers = changes(results).dropna(subset=["gained", "chance_pct"])
+    answers = changes(results).reindex(columns=COLUMNS).dropna(subset=["gained", "chance_pct"])
     return answers[answers.task.isin(tasks(results))]
 
 
 def _counted(results: Results, task: str) -> pd.DataFrame:
-    """Return Table 2's rows of what counts: one task, or all tasks above chance that every format answered."""
+    """Return Table 2's rows of what counts: one task, or all on which the baseline is above chance."""
     answers = _answers(results)
-    if task != MEAN:
-        return answers[answers.task == task]
-    n_formats = answers.groupby("task").precision.transform("nunique")
-    return answers[~answers.task.isin(at_chance(results)) & (n_formats == answers.precision.nunique())]
+    return answers[answers.task == task] if task != MEAN else answers[~answers.task.isin(at_chance(results))]
+
+
+def _missing(results: Results, precision: str) -> str:
+    """Return why nothing of a format's accuracy is compared."""
+    rows = changes(results).reindex(columns=COLUMNS)
+    notes = [note for note in rows.note[rows.precision == precision] if str(note).startswith("not compared")]
+    if notes:
+        return str(notes[0])
+    scored = set(results.scores.get("precision", ()))
+    if precision in scored and BASELINE not in scored:
+        return f"{BASELINE.upper()}'s accuracy was not measured"
+    return f"{BASELINE.upper()} is at chance on every task" if precision in scored else "accuracy was not measured"
+
+
+def with_pooled(results: Results) -> pd.DataFrame:
+    """Return Table 2's rows that were compared, and the change that the verdict rests on in place of the means."""
+    rows = changes(results).reindex(columns=COLUMNS).dropna(subset=["change_pp"])
+    rows = rows[~rows.task.astype(str).str.startswith(MEAN)]
+    pooled = accuracies(results).drop(index=BASELINE, errors="ignore").dropna(subset=["low_pp"])
+    return stack([rows, pooled.rename_axis("precision").reset_index().assign(task=POOLED)])
 
 
 def judge(results: Results, task: str = MEAN) -> pd.DataFrame:
@@ -123,12 +143,12 @@ def judge(results: Results, task: str = MEAN) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Indexed by precision: what `accuracies` gives, `verdict`, and `words` that say it with the margin.
-
+        Indexed by precision: what `accuracies` gives, `why` a change is missing, `verdict`, and `words` that say it
+        with the margin.
     """
     frame = accuracies(results, task).reindex(results.precisions)
     rows = results.checkpoints.reindex(columns=["precision", "quantized_pct"]).set_index("precision")
-    frame = frame.join(rows)
+    frame = frame.join(rows).assign(why=[_missing(results, str(name)) for name in frame.index])
     decisions = [decide(str(name), row, results.margin_pp) for name, row in frame.iterrows()]
     return frame.assign(verdict=[verdict for verdict, _ in decisions], words=[words for _, words in decisions])
 
@@ -140,10 +160,8 @@ def decide(precision: str, row: Any, margin_pp: float) -> tuple[Verdict, str]:
     if PRECISIONS[precision].quantized and row["quantized_pct"] < LEAST_QUANTIZED_PCT:
         return Verdict.BARELY_QUANTIZED, f"only {row['quantized_pct']:.0f} % of its weights are quantized"
     points = in_points(margin_pp)
-    if pd.isna(row["low_pp"]) and pd.notna(row.get("accuracy_pct")):  # no task counts
-        return Verdict.UNCLEAR, "cannot tell on these tasks"
     if pd.isna(row["low_pp"]):
-        return Verdict.UNMEASURED, "accuracy was not measured"
+        return Verdict.UNCLEAR if pd.notna(row.get("accuracy_pct")) else Verdict.UNMEASURED, row["why"]
     if row["low_pp"] > -margin_pp:
         return Verdict.WITHIN, f"within {points}"
     if row["high_pp"] < -margin_pp:
@@ -161,7 +179,8 @@ def items_needed(row: Any, margin_pp: float) -> str:
     distance_pp = max(abs(row["change_pp"] + margin_pp), 0.01)
     half_pp = (row["high_pp"] - row["low_pp"]) / 2
     items = row["n_items"] * (half_pp / distance_pp) ** 2
-    return format_number(float(f"{items:.1g}"))
+    digit = 10 ** math.floor(math.log10(items))  # one digit carries it, rounded up
+    return format_number(math.ceil(items / digit) * digit)
 
 
 def detectable(n_items: Sequence[int], flip_rate: float = FLIP_RATE) -> str:
@@ -170,7 +189,8 @@ def detectable(n_items: Sequence[int], flip_rate: float = FLIP_RATE) -> str:
     items = f"{sum(n_items):,} items of {len(n_items)} task{'s' * (len(n_items) != 1)}"
     if change is None:
         return f"no change in accuracy ({items} are too few)"
-    about = f"{items} in all; {100 * flip_rate:.0f} % of the answers flip; power 80 %"
+    flips_pct = max(100 * flip_rate, change)  # a change takes as many flips at least
+    about = f"{items} in all; {flips_pct:.0f} % of the answers flip; power 80 %"
     return f"a mean change in accuracy of {format_number(round(change, 1))} points or more ({about})"
 
 
@@ -187,4 +207,7 @@ def notes(results: Results) -> list[str]:
         flip_rate = float((counted.gained + counted.lost).sum() / counted.n_items.sum())
         n_items = [int(n) for n in counted.drop_duplicates("task").n_items]
         lines.append(f"This study can detect {detectable(n_items, flip_rate)}.")
+        for name, answers in counted.groupby("precision"):
+            if absent := [task_name(task) for task in counted.task.unique() if task not in set(answers.task)]:
+                lines.append(f"{str(name).upper()}'s verdict lacks {', '.join(absent)}: it was not compared there.")
     return lines

@@ -126,7 +126,8 @@ def _limited(results: Results, setting: str, speed: str) -> list[widgets.Widget]
     """Return a slider per limit in `recommend.Demand`, at first allowing all but a loss, and the advice below them."""
     candidates = recommend.candidates(results, setting)
     sliders, words = {}, widgets.HTML()
-    memory_mib, top = 1.1 * candidates.peak_memory_mib.max(), 1.1 * column(speed).scale * candidates[speed].max()
+    memory_mib = 1.1 * candidates.peak_memory_mib.fillna(candidates.weights_mib).max()
+    top = 1.1 * column(speed).scale * candidates[speed].max()
     if not math.isnan(memory_mib):
         sliders["memory_mib"] = _slider("memory, MiB, at most", memory_mib, memory_mib, 10)
     short = column(speed).label.rpartition("(")[2].rstrip(")")  # TPOT: a slider has little room

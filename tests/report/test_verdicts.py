@@ -17,7 +17,7 @@ from qnb.report.verdicts import Verdict, decide, judge
 
 def row(low_pp, high_pp, quantized_pct=80.0):
     return {"change_pp": (low_pp + high_pp) / 2, "low_pp": low_pp, "high_pp": high_pp, "n_items": 100,
-            "quantized_pct": quantized_pct}  # fmt: skip
+            "quantized_pct": quantized_pct, "why": "accuracy was not measured"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,9 @@ def test_tasks_weigh_the_same_whatever_their_items(measured):
             ("nf4", "large"): choices("large", [1] * 100), ("nf4", "small"): choices("small", [1] * 18 + [0] * 2),
             ("int8", "large"): choices("large", [0] * 50 + [1] * 50)}  # fmt: skip
     results = measured(rows)
-    frame = verdicts.accuracies(results)  # INT8 was not asked `small`, so it counts for none
-    assert frame.change_pp["nf4"] == 0 and frame.change_pp["int8"] == -50
+    frame = verdicts.accuracies(results)  # INT8 was not asked `small`, which costs no other format its loss there
+    assert frame.change_pp["nf4"] == pytest.approx(-5) and frame.change_pp["int8"] == -50
+    assert any("INT8" in note and "small" in note for note in verdicts.notes(results))
     assert verdicts.accuracies(results, "small").change_pp["nf4"] == pytest.approx(-10)
 
 
