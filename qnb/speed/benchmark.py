@@ -92,8 +92,7 @@ def run(
     shape = {"batch_size": len(batches[0]), "prompt_tokens": len(workload.longest), "new_tokens": new_tokens}
     # 1) count a decode step's work, check the model's outputs, and warm up
     work = unless_it_fails(partial(count_work, model, **shape), Work())
-    for batch in full_batches(workload.prompts[:CHECKED_PROMPTS], batch_size):
-        engines.generate_checked(model, batch, min(CHECKED_TOKENS, new_tokens))
+    _check_outputs(model, workload, batch_size)
     generator, sensor = _warm_engine(model, engine, batches, workload), Sensor(device)
     # 2) time
     with Window(sensor, baseline_mib=baseline_mib) as window:
@@ -117,6 +116,12 @@ def full_batches(prompts: Prompts, batch_size: int) -> list[Prompts]:
     batch_size = min(batch_size, len(prompts))
     last = len(prompts) - len(prompts) % batch_size
     return [prompts[start : start + batch_size] for start in range(0, last, batch_size)]
+
+
+def _check_outputs(model: PreTrainedModel, workload: Workload, batch_size: int) -> None:
+    """Refuse a model whose logits are not finite in the first new tokens of the first prompts."""
+    for batch in full_batches(workload.prompts[:CHECKED_PROMPTS], batch_size):
+        engines.generate_checked(model, batch, min(CHECKED_TOKENS, workload.new_tokens))
 
 
 def _warm_engine(model: PreTrainedModel, engine: str, batches: Sequence[Prompts], workload: Workload) -> Engine:
