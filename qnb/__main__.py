@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     page = commands.add_parser("report", help="write a study's report, tables and figures from its ledger")
     page.add_argument("folder", metavar="DIR", help="the study's folder, such as outputs/demo")
+    page.add_argument("--margin-pp", type=float, default=1.0, metavar="POINTS", help="the loss of accuracy you accept")
     check = commands.add_parser("verify", help="recompute a study's tables and compare every file with its hash")
     check.add_argument("folder", metavar="DIR", help="the study's folder, such as outputs/demo")
     commands.add_parser("audit", help="check the paper's own arithmetic")
@@ -81,16 +82,16 @@ def _dispatch(options: argparse.Namespace) -> int:
         return doctor()
     if options.command == "audit":
         return audit()
-    return report(options.folder) if options.command == "report" else verify(options.folder)
+    return report(options.folder, options.margin_pp) if options.command == "report" else verify(options.folder)
 
 
-def report(folder: str) -> int:
+def report(folder: str, margin_pp: float = 1.0) -> int:
     """Write a study's report, tables and figures from its ledger, or the pictures of kept tables; say where they are.
 
     Raises
     ------
     InputError
-        `folder` holds no study, or one without a row.
+        `folder` holds no study, or one without a row, or the margin is no number of points.
     """
     from qnb.report.page import gallery
     from qnb.run import summary
@@ -103,7 +104,7 @@ def report(folder: str) -> int:
             raise InputError(problem or f"{path} holds no study (no ledger.jsonl); give a folder such as outputs/demo")
         print("\n".join(map(str, pictures)))
         return 0
-    study = Study(precisions="all", output=path)
+    study = Study(precisions="all", output=path, margin_pp=margin_pp)
     if not len(study.session.ledger):
         raise InputError(f"{path / 'ledger.jsonl'} holds no row; put the file back, or give another folder")
     study.figures()

@@ -32,8 +32,6 @@ from qnb.options import check_count
 from qnb.precision import listed
 from qnb.provenance import COMMAND, ROOT
 from qnb.quantize.stages import PushOptions
-from qnb.report.results import MARGIN_PP
-from qnb.report.verdicts import check_margin
 from qnb.speed.stages import WorkloadOptions
 from qnb.study import PARAMETERS, Study
 
@@ -174,7 +172,7 @@ def _plain(what: str, text: str | bytes) -> Any:
 
 def check_parameters(values: Mapping[str, Any], names: Sequence[str]) -> Study:
     """Build each stage's options, so that input is refused before any notebook runs; return the shared study."""
-    study = Study(**{name: values[name] for name in PARAMETERS if name in values})
+    study = Study(**{name: values[name] for name in (*PARAMETERS, "margin_pp") if name in values})
     if values.get("device", "auto") != "auto":
         study.session.device  # noqa: B018  # raises where there is no such device
     for name in ("pictures", "private", "dry_run"):
@@ -184,7 +182,6 @@ def check_parameters(values: Mapping[str, Any], names: Sequence[str]) -> Study:
         _options(PushOptions, values)
     options = _options(AccuracyOptions, values)
     _options(DivergenceOptions, values)
-    check_margin(values.get("margin_pp", MARGIN_PP))
     if "02_accuracy" in names:
         study.session.check_weights()
         if options.tasks != "auto":
@@ -282,7 +279,7 @@ def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2)
 def summary(study: Study) -> list[str]:
     """Return where the results are, what is older than they are, and what other processes disturbed."""
     ledger, page = study.session.ledger, study.folder / "report.html"
-    renew = shlex.join(["qnb", "report", str(study.folder)])
+    renew = shlex.join(["qnb", "report", str(study.folder), "--margin-pp", f"{study.margin_pp:g}"])
     lines = [f"{len(ledger)} measurements in {ledger.path}; tables, figures and notebooks lie beside it"]
     if not page.exists():
         lines.append(f"no report yet: {renew} draws the figures and writes one")
