@@ -24,7 +24,7 @@ from qnb.report import export, findings, model_card, paper, recommend, theme, ve
 from qnb.report.figures import FIGURES, SIGNS, draw_all
 from qnb.report.findings import SETTINGS
 from qnb.report.results import Results, read_reference, task_name
-from qnb.report.tables import CHECKPOINTS, TABLES, as_text, build, compact, grouped, knees, labelled, save
+from qnb.report.tables import CHECKPOINTS, TABLES, as_text, build, compact, knees, labelled, members, save
 
 GALLERY = ("fig1_accuracy", "forest", "fig3_bs1_metrics", "fig5_maxbatch_metrics", "front_memory", "front_tpot",
            "sweep", "roofline", "token_time", "memory", "energy")  # fmt: skip
@@ -68,7 +68,7 @@ def page(results: Results) -> str:
         results=results, baseline=BASELINE, formats=PRECISIONS, plotly=get_plotlyjs(), caption=theme.caption,
         sentence=recommend.sentence(results), summary=_summary(summary), verdicts=list(summary.verdict),
         notes=verdicts.notes(results), findings=findings.findings(results), figures=draw_all(results),
-        knees=labelled(knees(results.sweep)), groups={task_name(task): task for task in grouped(results)},
+        knees=labelled(knees(results.sweep)), groups={task_name(task): task for task in members(results)},
         build=build, compact=compact, all_columns=all_columns, b64encode=b64encode, card=card(results),
         audit=paper.audit(), limits=limits(results), checkpoints=checkpoints(results),
     )  # fmt: skip

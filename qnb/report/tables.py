@@ -203,10 +203,17 @@ def compact(results: Results, name: str, of: str = "") -> pd.DataFrame:
     return labelled(build(results, name), MAIN.get(name))
 
 
-def grouped(results: Results) -> list[str]:
-    """Return the tasks whose scores have members, such as MMLU's subjects."""
-    parts = results.scores
-    return list(parts.asked[parts.task != parts.asked].unique()) if len(parts) else []
+def members(results: Results) -> dict[str, list[str]]:
+    """Return the tasks in each group, such as MMLU's fields of study, and the subjects in each of these."""
+    inside: dict[str, list[str]] = {}
+    parts = results.scores[results.scores.task != results.scores.asked] if len(results.scores) else results.scores
+    for asked, tasks in parts.groupby("asked", sort=False).task.unique().items() if len(parts) else ():
+        rows = results.accuracy_rows
+        groups = rows[rows.task == asked].groups.iloc[0] if len(rows) else {}
+        fields = {name: list(groups[name]) for name in tasks if name in groups}
+        deeper = {task for subjects in fields.values() for task in subjects}
+        inside |= {str(asked): [task for task in tasks if task not in deeper], **fields}
+    return inside
 
 
 def _compact_scores(results: Results, of: str) -> pd.DataFrame:
@@ -217,7 +224,7 @@ def _compact_scores(results: Results, of: str) -> pd.DataFrame:
     others = results.scores[~results.scores.task.isin(shares.task)].drop_duplicates(["task", "precision"])
     shown = stack([shares, others])
     is_member = (shown.task != shown.asked) & (shown.metric != "mean")
-    shown = shown[is_member & (shown.asked == of) if of else ~is_member]
+    shown = shown[is_member & shown.task.isin(members(results)[of]) if of else ~is_member]
     cells = [
         f"{format_number(row.value)} {row.unit}" if row.unit != "%"
         else f"{100 * row.value:.1f}" + (f" ± {100 * row.stderr:.1f}" if pd.notna(row.stderr) else "")

@@ -186,3 +186,12 @@ def test_every_format_shows_the_same_item_of_the_first_task_of_choices(studied):
     table = tables.choice_probabilities(studied.results(), 1)
     assert list(table.index) == ["bf16", "fp16", "int8", "int4", "nf4"]
     assert table.filter(like="p(choice").sum(axis=1).tolist() == pytest.approx([1.0] * 5)
+
+
+def test_a_groups_fields_fold_into_their_subjects(measured):
+    groups = {"all": ["l1", "l2", "r1"], "left": ["l1", "l2"]}
+    names = [("all", True), ("left", True), ("l1", False), ("l2", False), ("r1", False)]
+    rows = {("bf16", "all"): pd.concat(answers(task, [1, 0]) for task in groups["all"])}
+    results = measured(rows, every={"scores": [score(name, group=group) for name, group in names], "groups": groups})
+    assert tables.members(results) == {"all": ["left", "r1"], "left": ["l1", "l2"]}
+    assert list(tables.compact(results, "table1_accuracy", of="left").iloc[:, 0]) == ["l1", "l2"]
