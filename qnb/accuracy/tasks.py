@@ -45,7 +45,8 @@ TASKS = {
 SIZES = TASKS["sample"] | TASKS["paper"]
 FOLDERS = ("arc", "gsm8k", "hellaswag", "mmlu")  # of lm-eval's tasks: those that hold the paper's
 LM_EVAL_SEED = 1234  # its default, for examples and for sampled texts
-REHEARSED = 2  # items of a task that are scored without a model, to see that they can be
+REHEARSED = (2, 4, 8, 16)  # items of a task that are scored without a model, to see that they can be: until some are
+MISSING = (ImportError, OSError)  # what no other item or answer would bring
 STAND_IN: Any = SimpleNamespace(  # for a model: one log-likelihood for all texts, one text after all prompts
     rank=0, world_size=1, device=SimpleNamespace(type="cpu"), loglikelihood=lambda asked: [(-1.0, False)] * len(asked),
     loglikelihood_rolling=lambda asked: [-1.0] * len(asked), generate_until=lambda asked: ["1"] * len(asked),
@@ -169,16 +170,19 @@ class Task:
         self._documents = {part: task.eval_docs for part, task in self._parts.items()}
         self.sizes = {part: len(documents) for part, documents in self._documents.items()}
         self._error: Exception | None = None  # of the last bad item
+        self._not_shares: set[tuple[str, str]] = set()  # (part, metric) that had a value beyond 0 to 1
         self.data_sha256 = cache(self._data_sha256)
+        self._asked = cache(self._requests)
         for part, task in self._parts.items():
-            task.build_all_requests = partial(self._ask, task, cache(partial(self._requests, part)))
+            task._instances = []  # a part that cannot be asked keeps these
+            task.build_all_requests = partial(self._ask, part)
             task.process_results = partial(self._process, task, task.process_results)
         try:
-            self.evaluate(STAND_IN, REHEARSED)
+            self._rehearse()
             if (new_tokens := max(self._new_tokens(), default=0)) >= window:
                 raise ValueError(f"it asks for {new_tokens} new tokens, and the model's window is {window}")
         except Exception as error:  # whatever a task's code raises
-            text = scrub(str(self._error or error)) or type(error).__name__
+            text = scrub(str(error)) or type(error).__name__
             raise InputError(f"task {name!r} cannot be scored here ({text}); leave it out") from error
 
     @property
@@ -189,6 +193,16 @@ class Task:
     def n_items(self, limit: int | None) -> int:
         """Return how many items a limit takes, of all parts together; None takes all."""
         return sum(min(limit or size, size) for size in self.sizes.values())
+
+    def _rehearse(self) -> None:
+        """Score a few items without a model, and more while those cannot be asked or scored."""
+        for limit in REHEARSED:
+            try:
+                self.evaluate(STAND_IN, limit)
+                return
+            except Exception as error:  # whatever a task's code raises
+                if limit == REHEARSED[-1] or isinstance(error, MISSING):
+                    raise
 
     def _new_tokens(self) -> Iterator[int]:
         """Yield how many new tokens are asked for after each prompt."""
@@ -220,16 +234,15 @@ class Task:
             else:
                 requests += part.instances
                 items.append(item)
-        if not items:
-            raise RuntimeError(f"no item of {name} can be asked ({self._error})")
         return requests, items
 
-    def _ask(self, part: Any, requests: Any, limit: int | None, **_: Any) -> None:
+    def _ask(self, name: str, limit: int | None, **_: Any) -> None:
         """Take the place of lm-eval's method, which builds the requests again for every model.
 
-        A part gets what `requests` returns for the limit, without the answers of the model before.
+        A part gets the requests of that limit without the answers of the model before.
         """
-        part._instances, items = requests(limit)
+        part = self._parts[name]
+        part._instances, items = self._asked(name, limit)
         part.doc_iterator = lambda **_: iter(items)
         for instance in part.instances:
             instance.resps, instance.filtered_resps = [], {}
@@ -269,18 +282,23 @@ class Task:
         Raises
         ------
         RuntimeError
-            All items are bad, or no metric is a finite number.
+            All items are bad, or no metric is a finite number. A stand-in's texts may all be bad: a task's own code
+            may read more than a number from a text.
         """
         from lm_eval.evaluator import evaluate
 
         # lm-eval draws bars and prints whatever it is told, and resamples in copies of this process
         with (redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()), cached_templates(),
               wide_products(lm.device.type), patch.dict(os.environ, DISABLE_MULTIPROC="1")):  # fmt: skip
+            parts = {name: part for name, part in self._parts.items() if self._asked(name, limit)[1]}
+            if not parts:
+                raise RuntimeError(f"none of {self.n_items(limit)} items can be asked: {self._error}")
             # `simple_evaluate` would ask the system for its libraries each time, which takes a second
-            results: Any = evaluate(lm, self._lm_eval, limit=limit, bootstrap_iters=100)
+            results: Any = evaluate(lm, {**self._lm_eval, "tasks": parts}, limit=limit, bootstrap_iters=100)
         items = self._items(results)
         scores = tuple(self._scores(results, items)) if len(items) else ()
-        if not scores:
+        is_text = lm is STAND_IN and items.empty and any(self._new_tokens()) and not isinstance(self._error, MISSING)
+        if not scores and not is_text:
             raise RuntimeError(f"none of {self.n_items(limit)} items gives a score: {self._error or 'no metric'}")
         return TaskResult(scores, items, self.n_items(limit) - len(items.drop_duplicates(["task", "doc_id"])))
 
@@ -300,10 +318,11 @@ class Task:
 
     def _scores(self, results: Mapping[str, Any], items: pd.DataFrame) -> Iterator[Score]:
         for task, metrics in results["results"].items():
-            parts, shots = self.groups.get(task, (task,)), results["n-shot"].get(task)
+            members, shots = self.groups.get(task, (task,)), results["n-shot"].get(task)
+            parts = [part for part in members if part in results["samples"]]  # a part of bad items alone is not there
             answered = items[items.task.isin(parts)]
             n_items = len(answered.drop_duplicates(["task", "doc_id"]))
-            n_total = sum(self.sizes[part] for part in parts)
+            n_total = sum(self.sizes[part] for part in members)
             score = partial(Score, task=task, n_items=n_items, n_total=n_total, group=task in self.groups,
                             shots=shots if isinstance(shots, int) else 0)  # fmt: skip
             for key, value in metrics.items():
@@ -321,11 +340,12 @@ class Task:
                             value=float(p_correct.mean()), stderr=stderr, n_items=len(p_correct))  # fmt: skip
 
     def _is_share(self, metric: str, parts: Iterable[str], samples: Mapping[str, Any]) -> bool:
-        """Return whether a metric is a share of items, by its name, lm-eval's aggregation, and its values."""
+        """Return whether a metric is a share of items, by its name, lm-eval's aggregation, and all values so far."""
         if SHARES.isdisjoint(metric.split("_")) or not all(_is_averaged(self._parts[part], metric) for part in parts):
             return False
-        values = (sample[metric] for part in parts for sample in samples[part] if metric in sample["metrics"])
-        return all(0 <= value <= 1 for value in values)
+        self._not_shares |= {(part, metric) for part in parts for sample in samples[part]
+                             if metric in sample["metrics"] and not 0 <= sample[metric] <= 1}  # fmt: skip
+        return self._not_shares.isdisjoint((part, metric) for part in parts)
 
 
 def draw(name: str, count: int, limit: int | None) -> list[int]:

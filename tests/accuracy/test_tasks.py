@@ -156,7 +156,15 @@ def is_nan_once(doc, results):
     return {"score": math.nan if doc["n"] == 1 else 3.5}
 
 
-def has_no_package(values):
+def reads_two_words(doc, results):
+    return {"exact_match": float(len(results[0].split()[1]) > 0)}
+
+
+def has_points(doc, results):
+    return {"acc": 100.0 * (doc["n"] == 2)}  # of six, the last to be drawn
+
+
+def has_no_package(*values):
     raise FileNotFoundError("no script squad_v2")
 
 
@@ -265,10 +273,39 @@ def test_one_bad_item_costs_that_item_and_is_counted(scorer, bad, config, metric
 
 
 @pytest.mark.parametrize(
+    "config", [{"doc_to_text": "{{ q if n == 0 else q.a.b }}"}, {"process_results": reads_two_words}]
+)
+def test_a_task_is_not_refused_for_its_first_items_or_the_stand_ins_text(config, form, tiny):
+    form({"exact_match": MEAN}, **{**TEXT, **config})
+    result = score(tiny, Task("form"))
+    assert 0 < result.scores[0].n_items == 6 - result.bad_items
+
+
+def test_a_part_of_bad_items_alone_leaves_its_group_the_others(form, tiny, tmp_path, monkeypatch):
+    """Its items count as bad; the group's score is that of the other part."""
+    config = form({"acc": {}}, **CHOICE)
+    broken = {**config, "task": "broken", "doc_to_text": "{{ q if n == 0 else q.a.b }}"}
+    group = {"group": "both", "aggregate_metric_list": [{"metric": "acc"}], "task": [broken, config]}
+    (tmp_path / "both.yaml").write_text(json.dumps(group))
+    index = TaskManager(include_path=tmp_path, include_defaults=False)
+    monkeypatch.setattr(tasks, "_index_with", lambda name: index)
+    result = score(tiny, Task("both"), 2)
+    acc = {each.task: each for each in result.scores if each.metric == "acc"}
+    assert set(acc) == {"both::form", "both"} and acc["both"].value == acc["both::form"].value
+    assert (acc["both"].n_items, acc["both"].n_total, acc["both"].unit, result.bad_items) == (2, 12, "%", 2)
+
+
+def test_a_metric_that_was_no_share_stays_none(form, tiny):
+    form({"acc": MEAN}, **TEXT, process_results=has_points)
+    task = Task("form")
+    assert [score(tiny, task, limit).scores[0].unit for limit in (None, 2)] == ["acc", "acc"]
+
+
+@pytest.mark.parametrize(
     ("config", "metric", "text"),
     [({"generation_kwargs": {"max_gen_toks": 2048}}, {"exact_match": {}}, "2048"),
      ({"unsafe_code": True}, {"exact_match": {}}, "programs"),
-     ({"doc_to_text": "{{ q if n == 0 else q.a.b }}"}, {"exact_match": {}}, "no attribute 'a'"),
+     ({"process_results": has_no_package}, {"exact_match": MEAN}, "none of 6 items.*no script squad_v2"),
      ({}, {"bypass": {"aggregation": "bypass"}}, "no metric"),
      ({"process_results": longest},
       {"longest": {"aggregation": has_no_package, "higher_is_better": True}}, "no script squad_v2")],
