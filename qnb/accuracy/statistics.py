@@ -156,7 +156,7 @@ def is_above_chance(accuracy: float, n_items: int, chance: float) -> bool:
     from scipy.stats import binomtest
 
     n_correct = round(accuracy * n_items)
-    return float(binomtest(n_correct, n_items, max(chance, LUCKY), alternative="greater").pvalue) < 0.05
+    return float(binomtest(n_correct, int(n_items), max(chance, LUCKY), alternative="greater").pvalue) < 0.05
 
 
 def mean_of_independent(changes: Iterable[tuple[float, float, float]]) -> tuple[float, float, float]:

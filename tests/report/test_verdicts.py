@@ -81,6 +81,13 @@ def test_tasks_at_chance_are_left_out_and_named(measured):
     assert shown.iloc[-1, -1].startswith("-10.0 [") and len(shown) == 4
 
 
+def test_a_task_that_is_not_compared_costs_the_others_nothing(measured):
+    """Its empty cells make the whole column of items one of floats."""
+    rows = {("bf16", "easy"): choices("easy", [1] * 40), ("int8", "easy"): choices("easy", [1] * 39 + [0]),
+            ("bf16", "other"): [1, 1], ("int8", "other"): [None, True]}  # fmt: skip
+    assert judge(measured(rows)).change_pp["int8"] == pytest.approx(-2.5)
+
+
 def test_a_kept_table_2_gives_the_verdicts_that_its_items_gave(measured):
     rows = {(name, task): choices(task, [place < n + more for place in range(40)])
             for name, more in (("bf16", 0), ("int8", -4), ("nf4", 3))
