@@ -132,7 +132,19 @@ def format_value(name: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else format_number(value)
 
 
-class Flag(StrEnum):
+class Described(StrEnum):
+    """A value that rows and frames hold, with the text that is shown for it."""
+
+    text: str
+
+    def __new__(cls, value: str, text: str) -> Self:
+        """Make a member of a value and its text."""
+        member = str.__new__(cls, value)
+        member._value_, member.text = value, text
+        return member
+
+
+class Flag(Described):
     """What makes a timed row unlike an undisturbed one. Rows hold the value; the words are printed only."""
 
     THROTTLED = "throttled", "the GPU's clocks were held down"
@@ -142,14 +154,6 @@ class Flag(StrEnum):
     SAMPLES_MISSING = "samples_missing", "some of the monitor's readings are missing"
     TOO_SHORT = "too_short", "too short for utilization, power and energy"
     TRACE_FAILED = "trace_failed", "kernels were not traced"
-
-    text: str
-
-    def __new__(cls, value: str, text: str) -> Self:
-        """Make a member of a value and its words."""
-        flag = str.__new__(cls, value)
-        flag._value_, flag.text = value, text
-        return flag
 
 
 DISTURBED = frozenset({Flag.GPU_SHARED, Flag.CPU_SHARED})

@@ -22,7 +22,7 @@ ACCURACY = "accuracy_pct"
 QUANTITIES = [name for name in SPEED if column(name).unit]
 NEEDS = f"needs the accuracy of {BASELINE.upper()} and of another format"
 QUALITIES = ("change_pp", "kl_mean_nats", "perplexity_change_pct")  # the first that was measured is drawn
-SIGNS = {str(verdict): verdict.symbol for verdict in Verdict}
+SIGNS = {str(verdict): verdict.text for verdict in Verdict}
 MOST_TASKS = 12  # panels that fit a screen
 
 

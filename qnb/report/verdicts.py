@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from enum import StrEnum
-from typing import Any, Self
+from typing import Any
 
 import pandas as pd
 
 from qnb.accuracy.statistics import detectable_pp, is_above_chance, pooled_change
-from qnb.columns import format_number
+from qnb.columns import Described, format_number
 from qnb.errors import InputError
 from qnb.precision import BASELINE, PRECISIONS
 from qnb.report.comparison import COLUMNS, changes
@@ -28,8 +27,8 @@ CHANGE = ("change_pp", "low_pp", "high_pp")
 LEAST_QUANTIZED_PCT = 50  # of the weights; a format that changed fewer says so in the verdict's place
 
 
-class Verdict(StrEnum):
-    """What a study knows of a format's loss, with the symbol that stands beside the words."""
+class Verdict(Described):
+    """What a study knows of a format's loss, with the sign that stands beside the words."""
 
     BASELINE = "baseline", "○"
     WITHIN = "within", "✓"
@@ -37,14 +36,6 @@ class Verdict(StrEnum):
     UNCLEAR = "unclear", "?"
     UNMEASURED = "unmeasured", "–"
     BARELY_QUANTIZED = "barely_quantized", "!"
-
-    symbol: str
-
-    def __new__(cls, value: str, symbol: str) -> Self:
-        """Make a member of a value and its symbol."""
-        verdict = str.__new__(cls, value)
-        verdict._value_, verdict.symbol = value, symbol
-        return verdict
 
 
 def check_margin(margin_pp: float) -> None:
