@@ -38,7 +38,7 @@ class Advice:
     """The recommendation and everything it was weighed against."""
 
     demand: Demand
-    candidates: pd.DataFrame  # best first, with `fit` and `reasons`, what rules each out or cannot be told
+    candidates: pd.DataFrame  # best first, with `fit`, a verdict's `words`, and `reasons`: what rules each out
     notes: tuple[str, ...]
 
     def of(self, fit: str) -> pd.DataFrame:
@@ -90,7 +90,10 @@ def choose(candidates: pd.DataFrame, demand: Demand) -> Advice:
     """
     is_time = column(demand.rank_by).better == "less"
     table = candidates.sort_values([demand.rank_by, "peak_memory_mib"], ascending=[is_time, True])
-    judged = [_hold(row, demand) for row in table.to_dict("records")]
+    rows = table.to_dict("records")
+    decisions = [decide(row["precision"], row, demand.loss_pp or 0) for row in rows]
+    judged = [_hold(row, demand, *decision) for row, decision in zip(rows, decisions, strict=True)]
+    table["words"] = [words for _, words in decisions]
     table["fit"] = [RULED_OUT if against else UNSURE if unknown else FITS for against, unknown in judged]
     table["reasons"] = ["; ".join([*against, *unknown]) for against, unknown in judged]
     fits, unsure, ruled_out = (table[table.fit == fit] for fit in (FITS, UNSURE, RULED_OUT))
@@ -98,7 +101,7 @@ def choose(candidates: pd.DataFrame, demand: Demand) -> Advice:
     return Advice(demand, table, tuple(_notes(table, demand)))
 
 
-def _hold(row: Mapping[str, Any], demand: Demand) -> tuple[list[str], list[str]]:
+def _hold(row: Mapping[str, Any], demand: Demand, verdict: Verdict, words: str) -> tuple[list[str], list[str]]:
     """Return what rules a candidate out, and what the data cannot tell of it.
 
     Where no allocator was read, the weights are held against the memory that is allowed.
@@ -113,7 +116,6 @@ def _hold(row: Mapping[str, Any], demand: Demand) -> tuple[list[str], list[str]]
         elif limit is not None and (value < limit if more else value > limit):
             bound = "more" if more else "less"
             against.append(f"{column(name).label} is {_shown(name, value)}; you need {_shown(name, limit)} or {bound}")
-    verdict, words = decide(row["precision"], row, demand.loss_pp or 0)
     if verdict is Verdict.BARELY_QUANTIZED:
         against.append(words)
     elif demand.loss_pp is not None:
@@ -213,8 +215,7 @@ def ranked(
     check_margin(margin_pp)
     demand = Demand("tpot_s", peak_memory_mib, None if tpot_ms is None else tpot_ms / 1000, margin_pp)
     advice = choose(candidates(results, "bs1"), demand)
-    words = [decide(row["precision"], row, margin_pp)[1] for row in advice.candidates.to_dict("records")]
-    table = advice.candidates.assign(words=words, model=results.model)[list(RANKED)].reset_index(drop=True)
+    table = advice.candidates.assign(model=results.model)[list(RANKED)].reset_index(drop=True)
     table.attrs["notes"] = [f"Measured on {results.model}, {results.device}.", *advice.notes]
     return table
 
