@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from qnb.speed.passes import twice, unless_it_fails
 WARM_UP_TOKENS = 4
 CHECKED_PROMPTS, CHECKED_TOKENS = 8, 4  # the first so many, and new tokens of each: their logits must be finite
 UNKNOWN_PEAKS = DevicePeaks()
+_checked: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # the workload by which a model was found finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +121,15 @@ def full_batches(prompts: Prompts, batch_size: int) -> list[Prompts]:
 
 
 def _check_outputs(model: PreTrainedModel, workload: Workload, batch_size: int) -> None:
-    """Refuse a model whose logits are not finite in the first new tokens of the first prompts."""
+    """Refuse a model whose logits are not finite in the first new tokens of the first prompts.
+
+    A loaded model is checked once, not again for each pass and engine.
+    """
+    if _checked.get(model) == workload.fingerprint:
+        return
     for batch in full_batches(workload.prompts[:CHECKED_PROMPTS], batch_size):
         engines.generate_checked(model, batch, min(CHECKED_TOKENS, workload.new_tokens))
+    _checked[model] = workload.fingerprint
 
 
 def _warm_engine(model: PreTrainedModel, engine: str, batches: Sequence[Prompts], workload: Workload) -> Engine:
