@@ -225,7 +225,8 @@ def _interruptible() -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-        logging.disable(logging.NOTSET)
+        if not _interrupted.is_set():
+            logging.disable(logging.NOTSET)  # else asyncio would still tell, when its tasks are freed
 
 
 @contextmanager
