@@ -77,16 +77,18 @@ def _cut(file: FileIO, size_bytes: int) -> None:
 
 
 @contextmanager
-def holding(lock: FileLock, when_busy: Callable[[], None]) -> Iterator[None]:
-    """Hold a file lock for the block, or go on without where the file system has none.
+def holding(path: Path, when_busy: Callable[[], None]) -> Iterator[None]:
+    """Hold a file's lock for the block, or go on without where the file system has none.
 
     Parameters
     ----------
-    lock
-        The lock; held by this process already, it is held once more.
+    path
+        The file; held by this thread already, it is held once more.
     when_busy
         Is called when another process holds the lock, which is then waited for.
     """
+    # filelock's way out of a file system without locks is a marker, which a machine that vanishes leaves for ever
+    lock = FileLock(path, is_singleton=True, fallback_to_soft=False)
     try:
         lock.acquire(timeout=0.5)
     except Timeout:
@@ -95,8 +97,7 @@ def holding(lock: FileLock, when_busy: Callable[[], None]) -> Iterator[None]:
     except (NotImplementedError, OSError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
             raise
-        folder = Path(lock.lock_file).parent
-        log.warning("%s has no file locks (%s); make sure that one run at a time writes to it", folder, error)
+        log.warning("%s has no file locks (%s); make sure that one run at a time writes to it", path.parent, error)
     try:
         yield
     finally:

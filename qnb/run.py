@@ -19,7 +19,6 @@ from time import perf_counter
 from typing import Any, NoReturn
 from unittest.mock import patch
 
-from filelock import FileLock
 
 from qnb import colab, device
 from qnb.accuracy import tasks
@@ -83,7 +82,7 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
         (study.folder / "notebooks").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output {study.folder} cannot be written ({error.strerror}); give another") from error
-    with _interruptible(), holding(FileLock(study.folder / ".run.lock"), refuse), _own_kernel():
+    with _interruptible(), holding(study.folder / ".run.lock", refuse), _own_kernel():
         for name in names:
             started = perf_counter()
             reason = _execute(study, name, {key: value for key, value in values.items() if key in known[name]})

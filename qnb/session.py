@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
 from tqdm.auto import tqdm
 
 from qnb import __version__, colab, device
@@ -114,7 +113,6 @@ class Session:
         self._wanted_device = device
         self._measured: set[tuple[Any, ...]] = set()  # keys of this session's own rows, which overwriting spares
         self._verified: set[Path] = set()  # checkpoints whose every byte was read by this session
-        self._lock = FileLock(self.folder / ".lock")
         self.ledger = Ledger(self.folder)
         for damage in self.ledger.damaged:
             tqdm.write(f"{damage}; it is passed over and measured again when it is needed")
@@ -336,7 +334,7 @@ class Session:
         self.check_writable()
         self.folder.mkdir(parents=True, exist_ok=True)
         waiting = f"another process is measuring into {self.folder}; waiting for it"
-        with holding(self._lock, lambda: tqdm.write(waiting)):
+        with holding(self.folder / ".lock", lambda: tqdm.write(waiting)):
             self.device.use()
             with released():
                 yield

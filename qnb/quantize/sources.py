@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from qnb.errors import GatedModelError, InputError, expand_path
 from qnb.ledger import file_sha256, fingerprint, holding
 from qnb.prompts import DATA
@@ -162,7 +160,7 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
     folder = cache_folder() / name
     if damage(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with holding(FileLock(folder.parent / f".{name}.lock"), lambda: None):
+        with holding(folder.parent / f".{name}.lock", lambda: None):
             if damage(folder):
                 with quiet(), replacing(folder) as draft:
                     make(draft)
