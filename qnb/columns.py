@@ -84,6 +84,7 @@ _COLUMNS = (
     Column("peak_used_memory_mib", "device memory in use", "MiB", "less"),
     Column("peak_reserved_mib", "memory reserved", "MiB", "less"),
     Column("memory_mib", "memory in use", "MiB", "less"),
+    Column("host_peak_mib", "peak host memory", "MiB", "less"),
     Column("kv_cache_mib", "KV cache", "MiB", "less"),
     Column("utilization_pct", "utilization", "%"),
     Column("power_w", "power", "W", "less"),

@@ -1,11 +1,13 @@
-"""Memory: recognise that it ran out, give it back, limit it, and count the KV cache's bytes."""
+"""Memory: recognise that it ran out, give it back, limit it, read the host's peak, and count the KV cache's bytes."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -18,6 +20,7 @@ MIB = 2**20
 # the texts of torch, the driver and cuBLAS for one event
 _OUT_OF_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cublas_status_not_initialized")
 _captures: WeakSet[Any] = WeakSet()  # captured steps, which must find cuBLAS's workspaces where they were
+_host_peak_mib = 0.0  # the largest that was read, with children that have ended since
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -103,6 +106,32 @@ def free_bytes(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     allowed = torch.cuda.get_per_process_memory_fraction(device) * total
     return int(min(free + torch.cuda.memory_reserved(device), allowed) - torch.cuda.memory_allocated(device))
+
+
+def host_peak_mib() -> float:
+    """Return the most of the host's memory that this process and its children held, in MiB; 0 where Linux is absent.
+
+    It is the sum of each one's own peak of resident memory, which is the peak of their sum or more. A child counts if
+    it was alive at a call. `getrusage` is no way to count those that ended: a child begins with its parent's peak.
+    """
+    global _host_peak_mib
+    import psutil
+
+    process, peak_kib = psutil.Process(), 0
+    for each in (process, *process.children(recursive=True)):
+        with suppress(OSError):  # it has ended, or this is not Linux
+            status = Path(f"/proc/{each.pid}/status").read_text(encoding="utf-8")
+            peak_kib += sum(map(int, re.findall(r"VmHWM:\s*(\d+) kB", status)))
+    _host_peak_mib = max(_host_peak_mib, peak_kib / 1024)
+    return _host_peak_mib
+
+
+def describe_host(peak_mib: float) -> str:
+    """Return how much memory this host has, and how much of a host's a study took at most; 0 where none was read."""
+    import psutil
+
+    total = f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
+    return f"{total}; the study took at most {peak_mib / 1024:.1f} GiB" if peak_mib else total
 
 
 def kv_cache_bytes_per_token(config: PretrainedConfig, bytes_per_value: int) -> int:

@@ -19,7 +19,6 @@ from time import perf_counter
 from typing import Any, NoReturn
 from unittest.mock import patch
 
-
 from qnb import colab, device
 from qnb.accuracy import tasks
 from qnb.accuracy.evaluate import AccuracyOptions

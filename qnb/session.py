@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from qnb import __version__, colab, device
 from qnb.errors import InputError, expand_path, never_fail_to_print, scrub
 from qnb.ledger import FAILED, Ledger, Row, file_sha256, fingerprint, holding, is_outdated, row_key, write_atomic
-from qnb.memory import is_out_of_memory, release, released
+from qnb.memory import describe_host, host_peak_mib, is_out_of_memory, release, released
 from qnb.options import Count, resolve_count
 from qnb.precision import Precision, parse
 from qnb.provenance import ROOT, command, commit, file_state
@@ -218,13 +218,14 @@ class Session:
 
     def facts(self) -> dict[str, str]:
         """Return what is measured, on what, with what, and what is done already. Nothing is fetched for it."""
-        source = self.record
-        stages = Counter(row["stage"] for row in self.ledger.rows())
+        source, rows = self.record, self.ledger.rows()
+        stages = Counter(row["stage"] for row in rows)
         model = f"{source['name']} ({source['reason']})" if source else f"{self.model} (not fetched yet)"
         return {
             "model": model,
             "formats": ", ".join(precision.name for precision in self.precisions),
             **self.device.facts(),
+            "host memory": describe_host(max((row.get("host_peak_mib") or 0 for row in rows), default=0)),
             "output": str(self.folder),
             "already measured": ", ".join(f"{count} {stage} rows" for stage, count in stages.items()) or "nothing",
         }
@@ -279,7 +280,7 @@ class Session:
         self._measured.add(row_key(key))
         source = {"model": self.source.name, "model_reason": self.source.reason, "weights": self.source.fingerprint}
         fields = {name: value for part in values for name, value in part.items() if name not in key}
-        return self.ledger.append({**key, **fields, **source, **self._context})
+        return self.ledger.append({**key, **fields, **source, "host_peak_mib": host_peak_mib(), **self._context})
 
     @cached_property
     def _context(self) -> dict[str, Any]:

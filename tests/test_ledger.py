@@ -4,7 +4,8 @@ import errno
 import json
 import os
 import signal
-from contextlib import nullcontext
+import time
+from contextlib import ExitStack, nullcontext
 from io import FileIO
 
 import pandas as pd
@@ -12,6 +13,8 @@ import pytest
 
 from qnb import ledger as module
 from qnb.ledger import FAILED, Ledger, file_sha256, fingerprint, write_atomic, write_parquet
+from qnb.quantize.stages import quantize
+from qnb.session import Session
 
 
 def row(precision="bf16", print_="a", **fields):
@@ -114,6 +117,37 @@ def test_a_file_system_that_cannot_flush_loses_nothing_and_a_broken_one_is_told(
         with pytest.raises(OSError, match="error") if number == errno.EIO else nullcontext():
             write()
     assert len(Ledger(tmp_path)) == (number != errno.EIO) == (tmp_path / "text").exists()
+
+
+def test_a_vanished_machines_study_on_a_drive_goes_on_under_another_name(tiny, tmp_path, monkeypatch, caplog):
+    """The drive refuses locks and takes its time to flush; the first machine gives nothing back."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    flushes, folder = [], tmp_path / "study"
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr(os, "fsync", lambda _: (flushes.append(1), time.sleep(0.1)))
+    for part in tiny:
+        part.save_pretrained(tmp_path / "model")
+
+    def measure(name):
+        for module_name in ("platform.node", "socket.gethostname"):
+            monkeypatch.setattr(module_name, lambda: name)
+        session = Session(str(tmp_path / "model"), "bf16,nf4", folder)
+        held.enter_context(session.exclusive())
+        quantize(session)
+        return session
+
+    with ExitStack() as held:
+        first = measure("first")
+        written = [path for path in folder.rglob("*") if path.is_file()]
+        assert len(first.ledger) == 2 and len(flushes) <= len(written) + len(first.ledger)
+        assert not any(path.read_bytes() for path in folder.glob(".*lock")), "a marker would outlive its machine"
+        before = first.ledger.path.read_bytes(), len(flushes)
+        second = measure("second")
+    assert (second.ledger.path.read_bytes(), len(flushes)) == before, "measured again"
+    assert caplog.text.count("no file locks") and "at most" in second.facts()["host memory"]
 
 
 def test_a_failure_stands_until_it_is_measured(tmp_path):
