@@ -56,6 +56,7 @@ _COLUMNS = (
     Column("answers_changed", "answers changed", "", "less"),
     # checkpoints
     Column("left_out", "weights left out of quantization"),
+    Column("dtype", "type of what is not quantized"),
     Column("weights_mib", "weights", "MiB", "less"),
     Column("bits_per_weight", "bits per weight", "", "less"),
     Column("bits_per_quantized_weight", "bits per quantized weight", "", "less"),

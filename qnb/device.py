@@ -34,6 +34,11 @@ class Device:
         """Its name for torch."""
         return f"cuda:{self.index}" if self.kind == "cuda" else self.kind
 
+    @property
+    def half(self) -> str:
+        """The 16-bit type that quantized formats compute in here; float32 on a CPU without bfloat16 units."""
+        return "bfloat16" if self.bf16 == "native" else "float16" if self.kind == "cuda" else "float32"
+
     def facts(self) -> dict[str, str]:
         """Return what people ask of a device, and the versions of the libraries that use it."""
         driver = f", driver {self.driver or 'not known'}" if self.kind == "cuda" else ""

@@ -38,7 +38,8 @@ def check_finite(outputs: torch.Tensor, what: str, model: PreTrainedModel | None
     dtype = model.dtype if model else outputs.dtype
     cause, advice = f"{str(dtype).removeprefix('torch.')} fails in this model", "check the model's weights"
     if dtype == torch.float16:
-        cause, advice = "FP16 overflows in this model", "take bf16 instead"
-    if getattr(model, "is_loaded_in_8bit", False):  # bitsandbytes casts what it multiplies by INT8 weights to float16
+        is_quantized = getattr(model, "is_quantized", False)
+        cause, advice = "FP16 overflows in this model", "give half bfloat16" if is_quantized else "take bf16 instead"
+    elif getattr(model, "is_loaded_in_8bit", False):  # bitsandbytes casts what it multiplies by INT8 to float16
         cause, advice = "the FP16 inputs of 8-bit layers overflow in this model", "take another format"
     raise NotFiniteError(f"{cause}: {bad:,} of {outputs.numel():,} outputs are not finite ({what}); {advice}")

@@ -3,13 +3,14 @@
 A weight stored in b bits costs b/8 bytes of memory and of bandwidth. What it is *multiplied* in is a separate choice.
 LLM.int8 multiplies int8 by int8 and keeps outlier columns in 16 bit (Dettmers et al. 2022). The 4-bit formats are
 unpacked to their compute type before every product (Dettmers et al. 2023). Only linear layers inside the blocks are
-quantized: embeddings, norms and the output head stay in 16 bit. No other module branches on a format's name.
+quantized: embeddings, norms and the output head stay in 16 bit. Here that is bfloat16, and a study may replace it by
+the type that its device has units for. No other module branches on a format's name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qnb.errors import InputError, unknown
@@ -53,6 +54,18 @@ class Precision:
         """The magnitude from which LLM.int8 multiplies an input column in 16 bit; 0 where it has no outlier path."""
         return float(self.quantization.get("llm_int8_threshold", 0.0))
 
+    @property
+    def checkpoint(self) -> str:
+        """The name of its checkpoints: its own, and the 16-bit type where a quantized format has not bfloat16."""
+        return f"{self.name}-{self.dtype}" if self.quantized and self.dtype != "bfloat16" else self.name
+
+    def in_half(self, dtype: str) -> Precision:
+        """Return a quantized format with another type in bfloat16's place; any other format as it is."""
+        if not self.quantized:
+            return self
+        quantization = {name: dtype if value == "bfloat16" else value for name, value in self.quantization.items()}
+        return replace(self, dtype=dtype, quantization=quantization)
+
     def config(self) -> BitsAndBytesConfig:
         """Return the ``quantization_config`` of a quantized format, for ``from_pretrained``."""
         from transformers import BitsAndBytesConfig
@@ -88,6 +101,7 @@ PRECISIONS = {precision.name: precision for precision in _FORMATS}
 BASELINE = "bf16"
 PAPER = ("bf16", "fp16", "int8", "int4")
 STUDY = (*PAPER, "nf4")
+HALVES = ("auto", "bfloat16", "float16")  # what may be asked for in bfloat16's place; "auto" suits the device
 
 
 def listed(names: str | Iterable[str]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from qnb import __version__, colab, device
-from qnb.errors import InputError, expand_path, never_fail_to_print, scrub
+from qnb.errors import InputError, expand_path, never_fail_to_print, scrub, unknown
+from qnb.finite import NotFiniteError
 from qnb.ledger import FAILED, Ledger, Row, file_sha256, fingerprint, holding, is_outdated, row_key, write_atomic
 from qnb.memory import describe_host, host_peak_mib, is_out_of_memory, release, released
 from qnb.options import Count, resolve_count
-from qnb.precision import Precision, parse
+from qnb.precision import HALVES, PRECISIONS, Precision, parse
 from qnb.provenance import ROOT, command, commit, file_state
 from qnb.quantize import checkpoint, sources
 
@@ -38,6 +39,8 @@ LIBRARIES = {
     **dict.fromkeys(("accuracy", "batch_sensitivity"), (*_MODEL, "qnb", "lm_eval")),
     "peaks": ("torch",),
 }
+# Stages whose rows are the same on any GPU: their keys hold the device's kind. All others hold its name.
+ON_ANY_GPU = {"quantize", "accuracy", "divergence", "batch_sensitivity", "budget", "lengths"}
 TYPES: tuple[tuple[str, Any, str], ...] = (
     ("model", str, "a name or a folder"),
     ("precisions", str | list | tuple, "names of formats"),
@@ -80,12 +83,15 @@ class Session:
         Measure again what is there already.
     device
         What everything is measured on; see `qnb.device.detect`.
+    half
+        The 16-bit type of quantized formats: ``"bfloat16"``, ``"float16"``, or ``"auto"``: what the study began with,
+        else what the device has units for. With ``"auto"`` a format that overflows in float16 goes on in bfloat16.
 
     Raises
     ------
     InputError
-        A format or model is unknown, `output` cannot be written or holds another model's study, or `data_dir` is
-        not a folder.
+        A format or model is unknown, `output` cannot be written or holds a study of another model or `half`, or
+        `data_dir` is not a folder.
     """
 
     def __init__(
@@ -97,6 +103,7 @@ class Session:
         seed: int = 0,
         overwrite: bool = False,
         device: str = "auto",
+        half: str = "auto",
     ) -> None:
         never_fail_to_print()
         given = (model, precisions, output, data_dir, seed, overwrite)
@@ -110,7 +117,8 @@ class Session:
         self.data_dir = expand_path(data_dir).resolve() if str(data_dir) else None
         if self.data_dir and not self.data_dir.is_dir():
             raise InputError(f"data_dir {data_dir} is not a folder; give one laid out like the hub, or leave it empty")
-        self._wanted_device = device
+        self._wanted_device, self._wanted_half = device, half
+        self._overflowing: set[str] = set()  # formats that overflowed in float16 in the stage at work
         self._measured: set[tuple[Any, ...]] = set()  # keys of this session's own rows, which overwriting spares
         self._verified: set[Path] = set()  # checkpoints whose every byte was read by this session
         self.ledger = Ledger(self.folder)
@@ -119,12 +127,22 @@ class Session:
         if not self.ledger.path.exists():  # what is there can be read wherever it lies
             self.check_writable()
         sources.check_name(self.model)
-        name = str(self.record.get("name"))
-        if self.record and self.model not in {"auto", self.record.get("requested"), name, name.partition("@")[0]}:
-            raise InputError(
-                f"output {self.folder} holds a study of {name}, not of {self.model}; give another output folder, or "
-                "remove this one"
-            )
+        if half not in HALVES:
+            raise unknown("half", half, HALVES)
+        record = self.record
+        self.overflowed: list[str] = record.get("overflowed", [])  # in float16; they are measured in bfloat16
+        if record:
+            self._check_same_study(record)
+
+    def _check_same_study(self, record: Mapping[str, Any]) -> None:
+        """Refuse an output folder that holds another model's study, or one in another 16-bit type."""
+        name, other = str(record.get("name")), ""
+        if self.model not in {"auto", record.get("requested"), name, name.partition("@")[0]}:
+            other = f"of {name}, not of {self.model}"
+        elif self._wanted_half not in ("auto", self.half):
+            other = f"in {self.half}, not in {self._wanted_half}"
+        if other:
+            raise InputError(f"output {self.folder} holds a study {other}; give another output, or remove this one")
 
     def check_writable(self) -> None:
         """Refuse an output folder that this user cannot write to.
@@ -172,6 +190,17 @@ class Session:
         return device.detect(self._wanted_device)
 
     @cached_property
+    def half(self) -> str:
+        """The type in bfloat16's place in quantized formats: of study.json, or asked for, or the device's."""
+        if record := self.record:
+            return str(record.get("half", "bfloat16"))
+        return self.device.half if self._wanted_half == "auto" else self._wanted_half
+
+    def pinned(self, precision: Precision) -> Precision:
+        """Return a format with the 16-bit type that this study measures it in."""
+        return precision.in_half("bfloat16" if precision.name in self.overflowed else self.half)
+
+    @cached_property
     def source(self) -> sources.Source:
         """The model as released; fetched on first use and then remembered in study.json."""
         record = self.record
@@ -187,8 +216,9 @@ class Session:
             "requested": record.get("requested", self.model),
             **asdict(source),
             "files": file_state(Path(source.path)),
+            "half": self.half,
         }
-        write_atomic(self.folder / "study.json", json.dumps({**facts, **self._context}, indent=1))
+        write_atomic(self.folder / "study.json", json.dumps({**record, **facts, **self._context}, indent=1))
         return source
 
     @cached_property
@@ -224,6 +254,7 @@ class Session:
         return {
             "model": model,
             "formats": ", ".join(precision.name for precision in self.precisions),
+            "quantized formats in": self.half + "".join(f", {name} in bfloat16" for name in self.overflowed),
             **self.device.facts(),
             "host memory": describe_host(max((row.get("host_peak_mib") or 0 for row in rows), default=0)),
             "output": str(self.folder),
@@ -250,15 +281,16 @@ class Session:
         """
         versions = {**self.versions, "qnb": __version__.rpartition(".")[0]}  # patch releases measure alike
         parts: dict[str, Any] = {
-            "device": self.device.name,
+            "device": self.device.kind if stage in ON_ANY_GPU else self.device.name,
             "versions": {name: versions[name] for name in LIBRARIES.get(stage, ())},
             "asked": dict(asked or {}),
         }
         if stage != "peaks":
             parts["weights"] = self.source.fingerprint
         if precision:
+            precision = self.pinned(precision)
             parts |= {"quantization": precision.quantization, "dtype": precision.dtype}
-            fields["precision"] = precision.name
+            fields |= {"precision": precision.name, "dtype": precision.dtype}
         return {"stage": stage, **fields, "fingerprint": fingerprint(parts)}
 
     def find(self, key: Mapping[str, Any]) -> Row | None:
@@ -312,7 +344,27 @@ class Session:
                 reason = f"out of memory: {text}" if isinstance(error, MemoryError) and str(error) else "out of memory"
             failure = {**key, "stage": key["stage"] + FAILED}
             self.append(failure, {"error": type(error).__name__, "reason": reason})
-            tqdm.write(f"{what} could not be measured ({reason}); it is tried again on the next run")
+            then = "tried again on the next run"
+            is_overflow = isinstance(error, NotFiniteError) and key["dtype"] == "float16"
+            if is_overflow and PRECISIONS[key["precision"]].quantized and self._wanted_half == "auto":
+                self._overflowing.add(key["precision"])
+                then = "measured again in bfloat16"
+            tqdm.write(f"{what} could not be measured ({reason}); it is {then}")
+
+    def measure(self, stage: Callable[..., Any], *options: Any) -> Any:
+        """Run a stage of this session, and once more in bfloat16 for the quantized formats that overflow in float16.
+
+        A format's type changes between runs of a stage, never within: a row's key is that of the model it was
+        measured with.
+        """
+        while True:
+            result = stage(self, *options)
+            if not self._overflowing:
+                return result
+            record = self.record
+            self.overflowed = sorted({*record.get("overflowed", ()), *self._overflowing})
+            write_atomic(self.folder / "study.json", json.dumps({**record, "overflowed": self.overflowed}, indent=1))
+            self._overflowing.clear()
 
     def require(self, stage: str, setting: str | None = None) -> None:
         """Raise the last reason of a failure if nothing of a stage could be measured for this session's formats.
@@ -326,7 +378,7 @@ class Session:
         rows, failures = (
             [row for row in self.ledger.rows(each) if row["precision"] in names] for each in (stage, stage + FAILED)
         )
-        if failures and not any(setting in (None, row["setting"]) for row in rows):
+        if failures and not self._overflowing and not any(setting in (None, row["setting"]) for row in rows):
             raise RuntimeError(f"nothing of stage {stage} could be measured: {failures[-1]['reason']}")
 
     @contextmanager
@@ -356,7 +408,8 @@ class Session:
 
     def checkpoint(self, precision: Precision) -> Path:
         """Return the folder of a format's checkpoint; make it if it is missing, damaged or to be overwritten."""
-        folder = self.folder / "checkpoints" / precision.name
+        precision = self.pinned(precision)
+        folder = self.folder / "checkpoints" / precision.checkpoint
         if folder in self._verified and folder.exists():  # bytes are read once
             return folder
         key = self.key("quantize", precision)
@@ -381,4 +434,4 @@ class Session:
         folder = self.checkpoint(precision)
         release(workspaces=True)
         with released():
-            yield checkpoint.load(folder, precision, self.device.place)
+            yield checkpoint.load(folder, self.pinned(precision), self.device.place)

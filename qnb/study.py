@@ -39,10 +39,11 @@ class Study:
         seed: int = 0,
         overwrite: bool = False,
         device: str = "auto",
+        half: str = "auto",
         margin_pp: float = MARGIN_PP,
     ) -> None:
         verdicts.check_margin(margin_pp)
-        self.session = Session(model, precisions, output, data_dir, seed, overwrite, device)
+        self.session = Session(model, precisions, output, data_dir, seed, overwrite, device, half)
         self.folder, self.precisions = self.session.folder, self.session.precisions
         self.margin_pp = margin_pp
         self._results: tuple[tuple[int, int], Results] | None = None
@@ -95,7 +96,7 @@ class Study:
 
     def quantize(self) -> pd.DataFrame:
         """Make, save, reload and prove the checkpoint of every format; one row per format."""
-        checkpoints.quantize(self.session)
+        self.session.measure(checkpoints.quantize)
         return self.results().checkpoints
 
     def push(self, push_to: str, private: bool = True, dry_run: bool = True) -> pd.DataFrame:
@@ -121,12 +122,12 @@ class Study:
         minutes: float = 0,
     ) -> pd.DataFrame:
         """Evaluate every format on every task; one row per task, metric and format."""
-        evaluate.accuracy(self.session, evaluate.AccuracyOptions(tasks, limit, batch_size, scorer, minutes))
+        self.session.measure(evaluate.accuracy, evaluate.AccuracyOptions(tasks, limit, batch_size, scorer, minutes))
         return self.results().scores
 
     def batch_sensitivity(self, tasks: str | Iterable[str] = "auto", limit: Count = "auto") -> pd.DataFrame:
         """Measure how far a score depends on what shares its batch; one row per format and scorer."""
-        evaluate.batch_sensitivity(self.session, evaluate.AccuracyOptions(tasks, limit))
+        self.session.measure(evaluate.batch_sensitivity, evaluate.AccuracyOptions(tasks, limit))
         return self.table("batch_sensitivity")
 
     def divergence(
@@ -134,7 +135,7 @@ class Study:
     ) -> pd.DataFrame:
         """Measure perplexity on running text, and KL divergence from BF16; one row per format."""
         options = perplexity.DivergenceOptions(prompt_source, ppl_tokens, ppl_context)
-        perplexity.divergence(self.session, options)
+        self.session.measure(perplexity.divergence, options)
         return self.table("divergence")
 
     def choice_probabilities(self, item: int = 0) -> pd.DataFrame:
@@ -164,7 +165,7 @@ class Study:
 
     def perf_bs1(self, workload: Workload, repeats: int = 1, engines: str | Iterable[str] = "auto") -> pd.DataFrame:
         """Time the workload one request at a time; one row per format, engine and pass (Table 3)."""
-        speed.perf_bs1(self.session, speed.TimingOptions(workload, engines, repeats))
+        self.session.measure(speed.perf_bs1, speed.TimingOptions(workload, engines, repeats))
         return self.results().passes.query("setting == 'bs1'")
 
     def perf_maxbatch(
@@ -177,14 +178,14 @@ class Study:
     ) -> pd.DataFrame:
         """Find the largest batch of each format and engine, then time the workload at it (Table 4)."""
         options = speed.TimingOptions(workload, engines, repeats, max_batch, memory_mib)
-        speed.perf_maxbatch(self.session, options)
+        self.session.measure(speed.perf_maxbatch, options)
         return self.results().passes.query("setting == 'maxbatch'")
 
     def sweep(
         self, workload: Workload, largest: Count = "auto", engines: str | Iterable[str] = "auto"
     ) -> pd.DataFrame:
         """Time batches of 1, 2, 4 ... requests; one row per format, engine and batch size."""
-        speed.sweep(self.session, speed.TimingOptions(workload, engines, sweep_batch=largest))
+        self.session.measure(speed.sweep, speed.TimingOptions(workload, engines, sweep_batch=largest))
         return self.table("sweep")
 
     def batch_plans(self, prompt_source: str = "auto", counts: Sequence[int] = (20, 2000, 5000)) -> pd.DataFrame:

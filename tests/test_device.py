@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pynvml
@@ -34,6 +35,8 @@ def test_a_gpu_is_taken_by_its_number(two_gpus, tmp_path):
     found = session.device
     assert (found.kind, found.place, found.name, found.memory_mib) == ("cuda", "cuda:1", "card 1", 2**14)
     assert (device.detect().bf16, found.bf16) == ("native", "emulated")  # each by its own card
+    assert (device.detect().half, found.half, session.half) == ("bfloat16", "float16", "float16")
+    assert replace(found, kind="cpu").half == "float32"
     assert two_gpus == []  # whoever only asks, as the process that starts the notebooks, takes no memory of it
     with session.exclusive():
         assert two_gpus == [1]

@@ -20,12 +20,18 @@ def test_unknown_precision_names_the_alternatives(given, expected):
 
 
 def test_formats_are_what_the_libraries_mean_by_them():
-    """INT4 is what load_in_4bit alone means."""
+    """INT4 is what load_in_4bit alone means. Another type in bfloat16's place changes quantized formats alone."""
     from transformers import BitsAndBytesConfig
 
     stock, ours = BitsAndBytesConfig(load_in_4bit=True), precision.PRECISIONS["int4"].config()
     assert ours.to_dict() == stock.to_dict()
     assert precision.PRECISIONS["fp16"].torch_dtype is torch.float16 and not precision.PRECISIONS["fp16"].quantized
+    for name, each in precision.PRECISIONS.items():
+        half = each.in_half("float16")
+        assert (half == each) is not each.quantized and half.checkpoint == name + "-float16" * each.quantized
+        if "load_in_4bit" in half.quantization:
+            compute = torch.float32 if name == "int4" else torch.float16
+            assert (half.config().bnb_4bit_compute_dtype, half.torch_dtype) == (compute, torch.float16)
     assert precision.PRECISIONS["int8"].config().to_dict() == BitsAndBytesConfig(load_in_8bit=True).to_dict()
 
 

@@ -14,6 +14,7 @@ import torch
 
 from qnb import InputError, Study
 from qnb import session as module
+from qnb.device import Device
 from qnb.ledger import file_sha256
 from qnb.quantize import checkpoint, sources
 from qnb.session import Session
@@ -58,7 +59,7 @@ def test_a_folder_of_another_model_or_a_broken_record_is_refused(tmp_path):
     ("options", "message"),
     [({"model": 5}, "model is 5"), ({"precisions": ""}, "precisions is ''"), ({"output": "a\0b"}, "give a folder"),
      ({"overwrite": "yes"}, "true or false"), ({"seed": 1.5}, "whole number"), ({"data_dir": "/no/data"}, "data_dir"),
-     ({"model": __file__}, "or a folder with config.json")],
+     ({"half": "float32"}, "choose from auto, bfloat16"), ({"model": __file__}, "or a folder with config.json")],
 )  # fmt: skip
 def test_what_cannot_be_used_is_named(options, message, tmp_path):
     with pytest.raises(InputError, match=message):
@@ -98,6 +99,29 @@ def test_only_versions_that_can_change_a_row_are_in_its_key(session):
     changed = keys(bitsandbytes="99.0")
     assert {stage for stage in stages if changed[stage] != before[stage]} == set(stages) - {"peaks"}
     assert keys(lm_eval="99.0") == {**before, "accuracy": keys(lm_eval="99.0")["accuracy"]} != before
+
+
+def test_on_another_gpu_accuracy_is_kept_and_speed_is_measured_anew(session):
+    """And what began with float16 goes on with it, where bfloat16 is native too."""
+
+    def on(kind, name, bf16, half="auto"):
+        study = Session("smollm2-135m", "nf4", session.folder, half=half)
+        study.device = Device(kind, name, 2**14, bf16, "")
+        return study
+
+    def keys(study):
+        return {stage: study.key(stage, *study.precisions) for stage in (*module.LIBRARIES, "budget")}
+
+    t4 = on("cuda", "Tesla T4", "emulated")
+    for key in keys(t4).values():
+        t4.append(key, {})
+    for kind, kept in {"cuda": module.ON_ANY_GPU, "cpu": set()}.items():
+        other = on(kind, "another", "native")
+        assert {stage for stage, key in keys(other).items() if other.find(key)} == kept - {"lengths"}
+        assert (other.half, keys(other)["perf"]["dtype"]) == ("float16", "float16")
+    assert on("cuda", "another", "native", "float16").half == "float16"
+    with pytest.raises(InputError, match=f"{session.folder} holds a study in float16, not in bfloat16"):
+        on("cuda", "another", "native", "bfloat16")
 
 
 def test_a_key_changes_with_everything_that_was_asked(session):

@@ -45,7 +45,8 @@ class PushOptions:
     Parameters
     ----------
     push_to
-        A hub name such as ``you/llama-3.2-1b``; each checkpoint goes to ``<push_to>-<format>``. Empty: nowhere.
+        A hub name such as ``you/llama-3.2-1b``; each checkpoint goes to ``<push_to>-<format>``, named as its
+        folder. Empty: nowhere.
     private
         Whether the repositories are private.
     dry_run
@@ -86,8 +87,8 @@ def push(session: Session, options: PushOptions, card: Callable[[Precision], str
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
-    for precision, folder in quantize(session).items() if options.push_to else ():
-        repository = f"{options.push_to}-{precision.name}"
+    for precision, folder in session.measure(quantize).items() if options.push_to else ():
+        repository = f"{options.push_to}-{folder.name}"
         pushed = hub.push(folder, repository, options.private, options.dry_run, card(precision))
         rows.append({"precision": precision.name, **asdict(pushed), "files": " ".join(pushed.files)})
         write_atomic(session.folder / "push.csv", pd.DataFrame(rows).to_csv(index=False))

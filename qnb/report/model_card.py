@@ -33,21 +33,23 @@ def card(results: Results, precision: Precision) -> str:
     """Return a format's card as Markdown with its YAML head."""
     model, _, revision = BASES.get(results.model, results.model).partition("@")
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model, re.ASCII) is not None
-    title = f"{model.rsplit('/', 1)[-1]}-{precision.name}"
+    rows, verdicts = results.checkpoints.to_dict("records"), recommend.summary(results).set_index("precision").words
+    stored = next((row for row in rows if row["precision"] == precision.name), None) or {}
+    precision = precision.in_half(stored.get("dtype", precision.dtype))
+    title = f"{model.rsplit('/', 1)[-1]}-{precision.checkpoint}"
     head = ModelCardData(
         model_name=title, base_model=model if is_hub_name else None, library_name="transformers",
         pipeline_tag="text-generation", tags=["qnb", precision.name, *(["bitsandbytes"] * precision.quantized)],
         eval_results=_scores(results, precision.name) or None,
     )  # fmt: skip
-    rows, verdicts = results.checkpoints.to_dict("records"), recommend.summary(results).set_index("precision").words
     changes = build(results, "table2_change")
     changes = changes[changes.precision == precision.name].dropna(subset=["change_pp"])
     return str(
         ModelCard.from_template(
             head, str(TEMPLATE), title=title, model=model, revision=revision, precision=precision, version=__version__,
             baseline=BASELINE, device=results.device, verdict=verdicts.get(precision.name), shown=format_value,
-            stored=next((row for row in rows if row["precision"] == precision.name), {}),
-            sentences=about(results, precision.name), accuracy=markdown(changes[COLUMNS]) if len(changes) else "",
+            stored=stored, sentences=about(results, precision.name),
+            accuracy=markdown(changes[COLUMNS]) if len(changes) else "",
         )
     )  # fmt: skip
 

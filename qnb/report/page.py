@@ -98,7 +98,7 @@ def checkpoints(results: Results) -> pd.DataFrame:
         [f"{why} {100 * count / row['parameters']:.0f} %" for why, count in (row.get("left_out") or {}).items()]
         for row in frame.to_dict("records")
     ]
-    return labelled(frame.assign(left_out=left_out), [*CHECKPOINTS, "left_out"])
+    return labelled(frame.assign(left_out=left_out), [*CHECKPOINTS, "dtype", "left_out"])
 
 
 def all_columns(frame: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -248,12 +248,14 @@ def _scores(rows: Iterable[Row]) -> pd.DataFrame:
 def _checkpoints(frame: pd.DataFrame) -> pd.DataFrame:
     """Add the weights in MiB, the share that is quantized, and the bits that one takes: of all, and of the quantized.
 
-    bits_per_quantized_weight is missing where none is quantized.
+    bits_per_quantized_weight is missing where none is quantized. A row without `dtype` has its format's own.
     """
     if frame.empty:
         return frame
+    usual = frame.precision.map({name: precision.dtype for name, precision in PRECISIONS.items()})
     stored = frame.embedding_bytes + frame.linear_bytes + frame.other_bytes
     return frame.assign(
+        dtype=frame.get("dtype", usual).fillna(usual),
         weights_mib=stored / MIB,
         bits_per_weight=8 * stored / frame.parameters,
         quantized_pct=100 * frame.quantized_parameters / frame.parameters,

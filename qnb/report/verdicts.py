@@ -8,7 +8,7 @@ from guessing are left out: they cannot show a loss. With the 95 % interval (low
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
@@ -23,6 +23,7 @@ from qnb.report.scores import MEAN, headline
 
 POOLED = "mean, for the verdict"
 FLIP_RATE = 0.1  # of items that a format is assumed to answer rightly where the baseline does not, or the reverse
+QUANTIZED = [name for name, precision in PRECISIONS.items() if precision.quantized]
 CHANGE = ("change_pp", "low_pp", "high_pp")
 LEAST_QUANTIZED_PCT = 50  # of the weights; a format that changed fewer says so in the verdict's place
 
@@ -197,6 +198,19 @@ def detectable(n_items: Sequence[int], flip_rate: float = FLIP_RATE) -> str:
     return f"a mean change in accuracy of {format_number(round(change, 1))} points or more ({about})"
 
 
+def _types(results: Results) -> Iterator[str]:
+    """Say where quantized formats have another type in bfloat16's place, and where bfloat16 is emulated."""
+    rows = pd.DataFrame(results.rows, columns=["precision", "dtype", "bf16"])
+    types = rows[rows.precision.isin(QUANTIZED)].groupby("dtype").precision.unique()
+    if set(types.index) - {"bfloat16"}:
+        parts = [f"{dtype} in {', '.join(names).upper()}" for dtype, names in types.items()]
+        yield f"What is usually bfloat16 in quantized formats is {'; '.join(parts)}."
+    if both := sorted(set.intersection(*map(set, types)) if len(types) > 1 else ()):
+        yield f"{', '.join(both).upper()} overflowed in float16 and has rows in both: run the notebooks again."
+    if rows.bf16.eq("emulated").any():
+        yield f"The device has no bfloat16 units: {BASELINE.upper()}'s speed is that of an emulation."
+
+
 def notes(results: Results) -> list[str]:
     """Return what qualifies the verdicts."""
     lines = []
@@ -213,4 +227,4 @@ def notes(results: Results) -> list[str]:
         for name, answers in counted.groupby("precision"):
             if absent := [task_name(task) for task in counted.task.unique() if task not in set(answers.task)]:
                 lines.append(f"{str(name).upper()}'s verdict lacks {', '.join(absent)}: it was not compared there.")
-    return lines
+    return [*lines, *_types(results)]

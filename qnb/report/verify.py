@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qnb.errors import InputError, expand_path
 from qnb.ledger import Ledger, file_sha256
+from qnb.precision import PRECISIONS
 from qnb.quantize.checkpoint import damage
 from qnb.report.results import Results
 from qnb.report.tables import TABLES, build, markdown
@@ -44,10 +45,11 @@ def verify(folder: str | Path) -> Iterator[Finding]:
                 is_same = _is_file(ledger.folder / name, row[f"{kind}_sha256"])
                 yield Finding(name, "" if is_same else "missing, or not the file its row was made of")
     for row in results.checkpoints.to_dict("records"):
-        checkpoint = ledger.folder / "checkpoints" / row["precision"]
+        name = PRECISIONS[row["precision"]].in_half(row["dtype"]).checkpoint
+        checkpoint = ledger.folder / "checkpoints" / name
         if checkpoint.is_dir():  # every byte is read
             damaged = damage(checkpoint, row["manifest_sha256"])
-            yield Finding(f"checkpoints/{row['precision']}", f"{damaged} is not as it was saved" if damaged else "")
+            yield Finding(f"checkpoints/{name}", f"{damaged} is not as it was saved" if damaged else "")
     yield from _tables(ledger.folder / "tables", results)
 
 

@@ -278,9 +278,9 @@ def _search(series: Series) -> None:
         if last_safe is None or cap <= last_safe:
             largest = with_model(session, precision, search)
         else:
-            folder = session.checkpoint(precision)
+            folder, pinned = session.checkpoint(precision), session.pinned(precision)
             memory.release(workspaces=True)
-            with batch_search.ChildTrials(load_trials, folder, precision, place, work, limit_mib, engine) as try_batch:
+            with batch_search.ChildTrials(load_trials, folder, pinned, place, work, limit_mib, engine) as try_batch:
                 largest = batch_search.find_largest_batch(try_batch, limit_mib, cap, last_safe)
         series.record_batch(largest)
 

@@ -1,10 +1,16 @@
 """Notebook 01's stages: checkpoints and pushes, as a user asks for them."""
 
+from contextlib import nullcontext
+
 import pandas as pd
 import pytest
+import torch
+import transformers
+from tiny_models import save_tiny
 
-from qnb import InputError
-from qnb.quantize import hub, stages
+from qnb import InputError, Study, prompts
+from qnb.device import Device
+from qnb.quantize import checkpoint, hub, stages
 from qnb.session import Session
 
 
@@ -29,6 +35,27 @@ def test_what_cannot_be_made_is_recorded_and_the_others_go_on(session):
     stages.quantize(session)
     assert [row["precision"] for row in session.ledger.rows("quantize")] == ["bf16"]
     assert [(row["precision"], row["error"]) for row in session.ledger.failures()] == [("int8", "RuntimeError")]
+
+
+@pytest.mark.parametrize(("word", "is_made"), [("fox", False), ("#", True)], ids=["in the proof", "later"])
+def test_a_quantized_format_that_overflows_in_float16_goes_on_in_bfloat16(word, is_made, tmp_path, monkeypatch):
+    monkeypatch.setattr(Device, "half", "float16")
+    model, folder = str(save_tiny(tmp_path / "model")), tmp_path / "study"
+    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    network.model.embed_tokens.weight.data[checkpoint.load_tokenizer(model)(word)["input_ids"][0]] = 1e5
+    network.save_pretrained(model)
+    monkeypatch.setattr(prompts, "paragraphs", lambda *_: ["# one two three " * 9])
+    study = Study(model, "bf16,fp16,nf4", folder)
+    study.quantize(), study.divergence("sample", 100, 50)
+    types = {(row["stage"], row["precision"]): row["dtype"] for row in study.session.ledger.rows()}
+    measured = {(stage, name): "bfloat16" for stage in ("quantize", "divergence") for name in ("bf16", "nf4")}
+    assert types == measured | ({("quantize", "fp16"): "float16"} if is_made else {})
+    assert {row["precision"] for row in study.session.ledger.failures()} == {"fp16"}
+    assert (folder / "checkpoints" / "nf4-float16").exists() is is_made
+    again = Session(model, "int8,nf4", folder)
+    assert [again.pinned(each).dtype for each in again.precisions] == ["float16", "bfloat16"]
+    with nullcontext() if is_made else pytest.raises(RuntimeError, match="FP16 overflows"):
+        Study(model, "nf4", tmp_path / "float16", half="float16").quantize()
 
 
 def test_a_dry_run_lists_repository_files_and_size(session, monkeypatch):

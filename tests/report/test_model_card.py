@@ -27,7 +27,9 @@ def test_a_card_holds_scores_as_the_hub_reads_them(studied):
 def test_a_card_says_what_was_left_out(studied):
     study = studied.results()
     left_out = [{"<experts> fused into one tensor": 200_000_000}] * len(study.checkpoints)
-    text = model_card.card(replace(study, checkpoints=study.checkpoints.assign(left_out=left_out)), PRECISIONS["nf4"])
+    checkpoints = study.checkpoints.assign(left_out=left_out, dtype="float16")
+    text = model_card.card(replace(study, checkpoints=checkpoints), PRECISIONS["nf4"])
+    assert "# one-billion-nf4-float16" in text and "all others are in float16" in text
     assert "200,000,000 parameters, &lt;experts&gt; fused" in text and "<experts" not in text
 
 

@@ -117,3 +117,11 @@ def test_a_divergence_that_another_batch_size_causes_as_well_is_called_noise():
     shown = compact(results, "divergence")["mean KL divergence, nats"]
     assert ["noise" in cell for cell in shown] == [False, True, False]
     assert any("noise" in line for line in about(results, "fp16")) and not about(results, "nf4")
+
+
+def test_another_16_bit_type_and_an_emulated_one_are_told():
+    types = [("bf16", "bfloat16"), ("fp16", "float16"), ("int8", "float16"), ("nf4", "float16"), ("nf4", "bfloat16")]
+    rows = [{"precision": name, "dtype": dtype, "bf16": "emulated"} for name, dtype in types]
+    lines = [verdicts.notes(Results("", "", "", rows=tuple(rows[:end]))) for end in (2, 4, 5)]
+    assert [len(each) for each in lines] == [1, 2, 3] and "FP16" not in str(lines)
+    assert "float16 in INT8, NF4." in lines[1][0] and lines[2][1].startswith("NF4 overflowed")

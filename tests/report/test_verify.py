@@ -17,11 +17,12 @@ from qnb.report.verify import verify
 def folder(tmp_path_factory):
     """The example study with a checkpoint and all tables."""
     folder = example.write(tmp_path_factory.mktemp("verify") / "study", precisions=("bf16", "int8"))
-    with replacing(folder / "checkpoints" / "int8") as draft:
+    with replacing(folder / "checkpoints" / "int8-float16") as draft:
         (draft / "model.safetensors").write_bytes(b"weights")
     ledger = Ledger(folder)
     row = next(row for row in ledger.rows("quantize") if row["precision"] == "int8")
-    ledger.append({**row, "manifest_sha256": file_sha256(folder / "checkpoints" / "int8" / "manifest.json")})
+    digest = file_sha256(folder / "checkpoints" / "int8-float16" / "manifest.json")
+    ledger.append({**row, "manifest_sha256": digest, "dtype": "float16"})
     for name in TABLES:
         save(Results.read(ledger), name)
     return folder
@@ -44,8 +45,8 @@ def test_an_untouched_study_is_as_it_was_measured(folder, capsys):
 
 @pytest.mark.parametrize(
     "pattern",
-    ["items/*.parquet", "samples/*.parquet", "tables/batch_plans.md", "checkpoints/int8/model.safetensors",
-     "checkpoints/int8/manifest.json"],
+    ["items/*.parquet", "samples/*.parquet", "tables/batch_plans.md", "checkpoints/*/model.safetensors",
+     "checkpoints/*/manifest.json"],
 )  # fmt: skip
 def test_a_changed_byte_is_found(study, pattern):
     path = sorted(study.glob(pattern))[0]
