@@ -20,6 +20,8 @@ from multiprocessing import get_context, parent_process
 from typing import Any
 from unittest.mock import patch
 
+from qnb.memory import host_peak_mib
+
 OUT_OF_MEMORY, DIED, WHEN_TIMED = "out of memory", "its process died", "out of memory when timed"
 TOLERANCE = 0.01  # the search ends when the true maximum can be larger by no more than this share
 MAX_PROBES = 10
@@ -205,6 +207,7 @@ class ChildTrials:
     def __exit__(self, *error: object) -> None:
         """End the child, which gives back all its memory."""
         if self._pool is not None:
+            host_peak_mib()  # the child counts while it is there
             self._pool.shutdown()
 
 
