@@ -9,12 +9,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from qnb.errors import InputError, expand_path, never_fail_to_print, scrub
-
-PROFILES = Path(__file__).resolve().parents[1] / "notebooks" / "profiles"
+from qnb.provenance import NOTEBOOKS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="qnb", description="What does quantizing this model cost, and what does it give?")
     commands = parser.add_subparsers(dest="command", required=True, metavar="run | report | verify | audit | doctor")
     run = commands.add_parser("run", help="execute the notebooks, in order, into one study")
-    profiles = ", ".join(sorted(path.stem for path in PROFILES.glob("*.yaml"))).replace("%", "%%")
+    profiles = ", ".join(sorted(path.stem for path in (NOTEBOOKS / "profiles").glob("*.yaml"))).replace("%", "%%")
     run.add_argument("--profile", default="demo", help=f"{profiles}, of notebooks/profiles (default: demo)")
     run.add_argument("--output", help="the study's folder (default: the profile's)")
     run.add_argument("--only", default="", help="numbers of notebooks, such as 02,03")

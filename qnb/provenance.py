@@ -16,8 +16,12 @@ from qnb.errors import scrub
 from qnb.ledger import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout the package runs from
+NOTEBOOKS = ROOT / "notebooks"
+if not NOTEBOOKS.is_dir():  # an installed package brings them along
+    NOTEBOOKS = ROOT / "qnb" / "notebooks"
 LONGEST = 2000  # characters of a command that are kept
 COMMAND = "QNB_COMMAND"  # the environment variable by which a run tells its notebooks the command line
+WAITING = "QNB_WAITING"  # the one that tells them how many processes hold a GPU context and wait for them
 
 
 def command() -> str:

@@ -15,9 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, NoReturn
 from unittest.mock import patch
+
+from tqdm.auto import tqdm
 
 from qnb import colab, device
 from qnb.accuracy import tasks
@@ -28,14 +30,16 @@ from qnb.errors import INPUT_ERRORS, InputError, expand_path, scrub, unknown
 from qnb.ledger import FAILED, KEY, Row, holding
 from qnb.options import check_count
 from qnb.precision import listed
-from qnb.provenance import COMMAND, ROOT
+from qnb.provenance import COMMAND, NOTEBOOKS, WAITING
 from qnb.quantize.stages import PushOptions
+from qnb.report import recommend, tables
 from qnb.speed.stages import WorkloadOptions
 from qnb.study import PARAMETERS, Study
 
-NOTEBOOKS = ROOT / "notebooks"
 NAMES = ("01_quantize", "02_accuracy", "03_perf_bs1", "04_perf_maxbatch", "05_figures")
 COUNTS = {"sensitivity_limit", "bs1_repeats", "maxbatch_repeats", "max_batch", "memory_mib", "sweep_batch"}
+RUN_ALL = ("auto", "always", "never")  # when 01 runs the other notebooks; "auto" is on Colab alone
+BAR = "{l_bar}{bar}| {n_fmt} of {total_fmt} notebooks, {elapsed}{postfix}"
 CELL_TIMEOUT_S = 24 * 3600  # a cell that hangs ends one day, and the run with it
 
 
@@ -59,39 +63,25 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
         A parameter cannot be used; no notebook was run.
     """
     names = chosen(only)
-    if not NOTEBOOKS.is_dir():
-        raise InputError(f"there are no notebooks in {NOTEBOOKS}; run from a clone of the repository")
-    known = {name: notebook_parameters(NOTEBOOKS / f"{name}.ipynb") for name in NAMES}
-    values = parameters(profile, given, {"device"}.union(*known.values()))
+    known = (notebook_parameters(NOTEBOOKS / f"{name}.ipynb") for name in NAMES)
+    values = parameters(profile, given, {"device"}.union(*known))
     if output:
         values["output"] = output if output.startswith(colab.DRIVE) else str(expand_path(output).resolve())
     study = check_parameters(values, names)
     study.session.check_writable()
-
-    def refuse() -> NoReturn:
-        raise InputError(f"output {study.folder} is in use by another run; let it end, or give another --output")
-
     values |= {"output": str(study.folder), "data_dir": str(study.session.data_dir or "")}  # kernels run elsewhere
     if "device" in values:
         os.environ[device.CHOICE] = values["device"]  # for the notebooks' kernels
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it calls the rarely used parameters unknown
     os.environ[COMMAND] = shlex.join(["qnb", *sys.argv[1:]])
     earlier = study.session.ledger.failures()  # this run may not retry all of them
-    try:
-        (study.folder / "notebooks").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output {study.folder} cannot be written ({error.strerror}); give another") from error
-    with _interruptible(), holding(study.folder / ".run.lock", refuse), _own_kernel():
+    with _sole_run(study):
         for name in names:
-            started = perf_counter()
-            reason = _execute(study, name, {key: value for key, value in values.items() if key in known[name]})
-            if reason:
-                print(f"qnb: {reason}; what was measured is kept in {study.folder}", file=sys.stderr)
+            try:
+                line = _execute(study, name, values)
+            except NotebookError as error:
+                print(f"qnb: {error}; what was measured is kept in {study.folder}", file=sys.stderr)
                 return 1
-            if _interrupted.is_set():
-                raise KeyboardInterrupt
-            rows = len(study.session.ledger)
-            print(f"{name}: done in {perf_counter() - started:.0f} s, {rows} rows", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
     dry_run = "01_quantize" in names and values.get("push_to") and values.get("dry_run", True)
     return _report_end(study, earlier, bool(dry_run))
 
@@ -101,11 +91,78 @@ def _report_end(study: Study, earlier: Sequence[Row], dry_run: bool) -> int:
     print("\n".join(summary(study)))
     if dry_run:
         print(f"nothing was uploaded: {study.folder / 'push.csv'} says what would be, -p dry_run false does it")
-    failures = [row for row in study.session.ledger.failures() if row not in earlier]
-    for row in failures:
-        what = " ".join(str(row[name]) for name in KEY if row[name] != "").replace(FAILED, "")
-        print(f"qnb: {what} could not be measured: {row['reason']}", file=sys.stderr)
+    failures = _failures(study, earlier)
+    for line in failures:
+        print(f"qnb: {line}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _failures(study: Study, earlier: Sequence[Row]) -> list[str]:
+    """Return what failed since there were those `earlier` failures, each with its reason."""
+    rows = [row for row in study.session.ledger.failures() if row not in earlier]
+    names = (" ".join(str(row[name]) for name in KEY if row[name] != "").replace(FAILED, "") for row in rows)
+    return [f"{name} could not be measured: {row['reason']}" for name, row in zip(names, rows, strict=True)]
+
+
+def rest(study: Study, run_all: str = "auto", **values: Any) -> Any:
+    """Run the other four notebooks from within 01, on its machine, and say how far they are and what they find.
+
+    A notebook that stops is named with its reason, and the next one is run: the last one draws what there is.
+
+    Parameters
+    ----------
+    study
+        The study of 01_quantize, in whose folder the others go on.
+    run_all
+        One of `RUN_ALL`. In a kernel of `qnb run`, which runs them itself, nothing happens.
+    **values
+        Parameters of 01, for the notebooks that have them.
+
+    Returns
+    -------
+    The ranked formats for display, or None where no notebook was run.
+
+    Raises
+    ------
+    InputError
+        `run_all` is no such word, or another run is at work in the study's folder.
+    """
+    if run_all not in RUN_ALL:
+        raise unknown("run_all", run_all, RUN_ALL)
+    if os.environ.get(COMMAND) or run_all == "never" or (run_all == "auto" and not colab.hosted()):
+        tqdm.write(f"the other notebooks are not run from here (run_all is {run_all!r})")
+        return None
+    import torch
+    from huggingface_hub import get_token
+
+    values |= {"output": str(study.folder), "data_dir": str(study.session.data_dir or "")}
+    has_gpu = torch.cuda.memory_stats().get("num_device_alloc", 0) > 0  # its context stays to its end
+    environment = {WAITING: str(int(has_gpu)), "HF_TOKEN": get_token() or ""}  # Colab's secrets are 01's alone
+    earlier = study.session.ledger.failures()
+    with _sole_run(study, **environment), _progress(study, len(NAMES) - 1) as bar:
+        for name in NAMES[1:]:
+            bar.set_description_str(name)
+            try:
+                tqdm.write(_execute(study, name, values))
+            except (NotebookError, InputError) as error:
+                tqdm.write(f"{error}; what was measured is kept")
+            bar.update()
+    advice, answer = study.recommend(), recommend.sentence(study.results())
+    tqdm.write("\n".join([*_failures(study, earlier), *_places(study), answer, *advice.attrs["notes"]]))
+    return tables.view(advice, tables.ADVICE)
+
+
+def _progress(study: Study, total: int) -> tqdm:
+    """Return a bar over notebooks; until it is closed, its time and the number of the study's rows move on."""
+    bar = tqdm(total=total, bar_format=BAR)
+
+    def tick() -> None:
+        while not bar.disable:
+            bar.set_postfix_str(f"{len(study.session.ledger)} rows measured")
+            sleep(1)
+
+    threading.Thread(target=tick, name="qnb-progress", daemon=True).start()
+    return bar
 
 
 # Parameters
@@ -204,6 +261,10 @@ def _options(kind: type[Any], values: Mapping[str, Any], **renamed: str) -> Any:
 # Running
 
 
+class NotebookError(Exception):
+    """Say where a notebook stopped, and why."""
+
+
 _interrupted = threading.Event()  # an exception raised in a callback may be passed over; this is not
 
 
@@ -228,6 +289,29 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
+def _sole_run(study: Study, **environment: str) -> Iterator[None]:
+    """Be the only one that executes notebooks into the study's folder, with further variables for their kernels.
+
+    Raises
+    ------
+    InputError
+        Another run does so, or the folder cannot be written.
+    """
+
+    def refuse() -> NoReturn:
+        raise InputError(f"output {study.folder} is in use by another run; let it end, or give another output")
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it calls the rarely used parameters unknown
+    try:
+        (study.folder / "notebooks").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output {study.folder} cannot be written ({error.strerror}); give another") from error
+    lock = study.folder / ".run.lock"
+    with _interruptible(), holding(lock, refuse), _own_kernel(), patch.dict(os.environ, environment):
+        yield
+
+
+@contextmanager
 def _own_kernel() -> Iterator[None]:
     """Let this interpreter execute the notebooks, whatever environment the kernelspec ``python3`` belongs to."""
     from ipykernel.kernelspec import write_kernel_spec
@@ -241,21 +325,25 @@ def _own_kernel() -> Iterator[None]:
 
 
 def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2) -> str:
-    """Execute one notebook; return where it stopped and why, or nothing.
+    """Execute one notebook with those of `values` that are its parameters; return how long it took.
 
     Raises
     ------
     InputError
         The notebook found that input cannot be used.
+    NotebookError
+        It stopped for another reason.
     """
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
+    started, source = perf_counter(), NOTEBOOKS / f"{name}.ipynb"
+    known = notebook_parameters(source)
     try:
         papermill.execute_notebook(
-            NOTEBOOKS / f"{name}.ipynb",
+            source,
             study.folder / "notebooks" / f"{name}.ipynb",
-            values,
+            {key: value for key, value in values.items() if key in known},
             kernel_name="python3",
             progress_bar={"desc": name, "leave": False, "disable": not sys.stderr.isatty()},
             execution_timeout=CELL_TIMEOUT_S,
@@ -264,19 +352,22 @@ def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2)
     except papermill.PapermillExecutionError as error:
         if error.ename in INPUT_ERRORS:
             raise InputError(scrub(error.evalue, 1000)) from None
-        return f"{name}, cell {error.cell_index + 1}: {error.ename}: {scrub(error.evalue)}".rstrip(": ")
+        place = f"{name}, cell {error.cell_index + 1}: {error.ename}"
+        raise NotebookError(f"{place}: {scrub(error.evalue)}".rstrip(": ")) from None
     except (CellTimeoutError, DeadKernelError, OSError) as error:
-        return f"{name}: {type(error).__name__}: {scrub(str(error))}".rstrip(": ")
+        raise NotebookError(f"{name}: {type(error).__name__}: {scrub(str(error))}".rstrip(": ")) from None
     except RuntimeError as error:
         # two kernels that start at once may take one port (nteract/papermill issue 511); nothing has run by then
         if "before replying to kernel_info" not in str(error) or tries == 1:
             raise
         return _execute(study, name, values, tries - 1)
-    return ""
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
+    return f"{name}: done in {perf_counter() - started:.0f} s, {len(study.session.ledger)} rows"
 
 
-def summary(study: Study) -> list[str]:
-    """Return where the results are, what is older than they are, and what other processes disturbed."""
+def _places(study: Study) -> list[str]:
+    """Return where the results are, and whether the report is older than they are."""
     ledger, page = study.session.ledger, study.folder / "report.html"
     renew = shlex.join(["qnb", "report", str(study.folder), "--margin-pp", f"{study.margin_pp:g}"])
     lines = [f"{len(ledger)} measurements in {ledger.path}; tables, figures and notebooks lie beside it"]
@@ -285,7 +376,12 @@ def summary(study: Study) -> list[str]:
     else:
         stale = ledger.path.exists() and page.stat().st_mtime < ledger.path.stat().st_mtime
         lines.append(f"report: {page}" + f" (older than the newest measurements; {renew} renews it)" * stale)
-    speed = study.results().speed
+    return lines
+
+
+def summary(study: Study) -> list[str]:
+    """Return where the results are, what is older than they are, and what other processes disturbed."""
+    lines, speed = _places(study), study.results().speed
     disturbed = speed.loc[[is_disturbed(flags) for flags in speed["flags"]]]
     for number, rows in disturbed.groupby(disturbed.setting.eq("bs1").map({True: "03", False: "04"})):
         names = rows.precision.unique()

@@ -1,9 +1,11 @@
 """Colab, by a stand-in for google.colab that records what it is asked; nothing here was run on Colab itself."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,9 +40,27 @@ print(json.dumps({"calls": calls, "printed": printed.getvalue(), "token": get_to
 '''
 
 
+def code_of(path):
+    """The code cells up to the one that installs, as texts."""
+    texts = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    return texts[: [("%pip install" in text) for text in texts].index(True) + 1]
+
+
 def setup_cells():
-    notebooks = [json.loads(path.read_text())["cells"] for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
-    return ["".join(next(cell for cell in cells if cell["cell_type"] == "code")["source"]) for cells in notebooks]
+    return [code_of(path)[-1] for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
+
+
+@pytest.mark.parametrize(("hosted", "has_gpu"), [(True, False), (True, True), (False, False)])
+def test_colab_without_a_gpu_stops_before_anything_is_installed(hosted, has_gpu, monkeypatch):
+    """In each notebook that wants one: 05 draws without."""
+    *checks, drawing = [code_of(path)[:-1] for path in sorted(NOTEBOOKS.glob("*.ipynb"))]
+    assert drawing == [] and len(checks) == 4 and all(each == checks[0] for each in checks)
+    monkeypatch.setattr(Path, "exists", lambda path: has_gpu)
+    if hosted:
+        monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
+    stops = hosted and not has_gpu
+    with pytest.raises(AssertionError, match="T4 GPU") if stops else contextlib.nullcontext():
+        exec("\n".join(checks[0]), {})
 
 
 def test_the_setup_cell_installs_only_what_is_missing_and_lets_panels_be_drawn(tmp_path):
@@ -57,6 +77,7 @@ def test_the_setup_cell_installs_only_what_is_missing_and_lets_panels_be_drawn(t
     assert installed[0].startswith("list --format=freeze >") and "torch" not in installed[1]
     kept = installed[0].split(">")[1].strip()
     assert f"--constraint {kept}" in installed[1]  # nothing that Colab brings is replaced
+    assert installed[1].endswith("| grep Successfully")  # pip's line of what it installed
     assert said["calls"].count(["widgets"]) == 6
     assert said["token"] == "hf_from_the_secrets" and ["secret", "HF_TOKEN"] in said["calls"]
 

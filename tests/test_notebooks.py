@@ -87,12 +87,12 @@ def test_parameters_are_literals_six_of_them_in_the_tagged_cell(path):
 
 
 @pytest.mark.parametrize("path", ALL)
-def test_badge_and_setup_name_the_projects_repository(path):
-    repository = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["repository"]
-    owner_name = repository.removeprefix("https://github.com/")
-    first, setup = text_of(cells(path, "markdown")[0]), text_of(cells(path, "code")[0])
-    assert f"https://colab.research.google.com/github/{owner_name}/blob/main/notebooks/{path.name}" in first
-    assert f"git+{repository}" in setup
+def test_badge_and_setup_name_the_projects_repository_and_the_tag_of_its_version(path):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    repository, tag = project["urls"]["repository"], f"v{project['version']}"
+    badge = f"https://colab.research.google.com/github/{repository.removeprefix('https://github.com/')}/blob/{tag}"
+    assert f"({badge}/notebooks/{path.name})" in text_of(cells(path, "markdown")[0])
+    assert sum(f'git+{repository}@{tag}"' in text_of(cell) for cell in cells(path, "code")) == 1
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)

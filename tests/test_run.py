@@ -13,13 +13,14 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import papermill
 import psutil
 import pytest
 from conftest import command
 from filelock import FileLock
 
-from qnb import Study, run
+from qnb import InputError, Study, run
 from qnb.__main__ import main
 from qnb.ledger import Ledger, row_key
 from qnb.provenance import ROOT
@@ -140,6 +141,72 @@ def test_a_run_names_what_was_disturbed_and_a_report_that_is_older(studied, tmp_
     assert f"disturbed by other processes in 03: {row['precision']}" in text and "older than the newest" in text
     study.session.ledger.append({**row, "flags": ["throttled"]})
     assert "disturbed" not in "\n".join(run.summary(study))
+
+
+# From within 01
+
+
+@pytest.mark.parametrize(
+    ("run_all", "command", "hosted", "count"),
+    [("auto", "", False, 0), ("auto", "", True, 4), ("never", "", True, 0), ("always", "qnb run", True, 0)],
+)
+def test_01_runs_the_others_on_colab_alone_and_never_within_a_run(
+    run_all, command, hosted, count, studied, tmp_path, monkeypatch
+):
+    names = []
+    monkeypatch.setattr(papermill, "execute_notebook", lambda path, *_, **__: names.append(path.stem))
+    monkeypatch.setattr(run.colab, "hosted", lambda: hosted)
+    monkeypatch.setenv(run.COMMAND, command)
+    study = Study(output=shutil.copytree(studied.folder, tmp_path / "study"))
+    assert (run.rest(study, run_all) is None) == (count == 0) and names == list(NAMES[1:])[:count]
+    with pytest.raises(InputError, match="'yes' is unknown"):
+        run.rest(study, "yes")
+
+
+def test_01s_last_cell_gives_its_parameters_to_the_others_and_ends_with_the_advice(studied, tmp_path):
+    """In a kernel, as Jupyter has it. A notebook that stops is named, and the next is run."""
+    folder = shutil.copytree(studied.folder, tmp_path / "study")
+    last = [cell for cell in nbformat.read(NOTEBOOKS / "01_quantize.ipynb", 4).cells if cell.cell_type == "code"][-1]
+    here = f"import pathlib, qnb.run; qnb.run.NOTEBOOKS = pathlib.Path({str(tmp_path)!r})"
+    sources = {
+        "01_quantize": [f"{here}\nstudy = qnb.Study(model, precisions, output, '', seed, overwrite)", last.source],
+        "02_accuracy": [
+            "import os, pathlib",
+            "pathlib.Path(output, 'given').write_text(f'{seed} ' + os.environ['QNB_WAITING'])",
+        ],
+        "03_perf_bs1": ["1 / 0"],
+        "04_perf_maxbatch": ["import qnb; raise qnb.InputError('a bad input')"],
+        "05_figures": ["print()"],
+    }
+    values = {"run_all": "always", "model": "auto", "precisions": "bf16", "seed": 7, "overwrite": False}
+    for name, cells in sources.items():
+        notebook = nbformat.v4.new_notebook(metadata={"language_info": {"name": "python"}})
+        notebook.cells = [nbformat.v4.new_code_cell(cell) for cell in ("seed = 0\noutput = ''", *cells)]
+        notebook.cells[0].metadata.tags = ["parameters"]
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    done = papermill.execute_notebook(
+        tmp_path / "01_quantize.ipynb", None, {**values, "output": str(folder)}, kernel_name="python3",
+        progress_bar=False, execution_timeout=120,
+    )  # fmt: skip
+    outputs = done.cells[-1].outputs
+    said = "".join(output.get("text", "") for output in outputs)
+    assert "03_perf_bs1, cell 3: ZeroDivisionError" in said and "a bad input" in said and "05_figures: done in" in said
+    assert "report" in said and "fastest" in said and "may fit" in outputs[-1].data["text/html"]
+    assert (folder / "given").read_text() == "7 0"  # no GPU is held by 01
+    assert sorted(path.stem for path in (folder / "notebooks").glob("*.ipynb")) == list(NAMES[1:])
+
+
+@pytest.mark.slow
+def test_an_installed_package_brings_its_notebooks(tmp_path):
+    pytest.importorskip("setuptools", reason="setuptools is not installed")
+    kept = shutil.ignore_patterns(".git", "outputs", "tests", "build", "*.egg-info", "__pycache__")
+    copy = shutil.copytree(ROOT, tmp_path / "copy", symlinks=True, ignore=kept)
+    build = [sys.executable, "-c", "import setuptools; setuptools.setup()", "build", "--build-lib", "../site"]
+    subprocess.run(build, cwd=copy, check=True, capture_output=True)
+    words = ["run", "--profile", "smoke", "--only", "05", "--output", str(tmp_path / "study")]
+    done = command(*words, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert done.returncode == 0 and done.stderr.startswith("05_figures: done in"), done.stderr
+    assert len(list((tmp_path / "site" / "qnb" / "notebooks").glob("*.ipynb"))) == len(NAMES)
 
 
 # Ended, and two at once

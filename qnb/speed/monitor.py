@@ -8,6 +8,7 @@ containers such as Colab's hide the memory of single processes. The thread reads
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,6 +24,7 @@ import torch
 
 from qnb.columns import Flag
 from qnb.memory import MIB
+from qnb.provenance import WAITING
 
 Reading = dict[str, float]
 
@@ -38,7 +40,7 @@ NVML_PROBES: dict[str, Callable[[Any], float]] = {
     "energy_j": lambda gpu: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1000,
     "throttle": lambda gpu: pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu),
     # a process counts once it holds a context: containers hide which processes those are, not how many
-    "gpu_processes": lambda gpu: len(pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)),
+    "gpu_processes": lambda gpu: len(pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)) - int(os.getenv(WAITING, "0")),
 }
 METRICS = (*NVML_PROBES, "others_cpu_pct")
 # NVML's bits (nvmlClocksEventReasons) that say the clocks are held below what the work asks for: software power cap,

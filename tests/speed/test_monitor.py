@@ -47,6 +47,12 @@ def test_a_sensor_that_fails_midway_costs_readings_which_one_thread_takes():
     assert usage_of([{}, {}]).missing_samples == 2
 
 
+def test_a_process_that_holds_a_gpu_context_and_waits_disturbs_nothing(monkeypatch):
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda gpu: ["this one", "01's kernel"])
+    monkeypatch.setenv(monitor.WAITING, "1")
+    assert monitor.NVML_PROBES["gpu_processes"](None) == 1
+
+
 @pytest.mark.parametrize(
     ("readings", "energy_j", "energy_s"),
     [
