@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -59,13 +60,40 @@ def test_the_package_is_found_from_beside_a_checkout_of_its_name(tmp_path):
     assert found.stdout.strip() == qnb.__version__
 
 
-def test_colab_keeps_what_it_brings():
+def normalized(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.fixture
+def brought():
+    """The versions that Colab brings, by name."""
     if not COLAB.exists():
         pytest.skip("no list of Colab's packages beside the project")
     pairs = re.findall(r"^([A-Za-z0-9_.\-]+)(?:==| @ \S*?-)([0-9][^\s;+]*)", COLAB.read_text(), re.MULTILINE)
-    brought = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pairs}
+    return {normalized(name): version for name, version in pairs}
+
+
+def test_colab_keeps_what_it_brings(brought):
     assert {"torch", "transformers", "plotly", "ipywidgets", "pandas"} <= set(brought)
     for requirement in bounds():
-        version = brought.get(re.sub(r"[-_.]+", "-", requirement.name).lower())
+        version = brought.get(normalized(requirement.name))
         if version is not None:
             assert requirement.specifier.contains(version, prereleases=True), f"{requirement} would replace {version}"
+
+
+def test_what_colab_lacks_is_there_for_its_python(brought, tmp_path):
+    """All that pip would add, for Python 3.13 beside what Colab brings. PyTorch's own differ in Colab's build."""
+    uv = shutil.which("uv") or pytest.skip("uv is not installed: pip install -e '.[test]'")
+    torchs = re.compile(r"(nvidia-(?!ml)|cuda-|triton)")
+    pins = {name: version for name, version in brought.items() if not torchs.match(name)}
+    (tmp_path / "pins.txt").write_text("\n".join(f"{name}=={version}" for name, version in pins.items()))
+    (tmp_path / "wanted.txt").write_text("\n".join(map(str, bounds())))
+    command = [uv, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", "3.13",
+               "--python-platform", "x86_64-manylinux_2_28", "-c", "pins.txt", "wanted.txt"]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    if done.returncode and "No solution found" not in done.stderr:
+        pytest.skip(f"no package index can be reached: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split("==") for line in done.stdout.split() if "==" in line)
+    added = {name for name in map(normalized, found) if name not in pins and not torchs.match(name)}
+    assert {"bitsandbytes", "lm-eval", "papermill", "gguf"} <= added and len(added) < 30, added
