@@ -219,6 +219,8 @@ class Session:
             "half": self.half,
         }
         write_atomic(self.folder / "study.json", json.dumps({**record, **facts, **self._context}, indent=1))
+        if shortage := self.disk_shortage():
+            tqdm.write(f"disk: {shortage}")
         return source
 
     @cached_property
@@ -246,6 +248,12 @@ class Session:
             return "wikitext" if self.device.kind == "cuda" or self.data_dir else "sample"
         return source
 
+    def disk_shortage(self) -> str:
+        """Return a line where the checkpoints still to be made need more disk than is free; else nothing."""
+        precisions = map(self.pinned, self.precisions)
+        path = self.record.get("path", "")  # before a model was fetched, its size is not known
+        return checkpoint.disk_shortage(Path(path), self.folder / "checkpoints", precisions) if path else ""
+
     def facts(self) -> dict[str, str]:
         """Return what is measured, on what, with what, and what is done already. Nothing is fetched for it."""
         source, rows = self.record, self.ledger.rows()
@@ -257,6 +265,7 @@ class Session:
             "quantized formats in": self.half + "".join(f", {name} in bfloat16" for name in self.overflowed),
             **self.device.facts(),
             "host memory": describe_host(max((row.get("host_peak_mib") or 0 for row in rows), default=0)),
+            **({"disk": shortage} if (shortage := self.disk_shortage()) else {}),
             "output": str(self.folder),
             "already measured": ", ".join(f"{count} {stage} rows" for stage, count in stages.items()) or "nothing",
         }

@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -396,6 +396,28 @@ def convert(source: Source, precision: Precision, folder: Path, device: str) -> 
             raise RuntimeError(f"{precision.name}: the reloaded checkpoint's logits differ from those before saving")
         file_mib = sum(path.stat().st_size for path in draft.glob("*.safetensors")) / MIB
     return Checkpoint(**asdict(weights), file_mib=file_mib, quantize_s=quantize_s, load_s=load_s)
+
+
+def disk_shortage(source: Path, folder: Path, precisions: Iterable[Precision]) -> str:
+    """Return a line where the checkpoints that `folder` lacks take more disk than is free; empty where there is room.
+
+    Their sizes are estimated from that of the released weights.
+    """
+    config = _read_json(source / CONFIG) if source.is_dir() else {}  # a study of another machine has no source here
+    released_bits = 32 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 16
+    released_gib = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 2**30
+    missing = (each for each in precisions if not (folder / each.checkpoint / MANIFEST).exists())
+    needed_gib = released_gib * sum(map(_bits_per_weight, missing)) / released_bits
+    free_gib = shutil.disk_usage(folder.parent).free / 2**30
+    line = f"about {needed_gib:.1f} GiB are needed, {free_gib:.1f} are free in {folder.parent}; make room there"
+    return line if needed_gib > free_gib else ""
+
+
+def _bits_per_weight(precision: Precision) -> int:
+    """Return what a weight takes in a checkpoint, with quantization constants and a fifth of the weights in 16 bit."""
+    if precision.quantized:
+        return 10 if precision.eight_bit else 7
+    return 32 if precision.dtype == "float32" else 16
 
 
 def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ def convert(model, name, folder):
 
 
 @pytest.mark.parametrize("name", STUDY)
-def test_a_checkpoint_weighs_what_its_layout_says(request, name):
+def test_a_checkpoint_weighs_what_its_layout_says(request, name, source, tmp_path, monkeypatch):
     folder, made = request.getfixturevalue("checkpoint")(name)
     # half a byte a weight, a float32 a 64 weights, and a table of 16 float32 for each of 210 matrices
     four_bit = LINEAR // 2 + LINEAR // 64 * 4 + 210 * 16 * 4
@@ -42,6 +44,13 @@ def test_a_checkpoint_weighs_what_its_layout_says(request, name):
     quantized = (LINEAR, expected) if PRECISIONS[name].quantized else (0, 0)
     assert (made.quantized_parameters, made.quantized_bytes) == quantized
     assert made.total_mib < made.file_mib < made.total_mib + 0.5 and checkpoint.damage(folder) == ""
+    for share, is_short in ((0.9, True), (1.15, False)):  # of the disk that it takes
+        free = SimpleNamespace(free=made.file_mib * share * 2**20)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: free)
+        lines = [
+            checkpoint.disk_shortage(Path(source.path), each, [PRECISIONS[name]]) for each in (tmp_path, folder.parent)
+        ]
+        assert list(map(bool, lines)) == [is_short, False], "what is there needs no more"
 
 
 VECTORS = "norms, biases and other vectors"
