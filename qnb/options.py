@@ -11,10 +11,10 @@ Count = int | str  # a number, or "auto": what the device allows in minutes
 AUTO: dict[str, dict[str, int]] = {
     "cuda": {"bs1_requests": 20, "maxbatch_requests": 512, "prompt_tokens": 128, "new_tokens": 100, "limit": 200,
              "batch_size": 32, "max_batch": 512, "memory_mib": 0, "ppl_tokens": 65536, "ppl_context": 512,
-             "sweep_batch": 256, "sensitivity_limit": 100},
+             "sweep_batch": 256, "sensitivity_limit": 100, "minutes": 25},
     "cpu": {"bs1_requests": 4, "maxbatch_requests": 16, "prompt_tokens": 32, "new_tokens": 8, "limit": 12,
             "batch_size": 8, "max_batch": 16, "memory_mib": 400, "ppl_tokens": 1024, "ppl_context": 128,
-            "sweep_batch": 0, "sensitivity_limit": 4},
+            "sweep_batch": 0, "sensitivity_limit": 4, "minutes": 0},
 }  # fmt: skip
 # a word that may stand in place of a number
 WORDS = {"limit": "all", "ppl_tokens": "all", "sweep_batch": "0"}
@@ -23,7 +23,7 @@ WORDS = {"limit": "all", "ppl_tokens": "all", "sweep_batch": "0"}
 def check_count(name: str, value: Count) -> None:
     """Refuse what is neither a whole number of at least 1, nor another value that `name` allows.
 
-    That is ``"auto"``, a word of its own, or for requests a time such as ``"4 minutes"``.
+    That is ``"auto"``, or a word of its own.
 
     Raises
     ------
@@ -32,12 +32,11 @@ def check_count(name: str, value: Count) -> None:
     """
     word = WORDS.get(name)
     has_auto = name in AUTO["cpu"]
-    has_time = name.endswith("requests")
-    if (has_auto and value == "auto") or (has_time and minutes_of(value)):
+    if has_auto and value == "auto":
         return
     if not isinstance(value, bool) and (str(value) == word or re.fullmatch(r"0*[1-9]\d{0,17}", str(value), re.ASCII)):
         return
-    others = {repr(word): word, "'auto'": has_auto, "a time such as '4 minutes'": has_time}
+    others = {repr(word): word, "'auto'": has_auto}
     choices = ["a whole number of at least 1", *(text for text, is_allowed in others.items() if is_allowed)]
     raise InputError(f"{name} is {str(value)[:40]!r}; give {', or '.join(choices)}")
 
@@ -48,19 +47,14 @@ def resolve_count(name: str, value: Count, device_kind: str) -> int:
     return AUTO[device_kind][name] if value == "auto" else int(value)
 
 
-def check_minutes(minutes: float) -> None:
-    """Refuse a time budget that is not a number, or is below 0.
+def check_minutes(minutes: float | str) -> None:
+    """Refuse a time budget that is neither ``"auto"`` nor a number, or is below 0.
 
     Raises
     ------
     InputError
         `minutes` is no such number.
     """
-    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 <= minutes < math.inf:
-        raise InputError(f"minutes is {minutes!r}; give a number, or 0 for no budget")
-
-
-def minutes_of(requests: Count) -> float | None:
-    """Return the minutes above 0 in a text such as ``"4 minutes"``; None for all else."""
-    match = re.fullmatch(r"(\d{1,4}(?:\.\d{1,3})?) ?min(?:ute)?s?", str(requests).strip())
-    return float(match[1]) or None if match else None
+    is_number = isinstance(minutes, int | float) and not isinstance(minutes, bool) and 0 <= minutes < math.inf
+    if not is_number and minutes != "auto":
+        raise InputError(f"minutes is {minutes!r}; give a number, 'auto', or 0 for no budget")

@@ -50,6 +50,11 @@ class Precision:
         return getattr(torch, self.dtype)
 
     @property
+    def compute_dtype(self) -> str:
+        """The torch type that most products are computed in; of LLM.int8, that of its outlier columns."""
+        return str(self.quantization.get("bnb_4bit_compute_dtype", self.dtype))
+
+    @property
     def threshold(self) -> float:
         """The magnitude from which LLM.int8 multiplies an input column in 16 bit; 0 where it has no outlier path."""
         return float(self.quantization.get("llm_int8_threshold", 0.0))

@@ -7,6 +7,7 @@ that fails is recorded and retried on the next run.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from qnb import __version__, colab, device
+from qnb import __version__, budget, colab, device
+from qnb.budget import Clock, now_s
 from qnb.errors import InputError, expand_path, never_fail_to_print, scrub, unknown
 from qnb.finite import NotFiniteError
 from qnb.ledger import FAILED, Ledger, Row, file_sha256, fingerprint, holding, is_outdated, row_key, write_atomic
 from qnb.memory import describe_host, host_peak_mib, is_out_of_memory, release, released
-from qnb.options import Count, resolve_count
+from qnb.options import AUTO, Count, check_minutes, resolve_count
 from qnb.precision import HALVES, PRECISIONS, Precision, parse
 from qnb.provenance import ROOT, command, commit, file_state
 from qnb.quantize import checkpoint, sources
@@ -81,6 +83,8 @@ class Session:
         Decides which prompts are drawn, and their order.
     overwrite
         Measure again what is there already.
+    minutes
+        A budget for the whole sitting, which its stages share; 0 sets none, ``"auto"`` is 25 on a GPU.
     device
         What everything is measured on; see `qnb.device.detect`.
     half
@@ -102,6 +106,7 @@ class Session:
         data_dir: str | Path = "",
         seed: int = 0,
         overwrite: bool = False,
+        minutes: float | str = 0,
         device: str = "auto",
         half: str = "auto",
     ) -> None:
@@ -111,7 +116,8 @@ class Session:
             is_other = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
             if is_other or (value == "" and name != "data_dir") or "\0" in str(value):
                 raise InputError(f"{name} is {value!r}; give {words}")
-        self.model, self.seed, self.overwrite = model, seed, overwrite
+        check_minutes(minutes)
+        self.model, self.seed, self.overwrite, self._minutes = model, seed, overwrite, minutes
         self.precisions = parse(precisions)
         self.folder = locate(output)
         self.data_dir = expand_path(data_dir).resolve() if str(data_dir) else None
@@ -238,6 +244,11 @@ class Session:
         """Versions of the libraries that a row may depend on."""
         return device.versions()
 
+    @cached_property
+    def minutes(self) -> float:
+        """The budget of minutes for the whole sitting; 0 where there is none."""
+        return float(AUTO[self.device.kind]["minutes"] if self._minutes == "auto" else self._minutes)
+
     def count(self, name: str, value: Count) -> int:
         """Return a count as a number: what was given, or for ``"auto"`` what suits the device."""
         return resolve_count(name, value, self.device.kind)
@@ -264,6 +275,7 @@ class Session:
             "formats": ", ".join(precision.name for precision in self.precisions),
             "quantized formats in": self.half + "".join(f", {name} in bfloat16" for name in self.overflowed),
             **self.device.facts(),
+            **({"time": budget.describe(self.minutes, self._taken_s())} if self.minutes else {}),
             "host memory": describe_host(max((row.get("host_peak_mib") or 0 for row in rows), default=0)),
             **({"disk": shortage} if (shortage := self.disk_shortage()) else {}),
             "output": str(self.folder),
@@ -391,15 +403,35 @@ class Session:
             raise RuntimeError(f"nothing of stage {stage} could be measured: {failures[-1]['reason']}")
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Measure while no other process measures into the same folder; wait for one that does, and say so."""
+    def exclusive(self, notebook: str = "") -> Iterator[Clock]:
+        """Measure while no other process measures into the same folder; wait for one that does, and say so.
+
+        The block gets a clock with the time that its notebook, such as ``"02"``, may still take. What a block takes
+        that measures something is recorded.
+        """
         self.check_writable()
         self.folder.mkdir(parents=True, exist_ok=True)
         waiting = f"another process is measuring into {self.folder}; waiting for it"
         with holding(self.folder / ".lock", lambda: tqdm.write(waiting)):
             self.device.use()
-            with released():
-                yield
+            started_s, before = now_s(), self.ledger.revision
+            is_planned = bool(notebook and self.minutes)
+            taken_s = self._taken_s() if is_planned else {}
+            clock = Clock(budget.allowed_s(self.minutes, notebook, taken_s) if is_planned else math.inf, started_s)
+            try:
+                with released():
+                    yield clock
+            finally:
+                if is_planned and self.ledger.revision != before:
+                    asked = {"minutes": self.minutes}
+                    values = {"taken_s": taken_s.get(notebook, 0.0) + clock.elapsed_s}
+                    self.append(self.key("sitting", asked=asked, setting=notebook), asked, values)
+
+    def _taken_s(self) -> dict[str, float]:
+        """Return the seconds that each notebook took so far of this budget on this device, by number."""
+        this = self.minutes, self.device.name
+        rows = self.ledger.rows("sitting")
+        return {row["setting"]: row["taken_s"] for row in rows if (row["minutes"], row["device"]) == this}
 
     def progress(self, total: int, what: str) -> tqdm:
         """Return a progress bar over `total` steps."""

@@ -38,12 +38,13 @@ class Study:
         data_dir: str | Path = "",
         seed: int = 0,
         overwrite: bool = False,
+        minutes: float | str = 0,
         device: str = "auto",
         half: str = "auto",
         margin_pp: float = MARGIN_PP,
     ) -> None:
         verdicts.check_margin(margin_pp)
-        self.session = Session(model, precisions, output, data_dir, seed, overwrite, device, half)
+        self.session = Session(model, precisions, output, data_dir, seed, overwrite, minutes, device, half)
         self.folder, self.precisions = self.session.folder, self.session.precisions
         self.margin_pp = margin_pp
         self._results: tuple[tuple[int, int], Results] | None = None
@@ -78,16 +79,16 @@ class Study:
         """Return the answer in one table: a row a format with its memory, speeds, loss and verdict."""
         return recommend.summary(self.results())
 
-    def card(self, tasks: str | Iterable[str] = "", limit: Count = "auto", minutes: float = 0) -> Styler:
+    def card(self, tasks: str | Iterable[str] = "", limit: Count = "auto") -> Styler:
         """Return the study's card: what is measured, on what, with what, and what is done already.
 
         With tasks, it says as well which change in accuracy so many items can detect; a budget decides how many, so
         then that is said after the run.
         """
         facts = self.session.facts()
-        options = evaluate.AccuracyOptions(tasks or "auto", limit, minutes=minutes)
-        if tasks and minutes:
-            facts["can detect"] = f"said after the run: {minutes:g} minutes decide how many items are asked"
+        options = evaluate.AccuracyOptions(tasks or "auto", limit)
+        if tasks and self.session.minutes:
+            facts["can detect"] = "said after the run: the time decides how many items are asked"
         elif tasks and (n_items := evaluate.planned_items(self.session, options)):
             facts["can detect"] = verdicts.detectable(n_items)
         return tables.styled(pd.DataFrame(facts.items())).hide(axis="columns")
@@ -119,10 +120,9 @@ class Study:
         limit: Count = "auto",
         batch_size: Count = "auto",
         scorer: str = "qnb",
-        minutes: float = 0,
     ) -> pd.DataFrame:
         """Evaluate every format on every task; one row per task, metric and format."""
-        self.session.measure(evaluate.accuracy, evaluate.AccuracyOptions(tasks, limit, batch_size, scorer, minutes))
+        self.session.measure(evaluate.accuracy, evaluate.AccuracyOptions(tasks, limit, batch_size, scorer))
         return self.results().scores
 
     def batch_sensitivity(self, tasks: str | Iterable[str] = "auto", limit: Count = "auto") -> pd.DataFrame:
@@ -151,11 +151,9 @@ class Study:
         prompt_tokens: Count = "auto",
         new_tokens: Count = "auto",
         prompt_source: str = "auto",
-        engines: str | Iterable[str] = "auto",
-        repeats: int = 1,
     ) -> Workload:
         """Return the prompts that every format gets; `setting` is ``"bs1"`` or ``"maxbatch"``."""
-        options = speed.WorkloadOptions(setting, requests, prompt_tokens, new_tokens, prompt_source, engines, repeats)
+        options = speed.WorkloadOptions(setting, requests, prompt_tokens, new_tokens, prompt_source)
         return speed.workload(self.session, options)
 
     def device_peaks(self) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 import pytest
 
 from qnb.errors import InputError
-from qnb.options import AUTO, check_count, check_minutes, minutes_of, resolve_count
+from qnb.options import AUTO, check_count, check_minutes, resolve_count
 
 
 def test_auto_follows_the_device_and_numbers_are_taken_as_texts_too():
@@ -25,22 +25,8 @@ def test_words_stand_for_their_own_parameter_only():
             check_count(name, value)
 
 
-@pytest.mark.parametrize(
-    ("text", "minutes"), [("4 minutes", 4), ("1 min", 1), ("0.5 minutes", 0.5), ("20", None), (20, None)]
-)
-def test_a_time_is_told_from_a_count(text, minutes):
-    assert minutes_of(text) == minutes
-    check_count("bs1_requests", text)
-
-
-@pytest.mark.parametrize("wrong", ["0 minutes", "-1 minutes", "4 hours", "minutes", "all"])
-def test_what_is_neither_is_refused(wrong):
-    with pytest.raises(InputError, match=r"bs1_requests is .*, or 'auto', or a time such as"):
-        check_count("bs1_requests", wrong)
-
-
 @pytest.mark.parametrize("wrong", [-1, float("inf"), float("nan"), "5", True])
 def test_a_budget_is_a_number_of_minutes(wrong):
-    check_minutes(0), check_minutes(2.5)
+    check_minutes(0), check_minutes(2.5), check_minutes("auto")
     with pytest.raises(InputError, match="minutes is"):
         check_minutes(wrong)

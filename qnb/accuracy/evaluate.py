@@ -5,11 +5,11 @@ Every format answers the same items, and each answer is kept, so that any two fo
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from time import perf_counter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,12 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from qnb.accuracy.allocation import Pace, allocate
 from qnb.accuracy.tasks import LM_EVAL_SEED, SIZES, Task, TaskResult, check, names
+from qnb.budget import Clock, now_s
 from qnb.errors import InputError
 from qnb.ledger import Row, file_sha256, write_parquet
-from qnb.options import Count, check_count, check_minutes
+from qnb.options import Count, check_count
 from qnb.precision import Precision
 from qnb.quantize.checkpoint import quiet
 
@@ -31,9 +33,11 @@ if TYPE_CHECKING:
     from qnb.session import Session
 
 SCORERS = ("qnb", "hf")
-FIRST_LIMIT = {"cuda": 8, "cpu": 4}  # items a task, to learn the pace from; MMLU is 57 tasks
+# items of a task, to learn the pace from, at least one of each subtask; a GPU generates for many as fast as for few
+FIRST_ITEMS, FIRST_GENERATED = {"cuda": 8, "cpu": 4}, {"cuda": 40, "cpu": 4}
+BUDGET_SHARE = 0.75  # of the notebook's time; divergence and batch sensitivity have the rest
 PLANNED_SHARE = 0.9  # of the time left that a round is planned for
-MIN_GROWTH = 1.5  # times as many items, or another round is not worth its time
+MIN_GROWTH = 1.5  # times as many items of a task, or asking it again is not worth its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +49,12 @@ class AccuracyOptions:
     tasks
         ``"sample"``, ``"paper"``, ``"auto"`` (the paper's on a GPU, else the sample) or names of lm-eval tasks.
     limit
-        Items a task or subtask, the first of one fixed random order; ``"all"`` takes all.
+        Items a task or subtask, the first of one fixed random order; ``"all"`` takes all. In a session with a budget
+        of minutes it is the most there may be, and ``"auto"`` means all.
     batch_size
         Rows a forward pass in stock scoring.
     scorer
         ``"qnb"`` reads a context once for all its choices; ``"hf"`` is lm-eval's own.
-    minutes
-        A budget for all formats and tasks together; 0 sets none. The number of items follows from it, the same for
-        every format. `limit` then is the most there may be, and ``"auto"`` means all.
 
     Raises
     ------
@@ -64,13 +66,11 @@ class AccuracyOptions:
     limit: Count = "auto"
     batch_size: Count = "auto"
     scorer: str = "qnb"
-    minutes: float = 0
 
     def __post_init__(self) -> None:
         names(self.tasks)
         check_count("limit", self.limit)
         check_count("batch_size", self.batch_size)
-        check_minutes(self.minutes)
         if self.scorer not in SCORERS:
             raise InputError(f"scorer is {self.scorer!r}; choose from {', '.join(SCORERS)}")
 
@@ -80,20 +80,19 @@ class Evaluation:
     """What every format is asked, and how."""
 
     tasks: Sequence[Task]
-    limit: int | None  # items of each task, or of each of its subtasks; None takes all
+    limits: Mapping[str, int | None]  # items of each task, or of each of its subtasks; None takes all
     scorer: str
     batch_size: int
     alone: bool = False  # every row in a batch of its own
-    minutes: float = 0  # the budget that it is a part of
     encoded: Encoded = field(default_factory=dict)  # token ids by text, which all formats share
 
     def parameters(self, task: Task) -> dict[str, Any]:
         """Return what the answers to a task depend on, beside the model."""
         return {
-            "limit": self.limit or "all",
+            "limit": self.limits[task.name] or "all",
             "scorer": self.scorer,
             "batch_size": self.batch_size if self.scorer == "hf" else None,  # ours follows from the memory
-            "data_sha256": task.data_sha256(self.limit),
+            "data_sha256": task.data_sha256(self.limits[task.name]),
         }
 
     def evaluate(
@@ -109,7 +108,8 @@ class Evaluation:
         if self.scorer == "qnb":
             options |= {"encoded": self.encoded, "answers_path": answers_path, "alone": self.alone}
         with quiet():
-            return task.evaluate((SharedContextLM if self.scorer == "qnb" else StockLM)(**options), self.limit)
+            lm = (SharedContextLM if self.scorer == "qnb" else StockLM)(**options)
+            return task.evaluate(lm, self.limits[task.name])
 
 
 # Accuracy
@@ -125,12 +125,12 @@ def accuracy(session: Session, options: AccuracyOptions) -> None:
     RuntimeError
         Nothing could be measured.
     """
-    tasks = list(_load_tasks(session, options.tasks))
-    batch_size = session.count("batch_size", options.batch_size)
-    evaluation = Evaluation(tasks, _limit(session, options), options.scorer, batch_size, minutes=options.minutes)
-    with session.exclusive():
-        if options.minutes:
-            _spend_budget(session, evaluation)
+    with session.exclusive("02") as clock:
+        tasks = list(_load_tasks(session, options.tasks))
+        limits = dict.fromkeys((task.name for task in tasks), _limit(session, options))
+        evaluation = Evaluation(tasks, limits, options.scorer, session.count("batch_size", options.batch_size))
+        if session.minutes:
+            _spend_budget(session, evaluation, clock)
         else:
             _evaluate(session, evaluation)
     session.require("accuracy")
@@ -138,7 +138,7 @@ def accuracy(session: Session, options: AccuracyOptions) -> None:
 
 def _limit(session: Session, options: AccuracyOptions) -> int | None:
     """Return the items that are taken of a task or subtask; None takes all."""
-    takes_all = options.limit == "all" or (options.limit == "auto" and options.minutes > 0)
+    takes_all = options.limit == "all" or (options.limit == "auto" and session.minutes > 0)
     return None if takes_all else session.count("limit", options.limit)
 
 
@@ -147,7 +147,7 @@ def planned_items(session: Session, options: AccuracyOptions) -> list[int]:
 
     A budget's are not known before the run: there are none then.
     """
-    if options.minutes:
+    if session.minutes:
         return []
     limit = _limit(session, options)
     sizes = [SIZES[name] for name in names(_wanted(session, options.tasks)) if name in SIZES]
@@ -215,7 +215,7 @@ def _find(session: Session, key: Mapping[str, Any]) -> Row | None:
 def _measure(
     session: Session, key: Mapping[str, Any], model: PreTrainedModel, task: Task, evaluation: Evaluation
 ) -> Row:
-    started = perf_counter()
+    started_s = now_s()
     stem = f"items/{task.name}.{key['precision']}.{key['fingerprint']}"
     answers_path = session.folder / f"{stem}.answers"
     if session.overwrite:
@@ -228,9 +228,9 @@ def _measure(
         "bad_items": result.bad_items,
         "items_file": items_file,
         "items_sha256": items_sha256,
-        "evaluate_s": perf_counter() - started,
+        "evaluate_s": now_s() - started_s,
     }
-    budget = {"minutes": evaluation.minutes} if evaluation.minutes else {}
+    budget = {"minutes": session.minutes} if session.minutes else {}
     row = session.append(key, evaluation.parameters(task), values, budget)
     answers_path.unlink(missing_ok=True)
     return row
@@ -239,43 +239,68 @@ def _measure(
 # A time budget
 
 
-def _spend_budget(session: Session, evaluation: Evaluation) -> None:
+def _spend_budget(session: Session, evaluation: Evaluation, clock: Clock) -> None:
     """Evaluate rounds of more and more items, the same for every format, until the budget is spent.
 
-    The pace of a round says how many items the next may have. Few items take longer each, so first guesses are low.
-    A format that fails has no pace, and does not hold the others up.
-    The number of items is in the ledger before a round begins: an interrupted round goes on with it, and so do formats
-    that are added later.
+    The pace of a round says how many items of each task the next may have. Few items take longer each, so first
+    guesses are low. A format that fails has no pace, and does not hold the others up.
+    The numbers of items are in the ledger before a round begins: an interrupted round goes on with them, and so do
+    formats that are added later.
     """
-    largest = max(size for task in evaluation.tasks for size in task.sizes.values())
-    limit = min(evaluation.limit or largest, largest)
-    asked = {"minutes": evaluation.minutes, "scorer": evaluation.scorer, "cap": limit}
-    all_names = ", ".join(task.name for task in evaluation.tasks)
-    key = session.key("budget", asked=asked, task=all_names, setting=f"{evaluation.minutes:g} min")
-    first = {"limit": min(FIRST_LIMIT[session.device.kind], limit), "spent_s": 0.0, "done": False}
-    plan = session.decided(key) or session.append(key, asked, first)
+    sizes = {task.name: max(task.sizes.values()) for task in evaluation.tasks}
+    most = {name: min(evaluation.limits[name] or size, size) for name, size in sizes.items()}
+    asked = {"minutes": session.minutes, "scorer": evaluation.scorer, "most": most}
+    key = session.key("budget", asked=asked, task=", ".join(sizes), setting=f"{session.minutes:g} min")
+    limits = {task.name: min(_first_limit(task, session.device.kind), most[task.name]) for task in evaluation.tasks}
+    plan = session.decided(key) or session.append(
+        key, asked, {"limits": limits, "budget_s": BUDGET_SHARE * clock.left_s, "spent_s": 0.0, "done": False}
+    )
     done = False
     while not done:
-        started, items = perf_counter(), plan["limit"]
-        rows = _evaluate(session, replace(evaluation, limit=items))
+        started_s, limits = now_s(), plan["limits"]
+        rows = _evaluate(session, replace(evaluation, limits=limits))
         if plan["done"] or not rows:
             return  # where all failed there is no pace: the round is tried again on the next run
         evaluate_s = sum(row["evaluate_s"] for row in rows)
-        round_s = max(perf_counter() - started, evaluate_s)  # rows of an earlier run took their time then
+        round_s = max(now_s() - started_s, evaluate_s)  # rows of an earlier run took their time then
         spent_s = plan["spent_s"] + round_s
-        left_s = 60 * evaluation.minutes - spent_s - (round_s - evaluate_s)  # the next round loads models too
-        next_items = _most_items(evaluation.tasks, rows, limit, PLANNED_SHARE * left_s)
-        done = next_items < MIN_GROWTH * items
-        plan = session.append(key, asked, {"limit": items if done else next_items, "spent_s": spent_s, "done": done})
+        left_s = plan["budget_s"] - spent_s - (round_s - evaluate_s)  # the next round loads models too
+        paces = [_pace(task, most[task.name], rows) for task in evaluation.tasks]
+        more = _more_items(evaluation.tasks, paces, limits, PLANNED_SHARE * left_s)
+        done = not more
+        plan = session.append(key, asked, {**plan, "limits": {**limits, **more}, "spent_s": spent_s, "done": done})
 
 
-def _most_items(tasks: Sequence[Task], rows: Sequence[Row], limit: int, seconds: float) -> int:
-    """Return how many items a task, at most `limit`, can be evaluated within `seconds` at the pace of `rows`."""
-    by_name = {task.name: task for task in tasks}
-    pace_s = [(by_name[row["task"]], row["evaluate_s"] / by_name[row["task"]].n_items(row["limit"])) for row in rows]
-    return bisect_right(
-        range(1, limit + 1), seconds, key=lambda items: sum(pace * task.n_items(items) for task, pace in pace_s)
-    )
+def _first_limit(task: Task, device_kind: str) -> int:
+    items = (FIRST_GENERATED if task.is_generated else FIRST_ITEMS)[device_kind]
+    return max(1, items // len(task.sizes))
+
+
+def _pace(task: Task, most: int, rows: Sequence[Row]) -> Pace:
+    """Return what an item of a task costs and tells, from the task's rows; it costs 0 where there are none."""
+    own = [row for row in rows if row["task"] == task.name]
+    item_s = sum(row["evaluate_s"] / task.n_items(row["limit"]) for row in own)
+    shares = [score for row in own for score in row["scores"] if score["task"] == task.name and score["unit"] == "%"]
+    n_items = sum(score["n_items"] for score in shares)
+    # few items may all be right, or all wrong
+    share = (sum(score["value"] * score["n_items"] for score in shares) + 2) / (n_items + 4)
+    return Pace(task.name, task.n_items(most), item_s, math.sqrt(share * (1 - share)), task.is_generated)
+
+
+def _more_items(
+    tasks: Sequence[Task], paces: Sequence[Pace], limits: Mapping[str, int], seconds: float
+) -> dict[str, int]:
+    """Return higher limits of tasks that are worth it, within `seconds`; the others keep their items, at no cost."""
+    by_name, growing = {task.name: task for task in tasks}, [pace for pace in paces if pace.item_s]
+    while growing:
+        items = allocate(growing, seconds)
+        more = {name: bisect_right(range(1, max(by_name[name].sizes.values()) + 1), count, key=by_name[name].n_items)
+                for name, count in items.items()}  # fmt: skip
+        worth_it = [pace for pace in growing if more[pace.task] >= MIN_GROWTH * limits[pace.task]]
+        if len(worth_it) == len(growing):
+            return more
+        growing = worth_it
+    return {}
 
 
 # What a score owes to its batch
@@ -298,7 +323,10 @@ def batch_sensitivity(session: Session, options: AccuracyOptions) -> None:
         tqdm.write(f"no batch sensitivity: tasks {options.tasks!r} name none of choices; sample_easy and arc_easy are")
         return
     limit = session.count("sensitivity_limit", options.limit)
-    with session.exclusive():
+    with session.exclusive("02") as clock:
+        if clock.left_s < 0:
+            tqdm.write("no batch sensitivity: no time is left for it")
+            return
         for precision in session.each_format("batch sensitivity"):
             _compare_batchings(session, precision, task, limit)
     session.require("batch_sensitivity")
@@ -315,7 +343,8 @@ def _compare_batchings(session: Session, precision: Precision, task: Task, limit
     with session.failing(keys[missing[0]], what), session.loaded(precision) as model:
         for scorer in missing:
             with session.failing(keys[scorer], f"{what} by scorer {scorer}"):
-                usual, alone = Evaluation([task], limit, scorer, 32), Evaluation([task], limit, scorer, 1, alone=True)
+                usual = Evaluation([task], {task.name: limit}, scorer, batch_size=32)
+                alone = replace(usual, batch_size=1, alone=True)
                 items = (each.evaluate(task, model, session.tokenizer).items for each in (usual, alone))
                 session.append(keys[scorer], asked, compare_items(*items))
 

@@ -98,7 +98,7 @@ def divergence(session: Session, options: DivergenceOptions) -> None:
     context = max(2, min(context, longest, len(ids)))
     asked = {"prompt_source": source, "text_sha256": fingerprint({"ids": ids}), "tokens": len(ids), "context": context,
              "stride": context // 2}  # fmt: skip
-    with session.exclusive():
+    with session.exclusive("02"):
         for precision in session.each_format("divergence"):
             key = session.key("divergence", precision, asked)
             if session.find(key):

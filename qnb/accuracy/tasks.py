@@ -190,6 +190,11 @@ class Task:
         """Whether all items are choices."""
         return all(part.OUTPUT_TYPE == "multiple_choice" for part in self._parts.values())
 
+    @property
+    def is_generated(self) -> bool:
+        """Whether answers of some items are generated."""
+        return any(part.OUTPUT_TYPE == "generate_until" for part in self._parts.values())
+
     def n_items(self, limit: int | None) -> int:
         """Return how many items a limit takes, of all parts together; None takes all."""
         return sum(min(limit or size, size) for size in self.sizes.values())

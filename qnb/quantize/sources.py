@@ -43,6 +43,11 @@ class Source:
     path: str  # the folder with its safetensors, configuration and tokenizer
     fingerprint: str  # of those files' contents
 
+    @property
+    def weights_bytes(self) -> int:
+        """The size of its weights."""
+        return sum(path.stat().st_size for path in Path(self.path).glob("*.safetensors"))
+
 
 def resolve(name: str, device_kind: str) -> Source:
     """Bring a model to a local folder and return it.

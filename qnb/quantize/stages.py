@@ -30,7 +30,7 @@ def quantize(session: Session) -> dict[Precision, Path]:
         No checkpoint could be made.
     """
     folders = {}
-    with session.exclusive():
+    with session.exclusive("01"):
         for precision in session.each_format("quantize"):
             with session.failing(session.key("quantize", precision), f"the checkpoint of {precision.name}"):
                 folders[precision] = session.checkpoint(precision)

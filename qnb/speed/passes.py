@@ -16,6 +16,7 @@ from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from qnb import memory
+from qnb.budget import Clock, now_s
 from qnb.ledger import write_parquet
 from qnb.precision import Precision
 from qnb.prompts import Workload
@@ -107,6 +108,7 @@ class Series:
 
     def time_pass(self, loaded: Loaded) -> None:
         """Time the next pass and record it. Where memory runs out, the batch shrinks; in a sweep that ends it."""
+        started_s = now_s()
         while True:
             try:
                 values = twice(partial(self._time, loaded)) if self.stage == "sweep" else self._time(loaded)
@@ -120,6 +122,7 @@ class Series:
             self.record_batch(self.largest.smaller())
             memory.release()
         key, asked = self.key, self.pass_asked
+        values["pass_s"] = now_s() - started_s  # with warming up and compiling
         self.passes.append(values)
         self.session.append(key, asked, values, {"stop_reason": self.stop_reason})
         self.has_failed = False
@@ -167,14 +170,16 @@ def is_settled(pass_medians_s: Sequence[float]) -> bool:
     return 2 * half_width <= SETTLED_WIDTH * fmean(pass_medians_s)
 
 
-def time_in_turn(session: Session, what: str, all_series: Sequence[Series]) -> None:
-    """Give each series passes until it has settled, has failed, or has had all of them.
+def time_in_turn(session: Session, what: str, all_series: Sequence[Series], clock: Clock) -> None:
+    """Give each series passes until it has settled, has failed, has had all of them, or time is short for another.
 
-    What the ledger has is not measured again. A format is loaded once for all its passes of a turn.
+    Every series gets a first pass. What the ledger has is not measured again. A format is loaded once for all its
+    passes of a turn.
     """
     for turn in count():
         due = [series for series in all_series if not (series.has_failed or series.stop_reason)]
-        if not due:
+        turn_s = sum(series.passes[-1].get("pass_s", 0.0) for series in due if series.passes)
+        if not due or turn_s > clock.left_s:
             return
         for precision in session.each_format(f"{what}, pass {turn + 1}", turn % len(session.precisions)):
             missing = [series for series in due if series.precision == precision and not series.find_pass()]

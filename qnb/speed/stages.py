@@ -5,20 +5,24 @@ Each is a function of a session and of what a user may ask, a class that checks 
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import cycle, islice, pairwise, product
-from typing import TYPE_CHECKING, Any
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm.auto import tqdm
 
 from qnb import memory, prompts
 from qnb.columns import flag_text
 from qnb.errors import InputError
-from qnb.options import Count, check_count, minutes_of
-from qnb.precision import parse
+from qnb.ledger import Row
+from qnb.options import Count, check_count
+from qnb.precision import Precision, parse
 from qnb.prompts import Workload
 from qnb.speed import batch_search
 from qnb.speed.batch_search import LargestBatch
@@ -30,7 +34,11 @@ if TYPE_CHECKING:
 
 Engines = str | Iterable[str]  # names in `qnb.speed.engines.FACTORIES`; "auto" is all that can run on the device
 
-PACE_BATCH = {"bs1": {"cuda": 1, "cpu": 1}, "maxbatch": {"cuda": 32, "cpu": 4}}  # by setting, timed to learn the pace
+NOTEBOOKS = {"bs1": "03", "maxbatch": "04"}  # by setting
+# a budget of minutes: requests of a pass fill so many seconds, if there is no launch to wait for, but are so many
+PASS_S, LEAST_REQUESTS = 2.0, 3
+# a search and a timing take about so many times the largest batch's time, at such a share of the device's peaks
+BATCHES_RUN, REACHED_SHARE, LEAST_NEW_TOKENS = 6, 0.6, 25
 BATCHES_SWEPT = 3  # of each size
 UNSAFE = "not tried: bitsandbytes counts an INT8 layer's outputs in 32 bits, and ends the process beyond"
 
@@ -44,14 +52,12 @@ class WorkloadOptions:
     setting
         ``"bs1"`` or ``"maxbatch"``: the default of `requests` depends on it.
     requests
-        How many prompts; or a time such as ``"4 minutes"`` for as many as it allows, all formats, `engines` and
-        `repeats` together.
+        How many prompts.
     prompt_tokens, new_tokens
-        The most tokens of a prompt, and the new tokens of each.
+        The most tokens of a prompt, and the new tokens of each. In a session with a budget of minutes a large batch
+        may get fewer new tokens, the same for every format.
     prompt_source
         ``"wikitext"``, ``"sample"``, or ``"auto"``: WikiText-2 where there is a GPU or a `data_dir`.
-    engines, repeats
-        As for `TimingOptions`.
 
     Raises
     ------
@@ -64,14 +70,12 @@ class WorkloadOptions:
     prompt_tokens: Count = "auto"
     new_tokens: Count = "auto"
     prompt_source: str = "auto"
-    engines: Engines = "auto"
-    repeats: int = 1
 
     def __post_init__(self) -> None:
-        if self.setting not in PACE_BATCH:
-            raise InputError(f"setting is {self.setting!r}; give {' or '.join(map(repr, PACE_BATCH))}")
+        if self.setting not in NOTEBOOKS:
+            raise InputError(f"setting is {self.setting!r}; give {' or '.join(map(repr, NOTEBOOKS))}")
         check_count(f"{self.setting}_requests", self.requests)
-        for name in ("prompt_tokens", "new_tokens", "repeats"):
+        for name in ("prompt_tokens", "new_tokens"):
             check_count(name, getattr(self, name))
         prompts.check(self.prompt_source)
 
@@ -121,53 +125,65 @@ def workload(session: Session, options: WorkloadOptions) -> Workload:
     Raises
     ------
     InputError
-        The prompts cannot be read, an engine cannot run here, or a request is longer than the context window.
+        The prompts cannot be read, or a request is longer than the context window.
     """
     from qnb.speed.engines import check_context_window
-    from qnb.speed.engines import parse as parse_engines
 
     prompt_tokens = session.count("prompt_tokens", options.prompt_tokens)
     new_tokens = session.count("new_tokens", options.new_tokens)
+    requests = session.count(f"{options.setting}_requests", options.requests)
     check_context_window(session.config, prompt_tokens, new_tokens)
-    engines = parse_engines(options.engines, session.device.kind)
+    if session.minutes:
+        most = Shape(requests, prompt_tokens, new_tokens)
+        requests, prompt_tokens, new_tokens = _within_budget(session, options.setting, most)
     source = session.prompt_source(options.prompt_source)
-    if minutes := minutes_of(options.requests):
-        requests = _affordable_requests(session, options, len(engines), minutes)
-    else:
-        requests = session.count(f"{options.setting}_requests", options.requests)
     return prompts.load(session.tokenizer, source, requests, prompt_tokens, new_tokens, session.data_dir, session.seed)
 
 
-def _affordable_requests(session: Session, options: WorkloadOptions, engines: int, minutes: float) -> int:
-    """Return how many requests a time allows, for all formats, engines and repeats together.
+class Shape(NamedTuple):
+    """The size of a workload."""
 
-    A batch of each format is timed with `eager`, and every engine is taken to be as slow. Loading and compiling come
-    on top. The number stands for formats that are added later: all get the same prompts.
+    requests: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+def _within_budget(session: Session, setting: str, most: Shape) -> Shape:
+    """Return a workload that a budget of minutes allows, at most `most`. Formats that are added later get it too.
+
+    Fewer requests are timed one at a time. Large batches are as large as ever, and get fewer new tokens.
     """
-    from qnb.speed.benchmark import run
-
-    asked, setting = asdict(options), options.setting
-    key = session.key("pace", None, asked, setting=setting)
-    with session.exclusive():
+    notebook, asked = NOTEBOOKS[setting], {"minutes": session.minutes, "most": most}
+    peaks, key = device_peaks(session, notebook), session.key("pace", None, asked, setting=setting)
+    with session.exclusive(notebook) as clock:
         if row := session.decided(key):
-            return int(row["requests"])
-        size, timed_s, repeats = PACE_BATCH[setting][session.device.kind], 0.0, int(options.repeats)
-        batch = workload(session, replace(options, requests=size))
-        for precision in session.precisions:
-            with suppress(Exception):  # it is recorded where it is measured
-                timed = with_model(session, precision, lambda loaded: run(loaded.model, batch, size, trace=False))
-                timed_s += timed.run.total_s
-        requests = session.count(f"{setting}_requests", "auto")
-        if timed_s:
-            # each timing has a warm-up of one batch; kernels are traced once; a search tries some three such batches
-            affordable = size * (60 * minutes - 2 * timed_s) / (engines * timed_s)
-            batches = affordable / (2 * repeats + 4) if setting == "maxbatch" else (affordable - 1) / repeats - 1
-            requests = max(1, int(batches))
-        return int(session.append(key, asked, {"requests": requests, "timed_s": timed_s})["requests"])
+            return Shape(row["requests"], row["prompt_tokens"], row["new_tokens"])
+        shape = most
+        if setting == "bs1" and peaks.copy_bytes_per_s:
+            request_s = most.new_tokens * session.source.weights_bytes / peaks.copy_bytes_per_s
+            shape = most._replace(requests=min(most.requests, max(LEAST_REQUESTS, math.ceil(PASS_S / request_s))))
+        while setting == "maxbatch" and shape.new_tokens // 2 >= LEAST_NEW_TOKENS:
+            if sum(_search_s(session, each, peaks, shape) for each in session.precisions) <= clock.left_s:
+                break
+            shape = shape._replace(new_tokens=shape.new_tokens // 2)
+        session.append(key, asked, shape._asdict())
+    tqdm.write(f"{session.minutes:g} minutes allow {shape.requests} requests of {shape.new_tokens} new tokens each")
+    return shape
 
 
-def device_peaks(session: Session) -> DevicePeaks:
-    """Measure the device's peaks, once a device, and say so where they failed.
+def _search_s(session: Session, precision: Precision, peaks: DevicePeaks, shape: Shape, engines: int = 0) -> float:
+    """Return about how long a format takes to find its largest batch and to time it, with so many engines.
+
+    Large batches are bound by arithmetic. A token takes about as many operations as 16-bit weights have bytes.
+    """
+    rate = peaks.matmul_flop_per_s.get(session.pinned(precision).compute_dtype, math.inf)
+    flops = session.source.weights_bytes * shape.requests * (shape.prompt_tokens + shape.new_tokens)
+    engines = engines or (2 if session.device.kind == "cuda" else 1)
+    return engines * BATCHES_RUN * flops / rate / REACHED_SHARE
+
+
+def device_peaks(session: Session, notebook: str = "03") -> DevicePeaks:
+    """Measure the device's peaks, once a device, in a notebook's time, and say so where they failed.
 
     While other processes disturb them, they are measured up to three times. The last ones are kept, and said to be
     disturbed.
@@ -175,7 +191,7 @@ def device_peaks(session: Session) -> DevicePeaks:
     from qnb.speed.device_peaks import DevicePeaks, measure_peaks
 
     key = session.key("peaks")
-    with session.exclusive():
+    with session.exclusive(notebook):
         row = session.find(key)
         if not row:
             with session.failing(key, "the device's peaks"):
@@ -201,8 +217,8 @@ def perf_bs1(session: Session, options: TimingOptions) -> None:
         Nothing could be measured.
     """
     all_series = _all_series(session, "bs1", options)
-    with session.exclusive():
-        time_in_turn(session, "bs1", all_series)
+    with session.exclusive("03") as clock:
+        time_in_turn(session, "bs1", all_series, clock)
     session.require("perf", "bs1")
 
 
@@ -221,15 +237,25 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
     limit_mib = float(allowed_mib or session.device.memory_mib)
     # peaks are measured before anything is loaded, or held to less memory
     all_series = _all_series(session, "maxbatch", options, memory_limit_mib=limit_mib, cap=cap)
+    engines = list(dict.fromkeys(each.engine for each in all_series))
     limited = memory.limited(session.device.memory_mib, allowed_mib if session.device.kind == "cuda" else 0)
-    with session.exclusive(), limited:
+    with session.exclusive("04") as clock, limited:
         # 1) search
         searched: list[Series] = []
-        too_little = []
+        too_little, left_out, timing_s = [], [], 0.0
+        shape = Shape(cap, len(options.workload.longest), options.workload.new_tokens)
+        costs_s = [_search_s(session, each.precision, each.peaks, shape, engines=1) + 2 * _beside_s(each)
+                   for each in all_series]  # fmt: skip
+        # every format with one engine, before those that take longest get another
+        ranks = [cost_s * (1 + engines.index(each.engine)) for cost_s, each in zip(costs_s, all_series, strict=True)]
         with session.progress(len(all_series), "largest batch") as bar:
-            for each in all_series:
+            for _, cost_s, each in sorted(zip(ranks, costs_s, all_series, strict=True), key=itemgetter(0)):
                 name = f"{each.precision.name} with {each.engine}"
                 bar.set_postfix_str(name)
+                if timing_s + cost_s > clock.left_s and not session.decided(each.batch_key):
+                    left_out.append(name)
+                    continue
+                timing_s += cost_s / 2
                 with session.failing(each.batch_key, f"the largest batch of {name}"):
                     try:
                         _search(each)
@@ -240,10 +266,13 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
                 bar.update()
         if options.memory_mib != "auto" and len(too_little) == len(all_series):
             raise InputError(f"memory_mib is {allowed_mib}: out of memory: {too_little[-1]}")
+        if left_out:
+            minutes = f"the {session.minutes:g} minutes do not suffice for the largest batch of"
+            tqdm.write(f"{minutes} {', '.join(left_out)}; give more minutes to add it")
         # 2) time
         if not searched:
             session.require("batch")
-        time_in_turn(session, "maxbatch", searched)
+        time_in_turn(session, "maxbatch", searched, clock)
     session.require("perf", "maxbatch")
 
 
@@ -252,7 +281,9 @@ def _all_series(session: Session, setting: str, options: TimingOptions, **asked:
 
     engines, repeats = parse_engines(options.engines, session.device.kind), session.count("repeats", options.repeats)
     asked = {"workload": options.workload.fingerprint, "prompt_source": options.workload.source, **asked}
-    series = partial(Series, session, setting, options.workload, repeats, device_peaks(session))
+    series = partial(
+        Series, session, setting, options.workload, repeats, device_peaks(session, NOTEBOOKS.get(setting, "04"))
+    )
     return [series(precision, engine, asked) for precision, engine in product(session.precisions, engines)]
 
 
@@ -312,7 +343,7 @@ def sweep(session: Session, options: TimingOptions) -> None:
     searches = session.ledger.rows("batch") if options.sweep_batch == "auto" else []
     searched = {(row["precision"], row["engine"]): row["batch_size"] for row in searches}
     all_series, swept = _all_series(session, "", options), []
-    with session.exclusive():
+    with session.exclusive("04") as clock:
         for each in all_series:
             most = searched.get((each.precision.name, each.engine), largest)
             last_safe = _last_safe_batch(each) or most
@@ -324,7 +355,35 @@ def sweep(session: Session, options: TimingOptions) -> None:
             key = session.key("sweep", each.precision, each.asked, engine=each.engine, setting=str(unsafe))
             if unsafe and not session.find(key):
                 session.append(key, each.asked, {"batch_size": unsafe, "note": UNSAFE})
-        time_in_turn(session, "batch sizes", swept)
+        time_in_turn(session, "batch sizes", _affordable(session, swept, clock.left_s), clock)
+
+
+def _affordable(session: Session, swept: Sequence[Series], seconds: float) -> list[Series]:
+    """Return the sizes of the formats and engines that can be swept in so many seconds, the fastest first."""
+    rows = _first_passes(session)
+    timed = {name: row for name, row in rows.items() if row.get("total_s")}
+    names = list(dict.fromkeys((each.precision.name, each.engine) for each in swept))
+    sizes = Counter((each.precision.name, each.engine) for each in swept)
+    costs_s = {name: BATCHES_RUN * sizes[name] * row["total_s"] / row["requests"] for name, row in timed.items()}
+    left_out = []
+    for name in sorted(names, key=lambda name: costs_s.get(name, 0.0)):
+        seconds -= costs_s.get(name, 0.0)
+        left_out += [name] if seconds < 0 else []
+    if left_out:
+        tqdm.write(f"no sweep of {', '.join(map(' with '.join, left_out))}: the {session.minutes:g} minutes are spent")
+    return [each for each in swept if (each.precision.name, each.engine) not in left_out]
+
+
+def _beside_s(series: Series) -> float:
+    """Return what warming up and compiling took at batch size 1, beside what was timed; 0 where that was not run."""
+    row = _first_passes(series.session).get((series.precision.name, series.engine), {})
+    return row["pass_s"] - row["total_s"] if row.get("total_s") else 0.0
+
+
+def _first_passes(session: Session) -> dict[tuple[str, str], Row]:
+    """Return the first passes at batch size 1, by format and engine."""
+    rows = (row for row in session.ledger.rows("perf") if row["setting"] == "bs1" and row["repeat"] == 0)
+    return {(row["precision"], row["engine"]): row for row in rows}
 
 
 def prompt_lengths(session: Session, prompt_source: str = "auto", counts: Sequence[int] = (20, 2000, 5000)) -> None:

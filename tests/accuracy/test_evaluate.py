@@ -3,11 +3,12 @@
 import json
 import shutil
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
-from qnb import InputError
+from qnb import InputError, budget
 from qnb.accuracy import evaluate
 from qnb.accuracy.evaluate import AccuracyOptions, Evaluation, accuracy, batch_sensitivity
 from qnb.accuracy.tasks import Score, TaskResult, draw
@@ -22,10 +23,13 @@ def paced(source, tmp_path, monkeypatch):
     None makes a model fail.
     """
     now = [0.0]
-    monkeypatch.setattr(evaluate, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(budget, "SHARES", {"02": 1.0})
+    monkeypatch.setattr(budget, "PLANNED_PART", 1.0)
+    monkeypatch.setattr(evaluate, "BUDGET_SHARE", 1.0)
 
-    def make(**seconds):
-        session, loads = Session("smollm2-135m", list(seconds), tmp_path), []
+    def make(minutes=0, **seconds):
+        session, loads = Session("smollm2-135m", list(seconds), tmp_path, minutes=minutes), []
 
         @contextmanager
         def loaded(precision):
@@ -36,10 +40,11 @@ def paced(source, tmp_path, monkeypatch):
         def score(self, task, model, tokenizer, answers_path=None):
             if seconds[model] is None:
                 raise RuntimeError("no kernel image")
-            now[0] += self.limit * seconds[model]
-            drawn, total = draw(task.name, task.sizes[task.name], self.limit), task.sizes[task.name]
-            items = pd.DataFrame({"task": task.name, "doc_id": drawn, "filter": "none", "correct": True})
-            return TaskResult((Score(task.name, "acc", "none", 1.0, 0.1, len(drawn), total, 0, False),), items)
+            items = pd.concat(pd.DataFrame({"task": part, "doc_id": draw(part, size, self.limits[task.name])})
+                              for part, size in task.sizes.items()).assign(filter="none", correct=True)  # fmt: skip
+            now[0] += len(items) * seconds[model]
+            score = Score(task.name, "acc", "none", 1.0, 0.1, len(items), task.n_items(None), 0, False)
+            return TaskResult((score,), items)
 
         monkeypatch.setattr(session, "loaded", loaded)
         monkeypatch.setattr(Evaluation, "evaluate", score)
@@ -53,34 +58,45 @@ def limits(session):
 
 
 def test_a_budget_buys_every_format_the_same_items(paced):
-    """2 and 8 s an item, 5 minutes: 4 items each take 42 s, and 0.9 of the 256 s that then remain buy 23 - 2 more."""
-    session, _, now = paced(bf16=2, int8=8)
-    options = AccuracyOptions("sample_easy", minutes=5)
+    """2 and 8 s an item, 5 minutes: 4 items each take 42 s, and 0.9 of the 256 s that then remain buy 23."""
+    session, _, now = paced(minutes=5, bf16=2, int8=8)
+    options = AccuracyOptions("sample_easy")
     accuracy(session, options)
     rows = session.ledger.rows("accuracy")
     assert limits(session) == {"bf16": 23, "int8": 23} and now[0] <= 300 and {row["minutes"] for row in rows} == {5}
     ids = [pd.read_parquet(session.folder / row["items_file"]).doc_id.tolist() for row in rows]
     assert ids[0] == ids[1] == draw("sample_easy", 48, 23)
+    (sitting,) = session.ledger.rows("sitting")
+    assert sitting["taken_s"] == now[0]
     spent, before = now[0], session.ledger.path.read_bytes()
     accuracy(session, options)
     assert now[0] == spent and session.ledger.path.read_bytes() == before
-    again = Session("smollm2-135m", "int8", session.folder, overwrite=True)  # alone, it gets what both had
+    again = Session("smollm2-135m", "int8", session.folder, overwrite=True, minutes=5)  # alone, it gets what both had
     again.loaded = session.loaded
     accuracy(again, options)
     assert now[0] > spent and limits(again) == {"bf16": 23, "int8": 23}
 
 
 def test_a_large_budget_buys_all_and_a_limit_holds(paced):
-    session, _, _ = paced(bf16=0.1)
-    accuracy(session, AccuracyOptions("sample_easy", minutes=60))
+    session, _, _ = paced(minutes=60, bf16=0.1)
+    accuracy(session, AccuracyOptions("sample_easy"))
     assert limits(session) == {"bf16": 48}
-    accuracy(session, AccuracyOptions("sample_easy", limit=10, minutes=60))
+    accuracy(session, AccuracyOptions("sample_easy", limit=10))
     assert limits(session) == {"bf16": 10}
 
 
+def test_items_go_where_they_tell_most_for_their_time_and_subtasks_share_them(paced):
+    """A generated task has at most 0.4 of the time; a task of four subtasks has as many items as one without."""
+    session, _, now = paced(minutes=4, bf16=1)
+    accuracy(session, AccuracyOptions("sample_easy,sample_arithmetic,sample_exam"))
+    asked = {row["task"]: row["limit"] for row in session.ledger.rows("accuracy")}
+    assert asked["sample_easy"] >= asked["sample_arithmetic"] > 4 and now[0] <= 240
+    assert abs(4 * asked["sample_exam"] - asked["sample_easy"]) <= 4
+
+
 def test_a_format_that_fails_leaves_the_others_their_budget(paced):
-    session, loads, _ = paced(bf16=2, fp16=None)
-    options = AccuracyOptions("sample_easy", minutes=5)
+    session, loads, _ = paced(minutes=5, bf16=2, fp16=None)
+    options = AccuracyOptions("sample_easy")
     accuracy(session, options)
     accuracy(session, options)
     assert limits(session) == {"bf16": 48} and loads == ["bf16", "fp16"] * 2 + ["fp16"]  # which is tried again
@@ -88,7 +104,7 @@ def test_a_format_that_fails_leaves_the_others_their_budget(paced):
 
 
 def test_an_interrupted_budget_goes_on_with_the_items_it_had_chosen(paced, monkeypatch):
-    session, loads, now = paced(bf16=2, int8=8)
+    session, loads, now = paced(minutes=5, bf16=2, int8=8)
     load = session.loaded
 
     def interrupted(precision):
@@ -99,9 +115,9 @@ def test_an_interrupted_budget_goes_on_with_the_items_it_had_chosen(paced, monke
     with monkeypatch.context() as patched:
         patched.setattr(session, "loaded", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            accuracy(session, AccuracyOptions("sample_easy", minutes=5))
+            accuracy(session, AccuracyOptions("sample_easy"))
     now[0] += 10_000  # the machine was off
-    accuracy(session, AccuracyOptions("sample_easy", minutes=5))
+    accuracy(session, AccuracyOptions("sample_easy"))
     assert limits(session) == {"bf16": 23, "int8": 23} and loads == ["bf16", "int8", "bf16", "int8"]
 
 
@@ -177,9 +193,7 @@ def test_a_model_without_a_tokenizer_is_refused_before_anything_is_made(source, 
     assert not (tmp_path / "study" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(
-    "given", [{"tasks": " "}, {"limit": 0}, {"batch_size": -1}, {"scorer": "vllm"}, {"minutes": -1}]
-)
+@pytest.mark.parametrize("given", [{"tasks": " "}, {"limit": 0}, {"batch_size": -1}, {"scorer": "vllm"}])
 def test_options_that_cannot_be_used_are_refused(given):
     with pytest.raises(InputError, match="task" if "tasks" in given else next(iter(given))):
         AccuracyOptions(**given)

@@ -11,10 +11,11 @@ import child_trials
 import pytest
 import torch
 
+from qnb import budget
 from qnb.columns import Flag, flag_text
 from qnb.device import Device
 from qnb.errors import InputError
-from qnb.precision import PRECISIONS, parse
+from qnb.precision import PRECISIONS
 from qnb.report.results import Results
 from qnb.session import Session
 from qnb.speed import batch_search, batch_trials, benchmark, device_peaks, engines, passes, stages
@@ -227,19 +228,28 @@ def test_a_sweep_goes_to_the_largest_batch_found_on_a_gpu_and_is_left_out_elsewh
     assert [row["batch_size"] for row in rows(session, "sweep")] == [1, 2, 4]
 
 
-@pytest.mark.parametrize(("setting", "bought"), [("bs1", 22), ("maxbatch", 16)])
-def test_a_time_buys_requests_the_same_for_every_format(setting, bought, lab):
-    """Of two minutes 9 s go to the pace. At 4.5 s a request of both, 24 are left, less two; or at 4.5 s for four, 98,
-    which six batches share.
-    """
-    totals = {"bf16": (1.5,), "nf4": (3.0,)}
-    lab.seconds = lambda call: totals.get(lab.loaded[-1]) or out_of_memory()
-    session = lab.open("bf16,nf4,fp16")
-    for precisions, overwrite in (("bf16,nf4,fp16", False), ("int8,bf16", False), ("nf4", True)):
-        session.precisions, session.overwrite = parse(precisions), overwrite
-        assert len(workload(session, setting, "2 minutes").prompts) == bought
-        assert lab.loaded == ["bf16", "nf4", "fp16"] and not any(trace for *_, trace in lab.timed)
-    assert len(workload(session, setting, "1 min").prompts) < bought
+def test_a_budget_takes_fewer_requests_or_new_tokens_the_same_for_formats_added_later(lab, source, monkeypatch):
+    """At a copy of 1 GB/s a request of 2 tokens takes 0.5 s, and 4 of them 2 s. Each setting keeps its first plan."""
+    monkeypatch.setattr(stages, "_search_s", lambda session, precision, peaks, shape: 10 * shape.new_tokens)
+    for precisions in ("bf16,nf4", "int8"):
+        session = lab.open(precisions, minutes=25)
+        monkeypatch.setattr(type(session.source), "weights_bytes", 250_000_000)
+        assert len(stages.workload(session, WorkloadOptions("bs1", 20, 4, 2, "sample")).prompts) == 4
+        large = stages.workload(session, WorkloadOptions("maxbatch", 20, 4, 100, "sample"))
+        assert len(large.prompts) == 20 and large.new_tokens == 25  # 500 s for both formats, of at most 345
+
+
+def test_what_the_budget_does_not_suffice_for_is_left_out_and_named(lab, monkeypatch, capsys):
+    """The format that computes fastest comes first. A second pass and a sweep follow where time is left for them."""
+    now, costs_s = [0.0], {"bf16": 400.0, "nf4": 5.0}
+    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(stages, "_search_s", lambda session, precision, *_, **__: costs_s[precision.name])
+    lab.search_finds(2, 100.0, True, ())
+    lab.seconds = lambda call: now.__setitem__(0, now[0] + 150) or 1.0
+    session = lab.open("bf16,nf4", minutes=25)
+    work = workload(session, "maxbatch", 2)
+    perf_maxbatch(session, TimingOptions(work, repeats=5))
+    assert lab.loaded[-3:] == ["nf4"] * 3 and "largest batch of bf16 with eager" in capsys.readouterr().out
 
 
 def test_peaks_are_measured_before_anything_is_loaded_or_held_to_less_memory(lab, monkeypatch):

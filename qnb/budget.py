@@ -1,0 +1,66 @@
+"""One budget of minutes for the whole sitting, by the clock: loading and compiling count.
+
+Each notebook gets its share of the time that is left. What an earlier one did not need goes to the later ones.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# of the minutes, by notebook; the rest is for setting up, fetching and drawing
+SHARES = {"01": 0.06, "02": 0.43, "03": 0.16, "04": 0.2}
+PLANNED_PART = sum(SHARES.values())
+
+
+def now_s() -> float:
+    """Return the clock that budgets go by, in seconds."""
+    return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The time that a notebook may still take; without a budget it never runs out."""
+
+    allowed_s: float = math.inf
+    started_s: float = field(default_factory=now_s)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since it was started."""
+        return now_s() - self.started_s
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left; below 0 where more was taken."""
+        return self.allowed_s - self.elapsed_s
+
+
+def allowed_s(minutes: float, notebook: str, taken_s: Mapping[str, float]) -> float:
+    """Return the seconds that a notebook may still take, of a budget of `minutes`.
+
+    Parameters
+    ----------
+    minutes
+        The whole budget; 0 sets none.
+    notebook
+        Its number, such as ``"02"``.
+    taken_s
+        What the notebooks that have begun took so far, by number.
+    """
+    if not minutes:
+        return math.inf
+    others = {number: seconds for number, seconds in taken_s.items() if number != notebook}
+    to_come = sum(share for number, share in SHARES.items() if number not in others)
+    left_s = 60 * minutes * PLANNED_PART - sum(others.values())
+    return left_s * SHARES[notebook] / to_come - taken_s.get(notebook, 0.0)
+
+
+def describe(minutes: float, taken_s: Mapping[str, float]) -> str:
+    """Say in one line what each notebook took, and what those to come may take, in minutes."""
+    parts = [f"{number} took {seconds / 60:.1f}" for number, seconds in sorted(taken_s.items())]
+    for number in SHARES.keys() - taken_s.keys():
+        parts.append(f"{number} may take {max(0.0, allowed_s(minutes, number, taken_s)) / 60:.1f}")
+    return f"{minutes:g} minutes in all: {', '.join(sorted(parts))}"

@@ -1,0 +1,236 @@
+"""A whole sitting on a simulated T4: the real stages plan and measure, by a clock that a model of the card moves.
+
+Steps take what the T4's datasheet allows. What the host does takes as long as was measured elsewhere, times a factor.
+"""
+
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+
+from qnb import Study, budget, device
+from qnb.accuracy import evaluate, perplexity
+from qnb.accuracy.tasks import SIZES, Score, TaskResult
+from qnb.device import Device
+from qnb.quantize import checkpoint
+from qnb.quantize.sources import Source
+from qnb.report.paper import T4_BYTES_PER_S, T4_FLOP_PER_S
+from qnb.session import Session
+from qnb.speed import batch_trials, benchmark, device_peaks, engines, passes, stages
+from qnb.speed.batch_search import Probe
+from qnb.speed.benchmark import Run, Timed
+
+PARAMETERS = 1_235_814_400  # of Llama-3.2-1B
+WEIGHTS_MIB = {"bf16": 2357, "fp16": 2357, "int8": 1434, "int4": 1016, "nf4": 1016}
+KV_MIB_PER_TOKEN = 1 / 32
+MEMORY_MIB = 15360
+# seconds of the host, measured on two cores: a checkpoint made, one loaded, a step compiled, MMLU's 57 tasks built, a
+# token's launches, a notebook begun; and of the network, assumed: packages installed, the paper's data fetched
+CONVERT_S, LOAD_S, COMPILE_S, BUILD_S, LAUNCH_S, BEGIN_S = 8.6, 4.0, 20.0, 10.0, 0.03, 10.0
+INSTALL_S, FETCH_S = 60.0, 60.0
+ITEM_TOKENS = {"arc_challenge": 90, "arc_easy": 80, "hellaswag": 180, "mmlu": 150, "gsm8k": 120, "gsm8k_cot": 120}
+NEW_TOKENS = 256  # of a generated answer; its batches hold at most so many items
+GENERATED_ROWS = 64
+
+
+class SimulatedT4:
+    """A clock, and what each part of a study takes on it."""
+
+    def __init__(self, slowness):
+        self.now_s, self.slowness, self.loaded = 0.0, slowness, None
+
+    def host(self, seconds):
+        self.now_s += self.slowness * seconds
+
+    def step_s(self, precision, tokens, kv_tokens=0):
+        """Return the seconds of one forward over so many tokens, of a cache of so many."""
+        rate = T4_FLOP_PER_S[precision.compute_dtype]
+        read_bytes = 2**20 * (WEIGHTS_MIB[precision.name] + KV_MIB_PER_TOKEN * kv_tokens)
+        return max(2 * PARAMETERS * tokens / rate, read_bytes / T4_BYTES_PER_S)
+
+    def generate(self, precision, rows, prompt_tokens, new_tokens, engine="eager"):
+        """Take the time of a batch; return it."""
+        before_s = self.now_s
+        self.now_s += self.step_s(precision, rows * prompt_tokens)
+        step_s = self.step_s(precision, rows, rows * (prompt_tokens + new_tokens))
+        self.now_s += new_tokens * max(step_s, LAUNCH_S * self.slowness * (engine == "eager"))
+        return self.now_s - before_s
+
+
+class FakeTask:
+    """A task of the paper's, without data."""
+
+    is_multiple_choice = property(lambda self: not self.is_generated)
+
+    def __init__(self, name, card):
+        self.name, self.groups, self.is_generated = name, {}, name.startswith("gsm8k")
+        card.host(BUILD_S if name == "mmlu" else 1.0)
+        card.now_s += FETCH_S if name == "mmlu" else 0.0
+        total, parts = SIZES[name]
+        self.sizes = {f"{name}_{part}" if parts > 1 else name: total // parts for part in range(parts)}
+
+    def n_items(self, limit):
+        return sum(min(limit or size, size) for size in self.sizes.values())
+
+    def data_sha256(self, limit):
+        return f"{self.name} {limit}"
+
+
+@pytest.fixture
+def sitting(tmp_path, tiny, monkeypatch):
+    """Returns a function that makes a study on the simulated card."""
+
+    def make(slowness, minutes=25.0):
+        card = SimulatedT4(slowness)
+        patch = monkeypatch.setattr
+        patch(budget, "time", SimpleNamespace(perf_counter=lambda: card.now_s))
+        patch(Device, "use", lambda _: None)
+        patch(device, "detect", lambda _: Device("cuda", "Tesla T4", MEMORY_MIB, "emulated", "570"))
+        patch(Source, "weights_bytes", 2 * PARAMETERS)
+
+        def convert(source, precision, folder, device):
+            card.host(CONVERT_S)
+            folder.mkdir(parents=True)
+            (folder / checkpoint.MANIFEST).write_text("{}")
+            kinds = {name: 0 for name in checkpoint.Weights.__slots__ if name != "left_out"}
+            return checkpoint.Checkpoint(**kinds, left_out={}, file_mib=0, quantize_s=0, load_s=0)
+
+        @contextmanager
+        def loaded(session, precision):
+            session.checkpoint(precision)
+            card.host(LOAD_S)
+            yield session.pinned(precision)
+
+        patch(checkpoint, "convert", convert)
+        patch(Session, "loaded", loaded)
+        _simulate_accuracy(card, patch)
+        _simulate_speed(card, patch)
+        study = Study("shape:llama-3.2-1b", "study", tmp_path / "study", minutes=minutes)
+        session = study.session
+        session.source = Source("meta-llama/Llama-3.2-1B", "named", str(tmp_path), "0" * 16)
+        session.tokenizer, session.config = tiny[1], tiny[0].config
+        return study, card
+
+    return make
+
+
+def _simulate_accuracy(card, patch):
+    def evaluate_task(self, task, precision, tokenizer, answers_path=None):
+        items = task.n_items(self.limits[task.name])
+        if task.is_generated:
+            for start in range(0, items, GENERATED_ROWS):
+                rows = min(GENERATED_ROWS, items - start)
+                card.generate(precision, rows, ITEM_TOKENS[task.name], NEW_TOKENS)
+        else:
+            card.now_s += card.step_s(precision, items * ITEM_TOKENS[task.name])
+            card.host(0.01 * len(task.sizes))
+        score = Score(task.name, "acc", "none", 0.4, 0.1, items, task.n_items(None), 0, False)
+        return TaskResult((score,), pd.DataFrame({"task": task.name, "doc_id": range(items)}))
+
+    def read(session, precision, ids, context):
+        for each in (precision, session.precisions[0]):
+            card.host(LOAD_S)
+            card.now_s += card.step_s(session.pinned(each), 2 * len(ids))
+        return pd.DataFrame({"nll": [1.0] * 4, "window": [0, 0, 1, 1]}), None
+
+    patch(Session, "check_weights", lambda _: None)
+    patch(evaluate, "Task", lambda name, data_dir, window: FakeTask(name, card))
+    patch(evaluate, "check", evaluate.names)
+    patch(evaluate, "_window", lambda _: 8192)
+    patch(evaluate.Evaluation, "evaluate", evaluate_task)
+    patch(evaluate, "compare_items", lambda *_: {"n_items": 1})
+    patch(perplexity, "_read", read)
+
+
+def _simulate_speed(card, patch):
+    def measure_peaks(place):
+        card.host(5.0)
+        return device_peaks.DevicePeaks(T4_BYTES_PER_S, dict(T4_FLOP_PER_S))
+
+    def with_model(session, precision, measure):
+        session.checkpoint(precision)
+        card.host(LOAD_S)
+        return measure(passes.Loaded(session.pinned(precision), 0.0))
+
+    def run(precision, workload, batch_size, engine="eager", baseline_mib=0.0, peaks=None, trace=True):
+        card.host(COMPILE_S if engine == "cuda_graph" and trace else 0.0)
+        batches = benchmark.full_batches(workload.prompts, batch_size)
+        shape = {"prompt_tokens": len(workload.longest), "new_tokens": workload.new_tokens}
+        rows, tokens = len(batches[0]), (len(workload.longest), workload.new_tokens)
+        card.generate(precision, rows, tokens[0], 4 * benchmark.WARM_UP_TOKENS, engine)
+        times_s = [card.generate(precision, rows, *tokens, engine) for _ in (*batches, "warm-up")][1:]
+        values = {"batch_s": tuple(times_s), "total_s": sum(times_s), "duration_s": sum(times_s), "ttft_s": 0.1}
+        requests = sum(map(len, batches))
+        row = Run(**shape, **values, batch_size=rows, requests=requests, monitor="process")
+        return Timed(row, [{"t_s": 0.0}], [[0.5, 1.0]])
+
+    class Trials:
+        def __init__(self, precision, workload, limit_mib, engine, baseline_mib):
+            self.precision, self.workload, self.limit_mib, self.engine = precision, workload, limit_mib, engine
+            card.host(COMPILE_S if engine == "cuda_graph" else 0.0)
+
+        def __call__(self, rows):
+            tokens = len(self.workload.longest), self.workload.new_tokens
+            mib = WEIGHTS_MIB[self.precision.name] + KV_MIB_PER_TOKEN * rows * sum(tokens)
+            fits = mib <= self.limit_mib
+            card.generate(self.precision, rows, *tokens, self.engine) if fits else card.host(1.0)
+            return Probe(rows, fits, mib, mib, idle_mib=WEIGHTS_MIB[self.precision.name])
+
+    def why_unavailable(engine, device_kind, int8_threshold=0.0, model=None, tokens=0):
+        threshold = model.threshold if model else int8_threshold
+        return "it cannot be captured" if engine == "cuda_graph" and threshold else ""
+
+    patch(device_peaks, "measure_peaks", measure_peaks)
+    patch(benchmark, "run", run)
+    patch(batch_trials, "Trials", Trials)
+    patch(engines, "why_unavailable", why_unavailable)
+    patch(stages, "_last_safe_batch", lambda _: None)
+    patch(stages.memory, "limited", lambda *_: nullcontext())
+    patch(passes.memory, "release", lambda **_: None)
+    for module in (passes, stages):
+        patch(module, "with_model", with_model)
+
+
+def run_all(study, card):
+    """Call what the notebooks call, with the parameters of the profile for a T4."""
+    card.now_s += INSTALL_S
+    card.host(5 * BEGIN_S)
+    study.quantize()
+    study.accuracy("paper", "all")
+    study.divergence("sample", 16384, 512)
+    study.batch_sensitivity("paper", 20)
+    study.device_peaks()
+    study.perf_bs1(study.workload("bs1", prompt_source="sample"), repeats=3)
+    work = study.workload("maxbatch", prompt_source="sample")
+    study.perf_maxbatch(work)
+    study.sweep(work, 8)
+
+
+@pytest.mark.parametrize(
+    ("slowness", "choices", "largest_batches"),
+    [(1, 450, {"bf16", "fp16", "int8", "nf4"}), (2, 250, {"fp16", "int8", "nf4"}), (3, 30, set())],
+)
+def test_a_sitting_ends_in_time_and_buys_what_matters_first(slowness, choices, largest_batches, sitting, capsys):
+    """Each format gets an accuracy, and a speed with each engine, on a slow host too; what is left out is named."""
+    study, card = sitting(slowness)
+    run_all(study, card)
+    ledger = study.session.ledger
+    assert card.now_s <= 25 * 60 and not ledger.failures()
+    # 1) accuracy: every format, on the same items, and the text for divergence
+    items = {(row["precision"], row["task"]): row["scores"][0]["n_items"] for row in ledger.rows("accuracy")}
+    assert len(items) == 5 * 6 and len(ledger.rows("divergence")) == 5
+    for task in SIZES.keys() & ITEM_TOKENS.keys():
+        (count,) = {items[name, task] for name in WEIGHTS_MIB}
+        assert count >= (40 if task.startswith("gsm8k") else 57 if task == "mmlu" else choices), task
+    # 2) speed: every format and engine has three requests before any has a second pass
+    timed = [row for row in ledger.rows("perf") if row["setting"] == "bs1" and row.get("requests")]
+    assert (
+        len({(row["precision"], row["engine"]) for row in timed}) == 9 and min(row["requests"] for row in timed) >= 3
+    )
+    assert [row["repeat"] for row in timed] == sorted(row["repeat"] for row in timed)
+    # 3) largest batches: full ones, and what there is no time for is named
+    full = {row["precision"] for row in ledger.rows("perf") if row["setting"] == "maxbatch" and row.get("requests")}
+    assert full == largest_batches and all(row["batch_size"] == 512 for row in ledger.rows("batch"))
+    said = capsys.readouterr().out
+    assert "no sweep of" in said and all(f"{name} with eager" in said for name in WEIGHTS_MIB.keys() - full)
