@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import cycle, islice, pairwise, product
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm.auto import tqdm
 
 from qnb import memory, prompts
+from qnb.budget import Clock
 from qnb.columns import flag_text
 from qnb.errors import InputError
 from qnb.ledger import Row
@@ -237,25 +237,15 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
     limit_mib = float(allowed_mib or session.device.memory_mib)
     # peaks are measured before anything is loaded, or held to less memory
     all_series = _all_series(session, "maxbatch", options, memory_limit_mib=limit_mib, cap=cap)
-    engines = list(dict.fromkeys(each.engine for each in all_series))
     limited = memory.limited(session.device.memory_mib, allowed_mib if session.device.kind == "cuda" else 0)
     with session.exclusive("04") as clock, limited:
         # 1) search
         searched: list[Series] = []
-        too_little, left_out, timing_s = [], [], 0.0
-        shape = Shape(cap, len(options.workload.longest), options.workload.new_tokens)
-        costs_s = [_search_s(session, each.precision, each.peaks, shape, engines=1) + 2 * _beside_s(each)
-                   for each in all_series]  # fmt: skip
-        # every format with one engine, before those that take longest get another
-        ranks = [cost_s * (1 + engines.index(each.engine)) for cost_s, each in zip(costs_s, all_series, strict=True)]
+        too_little = []
         with session.progress(len(all_series), "largest batch") as bar:
-            for _, cost_s, each in sorted(zip(ranks, costs_s, all_series, strict=True), key=itemgetter(0)):
+            for each in _while_time_is_left(all_series, cap, clock):
                 name = f"{each.precision.name} with {each.engine}"
                 bar.set_postfix_str(name)
-                if timing_s + cost_s > clock.left_s and not session.decided(each.batch_key):
-                    left_out.append(name)
-                    continue
-                timing_s += cost_s / 2
                 with session.failing(each.batch_key, f"the largest batch of {name}"):
                     try:
                         _search(each)
@@ -266,14 +256,34 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
                 bar.update()
         if options.memory_mib != "auto" and len(too_little) == len(all_series):
             raise InputError(f"memory_mib is {allowed_mib}: out of memory: {too_little[-1]}")
-        if left_out:
-            minutes = f"the {session.minutes:g} minutes do not suffice for the largest batch of"
-            tqdm.write(f"{minutes} {', '.join(left_out)}; give more minutes to add it")
         # 2) time
         if not searched:
             session.require("batch")
         time_in_turn(session, "maxbatch", searched, clock)
     session.require("perf", "maxbatch")
+
+
+def _while_time_is_left(all_series: Sequence[Series], cap: int, clock: Clock) -> Iterator[Series]:
+    """Yield the series whose largest batch there is time to find and to time; name the others.
+
+    Every format comes with one engine, before those that take longest come with another.
+    """
+    engines = list(dict.fromkeys(each.engine for each in all_series))
+    costs_s = {}
+    for place, each in enumerate(all_series):
+        shape = Shape(cap, len(each.workload.longest), each.workload.new_tokens)
+        costs_s[place] = _search_s(each.session, each.precision, each.peaks, shape, engines=1) + 2 * _beside_s(each)
+    timing_s, left_out = 0.0, []
+    for place in sorted(costs_s, key=lambda place: costs_s[place] * (1 + engines.index(all_series[place].engine))):
+        each = all_series[place]
+        if timing_s + costs_s[place] <= clock.left_s or each.session.decided(each.batch_key):
+            timing_s += costs_s[place] / 2
+            yield each
+        else:
+            left_out.append(f"{each.precision.name} with {each.engine}")
+    if left_out:
+        minutes = f"the {all_series[0].session.minutes:g} minutes do not suffice for the largest batch of"
+        tqdm.write(f"{minutes} {', '.join(left_out)}; give more minutes to add it")
 
 
 def _all_series(session: Session, setting: str, options: TimingOptions, **asked: Any) -> list[Series]:
