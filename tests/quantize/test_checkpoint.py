@@ -47,10 +47,10 @@ def test_a_checkpoint_weighs_what_its_layout_says(request, name, source, tmp_pat
     for share, is_short in ((0.9, True), (1.15, False)):  # of the disk that it takes
         free = SimpleNamespace(free=made.file_mib * share * 2**20)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: free)
-        lines = [
+        lacking, there = (
             checkpoint.disk_shortage(Path(source.path), each, [PRECISIONS[name]]) for each in (tmp_path, folder.parent)
-        ]
-        assert list(map(bool, lines)) == [is_short, False], "what is there needs no more"
+        )
+        assert bool(lacking) == is_short and not there
 
 
 VECTORS = "norms, biases and other vectors"
