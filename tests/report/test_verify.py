@@ -1,5 +1,6 @@
 """A study is what was measured, or `verify` says what is not: a byte is flipped in a file of each kind."""
 
+import json
 import shutil
 
 import example
@@ -41,6 +42,15 @@ def test_an_untouched_study_is_as_it_was_measured(folder, capsys):
     parts = [finding.part for finding in verify(folder)]
     assert problems(folder) == {} and len(set(parts)) == len(parts)
     assert main(["verify", str(folder)]) == 0 and f"{len(parts)} of {len(parts)}" in capsys.readouterr().out
+
+
+def test_a_study_sent_from_another_machine_is_checked_and_drawn_without_its_checkpoints(study, capsys):
+    shutil.rmtree(study / "checkpoints")
+    ledger = Ledger(study).path
+    rows = [{**json.loads(line), "device": "Tesla T4"} for line in ledger.read_text().splitlines()]
+    ledger.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["verify", str(study)]) == 0 and main(["report", str(study)]) == 0
+    assert "Tesla T4" in (study / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
