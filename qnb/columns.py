@@ -156,6 +156,7 @@ class Flag(Described):
     SAMPLES_MISSING = "samples_missing", "some of the monitor's readings are missing"
     TOO_SHORT = "too_short", "too short for utilization, power and energy"
     TRACE_FAILED = "trace_failed", "kernels were not traced"
+    UNFUSED = "unfused", "captured without fusing small kernels"
 
 
 DISTURBED = frozenset({Flag.GPU_SHARED, Flag.CPU_SHARED})

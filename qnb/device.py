@@ -9,10 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qnb import __version__
 from qnb.errors import InputError
 from qnb.memory import MIB
+
+if TYPE_CHECKING:
+    import torch
 
 CHOICE = "QNB_DEVICE"  # the environment's variable for what "auto" means
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "lm_eval", "datasets", "accelerate")
@@ -80,7 +84,7 @@ def detect(wanted: str = "auto") -> Device:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if index < gpus:
             card = torch.cuda.get_device_properties(index)
-            bf16 = "native" if card.major >= 8 else "emulated"  # from Ampere on
+            bf16 = "emulated" if is_before_ampere(f"cuda:{index}") else "native"
             return Device("cuda", card.name, card.total_memory / MIB, bf16, _driver(), index)
     if wanted.startswith("cuda"):
         seen = f"{gpus or 'no'} NVIDIA GPU{'s' * (gpus > 1)}"
@@ -90,6 +94,16 @@ def detect(wanted: str = "auto") -> Device:
     native = "bfloat16" in cpu_types()
     name = f"{_cpu_field('model name') or platform.machine()}, {os.cpu_count()} cores"
     return Device("cpu", name, psutil.virtual_memory().total / MIB, "native" if native else "emulated", "")
+
+
+def is_before_ampere(place: torch.device | str) -> bool:
+    """Return whether a device is a GPU without units for bfloat16; torch.compile then takes no bfloat16.
+
+    Such a GPU has no flash attention either.
+    """
+    import torch
+
+    return torch.device(place).type == "cuda" and torch.cuda.get_device_capability(place) < (8, 0)
 
 
 def cpu_types() -> set[str]:

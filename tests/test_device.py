@@ -24,7 +24,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    cards = [SimpleNamespace(name=f"card {place}", total_memory=2**34, major=8 - place) for place in range(2)]
+    cards = [SimpleNamespace(name=f"card {place}", total_memory=2**34, major=8 - place, minor=0) for place in range(2)]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: cards[int(str(place)[-1])])
     return chosen
 

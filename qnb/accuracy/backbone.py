@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
 
+from qnb.device import is_before_ampere
 from qnb.memory import free_bytes
 
 log = logging.getLogger(__name__)
@@ -206,7 +207,8 @@ def compiled(backbone: Backbone, tokens: int) -> Iterator[None]:
     activation: an RMS norm takes eight. Compiled, scoring is 1.3 to 1.4 times as fast (H200, Llama-3.2-1B's shape,
     fp16). Compiling takes about 10 s there. A layer that cannot be compiled runs as it is.
     """
-    if tokens * backbone.parameters < MIN_COMPILED_WORK[backbone.device.type]:
+    is_refused = backbone.model.dtype == torch.bfloat16 and is_before_ampere(backbone.device)
+    if is_refused or tokens * backbone.parameters < MIN_COMPILED_WORK[backbone.device.type]:
         yield
         return
     names = backbone.model._no_split_modules or ()

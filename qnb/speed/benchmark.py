@@ -104,7 +104,7 @@ def run(
     is_traced = trace and new_tokens > 1 and device.type == "cuda"
     work = _trace(work, generator, batches[0], new_tokens, device) if is_traced else work
     failed = {Flag.TRACE_FAILED: is_traced and work.kernels_per_token is None, Flag.PEAKS_DISTURBED: peaks.flags}
-    flags = (*flags_of(window.usage), *(flag for flag, holds in failed.items() if holds))
+    flags = (*generator.flags, *flags_of(window.usage), *(flag for flag, holds in failed.items() if holds))
     values |= asdict(work) | peaks.columns(work.flops_by_type) | {"requests": sum(map(len, batches)), "flags": flags}
     row = Run(**values, note="; ".join(filter(None, (generator.note, sensor.note))))
     return Timed(row, window.readings, token_times_s)

@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedModel
 
+from qnb.device import is_before_ampere
 from qnb.memory import is_out_of_memory
 from qnb.speed import layers
 from qnb.speed.layers import KV, Angles, Attend, Layer, Position, Product, State, join, multiply_all, rms_norm, rotate
@@ -33,6 +34,7 @@ ROTARIES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend
 # of attention: all but cuDNN's, which would plan anew for every length; on a GPU the mask leaves the first out
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 SMALL_BATCH = 8  # up to so many rows give SDPA's kernel too few thread blocks to keep a GPU busy
+NO_BFLOAT16 = "its small kernels are not fused: torch.compile needs units for bfloat16, and this GPU has none"
 RECOMPILE_LIMIT = 64  # of a function: each type, one row or many, the first size by itself and then any
 ARGMAX_PART = 256  # scores that are compared at once
 
@@ -155,8 +157,10 @@ class FusedStep:
 
     Attributes
     ----------
+    is_fused
+        Whether torch.compile fuses the small kernels.
     note
-        Why nothing is compiled though it should be; "" where all is well.
+        Why it does not though it should; "" where all is well.
     """
 
     def __init__(self, model: PreTrainedModel, compile_options: CompileOptions) -> None:
@@ -166,6 +170,9 @@ class FusedStep:
         self.layers = [Layer.of(block) for block in inner.layers]
         self.head = join([model.get_output_embeddings()])[0]
         self.note = ""
+        if compile_options is not None and model.dtype == torch.bfloat16 and is_before_ampere(model.device):
+            self.note, compile_options = NO_BFLOAT16, None
+        self.is_fused = compile_options is not None
         self._small = self._large = Functions()
         if compile_options is not None:
             head_bytes = inner.layers[0].self_attn.head_dim * self.embedding.element_size()
@@ -194,6 +201,7 @@ class FusedStep:
                     raise
                 reason = " ".join(str(error).split())[:200]
         self._small = self._large = Functions()
+        self.is_fused = False
         self.note = f"its small kernels are not fused, as torch.compile failed: {reason}"
         return work(*inputs)
 
@@ -259,6 +267,8 @@ def decode_step_of(model: PreTrainedModel, compile_options: CompileOptions = Non
 
 class ModelStep:
     """The model's own forward over a `State`, with the methods of `FusedStep`, for models of other families."""
+
+    is_fused = False
 
     def __init__(self, model: PreTrainedModel, note: str) -> None:
         self._model, self.note = model, note

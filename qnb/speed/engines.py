@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, StoppingCriteriaList
 
+from qnb.columns import Flag
 from qnb.errors import InputError
 from qnb.finite import check_finite
 from qnb.memory import register_capture
@@ -91,7 +92,7 @@ def check_context_window(config: PretrainedConfig, prompt_tokens: int, new_token
 class Eager:
     """Transformers' own ``generate`` as most people call it, always greedy and with a KV cache."""
 
-    note = ""
+    note, flags = "", ()
 
     def __init__(self, model: PreTrainedModel) -> None:
         # a copy shares everything; its settings are defaults, greedy and with a cache, not the model's own
@@ -258,6 +259,11 @@ class CudaGraph:
     def note(self) -> str:
         """What a reader of its rows should know; "" for nothing."""
         return self._decoder.network.note
+
+    @property
+    def flags(self) -> tuple[Flag, ...]:
+        """What makes its rows unlike those of other captured steps."""
+        return () if self._decoder.network.is_fused else (Flag.UNFUSED,)
 
     def generate(self, prompts: Prompts, new_tokens: int, clock: Clock | None = None) -> Tensor:
         """Return new ids, (B, N); `clock` ticks at each token."""

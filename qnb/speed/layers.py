@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from qnb.device import is_before_ampere
+
 FLEX_BLOCK = 32  # slots that flex attention reads at once
 FLEX_HEAD_BYTES = range(32, 257)  # heads whose tiles fit the shared memory of every GPU from Ampere on
 
@@ -248,5 +250,5 @@ def attend_flex(query: Tensor, kv: KV, position: Position) -> Tensor:
 
 def attend_large_batch(head_bytes: int, device: torch.device) -> Attend:
     """Return the fastest way for a compiled step to attend with more than a few rows, by the bytes of one head."""
-    is_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return attend_flex if is_ampere and head_bytes in FLEX_HEAD_BYTES else attend_sdpa
+    has_room = device.type == "cuda" and not is_before_ampere(device) and head_bytes in FLEX_HEAD_BYTES
+    return attend_flex if has_room else attend_sdpa

@@ -70,7 +70,7 @@ def test_a_compiled_step_is_the_same_and_compiled_once_for_all_layers(prompts, a
     decoder = Decoder(model, len(prompts), 6, 9, COMPILE_OPTIONS)
     assert_same_logits(model, decoder, prompts)
     # embed, layer, prefill of the first and of the last layer, predict
-    assert decoder.network.note == "" and counters["stats"]["unique_graphs"] == 5
+    assert decoder.network.is_fused and counters["stats"]["unique_graphs"] == 5
 
 
 @pytest.mark.parametrize("attend", [layers.attend_sdpa, layers.attend_flex])
@@ -104,7 +104,7 @@ def test_what_cannot_be_compiled_runs_uncompiled_and_says_so(name, error, monkey
     for width, rows in ((6, 1), (7, 2), (40, 3)):  # each decoder finds the same fused step
         decoder = Decoder(model, rows, width, 9, COMPILE_OPTIONS)
         assert_same_logits(model, decoder, THREE[:rows])
-    assert str(error or "torch.compile failed") in decoder.network.note
+    assert str(error or "torch.compile failed") in decoder.network.note and not decoder.network.is_fused
 
 
 def test_memory_that_runs_out_while_compiling_is_not_the_compilers_fault(monkeypatch):

@@ -1,7 +1,9 @@
 """Engines: greedy whatever a model asks for, with a KV cache, refused where they cannot run, and captured on a GPU."""
 
 import json
-from contextlib import nullcontext
+import os
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import decode_oracle as oracle
@@ -9,15 +11,19 @@ import pytest
 import torch
 from bitsandbytes import nn
 from decode_oracle import ONE, THREE, decode, decode_forced, decode_stock, tiny_model
+from torch._dynamo.device_interface import CudaInterface
+from torch._inductor.utils import fresh_cache
+from torch.nn.attention import sdpa_kernel
 from transformers import LlamaConfig, MambaConfig, MambaForCausalLM, MistralConfig
 
+from qnb.columns import Flag
 from qnb.errors import InputError
 from qnb.finite import NotFiniteError
 from qnb.memory import is_out_of_memory, release
 from qnb.precision import PRECISIONS
 from qnb.prompts import Workload
 from qnb.quantize import checkpoint
-from qnb.speed import engines
+from qnb.speed import decode_step, engines, layers
 from qnb.speed.benchmark import run
 from qnb.speed.engines import WARM_UP_STEPS, Clock, CudaGraph, Decoder, Eager, pad, why_unavailable
 
@@ -32,6 +38,8 @@ SETTINGS = {
     "lengths": ({}, {"max_time": 1e-9, "max_length": 7, "min_length": 60, "forced_eos_token_id": 9}),
     "other ways": ({}, {"cache_implementation": "static", "prompt_lookup_num_tokens": 3, "guidance_scale": 2.0}),
 }
+
+CAPTURED = [name for name, each in PRECISIONS.items() if not why_unavailable("cuda_graph", "cuda", each.threshold)]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -122,14 +130,32 @@ class Repeated(CudaGraph):
         return SimpleNamespace(replay=lambda: work(batch_size))
 
 
-@pytest.mark.parametrize("captured_tokens", [0, 4096], ids=["prefill launched", "prefill captured"])
-def test_batches_of_any_size_follow_each_other_and_clocks_tick_once_a_token(captured_tokens, monkeypatch):
-    """The order of loading, capturing and replaying, on a CPU."""
-    monkeypatch.setattr(engines, "CAPTURED_PREFILL_TOKENS", captured_tokens)
+@pytest.fixture
+def captured_on_a_cpu(monkeypatch):
+    """The engine `cuda_graph` with its order of loading, capturing and replaying."""
     monkeypatch.setattr(engines, "why_unavailable", lambda *_, **__: "")
-    monkeypatch.setattr(engines, "COMPILE_OPTIONS", None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setitem(engines.FACTORIES, "cuda_graph", Repeated)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_without_bfloat16_units_a_bfloat16_step_is_not_fused_and_says_so(dtype, captured_on_a_cpu, monkeypatch):
+    """The compiler is not even tried. A format in float16 is fused."""
+    compiled, model = [], tiny_model(LlamaConfig).to(getattr(torch, dtype))
+    monkeypatch.setattr(decode_step, "is_before_ampere", lambda device: True)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+    row, eager = (run(model, Workload(THREE, 4, "ramp"), 3, engine).run for engine in ("cuda_graph", "eager"))
+    assert bool(compiled) == (Flag.UNFUSED not in row.flags) == ("bfloat16" not in row.note) == (dtype == "float16")
+    assert Flag.UNFUSED not in eager.flags and eager.note == ""
+
+
+@pytest.mark.parametrize("captured_tokens", [0, 4096], ids=["prefill launched", "prefill captured"])
+def test_batches_of_any_size_follow_each_other_and_clocks_tick_once_a_token(
+    captured_tokens, captured_on_a_cpu, monkeypatch
+):
+    monkeypatch.setattr(engines, "CAPTURED_PREFILL_TOKENS", captured_tokens)
+    monkeypatch.setattr(engines, "COMPILE_OPTIONS", None)
     model = tiny_model(LlamaConfig)
     for begin in (lambda: Repeated(model, 1, 5, 60), lambda: Eager(model).generate(ONE, 60)):
         with pytest.raises(InputError, match="context window of 64"):
@@ -144,14 +170,33 @@ def test_batches_of_any_size_follow_each_other_and_clocks_tick_once_a_token(capt
             assert len(times_s) == new_tokens and sorted(times_s) == times_s and times_s[0] > 0
 
 
+@contextmanager
+def a_t4():
+    """Take bfloat16 units, flash attention and flex attention from a GPU; Triton still builds for it as it is."""
+    import triton
+
+    triton.runtime.driver.active.get_current_target()  # it keeps the function that it asks from then on
+    own, without_flash = CudaInterface.get_compute_capability(), decode_step.BACKENDS[1:]
+    with pytest.MonkeyPatch.context() as patch, sdpa_kernel(without_flash):
+        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+        patch.setattr(CudaInterface, "get_compute_capability", lambda device=None: own)
+        patch.setattr(CudaInterface, "is_bf16_supported", lambda including_emulation=False: including_emulation)
+        patch.setattr(decode_step, "BACKENDS", without_flash)
+        patch.setattr(layers, "attend_flex", None)
+        yield
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("card", [nullcontext, a_t4])
 @pytest.mark.parametrize("rows", [3, 12], ids=["few rows", "many rows"])
-@pytest.mark.parametrize("name", ["bf16", "int8-no-outliers", "int4", "nf4", "nf4-dq"])
-def test_a_captured_step_is_as_near_float32_as_eager(name, rows, source):
-    """Fed the same tokens, and where its own tokens differ, it was a near tie."""
-    texts, results = oracle.tokenized(source), []
-    with checkpoint.quiet():
-        model = checkpoint.load(source.path, PRECISIONS[name], "cuda")
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_captured_step_is_as_near_float32_as_eager(name, rows, card, source, monkeypatch):
+    """Fed the same tokens, and where its own tokens differ, it was a near tie. On a T4 bf16 asks for no compiler."""
+    texts, results, compiled, compile_one = oracle.tokenized(source), [], [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **more: compiled.append(args) or compile_one(*args, **more))
+    with checkpoint.quiet(), card():
+        precision = PRECISIONS[name].in_half("float16" if card is a_t4 else "bfloat16")
+        model = checkpoint.load(source.path, precision, "cuda")
         exact = oracle.unrounded(model, source.path)
         engine = CudaGraph(model, rows, max(map(len, texts)), 16)
         decoder, step = engine._decoder, engine._decoder.step
@@ -166,8 +211,31 @@ def test_a_captured_step_is_as_near_float32_as_eager(name, rows, source):
             own, tokens = engine.generate(batch, 16), Eager(model).generate(batch, 16)
             theirs, truth = (decode_stock(each, batch, tokens[:, :-1]) for each in (model, exact))
             results.append((decode_forced(decoder, batch, tokens[:, :-1], replay), theirs, truth, tokens, own))
-    assert engine.note == ""
+    is_fused = card is nullcontext or model.dtype != torch.bfloat16
+    assert bool(compiled) == (engine.flags == ()) == (engine.note == "") == is_fused, engine.note
     oracle.assert_differs_by_rounding(*map(torch.cat, zip(*results, strict=True)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CAPTURED)
+def test_every_kernel_of_a_step_compiles_for_a_t4_and_fits_its_64_kib_of_shared_memory(name, source):
+    with fresh_cache(), a_t4(), checkpoint.quiet():
+        model = checkpoint.load(source.path, PRECISIONS[name].in_half("float16"), "cuda")
+        for rows in (1, 16):
+            CudaGraph(model, rows, 16, 4).generate([range(5, 21)] * rows, 4)
+        kernels = sorted(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.ttir"))
+        assert bool(kernels) == (model.dtype != torch.bfloat16)
+        assert all(shared_bytes_on_a_t4(kernel) <= 64 * 2**10 for kernel in kernels)
+
+
+def shared_bytes_on_a_t4(kernel):
+    """Compile a kernel, in Triton's intermediate code, as it was tuned here."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import compile as compile_kernel
+
+    tuned = json.loads(kernel.with_suffix(".json").read_text())
+    options = {name: tuned[name] for name in ("num_warps", "num_stages")}
+    return compile_kernel(str(kernel), GPUTarget("cuda", 75, 32), options).metadata.shared
 
 
 @pytest.mark.gpu

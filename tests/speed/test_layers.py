@@ -7,7 +7,7 @@ import torch
 from bitsandbytes import nn
 from torch.nn import functional
 
-from qnb.speed.layers import join, multiply_4bit, multiply_8bit
+from qnb.speed.layers import attend_flex, attend_large_batch, attend_sdpa, join, multiply_4bit, multiply_8bit
 
 X = torch.randn(3, 128)
 
@@ -48,3 +48,10 @@ def test_doubly_quantized_layers_and_layers_of_different_kinds_stay_apart():
     assert [product.function for product in products] == [functional.linear, multiply_4bit]
     assert torch.equal(products[0].multiply(X), plain(X))
     assert len(join([plain, torch.nn.Linear(128, 32, bias=False)])) == 2
+
+
+@pytest.mark.parametrize(("capability", "attend"), [((7, 5), attend_sdpa), ((8, 0), attend_flex)])
+def test_only_gpus_from_ampere_on_take_flex_attention(capability, attend, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attend_large_batch(128, torch.device("cuda")) is attend
+    assert attend_large_batch(512, torch.device("cuda")) is attend_large_batch(128, torch.device("cpu")) is attend_sdpa
