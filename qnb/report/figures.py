@@ -108,7 +108,7 @@ def front(results: Results, cost: str) -> go.Figure:
     figure.update_xaxes(title=header(cost), range=[0, 1.25 * costs.max()])
     figure.update_yaxes(title=header(quality), autorange="reversed" if is_loss else True)
     note = "up and left is better; points on the dotted line are Pareto-optimal; the sign beside a name is its verdict"
-    return theme.finish(figure, title, 420, note + "; bars: 95 % interval" * (not is_loss))
+    return theme.finish(figure, title, 420, note + "; bars: 95 % interval" * (not is_loss) + theme.fusing(results.bs1))
 
 
 def _points_and_front(frame: pd.DataFrame, quality: str) -> go.Figure:
@@ -172,7 +172,8 @@ def compare(
     frame = frame[frame.precision.isin(precisions or frame.precision)].dropna(subset=["value"])
     if frame.empty:
         return theme.nothing(title)
-    return theme.dots(frame, title, f"{SETTINGS.get(place) or theme.label(place)}; hollow: eager")
+    note = f"{SETTINGS.get(place) or theme.label(place)}; hollow: eager"
+    return theme.dots(frame, title, note + theme.fusing(frame))
 
 
 FIGURES: dict[str, Callable[[Results], go.Figure]] = {

@@ -14,7 +14,7 @@ import pandas as pd
 from qnb.columns import Flag, column, format_value, is_disturbed
 from qnb.precision import BASELINE
 from qnb.report.recommend import interval_text
-from qnb.report.results import Results, task_name
+from qnb.report.results import Results, is_unfused, task_name
 from qnb.report.tables import build
 from qnb.report.verdicts import accuracies
 
@@ -78,7 +78,8 @@ def _memory(results: Results, precision: str) -> Iterator[str]:
     """Compare peak memory on a GPU, else the weights: how far a process grows depends on what it did before."""
     on_gpu = results.bs1.peak_reserved_mib.notna().any()
     name, words = ("peak_memory_mib", "peak memory at batch size 1") if on_gpu else ("weights_mib", "weights")
-    memory_mib = results.bs1.drop_duplicates("precision").set_index("precision")[name].dropna()
+    rows = results.bs1[~is_unfused(results.bs1)].drop_duplicates("precision")
+    memory_mib = rows.set_index("precision")[name].dropna()
     if {precision, BASELINE} <= set(memory_mib.index):
         share_pct = 100 * memory_mib[precision] / memory_mib[BASELINE]
         yield f"{precision.upper()} takes {share_pct:.0f} % of {BASE}'s {words}."
@@ -100,4 +101,6 @@ def _speed(results: Results, precision: str, setting: str) -> Iterator[str]:
             parts.append(f"bound by {row['bound'].replace('_', ' ')}")
         if is_disturbed([*row["flags"], *row["flags_base"]]):
             parts.append("disturbed by other processes")
+        if (Flag.UNFUSED in row["flags"]) != (Flag.UNFUSED in row["flags_base"]):
+            parts.append("one of the two captured without fusing kernels")
         yield f"{', '.join(parts)}."

@@ -63,14 +63,14 @@ def write(results: Results) -> Path:
 def page(results: Results) -> str:
     """Return the report as one HTML text."""
     templates = Environment(loader=PackageLoader("qnb", "data"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    summary = recommend.summary(results)
+    summary, swept = recommend.summary(results), knees(results.sweep)
     return templates.get_template("report.html").render(
         results=results, baseline=BASELINE, formats=PRECISIONS, plotly=get_plotlyjs(), caption=theme.caption,
         sentence=recommend.sentence(results), summary=_summary(summary), verdicts=list(summary.verdict),
         notes=verdicts.notes(results), findings=findings.findings(results), figures=draw_all(results),
-        knees=labelled(knees(results.sweep)), groups={task_name(task): task for task in members(results)},
-        build=build, compact=compact, all_columns=all_columns, b64encode=b64encode, card=card(results),
-        audit=paper.audit(), limits=limits(results), checkpoints=checkpoints(results),
+        knees=labelled(swept, [name for name in swept if name != "flags"]), build=build, compact=compact,
+        groups={task_name(task): task for task in members(results)}, b64encode=b64encode, card=card(results),
+        all_columns=all_columns, audit=paper.audit(), limits=limits(results), checkpoints=checkpoints(results),
     )  # fmt: skip
 
 

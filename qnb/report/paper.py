@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from qnb.memory import MIB
+from qnb.report.results import NOT_FUSED, is_unfused
 
 DATA = Path(__file__).parents[1] / "data"
 PARAMETERS = 1_235_814_400  # Llama-3.2-1B, tied embeddings counted once
@@ -154,6 +155,7 @@ def ablations(runs: pd.DataFrame, number: int) -> pd.DataFrame:
     table["ratio"] = (table.right_value / table.left_value).where(is_alike)
     table["published_ratio"] = table.quantity.map(ratios).where(table.left == "fp32 eager")
     table = table.dropna(subset=["left_value", "right_value"])
+    table = table.replace({name: name + NOT_FUSED for name in (runs.precision + " " + runs.engine)[is_unfused(runs)]})
     return table.drop(columns=["left_conditions", "right_conditions"]).round(6)
 
 

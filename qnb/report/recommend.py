@@ -8,9 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from qnb.columns import column, format_value, is_disturbed
+from qnb.columns import Flag, column, format_value, is_disturbed
 from qnb.precision import BASELINE
-from qnb.report.results import Results
+from qnb.report.results import Results, is_unfused, unfused
 from qnb.report.scores import MEAN
 from qnb.report.verdicts import Verdict, check_margin, decide, in_points, judge
 
@@ -141,6 +141,8 @@ def _notes(table: pd.DataFrame, demand: Demand) -> Iterator[str]:
     """Yield what qualifies the recommendation."""
     if disturbed := [name for name, flags in table["flags"].items() if is_disturbed(flags)]:
         yield f"Other processes were at work while these were timed: {', '.join(disturbed)}."
+    if names := unfused(table):
+        yield f"{Flag.UNFUSED.text.capitalize()}: {names}."
     unsure = table[table.fit == UNSURE]
     if unsure.kl_mean_nats.notna().any():
         yield "What may fit is ranked by KL divergence, since accuracy cannot tell."
@@ -225,7 +227,7 @@ def summary(results: Results) -> pd.DataFrame:
 
     Speeds at batch size 1 are given for both engines; throughput is the best engine's at the largest batch, energy the
     best engine's at batch size 1. ``peak_memory_mib`` is a GPU's, captured where that was timed: a process on
-    a CPU grows by what ran before.
+    a CPU grows by what ran before. ``note`` says which formats were captured without fusing kernels as others were.
     """
     timed = results.bs1.assign(
         peak_memory_mib=results.bs1.peak_memory_mib.where(results.bs1.peak_reserved_mib.notna()),
@@ -238,8 +240,9 @@ def summary(results: Results) -> pd.DataFrame:
               _by_format(results.divergence, "perplexity_change_pct", "kl_mean_nats")]  # fmt: skip
     frame = judge(results).join(frames)
     stored_mib = _by_format(results.checkpoints, "weights_mib").weights_mib
-    frame = frame.assign(weights_mib=stored_mib.combine_first(frame.weights_mib))
-    return frame.rename_axis("precision").reset_index()[list(SUMMARY)]
+    note = pd.Series(Flag.UNFUSED.text, results.speed.precision[is_unfused(results.speed)].unique())
+    frame = frame.assign(weights_mib=stored_mib.combine_first(frame.weights_mib), note=note)
+    return frame.rename_axis("precision").reset_index()[[*SUMMARY, "note"]]
 
 
 def sentence(results: Results) -> str:
@@ -275,3 +278,5 @@ def _extremes(allowed: pd.DataFrame, among: str) -> Iterator[str]:
         if values.notna().sum() > 1:
             best, label = values.idxmin(), column(name).label.partition(" (")[0]
             yield f"{allowed.precision[best].upper()} is {what} ({label} {_shown(name, values[best])})."
+    if names := ", ".join(allowed.precision[allowed.note.notna()].str.upper()):
+        yield f"{Flag.UNFUSED.text.capitalize()}: {names}."

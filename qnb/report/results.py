@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from qnb.columns import Flag
 from qnb.errors import InputError
 from qnb.ledger import Ledger, Row, file_sha256
 from qnb.memory import MIB
@@ -40,6 +41,7 @@ STAGES = {"accuracy_rows": "accuracy", "batches": "batch", "divergence": "diverg
           "batch_sensitivity": "batch_sensitivity"}  # fmt: skip
 KEPT = {"bs1": "table3_bs1", "maxbatch": "table4_maxbatch", "sweep": "sweep"}
 MARGIN_PP = 1.0  # the loss of accuracy that is accepted, unless a study says otherwise
+NOT_FUSED = ", not fused"  # after a captured engine's name, where other rows are
 ORDER = {name: place for place, name in enumerate([*PRECISIONS, "eager"])}
 # words of tasks' names that are written in another way
 WORDS = {"arc": "ARC", "gsm8k": "GSM8K", "cot": "CoT", "hellaswag": "HellaSwag", "mmlu": "MMLU", "stem": "STEM"}
@@ -234,6 +236,19 @@ def _speed_frame(frame: pd.DataFrame) -> pd.DataFrame:
 def flag_list(flags: Any) -> list[str]:
     """Return flags as a list: rows hold one, tables a text, and where there are none, the value may be missing."""
     return flags.split("; ") if isinstance(flags, str) else flags if isinstance(flags, list) else []
+
+
+def is_unfused(runs: pd.DataFrame) -> pd.Series:
+    """Return which rows were captured without fusing small kernels; none where all captured rows were."""
+    runs = runs.reindex(columns=["engine", "flags", "throughput_rps"])  # frames of accuracy have none
+    is_flagged = runs["flags"].map(lambda flags: Flag.UNFUSED in flag_list(flags)).astype(bool)
+    is_fused = ~is_flagged & (runs.engine != "eager") & runs.throughput_rps.notna()
+    return is_flagged & is_fused.any()
+
+
+def unfused(runs: pd.DataFrame) -> str:
+    """Return the formats of the rows of `is_unfused`, in words; "" where captured rows can be compared."""
+    return ", ".join(runs.precision[is_unfused(runs)].str.upper().unique())
 
 
 def _scores(rows: Iterable[Row]) -> pd.DataFrame:

@@ -36,6 +36,7 @@ def metrics(results: Results, setting: str) -> go.Figure:
         return theme.nothing(title)
     note = ("hollow: eager; filled: cuda_graph; panels with lines are logarithmic" if frame.engine.nunique() > 1
             else "each panel has its own unit") + DISTURBED * any(frame.text.str.endswith("*"))  # fmt: skip
+    note += theme.fusing(frame)
     if paper.is_published_model(results.model):
         published = paper.performance(3 if setting == "bs1" else 4).rename(columns={"vram_mib": "peak_memory_mib"})
         published = published[published.precision.isin(frame.precision)].assign(engine=theme.PUBLISHED)
@@ -65,7 +66,7 @@ def heatmap(results: Results, setting: str) -> go.Figure:
         )
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed", tickfont={"size": 10}).update_xaxes(tickangle=0, tickfont={"size": 10})
-    note = "dark is better; of utilization, more" + DISTURBED * any(stars)
+    note = "dark is better; of utilization, more" + DISTURBED * any(stars) + theme.fusing(runs)
     return theme.finish(figure, title, 180 + 34 * len(shades), note)
 
 
@@ -94,7 +95,7 @@ def sweep(results: Results) -> go.Figure:
     )  # fmt: skip
     theme.style_points(figure, "symbol", "size")
     figure.update_xaxes(type="log", tickvals=[4**power for power in range(8)], tickangle=0)
-    note = "logarithmic; ring: knee" + "; large point: the largest batch" * bool(len(largest))
+    note = "logarithmic; ring: knee" + "; large point: the largest batch" * bool(len(largest)) + theme.fusing(rows)
     return theme.finish_lines(figure.update_yaxes(**theme.LOG_AXIS), header("batch_size"), title, 620, note)
 
 
@@ -111,7 +112,7 @@ def timeline(results: Results, setting: str) -> go.Figure:
     look = {**theme.facets(2, height, 0.12), **theme.by_format(frame)}
     figure = px.line(frame, x="t_s", y="value", render_mode="svg", **look).update_yaxes(rangemode="tozero")
     note = f"with {frame.engine.iloc[0]}; memory: the whole device's, on a CPU the process's"
-    return theme.finish_lines(figure, "time, s", title, height, note)
+    return theme.finish_lines(figure, "time, s", title, height, note + theme.fusing(results.timed(setting)))
 
 
 def token_time(results: Results) -> go.Figure:
@@ -165,7 +166,7 @@ def _parts(
     if runs.empty:
         return theme.nothing(title, note)
     parts = {name: part[known] for name, part in parts.items()}
-    return theme.stacked(runs, parts, title, f"{note}; each panel has its own scale")
+    return theme.stacked(runs, parts, title, f"{note}; each panel has its own scale{theme.fusing(runs)}")
 
 
 def roofline(results: Results) -> go.Figure:
@@ -190,5 +191,5 @@ def roofline(results: Results) -> go.Figure:
         )  # fmt: skip
     figure.update_xaxes(title="arithmetic per byte read, FLOP/byte", dtick=1)
     figure.update_yaxes(title="achieved, TFLOP/s", dtick=1)
-    note = f"lines: measured limits, {bandwidth:.3g} TB/s and TFLOP/s by type; hollow: eager"
+    note = f"lines: measured limits, {bandwidth:.3g} TB/s and TFLOP/s by type; hollow: eager" + theme.fusing(runs)
     return theme.finish(figure, title, 520, note)

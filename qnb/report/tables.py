@@ -17,7 +17,7 @@ from qnb.ledger import write_atomic
 from qnb.precision import BASELINE
 from qnb.report import comparison, paper, scores, verdicts
 from qnb.report.batch_plans import plans
-from qnb.report.results import SPEED, Results, flag_list, in_order, stack, task_name
+from qnb.report.results import NOT_FUSED, SPEED, Results, flag_list, in_order, is_unfused, stack, task_name
 
 LINE = ["precision", "engine"]  # one line of a sweep
 OTHER = "not measured like the newest row: other prompts, device, memory or cap"
@@ -61,7 +61,7 @@ SEARCHES = ("precision", "engine", "batch_size", "capped", "limit_mib", "prompt_
 KNEES = ("precision", "engine", "knee", "knee_throughput_rps", "knee_batch_latency_s", "swept_to", "throughput_rps",
          "note")  # fmt: skip
 ANSWER = ("precision", "weights_mib", "peak_memory_mib", "tpot_captured_s", "tpot_eager_s", "throughput_rps",
-          "change_pp", "words")  # fmt: skip
+          "change_pp", "words", "note")  # fmt: skip
 ADVICE = ("precision", "engine", "fit", "peak_memory_mib", "tpot_s", "change_pp", "kl_mean_nats", "words")
 
 
@@ -128,7 +128,7 @@ def knees(steps: pd.DataFrame) -> pd.DataFrame:
     steps = steps.dropna(subset=names).sort_values("batch_size", kind="stable")
     power = (steps.throughput_rps / steps.batch_latency_s).groupby([steps.precision, steps.engine])
     best = steps.loc[power.idxmax()].set_index(LINE)[names].rename(columns={"batch_size": "knee"})
-    last = steps.groupby(LINE).tail(1).set_index(LINE)[names].rename(columns={"batch_size": "swept_to"})
+    last = steps.groupby(LINE).tail(1).set_index(LINE)[[*names, "flags"]].rename(columns={"batch_size": "swept_to"})
     best = best.where(best.knee < last.swept_to.reindex(best.index))
     disturbed = steps[steps["flags"].map(flag_list).map(is_disturbed).astype(bool)].groupby(LINE).batch_size
     note = disturbed.agg(lambda sizes: f"other processes disturbed batches of {', '.join(map(str, sizes))}")
@@ -265,8 +265,13 @@ def _compact_divergence(results: Results) -> pd.DataFrame:
 
 
 def labelled(frame: pd.DataFrame, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """Return columns as text under their labels with units, without empty ones; a dash stands in an empty cell."""
+    """Return columns as text under their labels with units, without empty ones; a dash stands in an empty cell.
+
+    An engine says where its kernels are not fused and those of other rows are.
+    """
     text = as_text(frame[[name for name in columns or frame if name in frame]])
+    if "engine" in text:
+        text["engine"] += pd.Series(is_unfused(frame).to_numpy()).map({True: NOT_FUSED, False: ""})
     if "task" in text:
         text["task"] = text["task"].map(task_name)
     return text.replace("", "-").rename(columns=header)

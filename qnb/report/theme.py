@@ -19,7 +19,7 @@ import plotly.io as pio
 
 from qnb.columns import column, format_value, header, is_disturbed
 from qnb.precision import PRECISIONS
-from qnb.report.results import stack, task_name
+from qnb.report.results import stack, task_name, unfused
 
 INK, QUIET = "#222222", "#6b6b6b"
 MOST_PX = 700  # of a figure's height
@@ -81,6 +81,11 @@ def panels(frame: pd.DataFrame, names: Sequence[str], *also: str) -> pd.DataFram
     long = stack(parts).dropna(subset=["value"])
     stars = ["*" * is_disturbed(flags) for flags in long.get("flags", [""] * len(long))]
     return long.assign(text=[text + star for text, star in zip(numbers(long.value), stars, strict=True)])
+
+
+def fusing(runs: pd.DataFrame) -> str:
+    """Return what a note adds where a figure shows captured rows with and without fused kernels."""
+    return f"; captured without fusing kernels: {names}" if (names := unfused(runs)) else ""
 
 
 def points(frame: pd.DataFrame, x: str, y: str, **more: Any) -> go.Figure:

@@ -11,7 +11,7 @@ import pytest
 from qnb.columns import header
 from qnb.ledger import Ledger
 from qnb.precision import PRECISIONS
-from qnb.report import export, figures, paper, recommend, theme
+from qnb.report import export, figures, findings, paper, recommend, tables, theme
 from qnb.report.results import Results
 from qnb.report.scores import MEAN, headline
 from qnb.report.tables import knees
@@ -114,6 +114,23 @@ def test_engines_are_a_pair_of_dots_and_what_was_disturbed_is_starred(study, dra
     assert {text[:4] for text in hovers(figure) if text.endswith("disturbed by other processes")} == {"INT8"}
     (cells,) = figures.heatmap(one_engine(study, flags=flags), "bs1").data
     assert [name for name, row in zip(cells.y, cells.text, strict=True) if row[0].endswith("*")] == ["int8<br>eager"]
+
+
+@pytest.mark.parametrize("names", [["bf16"], PRECISIONS], ids=["one format", "all formats"])
+def test_captured_rows_without_fused_kernels_are_named_beside_those_with_them(names, study):
+    def flagged(frame):
+        is_unfused = (frame.engine == "cuda_graph") & frame.precision.isin(names)
+        return frame.assign(flags=[["unfused"] * each for each in is_unfused])
+
+    both = replace(study, **{setting: flagged(study.timed(setting)) for setting in ("bs1", "maxbatch", "sweep")})
+    drawn = {name for name, figure in figures.draw_all(both).items() if "fus" in theme.caption(figure)}
+    assert drawn == {name for name in figures.FIGURES if names == ["bf16"]} - {"forest", *PAPERS[:2]}
+    shown = [tables.compact(both, name) for name in ("table3_bs1", "table4_maxbatch", "sweep", "table3_ablations")]
+    shown += [tables.labelled(tables.knees(both.sweep), tables.KNEES), recommend.summary(both)]
+    advice = recommend.choose(recommend.candidates(both, "bs1"), recommend.Demand("tpot_s"))
+    texts = [theme.caption(figures.compare(both, "tpot_s", "bs1")), *(frame.to_string() for frame in shown)]
+    texts += [" ".join(advice.notes), recommend.sentence(both), findings.about(both, "int4")[-1]]
+    assert {"fus" in text for text in texts} == {names == ["bf16"]}
 
 
 def test_published_values_stand_beside_the_same_model_only(study, drawn):

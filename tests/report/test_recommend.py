@@ -18,7 +18,7 @@ ALL = pd.DataFrame(
     [("bf16", 2000, 0.003, 900, 0, 0, 0), ("int8", 1200, 0.004, 900, -0.2, -0.8, 0.4),
      ("nf4", 800, 0.002, 900, -0.6, -2.0, 0.8), ("int4", 800, 0.001, 900, -6, -8, -4)],
     columns=COLUMNS, index=["bf16", "int8", "nf4", "int4"],
-).assign(engine="eager", passes=3, throughput_spread_pct=0.0, flags=[[]] * 4, quantized_pct=80.0,
+).assign(engine="eager", passes=3, throughput_rps=1.0, throughput_spread_pct=0.0, flags=[[]] * 4, quantized_pct=80.0,
          why="accuracy was not measured", kl_mean_nats=[None, 0.01, 0.2, 0.4])  # fmt: skip
 
 
