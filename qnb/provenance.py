@@ -13,12 +13,9 @@ from importlib import metadata
 from pathlib import Path
 
 from qnb.errors import scrub
-from qnb.ledger import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout the package runs from
-NOTEBOOKS = ROOT / "notebooks"
-if not NOTEBOOKS.is_dir():  # an installed package brings them along
-    NOTEBOOKS = ROOT / "qnb" / "notebooks"
+NOTEBOOKS = next(filter(Path.is_dir, (ROOT / "notebooks", ROOT / "qnb" / "notebooks")))  # or brought by the package
 LONGEST = 2000  # characters of a command that are kept
 COMMAND = "QNB_COMMAND"  # the environment variable by which a run tells its notebooks the command line
 WAITING = "QNB_WAITING"  # the one that tells them how many processes hold a GPU context and wait for them
@@ -53,6 +50,8 @@ def commit() -> str:
 
 def file_state(folder: Path) -> str:
     """Return 16 hexadecimal digits that change when a file below `folder` is written again; contents are not read."""
+    from qnb.ledger import fingerprint
+
     stats = {str(path): path.stat() for path in sorted(folder.rglob("*")) if path.is_file()}
     return fingerprint({name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()})
 
