@@ -19,6 +19,7 @@ from time import perf_counter, sleep
 from typing import Any, NoReturn
 from unittest.mock import patch
 
+from huggingface_hub import get_token
 from tqdm.auto import tqdm
 
 from qnb import colab, device
@@ -69,7 +70,6 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
         values["output"] = output if output.startswith(colab.DRIVE) else str(expand_path(output).resolve())
     study = check_parameters(values, names)
     study.session.check_writable()
-    values |= {"output": str(study.folder), "data_dir": str(study.session.data_dir or "")}  # kernels run elsewhere
     if "device" in values:
         os.environ[device.CHOICE] = values["device"]  # for the notebooks' kernels
     os.environ[COMMAND] = shlex.join(["qnb", *sys.argv[1:]])
@@ -77,11 +77,10 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
     with _sole_run(study):
         for name in names:
             try:
-                line = _execute(study, name, values)
+                print(_execute(study, name, values), file=sys.stderr, flush=True)
             except NotebookError as error:
                 print(f"qnb: {error}; what was measured is kept in {study.folder}", file=sys.stderr)
                 return 1
-            print(line, file=sys.stderr, flush=True)
     dry_run = "01_quantize" in names and values.get("push_to") and values.get("dry_run", True)
     return _report_end(study, earlier, bool(dry_run))
 
@@ -105,22 +104,18 @@ def _failures(study: Study, earlier: Sequence[Row]) -> list[str]:
 
 
 def rest(study: Study, run_all: str = "auto", **values: Any) -> Any:
-    """Run the other four notebooks from within 01, on its machine, and say how far they are and what they find.
+    """Run the other four notebooks from within 01, on its machine; return the ranked formats for display.
 
-    A notebook that stops is named with its reason, and the next one is run: the last one draws what there is.
+    A notebook that stops is named with its reason; the next one is run. In a kernel of `qnb run`, nothing happens.
 
     Parameters
     ----------
     study
         The study of 01_quantize, in whose folder the others go on.
     run_all
-        One of `RUN_ALL`. In a kernel of `qnb run`, which runs them itself, nothing happens.
+        One of `RUN_ALL`.
     **values
         Parameters of 01, for the notebooks that have them.
-
-    Returns
-    -------
-    The ranked formats for display, or None where no notebook was run.
 
     Raises
     ------
@@ -133,11 +128,9 @@ def rest(study: Study, run_all: str = "auto", **values: Any) -> Any:
         tqdm.write(f"the other notebooks are not run from here (run_all is {run_all!r})")
         return None
     import torch
-    from huggingface_hub import get_token
 
-    values |= {"output": str(study.folder), "data_dir": str(study.session.data_dir or "")}
-    has_gpu = torch.cuda.memory_stats().get("num_device_alloc", 0) > 0  # its context stays to its end
-    environment = {WAITING: str(int(has_gpu)), "HF_TOKEN": get_token() or ""}  # Colab's secrets are 01's alone
+    has_context = torch.cuda.memory_stats().get("num_device_alloc", 0) > 0  # for its whole life
+    environment = {WAITING: str(int(has_context)), "HF_TOKEN": get_token() or ""}  # Colab's secrets are 01's alone
     earlier = study.session.ledger.failures()
     with _sole_run(study, **environment), _progress(study, len(NAMES) - 1) as bar:
         for name in NAMES[1:]:
@@ -147,8 +140,9 @@ def rest(study: Study, run_all: str = "auto", **values: Any) -> Any:
             except (NotebookError, InputError) as error:
                 tqdm.write(f"{error}; what was measured is kept")
             bar.update()
-    advice, answer = study.recommend(), recommend.sentence(study.results())
-    tqdm.write("\n".join([*_failures(study, earlier), *_places(study), answer, *advice.attrs["notes"]]))
+    advice, places = study.recommend(), summary(study)[:2]  # its other lines are for a command line
+    answer = [recommend.sentence(study.results()), *advice.attrs["notes"]]
+    tqdm.write("\n".join([*_failures(study, earlier), *places, *answer]))
     return tables.view(advice, tables.ADVICE)
 
 
@@ -338,12 +332,12 @@ def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2)
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     started, source = perf_counter(), NOTEBOOKS / f"{name}.ipynb"
-    known = notebook_parameters(source)
+    values = {**values, "output": str(study.folder), "data_dir": str(study.session.data_dir or "")}
     try:
         papermill.execute_notebook(
             source,
             study.folder / "notebooks" / f"{name}.ipynb",
-            {key: value for key, value in values.items() if key in known},
+            {key: values[key] for key in notebook_parameters(source) & values.keys()},
             kernel_name="python3",
             progress_bar={"desc": name, "leave": False, "disable": not sys.stderr.isatty()},
             execution_timeout=CELL_TIMEOUT_S,
@@ -366,8 +360,8 @@ def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2)
     return f"{name}: done in {perf_counter() - started:.0f} s, {len(study.session.ledger)} rows"
 
 
-def _places(study: Study) -> list[str]:
-    """Return where the results are, and whether the report is older than they are."""
+def summary(study: Study) -> list[str]:
+    """Return where the results are, what is older than they are, and what other processes disturbed."""
     ledger, page = study.session.ledger, study.folder / "report.html"
     renew = shlex.join(["qnb", "report", str(study.folder), "--margin-pp", f"{study.margin_pp:g}"])
     lines = [f"{len(ledger)} measurements in {ledger.path}; tables, figures and notebooks lie beside it"]
@@ -376,12 +370,7 @@ def _places(study: Study) -> list[str]:
     else:
         stale = ledger.path.exists() and page.stat().st_mtime < ledger.path.stat().st_mtime
         lines.append(f"report: {page}" + f" (older than the newest measurements; {renew} renews it)" * stale)
-    return lines
-
-
-def summary(study: Study) -> list[str]:
-    """Return where the results are, what is older than they are, and what other processes disturbed."""
-    lines, speed = _places(study), study.results().speed
+    speed = study.results().speed
     disturbed = speed.loc[[is_disturbed(flags) for flags in speed["flags"]]]
     for number, rows in disturbed.groupby(disturbed.setting.eq("bs1").map({True: "03", False: "04"})):
         names = rows.precision.unique()

@@ -94,6 +94,5 @@ def test_what_colab_lacks_is_there_for_its_python(brought, tmp_path):
     if done.returncode and "No solution found" not in done.stderr:
         pytest.skip(f"no package index can be reached: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
-    found = dict(line.split("==") for line in done.stdout.split() if "==" in line)
-    added = {name for name in map(normalized, found) if name not in pins and not torchs.match(name)}
-    assert {"bitsandbytes", "lm-eval", "papermill", "gguf"} <= added and len(added) < 30, added
+    found = {line.partition("==")[0] for line in done.stdout.split()}
+    assert {"bitsandbytes", "lm-eval", "papermill", "gguf"} <= found - set(pins)

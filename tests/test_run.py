@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import nbformat
 import papermill
@@ -20,7 +19,7 @@ import pytest
 from conftest import command
 from filelock import FileLock
 
-from qnb import InputError, Study, run
+from qnb import Study, run
 from qnb.__main__ import main
 from qnb.ledger import Ledger, row_key
 from qnb.provenance import ROOT
@@ -147,53 +146,41 @@ def test_a_run_names_what_was_disturbed_and_a_report_that_is_older(studied, tmp_
 
 
 @pytest.mark.parametrize(
-    ("run_all", "command", "hosted", "count"),
+    ("run_all", "within", "hosted", "count"),
     [("auto", "", False, 0), ("auto", "", True, 4), ("never", "", True, 0), ("always", "qnb run", True, 0)],
 )
-def test_01_runs_the_others_on_colab_alone_and_never_within_a_run(
-    run_all, command, hosted, count, studied, tmp_path, monkeypatch
-):
+def test_01_runs_the_others_on_colab_not_in_a_run(run_all, within, hosted, count, studied, tmp_path, monkeypatch):
     names = []
     monkeypatch.setattr(papermill, "execute_notebook", lambda path, *_, **__: names.append(path.stem))
     monkeypatch.setattr(run.colab, "hosted", lambda: hosted)
-    monkeypatch.setenv(run.COMMAND, command)
+    monkeypatch.setenv(run.COMMAND, within)
     study = Study(output=shutil.copytree(studied.folder, tmp_path / "study"))
     assert (run.rest(study, run_all) is None) == (count == 0) and names == list(NAMES[1:])[:count]
-    with pytest.raises(InputError, match="'yes' is unknown"):
-        run.rest(study, "yes")
 
 
-def test_01s_last_cell_gives_its_parameters_to_the_others_and_ends_with_the_advice(studied, tmp_path):
+def test_01s_last_cell_gives_its_parameters_to_the_others_and_ends_with_the_advice(studied, tmp_path, monkeypatch):
     """In a kernel, as Jupyter has it. A notebook that stops is named, and the next is run."""
+    monkeypatch.delenv(run.COMMAND, raising=False)  # other tests here are runs
     folder = shutil.copytree(studied.folder, tmp_path / "study")
-    last = [cell for cell in nbformat.read(NOTEBOOKS / "01_quantize.ipynb", 4).cells if cell.cell_type == "code"][-1]
-    here = f"import pathlib, qnb.run; qnb.run.NOTEBOOKS = pathlib.Path({str(tmp_path)!r})"
-    sources = {
-        "01_quantize": [f"{here}\nstudy = qnb.Study(model, precisions, output, '', seed, overwrite)", last.source],
-        "02_accuracy": [
-            "import os, pathlib",
-            "pathlib.Path(output, 'given').write_text(f'{seed} ' + os.environ['QNB_WAITING'])",
-        ],
-        "03_perf_bs1": ["1 / 0"],
-        "04_perf_maxbatch": ["import qnb; raise qnb.InputError('a bad input')"],
-        "05_figures": ["print()"],
-    }
-    values = {"run_all": "always", "model": "auto", "precisions": "bf16", "seed": 7, "overwrite": False}
-    for name, cells in sources.items():
-        notebook = nbformat.v4.new_notebook(metadata={"language_info": {"name": "python"}})
-        notebook.cells = [nbformat.v4.new_code_cell(cell) for cell in ("seed = 0\noutput = ''", *cells)]
+    last = json.loads((NOTEBOOKS / "01_quantize.ipynb").read_text())["cells"][-2]["source"]
+    begin = ["import pathlib, qnb.run", f"qnb.run.NOTEBOOKS = pathlib.Path({str(tmp_path)!r})",
+             "study = qnb.Study(output=output)",
+             "run_all, model, precisions, overwrite = 'always', 'auto', 'bf16', False", "".join(last)]  # fmt: skip
+    codes = ["\n".join(begin),
+             "import os, pathlib\npathlib.Path(output, 'given').write_text(str(seed) + os.environ['QNB_WAITING'])",
+             "1 / 0", "import qnb; raise qnb.InputError('a bad input')", "print()"]  # fmt: skip
+    about = {"language_info": {"name": "python"}, "kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    for name, code in zip(NAMES, codes, strict=True):
+        notebook = nbformat.v4.new_notebook(metadata=about)
+        notebook.cells = [nbformat.v4.new_code_cell(each) for each in ("seed = 0\noutput = ''", code)]
         notebook.cells[0].metadata.tags = ["parameters"]
         nbformat.write(notebook, tmp_path / f"{name}.ipynb")
-    done = papermill.execute_notebook(
-        tmp_path / "01_quantize.ipynb", None, {**values, "output": str(folder)}, kernel_name="python3",
-        progress_bar=False, execution_timeout=120,
-    )  # fmt: skip
-    outputs = done.cells[-1].outputs
-    said = "".join(output.get("text", "") for output in outputs)
-    assert "03_perf_bs1, cell 3: ZeroDivisionError" in said and "a bad input" in said and "05_figures: done in" in said
-    assert "report" in said and "fastest" in said and "may fit" in outputs[-1].data["text/html"]
-    assert (folder / "given").read_text() == "7 0"  # no GPU is held by 01
-    assert sorted(path.stem for path in (folder / "notebooks").glob("*.ipynb")) == list(NAMES[1:])
+    done = papermill.execute_notebook(tmp_path / "01_quantize.ipynb", None, {"output": str(folder), "seed": 7})
+    *said, advice = done.cells[-1].outputs
+    text = "".join(output.get("text", "") for output in said)
+    for words in ("03_perf_bs1, cell 3: ZeroDivisionError", "a bad input", "05_figures: done in", "report", "fastest"):
+        assert words in text
+    assert "may fit" in advice.data["text/html"] and (folder / "given").read_text() == "70"  # 01 holds no GPU
 
 
 @pytest.mark.slow
@@ -206,7 +193,6 @@ def test_an_installed_package_brings_its_notebooks(tmp_path):
     words = ["run", "--profile", "smoke", "--only", "05", "--output", str(tmp_path / "study")]
     done = command(*words, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert done.returncode == 0 and done.stderr.startswith("05_figures: done in"), done.stderr
-    assert len(list((tmp_path / "site" / "qnb" / "notebooks").glob("*.ipynb"))) == len(NAMES)
 
 
 # Ended, and two at once
@@ -340,7 +326,3 @@ def test_two_runs_are_equal(smoke, tmp_path):
     for name in ("table1_accuracy", "table2_change", "divergence", "batch_sensitivity"):
         first, second = (folder / "tables" / f"{name}.csv" for folder in (smoke[0], tmp_path / "study"))
         assert first.read_text() == second.read_text(), name
-
-
-def test_every_notebook_is_in_the_folder():
-    assert sorted(path.stem for path in Path(NOTEBOOKS).glob("*.ipynb")) == list(NAMES)
