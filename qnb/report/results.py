@@ -248,7 +248,7 @@ def is_unfused(runs: pd.DataFrame) -> pd.Series:
 
 def unfused(runs: pd.DataFrame) -> str:
     """Return the formats of the rows of `is_unfused`, in words; "" where captured rows can be compared."""
-    return ", ".join(runs.precision[is_unfused(runs)].str.upper().unique())
+    return ", ".join(name.upper() for name in runs.precision[is_unfused(runs)].unique())
 
 
 def _scores(rows: Iterable[Row]) -> pd.DataFrame:
