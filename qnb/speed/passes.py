@@ -59,6 +59,11 @@ class Series:
     has_failed: bool = False
 
     @property
+    def name(self) -> tuple[str, str]:
+        """The names of the format and the engine."""
+        return self.precision.name, self.engine
+
+    @property
     def batch_size(self) -> int:
         """Rows of a batch."""
         return self.largest.batch_size if self.largest else self.size

@@ -5,28 +5,25 @@ Each is a function of a session and of what a user may ask, a class that checks 
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import cycle, islice, pairwise, product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from qnb import memory, prompts
-from qnb.budget import Clock
 from qnb.columns import flag_text
 from qnb.errors import InputError
-from qnb.ledger import Row
 from qnb.options import Count, check_count
-from qnb.precision import Precision, parse
+from qnb.precision import parse
 from qnb.prompts import Workload
-from qnb.speed import batch_search
+from qnb.speed import batch_search, plan
 from qnb.speed.batch_search import LargestBatch
 from qnb.speed.passes import Loaded, Series, time_in_turn, with_model
+from qnb.speed.plan import Shape
 
 if TYPE_CHECKING:
     from qnb.session import Session
@@ -35,10 +32,6 @@ if TYPE_CHECKING:
 Engines = str | Iterable[str]  # names in `qnb.speed.engines.FACTORIES`; "auto" is all that can run on the device
 
 NOTEBOOKS = {"bs1": "03", "maxbatch": "04"}  # by setting
-# a budget of minutes: requests of a pass fill so many seconds, if there is no launch to wait for, but are so many
-PASS_S, LEAST_REQUESTS = 2.0, 3
-# a search and a timing take about so many times the largest batch's time, at such a share of the device's peaks
-BATCHES_RUN, REACHED_SHARE, LEAST_NEW_TOKENS = 6, 0.6, 25
 BATCHES_SWEPT = 3  # of each size
 UNSAFE = "not tried: bitsandbytes counts an INT8 layer's outputs in 32 bits, and ends the process beyond"
 
@@ -140,46 +133,18 @@ def workload(session: Session, options: WorkloadOptions) -> Workload:
     return prompts.load(session.tokenizer, source, requests, prompt_tokens, new_tokens, session.data_dir, session.seed)
 
 
-class Shape(NamedTuple):
-    """The size of a workload."""
-
-    requests: int
-    prompt_tokens: int
-    new_tokens: int
-
-
 def _within_budget(session: Session, setting: str, most: Shape) -> Shape:
-    """Return a workload that a budget of minutes allows, at most `most`. Formats that are added later get it too.
-
-    Fewer requests are timed one at a time. Large batches are as large as ever, and get fewer new tokens.
-    """
+    """Return a workload that the session's minutes allow, at most `most`. Formats that are added later get it too."""
     notebook, asked = NOTEBOOKS[setting], {"minutes": session.minutes, "most": most}
     peaks, key = device_peaks(session, notebook), session.key("pace", None, asked, setting=setting)
     with session.exclusive(notebook) as clock:
-        if row := session.decided(key):
-            return Shape(row["requests"], row["prompt_tokens"], row["new_tokens"])
-        shape = most
-        if setting == "bs1" and peaks.copy_bytes_per_s:
-            request_s = most.new_tokens * session.source.weights_bytes / peaks.copy_bytes_per_s
-            shape = most._replace(requests=min(most.requests, max(LEAST_REQUESTS, math.ceil(PASS_S / request_s))))
-        while setting == "maxbatch" and shape.new_tokens // 2 >= LEAST_NEW_TOKENS:
-            if sum(_search_s(session, each, peaks, shape) for each in session.precisions) <= clock.left_s:
-                break
-            shape = shape._replace(new_tokens=shape.new_tokens // 2)
-        session.append(key, asked, shape._asdict())
-    tqdm.write(f"{session.minutes:g} minutes allow {shape.requests} requests of {shape.new_tokens} new tokens each")
-    return shape
-
-
-def _search_s(session: Session, precision: Precision, peaks: DevicePeaks, shape: Shape, engines: int = 0) -> float:
-    """Return about how long a format takes to find its largest batch and to time it, with so many engines.
-
-    Large batches are bound by arithmetic. A token takes about as many operations as 16-bit weights have bytes.
-    """
-    rate = peaks.matmul_flop_per_s.get(session.pinned(precision).compute_dtype, math.inf)
-    flops = session.source.weights_bytes * shape.requests * (shape.prompt_tokens + shape.new_tokens)
-    engines = engines or (2 if session.device.kind == "cuda" else 1)
-    return engines * BATCHES_RUN * flops / rate / REACHED_SHARE
+        row = session.decided(key)
+        if not row:
+            allowed = plan.fewer_requests if setting == "bs1" else plan.fewer_new_tokens
+            row = session.append(key, asked, allowed(session, peaks, most, clock.left_s)._asdict())
+            what = f"{row['requests']} requests of {row['new_tokens']} new tokens each"
+            tqdm.write(f"{session.minutes:g} minutes allow {what}")
+    return Shape(**{name: row[name] for name in Shape._fields})
 
 
 def device_peaks(session: Session, notebook: str = "03") -> DevicePeaks:
@@ -243,7 +208,7 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
         searched: list[Series] = []
         too_little = []
         with session.progress(len(all_series), "largest batch") as bar:
-            for each in _while_time_is_left(all_series, cap, clock):
+            for each in plan.largest_batches(all_series, cap, clock):
                 name = f"{each.precision.name} with {each.engine}"
                 bar.set_postfix_str(name)
                 with session.failing(each.batch_key, f"the largest batch of {name}"):
@@ -261,29 +226,6 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
             session.require("batch")
         time_in_turn(session, "maxbatch", searched, clock)
     session.require("perf", "maxbatch")
-
-
-def _while_time_is_left(all_series: Sequence[Series], cap: int, clock: Clock) -> Iterator[Series]:
-    """Yield the series whose largest batch there is time to find and to time; name the others.
-
-    Every format comes with one engine, before those that take longest come with another.
-    """
-    engines = list(dict.fromkeys(each.engine for each in all_series))
-    costs_s = {}
-    for place, each in enumerate(all_series):
-        shape = Shape(cap, len(each.workload.longest), each.workload.new_tokens)
-        costs_s[place] = _search_s(each.session, each.precision, each.peaks, shape, engines=1) + 2 * _beside_s(each)
-    timing_s, left_out = 0.0, []
-    for place in sorted(costs_s, key=lambda place: costs_s[place] * (1 + engines.index(all_series[place].engine))):
-        each = all_series[place]
-        if timing_s + costs_s[place] <= clock.left_s or each.session.decided(each.batch_key):
-            timing_s += costs_s[place] / 2
-            yield each
-        else:
-            left_out.append(f"{each.precision.name} with {each.engine}")
-    if left_out:
-        minutes = f"the {all_series[0].session.minutes:g} minutes do not suffice for the largest batch of"
-        tqdm.write(f"{minutes} {', '.join(left_out)}; give more minutes to add it")
 
 
 def _all_series(session: Session, setting: str, options: TimingOptions, **asked: Any) -> list[Series]:
@@ -365,35 +307,7 @@ def sweep(session: Session, options: TimingOptions) -> None:
             key = session.key("sweep", each.precision, each.asked, engine=each.engine, setting=str(unsafe))
             if unsafe and not session.find(key):
                 session.append(key, each.asked, {"batch_size": unsafe, "note": UNSAFE})
-        time_in_turn(session, "batch sizes", _affordable(session, swept, clock.left_s), clock)
-
-
-def _affordable(session: Session, swept: Sequence[Series], seconds: float) -> list[Series]:
-    """Return the sizes of the formats and engines that can be swept in so many seconds, the fastest first."""
-    rows = _first_passes(session)
-    timed = {name: row for name, row in rows.items() if row.get("total_s")}
-    names = list(dict.fromkeys((each.precision.name, each.engine) for each in swept))
-    sizes = Counter((each.precision.name, each.engine) for each in swept)
-    costs_s = {name: BATCHES_RUN * sizes[name] * row["total_s"] / row["requests"] for name, row in timed.items()}
-    left_out = []
-    for name in sorted(names, key=lambda name: costs_s.get(name, 0.0)):
-        seconds -= costs_s.get(name, 0.0)
-        left_out += [name] if seconds < 0 else []
-    if left_out:
-        tqdm.write(f"no sweep of {', '.join(map(' with '.join, left_out))}: the {session.minutes:g} minutes are spent")
-    return [each for each in swept if (each.precision.name, each.engine) not in left_out]
-
-
-def _beside_s(series: Series) -> float:
-    """Return what warming up and compiling took at batch size 1, beside what was timed; 0 where that was not run."""
-    row = _first_passes(series.session).get((series.precision.name, series.engine), {})
-    return row["pass_s"] - row["total_s"] if row.get("total_s") else 0.0
-
-
-def _first_passes(session: Session) -> dict[tuple[str, str], Row]:
-    """Return the first passes at batch size 1, by format and engine."""
-    rows = (row for row in session.ledger.rows("perf") if row["setting"] == "bs1" and row["repeat"] == 0)
-    return {(row["precision"], row["engine"]): row for row in rows}
+        time_in_turn(session, "batch sizes", plan.affordable_sweep(swept, clock.left_s), clock)
 
 
 def prompt_lengths(session: Session, prompt_source: str = "auto", counts: Sequence[int] = (20, 2000, 5000)) -> None:

@@ -18,7 +18,7 @@ from qnb.errors import InputError
 from qnb.precision import PRECISIONS
 from qnb.report.results import Results
 from qnb.session import Session
-from qnb.speed import batch_search, batch_trials, benchmark, device_peaks, engines, passes, stages
+from qnb.speed import batch_search, batch_trials, benchmark, device_peaks, engines, passes, plan, stages
 from qnb.speed.batch_search import LargestBatch, Probe
 from qnb.speed.benchmark import Run, Timed
 from qnb.speed.engines import EngineUnavailable
@@ -230,7 +230,7 @@ def test_a_sweep_goes_to_the_largest_batch_found_on_a_gpu_and_is_left_out_elsewh
 
 def test_a_budget_takes_fewer_requests_or_new_tokens_the_same_for_formats_added_later(lab, source, monkeypatch):
     """At a copy of 1 GB/s a request of 2 tokens takes 0.5 s, and 4 of them 2 s. Each setting keeps its first plan."""
-    monkeypatch.setattr(stages, "_search_s", lambda session, precision, peaks, shape: 10 * shape.new_tokens)
+    monkeypatch.setattr(plan, "search_s", lambda session, precision, peaks, shape: 10 * shape.new_tokens)
     for precisions in ("bf16,nf4", "int8"):
         session = lab.open(precisions, minutes=25)
         monkeypatch.setattr(type(session.source), "weights_bytes", 250_000_000)
@@ -243,13 +243,13 @@ def test_what_the_budget_does_not_suffice_for_is_left_out_and_named(lab, monkeyp
     """The format that computes fastest comes first. A second pass and a sweep follow where time is left for them."""
     now, costs_s = [0.0], {"bf16": 400.0, "nf4": 5.0}
     monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(stages, "_search_s", lambda session, precision, *_, **__: costs_s[precision.name])
+    monkeypatch.setattr(plan, "search_s", lambda session, precision, *_: costs_s[precision.name])
     lab.search_finds(2, 100.0, True, ())
     lab.seconds = lambda call: now.__setitem__(0, now[0] + 150) or 1.0
     session = lab.open("bf16,nf4", minutes=25)
     work = workload(session, "maxbatch", 2)
     perf_maxbatch(session, TimingOptions(work, repeats=5))
-    assert lab.loaded[-3:] == ["nf4"] * 3 and "largest batch of bf16 with eager" in capsys.readouterr().out
+    assert lab.loaded[-3:] == ["nf4"] * 3 and "no largest batch of bf16 with eager:" in capsys.readouterr().out
 
 
 def test_peaks_are_measured_before_anything_is_loaded_or_held_to_less_memory(lab, monkeypatch):
