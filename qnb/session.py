@@ -426,6 +426,8 @@ class Session:
                     asked = {"minutes": self.minutes}
                     values = {"taken_s": taken_s.get(notebook, 0.0) + clock.elapsed_s}
                     self.append(self.key("sitting", asked=asked, setting=notebook), asked, values)
+                    taken = f"notebook {notebook} took {values['taken_s'] / 60:.1f} minutes"
+                    tqdm.write(f"{taken}; {max(0.0, clock.left_s) / 60:.1f} of those it may take are left")
 
     def _taken_s(self) -> dict[str, float]:
         """Return the seconds that each notebook took so far of this budget on this device, by number."""
