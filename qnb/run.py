@@ -38,7 +38,7 @@ from qnb.speed.stages import WorkloadOptions
 from qnb.study import PARAMETERS, Study
 
 NAMES = ("01_quantize", "02_accuracy", "03_perf_bs1", "04_perf_maxbatch", "05_figures")
-COUNTS = {"sensitivity_limit", "bs1_repeats", "maxbatch_repeats", "max_batch", "memory_mib", "sweep_batch"}
+COUNTS = {"sensitivity_limit", "bs1_repeats", "maxbatch_repeats", "memory_mib", "sweep_batch"}
 RUN_ALL = ("auto", "always", "never")  # when 01 runs the other notebooks; "auto" is on Colab alone
 BAR = "{l_bar}{bar}| {n_fmt} of {total_fmt} notebooks, {elapsed}{postfix}"
 CELL_TIMEOUT_S = 24 * 3600  # a cell that hangs ends one day, and the run with it

@@ -169,13 +169,12 @@ class Study:
     def perf_maxbatch(
         self,
         workload: Workload,
-        max_batch: Count = "auto",
         memory_mib: Count = "auto",
         repeats: int = 1,
         engines: str | Iterable[str] = "auto",
     ) -> pd.DataFrame:
         """Find the largest batch of each format and engine, then time the workload at it (Table 4)."""
-        options = speed.TimingOptions(workload, engines, repeats, max_batch, memory_mib)
+        options = speed.TimingOptions(workload, engines, repeats, memory_mib)
         self.session.measure(speed.perf_maxbatch, options)
         return self.results().passes.query("setting == 'maxbatch'")
 

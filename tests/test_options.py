@@ -20,7 +20,7 @@ def test_what_is_no_count_is_refused_with_what_is_accepted(wrong):
 
 def test_words_stand_for_their_own_parameter_only():
     check_count("limit", "all"), check_count("sweep_batch", 0)
-    for name, value in (("sweep_batch", "all"), ("max_batch", 0), ("bs1_repeats", "auto")):
+    for name, value in (("sweep_batch", "all"), ("memory_mib", 0), ("bs1_repeats", "auto")):
         with pytest.raises(InputError, match=name):
             check_count(name, value)
 

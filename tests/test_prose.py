@@ -5,10 +5,11 @@ import re
 import subprocess
 import tomllib
 
+import pandas as pd
 import pytest
 
 import qnb
-from qnb.precision import PRECISIONS
+from qnb.precision import PRECISIONS, STUDY
 from qnb.provenance import ROOT
 from qnb.report import recommend
 from qnb.report.results import read_reference, task_name
@@ -17,12 +18,14 @@ from qnb.run import NOTEBOOKS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 REFERENCE = ROOT / "outputs" / "reference"
+REHEARSAL = REFERENCE / "t4-rehearsal"
 WORDS = {"README.md": 1200, "outputs/reference/README.md": 500, "notebooks/METRICS.md": 500,
          "notebooks/01_quantize.ipynb": 450,
          "notebooks/02_accuracy.ipynb": 750, "notebooks/03_perf_bs1.ipynb": 700,
          "notebooks/04_perf_maxbatch.ipynb": 750, "notebooks/05_figures.ipynb": 500}  # fmt: skip
 TYPED_NUMBERS = {"README.md": 4, "outputs/reference/README.md": 6, "notebooks/METRICS.md": 6}  # in 100 words
-SETTINGS = {"0", "1", "2", "4", "15", "16", "32", "100", "128", "3.11", "6.0", "95"}  # README's numbers that are none
+# README's numbers that are no results
+SETTINGS = {"0", "1", "2", "4", "15", "16", "25", "32", "100", "128", "3.11", "6.0", "95"}
 NUMBER = r"(?<![\w.,-])[-+]?\d[\d,]*(?:\.\d+)?(?![\w-])"  # not in names such as Llama-3.2-1B, H200 or 4-bit
 
 
@@ -118,11 +121,13 @@ def test_every_result_in_the_readmes_text_is_a_kept_tables(kept):
     graph, tpot_s = runs[runs.engine == "cuda_graph"].set_index("precision"), runs.set_index("precision").tpot_s
     times = runs.set_index(["precision", "engine"]).tpot_s.unstack().dropna()
     ratios = times.eager / times.cuda_graph
-    memory_mib = graph.peak_memory_mib
+    memory_mib, weights_mib = graph.peak_memory_mib, runs.groupby("precision").weights_mib.first()
     assert tpot_s.idxmin() == "fp16" and memory_mib.idxmin() == "nf4-dq"
     results = [
         f"{1000 * tpot_s.min():.2f} ms", f"{1000 * graph.tpot_s.bf16:.2f} for BF16", f"{memory_mib.min():,.0f} MiB",
         f"{memory_mib.bf16:,.0f} for BF16", f"{min(ratios):.0f} to {max(ratios):.0f} times",
+        f"{weights_mib.loc[list(STUDY)].sum() / weights_mib.bf16:.1f} times the disk",
+        f"{pd.read_csv(REHEARSAL / 'host_memory.csv').peak_pss_gib.max():.1f} GiB of RAM",
     ]  # fmt: skip
     text, citation = prose("README.md").split("## Citing")
     for result in results:

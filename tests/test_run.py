@@ -165,7 +165,8 @@ def test_01s_last_cell_gives_its_parameters_to_the_others_and_ends_with_the_advi
     last = json.loads((NOTEBOOKS / "01_quantize.ipynb").read_text())["cells"][-2]["source"]
     begin = ["import pathlib, qnb.run", f"qnb.run.NOTEBOOKS = pathlib.Path({str(tmp_path)!r})",
              "study = qnb.Study(output=output)",
-             "run_all, model, precisions, overwrite = 'always', 'auto', 'bf16', False", "".join(last)]  # fmt: skip
+             "run_all, model, precisions, overwrite = 'always', 'auto', 'bf16', False", "minutes, half = 0, 'auto'",
+             "".join(last)]  # fmt: skip
     codes = ["\n".join(begin),
              "import os, pathlib\npathlib.Path(output, 'given').write_text(str(seed) + os.environ['QNB_WAITING'])",
              "1 / 0", "import qnb; raise qnb.InputError('a bad input')", "print()"]  # fmt: skip

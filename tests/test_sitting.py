@@ -3,6 +3,7 @@
 Steps take what the T4's datasheet allows. What the host does takes as long as was measured elsewhere, times a factor.
 """
 
+import re
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from qnb import Study, budget, device
 from qnb.accuracy import evaluate, perplexity
 from qnb.accuracy.tasks import SIZES, Score, TaskResult
 from qnb.device import Device
+from qnb.provenance import ROOT
 from qnb.quantize import checkpoint
 from qnb.quantize.sources import Source
 from qnb.report.paper import T4_BYTES_PER_S, T4_FLOP_PER_S
@@ -21,6 +23,7 @@ from qnb.speed import batch_trials, benchmark, device_peaks, engines, passes, st
 from qnb.speed.batch_search import Probe
 from qnb.speed.benchmark import Run, Timed
 
+KEPT = ROOT / "outputs" / "reference" / "t4-rehearsal" / "plan.csv"
 PARAMETERS = 1_235_814_400  # of Llama-3.2-1B
 WEIGHTS_MIB = {"bf16": 2357, "fp16": 2357, "int8": 1434, "int4": 1016, "nf4": 1016}
 KV_MIB_PER_TOKEN = 1 / 32
@@ -207,30 +210,43 @@ def run_all(study, card):
     study.sweep(work, 8)
 
 
-@pytest.mark.parametrize(
-    ("slowness", "choices", "largest_batches"),
-    [(1, 450, {"bf16", "fp16", "int8", "nf4"}), (2, 250, {"fp16", "int8", "nf4"}), (3, 30, set())],
-)
-def test_a_sitting_ends_in_time_and_buys_what_matters_first(slowness, choices, largest_batches, sitting, capsys):
+def described(study, card):
+    """What a sitting took and bought, as a row of the kept table."""
+    ledger, tasks = study.session.ledger, sorted(SIZES.keys() & ITEM_TOKENS.keys())
+    items = {(row["precision"], row["task"]): row["scores"][0]["n_items"] for row in ledger.rows("accuracy")}
+    (same,) = {tuple(items[name, task] for task in tasks) for name in WEIGHTS_MIB}  # for every format
+    timed = [row for row in ledger.rows("perf") if row.get("requests")]
+    full, swept = ({f"{row['precision']} {row['engine']}" for row in rows} for rows in
+                   ([row for row in timed if row["setting"] == "maxbatch"], ledger.rows("sweep")))  # fmt: skip
+    return {
+        "host_slowness": card.slowness,
+        "minutes": round(card.now_s / 60, 1),
+        **{f"notebook_{row['setting']}_min": round(row["taken_s"] / 60, 1) for row in ledger.rows("sitting")},
+        **{f"{task}_items": count for task, count in zip(tasks, same, strict=True)},
+        "bs1_requests": min(row["requests"] for row in timed if row["setting"] == "bs1"),
+        "largest_batches": ", ".join(sorted(full)),
+        "sweeps": ", ".join(sorted(swept)),
+    }
+
+
+@pytest.mark.parametrize("slowness", [1, 2, 3])
+def test_a_sitting_ends_in_time_and_buys_what_matters_first(slowness, sitting, capsys):
     """Each format gets an accuracy, and a speed with each engine, on a slow host too; what is left out is named."""
     study, card = sitting(slowness)
     run_all(study, card)
     ledger = study.session.ledger
     assert card.now_s <= 25 * 60 and not ledger.failures()
-    # 1) accuracy: every format, on the same items, and the text for divergence
-    items = {(row["precision"], row["task"]): row["scores"][0]["n_items"] for row in ledger.rows("accuracy")}
-    assert len(items) == 5 * 6 and len(ledger.rows("divergence")) == 5
-    for task in SIZES.keys() & ITEM_TOKENS.keys():
-        (count,) = {items[name, task] for name in WEIGHTS_MIB}
-        assert count >= (40 if task.startswith("gsm8k") else 57 if task == "mmlu" else choices), task
-    # 2) speed: every format and engine has three requests before any has a second pass
-    timed = [row for row in ledger.rows("perf") if row["setting"] == "bs1" and row.get("requests")]
-    assert (
-        len({(row["precision"], row["engine"]) for row in timed}) == 9 and min(row["requests"] for row in timed) >= 3
-    )
-    assert [row["repeat"] for row in timed] == sorted(row["repeat"] for row in timed)
-    # 3) largest batches: full ones, and what there is no time for is named
-    full = {row["precision"] for row in ledger.rows("perf") if row["setting"] == "maxbatch" and row.get("requests")}
-    assert full == largest_batches and all(row["batch_size"] == 512 for row in ledger.rows("batch"))
-    said = capsys.readouterr().out
-    assert "no sweep of" in said and all(f"{name} with eager" in said for name in WEIGHTS_MIB.keys() - full)
+    row = described(study, card)
+    kept = pd.read_csv(KEPT, keep_default_na=False).set_index("host_slowness", drop=False)
+    assert row == kept.loc[slowness, list(row)].to_dict()
+    assert row["gsm8k_items"] >= 40 and row["bs1_requests"] >= 3 and len(ledger.rows("divergence")) == 5
+    # every format and engine is timed once before any is timed again
+    timed = [each for each in ledger.rows("perf") if each["setting"] == "bs1" and each.get("requests")]
+    assert len({(each["precision"], each["engine"]) for each in timed}) == 9
+    assert [each["repeat"] for each in timed] == sorted(each["repeat"] for each in timed)
+    # the largest batches are full ones, and what there is no time for is named
+    assert all(each["batch_size"] == 512 for each in ledger.rows("batch"))
+    said = {what: names for what, names in re.findall(r"no (sweep|largest batch) of (.*?):", capsys.readouterr().out)}
+    for what, column in (("largest batch", "largest_batches"), ("sweep", "sweeps")):
+        names = {f"{each['precision']} {each['engine']}" for each in timed} - set(row[column].split(", "))
+        assert names <= {name.replace(" with ", " ") for name in said.get(what, "").split(", ")}

@@ -403,7 +403,7 @@ def disk_shortage(source: Path, folder: Path, precisions: Iterable[Precision]) -
 
     Their sizes are estimated from that of the released weights.
     """
-    config = _read_json(source / CONFIG) if source.is_dir() else {}  # a study of another machine has no source here
+    config = _read_json(source / CONFIG) if (source / CONFIG).is_file() else {}  # another machine has no source here
     released_bits = 32 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 16
     released_gib = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 2**30
     missing = (each for each in precisions if not (folder / each.checkpoint / MANIFEST).exists())

@@ -78,7 +78,7 @@ def fit_line(probes: Sequence[Mapping[str, Any]], row_tokens: int, limit_mib: fl
     if rise_mib <= GRAIN_MIB:
         raise InputError(
             f"no plan: it takes two probes that differ by over {GRAIN_MIB} MiB, and {len(readings)} of "
-            f"{len(probes)} can be used; raise max_batch"
+            f"{len(probes)} can be used; raise maxbatch_requests"
         )
     (low, _), (high, reserved_mib) = readings[-2:]
     row_mib = rise_mib / (high - low)

@@ -173,7 +173,8 @@ def read_reference(folder: Path) -> dict[str, Results]:
     InputError
         A file there is not such a table.
     """
-    return {path.name: Results.of_tables(path) for path in sorted(folder.glob("*-*/")) if any(path.glob("*.csv"))}
+    studies = (Results.of_tables(path) for path in sorted(folder.glob("*-*/")))
+    return {study.name: study for study in studies if study.precisions}
 
 
 def stack(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:

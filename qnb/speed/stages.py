@@ -80,14 +80,12 @@ class TimingOptions:
     Parameters
     ----------
     workload
-        The requests. The search takes the longest of them with all its new tokens; a sweep repeats them as often as
-        its batches need.
+        The requests, which the largest batch has at most. The search takes the longest of them with all its new
+        tokens; a sweep repeats them as often as its batches need.
     engines
         ``"eager"``, ``"cuda_graph"`` or both; ``"auto"`` is both on a GPU, else eager.
     repeats
         The most passes. After three at the earliest, a format and engine that has settled gets no further one.
-    max_batch
-        The largest batch worth trying.
     memory_mib
         The memory allowed: of a GPU, where ``"auto"`` is all; on a CPU, how much the process may grow.
     sweep_batch
@@ -103,7 +101,6 @@ class TimingOptions:
     workload: Workload
     engines: Engines = "auto"
     repeats: int = 1
-    max_batch: Count = "auto"
     memory_mib: Count = "auto"
     sweep_batch: Count = "auto"
 
@@ -198,7 +195,7 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
         Nothing could be measured.
     """
     allowed_mib = session.count("memory_mib", options.memory_mib)
-    cap = min(session.count("max_batch", options.max_batch), len(options.workload.prompts))
+    cap = len(options.workload.prompts)
     limit_mib = float(allowed_mib or session.device.memory_mib)
     # peaks are measured before anything is loaded, or held to less memory
     all_series = _all_series(session, "maxbatch", options, memory_limit_mib=limit_mib, cap=cap)

@@ -24,7 +24,7 @@ from qnb.session import Session
 
 
 def score(model, task, limit=None, scorer="qnb"):
-    return Evaluation([task], limit, scorer, 8).evaluate(task, *model)
+    return Evaluation([task], {task.name: limit}, scorer, 8).evaluate(task, *model)
 
 
 def stock(model, task, index=None, **options):

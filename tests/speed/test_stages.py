@@ -135,7 +135,7 @@ def test_a_batch_that_shrinks_in_a_later_pass_begins_again_alone(overwrite, lab)
     lab.search_finds(200, 900.0, False, probes)
     lab.seconds = lambda call: out_of_memory() if lab.timed[-1] == ("int8", 200, False) else float(call)
     session = lab.open("bf16,int8", overwrite=overwrite)
-    options = TimingOptions(workload(session, "maxbatch", 200), max_batch=200, repeats=3)
+    options = TimingOptions(workload(session, "maxbatch", 200), repeats=3)
     perf_maxbatch(session, options)
     counts = [(("bf16", 200, True), 1), (("bf16", 200, False), 2), (("int8", 200, True), 1), (("int8", 200, False), 1),
               (("int8", 198, True), 1), (("int8", 198, False), 2)]  # fmt: skip
@@ -160,7 +160,7 @@ def test_a_batch_that_may_end_its_process_is_searched_in_a_child(lab, monkeypatc
         for old in ("fp32", "int8"):  # of another format, and of this one with another engine
             with session.failing(session.key("batch", PRECISIONS[old], {}, engine="cuda_graph"), "an old search"):
                 out_of_memory()
-        perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 8), max_batch=8, memory_mib=memory_mib))
+        perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 8), memory_mib=memory_mib))
         return session
 
     for error, trials, message in (
@@ -259,7 +259,7 @@ def test_peaks_are_measured_before_anything_is_loaded_or_held_to_less_memory(lab
     lab.search_finds(2, 100.0, True, ())
     lab.seconds = lambda call: steps.append("timed") or 1.0
     session = lab.open()
-    perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 2), max_batch=2))
+    perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 2)))
     assert steps == ["peaks", "limited", "timed"]
 
 
