@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 something failed on the way, 2 the input cannot be used, 1
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"qnb: {error.name} is not installed; pip install -r requirements.txt", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        logging.disable(logging.CRITICAL)  # asyncio would tell of the tasks that are freed now
         print("qnb: interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
         return 130
     except Exception as error:  # the last resort: no traceback is shown, and nothing measured is lost

@@ -15,7 +15,8 @@ from pathlib import Path
 from qnb.errors import scrub
 
 ROOT = Path(__file__).resolve().parents[1]  # of the checkout the package runs from
-NOTEBOOKS = next(filter(Path.is_dir, (ROOT / "notebooks", ROOT / "qnb" / "notebooks")))  # or brought by the package
+_FOLDERS = (ROOT / "notebooks", ROOT / "qnb" / "notebooks")  # those of a clone, or as the package brings them
+NOTEBOOKS = next((folder for folder in _FOLDERS if (folder / "profiles").is_dir()), _FOLDERS[0])
 LONGEST = 2000  # characters of a command that are kept
 COMMAND = "QNB_COMMAND"  # the environment variable by which a run tells its notebooks the command line
 WAITING = "QNB_WAITING"  # the one that tells them how many processes hold a GPU context and wait for them

@@ -28,7 +28,7 @@ from qnb.accuracy.evaluate import AccuracyOptions
 from qnb.accuracy.perplexity import DivergenceOptions
 from qnb.columns import is_disturbed
 from qnb.errors import INPUT_ERRORS, InputError, expand_path, scrub, unknown
-from qnb.ledger import FAILED, KEY, Row, holding
+from qnb.ledger import FAILED, KEY, Ledger, Row, holding
 from qnb.options import check_count
 from qnb.precision import listed
 from qnb.provenance import COMMAND, NOTEBOOKS, WAITING
@@ -148,11 +148,11 @@ def rest(study: Study, run_all: str = "auto", **values: Any) -> Any:
 
 def _progress(study: Study, total: int) -> tqdm:
     """Return a bar over notebooks; until it is closed, its time and the number of the study's rows move on."""
-    bar = tqdm(total=total, bar_format=BAR)
+    bar, ledger = tqdm(total=total, bar_format=BAR), Ledger(study.folder)  # of its own: it is read in a thread
 
     def tick() -> None:
         while not bar.disable:
-            bar.set_postfix_str(f"{len(study.session.ledger)} rows measured")
+            bar.set_postfix_str(f"{len(ledger)} rows measured")
             sleep(1)
 
     threading.Thread(target=tick, name="qnb-progress", daemon=True).start()
@@ -278,8 +278,7 @@ def _interruptible() -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-        if not _interrupted.is_set():
-            logging.disable(logging.NOTSET)  # else asyncio would still tell, when its tasks are freed
+        logging.disable(logging.NOTSET)
 
 
 @contextmanager

@@ -23,7 +23,18 @@ from qnb import __version__, budget, colab, device
 from qnb.budget import Clock, now_s
 from qnb.errors import InputError, expand_path, never_fail_to_print, scrub, unknown
 from qnb.finite import NotFiniteError
-from qnb.ledger import FAILED, Ledger, Row, file_sha256, fingerprint, holding, is_outdated, row_key, write_atomic
+from qnb.ledger import (
+    FAILED,
+    PLANS,
+    Ledger,
+    Row,
+    file_sha256,
+    fingerprint,
+    holding,
+    is_outdated,
+    row_key,
+    write_atomic,
+)
 from qnb.memory import describe_host, host_peak_mib, is_out_of_memory, release, released
 from qnb.options import AUTO, Count, check_minutes, resolve_count
 from qnb.precision import HALVES, PRECISIONS, Precision, parse
@@ -198,8 +209,9 @@ class Session:
     @cached_property
     def half(self) -> str:
         """The type in bfloat16's place in quantized formats: of study.json, or asked for, or the device's."""
-        if record := self.record:
-            return str(record.get("half", "bfloat16"))
+        pinned = self.record.get("half", "bfloat16") if self.record else ""
+        if pinned and not (pinned == "float32" and self.device.kind == "cuda"):  # a CPU's, of a study that moved
+            return str(pinned)
         return self.device.half if self._wanted_half == "auto" else self._wanted_half
 
     def pinned(self, precision: Precision) -> Precision:
@@ -261,21 +273,24 @@ class Session:
 
     def disk_shortage(self) -> str:
         """Return a line where the checkpoints still to be made need more disk than is free; else nothing."""
+        if not (record := self.record):  # before a model was fetched, its size is not known
+            return ""
+        source = sources.Source(**{name: record[name] for name in sources.Source.__slots__})
         precisions = map(self.pinned, self.precisions)
-        path = self.record.get("path", "")  # before a model was fetched, its size is not known
-        return checkpoint.disk_shortage(Path(path), self.folder / "checkpoints", precisions) if path else ""
+        return checkpoint.disk_shortage(source.parameters, self.folder / "checkpoints", precisions)
 
     def facts(self) -> dict[str, str]:
         """Return what is measured, on what, with what, and what is done already. Nothing is fetched for it."""
         source, rows = self.record, self.ledger.rows()
-        stages = Counter(row["stage"] for row in rows)
+        stages = Counter(row["stage"] for row in rows if row["stage"] not in PLANS)
         model = f"{source['name']} ({source['reason']})" if source else f"{self.model} (not fetched yet)"
+        taken_s = self._taken_s() if source and Path(source["path"]).is_dir() else {}
         return {
             "model": model,
             "formats": ", ".join(precision.name for precision in self.precisions),
             "quantized formats in": self.half + "".join(f", {name} in bfloat16" for name in self.overflowed),
             **self.device.facts(),
-            **({"time": budget.describe(self.minutes, self._taken_s())} if self.minutes else {}),
+            **({"time": budget.describe(self.minutes, taken_s)} if self.minutes else {}),
             "host memory": describe_host(max((row.get("host_peak_mib") or 0 for row in rows), default=0)),
             **({"disk": shortage} if (shortage := self.disk_shortage()) else {}),
             "output": str(self.folder),
@@ -423,17 +438,16 @@ class Session:
                     yield clock
             finally:
                 if is_planned and self.ledger.revision != before:
-                    asked = {"minutes": self.minutes}
                     values = {"taken_s": taken_s.get(notebook, 0.0) + clock.elapsed_s}
-                    self.append(self.key("sitting", asked=asked, setting=notebook), asked, values)
+                    self.append(self.key("sitting", setting=notebook), values)
                     taken = f"notebook {notebook} took {values['taken_s'] / 60:.1f} minutes"
                     tqdm.write(f"{taken}; {max(0.0, clock.left_s) / 60:.1f} of those it may take are left")
 
     def _taken_s(self) -> dict[str, float]:
-        """Return the seconds that each notebook took so far of this budget on this device, by number."""
-        this = self.minutes, self.device.name
-        rows = self.ledger.rows("sitting")
-        return {row["setting"]: row["taken_s"] for row in rows if (row["minutes"], row["device"]) == this}
+        """Return the seconds that each notebook took so far on this device, by number; overwriting begins anew."""
+        keys = [self.key("sitting", setting=number) for number in budget.SHARES]
+        rows = (self.ledger.find(key) for key in keys if not self.overwrite or row_key(key) in self._measured)
+        return {row["setting"]: row["taken_s"] for row in rows if row}
 
     def progress(self, total: int, what: str) -> tqdm:
         """Return a progress bar over `total` steps."""

@@ -30,7 +30,7 @@ def study(smoke, tmp_path):
     [
         ("accuracy", checkpoint, "load", lambda study: study.accuracy("sample_easy", 2)),
         ("batch", Eager, "generate",
-         lambda study: study.perf_maxbatch(study.workload("maxbatch", 2, 8, 2, "sample"), 2, 2000)),
+         lambda study: study.perf_maxbatch(study.workload("maxbatch", 2, 8, 2, "sample"), 2000)),
         ("perf", benchmark, "run", lambda study: study.perf_bs1(study.workload("bs1", 2, 8, 2, "sample"))),
     ],
     ids=["when loading", "in every probe", "in a timed run"],
@@ -66,7 +66,7 @@ def test_out_of_memory_costs_that_format_alone(stage, owner, name, measure, stud
 def test_a_request_that_does_not_fit_is_refused_with_what_there_was(source, tmp_path):
     study = Study("smollm2-135m", "bf16", tmp_path)
     with pytest.raises(InputError, match=r"memory_mib is 1: out of memory: one request takes .*1 MiB"):
-        study.perf_maxbatch(study.workload("maxbatch", 2, 4, 2, "sample"), 2, 1)
+        study.perf_maxbatch(study.workload("maxbatch", 2, 4, 2, "sample"), 1)
 
 
 def test_results_follow_the_ledger(tmp_path):
@@ -94,7 +94,7 @@ def test_a_gpu_times_both_engines_alone_and_together(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "COMPILE", None)  # kernels have their own test, and each size takes half a minute
     study = Study(sources.EMBEDDED, "bf16,int8,nf4", tmp_path / "study")
     work = study.workload("bs1", 4, 16, 12, "sample")
-    alone, together, swept = study.perf_bs1(work, 2), study.perf_maxbatch(work, 4), study.sweep(work, 2)
+    alone, together, swept = study.perf_bs1(work, 2), study.perf_maxbatch(work), study.sweep(work, 2)
     for frame in (alone, together):
         timed = frame.dropna(subset=["throughput_rps"])
         pairs = set(zip(timed.precision, timed.engine, strict=True))

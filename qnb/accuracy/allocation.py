@@ -10,8 +10,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-GENERATED_SHARE = 0.4  # of the budget, at most, for tasks whose answers are generated
-
 
 @dataclass(frozen=True, slots=True)
 class Pace:
@@ -24,14 +22,23 @@ class Pace:
     is_generated: bool = False
 
 
-def allocate(paces: Sequence[Pace], seconds: float) -> dict[str, int]:
-    """Return how many items of each task to ask within `seconds`, at most all, and 0 where there is no time."""
+def allocate(paces: Sequence[Pace], seconds: float, generated_s: float) -> dict[str, int]:
+    """Return how many items of each task to ask, at most all, and 0 where there is no time.
+
+    Parameters
+    ----------
+    paces
+        The tasks.
+    seconds
+        The time for all tasks together.
+    generated_s
+        The most of it for those whose answers are generated.
+    """
     items = _fill(paces, seconds)
     generated = [pace for pace in paces if pace.is_generated]
-    most_s = GENERATED_SHARE * seconds
-    if len(generated) < len(paces) and sum(items[pace.task] * pace.item_s for pace in generated) > most_s:
+    if sum(items[pace.task] * pace.item_s for pace in generated) > generated_s:
         choices = [pace for pace in paces if not pace.is_generated]
-        items = _fill(generated, most_s) | _fill(choices, seconds - most_s)
+        items = _fill(generated, generated_s) | _fill(choices, seconds - max(generated_s, 0.0))
     return {task: int(count + 1e-9) for task, count in items.items()}
 
 

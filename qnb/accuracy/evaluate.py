@@ -36,6 +36,7 @@ SCORERS = ("qnb", "hf")
 # items of a task, to learn the pace from, at least one of each subtask; a GPU generates for many as fast as for few
 FIRST_ITEMS, FIRST_GENERATED = {"cuda": 8, "cpu": 4}, {"cuda": 40, "cpu": 4}
 BUDGET_SHARE = 0.75  # of the notebook's time; divergence and batch sensitivity have the rest
+GENERATED_SHARE = 0.4  # of that, at most, for tasks whose answers are generated, beyond their first items
 PLANNED_SHARE = 0.9  # of the time left that a round is planned for
 MIN_GROWTH = 1.5  # times as many items of a task, or asking it again is not worth its time
 
@@ -240,35 +241,50 @@ def _measure(
 
 
 def _spend_budget(session: Session, evaluation: Evaluation, clock: Clock) -> None:
-    """Evaluate rounds of more and more items, the same for every format, until the budget is spent.
+    """Evaluate rounds of more and more items, the same for every format, until the time is spent.
 
     The pace of a round says how many items of each task the next may have. Few items take longer each, so first
     guesses are low. A format that fails has no pace, and does not hold the others up.
     The numbers of items are in the ledger before a round begins: an interrupted round goes on with them, and so do
-    formats that are added later.
+    formats that are added later. More minutes go on from there.
     """
-    sizes = {task.name: max(task.sizes.values()) for task in evaluation.tasks}
+    tasks, sizes = evaluation.tasks, {task.name: max(task.sizes.values()) for task in evaluation.tasks}
     most = {name: min(evaluation.limits[name] or size, size) for name, size in sizes.items()}
-    asked = {"minutes": session.minutes, "scorer": evaluation.scorer, "most": most}
-    key = session.key("budget", asked=asked, task=", ".join(sizes), setting=f"{session.minutes:g} min")
-    limits = {task.name: min(_first_limit(task, session.device.kind), most[task.name]) for task in evaluation.tasks}
-    plan = session.decided(key) or session.append(
-        key, asked, {"limits": limits, "budget_s": BUDGET_SHARE * clock.left_s, "spent_s": 0.0, "done": False}
-    )
-    done = False
-    while not done:
-        started_s, limits = now_s(), plan["limits"]
-        rows = _evaluate(session, replace(evaluation, limits=limits))
+    key = session.key("budget", asked={"scorer": evaluation.scorer, "most": most}, task=", ".join(sizes))
+    limits = {task.name: min(_first_limit(task, session.device.kind), most[task.name]) for task in tasks}
+    spent = {"spent_s": 0.0, "generated_s": 0.0, "minutes": 0}
+    begun: dict[str, Any] = {"limits": limits, "growing": list(limits), **spent}
+    plan = session.decided(key) or begun
+    if session.minutes > plan["minutes"]:
+        values = {name: plan[name] for name in begun} | {"minutes": session.minutes, "done": False}
+        plan = session.append(key, values, {"budget_s": plan["spent_s"] + BUDGET_SHARE * clock.left_s})
+    while True:
+        started_s = now_s()
+        rows = _evaluate(session, replace(evaluation, limits=plan["limits"]))
+        if rows and not plan["done"]:
+            plan = session.append(key, _next_round(tasks, most, plan, rows, now_s() - started_s))
         if plan["done"] or not rows:
             return  # where all failed there is no pace: the round is tried again on the next run
-        evaluate_s = sum(row["evaluate_s"] for row in rows)
-        round_s = max(now_s() - started_s, evaluate_s)  # rows of an earlier run took their time then
-        spent_s = plan["spent_s"] + round_s
-        left_s = plan["budget_s"] - spent_s - (round_s - evaluate_s)  # the next round loads models too
-        paces = [_pace(task, most[task.name], rows) for task in evaluation.tasks]
-        more = _more_items(evaluation.tasks, paces, limits, PLANNED_SHARE * left_s)
-        done = not more
-        plan = session.append(key, asked, {**plan, "limits": {**limits, **more}, "spent_s": spent_s, "done": done})
+
+
+def _next_round(
+    tasks: Sequence[Task], most: Mapping[str, int], plan: Mapping[str, Any], rows: Sequence[Row], round_s: float
+) -> dict[str, Any]:
+    """Return the plan after a round: which tasks get how many items in the next one, or that there is none."""
+    generated = {task.name for task in tasks if task.is_generated}
+    new = [row for row in rows if row["task"] in plan["growing"]]
+    evaluate_s = sum(row["evaluate_s"] for row in new)
+    round_s = max(round_s, evaluate_s)  # rows of an interrupted round took their time then
+    spent_s = plan["spent_s"] + round_s
+    generated_s = plan["generated_s"] + sum(row["evaluate_s"] for row in new if row["task"] in generated)
+    left_s = PLANNED_SHARE * (plan["budget_s"] - spent_s - (round_s - evaluate_s))  # the next round loads models too
+    share = 1.0 if len(generated) == len(tasks) else GENERATED_SHARE
+    paces = [_pace(task, most[task.name], rows) for task in tasks]
+    more = _more_items(tasks, paces, plan["limits"], left_s, share * plan["budget_s"] - generated_s)
+    return {
+        "minutes": plan["minutes"], "budget_s": plan["budget_s"], "spent_s": spent_s, "generated_s": generated_s,
+        "limits": {**plan["limits"], **more}, "growing": list(more), "done": not more,
+    }  # fmt: skip
 
 
 def _first_limit(task: Task, device_kind: str) -> int:
@@ -288,12 +304,12 @@ def _pace(task: Task, most: int, rows: Sequence[Row]) -> Pace:
 
 
 def _more_items(
-    tasks: Sequence[Task], paces: Sequence[Pace], limits: Mapping[str, int], seconds: float
+    tasks: Sequence[Task], paces: Sequence[Pace], limits: Mapping[str, int], seconds: float, generated_s: float
 ) -> dict[str, int]:
     """Return higher limits of tasks that are worth it, within `seconds`; the others keep their items, at no cost."""
     by_name, growing = {task.name: task for task in tasks}, [pace for pace in paces if pace.item_s]
     while growing:
-        items = allocate(growing, seconds)
+        items = allocate(growing, seconds, generated_s)
         more = {name: bisect_right(range(1, max(by_name[name].sizes.values()) + 1), count, key=by_name[name].n_items)
                 for name, count in items.items()}  # fmt: skip
         worth_it = [pace for pace in growing if more[pace.task] >= MIN_GROWTH * limits[pace.task]]
@@ -324,22 +340,21 @@ def batch_sensitivity(session: Session, options: AccuracyOptions) -> None:
         return
     limit = session.count("sensitivity_limit", options.limit)
     with session.exclusive("02") as clock:
-        if clock.left_s < 0:
-            tqdm.write("no batch sensitivity: no time is left for it")
-            return
         for precision in session.each_format("batch sensitivity"):
-            _compare_batchings(session, precision, task, limit)
+            _compare_batchings(session, precision, task, limit, clock)
     session.require("batch_sensitivity")
 
 
-def _compare_batchings(session: Session, precision: Precision, task: Task, limit: int) -> None:
+def _compare_batchings(session: Session, precision: Precision, task: Task, limit: int, clock: Clock) -> None:
     asked = {"limit": limit, "data_sha256": task.data_sha256(limit)}
     keys = {scorer: session.key("batch_sensitivity", precision, asked, setting=scorer, task=task.name)
             for scorer in SCORERS}  # fmt: skip
     missing = [scorer for scorer, key in keys.items() if not session.find(key)]
-    if not missing:
-        return
     what = f"{precision.name}'s batch sensitivity"
+    if missing and clock.left_s < 0:
+        tqdm.write(f"no time is left for {what}")
+    if not missing or clock.left_s < 0:
+        return
     with session.failing(keys[missing[0]], what), session.loaded(precision) as model:
         for scorer in missing:
             with session.failing(keys[scorer], f"{what} by scorer {scorer}"):

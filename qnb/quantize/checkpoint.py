@@ -398,26 +398,13 @@ def convert(source: Source, precision: Precision, folder: Path, device: str) -> 
     return Checkpoint(**asdict(weights), file_mib=file_mib, quantize_s=quantize_s, load_s=load_s)
 
 
-def disk_shortage(source: Path, folder: Path, precisions: Iterable[Precision]) -> str:
-    """Return a line where the checkpoints that `folder` lacks take more disk than is free; empty where there is room.
-
-    Their sizes are estimated from that of the released weights.
-    """
-    config = _read_json(source / CONFIG) if (source / CONFIG).is_file() else {}  # another machine has no source here
-    released_bits = 32 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 16
-    released_gib = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 2**30
+def disk_shortage(parameters: int, folder: Path, precisions: Iterable[Precision]) -> str:
+    """Return a line where the checkpoints that `folder` lacks take more disk than is free; else nothing."""
     missing = (each for each in precisions if not (folder / each.checkpoint / MANIFEST).exists())
-    needed_gib = released_gib * sum(map(_bits_per_weight, missing)) / released_bits
+    needed_gib = parameters * sum(each.file_bits for each in missing) / 8 / 2**30
     free_gib = shutil.disk_usage(folder.parent).free / 2**30
     line = f"about {needed_gib:.1f} GiB are needed, {free_gib:.1f} are free in {folder.parent}; make room there"
     return line if needed_gib > free_gib else ""
-
-
-def _bits_per_weight(precision: Precision) -> int:
-    """Return what a weight takes in a checkpoint, with quantization constants and a fifth of the weights in 16 bit."""
-    if precision.quantized:
-        return 10 if precision.eight_bit else 7
-    return 32 if precision.dtype == "float32" else 16
 
 
 def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:

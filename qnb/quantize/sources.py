@@ -44,9 +44,15 @@ class Source:
     fingerprint: str  # of those files' contents
 
     @property
-    def weights_bytes(self) -> int:
-        """The size of its weights."""
-        return sum(path.stat().st_size for path in Path(self.path).glob("*.safetensors"))
+    def parameters(self) -> int:
+        """About how many parameters it has, by the size of its files; 0 where they are on another machine."""
+        config = Path(self.path) / CONFIG
+        if not config.is_file():
+            return 0
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        is_wide = "float32" in (settings.get("dtype"), settings.get("torch_dtype"))
+        size_bytes = sum(path.stat().st_size for path in config.parent.glob("*.safetensors"))
+        return size_bytes // (4 if is_wide else 2)
 
 
 def resolve(name: str, device_kind: str) -> Source:

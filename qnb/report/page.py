@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from qnb import __version__
 from qnb.columns import flag_text, header
-from qnb.ledger import file_sha256, write_atomic
+from qnb.ledger import PLANS, file_sha256, write_atomic
 from qnb.precision import BASELINE, PRECISIONS
 from qnb.report import export, findings, model_card, paper, recommend, theme, verdicts
 from qnb.report.figures import FIGURES, SIGNS, draw_all
@@ -117,7 +117,7 @@ def card(results: Results) -> dict[str, str]:
     facts: dict[str, Iterable[str]] = {words: rows[name].dropna() for name, words in CARD.items()}
     facts["versions"] = [", ".join(map(" ".join, versions.items())) for versions in rows.versions.dropna()]
     facts["measured"] = sorted(when[:10] for when in rows.measured_at.dropna())
-    facts["rows"] = [f"{count} {stage}" for stage, count in Counter(rows.stage).items()]
+    facts["rows"] = [f"{count} {stage}" for stage, count in Counter(rows.stage).items() if stage not in PLANS]
     facts["checkpoints"] = results.checkpoints.get("fingerprint", [])
     facts["written by"] = [f"qnb {__version__}"]
     if results.folder and (ledger := results.folder / "ledger.jsonl").exists():

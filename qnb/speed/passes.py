@@ -63,6 +63,12 @@ class Series:
         """The names of the format and the engine."""
         return self.precision.name, self.engine
 
+    def why_unavailable(self) -> str:
+        """Return why the engine cannot run with the format; "" where it can, as far as is known without the model."""
+        from qnb.speed.engines import why_unavailable
+
+        return why_unavailable(self.engine, self.session.device.kind, self.precision.threshold)
+
     @property
     def batch_size(self) -> int:
         """Rows of a batch."""
@@ -184,7 +190,7 @@ def time_in_turn(session: Session, what: str, all_series: Sequence[Series], cloc
     for turn in count():
         due = [series for series in all_series if not (series.has_failed or series.stop_reason)]
         turn_s = sum(series.passes[-1].get("pass_s", 0.0) for series in due if series.passes)
-        if not due or turn_s > clock.left_s:
+        if not due or (turn and turn_s > clock.left_s):
             return
         for precision in session.each_format(f"{what}, pass {turn + 1}", turn % len(session.precisions)):
             missing = [series for series in due if series.precision == precision and not series.find_pass()]

@@ -6,7 +6,6 @@ Costs are estimated from the device's peaks, and from what the first passes at b
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,8 +22,9 @@ if TYPE_CHECKING:
 
 PASS_S, LEAST_REQUESTS = 2.0, 3  # that a pass at batch size 1 fills, if no launch is waited for; at least so many
 LEAST_NEW_TOKENS = 25  # of a large batch
-BATCHES_RUN = 6  # largest batches' times that a search and a timing take, or a size of a sweep
+BATCHES_RUN = 6  # batches' times that a search and a timing take, or a size of a sweep
 REACHED_SHARE = 0.6  # of the device's peak, in large batches
+LAUNCH_S = 0.03  # of a token's kernels, where it was not timed
 
 
 class Shape(NamedTuple):
@@ -35,68 +35,79 @@ class Shape(NamedTuple):
     new_tokens: int
 
 
-def fewer_requests(session: Session, peaks: DevicePeaks, most: Shape, left_s: float) -> Shape:
+def fewer_requests(session: Session, peaks: DevicePeaks, most: Shape) -> Shape:
     """Return a workload for batch size 1 with as many requests as fill a short pass; time left buys more passes."""
     if not peaks.copy_bytes_per_s:
         return most
-    request_s = most.new_tokens * session.source.weights_bytes / peaks.copy_bytes_per_s
+    request_s = most.new_tokens * 2 * session.source.parameters / peaks.copy_bytes_per_s
     return most._replace(requests=min(most.requests, max(LEAST_REQUESTS, math.ceil(PASS_S / request_s))))
 
 
 def fewer_new_tokens(session: Session, peaks: DevicePeaks, most: Shape, left_s: float) -> Shape:
     """Return a workload for the largest batch, all requests of it, with as many new tokens as the time allows."""
-    shape, engines = most, 2 if session.device.kind == "cuda" else 1
+    shape, runs = most, BATCHES_RUN * (2 if session.device.kind == "cuda" else 1)  # of two engines
     while shape.new_tokens // 2 >= LEAST_NEW_TOKENS:
-        if engines * sum(search_s(session, each, peaks, shape) for each in session.precisions) <= left_s:
+        if runs * sum(batch_s(session, each, peaks, shape) for each in session.precisions) <= left_s:
             break
         shape = shape._replace(new_tokens=shape.new_tokens // 2)
     return shape
 
 
-def search_s(session: Session, precision: Precision, peaks: DevicePeaks, shape: Shape) -> float:
-    """Return about how long a format takes to find its largest batch and to time it, with one engine.
-
-    Large batches are bound by arithmetic. A token takes about as many operations as 16-bit weights have bytes.
-    """
+def batch_s(session: Session, precision: Precision, peaks: DevicePeaks, shape: Shape) -> float:
+    """Return about how long one large batch takes: it is bound by arithmetic, two operations a parameter and token."""
     rate = peaks.matmul_flop_per_s.get(session.pinned(precision).compute_dtype, math.inf)
-    flops = session.source.weights_bytes * shape.requests * (shape.prompt_tokens + shape.new_tokens)
-    return BATCHES_RUN * flops / rate / REACHED_SHARE
+    tokens = shape.requests * (shape.prompt_tokens + shape.new_tokens)
+    return 2 * session.source.parameters * tokens / rate / REACHED_SHARE
 
 
 def largest_batches(all_series: Sequence[Series], cap: int, clock: Clock) -> Iterator[Series]:
     """Yield the series whose largest batch there is time to find and to time; name the others.
 
-    Every format comes with one engine, before those that take longest come with another.
+    Quick ones come first; a format's second engine counts as if it took twice as long.
     """
     engines = list(dict.fromkeys(each.engine for each in all_series))
     planned = []
     for each in all_series:
-        shape, row = Shape(cap, len(each.workload.longest), each.workload.new_tokens), _first_pass(each)
-        beside_s = row["pass_s"] - row["total_s"] if row else 0.0  # warming up and compiling
-        cost_s = search_s(each.session, each.precision, each.peaks, shape) + 2 * beside_s
+        row = _first_pass(each)
+        beside_s = row.get("pass_s", 0.0) - row["total_s"] if row else 0.0  # warming up and compiling
+        cost_s = 0.0 if each.why_unavailable() else _batches_s(each, cap) + 2 * max(0.0, beside_s)
         planned.append((cost_s * (1 + engines.index(each.engine)), cost_s, each))
     timing_s, left_out = 0.0, []
     for _, cost_s, each in sorted(planned, key=lambda plan: plan[0]):
-        if timing_s + cost_s <= clock.left_s or each.session.decided(each.batch_key):
+        if not cost_s or timing_s + cost_s <= clock.left_s or each.session.decided(each.batch_key):
             timing_s += cost_s / 2
             yield each
         else:
             left_out.append(each)
-    _name("largest batch", left_out)
+    _name("largest batch of", left_out)
 
 
 def affordable_sweep(swept: Sequence[Series], left_s: float) -> list[Series]:
-    """Return the sizes of those formats and engines that can be swept in the time left, the fastest first."""
-    costs_s: dict[tuple[str, str], float] = defaultdict(float)
-    for each in swept:
-        row = None if each.session.ledger.find(each.key) else _first_pass(each)
-        costs_s[each.name] += BATCHES_RUN * row["total_s"] / row["requests"] if row else 0.0
-    affordable = set()
-    for name in sorted(costs_s, key=lambda name: costs_s[name]):
-        left_s -= costs_s[name]
-        affordable |= {name} if left_s >= 0 or not costs_s[name] else set()
-    _name("sweep", [each for each in swept if each.name not in affordable])
-    return [each for each in swept if each.name in affordable]
+    """Return the batch sizes that can be swept in the time left, quick ones first; name whose others are left out."""
+    affordable, left_out = set(), []
+    for cost_s, each in sorted(((_sweep_s(each), each) for each in swept), key=lambda pair: pair[0]):
+        if not cost_s or cost_s <= left_s:
+            left_s -= cost_s
+            affordable.add((each.name, each.size))
+        else:
+            left_out.append(each)
+    _name("larger batches in the sweep of", left_out)
+    return [each for each in swept if (each.name, each.size) in affordable]
+
+
+def _sweep_s(series: Series) -> float:
+    """Return how long a size of a sweep takes: by arithmetic, or by the launches of a request if longer."""
+    if series.session.ledger.find(series.key) or series.why_unavailable():
+        return 0.0
+    row = _first_pass(series)
+    request_s = row["total_s"] / row["requests"] if row else LAUNCH_S * series.workload.new_tokens
+    return max(_batches_s(series, series.size), BATCHES_RUN * request_s)
+
+
+def _batches_s(series: Series, batch_size: int) -> float:
+    """Return how long a search and a timing of a format and engine take, or a size of a sweep, by arithmetic alone."""
+    shape = Shape(batch_size, len(series.workload.longest), series.workload.new_tokens)
+    return BATCHES_RUN * batch_s(series.session, series.precision, series.peaks, shape)
 
 
 def _first_pass(series: Series) -> Row | None:
@@ -110,4 +121,4 @@ def _name(what: str, left_out: Sequence[Series]) -> None:
     if left_out:
         names = ", ".join(dict.fromkeys(" with ".join(each.name) for each in left_out))
         minutes = left_out[0].session.minutes
-        tqdm.write(f"no {what} of {names}: {minutes:g} minutes do not suffice; give more to add it")
+        tqdm.write(f"no {what} {names}: {minutes:g} minutes do not suffice; give more to add it")

@@ -125,22 +125,26 @@ def workload(session: Session, options: WorkloadOptions) -> Workload:
     check_context_window(session.config, prompt_tokens, new_tokens)
     if session.minutes:
         most = Shape(requests, prompt_tokens, new_tokens)
-        requests, prompt_tokens, new_tokens = _within_budget(session, options.setting, most)
+        requests, prompt_tokens, new_tokens = _within_budget(session, options, most)
     source = session.prompt_source(options.prompt_source)
     return prompts.load(session.tokenizer, source, requests, prompt_tokens, new_tokens, session.data_dir, session.seed)
 
 
-def _within_budget(session: Session, setting: str, most: Shape) -> Shape:
-    """Return a workload that the session's minutes allow, at most `most`. Formats that are added later get it too."""
-    notebook, asked = NOTEBOOKS[setting], {"minutes": session.minutes, "most": most}
-    peaks, key = device_peaks(session, notebook), session.key("pace", None, asked, setting=setting)
+def _within_budget(session: Session, options: WorkloadOptions, most: Shape) -> Shape:
+    """Return a workload that the session's minutes allow, at most `most`; it stays, whatever is added later."""
+    setting, asked = options.setting, {"most": most}
+    notebook, key = NOTEBOOKS[setting], session.key("pace", None, asked, setting=setting)
+    peaks = device_peaks(session, notebook)
     with session.exclusive(notebook) as clock:
         row = session.decided(key)
         if not row:
-            allowed = plan.fewer_requests if setting == "bs1" else plan.fewer_new_tokens
-            row = session.append(key, asked, allowed(session, peaks, most, clock.left_s)._asdict())
-            what = f"{row['requests']} requests of {row['new_tokens']} new tokens each"
-            tqdm.write(f"{session.minutes:g} minutes allow {what}")
+            allowed = most
+            if setting == "maxbatch":
+                allowed = plan.fewer_new_tokens(session, peaks, most, clock.left_s)
+            elif options.requests == "auto":
+                allowed = plan.fewer_requests(session, peaks, most)
+            row = session.append(key, asked, allowed._asdict())
+            tqdm.write(f"timed are {allowed.requests} requests of {allowed.new_tokens} new tokens each")
     return Shape(**{name: row[name] for name in Shape._fields})
 
 
@@ -239,11 +243,11 @@ def _all_series(session: Session, setting: str, options: TimingOptions, **asked:
 def _search(series: Series) -> None:
     """Find the largest batch of a series, in the ledger or by trials; an engine that cannot run stays at batch 1."""
     from qnb.speed.batch_trials import Trials, load_trials
-    from qnb.speed.engines import EngineUnavailable, why_unavailable
+    from qnb.speed.engines import EngineUnavailable
 
     session, precision, engine, work = series.session, series.precision, series.engine, series.workload
     limit_mib, cap, place = series.asked["memory_limit_mib"], series.asked["cap"], session.device.place
-    if why_unavailable(engine, session.device.kind, precision.threshold):
+    if series.why_unavailable():
         return
     if row := session.find(series.batch_key):
         series.largest = LargestBatch.from_row(row)

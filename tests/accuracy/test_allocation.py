@@ -26,15 +26,16 @@ def test_no_other_allocation_makes_the_mean_over_tasks_more_exact(seconds):
         if sum(n * pace.item_s for n, pace in zip(items, PACES, strict=True)) <= seconds
     )
     best = min(map(variance, affordable))
-    items = allocate(PACES, seconds)
+    items = allocate(PACES, seconds, seconds)
     assert sum(items[pace.task] * pace.item_s for pace in PACES) <= seconds
     assert variance([max(1, items[pace.task]) for pace in PACES]) <= 1.1 * best  # it rounds down
 
 
-def test_generated_answers_have_at_most_two_fifths_of_the_time():
+def test_generated_answers_have_no_more_than_their_time():
     """Of 100 s they get 40, which buy 4 items; the choices get all that remain."""
     paces = [Pace("choices", 1000, 1.0, 0.5), Pace("texts", 100, 10.0, 0.5, is_generated=True)]
-    assert allocate(paces, 100) == {"choices": 60, "texts": 4}
-    assert allocate(paces[1:], 100) == {"texts": 10}  # alone it has all
-    assert allocate(paces, -5) == {"choices": 0, "texts": 0}
-    assert allocate(paces, 1e6) == {"choices": 1000, "texts": 100}
+    assert allocate(paces, 100, 40) == {"choices": 60, "texts": 4}
+    assert allocate(paces, 100, -5) == {"choices": 100, "texts": 0}
+    assert allocate(paces[1:], 100, 100) == {"texts": 10}
+    assert allocate(paces, -5, -5) == {"choices": 0, "texts": 0}
+    assert allocate(paces, 1e6, 1e6) == {"choices": 1000, "texts": 100}

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 from contextlib import nullcontext, suppress
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -48,7 +47,7 @@ def test_a_checkpoint_weighs_what_its_layout_says(request, name, source, tmp_pat
         free = SimpleNamespace(free=made.file_mib * share * 2**20)
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: free)
         lacking, there = (
-            checkpoint.disk_shortage(Path(source.path), each, [PRECISIONS[name]]) for each in (tmp_path, folder.parent)
+            checkpoint.disk_shortage(source.parameters, each, [PRECISIONS[name]]) for each in (tmp_path, folder.parent)
         )
         assert bool(lacking) == is_short and not there
 

@@ -229,21 +229,21 @@ def test_a_sweep_goes_to_the_largest_batch_found_on_a_gpu_and_is_left_out_elsewh
 
 
 def test_a_budget_takes_fewer_requests_or_new_tokens_the_same_for_formats_added_later(lab, source, monkeypatch):
-    """At a copy of 1 GB/s a request of 2 tokens takes 0.5 s, and 4 of them 2 s. Each setting keeps its first plan."""
-    monkeypatch.setattr(plan, "search_s", lambda session, precision, peaks, shape: 10 * shape.new_tokens)
+    """At a copy of 1 GB/s a request of 2 tokens takes 1 s: three are the least. Each setting keeps its first plan."""
+    monkeypatch.setattr(plan, "batch_s", lambda session, precision, peaks, shape: 2 * shape.new_tokens)
     for precisions in ("bf16,nf4", "int8"):
         session = lab.open(precisions, minutes=25)
-        monkeypatch.setattr(type(session.source), "weights_bytes", 250_000_000)
-        assert len(stages.workload(session, WorkloadOptions("bs1", 20, 4, 2, "sample")).prompts) == 4
+        monkeypatch.setattr(type(session.source), "parameters", 250_000_000)
+        assert len(stages.workload(session, WorkloadOptions("bs1", "auto", 4, 2, "sample")).prompts) == 3
         large = stages.workload(session, WorkloadOptions("maxbatch", 20, 4, 100, "sample"))
-        assert len(large.prompts) == 20 and large.new_tokens == 25  # 500 s for both formats, of at most 345
+        assert len(large.prompts) == 20 and large.new_tokens == 25  # 600 s for both formats, of 300
 
 
 def test_what_the_budget_does_not_suffice_for_is_left_out_and_named(lab, monkeypatch, capsys):
     """The format that computes fastest comes first. A second pass and a sweep follow where time is left for them."""
     now, costs_s = [0.0], {"bf16": 400.0, "nf4": 5.0}
     monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(plan, "search_s", lambda session, precision, *_: costs_s[precision.name])
+    monkeypatch.setattr(plan, "batch_s", lambda session, precision, *_: costs_s[precision.name] / 6)
     lab.search_finds(2, 100.0, True, ())
     lab.seconds = lambda call: now.__setitem__(0, now[0] + 150) or 1.0
     session = lab.open("bf16,nf4", minutes=25)
