@@ -284,7 +284,7 @@ class Session:
         source, rows = self.record, self.ledger.rows()
         stages = Counter(row["stage"] for row in rows if row["stage"] not in PLANS)
         model = f"{source['name']} ({source['reason']})" if source else f"{self.model} (not fetched yet)"
-        taken_s = self._taken_s() if source and Path(source["path"]).is_dir() else {}
+        taken_s = self._taken_s() if self.minutes and source and Path(source["path"]).is_dir() else {}
         return {
             "model": model,
             "formats": ", ".join(precision.name for precision in self.precisions),

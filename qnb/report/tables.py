@@ -71,11 +71,12 @@ def _performance(results: Results, setting: str, number: int) -> pd.DataFrame:
     ``seconds_per_request`` is total time over requests (the paper's "average latency"); ``batch_latency_s`` is what a
     request really waits for. ``speedup`` is throughput over BF16's with the same engine, ``engine_speedup`` over
     eager's of the same format. Both are empty where the two rows were measured under other conditions, or other
-    processes disturbed one. ``note`` says why an engine could not run. Published values stand beside eager alone.
+    processes disturbed one; ``speedup`` is so too where BF16's step is not fused, and others are. ``note`` says why an
+    engine could not run. Published values stand beside eager alone.
     """
     table = _with_unable(results, setting)
     rate = table.throughput_rps.mask(table["flags"].map(is_disturbed).astype(bool))
-    base, eager = rate.where(table.precision == BASELINE), rate.where(table.engine == "eager")
+    base, eager = rate.where((table.precision == BASELINE) & ~is_unfused(table)), rate.where(table.engine == "eager")
     published = paper.performance(number).set_index("precision")[list(PUBLISHED)].add_prefix("published_")
     table = table.join(published, on="precision").assign(
         speedup=rate / base.groupby([table.engine, table.conditions]).transform("first"),

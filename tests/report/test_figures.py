@@ -131,6 +131,10 @@ def test_captured_rows_without_fused_kernels_are_named_beside_those_with_them(na
     texts = [theme.caption(figures.compare(both, "tpot_s", "bs1")), *(frame.to_string() for frame in shown)]
     texts += [" ".join(advice.notes), recommend.sentence(both), findings.about(both, "int4")[-1]]
     assert {"fus" in text for text in texts} == {names == ["bf16"]}
+    speeds = (
+        tables.build(both, "table3_bs1").set_index("engine").speedup
+    )  # of a baseline that is not fused there is none
+    assert speeds["eager"].notna().any() and speeds["cuda_graph"].notna().any() != (names == ["bf16"])
 
 
 def test_published_values_stand_beside_the_same_model_only(study, drawn):
