@@ -91,7 +91,7 @@ def test_a_gpu_times_both_engines_alone_and_together(tmp_path, monkeypatch):
     """The stages of 03 and 04 as their notebooks run them."""
     from qnb.speed import engines
 
-    monkeypatch.setattr(engines, "COMPILE_OPTIONS", None)  # kernels have their own test, and each size takes half a minute
+    monkeypatch.setattr(engines, "COMPILE_OPTIONS", None)  # kernels have their own test
     study = Study(sources.EMBEDDED, "bf16,int8,nf4", tmp_path / "study")
     work = study.workload("bs1", 4, 16, 12, "sample")
     alone, together, swept = study.perf_bs1(work, 2), study.perf_maxbatch(work), study.sweep(work, 2)
