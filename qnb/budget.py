@@ -60,7 +60,9 @@ def allowed_s(minutes: float, notebook: str, taken_s: Mapping[str, float]) -> fl
 
 def describe(minutes: float, taken_s: Mapping[str, float]) -> str:
     """Say in one line what each notebook took, and what those to come may take, in minutes."""
-    parts = [f"{number} took {seconds / 60:.1f}" for number, seconds in sorted(taken_s.items())]
-    for number in SHARES.keys() - taken_s.keys():
-        parts.append(f"{number} may take {max(0.0, allowed_s(minutes, number, taken_s)) / 60:.1f}")
-    return f"{minutes:g} minutes in all: {', '.join(sorted(parts))}"
+    parts = [
+        f"{number} took {taken_s[number] / 60:.1f}" if number in taken_s
+        else f"{number} may take {max(0.0, allowed_s(minutes, number, taken_s)) / 60:.1f}"
+        for number in SHARES
+    ]  # fmt: skip
+    return f"{minutes:g} minutes in all: {', '.join(parts)}"

@@ -210,7 +210,7 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
         too_little = []
         with session.progress(len(all_series), "largest batch") as bar:
             for each in plan.largest_batches(all_series, cap, clock):
-                name = f"{each.precision.name} with {each.engine}"
+                name = " with ".join(each.name)
                 bar.set_postfix_str(name)
                 with session.failing(each.batch_key, f"the largest batch of {name}"):
                     try:
@@ -298,7 +298,7 @@ def sweep(session: Session, options: TimingOptions) -> None:
     all_series, swept = _all_series(session, "", options), []
     with session.exclusive("04") as clock:
         for each in all_series:
-            most = searched.get((each.precision.name, each.engine), largest)
+            most = searched.get(each.name, largest)
             last_safe = _last_safe_batch(each) or most
             for size in batch_search.sweep_sizes(min(most, last_safe)):
                 prompt_ids = tuple(islice(cycle(options.workload.prompts), BATCHES_SWEPT * size))
