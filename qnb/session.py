@@ -11,7 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from qnb import __version__, budget, colab, device
+from qnb import __version__, budget, colab, device, kernels
 from qnb.budget import Clock, now_s
 from qnb.errors import InputError, expand_path, never_fail_to_print, scrub, unknown
 from qnb.finite import NotFiniteError
@@ -434,7 +434,7 @@ class Session:
             taken_s = self._taken_s() if is_planned else {}
             clock = Clock(budget.allowed_s(self.minutes, notebook, taken_s) if is_planned else math.inf, started_s)
             try:
-                with released():
+                with released(), self._kept_kernels():
                     yield clock
             finally:
                 if is_planned and self.ledger.revision != before:
@@ -442,6 +442,10 @@ class Session:
                     self.append(self.key("sitting", setting=notebook), values)
                     taken = f"notebook {notebook} took {values['taken_s'] / 60:.1f} minutes"
                     tqdm.write(f"{taken}; {max(0.0, clock.left_s) / 60:.1f} of those it may take are left")
+
+    def _kept_kernels(self) -> AbstractContextManager[None]:
+        """Keep compiled kernels beside a study on the user's Drive; elsewhere torch.compile's own cache stays."""
+        return kernels.kept(self.folder / "kernels") if self.folder.is_relative_to(colab.MOUNT) else nullcontext()
 
     def _taken_s(self) -> dict[str, float]:
         """Return the seconds that each notebook took so far on this device, by number; overwriting begins anew."""

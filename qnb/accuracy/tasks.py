@@ -225,21 +225,28 @@ class Task:
     def _requests(self, name: str, limit: int | None) -> tuple[list[Any], list[tuple[int, Any]]]:
         """Return a part's requests, and the items that they ask about.
 
-        They are built item by item. An item is left out if the task's own code cannot ask it, or read what is right.
+        An item is left out if the task's own code cannot ask it, or read what is right.
         """
-        part, requests, items = self._parts[name], [], []
-        part.set_fewshot_seed(seed=LM_EVAL_SEED)
-        for item in self._drawn(name, limit):
-            part.doc_iterator = lambda item=item, **_: iter([item])
-            try:
-                type(part).build_all_requests(part)
-                part.doc_to_target(item[1])  # lm-eval keeps it beside the answers
-            except Exception as error:  # whatever a template raises
-                self._error = error
-            else:
-                requests += part.instances
-                items.append(item)
-        return requests, items
+        self._parts[name].set_fewshot_seed(seed=LM_EVAL_SEED)
+        return self._build(self._parts[name], self._drawn(name, limit))
+
+    def _build(self, part: Any, items: list[tuple[int, Any]]) -> tuple[list[Any], list[tuple[int, Any]]]:
+        """Build the requests about items together; where that fails, those of each half."""
+        part.doc_iterator = lambda **_: iter(items)
+        try:
+            type(part).build_all_requests(part)
+            for _, document in items:
+                part.doc_to_target(document)  # lm-eval keeps it beside the answers
+            return part.instances, items
+        except Exception as error:  # whatever a template raises
+            self._error = error
+        if len(items) == 1:
+            return [], []
+        middle = len(items) // 2
+        (first, first_items), (second, second_items) = (
+            self._build(part, half) for half in (items[:middle], items[middle:])
+        )
+        return first + second, first_items + second_items
 
     def _ask(self, name: str, limit: int | None, **_: Any) -> None:
         """Take the place of lm-eval's method, which builds the requests again for every model.

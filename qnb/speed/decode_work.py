@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from qnb.memory import MIB, release
 from qnb.quantize.checkpoint import LoadedTensor, count_weights, loaded_tensors
 from qnb.speed.decode_step import run_model
-from qnb.speed.engines import Engine, Prompts
+from qnb.speed.engines import Clock, Engine, Prompts
 
 TRACED_STEPS = 8
 LOOKUPS = {torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select}  # read what they return
@@ -170,10 +171,7 @@ def _type_name(dtype: torch.dtype) -> str:
 
 
 def trace_kernels(work: Work, engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> Work:
-    """Return `work` with the kernels of the decode steps in the middle of the new tokens, traced.
-
-    Two generations are traced, the second a few steps longer. It runs more kernels. The extra ones belong to its last
-    steps, and their times are summed. The difference of both totals would be wrong: clocks change between the two.
+    """Return `work` with the kernels of a few decode steps in the middle of the new tokens, traced.
 
     Raises
     ------
@@ -185,25 +183,47 @@ def trace_kernels(work: Work, engine: Engine, prompts: Prompts, new_tokens: int,
     before = 1 + (new_tokens - 1 - steps) // 2
 
     # A profiler's first trace misses kernels.
-    _kernel_times_s(engine, prompts, 1, device)
-    shorter, longer = (_kernel_times_s(engine, prompts, tokens, device) for tokens in (before, before + steps))
-    kernels = len(longer) - len(shorter)
-    if kernels < 1:
+    for first, last in ((1, 2), (before, before + steps)):
+        with closing(_Tracer(device, first, last)) as tracer:
+            engine.generate(prompts, last, tracer)
+    times_s = tracer.kernel_times_s()
+    if not times_s:
         raise RuntimeError("the profiler saw no kernel of a decode step")
-    return replace(work, kernel_s_per_token=sum(longer[-kernels:]) / steps, kernels_per_token=kernels / steps)
+    return replace(work, kernel_s_per_token=sum(times_s) / steps, kernels_per_token=len(times_s) / steps)
 
 
-def _kernel_times_s(engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> list[float]:
-    """Return the duration of each kernel of one generation, in the order in which they began."""
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        engine.generate(prompts, new_tokens)
-        torch.cuda.synchronize(device)
+class _Tracer(Clock):
+    """Traces a generation from its new token `first` to `last`. It waits for the device at both."""
 
-    kernels = [
-        event
-        for event in trace.events() or ()
-        if event.device_type == DeviceType.CUDA
-        and not getattr(event, "is_user_annotation", False)
-        and not event.name.startswith(("Memcpy", "Memset"))
-    ]
-    return [event.time_range.elapsed_us() / 1e6 for event in sorted(kernels, key=lambda each: each.time_range.start)]
+    def __init__(self, device: torch.device, first: int, last: int) -> None:
+        self._device, self._first, self._last, self._tokens = device, first, last, -1  # before the start
+        self._trace, self._is_tracing = profile(activities=[ProfilerActivity.CUDA]), False
+        super().__init__(device)
+
+    def tick(self, *_: Any, **__: Any) -> bool:
+        """Count a token; begin or end the trace."""
+        self._tokens += 1
+        if self._tokens == self._first:
+            torch.cuda.synchronize(self._device)
+            self._trace.start()
+            self._is_tracing = True
+        elif self._tokens == self._last:
+            torch.cuda.synchronize(self._device)
+            self.close()
+        return False
+
+    def close(self) -> None:
+        """End the trace, also of a generation that failed."""
+        if self._is_tracing:
+            self._is_tracing = False
+            self._trace.stop()
+
+    def kernel_times_s(self) -> list[float]:
+        """Return the duration of each kernel, in no order."""
+        return [
+            event.time_range.elapsed_us() / 1e6
+            for event in self._trace.events() or ()
+            if event.device_type == DeviceType.CUDA
+            and not getattr(event, "is_user_annotation", False)
+            and not event.name.startswith(("Memcpy", "Memset"))
+        ]

@@ -196,17 +196,17 @@ def time_in_turn(session: Session, what: str, all_series: Sequence[Series], cloc
             missing = [series for series in due if series.precision == precision and not series.find_pass()]
             if missing:
                 with session.failing(missing[0].key, precision.name):
-                    with_model(session, precision, partial(_time_passes, missing))
+                    with_model(session, precision, partial(_time_passes, missing, clock))
 
 
-def _time_passes(missing: Sequence[Series], loaded: Loaded) -> None:
+def _time_passes(missing: Sequence[Series], clock: Clock, loaded: Loaded) -> None:
     """Time a pass of each series with their format loaded; one that fails costs no other its pass.
 
-    After a size that does not fit, no larger one of its engine is tried.
+    After a size that does not fit, no larger one of its engine is tried, and none at all once the time is spent.
     """
     full_engines: set[str] = set()
     for series in missing:
-        if series.engine in full_engines:
+        if series.engine in full_engines or (series.stage == "sweep" and clock.left_s < 0):
             continue
         with series.session.failing(series.key, f"{series.precision.name} with engine {series.engine}"):
             series.time_pass(loaded)

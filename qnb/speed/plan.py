@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from qnb.speed.device_peaks import DevicePeaks
     from qnb.speed.passes import Series
 
-PASS_S, LEAST_REQUESTS = 2.0, 3  # that a pass at batch size 1 fills, if no launch is waited for; at least so many
+FIRST_PASS_SHARE = 0.25  # of the time left, for the requests of the first passes at batch size 1
+LEAST_REQUESTS = 3
 LEAST_NEW_TOKENS = 25  # of a large batch
 BATCHES_RUN = 6  # batches' times that a search and a timing take, or a size of a sweep
 REACHED_SHARE = 0.6  # of the device's peak, in large batches
@@ -35,12 +36,14 @@ class Shape(NamedTuple):
     new_tokens: int
 
 
-def fewer_requests(session: Session, peaks: DevicePeaks, most: Shape) -> Shape:
-    """Return a workload for batch size 1 with as many requests as fill a short pass; time left buys more passes."""
+def fewer_requests(session: Session, peaks: DevicePeaks, most: Shape, left_s: float) -> Shape:
+    """Return a workload for batch size 1 with as many requests as first passes have time for; more passes follow."""
     if not peaks.copy_bytes_per_s:
         return most
-    request_s = most.new_tokens * 2 * session.source.parameters / peaks.copy_bytes_per_s
-    return most._replace(requests=min(most.requests, max(LEAST_REQUESTS, math.ceil(PASS_S / request_s))))
+    read_s = 2 * session.source.parameters / peaks.copy_bytes_per_s
+    step_s = max(read_s, LAUNCH_S) + (read_s if session.device.kind == "cuda" else 0.0)  # of each engine
+    affordable = FIRST_PASS_SHARE * left_s / (len(session.precisions) * most.new_tokens * step_s)
+    return most._replace(requests=min(most.requests, max(LEAST_REQUESTS, math.floor(affordable))))
 
 
 def fewer_new_tokens(session: Session, peaks: DevicePeaks, most: Shape, left_s: float) -> Shape:

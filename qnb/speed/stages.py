@@ -142,7 +142,7 @@ def _within_budget(session: Session, options: WorkloadOptions, most: Shape) -> S
             if setting == "maxbatch":
                 allowed = plan.fewer_new_tokens(session, peaks, most, clock.left_s)
             elif options.requests == "auto":
-                allowed = plan.fewer_requests(session, peaks, most)
+                allowed = plan.fewer_requests(session, peaks, most, clock.left_s)
             row = session.append(key, asked, allowed._asdict())
             tqdm.write(f"timed are {allowed.requests} requests of {allowed.new_tokens} new tokens each")
     return Shape(**{name: row[name] for name in Shape._fields})
@@ -309,6 +309,8 @@ def sweep(session: Session, options: TimingOptions) -> None:
             if unsafe and not session.find(key):
                 session.append(key, each.asked, {"batch_size": unsafe, "note": UNSAFE})
         time_in_turn(session, "batch sizes", plan.affordable_sweep(swept, clock.left_s), clock)
+        if clock.left_s < 0:
+            tqdm.write("the sweep ended with the time; give more minutes to go on with it")
 
 
 def prompt_lengths(session: Session, prompt_source: str = "auto", counts: Sequence[int] = (20, 2000, 5000)) -> None:

@@ -3,7 +3,7 @@
 ``python tests/bench/decode.py``: nine formats of Llama-3.2-1B's shape at batch size 1, six minutes on an H100
 ``python tests/bench/decode.py --engines cuda_graph --precisions fp16,nf4 --batch-sizes 1,64``: the captured step
 ``... --stock-autotuning``: its kernels chosen by torch.compile's own timing, to compare with `qnb.speed.patches`
-``... --precisions fp16 --batch-sizes 64,256 --before-ampere``: many sequences without flex attention
+``PYTHONPATH=tests/bench/stand_in python ... --precisions fp16,nf4 --batch-sizes 64,256``: as if the card were a T4
 ``python tests/bench/decode.py --model smollm2-135m --precisions bf16 --prompt-tokens 16 --new-tokens 4``: on a CPU
 
 The kernels chosen stay in torch.compile's cache: give ``TORCHINDUCTOR_CACHE_DIR`` an empty folder to choose anew.
@@ -26,7 +26,7 @@ from qnb.precision import Precision, parse
 from qnb.prompts import load as load_prompts
 from qnb.quantize.checkpoint import load, load_tokenizer
 from qnb.quantize.sources import SHAPE, Source, resolve
-from qnb.speed import decode_step, engines, layers
+from qnb.speed import decode_step, engines
 from qnb.speed.benchmark import run
 from qnb.speed.device_peaks import DevicePeaks, measure_peaks
 from qnb.speed.roofline import derived
@@ -67,7 +67,6 @@ def main() -> None:
     parser.add_argument("--precisions", default="all")
     parser.add_argument("--engines", default="auto")
     parser.add_argument("--stock-autotuning", action="store_true")
-    parser.add_argument("--before-ampere", action="store_true")
     parser.add_argument("--batch-sizes", default="1")
     parser.add_argument("--batches", default=2, type=int, help="timed with eager; cuda_graph gets four times as many")
     parser.add_argument("--prompt-tokens", default=128, type=int)
@@ -76,8 +75,6 @@ def main() -> None:
     options, rows = parser.parse_args(), []
     if options.stock_autotuning:
         decode_step.steady_autotuning = nullcontext
-    if options.before_ampere:
-        layers.attend_large_batch = lambda *_: layers.attend_sdpa
     source, peaks = resolve(options.model, torch.device(options.device).type), measure_peaks(options.device)
     print(peaks)
     for precision in parse(options.precisions):

@@ -30,7 +30,7 @@ from qnb.accuracy import backbone
 from qnb.accuracy.evaluate import AccuracyOptions, accuracy
 from qnb.accuracy.scorer import SharedContextLM
 from qnb.memory import MIB, release
-from qnb.precision import PRECISIONS, parse
+from qnb.precision import PRECISIONS
 from qnb.quantize import checkpoint, sources
 from qnb.session import Session
 
@@ -126,17 +126,31 @@ def generation(stock: HFLM, ours: HFLM) -> dict[str, Any]:
     return row(work, stock_times, times, share_equal(mine, theirs))
 
 
+class NotedSession(Session):
+    """Notes when the last row of each format was recorded."""
+
+    def append(self, key: Any, *values: Any) -> Any:
+        self.ended_s[key.get("precision")] = perf_counter()
+        return super().append(key, *values)
+
+
 def study(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Score real tasks with the embedded model. Stock builds its tasks anew for each format, ours for the first."""
     with tempfile.TemporaryDirectory() as folder:
-        for precision in parse(options.precisions):
-            session = Session(sources.EMBEDDED, precision.name, folder, options.data_dir)
-            path = session.checkpoint(precision)
-            asked = AccuracyOptions(options.tasks, options.limit or "all")
-            _, times = timed(partial(accuracy, session, asked))
+        session = NotedSession(sources.EMBEDDED, options.precisions, folder, options.data_dir)
+        session.ended_s = {}
+        for precision in session.precisions:
+            session.checkpoint(precision)
+        asked, begun_s = AccuracyOptions(options.tasks, options.limit or "all"), perf_counter()
+        _, times = timed(partial(accuracy, session, asked))
+        for precision in session.precisions:
+            times |= {"s": session.ended_s[precision.name] - begun_s, "first_s": None}
+            begun_s = session.ended_s[precision.name]
+            if options.compared and precision.name not in options.compared:
+                continue
             rows = [row for row in session.ledger.rows("accuracy") if row["precision"] == precision.name]
             mine = pd.concat(pd.read_parquet(session.folder / row["items_file"]) for row in rows)
-            model = checkpoint.load(path, precision, session.device.kind)
+            model = checkpoint.load(session.checkpoint(precision), session.pinned(precision), session.device.kind)
             drawn = {task: sorted(set(items.doc_id)) for task, items in mine.groupby("task")}
             theirs, stock_times = timed(partial(_stock, model, session.tokenizer, options, drawn))
             both = mine.merge(theirs, on=["task", "doc_id"], suffixes=("", "_stock"))
@@ -166,6 +180,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--tasks", default="arc_challenge,arc_easy,hellaswag,mmlu")
     parser.add_argument("--precisions", default="study")
+    parser.add_argument("--compared", default="", help="formats that stock scores too; all where none is named")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--csv", type=Path)
     options = parser.parse_args()

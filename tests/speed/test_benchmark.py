@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from transformers import AutoModelForCausalLM as Auto
 from transformers import GPT2Config, LlamaConfig, MambaConfig, MistralConfig, MixtralConfig, Qwen3MoeConfig
 
@@ -167,13 +168,56 @@ def test_what_fails_beside_the_timing_costs_only_itself(model, five, monkeypatch
     assert row.weights_mib is row.bytes_per_step is row.flops_by_type is row.utilization_pct is None
 
 
-def test_the_last_steps_are_timed_by_their_own_kernels(monkeypatch):
-    """Five kernels of 9 s each read the prompt; then every step has two, of 1 s and 2 s."""
-    monkeypatch.setattr(decode_work, "_kernel_times_s", lambda *arguments: [9] * 5 + [1, 2] * (arguments[2] - 1))
-    assert trace_kernels(Work(), None, [], 30, "cuda") == Work(kernel_s_per_token=3, kernels_per_token=2)
-    monkeypatch.setattr(decode_work, "_kernel_times_s", lambda *_: [])
+class FakeProfile:
+    """Sees the kernels that run while it traces; one at most does."""
+
+    running = None
+
+    def __init__(self, activities):
+        self.times_us = []
+
+    def start(self):
+        assert FakeProfile.running is None
+        FakeProfile.running = self
+
+    def stop(self):
+        assert FakeProfile.running is self
+        FakeProfile.running = None
+
+    def events(self):
+        return [SimpleNamespace(device_type=DeviceType.CUDA, name=f"kernel of {time_us}",
+                                time_range=SimpleNamespace(elapsed_us=lambda time_us=time_us: time_us))
+                for time_us in self.times_us]  # fmt: skip
+
+
+class FakeEngine:
+    """Five kernels read the prompt; step n has two, of n and 1 us. It may run out of memory at a step."""
+
+    def __init__(self, fails_at=None):
+        self.fails_at = fails_at
+
+    def generate(self, prompts, new_tokens, clock):
+        for token in range(new_tokens):
+            if token == self.fails_at:
+                raise torch.cuda.OutOfMemoryError
+            if FakeProfile.running:
+                FakeProfile.running.times_us += [token, 1] if token else [9] * 5
+            clock.tick()
+
+
+def test_steps_in_the_middle_are_timed_by_their_own_kernels(monkeypatch):
+    """Of 30 new tokens those of steps 11 to 18 are traced. A failure leaves no trace running."""
+    monkeypatch.setattr(decode_work, "profile", FakeProfile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    device = torch.device("cpu")
+    traced = trace_kernels(Work(), FakeEngine(), [], 30, device)
+    assert traced == Work(kernel_s_per_token=pytest.approx(1e-6 * (sum(range(11, 19)) / 8 + 1)), kernels_per_token=2)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        trace_kernels(Work(), FakeEngine(fails_at=14), [], 30, device)
+    assert FakeProfile.running is None
+    monkeypatch.setattr(FakeProfile, "events", lambda self: [])
     with pytest.raises(RuntimeError, match="no kernel"):
-        trace_kernels(Work(), None, [], 30, "cuda")
+        trace_kernels(Work(), FakeEngine(), [], 30, device)
 
 
 def test_peaks_measured_on_a_busy_machine_say_so(monkeypatch):
