@@ -29,8 +29,8 @@ WEIGHTS_MIB = {"bf16": 2357, "fp16": 2357, "int8": 1434, "int4": 1016, "nf4": 10
 KV_MIB_PER_TOKEN = 1 / 32
 MEMORY_MIB = 15360
 # seconds of the host, measured on two cores: a checkpoint made, one loaded, a step compiled, MMLU's 57 tasks built, a
-# token's launches, a notebook begun; and of the network, assumed: packages installed, the paper's data fetched
-CONVERT_S, LOAD_S, COMPILE_S, BUILD_S, LAUNCH_S, BEGIN_S = 8.6, 4.0, 20.0, 10.0, 0.03, 10.0
+# token's launches, kernels traced, a notebook begun; and of the network, assumed: packages installed, the paper's data fetched
+CONVERT_S, LOAD_S, COMPILE_S, BUILD_S, LAUNCH_S, TRACE_S, BEGIN_S = 8.6, 4.0, 20.0, 10.0, 0.03, 3.0, 10.0
 INSTALL_S, FETCH_S = 60.0, 60.0
 ITEM_TOKENS = {"arc_challenge": 90, "arc_easy": 80, "hellaswag": 180, "mmlu": 150, "gsm8k": 120, "gsm8k_cot": 120}
 NEW_TOKENS = 256  # of a generated answer; its batches hold at most so many items
@@ -159,7 +159,7 @@ def _simulate_speed(card, patch):
         return measure(passes.Loaded(session.pinned(precision), 0.0))
 
     def run(precision, workload, batch_size, engine="eager", baseline_mib=0.0, peaks=None, trace=True):
-        card.host(COMPILE_S if engine == "cuda_graph" and trace else 0.0)
+        card.host((TRACE_S + COMPILE_S * (engine == "cuda_graph")) * trace)
         batches = benchmark.full_batches(workload.prompts, batch_size)
         shape = {"prompt_tokens": len(workload.longest), "new_tokens": workload.new_tokens}
         rows, tokens = len(batches[0]), (len(workload.longest), workload.new_tokens)
@@ -230,11 +230,11 @@ def described(study, card):
     }
 
 
-@pytest.mark.parametrize(("slowness", "most_min"), [(1, 25), (2, 25), (3, 26.1)])
+@pytest.mark.parametrize(("slowness", "most_min"), [(1, 25), (2, 25), (3, 27.5)])
 def test_a_sitting_ends_in_time_and_buys_what_matters_first(slowness, most_min, sitting, capsys):
     """Each format gets an accuracy, and a speed with each engine; what is left out is named.
 
-    On a host three times as slow, that alone takes a minute more than the 25.
+    On a host three times as slow, that alone takes two minutes more than the 25.
     """
     study, card = sitting(slowness)
     run_all(study, card)

@@ -227,7 +227,8 @@ def summary(results: Results) -> pd.DataFrame:
 
     Speeds at batch size 1 are given for both engines; throughput is the best engine's at the largest batch, energy the
     best engine's at batch size 1. ``peak_memory_mib`` is a GPU's, captured where that was timed: a process on
-    a CPU grows by what ran before. ``note`` says which formats were captured without fusing kernels as others were.
+    a CPU grows by what ran before. ``note`` says which formats were captured without fusing kernels as others were,
+    and which have the throughput of ``generate`` where others have that of a captured step.
     """
     timed = results.bs1.assign(
         peak_memory_mib=results.bs1.peak_memory_mib.where(results.bs1.peak_reserved_mib.notna()),
@@ -236,11 +237,15 @@ def summary(results: Results) -> pd.DataFrame:
     )
     least = timed.groupby("precision")[[name for name in SUMMARY if name in timed and name != "precision"]].min()
     least["peak_memory_mib"] = timed.groupby("precision").peak_memory_mib.last()
-    frames = [least.drop(columns="throughput_rps"), results.maxbatch.groupby("precision")[["throughput_rps"]].max(),
+    fastest = results.maxbatch.sort_values("throughput_rps", ascending=False).drop_duplicates("precision")
+    frames = [least.drop(columns="throughput_rps"), fastest.set_index("precision")[["throughput_rps"]],
               _by_format(results.divergence, "perplexity_change_pct", "kl_mean_nats")]  # fmt: skip
     frame = judge(results).join(frames)
     stored_mib = _by_format(results.checkpoints, "weights_mib").weights_mib
-    note = pd.Series(Flag.UNFUSED.text, results.speed.precision[is_unfused(results.speed)].unique())
+    is_slow = (fastest.engine == "eager") & (fastest.engine.nunique() > 1)
+    notes = [pd.Series(Flag.UNFUSED.text, results.speed.precision[is_unfused(results.speed)].unique()),
+             pd.Series("largest batch with eager alone", fastest.precision[is_slow])]  # fmt: skip
+    note = pd.concat(notes).groupby(level=0, sort=False).agg("; ".join)
     frame = frame.assign(weights_mib=stored_mib.combine_first(frame.weights_mib), note=note)
     return frame.rename_axis("precision").reset_index()[[*SUMMARY, "note"]]
 

@@ -25,7 +25,8 @@ LEAST_REQUESTS = 3
 LEAST_NEW_TOKENS = 25  # of a large batch
 BATCHES_RUN = 6  # batches' times that a search and a timing take, or a size of a sweep
 REACHED_SHARE = 0.6  # of the device's peak, in large batches
-LAUNCH_S = 0.03  # of a token's kernels, where it was not timed
+# where no pass was timed: launching a token's kernels, and what a pass takes beside its requests, with compiling
+LAUNCH_S, BESIDE_S = 0.03, {"eager": 10.0, "cuda_graph": 30.0}
 
 
 class Shape(NamedTuple):
@@ -75,7 +76,7 @@ def largest_batches(all_series: Sequence[Series], cap: int, clock: Clock) -> Ite
     planned = []
     for each in all_series:
         row = _first_pass(each)
-        beside_s = row.get("pass_s", 0.0) - row["total_s"] if row else 0.0  # warming up and compiling
+        beside_s = row.get("pass_s", 0.0) - row["total_s"] if row else BESIDE_S[each.engine]
         cost_s = 0.0 if each.why_unavailable() else _batches_s(each, cap) + 2 * max(0.0, beside_s)
         planned.append((cost_s * (1 + engines.index(each.engine)), cost_s, each))
     timing_s, left_out = 0.0, []

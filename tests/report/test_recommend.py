@@ -101,6 +101,16 @@ def test_the_summary_has_a_row_a_format_and_the_sentence_names_the_model(studied
     assert study.model in recommend.sentence(study) and recommend.sentence(Results("", "", "")).startswith("Nothing")
 
 
+def test_a_throughput_of_generate_beside_captured_ones_is_noted(studied):
+    """A budget may leave out a format's captured step. Where every throughput is of one engine, nothing is said."""
+    study = studied.results()
+    is_left_out = study.maxbatch.precision.eq("nf4") & study.maxbatch.engine.eq("cuda_graph")
+    for maxbatch, noted in ((study.maxbatch[~is_left_out], {"nf4"}),
+                            (study.maxbatch[study.maxbatch.engine == "eager"], set())):  # fmt: skip
+        table = recommend.summary(replace(study, maxbatch=maxbatch)).set_index("precision")
+        assert {name for name, note in table.note.items() if "eager alone" in str(note)} == noted
+
+
 def test_formats_are_ranked_also_without_accuracy_and_without_speed(studied):
     study = studied.results()
     blind = recommend.ranked(replace(study, scores=pd.DataFrame(), accuracy_rows=pd.DataFrame()), tpot_ms=1e6)
