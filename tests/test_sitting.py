@@ -29,7 +29,7 @@ WEIGHTS_MIB = {"bf16": 2357, "fp16": 2357, "int8": 1434, "int4": 1016, "nf4": 10
 KV_MIB_PER_TOKEN = 1 / 32
 MEMORY_MIB = 15360
 # seconds of the host, measured on two cores: a checkpoint made, one loaded, a step compiled, MMLU's 57 tasks built, a
-# token's launches, kernels traced, a notebook begun; and of the network, assumed: packages installed, the paper's data fetched
+# token's launches, kernels traced, a notebook begun; and of the network, assumed: packages installed, data fetched
 CONVERT_S, LOAD_S, COMPILE_S, BUILD_S, LAUNCH_S, TRACE_S, BEGIN_S = 8.6, 4.0, 20.0, 10.0, 0.03, 3.0, 10.0
 INSTALL_S, FETCH_S = 60.0, 60.0
 ITEM_TOKENS = {"arc_challenge": 90, "arc_easy": 80, "hellaswag": 180, "mmlu": 150, "gsm8k": 120, "gsm8k_cot": 120}
