@@ -62,6 +62,7 @@ _COLUMNS = (
     Column("bits_per_quantized_weight", "bits per quantized weight", "", "less"),
     Column("quantized_pct", "weights quantized", "%"),
     Column("reload_identical", "reload identical"),
+    Column("ran_as", "ran as"),
     # speed
     Column("throughput_rps", "throughput", "requests/s", "more"),
     Column("throughput_tps", "throughput", "tokens/s", "more"),

@@ -4,13 +4,16 @@ A weight stored in b bits costs b/8 bytes of memory and of bandwidth. What it is
 LLM.int8 multiplies int8 by int8 and keeps outlier columns in 16 bit (Dettmers et al. 2022). The 4-bit formats are
 unpacked to their compute type before every product (Dettmers et al. 2023). Only linear layers inside the blocks are
 quantized: embeddings, norms and the output head stay in 16 bit. Here that is bfloat16, and a study may replace it by
-the type that its device has units for. No other module branches on a format's name.
+the type that its device has units for. A checkpoint that was made elsewhere is a format too, named by its label. No
+other module branches on a format's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from qnb.errors import InputError, unknown
@@ -31,6 +34,8 @@ class Precision:
     label: str  # its name where there is room
     meaning: str
     quantization: dict[str, Any] = field(default_factory=dict, hash=False)  # BitsAndBytesConfig arguments
+    origin: str = ""  # of a checkpoint that was made elsewhere: a folder, a GGUF file, or a hub id
+    style: int = 0  # of its colour and marker, among those of checkpoints made elsewhere
 
     @property
     def quantized(self) -> bool:
@@ -51,7 +56,12 @@ class Precision:
 
     @property
     def file_bits(self) -> float:
-        """About the bits of a weight in a file, with constants; a fifth of a quantized format's stay as they are."""
+        """About the bits of a weight in a file, with constants; a fifth of a quantized format's stay as they are.
+
+        What was made elsewhere takes no file of ours.
+        """
+        if self.origin:
+            return 0.0
         bits = 32 if self.dtype == "float32" else 16
         return 0.2 * bits + 0.8 * (8.5 if self.eight_bit else 4.75) if self.quantized else bits
 
@@ -112,6 +122,10 @@ PRECISIONS = {precision.name: precision for precision in _FORMATS}
 BASELINE = "bf16"
 PAPER = ("bf16", "fp16", "int8", "int4")
 STUDY = (*PAPER, "nf4")
+ORIGIN = "checkpoint:"  # before a folder, a GGUF file or a hub id, and after a label with "="
+# colours and markers of checkpoints that were made elsewhere, beside those above
+_STYLES = (("#762a83", "pentagon"), ("#01665e", "hourglass"), ("#8c510a", "bowtie"), ("#c51b7d", "star-square"),
+           ("#5e4fa2", "diamond-tall"), ("#878787", "hexagram"))  # fmt: skip
 HALVES = ("auto", "bfloat16", "float16")  # what may be asked for in bfloat16's place; "auto" suits the device
 
 
@@ -135,19 +149,63 @@ def parse(names: str | Iterable[str]) -> tuple[Precision, ...]:
     ----------
     names
         Names separated by commas or spaces, or a list of names; ``"study"`` and ``"paper"`` stand for the default
-        five and the paper's four.
+        five and the paper's four. ``checkpoint:you/model-AWQ`` is a checkpoint that was made elsewhere, and
+        ``AWQ=checkpoint:...`` gives it a label.
 
     Raises
     ------
     InputError
-        A name is unknown or none is given.
+        A name is unknown or none is given, or a label is taken.
     """
-    words = listed(names)
-    groups = {"study": STUDY, "paper": PAPER, "all": tuple(PRECISIONS)}
-    names = [name for word in words for name in groups.get(word.lower(), (word.lower(),))]
-    if not names:
+    groups = {"study": STUDY, "paper": PAPER, "all": [name for name in PRECISIONS if not PRECISIONS[name].origin]}
+    precisions: dict[str, Precision] = {}
+    for word in listed(names):
+        if ORIGIN in word:
+            label, _, origin = word.partition(ORIGIN)
+            precision = _adopt(label.removesuffix("="), origin)
+            if precisions.setdefault(precision.name, precision).origin != origin:
+                raise InputError(f"two checkpoints are called {precision.name!r}; give one another label before '='")
+            continue
+        for name in groups.get(word.lower(), [word.lower()]):
+            if name not in PRECISIONS:
+                raise unknown("precision", name, PRECISIONS)
+            precisions[name] = PRECISIONS[name]
+    if not precisions:
         raise InputError(f"no precision was given; name some of: {', '.join(PRECISIONS)}")
-    for name in names:
-        if name not in PRECISIONS:
-            raise unknown("precision", name, PRECISIONS)
-    return tuple(PRECISIONS[name] for name in dict.fromkeys(names))
+    return tuple(precisions.values())
+
+
+def title(name: str) -> str:
+    """Return a format's name as sentences write it: a label stays as it was given."""
+    return name if name in PRECISIONS and PRECISIONS[name].origin else name.upper()
+
+
+def recall(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Let checkpoints made elsewhere, which a study's rows name, be found in `PRECISIONS` in the colours they had."""
+    for row in rows:
+        if row.get("origin"):
+            _register(row["precision"], row["origin"], row["style"])
+
+
+def _adopt(label: str, origin: str) -> Precision:
+    """Return the format of a checkpoint that was made elsewhere; from now on it is found in `PRECISIONS`."""
+    label = label or origin.rstrip("/").rpartition("/")[2].partition("@")[0].removesuffix(".gguf")
+    if not origin or not re.fullmatch(r"\w[\w.-]*", label, re.ASCII):
+        raise InputError(
+            f"{label}={ORIGIN}{origin} names no checkpoint, or has no label of letters, digits, '.', '_' and '-'; "
+            f"give a folder, a GGUF file or a hub id, such as AWQ={ORIGIN}you/model-AWQ"
+        )
+    known = PRECISIONS.get(label)
+    if label.lower() in PRECISIONS and not (known and known.origin):
+        raise InputError(f"{label!r} is the name of a format; give the checkpoint another label before '='")
+    if known:
+        return _register(label, origin, known.style)
+    taken = {precision.style for precision in PRECISIONS.values() if precision.origin}
+    return _register(label, origin, next(style for style in count() if style not in taken))
+
+
+def _register(label: str, origin: str, style: int) -> Precision:
+    color, marker = _STYLES[style % len(_STYLES)]
+    meaning = f"made elsewhere: {origin}"
+    PRECISIONS[label] = Precision(label, "auto", color, marker, label, meaning, origin=origin, style=style)
+    return PRECISIONS[label]

@@ -11,7 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -37,9 +37,9 @@ from qnb.ledger import (
 )
 from qnb.memory import describe_host, host_peak_mib, is_out_of_memory, release, released
 from qnb.options import AUTO, Count, check_minutes, resolve_count
-from qnb.precision import HALVES, PRECISIONS, Precision, parse
+from qnb.precision import HALVES, PRECISIONS, Precision, parse, recall
 from qnb.provenance import ROOT, command, commit, file_state
-from qnb.quantize import checkpoint, sources
+from qnb.quantize import checkpoint, existing, sources
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -129,8 +129,10 @@ class Session:
                 raise InputError(f"{name} is {value!r}; give {words}")
         check_minutes(minutes)
         self.model, self.seed, self.overwrite, self._minutes = model, seed, overwrite, minutes
-        self.precisions = parse(precisions)
         self.folder = locate(output)
+        self.ledger = Ledger(self.folder)
+        recall(self.ledger.rows("quantize"))
+        self.precisions = parse(precisions)
         self.data_dir = expand_path(data_dir).resolve() if str(data_dir) else None
         if self.data_dir and not self.data_dir.is_dir():
             raise InputError(f"data_dir {data_dir} is not a folder; give one laid out like the hub, or leave it empty")
@@ -138,7 +140,7 @@ class Session:
         self._overflowing: set[str] = set()  # formats that overflowed in float16 in the stage at work
         self._measured: set[tuple[Any, ...]] = set()  # keys of this session's own rows, which overwriting spares
         self._verified: set[Path] = set()  # checkpoints whose every byte was read by this session
-        self.ledger = Ledger(self.folder)
+        self.existing: dict[str, sources.Source] = {}  # checkpoints that were made elsewhere, by label
         for damage in self.ledger.damaged:
             tqdm.write(f"{damage}; it is passed over and measured again when it is needed")
         if not self.ledger.path.exists():  # what is there can be read wherever it lies
@@ -325,7 +327,8 @@ class Session:
             parts["weights"] = self.source.fingerprint
         if precision:
             precision = self.pinned(precision)
-            parts |= {"quantization": precision.quantization, "dtype": precision.dtype}
+            made_elsewhere = {"checkpoint": existing.find(self, precision).fingerprint} if precision.origin else {}
+            parts |= {"quantization": precision.quantization or made_elsewhere, "dtype": precision.dtype}
             fields |= {"precision": precision.name, "dtype": precision.dtype}
         return {"stage": stage, **fields, "fingerprint": fingerprint(parts)}
 
@@ -434,7 +437,7 @@ class Session:
             taken_s = self._taken_s() if is_planned else {}
             clock = Clock(budget.allowed_s(self.minutes, notebook, taken_s) if is_planned else math.inf, started_s)
             try:
-                with released(), self._kept_kernels():
+                with released(), kernels.kept(self.folder):
                     yield clock
             finally:
                 if is_planned and self.ledger.revision != before:
@@ -442,10 +445,6 @@ class Session:
                     self.append(self.key("sitting", setting=notebook), values)
                     taken = f"notebook {notebook} took {values['taken_s'] / 60:.1f} minutes"
                     tqdm.write(f"{taken}; {max(0.0, clock.left_s) / 60:.1f} of those it may take are left")
-
-    def _kept_kernels(self) -> AbstractContextManager[None]:
-        """Keep compiled kernels beside a study on the user's Drive; elsewhere torch.compile's own cache stays."""
-        return kernels.kept(self.folder / "kernels") if self.folder.is_relative_to(colab.MOUNT) else nullcontext()
 
     def _taken_s(self) -> dict[str, float]:
         """Return the seconds that each notebook took so far on this device, by number; overwriting begins anew."""
@@ -469,6 +468,9 @@ class Session:
 
     def checkpoint(self, precision: Precision) -> Path:
         """Return the folder of a format's checkpoint; make it if it is missing, damaged or to be overwritten."""
+        if precision.origin:
+            existing.row(self, precision)
+            return Path(existing.find(self, precision).path)
         precision = self.pinned(precision)
         folder = self.folder / "checkpoints" / precision.checkpoint
         if folder in self._verified and folder.exists():  # bytes are read once

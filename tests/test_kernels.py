@@ -3,31 +3,31 @@
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 
 import pytest
+import torch
 
 from qnb import colab, kernels
 from qnb.session import Session
 
 COMPILE = """
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
-from qnb import kernels
-with kernels.kept(Path(sys.argv[1])):
+from qnb import colab, kernels
+colab.MOUNT = Path(sys.argv[1])
+with kernels.kept(colab.MOUNT / "MyDrive" / "study"):
     value = torch.compile(lambda x: x.sin().sum())(torch.ones(8)).item()
 print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"], round(value, 4))
 """
 
 
 def test_a_new_machine_builds_no_kernel_again_and_passes_over_a_damaged_file(tmp_path):
-    kept, results = tmp_path / "kernels", []
+    kept, results = tmp_path / "MyDrive" / "study" / "kernels", []
     for machine in ("first", "second"):
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / machine)}
-        run = [sys.executable, "-c", COMPILE, str(kept)]
+        run = [sys.executable, "-c", COMPILE, str(tmp_path)]
         done = subprocess.run(run, env=environment, capture_output=True, text=True)
         results.append(done.stdout.split())
         assert len([*kept.glob("[0-9a-f]*.bin")]) == 1, done.stderr[-2000:]
@@ -35,12 +35,31 @@ def test_a_new_machine_builds_no_kernel_again_and_passes_over_a_damaged_file(tmp
     assert results == [["1", "0", "6.7318"], ["0", "1", "6.7318"]]
 
 
-@pytest.mark.parametrize("on_drive", [True, False])
-def test_kernels_are_kept_on_the_drive_alone(on_drive, tmp_path, monkeypatch):
+@pytest.fixture
+def built(tmp_path, monkeypatch):
+    """A drive, and kernels that each block builds."""
+    counts = iter(range(9))
+    monkeypatch.setattr(kernels, "_built", lambda: next(counts))
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"kernels", None))
+    monkeypatch.setattr(colab, "MOUNT", tmp_path / "drive")
+    (tmp_path / "drive" / "MyDrive").mkdir(parents=True)
+    return tmp_path / "drive"
+
+
+@pytest.mark.parametrize("folder", ["MyDrive/study", "Shareddrives/team", "MyDrive/../other", "../elsewhere"])
+def test_kernels_are_kept_on_the_users_own_drive_alone(folder, built):
     """What lies in another folder may be anybody's, and a file of kernels is code."""
-    folders = []
-    monkeypatch.setattr(colab, "MOUNT", tmp_path if on_drive else tmp_path / "drive")
-    monkeypatch.setattr(kernels, "kept", lambda folder: folders.append(folder) or nullcontext())
-    with Session("smollm2-135m", "bf16", tmp_path / "study").exclusive():
+    with Session("smollm2-135m", "bf16", built / folder).exclusive():
         pass
-    assert folders == [tmp_path / "study" / "kernels"] * on_drive
+    kept = [path.read_bytes() for path in (built / folder).glob("kernels/*.bin")]
+    assert kept == [b"kernels"] * (folder == "MyDrive/study")
+
+
+def test_a_drive_that_is_full_costs_no_measurement(built, monkeypatch, caplog):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kernels, "write_atomic", full)
+    with kernels.kept(built / "MyDrive" / "study"):
+        measured = True
+    assert measured and "No space left" in caplog.text

@@ -124,12 +124,11 @@ def test_every_result_in_the_readmes_text_is_a_kept_tables(kept):
     memory_mib, weights_mib = graph.peak_memory_mib, runs.groupby("precision").weights_mib.first()
     assert tpot_s.idxmin() == "fp16" and memory_mib.idxmin() == "nf4-dq"
     stand_in = pd.read_csv(REHEARSAL / "stand_in.csv")
-    assert stand_in.peak_pss_gib.max() < 4.6
     results = [
         f"{1000 * tpot_s.min():.2f} ms", f"{1000 * graph.tpot_s.bf16:.2f} for BF16", f"{memory_mib.min():,.0f} MiB",
         f"{memory_mib.bf16:,.0f} for BF16", f"{min(ratios):.0f} to {max(ratios):.0f} times",
         f"{weights_mib.loc[list(STUDY)].sum() / weights_mib.bf16:.1f} times the disk",
-        f"{pd.read_csv(REHEARSAL / 'host_memory.csv').peak_pss_gib.max():.1f} GiB of RAM",
+        f"{stand_in.peak_pss_gib.max():.1f} GiB of RAM",
         f"{stand_in.query('cores == 2 and notebook < 4').minutes.sum():.0f} of 25 minutes",
     ]  # fmt: skip
     text, citation = prose("README.md").split("## Citing")

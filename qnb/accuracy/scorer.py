@@ -27,6 +27,7 @@ from qnb.memory import is_out_of_memory, release
 Encoded = dict[tuple[Any, ...], list[int]]  # token ids by text and options
 Request = tuple[Any, list[int], list[int]]  # lm-eval's: what it is cached under, context, continuation
 
+ENCODED_TOGETHER = 1024  # texts: a tokenizer keeps a hundred bytes a token until all are encoded
 MIN_PREFIX_TOKENS = 32  # a shorter shared prefix is not worth a cache
 MIN_PREFIX_ROWS = 4  # rows that must share it
 # Tokens times parameters that a shared prefix must save. It takes two passes more, and a GPU starts many kernels for
@@ -107,16 +108,17 @@ class SharedContextLM(StockLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether greedy) of each request (context, continuation), in order.
 
-        Texts are encoded in one call, which fast tokenizers spread over the cores.
+        Many texts are encoded at once, which fast tokenizers spread over the cores.
         """
         pairs = [request.args for request in requests]
         texts = dict.fromkeys(chain((context.rstrip() for context, _ in pairs), map("".join, pairs)))
         bos = self.tokenizer.decode(self.prefix_token_id)  # a text that begins with it gets no second one
         new = [text for text in texts if text and (text, ()) not in self.encoded and not text.startswith(bos)]
         options = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
-        if new:
-            ids = self.tokenizer(new, verbose=False, **options)["input_ids"]
-            self.encoded.update(zip(((text, ()) for text in new), ids, strict=True))
+        for first in range(0, len(new), ENCODED_TOGETHER):
+            some = new[first : first + ENCODED_TOGETHER]
+            ids = self.tokenizer(some, verbose=False, **options)["input_ids"]
+            self.encoded.update(zip(((text, ()) for text in some), ids, strict=True))
         return super().loglikelihood(requests, disable_tqdm)
 
     def _score_tokens(self, requests: list[Request], *options: Any) -> list[tuple[float, bool]]:

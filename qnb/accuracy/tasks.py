@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, partial
@@ -227,26 +227,27 @@ class Task:
 
         An item is left out if the task's own code cannot ask it, or read what is right.
         """
-        self._parts[name].set_fewshot_seed(seed=LM_EVAL_SEED)
-        return self._build(self._parts[name], self._drawn(name, limit))
+        part, items = self._parts[name], self._drawn(name, limit)
+        part.set_fewshot_seed(seed=LM_EVAL_SEED)
+        with suppress(Exception):  # whatever a template raises; item by item tells of which
+            return self._build(part, items), items
+        requests, kept = [], []
+        part.set_fewshot_seed(seed=LM_EVAL_SEED)
+        for item in items:
+            try:
+                requests += self._build(part, [item])
+                kept.append(item)
+            except Exception as error:
+                self._error = error
+        return requests, kept
 
-    def _build(self, part: Any, items: list[tuple[int, Any]]) -> tuple[list[Any], list[tuple[int, Any]]]:
-        """Build the requests about items together; where that fails, those of each half."""
+    def _build(self, part: Any, items: list[tuple[int, Any]]) -> list[Any]:
+        """Return the requests about items, in lm-eval's order."""
         part.doc_iterator = lambda **_: iter(items)
-        try:
-            type(part).build_all_requests(part)
-            for _, document in items:
-                part.doc_to_target(document)  # lm-eval keeps it beside the answers
-            return part.instances, items
-        except Exception as error:  # whatever a template raises
-            self._error = error
-        if len(items) == 1:
-            return [], []
-        middle = len(items) // 2
-        (first, first_items), (second, second_items) = (
-            self._build(part, half) for half in (items[:middle], items[middle:])
-        )
-        return first + second, first_items + second_items
+        type(part).build_all_requests(part)
+        for _, document in items:
+            part.doc_to_target(document)  # lm-eval keeps it beside the answers
+        return list(part.instances)
 
     def _ask(self, name: str, limit: int | None, **_: Any) -> None:
         """Take the place of lm-eval's method, which builds the requests again for every model.

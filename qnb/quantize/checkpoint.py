@@ -111,7 +111,7 @@ def damage(folder: Path, manifest_sha256: str = "") -> str:
 # Models and tokenizers
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer as batches need it: padded on the left, with the end of sequence as pad token if there is one.
 
     Raises
@@ -123,7 +123,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
         if not tokenizer("a word")["input_ids"]:  # without files, some classes make a tokenizer without tokens
             raise ValueError("it makes no tokens")
     except (OSError, ValueError, KeyError) as error:
@@ -187,6 +187,10 @@ def load(folder: str | Path, precision: Precision, device: str) -> PreTrainedMod
     """
     from transformers import AutoModelForCausalLM
 
+    if precision.origin:
+        from qnb.quantize import existing
+
+        return existing.load(Path(folder), device)
     options: dict[str, Any] = {"dtype": precision.torch_dtype, "device_map": device}
     config = read_config(folder)
     if precision.quantized and not getattr(config, "quantization_config", None):
@@ -314,8 +318,12 @@ def loaded_tensors(model: PreTrainedModel) -> Iterator[LoadedTensor]:
             scale = getattr(getattr(module, "state", None), "SCB", None)
         constants = [scale] if state is None else state.as_dict(packed=False).values()
         parameters = tensor.numel() if state is None else state.shape.numel()
-        size = sum(each.nbytes for each in (tensor, *constants) if isinstance(each, torch.Tensor))
-        yield LoadedTensor(name, module, tensor, parameters, size, state is not None or tensor.dtype == torch.int8)
+        parts = [tensor, *constants]
+        if is_wrapper := hasattr(tensor, "__tensor_flatten__"):  # it holds what torchao packed
+            parts = [getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]]
+        size = sum(each.nbytes for each in parts if isinstance(each, torch.Tensor))
+        is_quantized = is_wrapper or state is not None or tensor.dtype == torch.int8
+        yield LoadedTensor(name, module, tensor, parameters, size, is_quantized)
 
 
 def count_weights(model: PreTrainedModel) -> Weights:

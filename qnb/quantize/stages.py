@@ -88,6 +88,8 @@ def push(session: Session, options: PushOptions, card: Callable[[Precision], str
 
     rows: list[dict[str, Any]] = []
     for precision, folder in session.measure(quantize).items() if options.push_to else ():
+        if precision.origin:
+            continue  # it is somebody else's
         repository = f"{options.push_to}-{folder.name}"
         pushed = hub.push(folder, repository, options.private, options.dry_run, card(precision))
         rows.append({"precision": precision.name, **asdict(pushed), "files": " ".join(pushed.files)})

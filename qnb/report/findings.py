@@ -12,7 +12,7 @@ from itertools import chain
 import pandas as pd
 
 from qnb.columns import Flag, column, format_value, is_disturbed
-from qnb.precision import BASELINE
+from qnb.precision import BASELINE, title
 from qnb.report.recommend import interval_text
 from qnb.report.results import Results, is_unfused, task_name
 from qnb.report.tables import build
@@ -45,7 +45,7 @@ def about(results: Results, precision: str, sections: Sequence[str] = ("accuracy
 
 
 def _accuracy(results: Results, precision: str) -> Iterator[str]:
-    scores, name = accuracies(results), precision.upper()
+    scores, name = accuracies(results), title(precision)
     if {precision, BASELINE} <= set(scores.index):
         mine, base = scores.loc[precision], scores.loc[BASELINE]
         change = f": {interval_text(mine)}.{_chance(mine.low_pp, mine.high_pp)}" if pd.notna(mine.low_pp) else "."
@@ -65,9 +65,9 @@ def _perplexity(results: Results, precision: str) -> Iterator[str]:
         if pd.notna(change):
             interval = f"95 %: {low:+.1f} to {high:+.1f}, " if pd.notna(low) else ""
             words = f"{change:+.1f} % ({interval}{row['tokens']:,.0f} tokens)"
-            yield f"{precision.upper()}'s perplexity changes by {words}.{_chance(low, high)}"
+            yield f"{title(precision)}'s perplexity changes by {words}.{_chance(low, high)}"
         if row["kl_mean_nats"] <= floor:
-            yield f"{precision.upper()}'s KL divergence is noise: another batch size alone gives {BASE} as much."
+            yield f"{title(precision)}'s KL divergence is noise: another batch size alone gives {BASE} as much."
 
 
 def _chance(low: float, high: float) -> str:
@@ -82,7 +82,7 @@ def _memory(results: Results, precision: str) -> Iterator[str]:
     memory_mib = rows.set_index("precision")[name].dropna()
     if {precision, BASELINE} <= set(memory_mib.index):
         share_pct = 100 * memory_mib[precision] / memory_mib[BASELINE]
-        yield f"{precision.upper()} takes {share_pct:.0f} % of {BASE}'s {words}."
+        yield f"{title(precision)} takes {share_pct:.0f} % of {BASE}'s {words}."
 
 
 def _speed(results: Results, precision: str, setting: str) -> Iterator[str]:
@@ -93,7 +93,7 @@ def _speed(results: Results, precision: str, setting: str) -> Iterator[str]:
     frame, base = frame[frame.precision == precision], frame[frame.precision == BASELINE]
     for row in frame.merge(base, on="engine", suffixes=("", "_base")).to_dict("records"):
         mine, other = format_value(name, row[name]), format_value(name, row[f"{name}_base"])
-        where = f"{precision.upper()} at {SETTINGS[setting]} with {row['engine']}"
+        where = f"{title(precision)} at {SETTINGS[setting]} with {row['engine']}"
         parts = [f"{where}: {mine} {unit} against {other}"]
         if setting == "maxbatch":
             parts.append(f"batch {row['batch_size']} against {row['batch_size_base']}")

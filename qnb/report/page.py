@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from qnb import __version__
 from qnb.columns import flag_text, header
 from qnb.ledger import PLANS, file_sha256, write_atomic
-from qnb.precision import BASELINE, PRECISIONS
+from qnb.precision import BASELINE, PRECISIONS, title
 from qnb.report import export, findings, model_card, paper, recommend, theme, verdicts
 from qnb.report.figures import FIGURES, SIGNS, draw_all
 from qnb.report.findings import SETTINGS
@@ -53,8 +53,10 @@ def write(results: Results) -> Path:
     assert results.folder is not None, "a study of kept tables has no folder"
     for name in TABLES:
         save(results, name)
-    for name in results.checkpoints.get("precision", ()):
-        write_atomic(results.folder / "cards" / name / "README.md", model_card.card(results, PRECISIONS[name]))
+    for precision in (PRECISIONS[name] for name in results.checkpoints.get("precision", ())):
+        if not precision.origin:
+            path = results.folder / "cards" / precision.name / "README.md"
+            write_atomic(path, model_card.card(results, precision))
     path = results.folder / "report.html"
     write_atomic(path, page(results))
     return path
@@ -67,6 +69,7 @@ def page(results: Results) -> str:
     return templates.get_template("report.html").render(
         results=results, baseline=BASELINE, formats=PRECISIONS, plotly=get_plotlyjs(), caption=theme.caption,
         sentence=recommend.sentence(results), summary=_summary(summary), verdicts=list(summary.verdict),
+        ran_as=dict(_ran_as(results.checkpoints)),
         notes=verdicts.notes(results), findings=findings.findings(results), figures=draw_all(results),
         knees=labelled(swept, [name for name in swept if name != "flags"]), build=build, compact=compact,
         groups={task_name(task): task for task in members(results)}, b64encode=b64encode, card=card(results),
@@ -85,8 +88,15 @@ def _summary(frame: pd.DataFrame) -> pd.DataFrame:
         change_pp=pd.Series(change, dtype=object).where(has_change),
         words=[f"{SIGNS[row.verdict]} {row.words}" for row in rows],
     )  # fmt: skip
-    text = labelled(frame.drop(columns=["low_pp", "high_pp", "verdict", *(name for name in spare if spare[name])]))
+    hidden = {"low_pp", "high_pp", "verdict", "words", "ran_as", *(name for name in spare if spare[name])}
+    text = labelled(frame[[*(name for name in frame if name not in hidden), "words"]])
     return text.rename(columns={header("throughput_rps"): f"{header('throughput_rps')} at {SETTINGS['maxbatch']}"})
+
+
+def _ran_as(frame: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    """Yield how each checkpoint that was made elsewhere ran; of one that was unpacked, what its file takes."""
+    for row in frame.reindex(columns=["precision", "ran_as", "is_unpacked", "file_mib"]).dropna().itertuples():
+        yield row.precision, row.ran_as + f"; its file takes {row.file_mib:,.1f} MiB" * bool(row.is_unpacked)
 
 
 def checkpoints(results: Results) -> pd.DataFrame:
@@ -142,7 +152,7 @@ def limits(results: Results) -> list[str]:
             lines.append(f"Accuracy is of a sample: {part.n_items.sum():,.0f} of {part.n_total.sum():,.0f} items.")
     for row in results.rows:
         if row.get("bad_items"):
-            what = f"{row['precision'].upper()} on {task_name(row['task'])}: {row['bad_items']}"
+            what = f"{title(row['precision'])} on {task_name(row['task'])}: {row['bad_items']}"
             lines.append(f"Items left out of the score, since they could not be asked or judged: {what}.")
     lines += [f"Could not be measured: {what} ({reason})." for what, reason in _by_text(results.failures, "reason")]
     return lines + [f"{what}: {note}." for what, note in _by_text(results.rows, "note")]

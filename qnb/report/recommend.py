@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from qnb.columns import Flag, column, format_value, is_disturbed
-from qnb.precision import BASELINE
+from qnb.precision import BASELINE, title
 from qnb.report.results import Results, is_unfused, unfused
 from qnb.report.scores import MEAN
 from qnb.report.verdicts import Verdict, check_margin, decide, in_points, judge
@@ -237,17 +237,20 @@ def summary(results: Results) -> pd.DataFrame:
     )
     least = timed.groupby("precision")[[name for name in SUMMARY if name in timed and name != "precision"]].min()
     least["peak_memory_mib"] = timed.groupby("precision").peak_memory_mib.last()
-    fastest = results.maxbatch.sort_values("throughput_rps", ascending=False).drop_duplicates("precision")
+    timed_full = results.maxbatch.dropna(subset=["throughput_rps"])
+    fastest = timed_full.sort_values("throughput_rps", ascending=False).drop_duplicates("precision")
     frames = [least.drop(columns="throughput_rps"), fastest.set_index("precision")[["throughput_rps"]],
               _by_format(results.divergence, "perplexity_change_pct", "kl_mean_nats")]  # fmt: skip
     frame = judge(results).join(frames)
     stored_mib = _by_format(results.checkpoints, "weights_mib").weights_mib
-    is_slow = (fastest.engine == "eager") & (fastest.engine.nunique() > 1)
+    captured = fastest.precision.isin(timed_full.precision[timed_full.engine != "eager"])
+    is_eager_alone = (fastest.engine == "eager") & ~captured & captured.any()
     notes = [pd.Series(Flag.UNFUSED.text, results.speed.precision[is_unfused(results.speed)].unique()),
-             pd.Series("largest batch with eager alone", fastest.precision[is_slow])]  # fmt: skip
+             pd.Series("largest batch with eager alone", fastest.precision[is_eager_alone])]  # fmt: skip
     note = pd.concat(notes).groupby(level=0, sort=False).agg("; ".join)
-    frame = frame.assign(weights_mib=stored_mib.combine_first(frame.weights_mib), note=note)
-    return frame.rename_axis("precision").reset_index()[[*SUMMARY, "note"]]
+    ran_as = results.checkpoints.reindex(columns=["precision", "ran_as"]).set_index("precision").ran_as
+    frame = frame.assign(weights_mib=stored_mib.combine_first(frame.weights_mib), ran_as=ran_as, note=note)
+    return frame.rename_axis("precision").reset_index()[[*SUMMARY, "ran_as", "note"]]
 
 
 def sentence(results: Results) -> str:
@@ -263,11 +266,14 @@ def sentence(results: Results) -> str:
         Verdict.UNMEASURED: "not measured for",
         Verdict.BARELY_QUANTIZED: "most weights not quantized in",
     }
-    names = {each: ", ".join(table.precision[table.verdict == each].str.upper()) for each in phrases}
+    names = {each: ", ".join(map(title, table.precision[table.verdict == each])) for each in phrases}
     lists = "; ".join(f"{phrase} {names[each]}" for each, phrase in phrases.items() if names[each])
     opening = [f"On {results.model}, accuracy against {BASELINE.upper()}: {lists}."] if lists else []
     is_allowed = ~table.verdict.isin([Verdict.LOSES, Verdict.BARELY_QUANTIZED])
-    return " ".join([*opening, *_extremes(table[is_allowed], "" if is_allowed.all() else ", of those not ruled out")])
+    allowed = table[is_allowed]
+    alone = unfused(results.speed[results.speed.precision.isin(allowed.precision)])
+    closing = [f"{Flag.UNFUSED.text.capitalize()}: {alone}."] if alone else []
+    return " ".join([*opening, *_extremes(allowed, "" if is_allowed.all() else ", of those not ruled out"), *closing])
 
 
 def _extremes(allowed: pd.DataFrame, among: str) -> Iterator[str]:
@@ -282,6 +288,4 @@ def _extremes(allowed: pd.DataFrame, among: str) -> Iterator[str]:
     ):
         if values.notna().sum() > 1:
             best, label = values.idxmin(), column(name).label.partition(" (")[0]
-            yield f"{allowed.precision[best].upper()} is {what} ({label} {_shown(name, values[best])})."
-    if names := ", ".join(allowed.precision[allowed.note.notna()].str.upper()):
-        yield f"{Flag.UNFUSED.text.capitalize()}: {names}."
+            yield f"{title(allowed.precision[best])} is {what} ({label} {_shown(name, values[best])})."

@@ -18,7 +18,7 @@ from qnb.columns import Flag
 from qnb.errors import InputError
 from qnb.ledger import Ledger, Row, file_sha256
 from qnb.memory import MIB
-from qnb.precision import PRECISIONS
+from qnb.precision import PRECISIONS, recall, title
 from qnb.speed.roofline import derived
 
 # columns that every frame of speeds has, as Tables 3 and 4 show them; missing values are NaN
@@ -42,7 +42,6 @@ STAGES = {"accuracy_rows": "accuracy", "batches": "batch", "divergence": "diverg
 KEPT = {"bs1": "table3_bs1", "maxbatch": "table4_maxbatch", "sweep": "sweep"}
 MARGIN_PP = 1.0  # the loss of accuracy that is accepted, unless a study says otherwise
 NOT_FUSED = ", not fused"  # after a captured engine's name, where other rows are
-ORDER = {name: place for place, name in enumerate([*PRECISIONS, "eager"])}
 # words of tasks' names that are written in another way
 WORDS = {"arc": "ARC", "gsm8k": "GSM8K", "cot": "CoT", "hellaswag": "HellaSwag", "mmlu": "MMLU", "stem": "STEM"}
 
@@ -89,6 +88,7 @@ class Results:
     def read(cls, ledger: Ledger, margin_pp: float = MARGIN_PP) -> Results:
         """Read the newest row of each key."""
         rows = tuple(ledger.rows())
+        recall(rows)
         newest = rows[-1] if rows else {}
         frames = {name: in_order(pd.DataFrame(ledger.rows(stage))) for name, stage in STAGES.items()}
         passes = _passes([row for row in rows if row["stage"] in ("perf", "sweep")])
@@ -189,7 +189,8 @@ def stack(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
 def in_order(frame: pd.DataFrame) -> pd.DataFrame:
     """Sort rows by format as `PRECISIONS` lists them, eager first; otherwise they stay as they are."""
     by = [name for name in ("precision", "engine") if name in frame]
-    place = {"key": lambda names: names.map(ORDER).fillna(len(ORDER)), "kind": "stable", "ignore_index": True}
+    order = {name: place for place, name in enumerate([*PRECISIONS, "eager"])}
+    place = {"key": lambda names: names.map(order).fillna(len(order)), "kind": "stable", "ignore_index": True}
     return frame.sort_values(by, **place) if by else frame
 
 
@@ -249,7 +250,7 @@ def is_unfused(runs: pd.DataFrame) -> pd.Series:
 
 def unfused(runs: pd.DataFrame) -> str:
     """Return the formats of the rows of `is_unfused`, in words; "" where captured rows can be compared."""
-    return ", ".join(name.upper() for name in runs.precision[is_unfused(runs)].unique())
+    return ", ".join(map(title, runs.precision[is_unfused(runs)].unique()))
 
 
 def _scores(rows: Iterable[Row]) -> pd.DataFrame:
@@ -270,7 +271,7 @@ def _checkpoints(frame: pd.DataFrame) -> pd.DataFrame:
         return frame
     usual = frame.precision.map({name: precision.dtype for name, precision in PRECISIONS.items()})
     stored = frame.embedding_bytes + frame.linear_bytes + frame.other_bytes
-    return frame.assign(
+    return frame.reindex(columns=list(dict.fromkeys([*frame, "ran_as", "is_unpacked"]))).assign(
         dtype=frame.get("dtype", usual).fillna(usual),
         weights_mib=stored / MIB,
         bits_per_weight=8 * stored / frame.parameters,

@@ -50,7 +50,7 @@ MAIN = {
 }  # fmt: skip
 # other views that a notebook shows
 CHECKPOINTS = ("precision", "weights_mib", "bits_per_weight", "quantized_pct", "bits_per_quantized_weight", "file_mib",
-               "load_s", "reload_identical")  # fmt: skip
+               "load_s", "reload_identical", "ran_as")  # fmt: skip
 PUSHED = ("precision", "repository", "private", "total_mib", "commit")
 RECOVERY = ("task", "precision", "n_items", "recovery_pct", "recovery_low_pct", "recovery_high_pct",
             "answers_changed", "note")  # fmt: skip

@@ -33,7 +33,6 @@ HOLLOW = ("eager", "not significant")
 PUBLISHED = "published"  # in place of an engine
 LOG_AXIS = {"type": "log", "tickvals": [digit * 10.0**power for power in range(-6, 9) for digit in (1, 2, 5)],
             "tickformat": ",~g"}  # fmt: skip
-COLORS = {name: precision.color for name, precision in PRECISIONS.items()}
 
 pio.templates["qnb"] = go.layout.Template(
     layout={
@@ -47,6 +46,11 @@ pio.templates["qnb"] = go.layout.Template(
 )  # fmt: skip
 
 
+def colors() -> dict[str, str]:
+    """Return each format's colour."""
+    return {name: precision.color for name, precision in PRECISIONS.items()}
+
+
 def symbol(precision: str, engine: str = "") -> str:
     """Return a point's marker: the format's, hollow for eager; a line for what the paper published."""
     return "line-ns-open" if engine == PUBLISHED else PRECISIONS[precision].marker + "-open" * (engine in HOLLOW)
@@ -55,7 +59,7 @@ def symbol(precision: str, engine: str = "") -> str:
 def by_format(frame: pd.DataFrame, *custom: str) -> dict[str, Any]:
     """Return what Plotly Express needs to colour a frame by its format and to show its column `hover`."""
     formats = [name for name in PRECISIONS if name in set(frame.precision)]
-    return {"color": "precision", "color_discrete_map": COLORS, "category_orders": {"precision": formats},
+    return {"color": "precision", "color_discrete_map": colors(), "category_orders": {"precision": formats},
             "custom_data": ["hover", *custom]}  # fmt: skip
 
 
@@ -117,7 +121,7 @@ def stacked(frame: pd.DataFrame, parts: Mapping[str, pd.Series], title: str, not
     look = {**by_format(frame), **facets(*_shape(frame)), "color": "part"}
     figure = px.bar(long, x="length", y="precision", **look).update_traces(showlegend=False)
     for bar in figure.data:
-        bar.marker = {"color": [COLORS[name] for name in bar.y], "opacity": opacity[bar.name]}
+        bar.marker = {"color": [colors()[name] for name in bar.y], "opacity": opacity[bar.name]}
     for part in parts if len(parts) > 1 else ():
         shade = f"rgba(107,107,107,{opacity[part]})"  # a legend shows no opacity of its own
         figure.add_bar(x=[None], y=[None], name=part, legendgroup=part, marker_color=shade)

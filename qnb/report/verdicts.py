@@ -16,14 +16,13 @@ import pandas as pd
 from qnb.accuracy.statistics import detectable_pp, is_above_chance, pooled_change
 from qnb.columns import Described, format_number
 from qnb.errors import InputError
-from qnb.precision import BASELINE, PRECISIONS
+from qnb.precision import BASELINE, PRECISIONS, title
 from qnb.report.comparison import COLUMNS, changes
 from qnb.report.results import Results, stack, task_name
 from qnb.report.scores import MEAN, headline
 
 POOLED = "mean, for the verdict"
 FLIP_RATE = 0.1  # of items that a format is assumed to answer rightly where the baseline does not, or the reverse
-QUANTIZED = [name for name, precision in PRECISIONS.items() if precision.quantized]
 CHANGE = ("change_pp", "low_pp", "high_pp")
 LEAST_QUANTIZED_PCT = 50  # of the weights; a format that changed fewer says so in the verdict's place
 
@@ -201,7 +200,8 @@ def detectable(n_items: Sequence[int], flip_rate: float = FLIP_RATE) -> str:
 def _types(results: Results) -> Iterator[str]:
     """Say where quantized formats have another type in bfloat16's place, and where bfloat16 is emulated."""
     rows = pd.DataFrame(results.rows, columns=["precision", "dtype", "bf16"])
-    types = rows[rows.precision.isin(QUANTIZED)].groupby("dtype").precision.unique()
+    quantized = [name for name, precision in PRECISIONS.items() if precision.quantized]
+    types = rows[rows.precision.isin(quantized)].groupby("dtype").precision.unique()
     if set(types.index) - {"bfloat16"}:
         parts = [f"{dtype} in {', '.join(names).upper()}" for dtype, names in types.items()]
         yield f"What is usually bfloat16 in quantized formats is {'; '.join(parts)}."
@@ -226,5 +226,5 @@ def notes(results: Results) -> list[str]:
         lines.append(f"This study can detect {detectable(n_items, flip_rate)}.")
         for name, answers in counted.groupby("precision"):
             if absent := [task_name(task) for task in counted.task.unique() if task not in set(answers.task)]:
-                lines.append(f"{str(name).upper()}'s verdict lacks {', '.join(absent)}: it was not compared there.")
+                lines.append(f"{title(str(name))}'s verdict lacks {', '.join(absent)}: it was not compared there.")
     return [*lines, *_types(results)]

@@ -119,14 +119,21 @@ def join(modules: Sequence[Any]) -> tuple[Product, ...]:
 
     The layers go on working: their weights become views of the joined ones, so nothing is held twice.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
+    if not all(isinstance(module, Linear4bit | Linear8bitLt) or _is_plain(module) for module in modules):
+        return tuple(Product(module, ()) for module in modules)  # of another library, which multiplies itself
     if len(modules) > 1 and not _are_joinable(modules):
         return tuple(product for module in modules for product in join([module]))
     bias = None if modules[0].bias is None else _stack([module.bias for module in modules])
-    if type(modules[0]) is torch.nn.Linear:
+    if _is_plain(modules[0]):
         return (Product(functional.linear, (_stack([module.weight for module in modules]), bias)),)
     return (_join_4bit(modules, bias) if isinstance(modules[0], Linear4bit) else _join_8bit(modules, bias),)
+
+
+def _is_plain(module: Any) -> bool:
+    """Return whether a layer is PyTorch's own, with a weight that is a plain tensor."""
+    return type(module) is torch.nn.Linear and type(module.weight.data) is Tensor
 
 
 def _are_joinable(modules: Sequence[Any]) -> bool:

@@ -20,6 +20,7 @@ from qnb.budget import Clock, now_s
 from qnb.ledger import write_parquet
 from qnb.precision import Precision
 from qnb.prompts import Workload
+from qnb.quantize import existing
 from qnb.speed.batch_search import LargestBatch
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Series:
     largest: LargestBatch | None = None
     passes: list[Mapping[str, Any]] = field(default_factory=list, init=False)
     has_failed: bool = False
+    is_late: bool = False  # left out of a sweep whose time was spent
 
     @property
     def name(self) -> tuple[str, str]:
@@ -67,6 +69,8 @@ class Series:
         """Return why the engine cannot run with the format; "" where it can, as far as is known without the model."""
         from qnb.speed.engines import why_unavailable
 
+        if self.precision.origin and (row := existing.row(self.session, self.precision))["is_unpacked"]:
+            return f"{row['ran_as']}: its speed and memory would be those of 16 bit"
         return why_unavailable(self.engine, self.session.device.kind, self.precision.threshold)
 
     @property
@@ -109,6 +113,11 @@ class Series:
         self.largest = largest
         self.passes.clear()
 
+    def comes_late(self, clock: Clock) -> bool:
+        """Return whether there is no time for a size of a sweep; every other series gets its first pass."""
+        self.is_late = self.stage == "sweep" and clock.left_s < 0
+        return self.is_late
+
     def find_pass(self) -> bool:
         """Take the next pass from the ledger; return whether it was there. What did not fit is tried again."""
         row = self.session.find(self.key)
@@ -117,8 +126,11 @@ class Series:
         self.has_failed = not is_there  # until it is recorded
         return is_there
 
-    def time_pass(self, loaded: Loaded) -> None:
-        """Time the next pass and record it. Where memory runs out, the batch shrinks; in a sweep that ends it."""
+    def time_pass(self, loaded: Loaded | None) -> None:
+        """Time the next pass and record it. Where memory runs out, the batch shrinks; in a sweep that ends it.
+
+        Nothing has to be loaded where the engine cannot run.
+        """
         started_s = now_s()
         while True:
             try:
@@ -138,7 +150,7 @@ class Series:
         self.session.append(key, asked, values, {"stop_reason": self.stop_reason})
         self.has_failed = False
 
-    def _time(self, loaded: Loaded) -> dict[str, Any]:
+    def _time(self, loaded: Loaded | None) -> dict[str, Any]:
         """Run the workload; return the row's values, or a note where the engine cannot run.
 
         What the row was reduced from, the monitor's readings and each token's time, is written to files that it names.
@@ -150,6 +162,8 @@ class Series:
 
         workload, folder = self.workload, self.session.folder
         tokens = len(workload.longest) + workload.new_tokens
+        if (reason := self.why_unavailable()) or loaded is None:
+            return {"batch_size": self.batch_size, "note": reason}
         if reason := why_unavailable(self.engine, self.session.device.kind, model=loaded.model, tokens=tokens):
             return {"batch_size": self.batch_size, "note": reason}
         trace = not self.passes and self.stage != "sweep"
@@ -194,6 +208,9 @@ def time_in_turn(session: Session, what: str, all_series: Sequence[Series], cloc
             return
         for precision in session.each_format(f"{what}, pass {turn + 1}", turn % len(session.precisions)):
             missing = [series for series in due if series.precision == precision and not series.find_pass()]
+            for series in (series for series in missing if series.why_unavailable()):
+                series.time_pass(None)
+            missing = [series for series in missing if not series.why_unavailable() and not series.comes_late(clock)]
             if missing:
                 with session.failing(missing[0].key, precision.name):
                     with_model(session, precision, partial(_time_passes, missing, clock))
@@ -202,11 +219,11 @@ def time_in_turn(session: Session, what: str, all_series: Sequence[Series], cloc
 def _time_passes(missing: Sequence[Series], clock: Clock, loaded: Loaded) -> None:
     """Time a pass of each series with their format loaded; one that fails costs no other its pass.
 
-    After a size that does not fit, no larger one of its engine is tried, and none at all once the time is spent.
+    After a size that does not fit, no larger one of its engine is tried; of a sweep, none once the time is spent.
     """
     full_engines: set[str] = set()
     for series in missing:
-        if series.engine in full_engines or (series.stage == "sweep" and clock.left_s < 0):
+        if series.engine in full_engines or series.comes_late(clock):
             continue
         with series.session.failing(series.key, f"{series.precision.name} with engine {series.engine}"):
             series.time_pass(loaded)

@@ -24,6 +24,7 @@ FIRST_PASS_SHARE = 0.25  # of the time left, for the requests of the first passe
 LEAST_REQUESTS = 3
 LEAST_NEW_TOKENS = 25  # of a large batch
 BATCHES_RUN = 6  # batches' times that a search and a timing take, or a size of a sweep
+IN_SWEEP = "larger batches in the sweep of"
 REACHED_SHARE = 0.6  # of the device's peak, in large batches
 # where no pass was timed: launching a token's kernels, and what a pass takes beside its requests, with compiling
 LAUNCH_S, BESIDE_S = 0.03, {"eager": 10.0, "cuda_graph": 30.0}
@@ -86,7 +87,7 @@ def largest_batches(all_series: Sequence[Series], cap: int, clock: Clock) -> Ite
             yield each
         else:
             left_out.append(each)
-    _name("largest batch of", left_out)
+    name_left_out("largest batch of", left_out)
 
 
 def affordable_sweep(swept: Sequence[Series], left_s: float) -> list[Series]:
@@ -100,7 +101,7 @@ def affordable_sweep(swept: Sequence[Series], left_s: float) -> list[Series]:
             affordable.add((each.name, each.size))
         else:
             left_out.append(each)
-    _name("larger batches in the sweep of", left_out)
+    name_left_out(IN_SWEEP, left_out)
     return [each for each in swept if (each.name, each.size) in affordable]
 
 
@@ -125,7 +126,7 @@ def _first_pass(series: Series) -> Row | None:
     return next((row for row in rows if (row["precision"], row["engine"]) == series.name and row.get("total_s")), None)
 
 
-def _name(what: str, left_out: Sequence[Series]) -> None:
+def name_left_out(what: str, left_out: Sequence[Series]) -> None:
     """Say what there is no time for."""
     if left_out:
         names = ", ".join(dict.fromkeys(" with ".join(each.name) for each in left_out))

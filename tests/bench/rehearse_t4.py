@@ -36,7 +36,7 @@ def rehearse(notebook: str, options: argparse.Namespace) -> dict[str, object]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     options.output.mkdir(parents=True, exist_ok=True)
     log, started_s = options.output / f"{notebook}-{options.cores}-cores.log", time.monotonic()
-    with log.open("a") as lines:
+    with log.open("w") as lines:
         code = subprocess.run(command, env=environment, stdout=lines, stderr=subprocess.STDOUT).returncode
     minutes, ram = (time.monotonic() - started_s) / 60, re.findall(r"peak PSS ([\d.]+)", log.read_text())
     return {"notebook": notebook, "model": model, "cores": options.cores, "minutes": round(minutes, 1),
@@ -54,7 +54,7 @@ def main() -> int:
     options, rows = parser.parse_args(), []
     for notebook in options.only.split(","):
         rows.append(rehearse(notebook, options))
-        pd.DataFrame(rows).to_csv(options.output / f"sitting-{options.first_core}.csv", index=False)
+        pd.DataFrame(rows).to_csv(options.output / f"sitting-{options.cores}-cores.csv", index=False)
         print(pd.DataFrame(rows).to_string(index=False), flush=True)
     return max(int(row["exit_code"] != 0) for row in rows)
 

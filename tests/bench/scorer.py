@@ -146,7 +146,7 @@ def study(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for precision in session.precisions:
             times |= {"s": session.ended_s[precision.name] - begun_s, "first_s": None}
             begun_s = session.ended_s[precision.name]
-            if options.compared and precision.name not in options.compared:
+            if options.compared and precision.name not in options.compared.split(","):
                 continue
             rows = [row for row in session.ledger.rows("accuracy") if row["precision"] == precision.name]
             mine = pd.concat(pd.read_parquet(session.folder / row["items_file"]) for row in rows)

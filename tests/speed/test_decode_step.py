@@ -129,3 +129,28 @@ def test_tokens_are_eagers_but_after_a_near_tie(name, source):
         own = decode(decoder, texts, 8)
     assert decoder.network.note == ""
     oracle.assert_differs_by_rounding(ours, theirs, truth, tokens, own)
+
+
+def test_layers_of_another_library_multiply_themselves_in_a_captured_step():
+    """As on a GPU, without capturing: their products are not joined, and the tokens stay."""
+
+    class Packed(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+            self.bias = layer.bias
+
+        def forward(self, x):
+            return self.layer(x)
+
+    model = tiny_model(LlamaConfig)
+    expected = Eager(model).generate(ONE, 8)
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Packed(getattr(layer.self_attn, name)))
+    decoder = Decoder(model, 1, len(ONE[0]), 8)
+    decoder.load(ONE)
+    decoder.prefill(1)
+    for _ in range(7):
+        decoder.step(1)
+    assert torch.equal(decoder.new_ids(1, 8), expected)

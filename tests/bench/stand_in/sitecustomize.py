@@ -54,7 +54,8 @@ class Changing(abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if (change := CHANGES.pop(name, None)) is None:
             return None
-        spec = util.find_spec(name)
+        if (spec := util.find_spec(name)) is None:
+            return None
         execute = spec.loader.exec_module
 
         def exec_module(module):

@@ -1,0 +1,217 @@
+"""Checkpoints that were made elsewhere: loaded, compared with the study's model, and described as they really run.
+
+Some run packed, with kernels of their library. Others are unpacked to 16 bit when they are loaded or first used. Those
+have an accuracy and the size of their file. Their speed and memory would be those of 16 bit, so they have none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from qnb.errors import InputError, scrub
+from qnb.ledger import Row
+from qnb.memory import MIB, is_out_of_memory, released
+from qnb.precision import ORIGIN, Precision
+from qnb.quantize import checkpoint, sources
+from qnb.quantize.checkpoint import Weights, count_weights, load_tokenizer, quiet, read_config
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from qnb.quantize.sources import Source
+    from qnb.session import Session
+
+SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads")  # fmt: skip
+PACKAGES = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto-round",
+            "compressed-tensors": "compressed-tensors", "torchao": "torchao", "quanto": "optimum-quanto",
+            "gguf": "gguf"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Existing(Weights):
+    """What a checkpoint that was made elsewhere takes, and how it runs. Bytes are None where it is unpacked."""
+
+    file_mib: float
+    load_s: float
+    ran_as: str  # such as "4-bit, MarlinLinear", or "unpacked to bfloat16 (gguf)"
+    is_unpacked: bool
+
+
+def find(session: Session, precision: Precision) -> Source:
+    """Return the checkpoint of a format that was made elsewhere, once it was found to be of the study's model."""
+    if precision.name not in session.existing:
+        source = sources.existing(precision.origin)
+        check_same_model(Path(source.path), session.source, session.tokenizer)
+        session.existing[precision.name] = source
+    return session.existing[precision.name]
+
+
+def row(session: Session, precision: Precision) -> Row:
+    """Return the row that describes a checkpoint made elsewhere; it is loaded for that once."""
+    key = session.key("quantize", precision)
+    if found := session.find(key):
+        return found
+    with released():
+        facts = describe(Path(find(session, precision).path), session.tokenizer, session.device.place)
+    return session.append(key, asdict(facts), {"origin": precision.origin, "style": precision.style})
+
+
+def method(path: Path) -> str:
+    """Return how a checkpoint says it was quantized, such as "gptq" or "gguf"; empty where it says nothing."""
+    if path.is_file():
+        return "gguf"
+    settings = getattr(read_config(path), "quantization_config", None) or {}
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    return str(getattr(settings.get("quant_method", ""), "value", settings.get("quant_method", "")))
+
+
+def load(path: Path, device: str) -> PreTrainedModel:
+    """Load a checkpoint as transformers does, for inference.
+
+    Raises
+    ------
+    InputError
+        A library is missing, or transformers cannot load it on this device.
+    """
+    from transformers import AutoModelForCausalLM
+
+    is_file = path.is_file()
+    options: dict[str, Any] = _unpacking(path) if is_file else {"config": read_config(path), "dtype": "auto"}
+    try:
+        with quiet():
+            folder = str(path.parent if is_file else path)
+            model = AutoModelForCausalLM.from_pretrained(folder, device_map=device, trust_remote_code=False, **options)
+    except Exception as error:  # whatever its library raises
+        if is_out_of_memory(error):
+            raise
+        advice = f"its reason: {scrub(str(error)) or type(error).__name__}"
+        if isinstance(error, ImportError):
+            package = PACKAGES.get(method(path), "the library that it names")
+            advice = f"it needs `pip install {package}`; all other formats work without ({advice})"
+        raise InputError(f"{ORIGIN}{path} could not be loaded: {advice}") from error
+    return model.eval()
+
+
+def _unpacking(file: Path) -> dict[str, Any]:
+    """Return options by which transformers unpacks a GGUF file to bfloat16, as older releases always do."""
+    import torch
+    import transformers
+
+    options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.bfloat16}
+    config = getattr(transformers, "GgufConfig", None)
+    return options | ({"quantization_config": config(dequantize=True)} if config else {})
+
+
+def check_same_model(path: Path, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a checkpoint of another model than the study's: other shapes, or another vocabulary.
+
+    Raises
+    ------
+    InputError
+        They differ; what differs is named.
+    """
+    theirs, ours = _config(path), read_config(source.path)
+    for name in SAME:
+        values = getattr(theirs, name, None), getattr(ours, name, None)
+        if values[0] != values[1]:
+            raise InputError(
+                f"{ORIGIN}{path} is of another model than {source.name}: its {name} is {values[0]}, not {values[1]}; "
+                "give a checkpoint that was made of this model"
+            )
+    options = {"gguf_file": path.name} if path.is_file() else {}
+    try:
+        own = load_tokenizer(path.parent if path.is_file() else path, **options)
+    except InputError:
+        return  # it brings none: the study's is used in any case
+    if own.get_vocab() != tokenizer.get_vocab():
+        words = set(own.get_vocab().items()) ^ set(tokenizer.get_vocab().items())
+        raise InputError(
+            f"{ORIGIN}{path} has another vocabulary than {source.name}, in {len(words)} entries such as "
+            f"{min(words)[0]!r}; give a checkpoint that was made of this model"
+        )
+
+
+def _config(path: Path) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    with quiet():
+        return (
+            AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name) if path.is_file() else read_config(path)
+        )
+
+
+def describe(path: Path, tokenizer: PreTrainedTokenizerBase, device: str) -> Existing:
+    """Load a checkpoint, let it read a short text, and describe it.
+
+    Raises
+    ------
+    InputError
+        It cannot be loaded here.
+    NotFiniteError
+        Some of its logits are infinite or undefined.
+    """
+    started = perf_counter()
+    model = load(path, device)
+    load_s = perf_counter() - started
+    weights = asdict(count_weights(model)) | _packed(model)
+    checkpoint.logits(model, tokenizer)  # some unpack at the first product
+    kinds = Counter(_kind(layer) for layer in _linear_layers(model))
+    kind, how = kinds.most_common(1)[0][0], method(path)
+    is_unpacked = bool(how) and kind in {"bfloat16", "float16", "float32"}
+    if is_unpacked:
+        unknown = dict.fromkeys((*(name for name in weights if name.endswith("_bytes")), "quantized_parameters"))
+        weights = asdict(count_weights(model)) | unknown | {"left_out": {}}
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    file_mib = sum(file.stat().st_size for file in files) / MIB
+    ran_as = f"unpacked to {kind} ({how})" if is_unpacked else kind
+    return Existing(**weights, file_mib=file_mib, load_s=load_s, ran_as=ran_as, is_unpacked=is_unpacked)
+
+
+def _linear_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
+    """Yield the layers that multiply by a matrix, without the output head."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if module is not head and "Linear" in type(module).__name__:
+            yield module
+
+
+def _kind(layer: torch.nn.Module) -> str:
+    """Return what a layer multiplies by: a plain type, or the bits and the class of its library."""
+    import torch
+
+    weight: Any = getattr(layer, "weight", None)
+    if type(layer) is torch.nn.Linear and type(getattr(weight, "data", None)) is torch.Tensor:
+        return str(weight.dtype).removeprefix("torch.")
+    bits = getattr(layer, "bits", None) or {"Params4bit": 4, "Int8Params": 8}.get(type(weight).__name__)
+    kind = type(layer if type(layer) is not torch.nn.Linear else weight)
+    name = f"{kind.__module__.partition('.')[0]} {kind.__name__}"
+    return f"{bits}-bit, {name}" if bits else name
+
+
+def _packed(model: PreTrainedModel) -> dict[str, int]:
+    """Return counts in place of `count_weights`' where a library packs matrices into tensors of other shapes."""
+    layers: list[Any] = [layer for layer in _linear_layers(model) if not hasattr(layer, "weight")]
+    if not layers:
+        return {}
+    whole, packed = count_weights(model), dict[int, Any]()
+    for layer in layers:
+        packed |= {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}
+    own = [tensor for layer in layers for tensor in layer.parameters() if tensor.dim() > 1]  # which it has counted
+    quantized, packed_bytes = sum(layer.in_features * layer.out_features for layer in layers), _bytes(packed.values())
+    return {
+        "parameters": whole.parameters - sum(tensor.numel() for tensor in own) + quantized,
+        "linear_bytes": whole.linear_bytes - _bytes(own) + packed_bytes,
+        "quantized_parameters": quantized,
+        "quantized_bytes": packed_bytes,
+    }
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,192 @@
+"""Checkpoints made elsewhere: a row like any other, what really ran, and one line where one cannot be used."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from conftest import command, random_model
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+
+from qnb import InputError, Study, precision
+from qnb.accuracy.tasks import Task
+from qnb.quantize import existing, hub, sources
+from qnb.report import recommend
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
+
+
+@pytest.fixture(autouse=True)
+def only_the_formats(monkeypatch):
+    """Each test begins without labels of another one."""
+    monkeypatch.setattr(precision, "PRECISIONS", precision.PRECISIONS)
+    before = dict(precision.PRECISIONS)
+    yield
+    precision.PRECISIONS.clear()
+    precision.PRECISIONS.update(before)
+
+
+@pytest.fixture(scope="module")
+def released(tiny, tmp_path_factory):
+    """A small model as it was released, in float32, of sizes that bitsandbytes packs on a CPU."""
+    folder, tokenizer = tmp_path_factory.mktemp("released") / "small", tiny[1]
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                         num_attention_heads=4, max_position_embeddings=2048)  # fmt: skip
+    random_model(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(released):
+    """The same model in NF4, as plain transformers saves it."""
+    folder = released.parent / "small-nf4"
+    config = BitsAndBytesConfig(**NF4)
+    model = AutoModelForCausalLM.from_pretrained(
+        released, dtype=torch.float32, quantization_config=config, device_map="cpu"
+    )
+    model.save_pretrained(folder)
+    for path in released.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_a_checkpoint_is_a_row_of_every_table_with_the_accuracy_that_stock_lm_eval_gives(
+    released, quantized, tmp_path
+):
+    label = f"theirs=checkpoint:{quantized}"
+    study = Study(str(released), f"fp32,bf16,{label}", tmp_path / "study")
+    work = study.workload("bs1", 1, 4, 2, "sample")
+    study.quantize()
+    study.accuracy("sample_easy", 4)
+    study.divergence("sample", 64, 32)
+    study.perf_bs1(work, 1)
+    row = study.results().checkpoints.set_index("precision").loc["theirs"]
+    assert row.ran_as == "4-bit, bitsandbytes Linear4bit" and not row.is_unpacked
+    assert 4 < row.bits_per_quantized_weight < 9 and row.file_mib > 0
+    # the oracle
+    stock = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(quantized, device_map="cpu"),
+                 tokenizer=study.session.tokenizer, batch_size=4)  # fmt: skip
+    theirs = Task("sample_easy").evaluate(stock, 4).items
+    (mine,) = [each for each in study.session.ledger.rows("accuracy") if each["precision"] == "theirs"]
+    ours = pd.read_parquet(study.folder / mine["items_file"])
+    for one, other in zip(ours.loglikelihoods, theirs.loglikelihoods, strict=True):
+        assert one == pytest.approx(other, abs=2e-2)
+    # every table, and a study opened anew, by the same label and colour
+    assert "theirs_pct" in study.table("table1_accuracy")
+    for name in ("table2_change", "table3_bs1", "divergence"):
+        assert "theirs" in set(study.table(name).precision)
+    summary = recommend.summary(study.results()).set_index("precision")
+    assert summary.tpot_eager_s["theirs"] > 0 and summary.ran_as["theirs"] == row.ran_as
+    color = precision.PRECISIONS["theirs"].color
+    precision.PRECISIONS.pop("theirs")
+    precision.parse("other=checkpoint:x")  # takes the first colour
+    again = Study(str(released), f"bf16,{label}", study.folder)
+    before = len(again.session.ledger)
+    again.quantize()
+    assert precision.PRECISIONS["theirs"].color == color and len(again.session.ledger) == before
+    assert "theirs" in again.report().read_text() and not (study.folder / "cards" / "theirs").exists()
+
+
+def test_an_unpacked_checkpoint_has_an_accuracy_and_a_size_and_no_speed(source, tmp_path):
+    """The embedded model was unpacked from this file, so nothing may differ."""
+    file = sources.fetch_gguf(tmp_path)
+    study = Study(sources.EMBEDDED, f"bf16,gguf=checkpoint:{file}", tmp_path / "study")
+    study.divergence("sample", 64, 32)
+    alone = Study(sources.EMBEDDED, f"gguf=checkpoint:{file}", study.folder)
+    alone.perf_bs1(alone.workload("bs1", 1, 4, 2, "sample"), 1)
+    row = study.results().checkpoints.set_index("precision").loc["gguf"]
+    assert row.ran_as == "unpacked to bfloat16 (gguf)" and row.is_unpacked and pd.isna(row.weights_mib)
+    assert row.file_mib == pytest.approx(file.stat().st_size / 2**20)
+    assert study.results().divergence.set_index("precision").kl_mean_nats["gguf"] == 0
+    (timed,) = [each for each in study.session.ledger.rows("perf") if each["precision"] == "gguf"]
+    assert "unpacked to bfloat16" in timed["note"] and "tpot_s" not in timed
+    assert "its file takes 93.8 MiB" in study.report().read_text()
+
+
+@pytest.mark.parametrize(("names", "problem"), [
+    ("bf16,checkpoint:", "names no checkpoint"),
+    ("nf4=checkpoint:./x", "name of a format"),
+    ("a=checkpoint:./x,a=checkpoint:./y", "two checkpoints are called 'a'"),
+    (["bf16", "ä=checkpoint:./x"], "has no label"),
+])  # fmt: skip
+def test_a_label_that_cannot_be_one_is_refused(names, problem):
+    with pytest.raises(InputError, match=problem):
+        precision.parse(names)
+
+
+def test_labels_come_from_the_name_and_the_same_checkpoint_is_taken_once():
+    parsed = precision.parse(
+        ["bf16", "checkpoint:you/model-AWQ@main", "checkpoint:./m.q4.gguf", "checkpoint:./m.q4.gguf"]
+    )
+    assert [each.name for each in parsed] == ["bf16", "model-AWQ", "m.q4"]
+    assert len({each.color for each in parsed}) == 3 == len({each.marker for each in parsed})
+
+
+def test_a_checkpoint_comes_from_the_hub_at_one_commit_or_as_one_file(quantized, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "fetch", lambda name, patterns: asked.append((name, [*patterns])) or quantized)
+    assert sources.existing("you/model-AWQ@v1").path == str(quantized)
+    assert [name for name, _ in asked] == ["you/model-AWQ@v1", *[f"you/model-AWQ@{quantized.name}"] * 2]
+    (tmp_path / "q4.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(hub, "fetch", lambda name, patterns: asked.append((name, [*patterns])) or tmp_path)
+    assert sources.existing("you/model-GGUF/q4.gguf").path == str(tmp_path / "q4.gguf")
+    assert asked[-1] == ("you/model-GGUF", ["q4.gguf"])
+    with pytest.raises(InputError, match="is no GGUF file"):
+        sources.existing("you/model-GGUF/q5.gguf")
+
+
+def damaged(quantized, folder, **changes):
+    """A copy of a checkpoint with other settings."""
+    shutil.copytree(quantized, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | changes))
+    return folder
+
+
+def test_what_cannot_be_a_row_is_refused_in_one_line(released, quantized, tmp_path):
+    cases = {
+        "of another model": damaged(quantized, tmp_path / "layers", num_hidden_layers=3),
+        "could not be loaded": damaged(quantized, tmp_path / "method", quantization_config={"quant_method": "magic"}),
+        "code of a model's own is never run": damaged(quantized, tmp_path / "code", model_type="own",
+                                                      auto_map={"AutoConfig": "own.Own"}),
+        "is no folder, GGUF file or hub id": tmp_path / "nothing",
+        "is not whole": damaged(quantized, tmp_path / "half"),
+        "is no GGUF file": tmp_path / "notes.txt",
+    }  # fmt: skip
+    (tmp_path / "half" / "model.safetensors").unlink()
+    (tmp_path / "notes.txt").write_text("no model")
+    for problem, path in cases.items():
+        study = Study(str(released), f"bf16,it=checkpoint:{path}", tmp_path / "study")
+        with pytest.raises(InputError, match=problem) as refused:
+            study.quantize()
+        assert "\n" not in str(refused.value)
+    assert {row["precision"] for row in study.session.ledger.rows("quantize")} == {"bf16"}  # nothing is lost
+
+
+def test_a_torn_file_and_another_vocabulary_are_refused(released, quantized, tmp_path, tiny):
+    torn = shutil.copytree(quantized, tmp_path / "torn")
+    whole = (torn / "model.safetensors").read_bytes()
+    (torn / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    words = shutil.copytree(quantized, tmp_path / "words")
+    settings = json.loads((words / "tokenizer.json").read_text())
+    vocabulary = settings["model"]["vocab"]
+    vocabulary["!"], vocabulary["?"] = vocabulary["?"], vocabulary["!"]
+    (words / "tokenizer.json").write_text(json.dumps(settings))
+    for path, problem in ((torn, "could not be loaded"), (words, "another vocabulary")):
+        with pytest.raises(InputError, match=problem):
+            Study(str(released), f"it=checkpoint:{path}", tmp_path / "study").quantize()
+
+
+def test_a_missing_library_is_named_with_what_installs_it(released, quantized, tmp_path, monkeypatch):
+    path = damaged(quantized, tmp_path / "gptq", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(InputError, match=r"pip install gptqmodel.*all other formats work without"):
+        existing.load(path, "cpu")
+
+
+def test_the_command_line_ends_with_2(released, tmp_path):
+    done = command("run", "--profile", "smoke", "--only", "01", "--output", str(tmp_path / "study"), "-p", "model",
+                   str(released), "-p", "precisions", "bf16,nf4=checkpoint:./x")  # fmt: skip
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "name of a format" in done.stderr
