@@ -85,7 +85,7 @@ class Session:
     model
         ``auto``, ``smollm2-135m``, ``shape:llama-3.2-1b``, a hub id or a local folder; see `qnb.quantize.sources`.
     precisions
-        Names separated by commas; ``"study"`` is bf16, fp16, int8, int4, nf4.
+        Names separated by commas; ``"study"`` is bf16, fp16, int8, int4, nf4. See `qnb.precision.parse`.
     output
         The study's folder, relative to the checkout; on Colab ``drive:name`` is one on Google Drive.
     data_dir

@@ -94,7 +94,7 @@ def test_a_gpu_times_both_engines_alone_and_together(tmp_path, monkeypatch):
     monkeypatch.setattr(engines, "COMPILE_OPTIONS", None)  # kernels have their own test
     study = Study(sources.EMBEDDED, "bf16,int8,nf4", tmp_path / "study")
     work = study.workload("bs1", 4, 16, 12, "sample")
-    alone, together, swept = study.perf_bs1(work, 2), study.perf_maxbatch(work), study.sweep(work, 2)
+    alone, together, swept = study.perf_bs1(work, 1), study.perf_maxbatch(work), study.sweep(work, 2)
     for frame in (alone, together):
         timed = frame.dropna(subset=["throughput_rps"])
         pairs = set(zip(timed.precision, timed.engine, strict=True))
