@@ -39,12 +39,14 @@ def kept(study: Path) -> Iterator[None]:
     except Exception as error:  # of another version of PyTorch, damaged, or not to be read
         LOG.warning("compiled kernels in %s could not be loaded: %s", folder, error)
     before = _built()
-    yield
     try:
-        if _built() > before and (saved := torch.compiler.save_cache_artifacts()):
-            write_atomic(folder / OWN, saved[0])
-    except Exception as error:
-        LOG.warning("compiled kernels could not be kept in %s: %s", folder, error)
+        yield
+    finally:
+        try:
+            if _built() > before and (saved := torch.compiler.save_cache_artifacts()):
+                write_atomic(folder / OWN, saved[0])
+        except Exception as error:
+            LOG.warning("compiled kernels could not be kept in %s: %s", folder, error)
 
 
 def _built() -> int:

@@ -119,9 +119,11 @@ _FORMATS = (
               _four_bit("nf4", "bfloat16", bnb_4bit_use_double_quant=True)),
 )  # fmt: skip
 PRECISIONS = {precision.name: precision for precision in _FORMATS}
+BUILT_IN = frozenset(PRECISIONS)
 BASELINE = "bf16"
 PAPER = ("bf16", "fp16", "int8", "int4")
 STUDY = (*PAPER, "nf4")
+GROUPS: dict[str, tuple[str, ...]] = {"study": STUDY, "paper": PAPER, "all": tuple(PRECISIONS)}
 ORIGIN = "checkpoint:"  # before a folder, a GGUF file or a hub id, and after a label with "="
 # colours and markers of checkpoints that were made elsewhere, beside those above
 _STYLES = (("#762a83", "pentagon"), ("#01665e", "hourglass"), ("#8c510a", "bowtie"), ("#c51b7d", "star-square"),
@@ -142,7 +144,7 @@ def listed(names: str | Iterable[str]) -> list[str]:
     return names.replace(",", " ").split() if isinstance(names, str) else [str(name) for name in names]
 
 
-def parse(names: str | Iterable[str]) -> tuple[Precision, ...]:
+def parse(names: str | Iterable[str], rows: Iterable[Mapping[str, Any]] = ()) -> tuple[Precision, ...]:
     """Return the precisions named, in their order, once each.
 
     Parameters
@@ -151,61 +153,81 @@ def parse(names: str | Iterable[str]) -> tuple[Precision, ...]:
         Names separated by commas or spaces, or a list of names; ``"study"`` and ``"paper"`` stand for the default
         five and the paper's four. ``checkpoint:you/model-AWQ`` is a checkpoint that was made elsewhere, and
         ``AWQ=checkpoint:...`` gives it a label.
+    rows
+        Of the study: checkpoints that it knows keep their colours.
 
     Raises
     ------
     InputError
         A name is unknown or none is given, or a label is taken.
     """
-    groups = {"study": STUDY, "paper": PAPER, "all": [name for name in PRECISIONS if not PRECISIONS[name].origin]}
-    precisions: dict[str, Precision] = {}
-    for word in listed(names):
+    recall(rows := [row for row in rows if row.get("origin")])
+    words, known, origins = listed(names), {row["precision"]: row["style"] for row in rows}, dict[str, str]()
+    parsed: list[str] = []
+    for word in words:
         if ORIGIN in word:
-            label, _, origin = word.partition(ORIGIN)
-            precision = _adopt(label.removesuffix("="), origin)
-            if precisions.setdefault(precision.name, precision).origin != origin:
-                raise InputError(f"two checkpoints are called {precision.name!r}; give one another label before '='")
-            continue
-        for name in groups.get(word.lower(), [word.lower()]):
-            if name not in PRECISIONS:
-                raise unknown("precision", name, PRECISIONS)
-            precisions[name] = PRECISIONS[name]
-    if not precisions:
+            label, origin = _label(word)
+            twins = [
+                each for each in origins if each.lower() == label.lower() and (each, origins[each]) != (label, origin)
+            ]
+            if twins:
+                raise InputError(f"two checkpoints are called {label!r}; give one another label before '='")
+            origins[label] = origin
+            parsed.append(label)
+        else:
+            has_paths = any(ORIGIN in each for each in words)
+            parsed += GROUPS.get(word.lower()) or [_known(word, has_paths)]
+    if not parsed:
         raise InputError(f"no precision was given; name some of: {', '.join(PRECISIONS)}")
-    return tuple(precisions.values())
+    for label, origin in origins.items():
+        known.setdefault(label, next(style for style in count() if style not in known.values()))
+        _register(label, origin, known[label])
+    return tuple(PRECISIONS[name] for name in dict.fromkeys(parsed))
+
+
+def _known(word: str, has_paths: bool) -> str:
+    """Return a format's name, or a label that was given before."""
+    name = word if word in PRECISIONS else word.lower()
+    if name not in PRECISIONS and (has_paths or {"/", "=", ":"} & {*word}):
+        advice = f"give a checkpoint made elsewhere as mine={ORIGIN}PATH, in a list where PATH has a space or comma"
+        raise InputError(f"precision {word!r} is unknown; {advice}")
+    if name not in PRECISIONS:
+        raise unknown("precision", name, PRECISIONS)
+    return name
+
+
+def recall(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Let checkpoints made elsewhere, which a study's rows name, be found in `PRECISIONS` in the colours they had."""
+    for row in sorted((row for row in rows if row.get("origin")), key=lambda row: row["style"]):
+        if row["precision"] not in BUILT_IN:
+            _register(row["precision"], row["origin"], row["style"])
+
+
+def _label(word: str) -> tuple[str, str]:
+    """Return the label and the origin of a checkpoint that was made elsewhere."""
+    label, _, origin = word.partition(ORIGIN)
+    label = label.removesuffix("=") or origin.partition("@")[0].rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    if not origin or not re.fullmatch(r"\w[\w.-]*", label, re.ASCII):
+        raise InputError(
+            f"{word} names no checkpoint, or has no label of letters, digits, '.', '_' and '-'; "
+            f"give a folder, a GGUF file or a hub id, such as AWQ={ORIGIN}you/model-AWQ"
+        )
+    if label.lower() in {*BUILT_IN, *GROUPS, "published"}:
+        raise InputError(
+            f"{label!r} is the name of a format; give the checkpoint a label, as in mine={ORIGIN}{origin}"
+        )
+    return label, origin
+
+
+def _register(label: str, origin: str, style: int) -> None:
+    """Put a label behind all others."""
+    (color, _), (_, marker) = _STYLES[style % len(_STYLES)], _STYLES[(style + style // len(_STYLES)) % len(_STYLES)]
+    PRECISIONS.pop(label, None)
+    PRECISIONS[label] = Precision(
+        label, "as saved", color, marker, label, f"made elsewhere: {origin}", origin=origin, style=style
+    )
 
 
 def title(name: str) -> str:
     """Return a format's name as sentences write it: a label stays as it was given."""
     return name if name in PRECISIONS and PRECISIONS[name].origin else name.upper()
-
-
-def recall(rows: Iterable[Mapping[str, Any]]) -> None:
-    """Let checkpoints made elsewhere, which a study's rows name, be found in `PRECISIONS` in the colours they had."""
-    for row in rows:
-        if row.get("origin"):
-            _register(row["precision"], row["origin"], row["style"])
-
-
-def _adopt(label: str, origin: str) -> Precision:
-    """Return the format of a checkpoint that was made elsewhere; from now on it is found in `PRECISIONS`."""
-    label = label or origin.rstrip("/").rpartition("/")[2].partition("@")[0].removesuffix(".gguf")
-    if not origin or not re.fullmatch(r"\w[\w.-]*", label, re.ASCII):
-        raise InputError(
-            f"{label}={ORIGIN}{origin} names no checkpoint, or has no label of letters, digits, '.', '_' and '-'; "
-            f"give a folder, a GGUF file or a hub id, such as AWQ={ORIGIN}you/model-AWQ"
-        )
-    known = PRECISIONS.get(label)
-    if label.lower() in PRECISIONS and not (known and known.origin):
-        raise InputError(f"{label!r} is the name of a format; give the checkpoint another label before '='")
-    if known:
-        return _register(label, origin, known.style)
-    taken = {precision.style for precision in PRECISIONS.values() if precision.origin}
-    return _register(label, origin, next(style for style in count() if style not in taken))
-
-
-def _register(label: str, origin: str, style: int) -> Precision:
-    color, marker = _STYLES[style % len(_STYLES)]
-    meaning = f"made elsewhere: {origin}"
-    PRECISIONS[label] = Precision(label, "auto", color, marker, label, meaning, origin=origin, style=style)
-    return PRECISIONS[label]

@@ -37,7 +37,7 @@ from qnb.ledger import (
 )
 from qnb.memory import describe_host, host_peak_mib, is_out_of_memory, release, released
 from qnb.options import AUTO, Count, check_minutes, resolve_count
-from qnb.precision import HALVES, PRECISIONS, Precision, parse, recall
+from qnb.precision import HALVES, PRECISIONS, Precision, parse
 from qnb.provenance import ROOT, command, commit, file_state
 from qnb.quantize import checkpoint, existing, sources
 
@@ -131,8 +131,7 @@ class Session:
         self.model, self.seed, self.overwrite, self._minutes = model, seed, overwrite, minutes
         self.folder = locate(output)
         self.ledger = Ledger(self.folder)
-        recall(self.ledger.rows("quantize"))
-        self.precisions = parse(precisions)
+        self.precisions = parse(precisions, self.ledger.rows("quantize"))
         self.data_dir = expand_path(data_dir).resolve() if str(data_dir) else None
         if self.data_dir and not self.data_dir.is_dir():
             raise InputError(f"data_dir {data_dir} is not a folder; give one laid out like the hub, or leave it empty")
@@ -140,7 +139,7 @@ class Session:
         self._overflowing: set[str] = set()  # formats that overflowed in float16 in the stage at work
         self._measured: set[tuple[Any, ...]] = set()  # keys of this session's own rows, which overwriting spares
         self._verified: set[Path] = set()  # checkpoints whose every byte was read by this session
-        self.existing: dict[str, sources.Source] = {}  # checkpoints that were made elsewhere, by label
+        self.existing: dict[str, existing.Found] = {}  # checkpoints that were made elsewhere, by label
         for damage in self.ledger.damaged:
             tqdm.write(f"{damage}; it is passed over and measured again when it is needed")
         if not self.ledger.path.exists():  # what is there can be read wherever it lies
@@ -318,8 +317,9 @@ class Session:
             Further parts of the key: engine, setting, task, repeat.
         """
         versions = {**self.versions, "qnb": __version__.rpartition(".")[0]}  # patch releases measure alike
+        how_it_runs = stage == "quantize" and precision and precision.origin
         parts: dict[str, Any] = {
-            "device": self.device.kind if stage in ON_ANY_GPU else self.device.name,
+            "device": self.device.kind if stage in ON_ANY_GPU and not how_it_runs else self.device.name,
             "versions": {name: versions[name] for name in LIBRARIES.get(stage, ())},
             "asked": dict(asked or {}),
         }
@@ -327,8 +327,8 @@ class Session:
             parts["weights"] = self.source.fingerprint
         if precision:
             precision = self.pinned(precision)
-            made_elsewhere = {"checkpoint": existing.find(self, precision).fingerprint} if precision.origin else {}
-            parts |= {"quantization": precision.quantization or made_elsewhere, "dtype": precision.dtype}
+            quantization = asdict(existing.find(self, precision)) if precision.origin else precision.quantization
+            parts |= {"quantization": quantization, "dtype": precision.dtype}
             fields |= {"precision": precision.name, "dtype": precision.dtype}
         return {"stage": stage, **fields, "fingerprint": fingerprint(parts)}
 
@@ -424,14 +424,14 @@ class Session:
     def exclusive(self, notebook: str = "") -> Iterator[Clock]:
         """Measure while no other process measures into the same folder; wait for one that does, and say so.
 
-        The block gets a clock with the time that its notebook, such as ``"02"``, may still take. What a block takes
-        that measures something is recorded.
+        The block gets a clock with the time that its notebook, such as ``"02"``, may still take.
         """
         self.check_writable()
         self.folder.mkdir(parents=True, exist_ok=True)
         waiting = f"another process is measuring into {self.folder}; waiting for it"
         with holding(self.folder / ".lock", lambda: tqdm.write(waiting)):
             self.device.use()
+            existing.check(self)
             started_s, before = now_s(), self.ledger.revision
             is_planned = bool(notebook and self.minutes)
             taken_s = self._taken_s() if is_planned else {}

@@ -126,7 +126,7 @@ def load_tokenizer(folder: str | Path, **options: Any) -> PreTrainedTokenizerBas
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
         if not tokenizer("a word")["input_ids"]:  # without files, some classes make a tokenizer without tokens
             raise ValueError("it makes no tokens")
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a library says of files that are not what they should be
         raise InputError(f"{folder} has no tokenizer that transformers can load; save one beside the model") from error
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.eos_token or tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)

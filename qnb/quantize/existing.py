@@ -1,14 +1,17 @@
 """Checkpoints that were made elsewhere: loaded, compared with the study's model, and described as they really run.
 
-Some run packed, with kernels of their library. Others are unpacked to 16 bit when they are loaded or first used. Those
-have an accuracy and the size of their file. Their speed and memory would be those of 16 bit, so they have none.
+Some run packed, with kernels of their library. Others are unpacked when they are loaded or first used. Those have an
+accuracy and the size of their file. Their speed and memory would be those of unpacked weights, so they have none.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads")  # fmt: skip
+PLAIN = {"bfloat16", "float16", "float32"}
 PACKAGES = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto-round",
             "compressed-tensors": "compressed-tensors", "torchao": "torchao", "quanto": "optimum-quanto",
             "gguf": "gguf"}  # fmt: skip
@@ -44,23 +48,73 @@ class Existing(Weights):
     is_unpacked: bool
 
 
-def find(session: Session, precision: Precision) -> Source:
+def check(session: Session) -> None:
+    """Refuse, before anything is measured, what cannot be a row of the study.
+
+    Raises
+    ------
+    InputError
+        A checkpoint is not there, or it is of another model.
+    """
+    for precision in session.precisions:
+        if precision.origin:
+            find(session, precision)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A checkpoint that was made elsewhere: where it lies, what it holds, and which library reads it."""
+
+    name: str  # as the user may give it; of one from the hub, with the commit that was fetched
+    path: str
+    fingerprint: str
+    library: str  # with its version; empty where it is one that every study names
+
+
+def find(session: Session, precision: Precision) -> Found:
     """Return the checkpoint of a format that was made elsewhere, once it was found to be of the study's model."""
-    if precision.name not in session.existing:
-        source = sources.existing(precision.origin)
-        check_same_model(Path(source.path), session.source, session.tokenizer)
-        session.existing[precision.name] = source
+    if precision.name in session.existing:
+        return session.existing[precision.name]
+    source = sources.existing(precision.origin)
+    path = Path(source.path)
+    for row in session.ledger.rows("quantize"):
+        if row["precision"] == precision.name and row["checkpoint_fingerprint"] != source.fingerprint:
+            raise InputError(
+                f"label {precision.name!r} stands for another checkpoint in {session.folder}: {row['origin']}, as it "
+                "was then; give another label before '=', or another output"
+            )
+    try:
+        check_same_model(path, session.source, session.tokenizer)
+        library = _library(method(path))
+    except InputError:
+        raise
+    except Exception as error:  # whatever a library says of a damaged file
+        raise InputError(_unreadable(path, error)) from error
+    session.existing[precision.name] = Found(source.name, source.path, source.fingerprint, library)
     return session.existing[precision.name]
+
+
+def _library(how: str) -> str:
+    package = PACKAGES.get(how, "")
+    with suppress(metadata.PackageNotFoundError):
+        return f"{package} {metadata.version(package)}" if package else ""
+    return ""
+
+
+def _unreadable(path: str | Path, error: Exception) -> str:
+    reason = scrub(str(error)) or type(error).__name__
+    return f"{ORIGIN}{path} could not be loaded ({reason}); fetch or save it again"
 
 
 def row(session: Session, precision: Precision) -> Row:
     """Return the row that describes a checkpoint made elsewhere; it is loaded for that once."""
-    key = session.key("quantize", precision)
-    if found := session.find(key):
-        return found
+    key, found = session.key("quantize", precision), find(session, precision)
+    if measured := session.find(key):
+        return measured
     with released():
-        facts = describe(Path(find(session, precision).path), session.tokenizer, session.device.place)
-    return session.append(key, asdict(facts), {"origin": precision.origin, "style": precision.style})
+        facts = describe(Path(found.path), session.tokenizer, session.device.place)
+    where = {"checkpoint": found.name, "checkpoint_fingerprint": found.fingerprint, "library": found.library}
+    return session.append(key, asdict(facts), where, {"origin": precision.origin, "style": precision.style})
 
 
 def method(path: Path) -> str:
@@ -83,19 +137,26 @@ def load(path: Path, device: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     is_file = path.is_file()
-    options: dict[str, Any] = _unpacking(path) if is_file else {"config": read_config(path), "dtype": "auto"}
+    options = _unpacking(path) if is_file else {"config": read_config(path), "dtype": "auto", "use_safetensors": True}
     try:
         with quiet():
             folder = str(path.parent if is_file else path)
-            model = AutoModelForCausalLM.from_pretrained(folder, device_map=device, trust_remote_code=False, **options)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, device_map=device, trust_remote_code=False, output_loading_info=True,
+                ignore_mismatched_sizes=True, **options,
+            )  # fmt: skip
+        model, report = loaded
+        if wrong := [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]:
+            raise ValueError(f"{len(wrong)} tensors are missing or of another shape, such as {min(wrong)}")
     except Exception as error:  # whatever its library raises
         if is_out_of_memory(error):
             raise
-        advice = f"its reason: {scrub(str(error)) or type(error).__name__}"
+        line = _unreadable(path, error)
         if isinstance(error, ImportError):
-            package = PACKAGES.get(method(path), "the library that it names")
-            advice = f"it needs `pip install {package}`; all other formats work without ({advice})"
-        raise InputError(f"{ORIGIN}{path} could not be loaded: {advice}") from error
+            package = PACKAGES.get(method(path))
+            needs = f"`pip install {package}`" if package else "a library that is not installed"
+            line = f"{ORIGIN}{path} needs {needs}; all other formats work without ({scrub(str(error))})"
+        raise InputError(line) from error
     return model.eval()
 
 
@@ -126,10 +187,9 @@ def check_same_model(path: Path, source: Source, tokenizer: PreTrainedTokenizerB
                 "give a checkpoint that was made of this model"
             )
     options = {"gguf_file": path.name} if path.is_file() else {}
-    try:
-        own = load_tokenizer(path.parent if path.is_file() else path, **options)
-    except InputError:
+    if not options and not [*path.glob("tokenizer*"), *path.glob("vocab*"), *path.glob("*.model")]:
         return  # it brings none: the study's is used in any case
+    own = load_tokenizer(path.parent if path.is_file() else path, **options)
     if own.get_vocab() != tokenizer.get_vocab():
         words = set(own.get_vocab().items()) ^ set(tokenizer.get_vocab().items())
         raise InputError(
@@ -141,10 +201,10 @@ def check_same_model(path: Path, source: Source, tokenizer: PreTrainedTokenizerB
 def _config(path: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
+    if path.is_dir():
+        return read_config(path)
     with quiet():
-        return (
-            AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name) if path.is_file() else read_config(path)
-        )
+        return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
 
 
 def describe(path: Path, tokenizer: PreTrainedTokenizerBase, device: str) -> Existing:
@@ -162,9 +222,9 @@ def describe(path: Path, tokenizer: PreTrainedTokenizerBase, device: str) -> Exi
     load_s = perf_counter() - started
     weights = asdict(count_weights(model)) | _packed(model)
     checkpoint.logits(model, tokenizer)  # some unpack at the first product
-    kinds = Counter(_kind(layer) for layer in _linear_layers(model))
-    kind, how = kinds.most_common(1)[0][0], method(path)
-    is_unpacked = bool(how) and kind in {"bfloat16", "float16", "float32"}
+    kinds, how = Counter(_kind(layer) for layer in _linear_layers(model)), method(path)
+    packed = [kind for kind, _ in kinds.most_common() if kind not in PLAIN]
+    kind, is_unpacked = next(iter([*packed, *kinds]), ""), bool(how) and not packed
     if is_unpacked:
         unknown = dict.fromkeys((*(name for name in weights if name.endswith("_bytes")), "quantized_parameters"))
         weights = asdict(count_weights(model)) | unknown | {"left_out": {}}
@@ -178,7 +238,7 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
     """Yield the layers that multiply by a matrix, without the output head."""
     head = model.get_output_embeddings()
     for module in model.modules():
-        if module is not head and "Linear" in type(module).__name__:
+        if module is not head and re.search("Linear|Conv1D", type(module).__name__):
             yield module
 
 
@@ -187,7 +247,8 @@ def _kind(layer: torch.nn.Module) -> str:
     import torch
 
     weight: Any = getattr(layer, "weight", None)
-    if type(layer) is torch.nn.Linear and type(getattr(weight, "data", None)) is torch.Tensor:
+    is_plain = type(layer) is torch.nn.Linear or type(layer).__name__ == "Conv1D"
+    if is_plain and type(getattr(weight, "data", None)) is torch.Tensor:
         return str(weight.dtype).removeprefix("torch.")
     bits = getattr(layer, "bits", None) or {"Params4bit": 4, "Int8Params": 8}.get(type(weight).__name__)
     kind = type(layer if type(layer) is not torch.nn.Linear else weight)

@@ -125,6 +125,12 @@ def existing(origin: str) -> Source:
     """
     path = expand_path(origin).resolve()
     if path.is_dir():
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        if not (path / CONFIG).exists():
+            what = (
+                f"one of its files, such as {ORIGIN}{path / files[0]}" if files else "one that save_pretrained wrote"
+            )
+            raise InputError(f"{ORIGIN}{origin} is a folder without {CONFIG}; give {what}")
         return _from_folder(origin, path, "named", may_be_quantized=True)
     *repository, file = origin.split("/", 2) if origin.endswith(".gguf") else (origin, "")
     if not path.is_file():

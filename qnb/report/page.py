@@ -96,7 +96,8 @@ def _summary(frame: pd.DataFrame) -> pd.DataFrame:
 def _ran_as(frame: pd.DataFrame) -> Iterator[tuple[str, str]]:
     """Yield how each checkpoint that was made elsewhere ran; of one that was unpacked, what its file takes."""
     for row in frame.reindex(columns=["precision", "ran_as", "is_unpacked", "file_mib"]).dropna().itertuples():
-        yield row.precision, row.ran_as + f"; its file takes {row.file_mib:,.1f} MiB" * bool(row.is_unpacked)
+        speed = f", so it has no speed of its own; its file takes {row.file_mib:,.1f} MiB"
+        yield row.precision, row.ran_as + speed * bool(row.is_unpacked)
 
 
 def checkpoints(results: Results) -> pd.DataFrame:
@@ -129,6 +130,9 @@ def card(results: Results) -> dict[str, str]:
     facts["measured"] = sorted(when[:10] for when in rows.measured_at.dropna())
     facts["rows"] = [f"{count} {stage}" for stage, count in Counter(rows.stage).items() if stage not in PLANS]
     facts["checkpoints"] = results.checkpoints.get("fingerprint", [])
+    facts["made elsewhere"] = [
+        f"{name}: {PRECISIONS[name].origin}" for name in results.precisions if PRECISIONS[name].origin
+    ]
     facts["written by"] = [f"qnb {__version__}"]
     if results.folder and (ledger := results.folder / "ledger.jsonl").exists():
         facts["ledger"] = [f"{ledger.name}, sha256 {file_sha256(ledger)}"]

@@ -10,7 +10,7 @@ import pandas as pd
 
 from qnb.columns import Flag, column, format_value, is_disturbed
 from qnb.precision import BASELINE, title
-from qnb.report.results import Results, is_unfused, unfused
+from qnb.report.results import Results, is_unfused, stack, unfused
 from qnb.report.scores import MEAN
 from qnb.report.verdicts import Verdict, check_margin, decide, in_points, judge
 
@@ -18,6 +18,7 @@ SPEEDS = ("tpot_s", "throughput_rps", "throughput_tps")  # what candidates may b
 FITS, UNSURE, RULED_OUT = "fits", "may fit", "ruled out"
 RANKED = ("precision", "engine", "fit", "peak_memory_mib", "weights_mib", "tpot_s", "change_pp", "low_pp", "high_pp",
           "kl_mean_nats", "words", "reasons", "model")  # fmt: skip
+TIE = 1e-3  # values that differ by less, relative to the smaller, are equal
 SUMMARY = ("precision", "weights_mib", "peak_memory_mib", "tpot_eager_s", "tpot_captured_s", "throughput_rps",
            "energy_j_per_token", "change_pp", "low_pp", "high_pp", "perplexity_change_pct", "kl_mean_nats", "verdict",
            "words")  # fmt: skip
@@ -66,8 +67,9 @@ def candidates(results: Results, setting: str, task: str = MEAN) -> pd.DataFrame
         The task whose accuracy counts, or `MEAN` for the mean over the tasks that count.
     """
     timed, verdicts = results.timed(setting), judge(results, task=task).drop(columns=["verdict", "words"])
-    if timed.empty:
-        timed = timed.reindex(range(len(verdicts))).assign(precision=verdicts.index, engine="not timed")
+    untimed = verdicts.index[~verdicts.index.isin(timed.precision)]
+    timed = stack([timed, pd.DataFrame({"precision": untimed, "engine": "not timed"})]) if len(untimed) else timed
+    timed = timed.assign(precision=timed.precision.astype(verdicts.index.dtype))
     stored_mib = timed.precision.map(_by_format(results.checkpoints, "weights_mib").weights_mib)
     timed = timed.assign(
         weights_mib=stored_mib.combine_first(timed.weights_mib),
@@ -273,6 +275,8 @@ def sentence(results: Results) -> str:
     allowed = table[is_allowed]
     alone = unfused(results.speed[results.speed.precision.isin(allowed.precision)])
     closing = [f"{Flag.UNFUSED.text.capitalize()}: {alone}."] if alone else []
+    if results.bs1["flags"].map(is_disturbed).any():
+        closing.append("Other processes disturbed the timing.")
     return " ".join([*opening, *_extremes(allowed, "" if is_allowed.all() else ", of those not ruled out"), *closing])
 
 
@@ -287,5 +291,7 @@ def _extremes(allowed: pd.DataFrame, among: str) -> Iterator[str]:
         (f"smallest{among}", size, allowed[size]),
     ):
         if values.notna().sum() > 1:
-            best, label = values.idxmin(), column(name).label.partition(" (")[0]
-            yield f"{title(allowed.precision[best])} is {what} ({label} {_shown(name, values[best])})."
+            label, best = column(name).label.partition(" (")[0], values.min()
+            names = [title(each) for each in allowed.precision[values <= best * (1 + TIE)]]
+            be = "is" if len(names) == 1 else "are"
+            yield f"{' and '.join(names)} {be} {what} ({label} {_shown(name, best)})."

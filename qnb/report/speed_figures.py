@@ -166,7 +166,10 @@ def _parts(
     if runs.empty:
         return theme.nothing(title, note)
     parts = {name: part[known] for name, part in parts.items()}
-    return theme.stacked(runs, parts, title, f"{note}; each panel has its own scale{theme.fusing(runs)}")
+    note += (
+        "; each panel has its own scale" + DISTURBED * bool(runs["flags"].map(is_disturbed).any()) + theme.fusing(runs)
+    )
+    return theme.stacked(runs, parts, title, note)
 
 
 def roofline(results: Results) -> go.Figure:

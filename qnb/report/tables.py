@@ -14,7 +14,7 @@ from pandas.io.formats.style import Styler
 
 from qnb.columns import flag_text, format_number, format_value, header, is_disturbed
 from qnb.ledger import write_atomic
-from qnb.precision import BASELINE
+from qnb.precision import BASELINE, title
 from qnb.report import comparison, paper, scores, verdicts
 from qnb.report.batch_plans import plans
 from qnb.report.results import NOT_FUSED, SPEED, Results, flag_list, in_order, is_unfused, stack, task_name
@@ -239,7 +239,7 @@ def _across(frame: pd.DataFrame, what: str) -> pd.DataFrame:
     order = list(dict.fromkeys(frame.task))
     wide = frame.drop_duplicates(["task", "precision"]).pivot(index="task", columns="precision", values="cell")
     items = frame.dropna(subset=["n_items"]).groupby("task").n_items.max().map("{:,.0f}".format)
-    wide = wide.loc[order, list(dict.fromkeys(frame.precision))].rename(columns=str.upper)
+    wide = wide.loc[order, list(dict.fromkeys(frame.precision))].rename(columns=title)
     wide.insert(0, header("n_items"), items)
     return wide.rename(index=task_name).rename_axis(what, axis=0).rename_axis(None, axis=1).reset_index().fillna("-")
 

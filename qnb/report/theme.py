@@ -83,8 +83,7 @@ def panels(frame: pd.DataFrame, names: Sequence[str], *also: str) -> pd.DataFram
     values = {name: frame[name].astype(float) * column(name).scale for name in names}
     parts = [frame.assign(panel=header(name), value=values[name], hover=hovers(frame, name, *also)) for name in names]
     long = stack(parts).dropna(subset=["value"])
-    stars = ["*" * is_disturbed(flags) for flags in long.get("flags", [""] * len(long))]
-    return long.assign(text=[text + star for text, star in zip(numbers(long.value), stars, strict=True)])
+    return long.assign(text=numbers(long.value, long.get("flags")))
 
 
 def fusing(runs: pd.DataFrame) -> str:
@@ -116,7 +115,7 @@ def stacked(frame: pd.DataFrame, parts: Mapping[str, pd.Series], title: str, not
     """
     opacity = {name: 1 - 0.7 * place / max(len(parts) - 1, 1) for place, name in enumerate(parts)}
     total = sum(parts.values())
-    frame = frame.assign(**parts, low=0.0, high=total, is_low=False, text=numbers(total))
+    frame = frame.assign(**parts, low=0.0, high=total, is_low=False, text=numbers(total, frame.get("flags")))
     long = frame.melt(["panel", "precision", "hover"], list(parts), "part", "length")
     look = {**by_format(frame), **facets(*_shape(frame)), "color": "part"}
     figure = px.bar(long, x="length", y="precision", **look).update_traces(showlegend=False)
@@ -250,9 +249,14 @@ def wrapped(text: str, letters: int) -> str:
     return "<br>".join(textwrap.wrap(text, letters, break_long_words=False))
 
 
-def numbers(values: pd.Series) -> list[str]:
-    """Return values as the short texts beside marks: three significant digits, or all those before the point."""
-    return [f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" for value in values]
+def numbers(values: pd.Series, flags: pd.Series | None = None) -> list[str]:
+    """Return values as the short texts beside marks: three significant digits, or all those before the point.
+
+    With the rows' flags an asterisk marks what other processes disturbed.
+    """
+    stars = ["*" * is_disturbed(each) for each in flags] if flags is not None else [""] * len(values)
+    texts = (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" for value in values)
+    return [text + star for text, star in zip(texts, stars, strict=True)]
 
 
 def caption(figure: go.Figure) -> str:

@@ -70,7 +70,7 @@ class Series:
         from qnb.speed.engines import why_unavailable
 
         if self.precision.origin and (row := existing.row(self.session, self.precision))["is_unpacked"]:
-            return f"{row['ran_as']}: its speed and memory would be those of 16 bit"
+            return f"{row['ran_as']}: its speed and memory would be those of the unpacked weights"
         return why_unavailable(self.engine, self.session.device.kind, self.precision.threshold)
 
     @property

@@ -18,8 +18,9 @@ from qnb import memory, prompts
 from qnb.columns import flag_text
 from qnb.errors import InputError
 from qnb.options import Count, check_count
-from qnb.precision import parse
+from qnb.precision import Precision, parse
 from qnb.prompts import Workload
+from qnb.quantize import existing
 from qnb.speed import batch_search, plan
 from qnb.speed.batch_search import LargestBatch
 from qnb.speed.passes import Loaded, Series, time_in_turn, with_model
@@ -237,7 +238,19 @@ def _all_series(session: Session, setting: str, options: TimingOptions, **asked:
     series = partial(
         Series, session, setting, options.workload, repeats, device_peaks(session, NOTEBOOKS.get(setting, "04"))
     )
-    return [series(precision, engine, asked) for precision, engine in product(session.precisions, engines)]
+    with session.exclusive(NOTEBOOKS.get(setting, "04")):
+        precisions = [precision for precision in session.precisions if _can_be_loaded(session, precision)]
+    return [series(precision, engine, asked) for precision, engine in product(precisions, engines)]
+
+
+def _can_be_loaded(session: Session, precision: Precision) -> bool:
+    """Return whether a format can be timed; a checkpoint made elsewhere that cannot is recorded as a failure."""
+    if not precision.origin:
+        return True
+    with session.failing(session.key("quantize", precision), precision.name):
+        existing.row(session, precision)
+        return True
+    return False
 
 
 def _search(series: Series) -> None:

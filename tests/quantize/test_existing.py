@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import command, random_model
 from lm_eval.models.huggingface import HFLM
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from qnb import InputError, Study, precision
 from qnb.accuracy.tasks import Task
-from qnb.quantize import existing, hub, sources
+from qnb.quantize import checkpoint, existing, hub, sources
 from qnb.report import recommend
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
@@ -108,6 +109,10 @@ def test_an_unpacked_checkpoint_has_an_accuracy_and_a_size_and_no_speed(source, 
 
 @pytest.mark.parametrize(("names", "problem"), [
     ("bf16,checkpoint:", "names no checkpoint"),
+    ("bf16,mine=./x", "mine=checkpoint:PATH"),
+    ("a=checkpoint:./my models/x", "in a list where PATH has a space or comma"),
+    ("Study=checkpoint:./x", "name of a format"),
+    ("a=checkpoint:./x,A=checkpoint:./x", "two checkpoints are called 'A'"),
     ("nf4=checkpoint:./x", "name of a format"),
     ("a=checkpoint:./x,a=checkpoint:./y", "two checkpoints are called 'a'"),
     (["bf16", "ä=checkpoint:./x"], "has no label"),
@@ -123,6 +128,56 @@ def test_labels_come_from_the_name_and_the_same_checkpoint_is_taken_once():
     )
     assert [each.name for each in parsed] == ["bf16", "model-AWQ", "m.q4"]
     assert len({each.color for each in parsed}) == 3 == len({each.marker for each in parsed})
+
+
+def test_a_label_has_its_colour_in_its_study_whatever_other_studies_named():
+    precision.parse("y=checkpoint:./y")
+    rows = [{"precision": "x", "origin": "./x", "style": 0}, {"precision": "bf16", "origin": "./z", "style": 1}]
+    x, y = precision.parse("x=checkpoint:./x,y=checkpoint:./y", rows)
+    (again,) = precision.parse("y")
+    assert (x.style, y.style, again.name) == (0, 2, "y") and x.color != y.color
+    assert [*precision.PRECISIONS][-2:] == ["x", "y"] and not precision.PRECISIONS["bf16"].origin
+    with pytest.raises(InputError, match="unknown"):
+        precision.parse("typo=checkpoint:./t,nothing")
+    assert "typo" not in precision.PRECISIONS
+    assert [each.name for each in precision.parse("GPT=checkpoint:./g,study")][:2] == ["GPT", "bf16"]
+    assert precision.parse("GPT")[0].origin == "./g"
+    styles = [
+        (each.color, each.marker) for each in precision.parse(",".join(f"m{n}=checkpoint:./{n}" for n in range(12)))
+    ]
+    assert len(set(styles)) == 12
+
+
+def test_a_label_stands_for_one_checkpoint_in_a_study(released, quantized, tmp_path):
+    Study(str(released), f"a=checkpoint:{quantized}", tmp_path / "study").quantize()
+    other = damaged(quantized, tmp_path / "other", quantization_config={**NF4, "llm_int8_skip_modules": ["x"]})
+    study = Study(str(released), f"a=checkpoint:{other}", tmp_path / "study", overwrite=True)
+    with pytest.raises(InputError, match="label 'a' stands for another checkpoint"):
+        study.quantize()
+
+
+def test_some_packed_layers_are_enough_to_run_packed_and_none_may_be_missing(released, tmp_path):
+    skipped = BitsAndBytesConfig(**NF4, llm_int8_skip_modules=["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"])
+    partly = tmp_path / "partly"
+    AutoModelForCausalLM.from_pretrained(
+        released, dtype=torch.float32, quantization_config=skipped, device_map="cpu"
+    ).save_pretrained(partly)
+    facts = existing.describe(partly, checkpoint.load_tokenizer(released), "cpu")
+    assert facts.ran_as == "4-bit, bitsandbytes Linear4bit" and not facts.is_unpacked
+    holes = shutil.copytree(released, tmp_path / "holes")
+    tensors = load_file(holes / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
+    save_file(kept, holes / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="tensors are missing or of another shape"):
+        existing.load(holes, "cpu")
+
+
+def test_one_checkpoint_that_cannot_be_loaded_costs_no_other_its_speed(released, quantized, tmp_path, monkeypatch):
+    study = Study(str(released), f"bad=checkpoint:{quantized},fp32", tmp_path / "study")
+    monkeypatch.setattr(existing, "describe", lambda *_: 1 // 0)
+    study.perf_bs1(study.workload("bs1", 1, 4, 2, "sample"), 1)
+    assert [row["precision"] for row in study.session.ledger.rows("perf")] == ["fp32"]
+    assert [row["precision"] for row in study.session.ledger.failures()] == ["bad"]
 
 
 def test_a_checkpoint_comes_from_the_hub_at_one_commit_or_as_one_file(quantized, tmp_path, monkeypatch):
