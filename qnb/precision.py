@@ -163,7 +163,7 @@ def parse(names: str | Iterable[str], rows: Iterable[Mapping[str, Any]] = ()) ->
     """
     recall(rows := [row for row in rows if row.get("origin")])
     words, known, origins = listed(names), {row["precision"]: row["style"] for row in rows}, dict[str, str]()
-    parsed: list[str] = []
+    parsed, has_paths = list[str](), any(ORIGIN in word for word in words)
     for word in words:
         if ORIGIN in word:
             label, origin = _label(word)
@@ -175,7 +175,6 @@ def parse(names: str | Iterable[str], rows: Iterable[Mapping[str, Any]] = ()) ->
             origins[label] = origin
             parsed.append(label)
         else:
-            has_paths = any(ORIGIN in each for each in words)
             parsed += GROUPS.get(word.lower()) or [_known(word, has_paths)]
     if not parsed:
         raise InputError(f"no precision was given; name some of: {', '.join(PRECISIONS)}")

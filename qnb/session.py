@@ -327,7 +327,7 @@ class Session:
             parts["weights"] = self.source.fingerprint
         if precision:
             precision = self.pinned(precision)
-            quantization = asdict(existing.find(self, precision)) if precision.origin else precision.quantization
+            quantization = existing.find(self, precision).content if precision.origin else precision.quantization
             parts |= {"quantization": quantization, "dtype": precision.dtype}
             fields |= {"precision": precision.name, "dtype": precision.dtype}
         return {"stage": stage, **fields, "fingerprint": fingerprint(parts)}
@@ -424,20 +424,20 @@ class Session:
     def exclusive(self, notebook: str = "") -> Iterator[Clock]:
         """Measure while no other process measures into the same folder; wait for one that does, and say so.
 
-        The block gets a clock with the time that its notebook, such as ``"02"``, may still take.
+        The block gets a clock with the time that its notebook, such as 02, may still take; what it takes is kept.
         """
         self.check_writable()
         self.folder.mkdir(parents=True, exist_ok=True)
         waiting = f"another process is measuring into {self.folder}; waiting for it"
         with holding(self.folder / ".lock", lambda: tqdm.write(waiting)):
             self.device.use()
-            existing.check(self)
             started_s, before = now_s(), self.ledger.revision
             is_planned = bool(notebook and self.minutes)
             taken_s = self._taken_s() if is_planned else {}
             clock = Clock(budget.allowed_s(self.minutes, notebook, taken_s) if is_planned else math.inf, started_s)
             try:
                 with released(), kernels.kept(self.folder):
+                    existing.check(self)
                     yield clock
             finally:
                 if is_planned and self.ledger.revision != before:
@@ -470,7 +470,7 @@ class Session:
         """Return the folder of a format's checkpoint; make it if it is missing, damaged or to be overwritten."""
         if precision.origin:
             existing.row(self, precision)
-            return Path(existing.find(self, precision).path)
+            return existing.find(self, precision).path
         precision = self.pinned(precision)
         folder = self.folder / "checkpoints" / precision.checkpoint
         if folder in self._verified and folder.exists():  # bytes are read once

@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -204,10 +204,10 @@ def load(folder: str | Path, precision: Precision, device: str) -> PreTrainedMod
             trust_remote_code=False, use_safetensors=True, **options,
         )  # fmt: skip
     model, report = loaded
-    wrong = {*report["missing_keys"], *(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])}
+    wrong = absent_tensors(report)
     stacks = {_stack(name) for name, _ in model.named_parameters()} - {""}
     wrong |= {key for key in report["unexpected_keys"] if _stack(key) in stacks}
-    if wrong:  # transformers would draw the missing ones at random and pass over the others
+    if wrong:  # of those left over, transformers would say nothing
         what, advice = "a config.json and safetensors that do not belong together", "save both from one model"
         if _is_half(folder, config):
             what, advice = "a text half that transformers cannot take out", "give a model that is text alone"
@@ -216,6 +216,12 @@ def load(folder: str | Path, precision: Precision, device: str) -> PreTrainedMod
             f"{min(wrong)}; {advice}"
         )
     return model.eval()
+
+
+def absent_tensors(report: Mapping[str, Any]) -> set[str]:
+    """Return the tensors that transformers would draw at random, as they are missing or of another shape."""
+    mismatched = (key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
+    return {*report["missing_keys"], *mismatched}
 
 
 def _skipped_modules(config: PretrainedConfig, precision: Precision, device: str) -> list[str] | None:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qnb.errors import InputError, scrub
 from qnb.ledger import Row
@@ -61,14 +61,21 @@ def check(session: Session) -> None:
             find(session, precision)
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A checkpoint that was made elsewhere: where it lies, what it holds, and which library reads it."""
+class Found(NamedTuple):
+    """A checkpoint that was made elsewhere, and the library that reads it."""
 
-    name: str  # as the user may give it; of one from the hub, with the commit that was fetched
-    path: str
-    fingerprint: str
+    source: Source
     library: str  # with its version; empty where it is one that every study names
+
+    @property
+    def path(self) -> Path:
+        """Its folder, or its GGUF file."""
+        return Path(self.source.path)
+
+    @property
+    def content(self) -> dict[str, str]:
+        """What its rows depend on, wherever it lies."""
+        return {"checkpoint_fingerprint": self.source.fingerprint, "library": self.library}
 
 
 def find(session: Session, precision: Precision) -> Found:
@@ -90,7 +97,7 @@ def find(session: Session, precision: Precision) -> Found:
         raise
     except Exception as error:  # whatever a library says of a damaged file
         raise InputError(_unreadable(path, error)) from error
-    session.existing[precision.name] = Found(source.name, source.path, source.fingerprint, library)
+    session.existing[precision.name] = Found(source, library)
     return session.existing[precision.name]
 
 
@@ -112,9 +119,9 @@ def row(session: Session, precision: Precision) -> Row:
     if measured := session.find(key):
         return measured
     with released():
-        facts = describe(Path(found.path), session.tokenizer, session.device.place)
-    where = {"checkpoint": found.name, "checkpoint_fingerprint": found.fingerprint, "library": found.library}
-    return session.append(key, asdict(facts), where, {"origin": precision.origin, "style": precision.style})
+        facts = describe(found.path, session.tokenizer, session.device.place)
+    named = {"origin": precision.origin, "style": precision.style, "checkpoint": found.source.name}
+    return session.append(key, asdict(facts), found.content, named)
 
 
 def method(path: Path) -> str:
@@ -146,8 +153,8 @@ def load(path: Path, device: str) -> PreTrainedModel:
                 ignore_mismatched_sizes=True, **options,
             )  # fmt: skip
         model, report = loaded
-        if wrong := [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]:
-            raise ValueError(f"{len(wrong)} tensors are missing or of another shape, such as {min(wrong)}")
+        if absent := checkpoint.absent_tensors(report):
+            raise ValueError(f"{len(absent)} tensors are missing or of another shape, such as {min(absent)}")
     except Exception as error:  # whatever its library raises
         if is_out_of_memory(error):
             raise

@@ -17,7 +17,11 @@ from qnb.report.tables import knees
 METRICS = ("throughput_rps", "seconds_per_request", "utilization_pct", "peak_memory_mib")
 SWEPT = ("throughput_rps", "batch_latency_s")
 TIMELINE = ("utilization_pct", "memory_mib", "power_w", "clock_mhz")
-DISTURBED = "; *: disturbed by other processes"
+
+
+def _disturbed(runs: pd.DataFrame) -> str:
+    """Return what a note adds where an asterisk marks a row."""
+    return "; *: disturbed by other processes" if runs["flags"].map(is_disturbed).any() else ""
 
 
 def metrics(results: Results, setting: str) -> go.Figure:
@@ -35,8 +39,8 @@ def metrics(results: Results, setting: str) -> go.Figure:
     if frame.empty:
         return theme.nothing(title)
     note = ("hollow: eager; filled: cuda_graph; panels with lines are logarithmic" if frame.engine.nunique() > 1
-            else "each panel has its own unit") + DISTURBED * any(frame.text.str.endswith("*"))  # fmt: skip
-    note += theme.fusing(frame)
+            else "each panel has its own unit")  # fmt: skip
+    note += _disturbed(frame) + theme.fusing(frame)
     if paper.is_published_model(results.model):
         published = paper.performance(3 if setting == "bs1" else 4).rename(columns={"vram_mib": "peak_memory_mib"})
         published = published[published.precision.isin(frame.precision)].assign(engine=theme.PUBLISHED)
@@ -66,7 +70,7 @@ def heatmap(results: Results, setting: str) -> go.Figure:
         )
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed", tickfont={"size": 10}).update_xaxes(tickangle=0, tickfont={"size": 10})
-    note = "dark is better; of utilization, more" + DISTURBED * any(stars) + theme.fusing(runs)
+    note = "dark is better; of utilization, more" + _disturbed(runs) + theme.fusing(runs)
     return theme.finish(figure, title, 180 + 34 * len(shades), note)
 
 
@@ -166,9 +170,7 @@ def _parts(
     if runs.empty:
         return theme.nothing(title, note)
     parts = {name: part[known] for name, part in parts.items()}
-    note += (
-        "; each panel has its own scale" + DISTURBED * bool(runs["flags"].map(is_disturbed).any()) + theme.fusing(runs)
-    )
+    note += f"; each panel has its own scale{_disturbed(runs)}{theme.fusing(runs)}"
     return theme.stacked(runs, parts, title, note)
 
 

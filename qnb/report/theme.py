@@ -120,7 +120,7 @@ def stacked(frame: pd.DataFrame, parts: Mapping[str, pd.Series], title: str, not
     look = {**by_format(frame), **facets(*_shape(frame)), "color": "part"}
     figure = px.bar(long, x="length", y="precision", **look).update_traces(showlegend=False)
     for bar in figure.data:
-        bar.marker = {"color": [colors()[name] for name in bar.y], "opacity": opacity[bar.name]}
+        bar.marker = {"color": [PRECISIONS[name].color for name in bar.y], "opacity": opacity[bar.name]}
     for part in parts if len(parts) > 1 else ():
         shade = f"rgba(107,107,107,{opacity[part]})"  # a legend shows no opacity of its own
         figure.add_bar(x=[None], y=[None], name=part, legendgroup=part, marker_color=shade)

@@ -208,9 +208,10 @@ def time_in_turn(session: Session, what: str, all_series: Sequence[Series], cloc
             return
         for precision in session.each_format(f"{what}, pass {turn + 1}", turn % len(session.precisions)):
             missing = [series for series in due if series.precision == precision and not series.find_pass()]
-            for series in (series for series in missing if series.why_unavailable()):
+            unavailable = [series for series in missing if series.why_unavailable()]
+            for series in unavailable:
                 series.time_pass(None)
-            missing = [series for series in missing if not series.why_unavailable() and not series.comes_late(clock)]
+            missing = [series for series in missing if series not in unavailable and not series.comes_late(clock)]
             if missing:
                 with session.failing(missing[0].key, precision.name):
                     with_model(session, precision, partial(_time_passes, missing, clock))

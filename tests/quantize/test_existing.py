@@ -150,6 +150,10 @@ def test_a_label_has_its_colour_in_its_study_whatever_other_studies_named():
 
 def test_a_label_stands_for_one_checkpoint_in_a_study(released, quantized, tmp_path):
     Study(str(released), f"a=checkpoint:{quantized}", tmp_path / "study").quantize()
+    moved = shutil.copytree(quantized, tmp_path / "moved")
+    study = Study(str(released), f"a=checkpoint:{moved}", tmp_path / "study")
+    study.quantize()
+    assert len(study.session.ledger) == 1  # the same, wherever it lies
     other = damaged(quantized, tmp_path / "other", quantization_config={**NF4, "llm_int8_skip_modules": ["x"]})
     study = Study(str(released), f"a=checkpoint:{other}", tmp_path / "study", overwrite=True)
     with pytest.raises(InputError, match="label 'a' stands for another checkpoint"):
