@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from qnb.errors import InputError
+from qnb.errors import InputError, expand_path
+from qnb.provenance import ROOT
 
 DRIVE = "drive:"
 MOUNT = Path("/content/drive")
@@ -28,6 +29,19 @@ def prepare() -> None:
         from google.colab import output
 
         output.enable_custom_widget_manager()
+
+
+def locate(output: str | Path) -> Path:
+    """Return the study's folder: a relative path is taken from the checkout, or from the working directory.
+
+    So the five notebooks share one folder, whichever folder each is opened from. ``drive:name`` is a folder of the
+    user's Google Drive, on Colab.
+    """
+    if str(output).startswith(DRIVE):
+        return folder(str(output))
+    path = expand_path(output)
+    base = ROOT if (ROOT / "notebooks").is_dir() else Path.cwd()
+    return path if path.is_absolute() else base / path
 
 
 def folder(output: str) -> Path:

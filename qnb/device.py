@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from qnb import __version__
 from qnb.errors import InputError
 from qnb.memory import MIB
+from qnb.provenance import REPLAY
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +76,8 @@ def detect(wanted: str = "auto") -> Device:
     InputError
         There is no such device.
     """
+    if replayed := os.environ.get(REPLAY):
+        return Device(**json.loads(replayed))
     wanted = os.environ.get(CHOICE, wanted) if wanted == "auto" else wanted
     if not isinstance(wanted, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", wanted):
         raise InputError(f"device is {wanted!r}; give 'auto', 'cpu', 'cuda', or 'cuda:1' for the second GPU")

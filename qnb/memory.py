@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 MIB = 2**20
 # the texts of torch, the driver and cuBLAS for one event
 _OUT_OF_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cublas_status_not_initialized")
+planned_bytes = 0  # free memory that batches are planned for, where several workers share a study; 0: what is free
 _captures: WeakSet[Any] = WeakSet()  # captured steps, which must find cuBLAS's workspaces where they were
 _host_peak_mib = 0.0  # the largest that was read, with children that have ended since
 
@@ -97,6 +98,8 @@ def limited(device_memory_mib: float, allowed_mib: float) -> Iterator[None]:
 
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that may still be allocated: free memory and the allocator's unused, up to its limit."""
+    if planned_bytes:
+        return planned_bytes
     if device.type != "cuda":
         import psutil
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
+from typing import Any
 
 from qnb.errors import InputError
 
@@ -16,8 +18,30 @@ AUTO: dict[str, dict[str, int]] = {
             "batch_size": 8, "memory_mib": 400, "ppl_tokens": 1024, "ppl_context": 128,
             "sweep_batch": 0, "sensitivity_limit": 4, "minutes": 0},
 }  # fmt: skip
+TYPES: tuple[tuple[str, Any, str], ...] = (
+    ("model", str, "a name or a folder"),
+    ("precisions", str | list | tuple, "names of formats"),
+    ("output", str | Path, "a folder"),
+    ("data_dir", str | Path, "a folder, or leave it empty"),
+    ("seed", int, "a whole number"),
+    ("overwrite", bool, "true or false"),
+)
 # a word that may stand in place of a number
 WORDS = {"limit": "all", "ppl_tokens": "all", "sweep_batch": "0"}
+
+
+def check_types(*given: object) -> None:
+    """Refuse values of other types than `TYPES` says, in its order.
+
+    Raises
+    ------
+    InputError
+        A value has another type, or is empty.
+    """
+    for value, (name, kind, words) in zip(given, TYPES, strict=True):
+        is_other = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
+        if is_other or (value == "" and name != "data_dir") or "\0" in str(value):
+            raise InputError(f"{name} is {value!r}; give {words}")
 
 
 def check_count(name: str, value: Count) -> None:

@@ -19,6 +19,7 @@ _FOLDERS = (ROOT / "notebooks", ROOT / "qnb" / "notebooks")  # those of a clone,
 NOTEBOOKS = next((folder for folder in _FOLDERS if (folder / "profiles").is_dir()), _FOLDERS[0])
 LONGEST = 2000  # characters of a command that are kept
 COMMAND = "QNB_COMMAND"  # the environment variable by which a run tells its notebooks the command line
+REPLAY = "QNB_REPLAY"  # the one that tells them that workers have measured all, and on which device
 WAITING = "QNB_WAITING"  # the one that tells them how many processes hold a GPU context and wait for them
 
 

@@ -11,12 +11,13 @@ import signal
 import sys
 import tempfile
 import threading
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from time import perf_counter, sleep
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from unittest.mock import patch
 
 from huggingface_hub import get_token
@@ -31,11 +32,14 @@ from qnb.errors import INPUT_ERRORS, InputError, expand_path, scrub, unknown
 from qnb.ledger import FAILED, KEY, Ledger, Row, holding
 from qnb.options import check_count
 from qnb.precision import listed
-from qnb.provenance import COMMAND, NOTEBOOKS, WAITING
+from qnb.provenance import COMMAND, NOTEBOOKS, REPLAY, WAITING
 from qnb.quantize.stages import PushOptions
 from qnb.report import recommend, tables
 from qnb.speed.stages import WorkloadOptions
 from qnb.study import PARAMETERS, Study
+
+if TYPE_CHECKING:
+    from qnb.cluster.driver import ClusterOptions
 
 NAMES = ("01_quantize", "02_accuracy", "03_perf_bs1", "04_perf_maxbatch", "05_figures")
 COUNTS = {"sensitivity_limit", "bs1_repeats", "maxbatch_repeats", "memory_mib", "sweep_batch"}
@@ -44,7 +48,14 @@ BAR = "{l_bar}{bar}| {n_fmt} of {total_fmt} notebooks, {elapsed}{postfix}"
 CELL_TIMEOUT_S = 24 * 3600  # a cell that hangs ends one day, and the run with it
 
 
-def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[str]]) -> int:
+def run(
+    profile: str,
+    output: str | None,
+    only: str,
+    given: Sequence[Sequence[str]],
+    workers: ClusterOptions | None = None,
+    only_plan: bool = False,
+) -> int:
     """Execute notebooks, print where the results are, and return the exit code.
 
     Parameters
@@ -57,6 +68,10 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
         Numbers of notebooks, such as ``"02,03"``; empty takes all.
     given
         Names and values of parameters, in place of the profile's.
+    workers
+        Who measures, before the notebooks run; None lets the notebooks measure.
+    only_plan
+        Print what workers would measure, and measure nothing.
 
     Raises
     ------
@@ -64,8 +79,10 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
         A parameter cannot be used; no notebook was run.
     """
     names = chosen(only)
-    known = (notebook_parameters(NOTEBOOKS / f"{name}.ipynb") for name in NAMES)
-    values = parameters(profile, given, {"device"}.union(*known))
+    defaults = ChainMap(*(notebook_parameters(NOTEBOOKS / f"{name}.ipynb") for name in NAMES))
+    values = parameters(profile, given, {"device", *defaults})
+    if workers:
+        values = {**defaults, "minutes": 0, **values}
     if output:
         values["output"] = output if output.startswith(colab.DRIVE) else str(expand_path(output).resolve())
     study = check_parameters(values, names)
@@ -74,13 +91,21 @@ def run(profile: str, output: str | None, only: str, given: Sequence[Sequence[st
         os.environ[device.CHOICE] = values["device"]  # for the notebooks' kernels
     os.environ[COMMAND] = shlex.join(["qnb", *sys.argv[1:]])
     earlier = study.session.ledger.failures()  # this run may not retry all of them
-    with _sole_run(study):
-        for name in names:
+    with _sole_run(study), ExitStack() as stack:
+        if workers:
+            from qnb.cluster import driver
+
+            place = driver.measure(study, values, {name[:2] for name in names}, workers, only_plan)
+            stack.enter_context(patch.dict(os.environ, {REPLAY: json.dumps(asdict(place))}))
+            values["overwrite"] = False
+        for name in () if only_plan else names:
             try:
                 print(_execute(study, name, values), file=sys.stderr, flush=True)
             except NotebookError as error:
                 print(f"qnb: {error}; what was measured is kept in {study.folder}", file=sys.stderr)
                 return 1
+    if only_plan:
+        return 0
     dry_run = "01_quantize" in names and values.get("push_to") and values.get("dry_run", True)
     return _report_end(study, earlier, bool(dry_run))
 
@@ -179,13 +204,14 @@ def chosen(only: str) -> list[str]:
     return [name for name in NAMES if name in picked or not words]
 
 
-def notebook_parameters(path: Path) -> set[str]:
-    """Return the names that a notebook's two parameter cells set; papermill injects after the second."""
+def notebook_parameters(path: Path) -> dict[str, Any]:
+    """Return what a notebook's two parameter cells set; papermill injects after the second."""
     tags = {"parameters", "rarely-used"}
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     texts = ["".join(cell["source"]) for cell in cells if tags.intersection(cell["metadata"].get("tags", ()))]
-    targets = (target for text in texts for node in ast.parse(text).body for target in getattr(node, "targets", ()))
-    return {target.id for target in targets if isinstance(target, ast.Name)}
+    nodes = (node for text in texts for node in ast.parse(text).body if isinstance(node, ast.Assign))
+    pairs = ((target, node.value) for node in nodes for target in node.targets if isinstance(target, ast.Name))
+    return {target.id: ast.literal_eval(value) for target, value in pairs}
 
 
 def parameters(profile: str, given: Sequence[Sequence[str]], known: set[str]) -> dict[str, Any]:
@@ -336,7 +362,7 @@ def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2)
         papermill.execute_notebook(
             source,
             study.folder / "notebooks" / f"{name}.ipynb",
-            {key: values[key] for key in notebook_parameters(source) & values.keys()},
+            {key: values[key] for key in notebook_parameters(source).keys() & values.keys()},
             kernel_name="python3",
             progress_bar={"desc": name, "leave": False, "disable": not sys.stderr.isatty()},
             execution_timeout=CELL_TIMEOUT_S,

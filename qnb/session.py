@@ -36,9 +36,9 @@ from qnb.ledger import (
     write_atomic,
 )
 from qnb.memory import describe_host, host_peak_mib, is_out_of_memory, release, released
-from qnb.options import AUTO, Count, check_minutes, resolve_count
+from qnb.options import AUTO, Count, check_minutes, check_types, resolve_count
 from qnb.precision import HALVES, PRECISIONS, Precision, parse
-from qnb.provenance import ROOT, command, commit, file_state
+from qnb.provenance import REPLAY, command, commit, file_state
 from qnb.quantize import checkpoint, existing, sources
 
 if TYPE_CHECKING:
@@ -54,27 +54,10 @@ LIBRARIES = {
 }
 # Stages whose rows are the same on any GPU: their keys hold the device's kind. All others hold its name.
 ON_ANY_GPU = {"quantize", "accuracy", "divergence", "batch_sensitivity", "budget", "lengths"}
-TYPES: tuple[tuple[str, Any, str], ...] = (
-    ("model", str, "a name or a folder"),
-    ("precisions", str | list | tuple, "names of formats"),
-    ("output", str | Path, "a folder"),
-    ("data_dir", str | Path, "a folder, or leave it empty"),
-    ("seed", int, "a whole number"),
-    ("overwrite", bool, "true or false"),
-)
 
 
-def locate(output: str | Path) -> Path:
-    """Return the study's folder: a relative path is taken from the checkout, or from the working directory.
-
-    So the five notebooks share one folder, whichever folder each is opened from. ``drive:name`` is a folder of the
-    user's Google Drive, on Colab.
-    """
-    if str(output).startswith(colab.DRIVE):
-        return colab.folder(str(output))
-    path = expand_path(output)
-    base = ROOT if (ROOT / "notebooks").is_dir() else Path.cwd()
-    return path if path.is_absolute() else base / path
+class ReplayError(RuntimeError):
+    """Stands for a measurement that no worker could make; its failure is recorded already."""
 
 
 class Session:
@@ -122,14 +105,10 @@ class Session:
         half: str = "auto",
     ) -> None:
         never_fail_to_print()
-        given = (model, precisions, output, data_dir, seed, overwrite)
-        for value, (name, kind, words) in zip(given, TYPES, strict=True):
-            is_other = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)
-            if is_other or (value == "" and name != "data_dir") or "\0" in str(value):
-                raise InputError(f"{name} is {value!r}; give {words}")
+        check_types(model, precisions, output, data_dir, seed, overwrite)
         check_minutes(minutes)
         self.model, self.seed, self.overwrite, self._minutes = model, seed, overwrite, minutes
-        self.folder = locate(output)
+        self.folder = colab.locate(output)
         self.ledger = Ledger(self.folder)
         self.precisions = parse(precisions, self.ledger.rows("quantize"))
         self.data_dir = expand_path(data_dir).resolve() if str(data_dir) else None
@@ -140,6 +119,9 @@ class Session:
         self._measured: set[tuple[Any, ...]] = set()  # keys of this session's own rows, which overwriting spares
         self._verified: set[Path] = set()  # checkpoints whose every byte was read by this session
         self.existing: dict[str, existing.Found] = {}  # checkpoints that were made elsewhere, by label
+        self.tasks: dict[str, Any] = {}  # lm-eval's tasks that were built, by name
+        self.encoded: dict[Any, list[int]] = {}  # token ids by text
+        self.replays = REPLAY in os.environ  # what workers measured; nothing is measured here
         for damage in self.ledger.damaged:
             tqdm.write(f"{damage}; it is passed over and measured again when it is needed")
         if not self.ledger.path.exists():  # what is there can be read wherever it lies
@@ -348,10 +330,14 @@ class Session:
 
     def append(self, key: Mapping[str, Any], *values: Mapping[str, Any]) -> Row:
         """Record a measurement with its key and where it comes from; return the row."""
-        self._measured.add(row_key(key))
         source = {"model": self.source.name, "model_reason": self.source.reason, "weights": self.source.fingerprint}
         fields = {name: value for part in values for name, value in part.items() if name not in key}
-        return self.ledger.append({**key, **fields, **source, "host_peak_mib": host_peak_mib(), **self._context})
+        return self.adopt({**key, **fields, **source, "host_peak_mib": host_peak_mib(), **self._context})
+
+    def adopt(self, row: Mapping[str, Any]) -> Row:
+        """Record a whole row, which a worker may have measured."""
+        self._measured.add(row_key(row))
+        return self.ledger.append(row)
 
     @cached_property
     def _context(self) -> dict[str, Any]:
@@ -374,6 +360,8 @@ class Session:
         """
         try:
             yield
+        except ReplayError:
+            return
         except (InputError, OSError):
             raise
         except Exception as error:  # whatever a library raises over one model, the other formats are measured
@@ -400,10 +388,14 @@ class Session:
             result = stage(self, *options)
             if not self._overflowing:
                 return result
-            record = self.record
-            self.overflowed = sorted({*record.get("overflowed", ()), *self._overflowing})
-            write_atomic(self.folder / "study.json", json.dumps({**record, "overflowed": self.overflowed}, indent=1))
+            self.leave_float16(self._overflowing)
             self._overflowing.clear()
+
+    def leave_float16(self, names: Iterable[str]) -> None:
+        """Measure these formats in bfloat16 from now on."""
+        record = self.record
+        self.overflowed = sorted({*record.get("overflowed", ()), *names})
+        write_atomic(self.folder / "study.json", json.dumps({**record, "overflowed": self.overflowed}, indent=1))
 
     def require(self, stage: str, setting: str | None = None) -> None:
         """Raise the last reason of a failure if nothing of a stage could be measured for this session's formats.
@@ -430,7 +422,8 @@ class Session:
         self.folder.mkdir(parents=True, exist_ok=True)
         waiting = f"another process is measuring into {self.folder}; waiting for it"
         with holding(self.folder / ".lock", lambda: tqdm.write(waiting)):
-            self.device.use()
+            if not self.replays:
+                self.device.use()
             started_s, before = now_s(), self.ledger.revision
             is_planned = bool(notebook and self.minutes)
             taken_s = self._taken_s() if is_planned else {}
@@ -476,6 +469,8 @@ class Session:
         if folder in self._verified and folder.exists():  # bytes are read once
             return folder
         key = self.key("quantize", precision)
+        if self.replays:
+            return folder
         row = self.ledger.find(key) if folder.exists() and not self.overwrite else None
         damaged = checkpoint.damage(folder, row["manifest_sha256"]) if row else ""
         if damaged:
@@ -494,6 +489,8 @@ class Session:
         The block should stand in a function that is called once per format, within `exclusive`: the caller's variable
         keeps the model alive for as long as its frame lives.
         """
+        if self.replays:
+            raise ReplayError
         folder = self.checkpoint(precision)
         release(workspaces=True)
         with released():

@@ -129,7 +129,9 @@ def accuracy(session: Session, options: AccuracyOptions) -> None:
     with session.exclusive("02") as clock:
         tasks = list(_load_tasks(session, options.tasks))
         limits = dict.fromkeys((task.name for task in tasks), _limit(session, options))
-        evaluation = Evaluation(tasks, limits, options.scorer, session.count("batch_size", options.batch_size))
+        evaluation = Evaluation(
+            tasks, limits, options.scorer, session.count("batch_size", options.batch_size), encoded=session.encoded
+        )
         if session.minutes:
             _spend_budget(session, evaluation, clock)
         else:
@@ -151,11 +153,11 @@ def planned_items(session: Session, options: AccuracyOptions) -> list[int]:
     if session.minutes:
         return []
     limit = _limit(session, options)
-    sizes = [SIZES[name] for name in names(_wanted(session, options.tasks)) if name in SIZES]
+    sizes = [SIZES[name] for name in names(wanted(session, options.tasks)) if name in SIZES]
     return [min(size, limit * parts) if limit else size for size, parts in sizes]
 
 
-def _wanted(session: Session, tasks: str | Iterable[str]) -> str | Iterable[str]:
+def wanted(session: Session, tasks: str | Iterable[str]) -> str | Iterable[str]:
     """Return the tasks; ``"auto"`` is the paper's on a GPU, else the sample."""
     return tasks if tasks != "auto" else "sample" if session.device.kind == "cpu" else "paper"
 
@@ -163,9 +165,20 @@ def _wanted(session: Session, tasks: str | Iterable[str]) -> str | Iterable[str]
 def _load_tasks(session: Session, tasks: str | Iterable[str]) -> Iterator[Task]:
     """Yield tasks with their data; what cannot be evaluated is refused here, before a checkpoint is made."""
     session.check_weights()
-    checked = check(_wanted(session, tasks))
-    window = _window(session)
-    return (Task(name, session.data_dir, window) for name in checked)
+    checked = check(wanted(session, tasks))
+    return (build(session, name) for name in checked)
+
+
+def prepare(session: Session, name: str, options: AccuracyOptions) -> None:
+    """Build a task and all its requests, so that no format has to wait for them."""
+    build(session, name).prepare(_limit(session, options))
+
+
+def build(session: Session, name: str) -> Task:
+    """Return a task with its data, which a session builds once."""
+    if name not in session.tasks:
+        session.tasks[name] = Task(name, session.data_dir, _window(session))
+    return session.tasks[name]
 
 
 def _window(session: Session) -> int:

@@ -17,6 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
+from qnb import memory
 from qnb.accuracy.answer_cache import AnswerCache
 from qnb.accuracy.backbone import Backbone, Row, Tokens, compiled, separates
 from qnb.accuracy.generation import GreedyGenerator, Prompt, is_shaped
@@ -222,7 +223,8 @@ class SharedContextLM(StockLM):
 def _in_batches(items: Sequence[Any], cost: Callable[[Any], int], limit: int, work: Callable[[Any], None]) -> int:
     """Do work on batches of items that cost `limit` at most, the costliest items first.
 
-    A batch that runs out of memory is halved and tried again. Returns the limit that was left.
+    A batch that runs out of memory is halved and tried again, unless all workers of a study have the same batches.
+    Returns the limit that was left.
     """
     done = 0
     while done < len(items):
@@ -233,7 +235,7 @@ def _in_batches(items: Sequence[Any], cost: Callable[[Any], int], limit: int, wo
             done += len(batch)
             continue
         except Exception as error:
-            if len(batch) == 1 or not is_out_of_memory(error):
+            if len(batch) == 1 or not is_out_of_memory(error) or memory.planned_bytes:
                 raise
         limit = len(batch) * item_cost // 2
         release()  # here, where no error holds what the batch made

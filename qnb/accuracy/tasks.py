@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -142,6 +142,18 @@ def _index(include_defaults: bool = False) -> Any:
 # One task, asked of every format
 
 
+class Memo:
+    """A function that answers once for each argument; unlike `functools.cache`, other processes can have it too."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function, self._answers = function, dict[tuple[Any, ...], Any]()
+
+    def __call__(self, *arguments: Any) -> Any:
+        if arguments not in self._answers:
+            self._answers[arguments] = self._function(*arguments)
+        return self._answers[arguments]
+
+
 class Task:
     """A task or group of lm-eval's with its data; its requests are built once and asked of every format.
 
@@ -171,8 +183,8 @@ class Task:
         self.sizes = {part: len(documents) for part, documents in self._documents.items()}
         self._error: Exception | None = None  # of the last bad item
         self._not_shares: set[tuple[str, str]] = set()  # (part, metric) that had a value beyond 0 to 1
-        self.data_sha256 = cache(self._data_sha256)
-        self._asked = cache(self._requests)
+        self.data_sha256 = Memo(self._data_sha256)
+        self._asked = Memo(self._requests)
         for part, task in self._parts.items():
             task._instances = []  # a part that cannot be asked keeps these
             task.build_all_requests = partial(self._ask, part)
@@ -198,6 +210,12 @@ class Task:
     def n_items(self, limit: int | None) -> int:
         """Return how many items a limit takes, of all parts together; None takes all."""
         return sum(min(limit or size, size) for size in self.sizes.values())
+
+    def prepare(self, limit: int | None) -> None:
+        """Build the requests that a limit takes, and hash their documents."""
+        self.data_sha256(limit)
+        for part in self._parts:
+            self._asked(part, limit)
 
     def _rehearse(self) -> None:
         """Score a few items without a model, and more while those cannot be asked or scored."""
