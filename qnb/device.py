@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qnb import __version__
 from qnb.errors import InputError
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 CHOICE = "QNB_DEVICE"  # the environment's variable for what "auto" means
+LIMIT = "QNB_MEMORY_MIB"  # the one for how much of its memory a device has, to rehearse a smaller one
+WEIGHTS_SHARE = 0.8  # of a device's memory, that weights may take; the rest is for working tensors and the KV cache
 LIBRARIES = ("torch", "transformers", "bitsandbytes", "lm_eval", "datasets", "accelerate")
 
 
@@ -34,11 +36,32 @@ class Device:
     bf16: str  # "native", or "emulated" where the hardware has no bfloat16 units
     driver: str  # "" without a GPU
     index: int = 0  # of the GPU, as torch counts those it sees
+    spread: int = 1  # GPUs, from the first one on, that one model is spread over; on a CPU, the memory and the disk
 
     @property
     def place(self) -> str:
         """Its name for torch."""
         return f"cuda:{self.index}" if self.kind == "cuda" else self.kind
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The names of all that a model is spread over."""
+        return (
+            tuple(f"cuda:{index}" for index in range(self.spread))
+            if self.spread > 1 and self.kind == "cuda"
+            else (self.place,)
+        )
+
+    @property
+    def device_map(self) -> dict[str, Any]:
+        """How transformers places a model: on this device, or by layers over several."""
+        if self.spread == 1:
+            return {"device_map": self.place}
+        places = range(self.spread) if self.kind == "cuda" else ["cpu"]
+        return {
+            "device_map": "auto",
+            "max_memory": dict.fromkeys(places, f"{int(WEIGHTS_SHARE * self.memory_mib)}MiB"),
+        }
 
     @property
     def half(self) -> str:
@@ -81,7 +104,7 @@ def detect(wanted: str = "auto") -> Device:
     wanted = os.environ.get(CHOICE, wanted) if wanted == "auto" else wanted
     if not isinstance(wanted, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", wanted):
         raise InputError(f"device is {wanted!r}; give 'auto', 'cpu', 'cuda', or 'cuda:1' for the second GPU")
-    index = int(wanted.partition(":")[2] or 0)
+    index, limit_mib = int(wanted.partition(":")[2] or 0), float(os.environ.get(LIMIT, "inf"))
     if wanted != "cpu":
         import torch  # names the GPUs; NVML only reads them
 
@@ -89,7 +112,7 @@ def detect(wanted: str = "auto") -> Device:
         if index < gpus:
             card = torch.cuda.get_device_properties(index)
             bf16 = "emulated" if is_before_ampere(f"cuda:{index}") else "native"
-            return Device("cuda", card.name, card.total_memory / MIB, bf16, _driver(), index)
+            return Device("cuda", card.name, min(limit_mib, card.total_memory / MIB), bf16, _driver(), index)
     if wanted.startswith("cuda"):
         seen = f"{gpus or 'no'} NVIDIA GPU{'s' * (gpus > 1)}"
         raise InputError(f"device is {wanted!r}, and PyTorch sees {seen} here; take 'auto'")
@@ -97,7 +120,8 @@ def detect(wanted: str = "auto") -> Device:
 
     native = "bfloat16" in cpu_types()
     name = f"{_cpu_field('model name') or platform.machine()}, {os.cpu_count()} cores"
-    return Device("cpu", name, psutil.virtual_memory().total / MIB, "native" if native else "emulated", "")
+    memory_mib = min(limit_mib, psutil.virtual_memory().total / MIB)
+    return Device("cpu", name, memory_mib, "native" if native else "emulated", "")
 
 
 def is_before_ampere(place: torch.device | str) -> bool:

@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 MIB = 2**20
 # the texts of torch, the driver and cuBLAS for one event
@@ -33,6 +33,16 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     if not isinstance(error, RuntimeError):
         return False
     return any(text in str(error).lower() for text in _OUT_OF_MEMORY) or is_out_of_memory(error.__context__)
+
+
+def places(model: PreTrainedModel) -> list[torch.device]:
+    """Return the devices that a model is spread over, one for most."""
+    import torch
+
+    spread = {*(getattr(model, "hf_device_map", None) or {"": model.device}).values()} - {"disk"}
+    return sorted(
+        (torch.device("cuda", each) if isinstance(each, int) else torch.device(each) for each in spread), key=str
+    )
 
 
 def register_capture(capture: Any) -> None:

@@ -477,7 +477,7 @@ class Session:
             tqdm.write(f"{precision.name}: {damaged} in {folder} is not as it was saved; making it again")
         if damaged or not row:
             with released():
-                converted = checkpoint.convert(self.source, precision, folder, self.device.place)
+                converted = checkpoint.convert(self.source, precision, folder, self.device)
             self.append(key, asdict(converted), {"manifest_sha256": file_sha256(folder / checkpoint.MANIFEST)})
         self._verified.add(folder)
         return folder
@@ -494,4 +494,4 @@ class Session:
         folder = self.checkpoint(precision)
         release(workspaces=True)
         with released():
-            yield checkpoint.load(folder, self.pinned(precision), self.device.place)
+            yield checkpoint.load(folder, self.pinned(precision), self.device)

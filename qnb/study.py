@@ -194,7 +194,7 @@ class Study:
         """Return what reads the device now, for a live monitor."""
         from qnb.speed import monitor
 
-        return monitor.Sensor(self.session.device.place).sample
+        return monitor.Sensor(*self.session.device.places).sample
 
     # 05: figures and report
 

@@ -19,7 +19,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from qnb.device import is_before_ampere
-from qnb.memory import free_bytes
+from qnb.memory import free_bytes, places
 
 log = logging.getLogger(__name__)
 Tokens = tuple[int, ...]
@@ -127,7 +127,7 @@ class Backbone:
     def run(self, ids: torch.Tensor, past: Cache | None = None, **options: Any) -> tuple[torch.Tensor, Any]:
         """Read tokens (B, L) behind a KV cache; return hidden states (B, L, D) and the cache with these tokens."""
         output = self.model.base_model(input_ids=ids, **{self._cache_name: past}, **options)
-        return output.last_hidden_state, output.get(self._cache_name)
+        return output.last_hidden_state.to(self.device), output.get(self._cache_name)  # of a model on several devices
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int]) -> Cache | None:
@@ -136,7 +136,7 @@ class Backbone:
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits of hidden states, (N, D) -> (N, V), as the model scales and caps them."""
-        logits = self.model.get_output_embeddings()(hidden)
+        logits = self.model.get_output_embeddings()(hidden).to(self.device)
         if scale := getattr(self.config, "logit_scale", None):  # Cohere
             logits = logits * scale
         if divisor := getattr(self.config, "logits_scaling", None):  # Granite
@@ -208,7 +208,11 @@ def compiled(backbone: Backbone, tokens: int) -> Iterator[None]:
     fp16). Compiling takes about 10 s there. A layer that cannot be compiled runs as it is.
     """
     is_refused = backbone.model.dtype == torch.bfloat16 and is_before_ampere(backbone.device)
-    if is_refused or tokens * backbone.parameters < MIN_COMPILED_WORK[backbone.device.type]:
+    if (
+        is_refused
+        or len(places(backbone.model)) > 1
+        or tokens * backbone.parameters < MIN_COMPILED_WORK[backbone.device.type]
+    ):
         yield
         return
     names = backbone.model._no_split_modules or ()

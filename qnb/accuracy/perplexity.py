@@ -121,9 +121,9 @@ def _read(
     time: what rounding alone makes of the batch size. It is 0 where the device computes a row alike in any batch, as
     some CPUs do, and None where no batch has two windows.
     """
-    base, place = PRECISIONS[BASELINE], session.device.place
+    base = PRECISIONS[BASELINE]
     with session.loaded(precision) as model:
-        baseline = model if precision == base else checkpoint.load(session.checkpoint(base), base, place)
+        baseline = model if precision == base else checkpoint.load(session.checkpoint(base), base, session.device)
         with checkpoint.quiet(), wide_products(session.device.kind):
             tokens = distances(model, baseline, ids, context, context // 2)
         if precision != base:

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 CONNECT_S = 10.0  # until an address counts as silent
 ANSWER_S = 120.0  # until a node that was asked what it is counts as missing; it imports torch
-FITS_SHARE = 0.8  # of a GPU's memory, for weights
 # so that no port of a cluster of this machine alone is open to the network, and nothing is told to Ray's makers
 LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 STORE_BYTES = 256 * MIB  # shared memory for results, which are small
@@ -239,14 +238,12 @@ def share_out(nodes: Sequence[Node], workers: str, gpus: float) -> list[Place]:
 
 
 def gpus_needed(study: Study, nodes: Sequence[Node], wanted: str) -> float:
-    """Return the GPUs of one worker: as given, or as many as hold the largest format, beside the baseline in 02."""
-    if nodes[0].device.kind == "cpu":
-        return 0.0
+    """Return the GPUs that one model is spread over: as given, or as many as hold the largest format's weights."""
     if wanted != "auto":
         return float(wanted)
     largest = max(precision.file_bits for precision in study.session.precisions)
-    weights_mib = study.session.source.parameters * (largest + 16) / 8 / MIB  # BF16 is loaded beside for divergence
-    return math.ceil(weights_mib / (FITS_SHARE * min(node.device.memory_mib for node in nodes)))
+    weights_mib = study.session.source.parameters * largest / 8 / MIB
+    return math.ceil(weights_mib / (device.WEIGHTS_SHARE * min(node.device.memory_mib for node in nodes)))
 
 
 class Crew:
@@ -277,11 +274,10 @@ class Crew:
         is_here = place.node.id == self._here
         post = replace(
             self._post,
-            place={"node": place.node.host, "gpu": place.node.device.name, "worker": name},
+            place={"node": place.node.host, "worker": name},
             folder=str(self._session.folder) if is_here else "",
             cores=place.cores,
             all_cores=place.node.cores,
-            gpus=max(1, int(place.gpus)),
         )
         actor = self._ray.remote(num_cpus=0, num_gpus=place.gpus)(Worker)
         return actor.options(scheduling_strategy=_on(place.node.id)).remote(post)
@@ -413,14 +409,18 @@ def measure(
         gpus = gpus_needed(study, nodes, options.gpus_per_model)
         if gpus % 1 and numbers & {"03", "04"}:
             raise InputError(f"gpus_per_model is {gpus}: no time can be taken on a shared GPU; add --only 01,02")
-        places = share_out(nodes, options.workers, gpus)
+        if gpus > 1 and "04" in numbers:
+            raise InputError(
+                f"one model takes {gpus:g} GPUs, whose largest batch is not searched; add --only 01,02,03"
+            )
+        places, spread = share_out(nodes, options.workers, gpus * (session.device.kind == "cuda")), max(1, int(gpus))
         plan = cells.plan(session, values, numbers)
         maker = partial(_maker, session, values)
         if only_plan:
             _print_plan(Schedule(plan, seats(session, places), maker))
         else:
             with holding(session.folder / ".lock", lambda: tqdm.write(f"waiting for {session.folder}")):
-                Crew(ray, study, places, _post(study, values, places)).run(plan, maker)
+                Crew(ray, study, places, _post(study, values, places, spread)).run(plan, maker)
     return session.device
 
 
@@ -448,7 +448,7 @@ def _maker(session: Session, values: Mapping[str, Any], need: Need) -> Cell:
     return cells.checkpoint_cell(session, name) if kind == "checkpoint" else cells.task_cell(name, values)
 
 
-def _post(study: Study, values: Mapping[str, Any], places: Sequence[Place]) -> Post:
+def _post(study: Study, values: Mapping[str, Any], places: Sequence[Place], spread: int) -> Post:
     """Return what is the same for all workers."""
     session = study.session
     source = session.source
@@ -468,7 +468,7 @@ def _post(study: Study, values: Mapping[str, Any], places: Sequence[Place]) -> P
         cores=(),
         all_cores=(),
         threads=int(os.environ.get("OMP_NUM_THREADS") or 0),
-        gpus=1,
+        spread=spread,
         planned_bytes=_planned_bytes(study, places),
     )
 

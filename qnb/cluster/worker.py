@@ -41,7 +41,7 @@ class Post:
     command
         The command line that is written into rows.
     place
-        What rows say of where they were measured: node, GPU and worker.
+        What rows say of where they were measured: node, GPUs and worker.
     folder
         The study's folder, on the driver's machine; its checkpoints are then the study's. Elsewhere empty: checkpoints
         are kept in the user's cache folder.
@@ -51,8 +51,8 @@ class Post:
         Of its node, for what runs alone there.
     threads
         Of a CPU that multiplies; 0 takes all those cores.
-    gpus
-        That its model is spread over.
+    spread
+        GPUs that its model is spread over.
     planned_bytes
         Free memory that batches of scoring are planned for: the same on every worker, so that rows are too.
     """
@@ -65,7 +65,7 @@ class Post:
     cores: Sequence[int]
     all_cores: Sequence[int]
     threads: int
-    gpus: int
+    spread: int
     planned_bytes: int
 
 
@@ -204,7 +204,15 @@ class Worker:
         folder = Path(self._scratch.name)
         write_atomic(folder / "study.json", json.dumps(self._post.record))
         session = WorkerSession(**self._post.study, output=folder)
-        session.place, session.new_rows = self._post.place, []
+        if (most_mib := session.device.memory_mib) and session.device.kind == "cuda" and os.environ.get(device.LIMIT):
+            import torch
+
+            for index in range(self._post.spread):
+                total_bytes = torch.cuda.get_device_properties(index).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(1.0, most_mib * memory.MIB / total_bytes), index)
+        session.device = replace(session.device, spread=self._post.spread)
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "") if session.device.kind == "cuda" else ""
+        session.place, session.new_rows = {**self._post.place, "gpu": gpu}, []
         session.source = replace(session.source, reason=self._post.record["reason"])
         self._root = Path(self._post.folder or cache_folder() / "cluster" / session.source.fingerprint)
         (self._root / "checkpoints").mkdir(parents=True, exist_ok=True)

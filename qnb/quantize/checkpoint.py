@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from qnb.device import Device
     from qnb.quantize.sources import Source
 
 CONFIG, MANIFEST = "config.json", "manifest.json"
@@ -168,7 +169,7 @@ def read_config(folder: str | Path, name: str = "") -> PretrainedConfig:
     return text
 
 
-def load(folder: str | Path, precision: Precision, device: str) -> PreTrainedModel:
+def load(folder: str | Path, precision: Precision, device: str | Device) -> PreTrainedModel:
     """Load a causal language model for inference; of a multimodal model, its text half.
 
     Parameters
@@ -178,7 +179,7 @@ def load(folder: str | Path, precision: Precision, device: str) -> PreTrainedMod
     precision
         The format.
     device
-        Where to put the model, as torch names it.
+        Where to put the model, as torch names it, or a device that may spread it.
 
     Raises
     ------
@@ -190,12 +191,13 @@ def load(folder: str | Path, precision: Precision, device: str) -> PreTrainedMod
     if precision.origin:
         from qnb.quantize import existing
 
-        return existing.load(Path(folder), device)
-    options: dict[str, Any] = {"dtype": precision.torch_dtype, "device_map": device}
+        return existing.load(Path(folder), device if isinstance(device, str) else device.place)
+    place, placed = (device, {"device_map": device}) if isinstance(device, str) else (device.place, device.device_map)
+    options: dict[str, Any] = {"dtype": precision.torch_dtype, **placed}
     config = read_config(folder)
     if precision.quantized and not getattr(config, "quantization_config", None):
         options["quantization_config"] = precision.config()
-        options["quantization_config"].llm_int8_skip_modules = _skipped_modules(config, precision, device)
+        options["quantization_config"].llm_int8_skip_modules = _skipped_modules(config, precision, place)
     if _is_half(folder, config):
         options["key_mapping"] = TEXT_HALF
     with quiet():
@@ -377,7 +379,7 @@ class Checkpoint(Weights):
     reload_identical: bool = True  # the logits equal those before saving, bit for bit; else there is no checkpoint
 
 
-def convert(source: Source, precision: Precision, folder: Path, device: str) -> Checkpoint:
+def convert(source: Source, precision: Precision, folder: Path, device: str | Device) -> Checkpoint:
     """Make a source's checkpoint in a format at `folder`, reload it, and compare the logits.
 
     Raises

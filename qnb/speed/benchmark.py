@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from qnb.columns import Flag
-from qnb.memory import MIB, release
+from qnb.memory import MIB, places, release
 from qnb.prompts import Workload
 from qnb.quantize.checkpoint import quiet
 from qnb.speed import engines
@@ -95,11 +95,11 @@ def run(
     # 1) count a decode step's work, check the model's outputs, and warm up
     work = unless_it_fails(partial(count_work, model, **shape), Work())
     _check_outputs(model, workload, batch_size)
-    generator, sensor = _warm_engine(model, engine, batches, workload), Sensor(device)
+    generator, sensor = _warm_engine(model, engine, batches, workload), Sensor(*places(model))
     # 2) time
     with Window(sensor, baseline_mib=baseline_mib) as window:
         token_times_s = [_token_times_s(generator, batch, new_tokens, device) for batch in batches]
-    values = shape | asdict(window.usage) | latency(token_times_s) | peak_memory(device)
+    values = shape | asdict(window.usage) | latency(token_times_s) | peak_memory(places(model))
     # 3) trace a decode step's kernels, which changes the memory's peaks
     is_traced = trace and new_tokens > 1 and device.type == "cuda"
     work = _trace(work, generator, batches[0], new_tokens, device) if is_traced else work
@@ -145,7 +145,8 @@ def _warm_engine(model: PreTrainedModel, engine: str, batches: Sequence[Prompts]
         rows = min(batch_size, engines.warm_up_batch_sizes(engine, len(longest))[-1])
         make(model, rows, len(longest), new_tokens).generate([longest] * rows, warm_up_tokens)
         release()
-        torch.cuda.reset_peak_memory_stats(model.device)
+        for device in places(model):
+            torch.cuda.reset_peak_memory_stats(device)
     generator = make(model, batch_size, len(longest), new_tokens)
     most_padded = min(batches, key=lambda batch: min(map(len, batch)))  # read under a mask
     _token_times_s(generator, most_padded, warm_up_tokens, model.device)
@@ -180,7 +181,8 @@ def latency(token_times_s: Sequence[Sequence[float]]) -> dict[str, Any]:
     return values
 
 
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """Return the peaks of torch's allocator since the engine was built; nothing on a CPU."""
-    kinds = ("allocated", "reserved") if device.type == "cuda" else ()
-    return {f"peak_{kind}_mib": torch.cuda.memory_stats(device)[f"{kind}_bytes.all.peak"] / MIB for kind in kinds}
+def peak_memory(devices: Sequence[torch.device]) -> dict[str, float]:
+    """Return the peaks of torch's allocator since the engine was built, of all devices; nothing on a CPU."""
+    stats = [torch.cuda.memory_stats(device) for device in devices if device.type == "cuda"]
+    kinds = ("allocated", "reserved") if stats else ()
+    return {f"peak_{kind}_mib": sum(each[f"{kind}_bytes.all.peak"] for each in stats) / MIB for kind in kinds}

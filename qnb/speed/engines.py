@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, St
 from qnb.columns import Flag
 from qnb.errors import InputError
 from qnb.finite import check_finite
-from qnb.memory import register_capture
+from qnb.memory import places, register_capture
 from qnb.precision import listed
 from qnb.speed.decode_step import SMALL_BATCH, CompileOptions, decode_step_of, empty_layers, rotary_angles
 from qnb.speed.layers import State
@@ -336,6 +336,8 @@ def why_unavailable(
         return "LLM.int8 reads outlier columns back to the host, which no graph captures (int8-no-outliers has none)"
     if model is None:
         return ""
+    if len(devices := places(model)) > 1:
+        return f"the model is spread over {len(devices)} devices, and a graph is captured on one"
     config, needs = model.config.get_text_config(), "it reads the keys and values of every token"
     window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
     if model._is_stateful or not {"full_attention", "sliding_attention"}.issuperset(layer_types):

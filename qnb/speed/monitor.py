@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from statistics import fmean
 from time import perf_counter
 from typing import Any
 
@@ -42,6 +43,7 @@ NVML_PROBES: dict[str, Callable[[Any], float]] = {
     # a process counts once it holds a context: containers hide which processes those are, not how many
     "gpu_processes": lambda gpu: len(pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)) - int(os.getenv(WAITING, "0")),
 }
+SUMMED = {"memory_mib", "power_w", "energy_j"}  # over the GPUs of a model that is spread; of the others, the largest
 METRICS = (*NVML_PROBES, "others_cpu_pct")
 # NVML's bits (nvmlClocksEventReasons) that say the clocks are held below what the work asks for: software power cap,
 # hardware slowdown, software and hardware thermal slowdown, hardware power brake
@@ -82,10 +84,10 @@ def flags_of(usage: Usage) -> list[Flag]:
 
 
 class Sensor:
-    """Reads a torch device, and what other processes use of the host's CPU, which launches a GPU's kernels.
+    """Reads torch devices, and what other processes use of the cores that this one may use, which launch kernels.
 
     A GPU's metrics come from NVML alone: where it fails, they stay empty. On a CPU they are this process's share of
-    all cores and its resident set.
+    its cores and its resident set.
 
     Attributes
     ----------
@@ -95,23 +97,26 @@ class Sensor:
         What a reader of its rows should know; "" for nothing.
     """
 
-    def __init__(self, device: str | torch.device) -> None:
-        device = torch.device(device)
-        self.monitor = "nvml" if device.type == "cuda" else "process"
-        self._gpu = _nvml_handle(device) if device.type == "cuda" else None
-        self._process, self._cores = psutil.Process(), psutil.cpu_count() or 1
+    def __init__(self, *devices: str | torch.device) -> None:
+        gpus = [device for device in map(torch.device, devices) if device.type == "cuda"]
+        self.monitor = "nvml" if gpus else "process"
+        self._gpus = [gpu for gpu in map(_nvml_handle, gpus) if gpu is not None]
+        self._process, self._cores = psutil.Process(), [*range(psutil.cpu_count() or 1)]
+        with suppress(Exception):  # not every system tells
+            self._cores = self._process.cpu_affinity()
         refused = sorted(NVML_PROBES.keys() - self.sample().keys())  # psutil's first answers are of no time at all
-        self.note = f"NVML does not tell {', '.join(refused)}" if refused and device.type == "cuda" else ""
+        self.note = f"NVML does not tell {', '.join(refused)}" if refused and gpus else ""
 
     def sample(self) -> Reading:
         """Return each metric now; shares of the CPU are of the time since the last call. What fails is missing."""
         reading: Reading = {}
-        for name, probe in NVML_PROBES.items() if self._gpu is not None else ():
+        for name, probe in NVML_PROBES.items() if self._gpus else ():
             with suppress(Exception):  # whatever a driver raises, or tells that is no number
-                reading[name] = float(probe(self._gpu))
+                reading[name] = float((sum if name in SUMMED else max)(map(probe, self._gpus)))
         with suppress(Exception):  # a container may hide the host
-            own_pct = min(100.0, self._process.cpu_percent() / self._cores)  # of a moment it may read more
-            reading["others_cpu_pct"] = max(0.0, psutil.cpu_percent() - own_pct)
+            own_pct = min(100.0, self._process.cpu_percent() / len(self._cores))  # of a moment it may read more
+            all_pct = psutil.cpu_percent(percpu=True)
+            reading["others_cpu_pct"] = max(0.0, fmean(all_pct[core] for core in self._cores) - own_pct)
             if self.monitor == "process":
                 reading |= {"utilization_pct": own_pct, "memory_mib": self._process.memory_info().rss / MIB}
         return reading
@@ -127,14 +132,15 @@ def _nvml_handle(device: torch.device) -> Any:
     return None
 
 
-def used_memory_mib(device: str | torch.device) -> float:
-    """Return the memory in use without what torch's allocator holds unused; NaN where no sensor tells.
+def used_memory_mib(*devices: str | torch.device) -> float:
+    """Return the memory of devices in use without what torch's allocator holds unused; NaN where no sensor tells.
 
     Read before a model is loaded, it is the baseline: the model is loaded into what the allocator still holds.
     """
-    memory_mib = Sensor(device).sample().get("memory_mib", math.nan)
-    if torch.device(device).type == "cuda":
-        memory_mib -= (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / MIB
+    memory_mib = Sensor(*devices).sample().get("memory_mib", math.nan)
+    for device in map(torch.device, devices):
+        if device.type == "cuda":
+            memory_mib -= (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / MIB
     return memory_mib
 
 

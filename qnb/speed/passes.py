@@ -273,6 +273,6 @@ def with_model(session: Session, precision: Precision, measure: Callable[[Loaded
         with_model(session, precision, lambda loaded: Eager(loaded.model).generate([[1, 2, 3, 4]], 2))
     session.checkpoint(precision)
     memory.release(workspaces=True)
-    baseline_mib = used_memory_mib(session.device.place)
+    baseline_mib = used_memory_mib(*session.device.places)
     with ExitStack() as stack:  # no variable here may hold the model: a notebook keeps its last traceback
         return measure(Loaded(stack.enter_context(session.loaded(precision)), baseline_mib))
