@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from time import perf_counter, sleep
@@ -91,23 +91,20 @@ def run(
         os.environ[device.CHOICE] = values["device"]  # for the notebooks' kernels
     os.environ[COMMAND] = shlex.join(["qnb", *sys.argv[1:]])
     earlier = study.session.ledger.failures()  # this run may not retry all of them
-    with _sole_run(study), ExitStack() as stack:
+    with _sole_run(study):
         if workers:
             from qnb.cluster import driver
 
-            place = driver.measure(study, values, {name[:2] for name in names}, workers, only_plan)
-            stack.enter_context(patch.dict(os.environ, {REPLAY: json.dumps(asdict(place))}))
-            values["overwrite"] = False
+            measured_on = driver.measure(study, values, {name[:2] for name in names}, workers, only_plan)
+            os.environ[REPLAY], values["overwrite"] = json.dumps(asdict(measured_on)), False
         for name in () if only_plan else names:
             try:
                 print(_execute(study, name, values), file=sys.stderr, flush=True)
             except NotebookError as error:
                 print(f"qnb: {error}; what was measured is kept in {study.folder}", file=sys.stderr)
                 return 1
-    if only_plan:
-        return 0
     dry_run = "01_quantize" in names and values.get("push_to") and values.get("dry_run", True)
-    return _report_end(study, earlier, bool(dry_run))
+    return 0 if only_plan else _report_end(study, earlier, bool(dry_run))
 
 
 def _report_end(study: Study, earlier: Sequence[Row], dry_run: bool) -> int:

@@ -11,7 +11,7 @@ import os
 import re
 import socket
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -261,6 +261,8 @@ class Crew:
         What is the same for all of them.
     """
 
+    worker: type[Any] = Worker
+
     def __init__(self, ray: Any, study: Study, places: Sequence[Place], post: Post) -> None:
         self._ray, self._session, self._post = ray, study.session, post
         self._here = ray.get_runtime_context().get_node_id()
@@ -279,11 +281,11 @@ class Crew:
             cores=place.cores,
             all_cores=place.node.cores,
         )
-        actor = self._ray.remote(num_cpus=0, num_gpus=place.gpus)(Worker)
+        actor = self._ray.remote(num_cpus=0, num_gpus=place.gpus)(self.worker)
         return actor.options(scheduling_strategy=_on(place.node.id)).remote(post)
 
-    def run(self, plan: Sequence[Cell], maker: Any) -> None:
-        """Measure all cells of a plan.
+    def run(self, plan: Sequence[Cell], maker: Callable[[Need], Cell]) -> int:
+        """Measure all cells of a plan; return how many cells that took, with those that made what nodes need.
 
         Raises
         ------
@@ -292,7 +294,7 @@ class Crew:
         RuntimeError
             No worker is left.
         """
-        schedule = Schedule(plan, seats(self._session, [*self._places.values()]), maker)
+        schedule, n_cells = Schedule(plan, seats(self._session, [*self._places.values()]), maker), 0
         with tqdm(total=len(schedule.pending), desc="cells", unit="cell", disable=None) as bar:
             while True:
                 for name in [name for name, seat in schedule.seats.items() if not seat.cell]:
@@ -304,9 +306,11 @@ class Crew:
                 done, _ = self._ray.wait([*self._at_work], timeout=60)
                 for reference in done:
                     self._receive(reference, schedule)
+                    n_cells += 1
                 bar.n = bar.total - len(schedule.pending) - len(schedule.running)
         if schedule.pending:
             raise RuntimeError(f"no worker is left for {', '.join(schedule.pending)}; the same command goes on")
+        return n_cells
 
     def _send(self, name: str, cell: Cell) -> None:
         """Let a worker begin a cell, with what the ledger has of its formats."""
@@ -330,6 +334,8 @@ class Crew:
         assert cell
         try:
             result: Result = self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:  # the worker lives
+            result = Result(failure=scrub(str(error).strip().splitlines()[-1]))
         except self._ray.exceptions.RayError as error:
             self._replace(name, schedule, scrub(str(error).strip().splitlines()[0]))
             return
@@ -405,7 +411,11 @@ def measure(
     with connected(options) as ray:
         wanted = os.environ.get(device.CHOICE, "auto")
         nodes = find_nodes(ray, wanted.partition(":")[0])
-        session.device = nodes[0].device
+        most = Counter({each.device.name: 0 for each in nodes})
+        for each in nodes:
+            most[each.device.name] += max(1, int(each.gpus))
+        name, _ = most.most_common(1)[0]  # of GPUs of several models, times are taken on that of most
+        session.device = next(each.device for each in nodes if each.device.name == name)
         gpus = gpus_needed(study, nodes, options.gpus_per_model)
         if gpus % 1 and numbers & {"03", "04"}:
             raise InputError(f"gpus_per_model is {gpus}: no time can be taken on a shared GPU; add --only 01,02")

@@ -171,7 +171,7 @@ class Worker:
             for name in (value for column, value in row.items() if column.endswith("_file") and value):
                 result.files[name] = (session.folder / name).read_bytes()
         if cell.makes and cell.makes[0] == "task" and cell.makes[1] in session.tasks:
-            import cloudpickle  # Ray brings it; tasks hold functions without names
+            from ray import cloudpickle  # tasks hold functions without names
 
             result.task = cloudpickle.dumps(session.tasks[cell.makes[1]])
 

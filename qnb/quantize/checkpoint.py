@@ -206,6 +206,8 @@ def load(folder: str | Path, precision: Precision, device: str | Device) -> PreT
             trust_remote_code=False, use_safetensors=True, **options,
         )  # fmt: skip
     model, report = loaded
+    if place != "cpu" and {"cpu", "disk"} & {*map(str, getattr(model, "hf_device_map", {}).values())}:
+        raise MemoryError(f"the weights in {folder} are more than all their GPUs may hold")
     wrong = absent_tensors(report)
     stacks = {_stack(name) for name, _ in model.named_parameters()} - {""}
     wrong |= {key for key in report["unexpected_keys"] if _stack(key) in stacks}

@@ -66,7 +66,7 @@ def _perplexity(results: Results, precision: str) -> Iterator[str]:
             interval = f"95 %: {low:+.1f} to {high:+.1f}, " if pd.notna(low) else ""
             words = f"{change:+.1f} % ({interval}{row['tokens']:,.0f} tokens)"
             yield f"{title(precision)}'s perplexity changes by {words}.{_chance(low, high)}"
-        if row["kl_mean_nats"] <= floor:
+        if pd.notna(row["kl_mean_nats"]) and row["kl_mean_nats"] <= floor:
             yield f"{title(precision)}'s KL divergence is noise: another batch size alone gives {BASE} as much."
 
 

@@ -1,0 +1,259 @@
+"""A real Ray on two cores: a study by two workers is the study of one, whatever dies meanwhile."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from conftest import SECRET, command
+
+from qnb import Study
+from qnb.__main__ import main
+from qnb.cluster import cells, driver
+from qnb.cluster.driver import ClusterOptions
+from qnb.cluster.schedule import Cell
+from qnb.device import Device
+from qnb.errors import InputError
+from qnb.ledger import Ledger, row_key
+from qnb.run import NAMES, NOTEBOOKS, notebook_parameters
+
+ray = pytest.importorskip("ray")
+# of a row: when, where, in what order and by which command it was measured, and what takes another time each time
+OF_ONE_RUN = {"measured_at", "command", "node", "gpu", "worker", "host_peak_mib", "flags", "note"}
+TIMED = ("perf", "batch", "peaks", "sweep")
+
+
+def same(row):
+    """Return what a row of one run shares with that of another: of timings, what was asked and counted."""
+    asked = {"fingerprint", "batch_size", "requests", "new_tokens", "prompt_tokens", "bytes_per_step", "fits"}
+    shared = {name: value for name, value in row.items() if name not in OF_ONE_RUN and not name.endswith("_s")}
+    return {name: value for name, value in shared.items() if name in asked or row["stage"] not in TIMED}
+
+
+def parameters(**given):
+    defaults = [notebook_parameters(NOTEBOOKS / f"{name}.ipynb") for name in NAMES]
+    return {key: value for each in defaults for key, value in each.items()} | {"minutes": 0} | given
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+
+
+def test_two_workers_make_the_ledger_of_one(smoke, tmp_path):
+    folder = tmp_path / "study"
+    arguments = ["run", "--profile", "smoke", "--output", str(folder), "--workers", "2", "--only", "01,02,03,04"]
+    done = command(*arguments, HF_TOKEN=SECRET)
+    assert done.returncode == 0, done.stderr
+    alone, both = ({row_key(row): same(row) for row in Ledger(each).rows()} for each in (smoke[0], folder))
+    assert both == alone
+    measured = [row for row in lines(folder) if row["stage"] != "lengths"]
+    assert {row["worker"] for row in measured} <= {"w0", "w1"} and all(row["node"] for row in measured)
+    # every cell was measured once, the notebooks measured nothing, and the token is in no log of Ray's
+    assert len(lines(folder)) == len(both)
+    logs = Path("/tmp/ray/session_latest/logs")
+    assert not any(SECRET in path.read_text(errors="replace") for path in logs.rglob("*") if path.is_file())
+
+
+def wait_for(flag, then):
+    """Do something once a cell is at work."""
+
+    def wait():
+        while not flag.exists():
+            time.sleep(0.1)
+        then(int(flag.read_text()))
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def slow(session, flag):
+    """Hang the first time, and measure the next."""
+    if not flag.exists():
+        flag.write_text(str(os.getpid()))
+        time.sleep(300)
+    session.append(session.key("lengths", None, {"cell": flag.name}, task=flag.name))
+
+
+def test_a_killed_worker_and_a_lost_node_cost_no_row(tmp_path, source, monkeypatch):
+    from ray.cluster_utils import Cluster
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    second = nodes.add_node(num_cpus=1)
+    flags = [tmp_path / name for name in ("first", "second")]
+    plan = [Cell(flag.name, {"stage": "lengths", "task": flag.name}, ((slow, (flag,)),)) for flag in flags]
+    plan += [Cell(f"quick {n}", {"stage": "lengths"}, ((slow, (Path(f"/proc/self/{n}"),)),)) for n in ("stat", "io")]
+    monkeypatch.setattr(cells, "plan", lambda *_: plan)
+    wait_for(flags[0], lambda pid: os.kill(pid, signal.SIGKILL))
+    wait_for(flags[1], lambda _: nodes.remove_node(second, allow_graceful=False))
+    study = Study("smollm2-135m", "bf16", tmp_path / "study", device="cpu")
+    try:
+        driver.measure(study, parameters(precisions="bf16"), {"02"}, ClusterOptions("2", nodes.address))
+    finally:
+        nodes.shutdown()
+    rows = lines(study.folder)
+    assert sorted(row["task"] for row in rows) == ["first", "io", "second", "stat"]
+    assert not study.session.ledger.failures()
+
+
+def test_a_killed_driver_goes_on_where_it_was(tmp_path):
+    folder = tmp_path / "study"
+    arguments = [sys.executable, "-m", "qnb", "run", "--profile", "smoke", "--output", str(folder), "--workers", "2",
+                 "--only", "02", "-p", "tasks", "sample_easy,sample_hard"]  # fmt: skip
+    driver_process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not Ledger(folder).rows("accuracy"):
+        assert driver_process.poll() is None
+        time.sleep(0.1)
+    children = psutil.Process(driver_process.pid).children(recursive=True)
+    workers = [each for each in children if each.name().startswith("ray::Worker")]
+    driver_process.kill()
+    before = lines(folder)
+    assert workers and not psutil.wait_procs(workers, timeout=60)[1]  # they end with their driver
+    done = command(*arguments[3:])
+    assert done.returncode == 0, done.stderr
+    after = lines(folder)
+    assert after[: len(before)] == before
+    assert len(after) == len({row_key(row) for row in after}) == 2 * (1 + 2 + 1 + 2)
+
+
+LISTENING = """
+import psutil
+from qnb.cluster.driver import ClusterOptions, connected
+with connected(ClusterOptions("1")):
+    mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    ports = [port for each in mine for port in each.net_connections("inet") if port.status == psutil.CONN_LISTEN]
+print(*{port.laddr.ip.removeprefix("::ffff:") for port in ports})
+"""
+
+
+def test_ray_of_this_machine_alone_opens_no_port_to_the_network():
+    done = subprocess.run([sys.executable, "-c", LISTENING], capture_output=True, text=True)
+    assert done.stdout.split() == ["127.0.0.1"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--workers", "0"], "workers is '0'"),
+        (["--workers", "two"], "workers is 'two'"),
+        (["--workers", "2", "--gpus-per-model", "-1"], "gpus_per_model is '-1'"),
+        (["--workers", "2", "-p", "minutes", "5"], "minutes is 5"),
+        (["--ray-address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),
+        (["--ray-address", "nowhere"], "no Ray cluster answers at nowhere"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(arguments, part, tmp_path, capsys):
+    assert main(["run", "--profile", "smoke", "--output", str(tmp_path / "study"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert part in error and error.count("\n") == 1
+    assert not (tmp_path / "study" / "ledger.jsonl").exists()
+
+
+def test_without_ray_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match="pip install"), driver.connected(ClusterOptions("2")):
+        pass
+
+
+CPU = Device("cpu", "a CPU", 1000.0, "native", "")
+GPU = Device("cuda", "a GPU", 1000.0, "native", "")
+
+
+def node(name, gpus=2.0, device=GPU):
+    return driver.Node(name, name, gpus, (0, 1, 2, 3), device, {}, 0)
+
+
+def test_workers_are_spread_evenly_with_cores_of_their_own():
+    places = driver.share_out([node("a"), node("b")], "auto", 1.0)
+    assert [(place.node.id, place.cores) for place in places] == [
+        ("a", (0, 1)), ("b", (0, 1)), ("a", (2, 3)), ("b", (2, 3))
+    ]  # fmt: skip
+    assert len(driver.share_out([node("a")], "auto", 0.5)) == 4
+    assert len(driver.share_out([node("a", 0, CPU), node("b", 0, CPU)], "auto", 0.0)) == 2
+    with pytest.raises(InputError, match="room for 2"):
+        driver.share_out([node("a")], "3", 1.0)
+
+
+class OneNode:
+    """Ray with one node, which describes itself as it is told."""
+
+    def __init__(self, gpus, described):
+        self._gpus, self._described = gpus, described
+
+    def nodes(self):
+        return [{"NodeID": "a" * 56, "Alive": True, "Resources": {"GPU": self._gpus}, "NodeManagerHostname": "box"}]
+
+    def remote(self, **_):
+        return lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: None))
+
+    def get(self, *_, **__):
+        if isinstance(self._described, Exception):
+            raise self._described
+        return self._described
+
+
+@pytest.mark.parametrize(
+    ("gpus", "described", "wanted", "part"),
+    [
+        (0.0, None, "cuda", "no node of the cluster has a GPU"),
+        (
+            0.0,
+            ModuleNotFoundError("No module named 'qnb'"),
+            "auto",
+            "node box cannot take part: No module named 'qnb'",
+        ),
+        (1.0, driver.Node("a", "box", 1.0, (0,), GPU, {"torch": "1.0"}, 0), "auto", "node box has torch 1.0"),
+        (1.0, driver.Node("a", "box", 1.0, (0,), GPU, {"python": "3.8"}, 0), "auto", "node box has python 3.8"),
+    ],
+)
+def test_a_node_that_cannot_take_part_is_named(gpus, described, wanted, part):
+    with pytest.raises(InputError, match=part):
+        driver.find_nodes(OneNode(gpus, described), wanted)
+
+
+def test_a_silent_address_is_given_up_after_seconds(monkeypatch):
+    monkeypatch.setattr(driver, "CONNECT_S", 0.5)
+    with socket.socket() as full:  # takes no connection any more
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        fillers = [socket.socket() for _ in range(3)]
+        for each in fillers:
+            each.setblocking(False)
+            each.connect_ex(full.getsockname())
+        with pytest.raises(InputError, match="no Ray cluster answers"):
+            driver._check_address(f"127.0.0.1:{full.getsockname()[1]}")
+        for each in fillers:
+            each.close()
+
+
+def test_a_model_beyond_its_memory_is_spread_and_scores_alike(tmp_path):
+    folders = [tmp_path / name for name in ("one", "spread")]
+    common = ["--profile", "smoke", "--only", "02", "-p", "precisions", "bf16"]
+    assert command("run", *common, "--output", str(folders[0])).returncode == 0
+    options = ["--output", str(folders[1]), "--workers", "1", "--gpus-per-model", "2"]
+    done = command("run", *common, *options, QNB_MEMORY_MIB="200")
+    assert done.returncode == 0, done.stderr
+    alone, spread = ({row_key(row): same(row) for row in Ledger(each).rows()} for each in folders)
+    assert alone == spread
+
+
+def test_a_node_keeps_its_checkpoints_for_the_next_run(tmp_path, source, monkeypatch):
+    from qnb.cluster.worker import Post, Worker
+
+    monkeypatch.setenv("QNB_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(source.path, tmp_path / "model")
+    study = Study(str(tmp_path / "model"), "bf16", tmp_path / "study", device="cpu")
+    cell = cells.checkpoint_cell(study.session, "bf16")
+    settings = {"model": study.session.source.name, "precisions": "bf16", "device": "cpu"}
+    post = Post(settings, study.session.record, "", {}, "", (0,), (0,), 1, 1, 0)
+    first, second = (Worker(post).measure(cell, [], {}, b"", []) for _ in range(2))
+    assert [row["precision"] for row in first.rows] == ["bf16"] and not first.failure
+    assert not second.rows  # the checkpoint is there
