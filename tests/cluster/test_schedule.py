@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_what_runs_alone_has_its_node_and_each_node_makes_a_thing_once(gpus):
 def test_one_worker_changes_its_format_once_a_format():
     planned = rehearse(bench.schedule(1))
     formats = [each.cell.precision for each in planned if each.cell.precision and not each.cell.makes]
-    changes = sum(one != other for one, other in zip(formats, formats[1:], strict=False))
+    changes = sum(one != other for one, other in pairwise(formats))
     assert changes <= 2 * len(set(formats)) - 1  # timing first, then accuracy
 
 
