@@ -36,6 +36,7 @@ class Device:
     bf16: str  # "native", or "emulated" where the hardware has no bfloat16 units
     driver: str  # "" without a GPU
     index: int = 0  # of the GPU, as torch counts those it sees
+    capability: tuple[int, int] = (0, 0)  # of a GPU: what it can compute with
     spread: int = 1  # GPUs, from the first one on, that one model is spread over; on a CPU, the memory and the disk
 
     @property
@@ -111,8 +112,10 @@ def detect(wanted: str = "auto") -> Device:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if index < gpus:
             card = torch.cuda.get_device_properties(index)
-            bf16 = "emulated" if is_before_ampere(f"cuda:{index}") else "native"
-            return Device("cuda", card.name, min(limit_mib, card.total_memory / MIB), bf16, _driver(), index)
+            capability = torch.cuda.get_device_capability(f"cuda:{index}")
+            bf16 = "emulated" if capability < (8, 0) else "native"
+            memory_mib = min(limit_mib, card.total_memory / MIB)
+            return Device("cuda", card.name, memory_mib, bf16, _driver(), index, capability)
     if wanted.startswith("cuda"):
         seen = f"{gpus or 'no'} NVIDIA GPU{'s' * (gpus > 1)}"
         raise InputError(f"device is {wanted!r}, and PyTorch sees {seen} here; take 'auto'")

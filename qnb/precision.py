@@ -4,8 +4,9 @@ A weight stored in b bits costs b/8 bytes of memory and of bandwidth. What it is
 LLM.int8 multiplies int8 by int8 and keeps outlier columns in 16 bit (Dettmers et al. 2022). The 4-bit formats are
 unpacked to their compute type before every product (Dettmers et al. 2023). Only linear layers inside the blocks are
 quantized: embeddings, norms and the output head stay in 16 bit. Here that is bfloat16, and a study may replace it by
-the type that its device has units for. A checkpoint that was made elsewhere is a format too, named by its label. No
-other module branches on a format's name.
+the type that its device has units for. torchao's formats need that package. Its 8-bit ones quantize a product's inputs
+too, row by row. A checkpoint that was made elsewhere is a format too, named by its label. No other module branches on
+a format's name.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from qnb.errors import InputError, unknown
 
 if TYPE_CHECKING:
     import torch
-    from transformers import BitsAndBytesConfig
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+# by library: its class of settings in transformers, and the argument for modules that stay as they are
+CONFIGS = {
+    "bitsandbytes": ("BitsAndBytesConfig", "llm_int8_skip_modules"),
+    "torchao": ("TorchAoConfig", "modules_to_not_convert"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +40,19 @@ class Precision:
     marker: str  # its symbol in every figure, as Plotly names it
     label: str  # its name where there is room
     meaning: str
-    quantization: dict[str, Any] = field(default_factory=dict, hash=False)  # BitsAndBytesConfig arguments
+    quantization: dict[str, Any] = field(default_factory=dict, hash=False)  # arguments of its library's settings
+    bits: float = 0.0  # about those of a quantized weight in a file, with its constants
+    library: str = "bitsandbytes"  # that quantizes
+    capability: tuple[int, int] | None = None  # of a GPU, the least that runs it; None where a CPU does too
+    multiples: tuple[int, int] = (1, 1)  # of a layer's outputs and inputs, that its kernels take
+    weight: str = ""  # the class of its weights once loaded, where a library may leave all of them as they were
+    kernels: str = ""  # a pattern in the names of a GPU's kernels that multiply in it, where others may stand in
     origin: str = ""  # of a checkpoint that was made elsewhere: a folder, a GGUF file, or a hub id
     style: int = 0  # of its colour and marker, among those of checkpoints made elsewhere
 
     @property
     def quantized(self) -> bool:
-        """Whether bitsandbytes replaces the linear layers."""
+        """Whether a library replaces the linear layers' weights."""
         return bool(self.quantization)
 
     @property
@@ -63,7 +76,7 @@ class Precision:
         if self.origin:
             return 0.0
         bits = 32 if self.dtype == "float32" else 16
-        return 0.2 * bits + 0.8 * (8.5 if self.eight_bit else 4.75) if self.quantized else bits
+        return 0.2 * bits + 0.8 * self.bits if self.quantized else bits
 
     @property
     def compute_dtype(self) -> str:
@@ -81,25 +94,48 @@ class Precision:
         return f"{self.name}-{self.dtype}" if self.quantized and self.dtype != "bfloat16" else self.name
 
     def in_half(self, dtype: str) -> Precision:
-        """Return a quantized format with another type in bfloat16's place; any other format as it is."""
-        if not self.quantized:
+        """Return a quantized format with another type in bfloat16's place; any other format as it is.
+
+        One that needs a GPU from Ampere on stays in bfloat16, which its kernels want.
+        """
+        if not self.quantized or self.capability:
             return self
         quantization = {name: dtype if value == "bfloat16" else value for name, value in self.quantization.items()}
         return replace(self, dtype=dtype, quantization=quantization)
 
-    def config(self) -> BitsAndBytesConfig:
-        """Return the ``quantization_config`` of a quantized format, for ``from_pretrained``."""
-        from transformers import BitsAndBytesConfig
+    def config(self, skipped_modules: list[str] | None = None) -> QuantizationConfigMixin:
+        """Return the ``quantization_config`` of a quantized format, for ``from_pretrained``.
 
-        return BitsAndBytesConfig(**self.quantization)
+        `skipped_modules` stay as they are; None lets transformers choose.
+        """
+        import transformers
+
+        name, skip = CONFIGS[self.library]
+        config: QuantizationConfigMixin = getattr(transformers, name).from_dict({**self.quantization})
+        setattr(config, skip, skipped_modules)
+        return config
 
 
-def _int8(threshold: float) -> dict[str, Any]:
-    return {"load_in_8bit": True, "llm_int8_threshold": threshold}
+def _int8(threshold: float) -> tuple[dict[str, Any], float]:
+    return {"load_in_8bit": True, "llm_int8_threshold": threshold}, 8.5
 
 
-def _four_bit(kind: str, compute: str, **options: Any) -> dict[str, Any]:
-    return {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": compute, **options}
+def _four_bit(kind: str, compute: str, **options: Any) -> tuple[dict[str, Any], float]:
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": compute}
+    return {**settings, **options}, 4.75
+
+
+def _torchao(name: str, bits: float, **settings: Any) -> tuple[dict[str, Any], float, str]:
+    """Return torchao's own record of its settings, which `TorchAoConfig` reads and writes.
+
+    Its settings for torch.compile would change how every other format of the process is compiled.
+    """
+    record = {"_type": name, "_version": 2, "_data": {"set_inductor_config": False, **settings}}
+    return {"quant_type": {"default": record}}, bits, "torchao"
+
+
+def _member(kind: str, value: Any) -> dict[str, Any]:
+    return {"_type": kind, "_data": value}
 
 
 _FORMATS = (
@@ -107,23 +143,41 @@ _FORMATS = (
     Precision("bf16", "bfloat16", "#1f4e9c", "square", "BF16", "bfloat16, as most models are released: the baseline"),
     Precision("fp16", "float16", "#3d9be9", "diamond", "FP16", "half precision"),
     Precision("int8", "bfloat16", "#e08214", "triangle-up", "INT8", "LLM.int8, outliers above 6.0 kept in 16 bit",
-              _int8(6.0)),
+              *_int8(6.0)),
     Precision("int8-no-outliers", "bfloat16", "#fdb863", "triangle-down", "INT8 (no outlier path)",
-              "LLM.int8 without the outlier path (threshold 0)", _int8(0.0)),
+              "LLM.int8 without the outlier path (threshold 0)", *_int8(0.0)),
     Precision("int4", "bfloat16", "#b2182b", "cross", "INT4 (FP4 weights, FP32 compute)",
-              "FP4, float32 compute: load_in_4bit=True alone, the paper's INT4", _four_bit("fp4", "float32")),
-    Precision("fp4", "bfloat16", "#d6604d", "x", "FP4", "FP4, 16-bit compute", _four_bit("fp4", "bfloat16")),
-    Precision("nf4", "bfloat16", "#1b7837", "star", "NF4", "NF4, 16-bit compute", _four_bit("nf4", "bfloat16")),
+              "FP4, float32 compute: load_in_4bit=True alone, the paper's INT4", *_four_bit("fp4", "float32")),
+    Precision("fp4", "bfloat16", "#d6604d", "x", "FP4", "FP4, 16-bit compute", *_four_bit("fp4", "bfloat16")),
+    Precision("nf4", "bfloat16", "#1b7837", "star", "NF4", "NF4, 16-bit compute", *_four_bit("nf4", "bfloat16")),
     Precision("nf4-dq", "bfloat16", "#7fbf7b", "hexagon", "NF4 (double quantization)",
               "NF4 with double quantization, 16-bit compute",
-              _four_bit("nf4", "bfloat16", bnb_4bit_use_double_quant=True)),
+              *_four_bit("nf4", "bfloat16", bnb_4bit_use_double_quant=True)),
+    Precision("int8-dynamic", "bfloat16", "#a6761d", "triangle-left", "INT8 (dynamic)",
+              "int8 weights and inputs, a scale a row, by torchao",
+              *_torchao("Int8DynamicActivationInt8WeightConfig", 8.0),
+              multiples=(8, 8), weight="Int8Tensor",
+              kernels=r"gemm_(s8|i8|int8)|i16832|i8816|i8i32|imma|nvjet_(sm\d+_)?[bi]{2}|triton_"),
+    Precision("fp8", "bfloat16", "#41b6c4", "triangle-right", "FP8",
+              "float8 weights and inputs, a scale a row, by torchao",
+              *_torchao("Float8DynamicActivationFloat8WeightConfig", 8.0, granularity=_member("PerRow", {}),
+                        kernel_preference=_member("KernelPreference", "TORCH")),
+              capability=(8, 9), weight="Float8Tensor", kernels=r"e4m3|nvjet_(sm\d+_)?qq|triton_"),
+    Precision("int4-hqq", "bfloat16", "#f768a1", "octagon", "INT4 (HQQ)",
+              "int4 weights in groups of 64 with HQQ's parameters, 16-bit compute, by torchao",
+              *_torchao("Int4WeightOnlyConfig", 4.5, group_size=64,
+                        int4_packing_format=_member("Int4PackingFormat", "TILE_PACKED_TO_4D"),
+                        int4_choose_qparams_algorithm=_member("Int4ChooseQParamsAlgorithm", "HQQ")),
+              capability=(8, 0), weight="Int4TilePackedTo4dTensor", kernels=r"tinygemm"),
 )  # fmt: skip
 PRECISIONS = {precision.name: precision for precision in _FORMATS}
 BUILT_IN = frozenset(PRECISIONS)
 BASELINE = "bf16"
 PAPER = ("bf16", "fp16", "int8", "int4")
 STUDY = (*PAPER, "nf4")
-GROUPS: dict[str, tuple[str, ...]] = {"study": STUDY, "paper": PAPER, "all": tuple(PRECISIONS)}
+TORCHAO = tuple(name for name, precision in PRECISIONS.items() if precision.library == "torchao")
+ALL = tuple(name for name in PRECISIONS if name not in TORCHAO)  # that a plain installation runs on any device
+GROUPS: dict[str, tuple[str, ...]] = {"study": STUDY, "paper": PAPER, "all": ALL, "torchao": TORCHAO}
 ORIGIN = "checkpoint:"  # before a folder, a GGUF file or a hub id, and after a label with "="
 # colours and markers of checkpoints that were made elsewhere, beside those above
 _STYLES = (("#762a83", "pentagon"), ("#01665e", "hourglass"), ("#8c510a", "bowtie"), ("#c51b7d", "star-square"),
@@ -151,7 +205,8 @@ def parse(names: str | Iterable[str], rows: Iterable[Mapping[str, Any]] = ()) ->
     ----------
     names
         Names separated by commas or spaces, or a list of names; ``"study"`` and ``"paper"`` stand for the default
-        five and the paper's four. ``checkpoint:you/model-AWQ`` is a checkpoint that was made elsewhere, and
+        five and the paper's four, ``"all"`` for the nine that need no further package, ``"torchao"`` for the three
+        that need torchao. ``checkpoint:you/model-AWQ`` is a checkpoint that was made elsewhere, and
         ``AWQ=checkpoint:...`` gives it a label.
     rows
         Of the study: checkpoints that it knows keep their colours.

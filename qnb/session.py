@@ -299,7 +299,7 @@ class Session:
             Further parts of the key: engine, setting, task, repeat.
         """
         versions = {**self.versions, "qnb": __version__.rpartition(".")[0]}  # patch releases measure alike
-        how_it_runs = stage == "quantize" and precision and precision.origin
+        how_it_runs = stage == "quantize" and precision and (precision.origin or precision.kernels)
         parts: dict[str, Any] = {
             "device": self.device.kind if stage in ON_ANY_GPU and not how_it_runs else self.device.name,
             "versions": {name: versions[name] for name in LIBRARIES.get(stage, ())},
@@ -309,8 +309,7 @@ class Session:
             parts["weights"] = self.source.fingerprint
         if precision:
             precision = self.pinned(precision)
-            quantization = existing.find(self, precision).content if precision.origin else precision.quantization
-            parts |= {"quantization": quantization, "dtype": precision.dtype}
+            parts |= {"quantization": existing.content(self, precision), "dtype": precision.dtype}
             fields |= {"precision": precision.name, "dtype": precision.dtype}
         return {"stage": stage, **fields, "fingerprint": fingerprint(parts)}
 

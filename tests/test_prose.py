@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import qnb
-from qnb.precision import PRECISIONS, STUDY
+from qnb.precision import ALL, PRECISIONS, STUDY
 from qnb.provenance import ROOT
 from qnb.report import recommend
 from qnb.report.results import read_reference, task_name
@@ -95,7 +95,7 @@ def test_the_table_of_speeds_holds_the_kept_runs_numbers(kept):
     study = kept["h200-llama-3.2-1b-shape"]
     bs1, full = study.bs1.set_index(keys), study.maxbatch.set_index(keys)
     rows = rows_of(7)
-    assert list(rows) == list(PRECISIONS)
+    assert list(rows) == list(ALL)
     for name, (weights, memory, eager, captured, joules, served) in rows.items():
         engine = "cuda_graph" if captured != "-" else "eager"
         best, batch = bs1.loc[(name, engine)], full.loc[(name, engine)]

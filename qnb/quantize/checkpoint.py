@@ -22,7 +22,8 @@ from qnb.errors import InputError
 from qnb.finite import check_finite
 from qnb.ledger import file_sha256, write_atomic
 from qnb.memory import MIB, release
-from qnb.precision import Precision
+from qnb.precision import CONFIGS, Precision
+from qnb.quantize import runtime
 
 if TYPE_CHECKING:
     import torch
@@ -50,11 +51,11 @@ TEXT = "The quick brown fox jumps over the lazy dog while seven wizards count to
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence progress bars of transformers, and warnings of transformers and bitsandbytes, within the block."""
+    """Silence progress bars of transformers, and warnings of transformers and of what quantizes, within the block."""
     from transformers.utils import logging as bars
 
     with ExitStack() as restore:
-        for logger in map(logging.getLogger, ("transformers", "bitsandbytes")):
+        for logger in map(logging.getLogger, ("transformers", "torch.utils._pytree", *CONFIGS)):
             restore.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
         if bars.is_progress_bar_enabled():
@@ -196,8 +197,8 @@ def load(folder: str | Path, precision: Precision, device: str | Device) -> PreT
     options: dict[str, Any] = {"dtype": precision.torch_dtype, **placed}
     config = read_config(folder)
     if precision.quantized and not getattr(config, "quantization_config", None):
-        options["quantization_config"] = precision.config()
-        options["quantization_config"].llm_int8_skip_modules = _skipped_modules(config, precision, place)
+        with quiet():  # a library may warn when it is imported
+            options["quantization_config"] = precision.config(_skipped_modules(config, precision, place))
     if _is_half(folder, config):
         options["key_mapping"] = TEXT_HALF
     with quiet():
@@ -229,10 +230,10 @@ def absent_tensors(report: Mapping[str, Any]) -> set[str]:
 
 
 def _skipped_modules(config: PretrainedConfig, precision: Precision, device: str) -> list[str] | None:
-    """Return the modules that stay as they are where bitsandbytes cannot multiply by all; None: transformers chooses.
+    """Return the modules that stay as they are where a library cannot multiply by all; None: transformers chooses.
 
-    On CPUs with bfloat16 units a 4-bit layer must have a multiple of 32 outputs and of 64 inputs. Mamba multiplies by
-    some weights itself.
+    On CPUs with bfloat16 units a 4-bit layer of bitsandbytes must have a multiple of 32 outputs and of 64 inputs.
+    torchao's int8 kernels of a GPU take multiples of 8. Mamba multiplies by some weights itself.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -244,13 +245,14 @@ def _skipped_modules(config: PretrainedConfig, precision: Precision, device: str
     with torch.device("meta"), quiet():
         model: Any = AutoModelForCausalLM.from_config(config)
     default = get_keys_to_not_convert(model)
-    is_packed = device == "cpu" and has_avx512bf16() and not precision.eight_bit
+    is_packed = device == "cpu" and has_avx512bf16() and "load_in_4bit" in precision.quantization
+    output_step, input_step = (32, 64) if is_packed else precision.multiples
     own = {"mamba": "dt_proj"}.get(config.model_type, "-")
     impossible = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | Conv1D) and name not in default:
             outputs, inputs = module.weight.shape[:: -1 if isinstance(module, Conv1D) else 1]
-            if name.endswith(own) or (is_packed and (outputs % 32 or inputs % 64)):
+            if name.endswith(own) or outputs % output_step or inputs % input_step:
                 impossible.append(name)
     return [*default, *impossible] if impossible else None
 
@@ -331,6 +333,7 @@ def loaded_tensors(model: PreTrainedModel) -> Iterator[LoadedTensor]:
         parts = [tensor, *constants]
         if is_wrapper := hasattr(tensor, "__tensor_flatten__"):  # it holds what torchao packed
             parts = [getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]]
+            tensor = max(parts, key=lambda part: part.nbytes)  # which kernels read
         size = sum(each.nbytes for each in parts if isinstance(each, torch.Tensor))
         is_quantized = is_wrapper or state is not None or tensor.dtype == torch.int8
         yield LoadedTensor(name, module, tensor, parameters, size, is_quantized)
@@ -364,7 +367,7 @@ def _why_left_out(module: torch.nn.Module, tensor: torch.Tensor, model: PreTrain
     if module is model.get_output_embeddings():
         return "output head"
     if isinstance(module, torch.nn.Linear):
-        return "linear layers that transformers or bitsandbytes skips"
+        return "linear layers that transformers or its library skips"
     return f"{type(module).__name__} is no linear layer"
 
 
@@ -378,6 +381,7 @@ class Checkpoint(Weights):
     file_mib: float  # safetensors on disk
     quantize_s: float  # loading from the source, conversion included
     load_s: float  # loading the checkpoint
+    ran_as: str | None = None  # of a format whose library may do otherwise; see `qnb.quantize.runtime.ran_as`
     reload_identical: bool = True  # the logits equal those before saving, bit for bit; else there is no checkpoint
 
 
@@ -387,7 +391,8 @@ def convert(source: Source, precision: Precision, folder: Path, device: str | De
     Raises
     ------
     RuntimeError
-        The reloaded model's logits differ from those before saving; `folder` is left as it was.
+        The reloaded model's logits differ from those before saving, or no layer was quantized; `folder` is left as
+        it was.
     NotFiniteError
         Some logits are infinite or undefined.
     """
@@ -412,8 +417,9 @@ def convert(source: Source, precision: Precision, folder: Path, device: str | De
         load_s = perf_counter() - started
         if not torch.equal(before, logits(reloaded, load_tokenizer(draft))):
             raise RuntimeError(f"{precision.name}: the reloaded checkpoint's logits differ from those before saving")
+        ran_as = runtime.ran_as(reloaded, precision) if precision.weight else None
         file_mib = sum(path.stat().st_size for path in draft.glob("*.safetensors")) / MIB
-    return Checkpoint(**asdict(weights), file_mib=file_mib, quantize_s=quantize_s, load_s=load_s)
+    return Checkpoint(**asdict(weights), file_mib=file_mib, quantize_s=quantize_s, load_s=load_s, ran_as=ran_as)
 
 
 def disk_shortage(parameters: int, folder: Path, precisions: Iterable[Precision]) -> str:

@@ -6,9 +6,7 @@ accuracy and the size of their file. Their speed and memory would be those of un
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -22,6 +20,7 @@ from qnb.memory import MIB, is_out_of_memory, released
 from qnb.precision import ORIGIN, Precision
 from qnb.quantize import checkpoint, sources
 from qnb.quantize.checkpoint import Weights, count_weights, load_tokenizer, quiet, read_config
+from qnb.quantize.runtime import PLAIN, check_runnable, linear_layers, main_kind
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads")  # fmt: skip
-PLAIN = {"bfloat16", "float16", "float32"}
 PACKAGES = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto-round",
             "compressed-tensors": "compressed-tensors", "torchao": "torchao", "quanto": "optimum-quanto",
             "gguf": "gguf"}  # fmt: skip
@@ -54,8 +52,10 @@ def check(session: Session) -> None:
     Raises
     ------
     InputError
-        A checkpoint is not there, or it is of another model.
+        A checkpoint is not there, or it is of another model; a format cannot run here.
     """
+    for precision in session.precisions:
+        check_runnable(precision, session.device)
     for precision in session.precisions:
         if precision.origin:
             find(session, precision)
@@ -99,6 +99,14 @@ def find(session: Session, precision: Precision) -> Found:
         raise InputError(_unreadable(path, error)) from error
     session.existing[precision.name] = Found(source, library)
     return session.existing[precision.name]
+
+
+def content(session: Session, precision: Precision) -> dict[str, Any]:
+    """Return what makes a format's rows: its settings, and a package that not every study has."""
+    if precision.origin:
+        return find(session, precision).content
+    version = _library(precision.library)  # empty of what every study names
+    return precision.quantization | ({"library": version} if version else {})
 
 
 def _library(how: str) -> str:
@@ -229,9 +237,8 @@ def describe(path: Path, tokenizer: PreTrainedTokenizerBase, device: str) -> Exi
     load_s = perf_counter() - started
     weights = asdict(count_weights(model)) | _packed(model)
     checkpoint.logits(model, tokenizer)  # some unpack at the first product
-    kinds, how = Counter(_kind(layer) for layer in _linear_layers(model)), method(path)
-    packed = [kind for kind, _ in kinds.most_common() if kind not in PLAIN]
-    kind, is_unpacked = next(iter([*packed, *kinds]), ""), bool(how) and not packed
+    kind, how = main_kind(model), method(path)
+    is_unpacked = bool(how) and kind in PLAIN
     if is_unpacked:
         unknown = dict.fromkeys((*(name for name in weights if name.endswith("_bytes")), "quantized_parameters"))
         weights = asdict(count_weights(model)) | unknown | {"left_out": {}}
@@ -241,31 +248,9 @@ def describe(path: Path, tokenizer: PreTrainedTokenizerBase, device: str) -> Exi
     return Existing(**weights, file_mib=file_mib, load_s=load_s, ran_as=ran_as, is_unpacked=is_unpacked)
 
 
-def _linear_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
-    """Yield the layers that multiply by a matrix, without the output head."""
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        if module is not head and re.search("Linear|Conv1D", type(module).__name__):
-            yield module
-
-
-def _kind(layer: torch.nn.Module) -> str:
-    """Return what a layer multiplies by: a plain type, or the bits and the class of its library."""
-    import torch
-
-    weight: Any = getattr(layer, "weight", None)
-    is_plain = type(layer) is torch.nn.Linear or type(layer).__name__ == "Conv1D"
-    if is_plain and type(getattr(weight, "data", None)) is torch.Tensor:
-        return str(weight.dtype).removeprefix("torch.")
-    bits = getattr(layer, "bits", None) or {"Params4bit": 4, "Int8Params": 8}.get(type(weight).__name__)
-    kind = type(layer if type(layer) is not torch.nn.Linear else weight)
-    name = f"{kind.__module__.partition('.')[0]} {kind.__name__}"
-    return f"{bits}-bit, {name}" if bits else name
-
-
 def _packed(model: PreTrainedModel) -> dict[str, int]:
     """Return counts in place of `count_weights`' where a library packs matrices into tensors of other shapes."""
-    layers: list[Any] = [layer for layer in _linear_layers(model) if not hasattr(layer, "weight")]
+    layers: list[Any] = [layer for layer in linear_layers(model) if not hasattr(layer, "weight")]
     if not layers:
         return {}
     whole, packed = count_weights(model), dict[int, Any]()

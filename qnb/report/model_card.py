@@ -39,7 +39,7 @@ def card(results: Results, precision: Precision) -> str:
     title = f"{model.rsplit('/', 1)[-1]}-{precision.checkpoint}"
     head = ModelCardData(
         model_name=title, base_model=model if is_hub_name else None, library_name="transformers",
-        pipeline_tag="text-generation", tags=["qnb", precision.name, *(["bitsandbytes"] * precision.quantized)],
+        pipeline_tag="text-generation", tags=["qnb", precision.name, *([precision.library] * precision.quantized)],
         eval_results=_scores(results, precision.name) or None,
     )  # fmt: skip
     changes = build(results, "table2_change")

@@ -73,7 +73,7 @@ ATTENTION = 2 * 64 * 64 + 2 * 64 * 32  # of a layer of TINY, whose 4 heads share
         (transformers.MambaConfig(vocab_size=256, hidden_size=64, num_hidden_layers=3, state_size=14),
          3 * (64 * 256 + 128 * 32 + 128 * 64),
          {"embeddings": 256 * 64, VECTORS: 3 * (64 + 3 * 128) + 64, "Conv1d": 3 * 4 * 128, "MambaMixer": 3 * 128 * 14,
-          "linear layers that transformers or bitsandbytes skips": 3 * 4 * 128}),
+          "linear layers that transformers or its library skips": 3 * 4 * 128}),
     ],
     ids=["mixtral", "qwen3_moe", "gpt2", "mamba"],
 )  # fmt: skip
@@ -99,7 +99,7 @@ def test_layers_that_this_cpu_cannot_multiply_by_stay_and_are_counted(sizes, odd
     from bitsandbytes.functional import has_avx512bf16
 
     made = convert(save_tiny(tmp_path / "model", transformers.LlamaConfig(**{**TINY, **sizes})), "nf4", tmp_path)
-    left = made.left_out.get("linear layers that transformers or bitsandbytes skips", 0)
+    left = made.left_out.get("linear layers that transformers or its library skips", 0)
     assert left == (3 * odd if has_avx512bf16() else 0)
     assert made.quantized_parameters == made.parameters - sum(made.left_out.values()) > 0
 
