@@ -158,8 +158,8 @@ def _simulate_speed(card, patch):
         card.host(LOAD_S)
         return measure(passes.Loaded(session.pinned(precision), 0.0))
 
-    def run(precision, workload, batch_size, engine="eager", baseline_mib=0.0, peaks=None, trace=True):
-        card.host((TRACE_S + COMPILE_S * (engine == "cuda_graph")) * trace)
+    def run(precision, workload, batch_size, engine="eager", baseline_mib=0.0, peaks=None, kernels=""):
+        card.host((TRACE_S + COMPILE_S * (engine == "cuda_graph")) * (kernels is not None))
         batches = benchmark.full_batches(workload.prompts, batch_size)
         shape = {"prompt_tokens": len(workload.longest), "new_tokens": workload.new_tokens}
         rows, tokens = len(batches[0]), (len(workload.longest), workload.new_tokens)

@@ -75,11 +75,12 @@ def run(
     engine: str = "eager",
     baseline_mib: float = 0.0,
     peaks: DevicePeaks = UNKNOWN_PEAKS,
-    trace: bool = True,
+    kernels: str | None = "",
 ) -> Timed:
     """Generate for the workload's prompts in full batches, and time it.
 
-    `baseline_mib` was in use before the model was loaded, NaN where unknown. `trace` adds a GPU's kernels.
+    `baseline_mib` was in use before the model was loaded, NaN where unknown. A GPU's kernels are traced, and held
+    against the format's pattern `kernels`, unless that is None.
 
     Raises
     ------
@@ -101,8 +102,8 @@ def run(
         token_times_s = [_token_times_s(generator, batch, new_tokens, device) for batch in batches]
     values = shape | asdict(window.usage) | latency(token_times_s) | peak_memory(places(model))
     # 3) trace a decode step's kernels, which changes the memory's peaks
-    is_traced = trace and new_tokens > 1 and device.type == "cuda"
-    work = _trace(work, generator, batches[0], new_tokens, device) if is_traced else work
+    is_traced = kernels is not None and new_tokens > 1 and device.type == "cuda"
+    work = _trace(work, generator, batches[0], new_tokens, device, kernels) if is_traced else work
     failed = {Flag.TRACE_FAILED: is_traced and work.kernels_per_token is None, Flag.PEAKS_DISTURBED: peaks.flags}
     flags = (*generator.flags, *flags_of(window.usage), *(flag for flag, holds in failed.items() if holds))
     values |= asdict(work) | peaks.columns(work.flops_by_type) | {"requests": sum(map(len, batches)), "flags": flags}
@@ -156,9 +157,9 @@ def _warm_engine(model: PreTrainedModel, engine: str, batches: Sequence[Prompts]
     return generator
 
 
-def _trace(work: Work, generator: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> Work:
+def _trace(work: Work, *arguments: Any) -> Work:
     """Return `work` with a GPU's kernels, or as it is where tracing fails."""
-    return unless_it_fails(partial(twice, partial(trace_kernels, work, generator, prompts, new_tokens, device)), work)
+    return unless_it_fails(partial(twice, partial(trace_kernels, work, *arguments)), work)
 
 
 def _token_times_s(generator: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> list[float]:

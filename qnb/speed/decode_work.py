@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,11 +23,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from qnb.memory import MIB, release
 from qnb.quantize.checkpoint import LoadedTensor, count_weights, loaded_tensors
+from qnb.quantize.runtime import kernel_times_s, stand_in
 from qnb.speed.decode_step import run_model
 from qnb.speed.engines import Clock, Engine, Prompts
 
 TRACED_STEPS = 8
 LOOKUPS = {torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select}  # read what they return
+CONSTANT = torch.ops.aten.sum  # of a matrix: a step need not read it for that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Work:
     flops_by_type: dict[str, float] | None = None  # by the type that multiplies
     kernel_s_per_token: float | None = None  # on a GPU
     kernels_per_token: float | None = None
+    stand_in: str = ""  # the kernel that takes longest, where none multiplies in the format
 
 
 def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int) -> Work:
@@ -105,7 +107,7 @@ class _Step(TorchDispatchMode):
         returned = function(*args, **(kwargs or {}))
         outputs = [each for each in tree_leaves(returned) if isinstance(each, Tensor)]
 
-        for tensor in tree_leaves((args, kwargs)) if outputs else ():
+        for tensor in tree_leaves((args, kwargs)) if outputs and function.overloadpacket != CONSTANT else ():
             weight = self._weight_of(tensor)
             if weight and not self._weight_of(outputs[0]):  # A view reads nothing.
                 self._add(weight, tensor, function, outputs[0])
@@ -131,7 +133,7 @@ class _Step(TorchDispatchMode):
         if weight.tensor.dim() > (2 if is_lookup else 1) and torch.Tag.pointwise not in function.tags:
             # A tensor in 4 bit does not say in which type it is multiplied.
             dtype = weight.tensor.dtype
-            if getattr(weight.tensor, "quant_state", None):
+            if getattr(weight.tensor, "quant_state", None) or dtype == torch.int32:
                 dtype = getattr(weight.module, "compute_dtype", None) or self._model_dtype
             self.flops_by_type[_type_name(dtype)] += 2 * share * weight.parameters
 
@@ -163,15 +165,20 @@ def _role(weight: LoadedTensor) -> str:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Return where a tensor's memory begins; 0 of torchao's, which wraps tensors that have some."""
+    return 0 if hasattr(tensor, "__tensor_flatten__") else tensor.untyped_storage().data_ptr()
 
 
 def _type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def trace_kernels(work: Work, engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> Work:
+def trace_kernels(
+    work: Work, engine: Engine, prompts: Prompts, new_tokens: int, device: torch.device, pattern: str = ""
+) -> Work:
     """Return `work` with the kernels of a few decode steps in the middle of the new tokens, traced.
+
+    `pattern` is of `qnb.precision.Precision.kernels`.
 
     Raises
     ------
@@ -186,10 +193,11 @@ def trace_kernels(work: Work, engine: Engine, prompts: Prompts, new_tokens: int,
     for first, last in ((1, 2), (before, before + steps)):
         with closing(_Tracer(device, first, last)) as tracer:
             engine.generate(prompts, last, tracer)
-    times_s = tracer.kernel_times_s()
-    if not times_s:
+    kernels = kernel_times_s(tracer.trace)
+    if not kernels:
         raise RuntimeError("the profiler saw no kernel of a decode step")
-    return replace(work, kernel_s_per_token=sum(times_s) / steps, kernels_per_token=len(times_s) / steps)
+    kernel_s, name = sum(time_s for _, time_s in kernels), stand_in(pattern, kernels)
+    return replace(work, kernel_s_per_token=kernel_s / steps, kernels_per_token=len(kernels) / steps, stand_in=name)
 
 
 class _Tracer(Clock):
@@ -197,7 +205,7 @@ class _Tracer(Clock):
 
     def __init__(self, device: torch.device, first: int, last: int) -> None:
         self._device, self._first, self._last, self._tokens = device, first, last, -1  # before the start
-        self._trace, self._is_tracing = profile(activities=[ProfilerActivity.CUDA]), False
+        self.trace, self._is_tracing = profile(activities=[ProfilerActivity.CUDA]), False
         super().__init__(device)
 
     def tick(self, *_: Any, **__: Any) -> bool:
@@ -205,7 +213,7 @@ class _Tracer(Clock):
         self._tokens += 1
         if self._tokens == self._first:
             torch.cuda.synchronize(self._device)
-            self._trace.start()
+            self.trace.start()
             self._is_tracing = True
         elif self._tokens == self._last:
             torch.cuda.synchronize(self._device)
@@ -216,14 +224,4 @@ class _Tracer(Clock):
         """End the trace, also of a generation that failed."""
         if self._is_tracing:
             self._is_tracing = False
-            self._trace.stop()
-
-    def kernel_times_s(self) -> list[float]:
-        """Return the duration of each kernel, in no order."""
-        return [
-            event.time_range.elapsed_us() / 1e6
-            for event in self._trace.events() or ()
-            if event.device_type == DeviceType.CUDA
-            and not getattr(event, "is_user_annotation", False)
-            and not event.name.startswith(("Memcpy", "Memset"))
-        ]
+            self.trace.stop()

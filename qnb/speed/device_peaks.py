@@ -19,6 +19,7 @@ from qnb.speed.monitor import LOOK_BACK_S, Sensor, Window, flags_of
 # sizes that fill a device without taking long: MiB copied, rows of a square product
 SIZES = {"cuda": (1024, 8192), "cpu": (64, 512)}
 TYPES = ("float32", "float16", "bfloat16", "int8")
+FP8 = "float8_e4m3fn"  # of a GPU
 IDLE_S = 1.5
 
 
@@ -57,10 +58,13 @@ def measure_peaks(device: torch.device | str) -> DevicePeaks:
         idle_power_w = _idle_power_w(device) if device.type == "cuda" else None
         source = torch.ones(copied_mib * MIB, dtype=torch.uint8, device=device)
         copy_s = _fastest_s(partial(torch.empty_like(source).copy_, source))
-        for name in TYPES:
-            matrix = torch.ones(side, side, device=device, dtype=getattr(torch, name))
-            multiply = torch._int_mm if name == "int8" else torch.mm
-            with suppress(RuntimeError):  # the device has no such product
+        scale = torch.ones((), device=device)
+        scaled = partial(torch._scaled_mm, scale_a=scale, scale_b=scale, out_dtype=torch.bfloat16)
+        functions: dict[str, Any] = {"int8": torch._int_mm, FP8: scaled}
+        for name in (*TYPES, *([FP8] if device.type == "cuda" else [])):
+            matrix = torch.ones(side, side, device=device).to(getattr(torch, name))
+            multiply = functions.get(name, torch.mm)
+            with suppress(RuntimeError, ValueError):  # the device has no such product
                 # transposed, as layers have it: the int8 units take the right matrix by columns, or crawl
                 flop_per_s[name] = 2 * side**3 / _fastest_s(partial(multiply, matrix, matrix.t()))
     disturbance = Flag.GPU_SHARED if device.type == "cuda" else Flag.CPU_SHARED

@@ -24,7 +24,14 @@ from qnb.errors import InputError
 from qnb.finite import check_finite
 from qnb.memory import places, register_capture
 from qnb.precision import listed
-from qnb.speed.decode_step import SMALL_BATCH, CompileOptions, decode_step_of, empty_layers, rotary_angles
+from qnb.speed.decode_step import (
+    SMALL_BATCH,
+    CompileOptions,
+    decode_step_of,
+    empty_layers,
+    rotary_angles,
+    why_not_fused,
+)
 from qnb.speed.layers import State
 
 PREFILL_TOKENS = 16384  # read at once; more no longer helps, and takes memory that rows could have
@@ -338,6 +345,9 @@ def why_unavailable(
         return ""
     if len(devices := places(model)) > 1:
         return f"the model is spread over {len(devices)} devices, and a graph is captured on one"
+    codes = (getattr(getattr(module, "weight", None), "qdata", None) for module in model.modules())
+    if why_not_fused(model) and any(getattr(each, "dtype", None) == torch.int8 for each in codes):
+        return "torchao reads inputs in int8 back to the host where torch.compile does not fuse the step"
     config, needs = model.config.get_text_config(), "it reads the keys and values of every token"
     window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
     if model._is_stateful or not {"full_attention", "sliding_attention"}.issuperset(layer_types):

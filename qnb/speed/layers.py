@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from qnb.device import is_before_ampere
 
 FLEX_BLOCK = 32  # slots that flex attention reads at once
+INT8_ROWS = 32  # of inputs, that PyTorch's int8 kernel gets at least
 FLEX_HEAD_BYTES = range(32, 257)  # heads whose tiles fit the shared memory of every GPU from Ampere on
 
 KV = tuple[Tensor, Tensor]  # a layer's keys and values, (B, H, L, S) each
@@ -83,7 +84,7 @@ class Layer(NamedTuple):
 class Product(NamedTuple):
     """x W' + b of one layer, or of several below each other: a function of x, and the weights that it takes."""
 
-    function: Callable[..., Tensor]  # `functional.linear`, `multiply_4bit` or `multiply_8bit`
+    function: Callable[..., Tensor]  # `functional.linear`, or one of the `multiply_` functions below
     weights: tuple[Any, ...]
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -108,6 +109,25 @@ def multiply_8bit(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None) -
     return out.to(x.dtype)
 
 
+def multiply_torchao(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+    """Return x W' + b, (B, K) -> (B, N), as torchao computes it with a weight in 8 bit and inputs quantized by row.
+
+    torch.compile makes a reduction of one row's product, which reads the codes as they are, as it does in 16 bit.
+    PyTorch's int8 kernel takes no fewer than 17 rows: zeros stand below a few.
+    """
+    from torchao.quantization.quantize_.common import _choose_quant_func_and_quantize_tensor
+
+    if len(x) == 1 and torch.compiler.is_compiling():
+        codes: Any = _choose_quant_func_and_quantize_tensor(x, weight.act_quant_kwargs)
+        wide = torch.float32 if codes.qdata.is_floating_point() else torch.int32
+        products = (codes.qdata.to(wide) * weight.qdata.to(wide)).sum(-1, dtype=wide)  # (N,)
+        out = (products.float() * codes.scale.float() * weight.scale.flatten()).to(x.dtype)  # (1, N)
+        return out if bias is None else out + bias
+    rows, is_short = len(x), x.is_cuda and not weight.qdata.is_floating_point() and len(x) < INT8_ROWS
+    x = functional.pad(x, (0, 0, 0, INT8_ROWS - rows)) if is_short else x
+    return functional.linear(x, weight, bias)[:rows]
+
+
 def multiply_all(products: Sequence[Product], x: Tensor) -> Tensor:
     """Return the outputs of products of one input beside each other, (B, K) -> (B, all outputs)."""
     outputs = [product.multiply(x) for product in products]
@@ -121,6 +141,8 @@ def join(modules: Sequence[Any]) -> tuple[Product, ...]:
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
+    if all(type(module) is torch.nn.Linear and hasattr(module.weight, "__tensor_flatten__") for module in modules):
+        return _join_torchao(modules)
     if not all(isinstance(module, Linear4bit | Linear8bitLt) or _is_plain(module) for module in modules):
         return tuple(Product(module, ()) for module in modules)  # of another library, which multiplies itself
     if len(modules) > 1 and not _are_joinable(modules):
@@ -166,6 +188,23 @@ def _join_8bit(modules: Sequence[Any], bias: Tensor | None) -> Product:
     for module in modules:
         module.state.CB = module.weight.data
     return Product(multiply_8bit, (rows, scale, bias))
+
+
+def _join_torchao(modules: Sequence[Any]) -> tuple[Product, ...]:
+    """Join weights of torchao whose codes and scales all stand in rows; those in tiles stay apart."""
+    weights, biases = [module.weight for module in modules], [module.bias for module in modules]
+    first, (names, settings) = weights[0], weights[0].__tensor_flatten__()
+    inputs = getattr(first, "act_quant_kwargs", None)  # how they are quantized
+    is_symmetric = inputs and getattr(getattr(inputs, "mapping_type", None), "name", "SYMMETRIC") == "SYMMETRIC"
+    is_in_rows = is_symmetric and all(getattr(first, name).shape[:1] == first.shape[:1] for name in names)
+    multiply = multiply_torchao if is_in_rows else functional.linear
+    is_alike = all(weight.__tensor_flatten__() == (names, settings) for weight in weights)
+    if not is_in_rows or not is_alike or len({bias is None for bias in biases}) > 1:
+        return tuple(Product(multiply, (weight.detach(), bias)) for weight, bias in zip(weights, biases, strict=True))
+    parts = {name: _stack([getattr(weight, name) for weight in weights]) for name in names}
+    shape = (sum(map(len, weights)), first.shape[1])  # (N, K)
+    joined = type(first).__tensor_unflatten__(parts, settings, shape, (shape[1], 1))
+    return (Product(multiply, (joined, None if biases[0] is None else _stack(biases))),)
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

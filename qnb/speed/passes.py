@@ -34,6 +34,7 @@ LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 LEAST_PASSES = 3
+STAND_IN = "no speed: in batches of {} its library multiplies by {}, which is no kernel of the format"
 SETTLED_WIDTH = 0.05  # of the 95 % interval over passes, relative to their mean
 _is_warmed_up = False  # whether this process has run a model
 
@@ -166,9 +167,12 @@ class Series:
             return {"batch_size": self.batch_size, "note": reason}
         if reason := why_unavailable(self.engine, self.session.device.kind, model=loaded.model, tokens=tokens):
             return {"batch_size": self.batch_size, "note": reason}
-        trace = not self.passes and self.stage != "sweep"
-        timed = run(loaded.model, workload, self.batch_size, self.engine, loaded.baseline_mib, self.peaks, trace)
+        is_traced = self.precision.kernels or (not self.passes and self.stage != "sweep")
+        kernels = self.precision.kernels if is_traced else None
+        timed = run(loaded.model, workload, self.batch_size, self.engine, loaded.baseline_mib, self.peaks, kernels)
         values = asdict(timed.run)
+        if name := timed.run.stand_in:
+            return {"batch_size": self.batch_size, "stand_in": name, "note": STAND_IN.format(self.batch_size, name)}
         token_times_s = pd.DataFrame(timed.token_times_s).rename(columns=str)  # a row a batch, a column a new token
         stem = "samples/" + ".".join(map(str, self.key.values()))
 

@@ -33,7 +33,7 @@ from qnb.speed.roofline import derived
 
 COLUMNS = (
     "precision", "engine", "batch_size", "ttft_ms", "tpot_ms", "kernel_ms", "kernels_per_token", "read_ms", "mbu_pct",
-    "mfu_pct", "gpu_busy_pct", "bound", "throughput_rps", "peak_allocated_mib", "note",
+    "mfu_pct", "gpu_busy_pct", "bound", "throughput_rps", "peak_allocated_mib", "stand_in", "note",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def measure(
                 continue
             requests = size * options.batches * (1 if engine == "eager" else 4)
             workload = load_prompts(tokenizer, "sample", requests, options.prompt_tokens, options.new_tokens)
-            row |= asdict(run(model, workload, size, engine, peaks=peaks).run)
+            row |= asdict(run(model, workload, size, engine, peaks=peaks, kernels=precision.kernels).run)
             for name in ("ttft_s", "tpot_s", "kernel_s_per_token"):
                 row[f"{name.split('_')[0]}_ms"] = row[name] and 1000 * row[name]
             row["read_ms"] = 1000 * row["bytes_per_step"] / peaks.copy_bytes_per_s

@@ -4,6 +4,7 @@ import copy
 import math
 
 import torch
+from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 from qnb.precision import PRECISIONS
@@ -87,6 +88,10 @@ def unrounded(model, folder):
             stored = functional.dequantize_4bit(stored, state)
         elif isinstance(weight, nn.Int8Params):
             stored = weight.CB * weight.SCB[:, None] / 127
+        elif hasattr(weight, "act_quant_kwargs"):
+            stored = weight.dequantize(torch.float32)
+        elif hasattr(weight, "scale_and_zero"):  # torchao only multiplies by it, in bfloat16
+            stored = linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight).T
         exact.get_parameter(name).copy_(stored)
     return exact
 

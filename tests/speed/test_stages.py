@@ -31,7 +31,7 @@ class Lab:
     def __init__(self, monkeypatch, folder, source, tokenizer):
         self.monkeypatch, self.folder, self.source, self.tokenizer = monkeypatch, folder, source, tokenizer
         self.loaded, self.timed, self.model = [], [], None
-        self.seconds = lambda call: 1.0
+        self.seconds, self.stand_in = lambda call: 1.0, ""
         monkeypatch.setattr(device_peaks, "measure_peaks", lambda place: device_peaks.DevicePeaks(1e9, {}))
         monkeypatch.setattr(benchmark, "run", self._run)
         monkeypatch.setattr(passes.memory, "release", lambda **_: None)
@@ -52,13 +52,14 @@ class Lab:
         self.loaded.append(precision.name)
         return measure(passes.Loaded(self.model, 0.0))
 
-    def _run(self, model, workload, batch_size, engine="eager", baseline_mib=0.0, peaks=None, trace=True):
-        self.timed.append((self.loaded[-1], batch_size, trace))
+    def _run(self, model, workload, batch_size, engine="eager", baseline_mib=0.0, peaks=None, kernels=""):
+        self.timed.append((self.loaded[-1], batch_size, kernels is not None))
         batch_s = self.seconds(len(self.timed))
         batch_s = batch_s if isinstance(batch_s, tuple) else (batch_s,) * 2
         shape = {"batch_size": batch_size, "prompt_tokens": 4, "new_tokens": 2, "requests": len(workload.prompts)}
         times_s = {"duration_s": 1.0, "total_s": sum(batch_s), "ttft_s": 1.0, "batch_s": batch_s}
-        return Timed(Run(**shape, **times_s, monitor="process"), [{"t_s": 0.0}], [[0.5, 1.0]] * 2)
+        run = Run(**shape, **times_s, monitor="process", stand_in=self.stand_in)
+        return Timed(run, [{"t_s": 0.0}], [[0.5, 1.0]] * 2)
 
 
 @pytest.fixture
@@ -126,6 +127,17 @@ def test_an_engine_that_cannot_run_leaves_a_row_that_says_why(lab, monkeypatch):
     perf_bs1(session, TimingOptions(workload(session), repeats=2))
     eager, _, captured = sorted(rows(session), key=lambda row: row["engine"], reverse=True)
     assert eager["total_s"] and "total_s" not in captured and "no NVIDIA GPU" in captured["note"]
+
+
+def test_other_kernels_that_stand_in_leave_a_row_without_speed(lab):
+    lab.stand_in, session = "ampere_sgemm", lab.open()
+    perf_bs1(session, TimingOptions(workload(session), repeats=3))
+    (row,) = rows(session)
+    assert (
+        "batches of 1 its library multiplies by ampere_sgemm" in row["note"]
+        and "total_s" not in row
+        and len(lab.timed) == 1
+    )
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
