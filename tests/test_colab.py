@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qnb import InputError, colab, session, study
+from qnb import InputError, colab, study
 from qnb.run import NOTEBOOKS
 
 SHELL = '''
@@ -104,7 +104,7 @@ def drive(tmp_path, monkeypatch):
 
 def test_an_output_on_the_drive_mounts_it_once(drive, tmp_path):
     for _ in range(2):
-        assert session.locate("drive:qnb/study") == tmp_path / "MyDrive" / "qnb" / "study"
+        assert colab.locate("drive:qnb/study") == tmp_path / "MyDrive" / "qnb" / "study"
     assert drive == [str(tmp_path)]
     assert study.Study(output="drive:qnb/study").folder == tmp_path / "MyDrive" / "qnb" / "study"
 

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as some
 
-from qnb import run, session
+from qnb import colab, run
 from qnb.__main__ import main
 from qnb.ledger import Ledger
 from qnb.run import NOTEBOOKS, notebook_parameters
@@ -93,5 +93,5 @@ def test_any_profile_is_taken_or_refused(ask, tmp_path, monkeypatch, content):
 @given(some.lists(some.sampled_from([*WORDS, ""]) | some.text(max_size=8), max_size=6))
 def test_any_command_line_is_taken_or_refused(ask, tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(session, "locate", lambda output: tmp_path / "relative")
+    monkeypatch.setattr(colab, "locate", lambda output: tmp_path / "relative")
     ask(*line)
