@@ -11,6 +11,7 @@ from transformers import Cache, GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from qnb.accuracy.backbone import Backbone, Tokens, repeat
+from qnb.accuracy.captured_step import CapturedStep, may_be_captured
 from qnb.finite import check_finite
 from qnb.memory import free_bytes, kv_cache_bytes_per_token
 
@@ -79,19 +80,21 @@ class GreedyGenerator:
         batch = _Batch(self.backbone, prompts, prefix_length, past)
         # 2) decode, and look at the new tokens every few steps
         texts: list[list[int]] = [[] for _ in prompts]
-        running = list(range(len(prompts)))
+        rows = going = list(range(len(prompts)))  # the batch's, and the places of those that are not done
         last_step = prompts[0].max_new_tokens
         for start in range(0, last_step, CHECK_EVERY):
             steps = [batch.step() for _ in range(min(CHECK_EVERY, last_step - start))]
-            ids, logits = (torch.cat(parts, 1) for parts in zip(*steps, strict=True))  # (B, steps) each
+            ids, logits = (torch.cat(parts, 1)[going] for parts in zip(*steps, strict=True))  # (going, steps) each
             check_finite(logits, "largest logits of new tokens", self.backbone.model)
-            for row, tokens in zip(running, ids.tolist(), strict=True):
-                texts[row] += tokens
-            going = [place for place, row in enumerate(running) if not self._is_done(texts[row], prompts[row])]
+            for place, tokens in zip(going, ids.tolist(), strict=True):
+                texts[rows[place]] += tokens
+            going = [place for place in going if not self._is_done(texts[rows[place]], prompts[rows[place]])]
             if not going:
                 break
-            running = [running[place] for place in going]
-            batch.keep(going)
+            if len(going) <= batch.dropping_share * len(rows):
+                batch.keep(going)
+                rows = [rows[place] for place in going]
+                going = list(range(len(rows)))
         # 3) cut
         return [self._cut(text) for text in texts]
 
@@ -112,7 +115,11 @@ class GreedyGenerator:
 
 
 class _Batch:
-    """Rows that are generated together: their KV cache, mask and positions, one token after another."""
+    """Rows that are generated together: their KV cache, mask and positions, one token after another.
+
+    Rows that are done are worth dropping where `dropping_share` of the rows remain: a captured step of fewer rows is
+    another one.
+    """
 
     def __init__(self, backbone: Backbone, prompts: Sequence[Prompt], prefix_length: int, past: Cache | None) -> None:
         self.backbone = backbone
@@ -133,6 +140,8 @@ class _Batch:
         parts = [self._read(*chunk, repeat(past, len(chunk[0]))) for chunk in chunks]
         self.last = torch.cat([last for last, _ in parts])  # (B, D)
         self.past = _join([cache for _, cache in parts], width + new_tokens)
+        self.is_captured = may_be_captured(backbone, self.past, new_tokens)
+        self.captured: CapturedStep | None = None
 
     def _read(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, past: Cache | None) -> Any:
         """Read tokens (B, L); return the last one's hidden states (B, D), and the KV cache with all."""
@@ -146,6 +155,9 @@ class _Batch:
         """
         if self.ids is not None:
             self.width, self.positions = self.width + 1, self.positions + 1
+            if self.is_captured and (chosen := self._replay()):
+                self.ids = chosen[0]
+                return chosen
             seen = self.mask[:, : self.width]
             # where some layers see a window only, the model makes a mask for each kind of layer
             windowed = self.backbone.window < inf
@@ -155,8 +167,23 @@ class _Batch:
         self.ids = logits.argmax(-1, keepdim=True)
         return self.ids, logits.gather(-1, self.ids)
 
+    @property
+    def dropping_share(self) -> float:
+        """The share of rows that remain where it is worth dropping the others."""
+        return 0.5 if self.is_captured else 1.0
+
+    def _replay(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Do the captured step, captured where it is not yet; None where it cannot be."""
+        if self.captured is None:
+            read = torch.arange(self.mask.shape[1], device=self.mask.device) < self.width
+            self.captured = CapturedStep(self.backbone, self.past, self.mask & read)
+        chosen = self.captured(self.ids, self.positions, self.width - 1)
+        self.is_captured = chosen is not None
+        return chosen
+
     def keep(self, places: list[int]) -> None:
         """Drop all other rows."""
+        self.captured = None
         if len(places) < len(self.ids):
             rows = self.backbone.integers(places)
             self.past.batch_select_indices(rows)
@@ -188,13 +215,21 @@ class PreallocatedLayer(DynamicLayer):
         vars(self).update(vars(layer))
         self.length = layer.get_seq_length()
         self.buffers = [pad(getattr(layer, name), (0, 0, 0, room - self.length)) for name in ("keys", "values")]
+        self.slot: torch.Tensor | None = None  # where a captured step writes
         self._show()
 
     def _show(self) -> None:
         self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)  # (B, H, L, D) each
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """Write new keys and values (B, H, L, D) behind those there are; return all."""
+        """Write new keys and values (B, H, L, D) behind those there are; return all.
+
+        A captured step writes one token to a slot, and gets all slots.
+        """
+        if self.slot is not None:
+            for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+                buffer.index_copy_(2, self.slot, states)
+            return tuple(self.buffers)
         start, self.length = self.length, self.length + key_states.shape[-2]
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, start : self.length] = states

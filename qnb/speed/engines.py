@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, StoppingCriteriaList
 
+from qnb.capture import WARM_UP_STEPS, capture
 from qnb.columns import Flag
 from qnb.errors import InputError
 from qnb.finite import check_finite
@@ -36,7 +38,6 @@ from qnb.speed.layers import State
 
 PREFILL_TOKENS = 16384  # read at once; more no longer helps, and takes memory that rows could have
 ALIGNMENT = 16  # the cache's length is a multiple of this, as the attention kernel wants its mask
-WARM_UP_STEPS = 2  # steps run before one is captured; the cache has room for them
 CAPTURED_PREFILL_TOKENS = 4096  # a prefill of more tokens keeps the GPU busy longer than launching it takes
 # What torch.compile is given for a small batch: it tunes the reductions that products of one row become, and launches
 # kernels that do not depend on each other together.
@@ -297,21 +298,7 @@ class CudaGraph:
         return prefill, self._capture(self._decoder.step, batch_size)
 
     def _capture(self, work: Callable[[int], Any], batch_size: int) -> torch.cuda.CUDAGraph:
-        """Capture `work`, after runs in which kernels are compiled and libraries allocate their workspaces.
-
-        They run on the stream that torch captures on: cuBLAS keeps a workspace for every stream that it ever saw.
-        """
-        graph = torch.cuda.CUDAGraph()
-        capture: Any = torch.cuda.graph(graph, pool=self._pool)
-        main, side = torch.cuda.current_stream(), capture.capture_stream
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_STEPS):
-                work(batch_size)
-        main.wait_stream(side)
-        with torch.cuda.stream(main), capture:
-            work(batch_size)
-        return graph
+        return capture(partial(work, batch_size), self._pool)
 
 
 def why_unavailable(

@@ -1,6 +1,7 @@
 """The scorer gives stock lm-eval's answers, to every kind of request and with models of several families."""
 
 import random
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import transformers
 from conftest import random_model
 from lm_eval.models.huggingface import HFLM
 
-from qnb.accuracy import backbone, scorer
+from qnb.accuracy import backbone, captured_step, scorer
 from qnb.accuracy.backbone import Backbone
 from qnb.accuracy.generation import is_shaped
 from qnb.accuracy.scorer import SharedContextLM, StockLM
@@ -254,3 +255,58 @@ def test_what_does_not_fit_the_window_is_left_out_where_stock_fails(family, new_
         with pytest.raises(AssertionError):
             ask(requests, disable_tqdm=True)
     assert ours._loglikelihood_tokens(continuation, disable_tqdm=True) == [UNANSWERED]
+
+
+@pytest.fixture
+def generations(text):
+    """Requests whose texts end early, late or not at all."""
+    stops = (["a"], ["\n\n"], ["e", " the"])
+    return [request(text(3 + 5 * place), {"until": stops[place % 3], "max_gen_toks": 40}) for place in range(12)]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GPT2", "OPT", "Mistral", "Mixtral"])
+def test_steps_at_fixed_addresses_give_the_same_texts(family, both, generations, monkeypatch):
+    """What a GPU captures and replays is done again here.
+
+    Layers with a window are not captured. No step is captured that reads from the device, as if experts did.
+    """
+    ours, stock = both(family)
+    captures, modes = [], [0]
+
+    def read_from_device(*_):
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    def capture(work):
+        captures.append(work)
+        return SimpleNamespace(replay=work)
+
+    if family == "Mixtral":
+        ours.model.base_model.norm.register_forward_hook(read_from_device)
+    for name, value in {"device": lambda _: nullcontext(), "get_sync_debug_mode": int,
+                        "set_sync_debug_mode": modes.append}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(captured_step, "CAPTURING", {"cpu"})
+    monkeypatch.setattr(captured_step, "capture", capture)
+    assert ours.generate_until(generations, True) == stock.generate_until(generations, True)
+    assert (len(captures) > 1) == (not family.startswith("Mi"))  # again when half of the rows are done
+    assert ("error" in modes) == (family != "Mistral") and modes[-1] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captures", [True, False])
+def test_a_captured_step_gives_the_same_texts(captures, both, generations, monkeypatch):
+    """A step in which the host reads from the device is not captured, and its texts are the same."""
+    ours, _ = both()
+    model = ours.model.to("cuda")
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(graph) or replay(graph))
+    if not captures:
+        model.base_model.norm.register_forward_hook(lambda _, __, output: output.isnan().any().item() and None)
+    texts = []
+    for kinds in (set(), {"cuda"}):
+        monkeypatch.setattr(captured_step, "CAPTURING", kinds)
+        lm = SharedContextLM(pretrained=model, tokenizer=ours.tokenizer)
+        texts.append(lm.generate_until(generations, True))
+        assert bool(replays) == bool(kinds and captures)
+    assert texts[0] == texts[1]
