@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from traceback import clear_frames
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 MIB = 2**20
+ROOM_BYTES = 6 << 30  # of a GPU, which models that are kept leave to work in
 # the texts of torch, the driver and cuBLAS for one event
 _OUT_OF_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cublas_status_not_initialized")
 planned_bytes = 0  # free memory that batches are planned for, where several workers share a study; 0: what is free
 _captures: WeakSet[Any] = WeakSet()  # captured steps, which must find cuBLAS's workspaces where they were
+_kept: dict[Any, Any] | None = None  # models, within `models_kept`
 _host_peak_mib = 0.0  # the largest that was read, with children that have ended since
 
 
@@ -89,6 +91,34 @@ def released() -> Iterator[None]:
         raise
     finally:
         release(workspaces=True)
+
+
+@contextmanager
+def models_kept() -> Iterator[None]:
+    """Load each model once for all stages in the block: a GPU keeps as many as leave it room to work in."""
+    global _kept
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
+        release(workspaces=True)
+
+
+def kept(load: Callable[..., PreTrainedModel], folder: Path, precision: Any, place: str) -> PreTrainedModel:
+    """Return what `load` returns; within `models_kept`, return it again for the same arguments."""
+    key = folder, precision, place
+    if _kept is None or place == "cpu":
+        return load(*key)
+    if key not in _kept:
+        import torch
+
+        needed_bytes = ROOM_BYTES + sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        if _kept and free_bytes(torch.device(place)) < needed_bytes:
+            _kept.clear()
+            release()
+        _kept[key] = load(*key)
+    return _kept[key]
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from qnb.ledger import (
     row_key,
     write_atomic,
 )
-from qnb.memory import describe_host, host_peak_mib, is_out_of_memory, release, released
+from qnb.memory import describe_host, host_peak_mib, is_out_of_memory, kept, release, released
 from qnb.options import AUTO, Count, check_minutes, check_types, resolve_count
 from qnb.precision import HALVES, PRECISIONS, Precision, parse
 from qnb.provenance import REPLAY, command, commit, file_state
@@ -483,7 +483,7 @@ class Session:
 
     @contextmanager
     def loaded(self, precision: Precision) -> Iterator[PreTrainedModel]:
-        """Load a format's checkpoint for the block, and give its memory back.
+        """Load a format's checkpoint for the block, and give its memory back, unless within `models_kept`.
 
         The block should stand in a function that is called once per format, within `exclusive`: the caller's variable
         keeps the model alive for as long as its frame lives.
@@ -493,4 +493,4 @@ class Session:
         folder = self.checkpoint(precision)
         release(workspaces=True)
         with released():
-            yield checkpoint.load(folder, self.pinned(precision), self.device)
+            yield kept(checkpoint.load, folder, self.pinned(precision), self.device)

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from qnb import memory
+
 CODE = """
 from subprocess import PIPE, Popen
 from sys import executable
@@ -29,3 +31,30 @@ def test_the_hosts_peak_has_what_was_given_back_and_what_a_child_held():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     own, both, after = map(float, done.stdout.split())
     assert 200 < own < 260 and 300 < both - own < 340 and after == both
+
+
+def test_models_are_kept_where_a_gpu_has_room_for_the_next(tmp_path, monkeypatch):
+    """Three checkpoints of 1 GiB: the third does not fit beside two, and the room that they leave to work in."""
+    loads, free_gib = [], [9]
+
+    def load(folder, precision, place):
+        loads.append(folder.name)
+        return object()
+
+    def ask(place, *names):
+        return [memory.kept(load, tmp_path / name, "nf4", place) for name in names]
+
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / "model.safetensors").open("wb") as file:
+            file.truncate(2**30)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: free_gib[0] << 30)
+    monkeypatch.setattr(memory, "release", lambda **_: None)
+    with memory.models_kept():
+        first, again = ask("cuda:0", "a", "a")
+        assert first is again and ask("cuda:0", "b", "a")[1] is first
+        ask("cpu", "a", "a")
+        free_gib[0] = 6
+        ask("cuda:0", "c", "c", "a")
+    ask("cuda:0", "a", "a")
+    assert loads == ["a", "b", *"aa", "c", "a", *"aa"]

@@ -2,13 +2,15 @@
 
 Accuracy moves only when a pick does; the predicted distribution moves before. Both models read the same text in
 windows that overlap. Each token is predicted once, with at least the overlap before it (but for the first window).
-BF16 is computed again beside each format, so no logits are kept: the disk holds four numbers a token.
+BF16 is computed again beside each format, but for what a GPU has room to remember: the disk holds four numbers a
+token.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ from qnb.accuracy.patches import wide_products
 from qnb.errors import InputError
 from qnb.finite import check_finite
 from qnb.ledger import fingerprint, write_parquet
+from qnb.memory import free_bytes
 from qnb.options import Count, check_count
 from qnb.precision import BASELINE, PRECISIONS, Precision
 from qnb.quantize import checkpoint
@@ -31,9 +34,11 @@ if TYPE_CHECKING:
     from qnb.session import Session
 
 LOGITS_BYTES = 1 << 29  # of a batch of windows, in 16 bit
+ROOM_BYTES = 6 * LOGITS_BYTES  # of a GPU's memory, which remembered logits leave
 ROWS = 256  # tokens whose distributions are held in float32 at once
 RESAMPLES = 500
 Columns = Mapping[str, np.ndarray]
+Remembered = dict[int, "list[torch.Tensor]"]
 # What is said of a text's tokens, from the columns of `distances`. All but perplexity need a baseline.
 QUANTITIES: dict[str, Callable[[Columns], float]] = {
     "perplexity": lambda tokens: math.exp(tokens["nll"].mean()),
@@ -98,13 +103,14 @@ def divergence(session: Session, options: DivergenceOptions) -> None:
     context = max(2, min(context, longest, len(ids)))
     asked = {"prompt_source": source, "text_sha256": fingerprint({"ids": ids}), "tokens": len(ids), "context": context,
              "stride": context // 2}  # fmt: skip
+    remembered: Remembered = {}
     with session.exclusive("02"):
         for precision in session.each_format("divergence"):
             key = session.key("divergence", precision, asked)
             if session.find(key):
                 continue
             with session.failing(key, f"{precision.name}'s divergence"):
-                tokens, noise_floor_nats = _read(session, precision, ids, context)
+                tokens, noise_floor_nats = _read(session, precision, ids, context, remembered)
                 stem = f"samples/divergence.{precision.name}.{key['fingerprint']}"
                 file, sha256 = write_parquet(session.folder, stem, tokens)
                 about = {"noise_floor_nats": noise_floor_nats, "samples_file": file, "samples_sha256": sha256}
@@ -113,7 +119,7 @@ def divergence(session: Session, options: DivergenceOptions) -> None:
 
 
 def _read(
-    session: Session, precision: Precision, ids: Sequence[int], context: int
+    session: Session, precision: Precision, ids: Sequence[int], context: int, remembered: Remembered
 ) -> tuple[pd.DataFrame, float | None]:
     """Compare a format with BF16, loaded beside it; of BF16 return its own predictions, and its noise floor.
 
@@ -122,10 +128,10 @@ def _read(
     some CPUs do, and None where no batch has two windows.
     """
     base = PRECISIONS[BASELINE]
-    with session.loaded(precision) as model:
-        baseline = model if precision == base else checkpoint.load(session.checkpoint(base), base, session.device)
+    with session.loaded(precision) as model, ExitStack() as stack:
+        baseline = model if precision == base else stack.enter_context(session.loaded(base))
         with checkpoint.quiet(), wide_products(session.device.kind):
-            tokens = distances(model, baseline, ids, context, context // 2)
+            tokens = distances(model, baseline, ids, context, context // 2, remembered)
         if precision != base:
             return tokens, None
         is_batched = min(rows_per_batch(model, context), tokens.window.nunique()) > 1
@@ -152,8 +158,9 @@ def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 
 
 def distances(
-    model: PreTrainedModel, baseline: PreTrainedModel, ids: Sequence[int], context: int, stride: int
-) -> pd.DataFrame:
+    model: PreTrainedModel, baseline: PreTrainedModel, ids: Sequence[int], context: int, stride: int,
+    remembered: Remembered | None = None,
+) -> pd.DataFrame:  # fmt: skip
     """Predict every token by a model and by a baseline.
 
     Parameters
@@ -164,6 +171,9 @@ def distances(
         The text's token ids.
     context, stride
         Tokens in a window, and tokens it moves on.
+    remembered
+        The baseline's logits by a batch's first window, for as many as a GPU has room for: it fills up, and serves
+        the other formats of the same baseline and text.
 
     Returns
     -------
@@ -178,26 +188,44 @@ def distances(
     """
     import torch
 
+    remembered = {} if remembered is None else remembered
     parts: list[pd.DataFrame] = []
-    spans = list(windows(len(ids), context, stride))
     size = rows_per_batch(model, context)
-    base_size = 1 if baseline is model else size
-    for at in range(0, len(spans), size):
-        batch = spans[at : at + size]
-        rows = [list(ids[start:end]) + [0] * (context - (end - start)) for start, _, end in batch]
+    for at, rows, scored in _batches(ids, context, stride, size):
         tokens = torch.tensor(rows, device=model.device)  # (B, C)
         with torch.inference_mode():
-            own = model(tokens).logits  # (B, C, V)
-            base = [logits for rows in tokens.split(base_size) for logits in baseline(rows).logits]  # B of (C, V)
-            for place, (start, first, end) in enumerate(batch):
-                predicting = slice(first - start - 1, end - start - 1)
-                targets = tokens[place, first - start : end - start]  # (n,)
-                columns = _compare(own[place, predicting], base[place][predicting], targets)
-                parts += [part.assign(window=at + place) for part in columns]
+            own = _predict(model, tokens.split(size), scored)
+            base = remembered.get(at) or _predict(baseline, tokens.split(1 if baseline is model else size), scored)
+            if at not in remembered and _has_room(model.device):
+                remembered[at] = [logits.clone() for logits in (own if baseline is model else base)]
+            for place, (p, q) in enumerate(zip(own, base, strict=True)):
+                parts += [part.assign(window=at + place) for part in _compare(p, q, tokens[place, scored[place]])]
     frame = pd.concat(parts, ignore_index=True)
     for name, source in (("nll", model), ("nll_base", baseline), ("kl", model)):
         check_finite(torch.tensor(frame[name].to_numpy()), "predictions of tokens", source)
     return frame
+
+
+def _batches(
+    ids: Sequence[int], context: int, stride: int, size: int
+) -> Iterator[tuple[int, list[list[int]], list[slice]]]:
+    """Yield batches of windows: the first one's number, the tokens of each, (B, C), and which of them are scored."""
+    spans = list(windows(len(ids), context, stride))
+    for at in range(0, len(spans), size):
+        batch = spans[at : at + size]
+        rows = [list(ids[start:end]) + [0] * (context - (end - start)) for start, _, end in batch]
+        yield at, rows, [slice(first - start, end - start) for start, first, end in batch]
+
+
+def _has_room(device: torch.device) -> bool:
+    """Return whether there is room to remember logits: on a GPU, until too little is left to compute with."""
+    return device.type == "cuda" and free_bytes(device) > ROOM_BYTES
+
+
+def _predict(model: PreTrainedModel, batches: Sequence[torch.Tensor], scored: Sequence[slice]) -> list[torch.Tensor]:
+    """Return the logits (n, V) that predict each window's scored tokens, of batches of windows (B, C)."""
+    logits = [each for rows in batches for each in model(rows).logits]  # a window's are (C, V)
+    return [each[tokens.start - 1 : tokens.stop - 1] for each, tokens in zip(logits, scored, strict=True)]
 
 
 def _compare(own: torch.Tensor, base: torch.Tensor, targets: torch.Tensor) -> Iterator[pd.DataFrame]:

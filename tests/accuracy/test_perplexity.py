@@ -11,6 +11,7 @@ import transformers
 from conftest import random_model
 
 from qnb import InputError
+from qnb.accuracy import perplexity
 from qnb.accuracy.perplexity import DivergenceOptions, distances, divergence, summarize, windows
 from qnb.finite import NotFiniteError
 from qnb.session import Session
@@ -69,6 +70,15 @@ def test_a_model_is_compared_with_itself_one_window_at_a_time(models):
     own = distances(model, model, ids, 12, 6)
     assert batches == [6, 1, 1, 1, 1, 1, 1] and own.kl.max() < 1e-5 and own.same.all()
     assert own[["nll", "window"]].equals(distances(model, other, ids, 12, 6)[["nll", "window"]])
+
+
+def test_what_is_remembered_of_a_baseline_is_not_computed_again(models, monkeypatch):
+    (base, other), batches, ids, remembered = models, [], list(range(37)), {}
+    expected = distances(other, base, ids, 12, 6)
+    monkeypatch.setattr(perplexity, "_has_room", lambda _: True)
+    distances(base, base, ids, 12, 6, remembered)
+    base.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    assert distances(other, base, ids, 12, 6, remembered).equals(expected) and not batches
 
 
 @pytest.mark.parametrize(("place", "count"), [(36, 1), (35, 6 + 1), (20, 6 + 6)])
