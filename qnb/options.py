@@ -13,7 +13,7 @@ Count = int | str  # a number, or "auto": what the device allows in minutes
 AUTO: dict[str, dict[str, int]] = {
     "cuda": {"bs1_requests": 20, "maxbatch_requests": 512, "prompt_tokens": 128, "new_tokens": 100, "limit": 200,
              "batch_size": 32, "memory_mib": 0, "ppl_tokens": 16384, "ppl_context": 512,
-             "sweep_batch": 256, "sensitivity_limit": 20, "minutes": 25},
+             "sweep_batch": 256, "sensitivity_limit": 10, "minutes": 25},
     "cpu": {"bs1_requests": 4, "maxbatch_requests": 16, "prompt_tokens": 32, "new_tokens": 8, "limit": 12,
             "batch_size": 8, "memory_mib": 400, "ppl_tokens": 1024, "ppl_context": 128,
             "sweep_batch": 0, "sensitivity_limit": 4, "minutes": 0},

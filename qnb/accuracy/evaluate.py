@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,9 +35,11 @@ if TYPE_CHECKING:
 SCORERS = ("qnb", "hf")
 # items of a task, to learn the pace from, at least one of each subtask; a GPU generates for many as fast as for few
 FIRST_ITEMS, FIRST_GENERATED = {"cuda": 8, "cpu": 4}, {"cuda": 40, "cpu": 4}
-BUDGET_SHARE = 0.75  # of the notebook's time; divergence and batch sensitivity have the rest
-GENERATED_SHARE = 0.4  # of that, at most, for tasks whose answers are generated, beyond their first items
-PLANNED_SHARE = 0.9  # of the time left that a round is planned for
+GENERATED_SHARE = 0.4  # of the time, at most, for tasks whose answers are generated, beyond their first items
+# items of a task of choices, and of one with subtasks, before any task gets more
+LEAST_ITEMS, LEAST_GROUP_ITEMS = 500, 1000
+STRETCH_SHARE = 0.2  # of the time, more of it where that buys all tasks their least items
+PLANNED_SHARE = 0.95  # of the time left that a round is planned for
 MIN_GROWTH = 1.5  # times as many items of a task, or asking it again is not worth its time
 
 
@@ -110,7 +112,26 @@ class Evaluation:
             options |= {"encoded": self.encoded, "answers_path": answers_path, "alone": self.alone}
         with quiet():
             lm = (SharedContextLM if self.scorer == "qnb" else StockLM)(**options)
-            return task.evaluate(lm, self.limits[task.name])
+            times_s = _answer_times_s(lm)
+            return replace(task.evaluate(lm, self.limits[task.name]), answer_s=sum(times_s))
+
+
+def _answer_times_s(lm: Any) -> list[float]:
+    """Let a model note how long it takes to answer each kind of lm-eval's requests; return the list that gets it."""
+    times_s: list[float] = []
+
+    def timed(answer: Callable[..., Any]) -> Callable[..., Any]:
+        def answer_in_time(*arguments: Any, **options: Any) -> Any:
+            started_s = now_s()
+            answers = answer(*arguments, **options)
+            times_s.append(now_s() - started_s)
+            return answers
+
+        return answer_in_time
+
+    for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(lm, name, timed(getattr(lm, name)))
+    return times_s
 
 
 # Accuracy
@@ -229,7 +250,6 @@ def _find(session: Session, key: Mapping[str, Any]) -> Row | None:
 def _measure(
     session: Session, key: Mapping[str, Any], model: PreTrainedModel, task: Task, evaluation: Evaluation
 ) -> Row:
-    started_s = now_s()
     stem = f"items/{task.name}.{key['precision']}.{key['fingerprint']}"
     answers_path = session.folder / f"{stem}.answers"
     if session.overwrite:
@@ -242,7 +262,7 @@ def _measure(
         "bad_items": result.bad_items,
         "items_file": items_file,
         "items_sha256": items_sha256,
-        "evaluate_s": now_s() - started_s,
+        "evaluate_s": result.answer_s,
     }
     budget = {"minutes": session.minutes} if session.minutes else {}
     row = session.append(key, evaluation.parameters(task), values, budget)
@@ -256,8 +276,9 @@ def _measure(
 def _spend_budget(session: Session, evaluation: Evaluation, clock: Clock) -> None:
     """Evaluate rounds of more and more items, the same for every format, until the time is spent.
 
-    The pace of a round says how many items of each task the next may have. Few items take longer each, so first
-    guesses are low. A format that fails has no pace, and does not hold the others up.
+    The pace of a round says how many items of each task the next may have. First all tasks of choices get their
+    least items. Few items take longer each, so first guesses are low. A format that fails has no pace, and does not
+    hold the others up.
     The numbers of items are in the ledger before a round begins: an interrupted round goes on with them, and so do
     formats that are added later. More minutes go on from there.
     """
@@ -270,7 +291,7 @@ def _spend_budget(session: Session, evaluation: Evaluation, clock: Clock) -> Non
     plan = session.decided(key) or begun
     if session.minutes > plan["minutes"]:
         values = {name: plan[name] for name in begun} | {"minutes": session.minutes, "done": False}
-        plan = session.append(key, values, {"budget_s": plan["spent_s"] + BUDGET_SHARE * clock.left_s})
+        plan = session.append(key, values, {"budget_s": plan["spent_s"] + clock.left_s})
     while True:
         started_s = now_s()
         rows = _evaluate(session, replace(evaluation, limits=plan["limits"]))
@@ -290,10 +311,13 @@ def _next_round(
     round_s = max(round_s, evaluate_s)  # rows of an interrupted round took their time then
     spent_s = plan["spent_s"] + round_s
     generated_s = plan["generated_s"] + sum(row["evaluate_s"] for row in new if row["task"] in generated)
-    left_s = PLANNED_SHARE * (plan["budget_s"] - spent_s - (round_s - evaluate_s))  # the next round loads models too
+    left_s = PLANNED_SHARE * (
+        plan["budget_s"] - spent_s - (round_s - evaluate_s)
+    )  # as the next round takes beside answers
     share = 1.0 if len(generated) == len(tasks) else GENERATED_SHARE
     paces = [_pace(task, most[task.name], rows) for task in tasks]
-    more = _more_items(tasks, paces, plan["limits"], left_s, share * plan["budget_s"] - generated_s)
+    seconds = left_s, share * plan["budget_s"] - generated_s, STRETCH_SHARE * plan["budget_s"]
+    more = _more_items(tasks, paces, plan["limits"], seconds)
     return {
         "minutes": plan["minutes"], "budget_s": plan["budget_s"], "spent_s": spent_s, "generated_s": generated_s,
         "limits": {**plan["limits"], **more}, "growing": list(more), "done": not more,
@@ -313,16 +337,19 @@ def _pace(task: Task, most: int, rows: Sequence[Row]) -> Pace:
     n_items = sum(score["n_items"] for score in shares)
     # few items may all be right, or all wrong
     share = (sum(score["value"] * score["n_items"] for score in shares) + 2) / (n_items + 4)
-    return Pace(task.name, task.n_items(most), item_s, math.sqrt(share * (1 - share)), task.is_generated)
+    deviation = math.sqrt(share * (1 - share))
+    least = math.ceil((LEAST_GROUP_ITEMS if len(task.sizes) > 1 else LEAST_ITEMS) / len(task.sizes))
+    n_least = 0 if task.is_generated else task.n_items(min(least, most))
+    return Pace(task.name, task.n_items(most), item_s, deviation, task.is_generated, n_least)
 
 
 def _more_items(
-    tasks: Sequence[Task], paces: Sequence[Pace], limits: Mapping[str, int], seconds: float, generated_s: float
+    tasks: Sequence[Task], paces: Sequence[Pace], limits: Mapping[str, int], seconds: tuple[float, float, float]
 ) -> dict[str, int]:
-    """Return higher limits of tasks that are worth it, within `seconds`; the others keep their items, at no cost."""
+    """Return higher limits of tasks that are worth it, within `allocate`'s seconds; the others stay, at no cost."""
     by_name, growing = {task.name: task for task in tasks}, [pace for pace in paces if pace.item_s]
     while growing:
-        items = allocate(growing, seconds, generated_s)
+        items = allocate(growing, *seconds)
         more = {name: bisect_right(range(1, max(by_name[name].sizes.values()) + 1), count, key=by_name[name].n_items)
                 for name, count in items.items()}  # fmt: skip
         worth_it = [pace for pace in growing if more[pace.task] >= MIN_GROWTH * limits[pace.task]]
@@ -373,8 +400,11 @@ def _compare_batchings(session: Session, precision: Precision, task: Task, limit
             with session.failing(keys[scorer], f"{what} by scorer {scorer}"):
                 usual = Evaluation([task], {task.name: limit}, scorer, batch_size=32)
                 alone = replace(usual, batch_size=1, alone=True)
-                items = (each.evaluate(task, model, session.tokenizer).items for each in (usual, alone))
-                session.append(keys[scorer], asked, compare_items(*items))
+                usual_items = usual.evaluate(task, model, session.tokenizer).items
+                started_s = now_s()
+                items = alone.evaluate(task, model, session.tokenizer).items
+                alone_s = now_s() - started_s
+                session.append(keys[scorer], asked, compare_items(usual_items, items), {"alone_s": alone_s})
 
 
 def compare_items(usual: pd.DataFrame, alone: pd.DataFrame) -> dict[str, float | None]:

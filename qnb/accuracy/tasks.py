@@ -80,6 +80,7 @@ class TaskResult:
     scores: tuple[Score, ...]
     items: pd.DataFrame  # a row an item and filter; see `Task._items`
     bad_items: int = 0  # that could not be asked or scored; nothing else counts them
+    answer_s: float = 0.0  # in which the model answered
 
 
 # Which tasks there are

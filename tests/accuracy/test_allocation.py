@@ -39,3 +39,13 @@ def test_generated_answers_have_no_more_than_their_time():
     assert allocate(paces[1:], 100, 100) == {"texts": 10}
     assert allocate(paces, -5, -5) == {"choices": 0, "texts": 0}
     assert allocate(paces, 1e6, 1e6) == {"choices": 1000, "texts": 100}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "stretch_s", "cheap", "dear"),
+    [(125, 0, 25, 25), (125, 125, 50, 50), (200, 40, 40, 40), (260, 0, 60, 50), (480, 0, 160, 80)],
+)
+def test_all_tasks_have_their_least_items_before_one_gets_more(seconds, stretch_s, cheap, dear):
+    """The least ones, 50 of 1 s and 50 of 4 s, take 250 s. More time is taken only where it buys all of them."""
+    paces = [Pace("cheap", 1000, 1.0, 0.5, n_least=50), Pace("dear", 1000, 4.0, 0.5, n_least=50)]
+    assert allocate(paces, seconds, seconds, stretch_s) == {"cheap": cheap, "dear": dear}

@@ -26,7 +26,6 @@ def paced(source, tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(budget, "SHARES", {"02": 1.0})
     monkeypatch.setattr(budget, "PLANNED_PART", 1.0)
-    monkeypatch.setattr(evaluate, "BUDGET_SHARE", 1.0)
 
     def make(minutes=0, **seconds):
         session, loads = Session("smollm2-135m", list(seconds), tmp_path, minutes=minutes), []
@@ -44,7 +43,7 @@ def paced(source, tmp_path, monkeypatch):
                               for part, size in task.sizes.items()).assign(filter="none", correct=True)  # fmt: skip
             now[0] += len(items) * seconds[model]
             score = Score(task.name, "acc", "none", 1.0, 0.1, len(items), task.n_items(None), 0, False)
-            return TaskResult((score,), items)
+            return TaskResult((score,), items, answer_s=len(items) * seconds[model])
 
         monkeypatch.setattr(session, "loaded", loaded)
         monkeypatch.setattr(Evaluation, "evaluate", score)
@@ -58,14 +57,14 @@ def limits(session):
 
 
 def test_a_budget_buys_every_format_the_same_items(paced):
-    """2 and 8 s an item, 5 minutes: 4 items each take 42 s, and 0.9 of the 256 s that then remain buy 23."""
+    """2 and 8 s an item, 5 minutes: 4 items each take 42 s, and 0.95 of the 256 s that then remain buy 24."""
     session, _, now = paced(minutes=5, bf16=2, int8=8)
     options = AccuracyOptions("sample_easy")
     accuracy(session, options)
     rows = session.ledger.rows("accuracy")
-    assert limits(session) == {"bf16": 23, "int8": 23} and now[0] <= 300 and {row["minutes"] for row in rows} == {5}
+    assert limits(session) == {"bf16": 24, "int8": 24} and now[0] <= 300 and {row["minutes"] for row in rows} == {5}
     ids = [pd.read_parquet(session.folder / row["items_file"]).doc_id.tolist() for row in rows]
-    assert ids[0] == ids[1] == draw("sample_easy", 48, 23)
+    assert ids[0] == ids[1] == draw("sample_easy", 48, 24)
     (sitting,) = session.ledger.rows("sitting")
     assert sitting["taken_s"] == now[0]
     spent, before = now[0], session.ledger.path.read_bytes()
@@ -74,7 +73,7 @@ def test_a_budget_buys_every_format_the_same_items(paced):
     again = Session("smollm2-135m", "int8", session.folder, overwrite=True, minutes=5)  # alone, it gets what both had
     again.loaded = session.loaded
     accuracy(again, options)
-    assert now[0] > spent and limits(again) == {"bf16": 23, "int8": 23}
+    assert now[0] > spent and limits(again) == {"bf16": 24, "int8": 24}
 
 
 def test_a_large_budget_buys_all_and_a_limit_holds(paced):
@@ -118,7 +117,7 @@ def test_an_interrupted_budget_goes_on_with_the_items_it_had_chosen(paced, monke
             accuracy(session, AccuracyOptions("sample_easy"))
     now[0] += 10_000  # the machine was off
     accuracy(session, AccuracyOptions("sample_easy"))
-    assert limits(session) == {"bf16": 23, "int8": 23} and loads == ["bf16", "int8", "bf16", "int8"]
+    assert limits(session) == {"bf16": 24, "int8": 24} and loads == ["bf16", "int8", "bf16", "int8"]
 
 
 def test_items_that_are_gone_are_measured_again(paced):
