@@ -29,7 +29,7 @@ from qnb.speed.monitor import Reading, Sensor, Usage, Window, flags_of
 from qnb.speed.passes import twice, unless_it_fails
 
 WARM_UP_TOKENS = 4
-CHECKED_PROMPTS, CHECKED_TOKENS = 8, 4  # the first so many, and new tokens of each: their logits must be finite
+CHECKED_PROMPTS, CHECKED_TOKENS = 8, 2  # the first so many, and new tokens of each: their logits must be finite
 UNKNOWN_PEAKS = DevicePeaks()
 _checked: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # the workload by which a model was found finite
 
@@ -149,11 +149,11 @@ def _warm_engine(model: PreTrainedModel, engine: str, batches: Sequence[Prompts]
         for device in places(model):
             torch.cuda.reset_peak_memory_stats(device)
     generator = make(model, batch_size, len(longest), new_tokens)
-    most_padded = min(batches, key=lambda batch: min(map(len, batch)))  # read under a mask
-    _token_times_s(generator, most_padded, warm_up_tokens, model.device)
-    if model.device.type == "cuda":
-        warm_up_tokens = new_tokens  # the allocator then holds what a batch takes
-    _token_times_s(generator, [longest] * batch_size, warm_up_tokens, model.device)
+    warm_ups = [min(batches, key=lambda batch: min(map(len, batch))), [longest] * batch_size]  # the first is padded
+    if model.device.type == "cuda" and batch_size > 1:  # the allocator then holds what a batch takes
+        warm_ups, warm_up_tokens = [[*[longest] * (batch_size - 1), min(warm_ups[0], key=len)]], new_tokens
+    for batch in warm_ups:
+        _token_times_s(generator, batch, warm_up_tokens, model.device)
     return generator
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm.auto import tqdm
 
-from qnb.budget import Clock
+from qnb.budget import Clock, now_s
 from qnb.ledger import Row
 from qnb.precision import Precision
 
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
     from qnb.speed.device_peaks import DevicePeaks
     from qnb.speed.passes import Series
 
-FIRST_PASS_SHARE = 0.25  # of the time left, for the requests of the first passes at batch size 1
+FIRST_PASS_SHARE = 0.35  # of the time left, for the requests of the first passes at batch size 1
 LEAST_REQUESTS = 3
-LEAST_NEW_TOKENS = 25  # of a large batch
-BATCHES_RUN = 6  # batches' times that a search and a timing take, or a size of a sweep
+LEAST_NEW_TOKENS = {"bs1": 50, "maxbatch": 25}
+BATCHES_RUN = 4  # batches' times that a search and a timing take, or a size of a sweep
 IN_SWEEP = "larger batches in the sweep of"
 REACHED_SHARE = 0.6  # of the device's peak, in large batches
-# where no pass was timed: launching a token's kernels, and what a pass takes beside its requests, with compiling
+# where nothing was timed: launching a token's kernels, and what a pass takes beside its requests, with compiling
 LAUNCH_S, BESIDE_S = 0.03, {"eager": 10.0, "cuda_graph": 30.0}
 
 
@@ -39,19 +40,33 @@ class Shape(NamedTuple):
 
 
 def fewer_requests(session: Session, peaks: DevicePeaks, most: Shape, left_s: float) -> Shape:
-    """Return a workload for batch size 1 with as many requests as first passes have time for; more passes follow."""
+    """Return a workload for batch size 1 with as many requests as first passes have time for; more passes follow.
+
+    Where that is too few, each gets fewer new tokens.
+    """
     if not peaks.copy_bytes_per_s:
         return most
     read_s = 2 * session.source.parameters / peaks.copy_bytes_per_s
-    step_s = max(read_s, LAUNCH_S) + (read_s if session.device.kind == "cuda" else 0.0)  # of each engine
-    affordable = FIRST_PASS_SHARE * left_s / (len(session.precisions) * most.new_tokens * step_s)
-    return most._replace(requests=min(most.requests, max(LEAST_REQUESTS, math.floor(affordable))))
+    step_s = max(read_s, _launch_s(session)) + (read_s if session.device.kind == "cuda" else 0.0)  # of each engine
+    affordable_tokens = FIRST_PASS_SHARE * left_s / (len(session.precisions) * step_s)
+    new_tokens = most.new_tokens
+    while LEAST_REQUESTS * new_tokens > affordable_tokens and new_tokens // 2 >= LEAST_NEW_TOKENS["bs1"]:
+        new_tokens //= 2
+    requests = min(most.requests, max(LEAST_REQUESTS, math.floor(affordable_tokens / new_tokens)))
+    return most._replace(requests=requests, new_tokens=new_tokens)
+
+
+def _launch_s(session: Session) -> float:
+    """Return about how long launching a forward's kernels takes: as long as one short row took in notebook 02."""
+    rows = [row for row in session.ledger.rows("batch_sensitivity") if row["device"] == session.device.name]
+    times_s = [row["alone_s"] / row["n_items"] for row in rows if row["setting"] == "qnb" and row.get("alone_s")]
+    return median(times_s) if times_s else LAUNCH_S
 
 
 def fewer_new_tokens(session: Session, peaks: DevicePeaks, most: Shape, left_s: float) -> Shape:
     """Return a workload for the largest batch, all requests of it, with as many new tokens as the time allows."""
     shape, runs = most, BATCHES_RUN * (2 if session.device.kind == "cuda" else 1)  # of two engines
-    while shape.new_tokens // 2 >= LEAST_NEW_TOKENS:
+    while shape.new_tokens // 2 >= LEAST_NEW_TOKENS["maxbatch"]:
         if runs * sum(batch_s(session, each, peaks, shape) for each in session.precisions) <= left_s:
             break
         shape = shape._replace(new_tokens=shape.new_tokens // 2)
@@ -76,15 +91,15 @@ def largest_batches(all_series: Sequence[Series], cap: int, clock: Clock) -> Ite
     engines = list(dict.fromkeys(each.engine for each in all_series))
     planned = []
     for each in all_series:
-        row = _first_pass(each)
-        beside_s = row.get("pass_s", 0.0) - row["total_s"] if row else BESIDE_S[each.engine]
-        cost_s = 0.0 if each.why_unavailable() else _batches_s(each, cap) + 2 * max(0.0, beside_s)
+        cost_s = 0.0 if each.why_unavailable() else _batches_s(each, cap) + 2 * _beside_s(each)
         planned.append((cost_s * (1 + engines.index(each.engine)), cost_s, each))
     timing_s, left_out = 0.0, []
     for _, cost_s, each in sorted(planned, key=lambda plan: plan[0]):
-        if not cost_s or timing_s + cost_s <= clock.left_s or each.session.decided(each.batch_key):
-            timing_s += cost_s / 2
+        is_known = bool(each.session.decided(each.batch_key))
+        if is_known or timing_s + cost_s <= clock.left_s or not cost_s:
+            started_s = now_s()
             yield each
+            timing_s += cost_s / 2 if is_known else min(cost_s / 2, 2 * (now_s() - started_s))
         else:
             left_out.append(each)
     name_left_out("largest batch of", left_out)
@@ -95,10 +110,13 @@ def affordable_sweep(swept: Sequence[Series], left_s: float) -> list[Series]:
     if math.isinf(left_s):
         return list(swept)
     affordable, left_out = set(), []
+    begun: set[tuple[str, str]] = set()  # formats and engines, of which the first size is loaded and compiled
     for cost_s, each in sorted(((_sweep_s(each), each) for each in swept), key=lambda pair: pair[0]):
+        cost_s += _beside_s(each) * (cost_s > 0 and each.name not in begun)
         if not cost_s or cost_s <= left_s:
             left_s -= cost_s
             affordable.add((each.name, each.size))
+            begun.add(each.name)
         else:
             left_out.append(each)
     name_left_out(IN_SWEEP, left_out)
@@ -118,6 +136,12 @@ def _batches_s(series: Series, batch_size: int) -> float:
     """Return how long a search and a timing of a format and engine take, or a size of a sweep, by arithmetic alone."""
     shape = Shape(batch_size, len(series.workload.longest), series.workload.new_tokens)
     return BATCHES_RUN * batch_s(series.session, series.precision, series.peaks, shape)
+
+
+def _beside_s(series: Series) -> float:
+    """Return how long a pass of a format and engine takes beside its requests, with compiling."""
+    row = _first_pass(series)
+    return max(0.0, row.get("pass_s", 0.0) - row["total_s"]) if row else BESIDE_S[series.engine]
 
 
 def _first_pass(series: Series) -> Row | None:

@@ -48,8 +48,8 @@ class WorkloadOptions:
     requests
         How many prompts.
     prompt_tokens, new_tokens
-        The most tokens of a prompt, and the new tokens of each. In a session with a budget of minutes a large batch
-        may get fewer new tokens, the same for every format.
+        The most tokens of a prompt, and the new tokens of each. In a session with a budget of minutes there may
+        be fewer new tokens, the same for every format.
     prompt_source
         ``"wikitext"``, ``"sample"``, or ``"auto"``: WikiText-2 where there is a GPU or a `data_dir`.
 

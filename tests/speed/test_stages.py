@@ -255,7 +255,7 @@ def test_what_the_budget_does_not_suffice_for_is_left_out_and_named(lab, monkeyp
     """The format that computes fastest comes first. A second pass and a sweep follow where time is left for them."""
     now, costs_s = [0.0], {"bf16": 400.0, "nf4": 5.0}
     monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(plan, "batch_s", lambda session, precision, *_: costs_s[precision.name] / 6)
+    monkeypatch.setattr(plan, "batch_s", lambda session, precision, *_: costs_s[precision.name] / plan.BATCHES_RUN)
     lab.search_finds(2, 100.0, True, ())
     lab.seconds = lambda call: now.__setitem__(0, now[0] + 150) or 1.0
     session = lab.open("bf16,nf4", minutes=25)
