@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from qnb.device import Device
+
 MIB = 2**20
 ROOM_BYTES = 6 << 30  # of a GPU, which models that are kept leave to work in
 # the texts of torch, the driver and cuBLAS for one event
@@ -105,16 +107,16 @@ def models_kept() -> Iterator[None]:
         release(workspaces=True)
 
 
-def kept(load: Callable[..., PreTrainedModel], folder: Path, precision: Any, place: str) -> PreTrainedModel:
+def kept(load: Callable[..., PreTrainedModel], folder: Path, precision: Any, device: Device) -> PreTrainedModel:
     """Return what `load` returns; within `models_kept`, return it again for the same arguments."""
-    key = folder, precision, place
-    if _kept is None or place == "cpu":
+    key = folder, precision, device
+    if _kept is None or device.kind == "cpu":
         return load(*key)
     if key not in _kept:
         import torch
 
         needed_bytes = ROOM_BYTES + sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        if _kept and free_bytes(torch.device(place)) < needed_bytes:
+        if _kept and free_bytes(torch.device(device.place)) < needed_bytes:
             _kept.clear()
             release()
         _kept[key] = load(*key)

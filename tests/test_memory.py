@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from qnb import memory
+from qnb.device import Device
 
 CODE = """
 from subprocess import PIPE, Popen
@@ -41,8 +42,9 @@ def test_models_are_kept_where_a_gpu_has_room_for_the_next(tmp_path, monkeypatch
         loads.append(folder.name)
         return object()
 
-    def ask(place, *names):
-        return [memory.kept(load, tmp_path / name, "nf4", place) for name in names]
+    def ask(kind, *names):
+        device = Device(kind, "", 0.0, "native", "")
+        return [memory.kept(load, tmp_path / name, "nf4", device) for name in names]
 
     for name in "abc":
         (tmp_path / name).mkdir()
@@ -51,10 +53,10 @@ def test_models_are_kept_where_a_gpu_has_room_for_the_next(tmp_path, monkeypatch
     monkeypatch.setattr(memory, "free_bytes", lambda _: free_gib[0] << 30)
     monkeypatch.setattr(memory, "release", lambda **_: None)
     with memory.models_kept():
-        first, again = ask("cuda:0", "a", "a")
-        assert first is again and ask("cuda:0", "b", "a")[1] is first
+        first, again = ask("cuda", "a", "a")
+        assert first is again and ask("cuda", "b", "a")[1] is first
         ask("cpu", "a", "a")
         free_gib[0] = 6
-        ask("cuda:0", "c", "c", "a")
-    ask("cuda:0", "a", "a")
+        ask("cuda", "c", "c", "a")
+    ask("cuda", "a", "a")
     assert loads == ["a", "b", *"aa", "c", "a", *"aa"]
