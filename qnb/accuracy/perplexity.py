@@ -22,7 +22,7 @@ from qnb.accuracy.patches import wide_products
 from qnb.errors import InputError
 from qnb.finite import check_finite
 from qnb.ledger import fingerprint, write_parquet
-from qnb.memory import free_bytes
+from qnb.memory import free_bytes, is_out_of_memory, release
 from qnb.options import Count, check_count
 from qnb.precision import BASELINE, PRECISIONS, Precision
 from qnb.quantize import checkpoint
@@ -38,7 +38,7 @@ ROOM_BYTES = 6 * LOGITS_BYTES  # of a GPU's memory, which remembered logits leav
 ROWS = 256  # tokens whose distributions are held in float32 at once
 RESAMPLES = 500
 Columns = Mapping[str, np.ndarray]
-Remembered = dict[int, "list[torch.Tensor]"]
+Remembered = dict[tuple[int, int], "list[torch.Tensor]"]
 # What is said of a text's tokens, from the columns of `distances`. All but perplexity need a baseline.
 QUANTITIES: dict[str, Callable[[Columns], float]] = {
     "perplexity": lambda tokens: math.exp(tokens["nll"].mean()),
@@ -130,11 +130,19 @@ def _read(
     base = PRECISIONS[BASELINE]
     with session.loaded(precision) as model, ExitStack() as stack:
         baseline = model if precision == base else stack.enter_context(session.loaded(base))
+        rows, tokens = rows_per_batch(model, context), None
         with checkpoint.quiet(), wide_products(session.device.kind):
-            tokens = distances(model, baseline, ids, context, context // 2, remembered)
+            while tokens is None:
+                try:
+                    tokens = distances(model, baseline, ids, context, rows, remembered)
+                except RuntimeError as error:
+                    if rows == 1 or not is_out_of_memory(error):
+                        raise
+                    rows //= 2
+                release()  # here, where no error holds what the batch made
         if precision != base:
             return tokens, None
-        is_batched = min(rows_per_batch(model, context), tokens.window.nunique()) > 1
+        is_batched = min(rows, tokens.window.nunique()) > 1
         return tokens[["nll", "window"]], float(tokens.kl.mean()) if is_batched else None
 
 
@@ -158,7 +166,7 @@ def windows(tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, 
 
 
 def distances(
-    model: PreTrainedModel, baseline: PreTrainedModel, ids: Sequence[int], context: int, stride: int,
+    model: PreTrainedModel, baseline: PreTrainedModel, ids: Sequence[int], context: int, size: int,
     remembered: Remembered | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Predict every token by a model and by a baseline.
@@ -169,10 +177,12 @@ def distances(
         Two formats of one model, on one device. A baseline that is the model itself reads one window at a time.
     ids
         The text's token ids.
-    context, stride
-        Tokens in a window, and tokens it moves on.
+    context
+        Tokens in a window, which moves on by half of them.
+    size
+        Windows that are read at once.
     remembered
-        The baseline's logits by a batch's first window, for as many as a GPU has room for: it fills up, and serves
+        The baseline's logits by a batch's first window and size, for as many as a GPU has room for: it fills up, and serves
         the other formats of the same baseline and text.
 
     Returns
@@ -190,14 +200,15 @@ def distances(
 
     remembered = {} if remembered is None else remembered
     parts: list[pd.DataFrame] = []
-    size = rows_per_batch(model, context)
-    for at, rows, scored in _batches(ids, context, stride, size):
+    for at, rows, scored in _batches(ids, context, context // 2, size):
         tokens = torch.tensor(rows, device=model.device)  # (B, C)
         with torch.inference_mode():
             own = _predict(model, tokens.split(size), scored)
-            base = remembered.get(at) or _predict(baseline, tokens.split(1 if baseline is model else size), scored)
-            if at not in remembered and _has_room(model.device):
-                remembered[at] = [logits.clone() for logits in (own if baseline is model else base)]
+            base = remembered.get((at, size)) or _predict(
+                baseline, tokens.split(1 if baseline is model else size), scored
+            )
+            if (at, size) not in remembered and _has_room(model.device):
+                remembered[at, size] = [logits.clone() for logits in (own if baseline is model else base)]
             for place, (p, q) in enumerate(zip(own, base, strict=True)):
                 parts += [part.assign(window=at + place) for part in _compare(p, q, tokens[place, scored[place]])]
     frame = pd.concat(parts, ignore_index=True)

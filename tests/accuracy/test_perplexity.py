@@ -124,6 +124,22 @@ def test_a_window_is_no_longer_than_the_models_or_the_text(source, tiny, tmp_pat
     assert lines[0]["noise_floor_nats"] is None and 0 <= lines[1]["noise_floor_nats"] < 1e-9  # one window has none
 
 
+def test_fewer_windows_are_read_at_once_where_memory_runs_out(source, tiny, tmp_path, monkeypatch):
+    session, sizes = Session("smollm2-135m", "bf16", tmp_path), []
+
+    def short(*arguments):
+        sizes.append(arguments[4])
+        if sizes[-1] > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return distances(*arguments)
+
+    monkeypatch.setattr(session, "loaded", contextmanager(lambda precision: (yield tiny[0])))
+    monkeypatch.setattr(perplexity, "rows_per_batch", lambda *_: 8)
+    monkeypatch.setattr(perplexity, "distances", short)
+    divergence(session, DivergenceOptions("sample", 64, 16))
+    assert sizes == [8, 4, 2] and len(session.ledger.rows("divergence")) == 1
+
+
 @pytest.mark.slow
 def test_each_format_is_compared_with_bf16_once(source, tmp_path):
     session = Session("smollm2-135m", "bf16, nf4", tmp_path)
