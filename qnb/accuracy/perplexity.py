@@ -182,8 +182,8 @@ def distances(
     size
         Windows that are read at once.
     remembered
-        The baseline's logits by a batch's first window and size, for as many as a GPU has room for: it fills up, and serves
-        the other formats of the same baseline and text.
+        The baseline's logits by a batch's first window and size, for as many as a GPU has room for: it fills up, and
+        serves the other formats of the same baseline and text.
 
     Returns
     -------
@@ -201,6 +201,7 @@ def distances(
     remembered = {} if remembered is None else remembered
     parts: list[pd.DataFrame] = []
     for at, rows, scored in _batches(ids, context, context // 2, size):
+        key, base_size = (at, size), 1 if baseline is model else size
         tokens = torch.tensor(rows, device=model.device)  # (B, C)
         with torch.inference_mode():
             own = _predict(model, tokens.split(size), scored)
