@@ -205,11 +205,9 @@ def distances(
         tokens = torch.tensor(rows, device=model.device)  # (B, C)
         with torch.inference_mode():
             own = _predict(model, tokens.split(size), scored)
-            base = remembered.get((at, size)) or _predict(
-                baseline, tokens.split(1 if baseline is model else size), scored
-            )
-            if (at, size) not in remembered and _has_room(model.device):
-                remembered[at, size] = [logits.clone() for logits in (own if baseline is model else base)]
+            base = remembered.get(key) or _predict(baseline, tokens.split(base_size), scored)
+            if key not in remembered and _has_room(model.device):
+                remembered[key] = [logits.clone() for logits in (own if baseline is model else base)]
             for place, (p, q) in enumerate(zip(own, base, strict=True)):
                 parts += [part.assign(window=at + place) for part in _compare(p, q, tokens[place, scored[place]])]
     frame = pd.concat(parts, ignore_index=True)
