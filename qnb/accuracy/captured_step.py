@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qnb.accuracy.backbone import Backbone
 from qnb.capture import capture
-from qnb.memory import is_out_of_memory
+from qnb.memory import is_out_of_memory, places
 
 GROUPED = "qnb_grouped"
 CAPTURING = {"cuda"}  # kinds of devices
@@ -49,9 +49,9 @@ def grouped_attention(config: Any) -> Iterator[None]:
 
 def may_be_captured(backbone: Backbone, past: Cache, new_tokens: int) -> bool:
     """Return whether capturing steps is worth it, and possible as far as is known without running one."""
-    devices = set((getattr(backbone.model, "hf_device_map", None) or {"": backbone.device}).values())
     keeps_slots = all(hasattr(layer, "slot") for layer in past.layers) and backbone.window == inf
-    return backbone.device.type in CAPTURING and len(devices) == 1 and keeps_slots and new_tokens >= MIN_STEPS
+    is_on_one = backbone.device.type in CAPTURING and len(places(backbone.model)) == 1
+    return is_on_one and keeps_slots and new_tokens >= MIN_STEPS
 
 
 class CapturedStep:
