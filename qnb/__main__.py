@@ -37,7 +37,11 @@ def _parser() -> argparse.ArgumentParser:
         help="set a notebook's parameter, in place of the profile's, such as -p precisions bf16,nf4; may be repeated",
     )  # fmt: skip
     run.add_argument("--workers", help="measure on several GPUs by Ray: a number, or auto (default: 1, without Ray)")
-    run.add_argument("--ray-address", metavar="HOST:PORT", help="a running Ray cluster's (default: $RAY_ADDRESS)")
+    run.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="a running Ray cluster's ($RAY_ADDRESS, if workers are given)",
+    )
     run.add_argument("--gpus-per-model", default="auto", help="GPUs that one model is spread over (default: auto)")
     run.add_argument("--dry-run", action="store_true", help="print what would be measured, by whom and in which order")
     page = commands.add_parser("report", help="write a study's report, tables and figures from its ledger")
@@ -80,11 +84,13 @@ def _dispatch(options: argparse.Namespace) -> int:
         from qnb.run import run
 
         workers = None
-        if options.ray_address or options.dry_run or options.workers not in (None, "1"):
-            from qnb.cluster.driver import ClusterOptions
+        is_shared = options.workers not in (None, "1") or options.gpus_per_model != "auto"
+        if options.ray_address or options.dry_run or is_shared:
+            from qnb.cluster.nodes import ClusterOptions
 
-            address = options.ray_address or os.environ.get("RAY_ADDRESS", "")
-            workers = ClusterOptions(options.workers or "auto", address, options.gpus_per_model)
+            address = options.ray_address or (os.environ.get("RAY_ADDRESS", "") if options.workers else "")
+            count = options.workers or ("auto" if address else "1")  # a plain run has one
+            workers = ClusterOptions(count, address, options.gpus_per_model)
         return run(options.profile, options.output, options.only, options.parameters, workers, options.dry_run)
     if options.command == "doctor":
         from qnb.doctor import doctor

@@ -239,6 +239,11 @@ class Ledger:
         rows = self._newest.values()
         return [row for row in rows if (row["stage"] == stage if stage else not row["stage"].endswith(FAILED))]
 
+    def answers(self) -> list[Row]:
+        """Return the newest row of each key and fingerprint, oldest first: all that need not be measured again."""
+        self.refresh()
+        return [*self._answers.values()]
+
     def failures(self) -> list[Row]:
         """Return the rows that say what failed and was not measured since."""
         self.refresh()

@@ -140,8 +140,6 @@ def limited(device_memory_mib: float, allowed_mib: float) -> Iterator[None]:
 
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that may still be allocated: free memory and the allocator's unused, up to its limit."""
-    if planned_bytes:
-        return planned_bytes
     if device.type != "cuda":
         import psutil
 
@@ -151,6 +149,11 @@ def free_bytes(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
     allowed = torch.cuda.get_per_process_memory_fraction(device) * total
     return int(min(free + torch.cuda.memory_reserved(device), allowed) - torch.cuda.memory_allocated(device))
+
+
+def bytes_for_batches(device: torch.device) -> int:
+    """Return the bytes that batches are planned for: the free ones, or what all workers of a study plan for."""
+    return planned_bytes or free_bytes(device)
 
 
 def host_peak_mib() -> float:

@@ -39,7 +39,7 @@ from qnb.speed.stages import WorkloadOptions
 from qnb.study import PARAMETERS, Study
 
 if TYPE_CHECKING:
-    from qnb.cluster.driver import ClusterOptions
+    from qnb.cluster.nodes import ClusterOptions
 
 NAMES = ("01_quantize", "02_accuracy", "03_perf_bs1", "04_perf_maxbatch", "05_figures")
 COUNTS = {"sensitivity_limit", "bs1_repeats", "maxbatch_repeats", "memory_mib", "sweep_batch"}
@@ -85,7 +85,8 @@ def run(
         values = {**defaults, "minutes": 0, **values}
     if output:
         values["output"] = output if output.startswith(colab.DRIVE) else str(expand_path(output).resolve())
-    study = check_parameters(values, names)
+    # what a cluster's nodes can do is not known here
+    study = check_parameters({**values, "device": "auto", "engines": "auto"} if workers else values, names)
     study.session.check_writable()
     if "device" in values:
         os.environ[device.CHOICE] = values["device"]  # for the notebooks' kernels

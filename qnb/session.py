@@ -57,7 +57,7 @@ ON_ANY_GPU = {"quantize", "accuracy", "divergence", "batch_sensitivity", "budget
 
 
 class ReplayError(RuntimeError):
-    """Stands for a measurement that no worker could make; its failure is recorded already."""
+    """Says that nothing is measured where workers' rows are shown; what failed is recorded already."""
 
 
 class Session:
@@ -318,6 +318,10 @@ class Session:
         if self.overwrite and row_key(key) not in self._measured:
             return None
         return self.decided(key)
+
+    def counts(self, row: Row) -> bool:
+        """Return whether a row of the ledger need not be measured again: overwriting, only this session's own."""
+        return bool(self.ledger.find(row)) and (not self.overwrite or row_key(row) in self._measured)
 
     def decided(self, key: Mapping[str, Any]) -> Row | None:
         """Return the row that answers `key`, even when overwriting, so that a decision shared by all formats stands.

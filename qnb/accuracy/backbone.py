@@ -19,7 +19,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from qnb.device import is_before_ampere
-from qnb.memory import free_bytes, places
+from qnb.memory import bytes_for_batches, places
 
 log = logging.getLogger(__name__)
 Tokens = tuple[int, ...]
@@ -116,7 +116,7 @@ class Backbone:
         inner = getattr(self.config, "intermediate_size", None) or 4 * self.config.hidden_size
         self.parameters = sum(weight.numel() for weight in model.parameters())
         self.activation_bytes = 4 * (10 * self.config.hidden_size + 4 * inner)
-        free = free_bytes(self.device) // 2 - LOGITS_BYTES[self.device.type]
+        free = bytes_for_batches(self.device) // 2 - LOGITS_BYTES[self.device.type]
         self.max_tokens = int(max(256, min(MAX_TOKENS[self.device.type], free // self.activation_bytes)))
 
     def integers(self, values: Any) -> torch.Tensor:

@@ -80,14 +80,22 @@ class CapturedStep:
         self._positions.copy_(positions)
         self._slot.fill_(slot)
         with torch.cuda.device(self._backbone.device), grouped_attention(self._backbone.config):
-            if self._graph is None and self._waits_for_the_device():
+            if self._graph is None and (self._waits_for_the_device() or not self._capture()):
                 for layer in self._layers:
                     layer.slot, layer.length = None, slot
                 return None
-            self._graph = self._graph or capture(self._run)
             self._graph.replay()
         chosen, logits = self._chosen
         return chosen.clone(), logits.clone()
+
+    def _capture(self) -> bool:
+        """Capture the step; return whether that went well."""
+        try:
+            self._graph = capture(self._run)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+        return self._graph is not None
 
     def _run(self) -> None:
         for layer in self._layers:

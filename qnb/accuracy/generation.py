@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 from qnb.accuracy.backbone import Backbone, Tokens, repeat
 from qnb.accuracy.captured_step import CapturedStep, may_be_captured
 from qnb.finite import check_finite
-from qnb.memory import free_bytes, kv_cache_bytes_per_token
+from qnb.memory import bytes_for_batches, kv_cache_bytes_per_token
 
 MAX_ROWS = {"cuda": 512, "cpu": 16}
 CHECK_EVERY = 8  # new tokens between two looks for stop sequences
@@ -61,7 +61,7 @@ class GreedyGenerator:
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         # attention reads keys and values of one layer at a time, repeated for each of its queries' heads
         repeated = (1 + config.num_attention_heads / kv_heads) / config.num_hidden_layers
-        free = free_bytes(backbone.device) - backbone.max_tokens * backbone.activation_bytes
+        free = bytes_for_batches(backbone.device) - backbone.max_tokens * backbone.activation_bytes
         rows = 0.9 * free // (token_bytes * length * (1 + repeated))
         return int(max(1, min(rows, MAX_ROWS[backbone.device.type])))
 

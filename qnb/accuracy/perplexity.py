@@ -103,7 +103,7 @@ def divergence(session: Session, options: DivergenceOptions) -> None:
     context = max(2, min(context, longest, len(ids)))
     asked = {"prompt_source": source, "text_sha256": fingerprint({"ids": ids}), "tokens": len(ids), "context": context,
              "stride": context // 2}  # fmt: skip
-    remembered: Remembered = {}
+    remembered: Remembered | None = {} if len(session.precisions) > 1 else None
     with session.exclusive("02"):
         for precision in session.each_format("divergence"):
             key = session.key("divergence", precision, asked)
@@ -119,7 +119,7 @@ def divergence(session: Session, options: DivergenceOptions) -> None:
 
 
 def _read(
-    session: Session, precision: Precision, ids: Sequence[int], context: int, remembered: Remembered
+    session: Session, precision: Precision, ids: Sequence[int], context: int, remembered: Remembered | None
 ) -> tuple[pd.DataFrame, float | None]:
     """Compare a format with BF16, loaded beside it; of BF16 return its own predictions, and its noise floor.
 
@@ -139,6 +139,8 @@ def _read(
                     if rows == 1 or not is_out_of_memory(error):
                         raise
                     rows //= 2
+                    if remembered:
+                        remembered.clear()
                 release()  # here, where no error holds what the batch made
         if precision != base:
             return tokens, None
@@ -198,15 +200,14 @@ def distances(
     """
     import torch
 
-    remembered = {} if remembered is None else remembered
     parts: list[pd.DataFrame] = []
     for at, rows, scored in _batches(ids, context, context // 2, size):
         key, base_size = (at, size), 1 if baseline is model else size
         tokens = torch.tensor(rows, device=model.device)  # (B, C)
         with torch.inference_mode():
             own = _predict(model, tokens.split(size), scored)
-            base = remembered.get(key) or _predict(baseline, tokens.split(base_size), scored)
-            if key not in remembered and _has_room(model.device):
+            base = (remembered or {}).get(key) or _predict(baseline, tokens.split(base_size), scored)
+            if remembered is not None and key not in remembered and _has_room(model.device):
                 remembered[key] = [logits.clone() for logits in (own if baseline is model else base)]
             for place, (p, q) in enumerate(zip(own, base, strict=True)):
                 parts += [part.assign(window=at + place) for part in _compare(p, q, tokens[place, scored[place]])]

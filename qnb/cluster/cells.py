@@ -87,7 +87,7 @@ def _accuracy_cells(session: Session, precision: str, values: Mapping[str, Any])
     both = frozenset({checkpoint, ("checkpoint", BASELINE)})
     for name, step, needs in (
         ("divergence", (perplexity.divergence, (read,)), both),
-        ("batch_sensitivity", (evaluate.batch_sensitivity, (asked,)), frozenset({checkpoint})),
+        ("batch_sensitivity", (evaluate.batch_sensitivity, (asked,)), frozenset({checkpoint, ("task", names[0])})),
     ):
         about = {"stage": name, "precision": precision}
         yield Cell(f"{precision} {name}", about, (step,), needs, estimate_s=GUESSED_S[name])

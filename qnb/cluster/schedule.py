@@ -7,7 +7,7 @@ there. A worker keeps its format for as long as others do not wait for it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,18 +79,27 @@ class Schedule:
         Workers by name.
     maker
         Returns the cell that makes what a node needs.
+    here
+        The node on which planned checkpoints are made, if it has a worker: the driver's, which keeps them.
     """
 
     cells: Iterable[Cell]
     seats: dict[str, Seat]
     maker: Callable[[Need], Cell]
+    here: str = ""
     pending: dict[str, Cell] = field(init=False)  # by name, the longest first
     ready: set[tuple[str, Need]] = field(default_factory=set)  # what each node has
     tries: Counter[str] = field(default_factory=Counter)  # of cells whose workers ended
 
     def __post_init__(self) -> None:
-        self.pending = {cell.name: cell for cell in sorted(self.cells, key=lambda cell: -cell.estimate_s)}
-        self._planned = set(self.pending)
+        self._planned = {cell.name: cell for cell in self.cells}
+        self.pending = {}
+        self._add(self._planned.values())
+
+    def _add(self, cells: Iterable[Cell]) -> None:
+        """Let cells be pending."""
+        both = [*self.pending.values(), *cells]
+        self.pending = {cell.name: cell for cell in sorted(both, key=lambda cell: -cell.estimate_s)}
         self._settle()
 
     def _settle(self) -> None:
@@ -137,9 +146,19 @@ class Schedule:
             return None
         missing = sorted(need for need in cell.needs if (seat.node, need) not in self.ready)
         cell = self.maker(missing[0]) if missing else cell
-        self.pending.pop(cell.name, None)
+        if not cell.makes or self._is_made_on(seat.node):
+            self.pending.pop(cell.name, None)
         seat.cell, seat.precision = cell, cell.precision or seat.precision
         return cell
+
+    def _is_made_on(self, node: str) -> bool:
+        """Return whether planned checkpoints are made on a node."""
+        return node == self.here or all(seat.node != self.here for seat in self.seats.values())
+
+    @property
+    def unfinished(self) -> int:
+        """How many planned cells have not ended."""
+        return len(self._planned.keys() & {*self.pending, *(cell.name for cell in self.running.values())})
 
     def _next(self, seat: Seat, cells: Iterable[Cell]) -> Cell | None:
         """Choose a cell for a worker: of its own format, unless another cell would end after everything else."""
@@ -148,21 +167,14 @@ class Schedule:
         being_made = {cell.makes for cell in beside if cell.makes}
         free = [cell for cell in cells if being_made.isdisjoint({*cell.needs, cell.makes})
                 and cell.after not in self.pending and cell.after not in begun
-                and (seat.can_time or not cell.is_timed)]  # fmt: skip
+                and (seat.can_time or not cell.is_timed)
+                and (not cell.makes or self._is_made_on(seat.node))]  # fmt: skip
         if not free:
             return None
-        own = [cell for cell in free if cell.precision == seat.precision]
         left_s = sum(cell.estimate_s for cell in self.pending.values() if not cell.is_alone)
         is_critical = free[0].estimate_s * len(self.seats) > left_s  # the longest one would end last
-        if own and (own[0].is_alone or not is_critical):
-            return own[0]
-        if is_critical:
-            return free[0]
-        work_s, workers = Counter[str](), Counter(each.precision for each in self.seats.values() if each.cell)
-        for cell in free:
-            work_s[cell.precision] += cell.estimate_s  # type: ignore[assignment]
-        precision = max(work_s, key=lambda name: work_s[name] / (1 + workers[name]))
-        return next(cell for cell in free if cell.precision == precision)
+        own = (cell for cell in free if cell.precision == seat.precision and (cell.is_alone or not is_critical))
+        return next(own, free[0])
 
     def end(self, worker: str) -> None:
         """Count a worker's cell as ended, well or not."""
@@ -171,18 +183,24 @@ class Schedule:
             self.ready.add((seat.node, seat.cell.makes))
         seat.cell = None
 
-    def lose(self, worker: str) -> Cell | None:
-        """Take a worker away; its cell is pending again. Return the cell if it has ended too many workers."""
+    def repeat(self, precisions: Collection[str]) -> None:
+        """Let all planned cells of formats be pending again: their checkpoints are others from now on."""
+        checkpoints = {("checkpoint", name) for name in precisions}
+        self.ready = {(node, need) for node, need in self.ready if need not in checkpoints}
+        self._add(cell for cell in self._planned.values() if cell.precision in precisions)
+
+    def lose(self, worker: str) -> list[Cell]:
+        """Take a worker away; its cell is pending again. Return what can't be measured after too many losses."""
         cell = self.seats.pop(worker).cell
-        if cell is None:
-            self._settle()
-            return None
-        self.tries[cell.name] += 1
-        is_hopeless = self.tries[cell.name] >= TRIES
-        if cell.name in self._planned and not is_hopeless:
-            self.pending[cell.name] = cell
-        self._settle()
-        return cell if is_hopeless else None
+        failed: list[Cell] = []
+        if cell:
+            self.tries[cell.name] += 1
+            if self.tries[cell.name] >= TRIES:  # and what needs the thing that it makes
+                failed = [cell, *(each for each in self.pending.values() if cell.makes in each.needs)]
+        for each in failed:
+            self.pending.pop(each.name, None)
+        self._add([cell] if cell and cell.name in self._planned and not failed else [])
+        return failed
 
 
 @dataclass(frozen=True)

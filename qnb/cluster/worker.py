@@ -122,6 +122,10 @@ class WorkerSession(Session):
 class Worker:
     """Measures cells; Ray makes an actor of it."""
 
+    def close(self) -> None:
+        """Remove what it wrote; checkpoints stay."""
+        self._scratch.cleanup()
+
     def __init__(self, post: Post) -> None:
         self._post = post
         self._scratch = tempfile.TemporaryDirectory(prefix="qnb-worker-")
@@ -159,13 +163,16 @@ class Worker:
         text = io.StringIO()
         with self._node_checkpoints(session) if has_checkpoint else nullcontext(), redirect_stdout(text):
             for step, arguments in cell.steps:
+                before = len(session.new_rows)
                 try:
                     session.measure(step, *arguments)
                 except Exception as error:  # that one format cannot be measured ends nothing else
-                    has_row = any(row["stage"].endswith(FAILED) for row in session.new_rows)
+                    has_row = any(row["stage"].endswith(FAILED) for row in session.new_rows[before:])
                     if isinstance(error, InputError) and not has_row:
-                        raise
-                    result.failure = "" if has_row else f"{type(error).__name__}: {scrub(str(error))}"
+                        result.wrong_input = str(error)
+                        break
+                    if not has_row:
+                        result.failure = f"{type(error).__name__}: {scrub(str(error))}"
         result.text, result.rows, result.overflowed = text.getvalue(), session.new_rows, session.overflowed
         for row in result.rows:
             for name in (value for column, value in row.items() if column.endswith("_file") and value):
@@ -221,7 +228,7 @@ class Worker:
         return session
 
     @contextmanager
-    def _node_checkpoints(self, session: Session) -> Iterator[None]:
+    def _node_checkpoints(self, session: WorkerSession) -> Iterator[None]:
         """Let the block know the checkpoints that this node has already, and remember those that it makes."""
         if self._post.folder:  # the driver remembers those of the study
             yield
@@ -230,7 +237,7 @@ class Worker:
             ledger = Ledger(self._root)
             for row in ledger.rows("quantize"):
                 if not session.ledger.find(row):
-                    session.ledger.append(row)
+                    session.new_rows.append(session.ledger.append(row))
             yield
             for row in session.ledger.rows("quantize"):
                 if not ledger.find(row):

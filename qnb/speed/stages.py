@@ -21,6 +21,7 @@ from qnb.options import Count, check_count
 from qnb.precision import Precision, parse
 from qnb.prompts import Workload
 from qnb.quantize import existing
+from qnb.session import ReplayError
 from qnb.speed import batch_search, plan
 from qnb.speed.batch_search import LargestBatch
 from qnb.speed.passes import Loaded, Series, time_in_turn, with_model
@@ -162,6 +163,8 @@ def device_peaks(session: Session, notebook: str = "03") -> DevicePeaks:
         row = session.find(key)
         if not row:
             with session.failing(key, "the device's peaks"):
+                if session.replays:
+                    raise ReplayError
                 for _ in range(3):  # other processes that disturb it may end
                     peaks = measure_peaks(session.device.place)
                     if not peaks.flags:

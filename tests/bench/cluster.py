@@ -1,7 +1,7 @@
 """How a study of nine formats scales over GPUs: the schedule's makespan against the ideal, and Ray's cost a cell.
 
 ``python tests/bench/cluster.py``: 1 to 64 GPUs by the clock of a simulation, in a second
-``python tests/bench/cluster.py --ray 1,2,4,8,16,64``: on Ray, with workers that sleep a hundredth of what cells take
+``python tests/bench/cluster.py --ray 1,2,4,8,16,64``: on Ray, with workers that sleep 2 ms a second
 
 The ideal is the longest chain of cells, or all accuracy over the GPUs and all timing over the nodes, if that is more.
 """
@@ -88,7 +88,8 @@ def on_ray(gpus: int, scale: float) -> tuple[float, int]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from qnb.cluster.driver import Crew, Node, Place
+    from qnb.cluster.driver import Crew
+    from qnb.cluster.nodes import Node, Place
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     cluster = Cluster()

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -18,8 +19,8 @@ from conftest import SECRET, command
 
 from qnb import Study
 from qnb.__main__ import main
-from qnb.cluster import cells, driver
-from qnb.cluster.driver import ClusterOptions
+from qnb.cluster import cells, driver, nodes
+from qnb.cluster.nodes import ClusterOptions
 from qnb.cluster.schedule import Cell
 from qnb.device import Device
 from qnb.errors import InputError
@@ -51,16 +52,18 @@ def lines(folder):
 def test_two_workers_make_the_ledger_of_one(smoke, tmp_path):
     folder = tmp_path / "study"
     arguments = ["run", "--profile", "smoke", "--output", str(folder), "--workers", "2", "--only", "01,02,03,04"]
-    done = command(*arguments, HF_TOKEN=SECRET)
+    temporary = Path(tempfile.mkdtemp(prefix="ray"))  # a socket's path is short
+    done = command(*arguments, HF_TOKEN=SECRET, RAY_TMPDIR=str(temporary))
     assert done.returncode == 0, done.stderr
     alone, both = ({row_key(row): same(row) for row in Ledger(each).rows()} for each in (smoke[0], folder))
     assert both == alone
     measured = [row for row in lines(folder) if row["stage"] != "lengths"]
-    assert {row["worker"] for row in measured} <= {"w0", "w1"} and all(row["node"] for row in measured)
+    assert {row["worker"] for row in measured} == {"w0", "w1"} and all(row["node"] for row in measured)
     # every cell was measured once, the notebooks measured nothing, and the token is in no log of Ray's
     assert len(lines(folder)) == len(both)
-    logs = Path("/tmp/ray/session_latest/logs")
-    assert not any(SECRET in path.read_text(errors="replace") for path in logs.rglob("*") if path.is_file())
+    logs = [path.read_text(errors="replace") for path in temporary.rglob("*.log")]
+    shutil.rmtree(temporary)
+    assert logs and SECRET not in "".join(logs)
 
 
 def wait_for(flag, then):
@@ -86,22 +89,37 @@ def test_a_killed_worker_and_a_lost_node_cost_no_row(tmp_path, source, monkeypat
     from ray.cluster_utils import Cluster
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    second = nodes.add_node(num_cpus=1)
+    ring = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    second = ring.add_node(num_cpus=1)
     flags = [tmp_path / name for name in ("first", "second")]
     plan = [Cell(flag.name, {"stage": "lengths", "task": flag.name}, ((slow, (flag,)),)) for flag in flags]
-    plan += [Cell(f"quick {n}", {"stage": "lengths"}, ((slow, (Path(f"/proc/self/{n}"),)),)) for n in ("stat", "io")]
+    there = [tmp_path / name for name in ("third", "fourth")]
+    for each in there:
+        each.touch()
+    plan += [Cell(each.name, {"stage": "lengths", "task": each.name}, ((slow, (each,)),)) for each in there]
     monkeypatch.setattr(cells, "plan", lambda *_: plan)
     wait_for(flags[0], lambda pid: os.kill(pid, signal.SIGKILL))
-    wait_for(flags[1], lambda _: nodes.remove_node(second, allow_graceful=False))
+    wait_for(flags[1], lambda _: ring.remove_node(second, allow_graceful=False))
     study = Study("smollm2-135m", "bf16", tmp_path / "study", device="cpu")
     try:
-        driver.measure(study, parameters(precisions="bf16"), {"02"}, ClusterOptions("2", nodes.address))
+        driver.measure(study, parameters(precisions="bf16"), {"02"}, ClusterOptions("2", ring.address))
     finally:
-        nodes.shutdown()
+        ring.shutdown()
     rows = lines(study.folder)
-    assert sorted(row["task"] for row in rows) == ["first", "io", "second", "stat"]
+    assert sorted(row["task"] for row in rows) == ["first", "fourth", "second", "third"]
     assert not study.session.ledger.failures()
+
+
+def test_a_run_that_is_told_to_end_does_so(tmp_path):
+    folder = tmp_path / "study"
+    arguments = ["run", "--profile", "smoke", "--output", str(folder), "--workers", "2", "--only", "02"]
+    process = subprocess.Popen([sys.executable, "-m", "qnb", *arguments], stderr=subprocess.PIPE, text=True)
+    while not (folder / "ledger.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and error.splitlines()[-1].startswith("qnb: interrupted")
 
 
 def test_a_killed_driver_goes_on_where_it_was(tmp_path):
@@ -126,7 +144,7 @@ def test_a_killed_driver_goes_on_where_it_was(tmp_path):
 
 LISTENING = """
 import psutil
-from qnb.cluster.driver import ClusterOptions, connected
+from qnb.cluster.nodes import ClusterOptions, connected
 with connected(ClusterOptions("1")):
     mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
     ports = [port for each in mine for port in each.net_connections("inet") if port.status == psutil.CONN_LISTEN]
@@ -144,7 +162,7 @@ def test_ray_of_this_machine_alone_opens_no_port_to_the_network():
     [
         (["--workers", "0"], "workers is '0'"),
         (["--workers", "two"], "workers is 'two'"),
-        (["--workers", "2", "--gpus-per-model", "-1"], "gpus_per_model is '-1'"),
+        (["--gpus-per-model", "-1"], "gpus_per_model is '-1'"),
         (["--workers", "2", "-p", "minutes", "5"], "minutes is 5"),
         (["--ray-address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),
         (["--ray-address", "nowhere"], "no Ray cluster answers at nowhere"),
@@ -159,7 +177,7 @@ def test_bad_input_is_refused_in_one_line(arguments, part, tmp_path, capsys):
 
 def test_without_ray_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match="pip install"), driver.connected(ClusterOptions("2")):
+    with pytest.raises(InputError, match="pip install"), nodes.connected(ClusterOptions("2")):
         pass
 
 
@@ -168,18 +186,18 @@ GPU = Device("cuda", "a GPU", 1000.0, "native", "")
 
 
 def node(name, gpus=2.0, device=GPU):
-    return driver.Node(name, name, gpus, (0, 1, 2, 3), device, {}, 0)
+    return nodes.Node(name, name, gpus, (0, 1, 2, 3), device, {}, 0)
 
 
 def test_workers_are_spread_evenly_with_cores_of_their_own():
-    places = driver.share_out([node("a"), node("b")], "auto", 1.0)
+    places = nodes.share_out([node("a"), node("b")], "auto", 1.0)
     assert [(place.node.id, place.cores) for place in places] == [
         ("a", (0, 1)), ("b", (0, 1)), ("a", (2, 3)), ("b", (2, 3))
     ]  # fmt: skip
-    assert len(driver.share_out([node("a")], "auto", 0.5)) == 4
-    assert len(driver.share_out([node("a", 0, CPU), node("b", 0, CPU)], "auto", 0.0)) == 2
+    assert len(nodes.share_out([node("a")], "auto", 0.5)) == 4
+    assert len(nodes.share_out([node("a", 0, CPU), node("b", 0, CPU)], "auto", 0.0)) == 2
     with pytest.raises(InputError, match="room for 2"):
-        driver.share_out([node("a")], "3", 1.0)
+        nodes.share_out([node("a")], "3", 1.0)
 
 
 class OneNode:
@@ -190,6 +208,8 @@ class OneNode:
 
     def nodes(self):
         return [{"NodeID": "a" * 56, "Alive": True, "Resources": {"GPU": self._gpus}, "NodeManagerHostname": "box"}]
+
+    exceptions = SimpleNamespace(GetTimeoutError=TimeoutError)
 
     def remote(self, **_):
         return lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: None))
@@ -204,23 +224,19 @@ class OneNode:
     ("gpus", "described", "wanted", "part"),
     [
         (0.0, None, "cuda", "no node of the cluster has a GPU"),
-        (
-            0.0,
-            ModuleNotFoundError("No module named 'qnb'"),
-            "auto",
-            "node box cannot take part: No module named 'qnb'",
-        ),
-        (1.0, driver.Node("a", "box", 1.0, (0,), GPU, {"torch": "1.0"}, 0), "auto", "node box has torch 1.0"),
-        (1.0, driver.Node("a", "box", 1.0, (0,), GPU, {"python": "3.8"}, 0), "auto", "node box has python 3.8"),
+        (1.0, TimeoutError(), "auto", "node box does not answer"),
+        (0.0, ModuleNotFoundError("No module named 'qnb'"), "auto", "node box cannot take part: No module named"),
+        (1.0, nodes.Node("a", "box", 1.0, (0,), GPU, {"torch": "1.0"}, 0), "auto", "node box has torch 1.0"),
+        (1.0, nodes.Node("a", "box", 1.0, (0,), GPU, {"python": "3.8"}, 0), "auto", "node box has python 3.8"),
     ],
 )
 def test_a_node_that_cannot_take_part_is_named(gpus, described, wanted, part):
     with pytest.raises(InputError, match=part):
-        driver.find_nodes(OneNode(gpus, described), wanted)
+        nodes.find_nodes(OneNode(gpus, described), wanted)
 
 
 def test_a_silent_address_is_given_up_after_seconds(monkeypatch):
-    monkeypatch.setattr(driver, "CONNECT_S", 0.5)
+    monkeypatch.setattr(nodes, "CONNECT_S", 0.5)
     with socket.socket() as full:  # takes no connection any more
         full.bind(("127.0.0.1", 0))
         full.listen(0)
@@ -229,7 +245,7 @@ def test_a_silent_address_is_given_up_after_seconds(monkeypatch):
             each.setblocking(False)
             each.connect_ex(full.getsockname())
         with pytest.raises(InputError, match="no Ray cluster answers"):
-            driver._check_address(f"127.0.0.1:{full.getsockname()[1]}")
+            nodes._check_address(f"127.0.0.1:{full.getsockname()[1]}")
         for each in fillers:
             each.close()
 
@@ -241,6 +257,7 @@ def test_a_model_beyond_its_memory_is_spread_and_scores_alike(tmp_path):
     options = ["--output", str(folders[1]), "--workers", "1", "--gpus-per-model", "2"]
     done = command("run", *common, *options, QNB_MEMORY_MIB="200")
     assert done.returncode == 0, done.stderr
+    assert all(row["worker"] == "w0" for row in lines(folders[1]))
     alone, spread = ({row_key(row): same(row) for row in Ledger(each).rows()} for each in folders)
     assert alone == spread
 
@@ -256,4 +273,4 @@ def test_a_node_keeps_its_checkpoints_for_the_next_run(tmp_path, source, monkeyp
     post = Post(settings, study.session.record, "", {}, "", (0,), (0,), 1, 1, 0)
     first, second = (Worker(post).measure(cell, [], {}, b"", []) for _ in range(2))
     assert [row["precision"] for row in first.rows] == ["bf16"] and not first.failure
-    assert not second.rows  # the checkpoint is there
+    assert second.rows[0]["measured_at"] == first.rows[0]["measured_at"]  # the checkpoint is there, and its row
