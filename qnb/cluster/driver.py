@@ -10,7 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from qnb.session import Session
     from qnb.study import Study
 
+START_S = 120.0  # until a worker that does not start is let alone, where no other is at work
 CLOSE_S = 5.0  # until a worker that removes its folder is let alone
 CONTEXT_BYTES = 1024 * MIB  # of a process on a GPU, and what its libraries take
 
@@ -61,6 +62,7 @@ class Crew:
         self._actors = {name: self._hire(name) for name in self._places}
         self._tasks: dict[str, Any] = {}  # references to tasks that were built, by name
         self._at_work: dict[Any, str] = {}  # workers by the reference of their result
+        self._starting: dict[Any, tuple[str, Seat]] = {}  # those hired later, by that of their first answer
 
     def _hire(self, name: str) -> Any:
         place = self._places[name]
@@ -93,16 +95,21 @@ class Crew:
                 for name in [name for name, seat in schedule.seats.items() if not seat.cell]:
                     if cell := schedule.begin(name):
                         self._send(name, cell)
-                if not self._at_work:
+                if not self._at_work and not (self._starting and schedule.pending):
                     break
                 bar.set_postfix_str("; ".join(f"{name} {cell.name}" for name, cell in schedule.running.items()))
-                done, _ = self._ray.wait([*self._at_work], timeout=60)
+                done, _ = self._ray.wait([*self._at_work, *self._starting], timeout=START_S)
+                if not done and not self._at_work:
+                    break
                 for reference in done:
+                    if reference in self._starting:
+                        self._seat(reference, schedule)
+                        continue
                     name = self._at_work[reference]
                     ended = f"{schedule.running[name].name}: ended on {self._places[name].node.host}, {name}"
-                    self._receive(reference, schedule)
-                    n_cells += 1
-                    if bar.disable:  # no terminal draws it
+                    is_ended = self._receive(reference, schedule)
+                    n_cells += is_ended
+                    if is_ended and bar.disable:  # no terminal draws it
                         tqdm.write(ended, file=sys.stderr)
                 bar.n = len(plan) - schedule.unfinished
         if schedule.pending:
@@ -115,8 +122,9 @@ class Crew:
         try:
             yield
         finally:
-            self._ray.wait([actor.close.remote() for actor in self._actors.values()], timeout=CLOSE_S,
-                           num_returns=len(self._actors))  # fmt: skip
+            closed = [actor.close.remote() for actor in self._actors.values()]
+            if closed:
+                self._ray.wait(closed, num_returns=len(closed), timeout=CLOSE_S)
 
     def _send(self, name: str, cell: Cell) -> None:
         """Let a worker begin a cell, with what the ledger has of its formats."""
@@ -130,8 +138,8 @@ class Crew:
         work = self._actors[name].measure.remote(cell, rows, files, task, self._session.overflowed)
         self._at_work[work] = name
 
-    def _receive(self, reference: Any, schedule: Schedule) -> None:
-        """Write what a worker returned; replace one that was lost."""
+    def _receive(self, reference: Any, schedule: Schedule) -> bool:
+        """Write what a worker returned; replace one that was lost. Return whether its cell has ended."""
         name = self._at_work.pop(reference)
         cell = schedule.seats[name].cell
         assert cell
@@ -141,7 +149,7 @@ class Crew:
             result = Result(failure=scrub(str(error).strip().splitlines()[-1]))
         except self._ray.exceptions.RayError as error:
             self._replace(name, schedule, scrub(str(error).strip().splitlines()[0]))
-            return
+            return False
         self._write(result, schedule)
         if result.wrong_input:
             raise InputError(f"{cell.name} on node {self._places[name].node.host}: {result.wrong_input}")
@@ -152,6 +160,7 @@ class Crew:
         if result.task and cell.makes:
             self._tasks[cell.makes[1]] = self._ray.put(result.task)
         schedule.end(name)
+        return True
 
     def _write(self, result: Result, schedule: Schedule) -> None:
         """Append a worker's rows to the ledger, after the files that they name."""
@@ -182,7 +191,14 @@ class Crew:
             again = f"{name}+"
             self._places[again] = place
             self._actors[again] = self._hire(again)
-            schedule.seats[again] = Seat(place.node.id, can_time)
+            self._starting[self._actors[again].ready.remote()] = again, Seat(place.node.id, can_time)
+
+    def _seat(self, reference: Any, schedule: Schedule) -> None:
+        """Let a worker that was hired later have cells, if it has started: its node may be gone since."""
+        name, seat = self._starting.pop(reference)
+        with suppress(self._ray.exceptions.RayError):
+            self._ray.get(reference)
+            schedule.join(name, seat)
 
 
 def measure(

@@ -174,14 +174,14 @@ def find_nodes(ray: Any, wanted: str) -> list[Node]:
         raise InputError(f"device is {wanted!r}, and no node of the cluster has a GPU; take 'auto' or 'cpu'")
     choice = "cuda" if takes_gpus else "cpu"
     task = ray.remote(num_cpus=0, num_gpus=int(takes_gpus), max_calls=1)(describe)
-    asked = {
-        node["NodeManagerHostname"]: task.options(scheduling_strategy=on_node(node["NodeID"])).remote(
-            node["NodeID"], gpus[node["NodeID"]], int(cpus[node["NodeID"]]), choice
-        )
-        for node in listed if gpus[node["NodeID"]] or not takes_gpus
-    }  # fmt: skip
+    asked = []
+    for node in listed:
+        if gpus[node["NodeID"]] or not takes_gpus:
+            there = task.options(scheduling_strategy=on_node(node["NodeID"]))
+            about = (node["NodeID"], gpus[node["NodeID"]], int(cpus[node["NodeID"]]), choice)
+            asked.append((node["NodeManagerHostname"], there.remote(*about)))
     nodes = []
-    for name, answer in asked.items():
+    for name, answer in asked:
         try:
             nodes.append(ray.get(answer, timeout=ANSWER_S))
         except ray.exceptions.GetTimeoutError as error:

@@ -183,6 +183,11 @@ class Schedule:
             self.ready.add((seat.node, seat.cell.makes))
         seat.cell = None
 
+    def join(self, worker: str, seat: Seat) -> None:
+        """Take another worker in."""
+        self.seats[worker] = seat
+        self._settle()
+
     def repeat(self, precisions: Collection[str]) -> None:
         """Let all planned cells of formats be pending again: their checkpoints are others from now on."""
         checkpoints = {("checkpoint", name) for name in precisions}

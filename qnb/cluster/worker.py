@@ -122,6 +122,9 @@ class WorkerSession(Session):
 class Worker:
     """Measures cells; Ray makes an actor of it."""
 
+    def ready(self) -> None:
+        """Answer."""
+
     def close(self) -> None:
         """Remove what it wrote; checkpoints stay."""
         self._scratch.cleanup()

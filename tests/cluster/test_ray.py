@@ -29,7 +29,7 @@ from qnb.run import NAMES, NOTEBOOKS, notebook_parameters
 
 ray = pytest.importorskip("ray")
 # of a row: when, where, in what order and by which command it was measured, and what takes another time each time
-OF_ONE_RUN = {"measured_at", "command", "node", "gpu", "worker", "host_peak_mib", "flags", "note"}
+OF_ONE_RUN = {"measured_at", "command", "commit", "node", "gpu", "worker", "host_peak_mib", "flags", "note"}
 TIMED = ("perf", "batch", "peaks", "sweep")
 
 
@@ -67,12 +67,12 @@ def test_two_workers_make_the_ledger_of_one(smoke, tmp_path):
 
 
 def wait_for(flag, then):
-    """Do something once a cell is at work."""
+    """Do something with the process and the node of a cell, once it is at work."""
 
     def wait():
-        while not flag.exists():
+        while not (flag.exists() and flag.read_text()):
             time.sleep(0.1)
-        then(int(flag.read_text()))
+        then(*flag.read_text().split())
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -80,7 +80,7 @@ def wait_for(flag, then):
 def slow(session, flag):
     """Hang the first time, and measure the next."""
     if not flag.exists():
-        flag.write_text(str(os.getpid()))
+        flag.write_text(f"{os.getpid()} {ray.get_runtime_context().get_node_id()}")
         time.sleep(300)
     session.append(session.key("lengths", None, {"cell": flag.name}, task=flag.name))
 
@@ -98,8 +98,16 @@ def test_a_killed_worker_and_a_lost_node_cost_no_row(tmp_path, source, monkeypat
         each.touch()
     plan += [Cell(each.name, {"stage": "lengths", "task": each.name}, ((slow, (each,)),)) for each in there]
     monkeypatch.setattr(cells, "plan", lambda *_: plan)
-    wait_for(flags[0], lambda pid: os.kill(pid, signal.SIGKILL))
-    wait_for(flags[1], lambda _: ring.remove_node(second, allow_graceful=False))
+
+    def end(pid, node_id):
+        """Take the second node away, and on the first the worker: each has one of the two cells that hang."""
+        if node_id == second.node_id:
+            ring.remove_node(second, allow_graceful=False)
+        else:
+            os.kill(int(pid), signal.SIGKILL)
+
+    for flag in flags:
+        wait_for(flag, end)
     study = Study("smollm2-135m", "bf16", tmp_path / "study", device="cpu")
     try:
         driver.measure(study, parameters(precisions="bf16"), {"02"}, ClusterOptions("2", ring.address))
