@@ -111,7 +111,7 @@ def on_ray(gpus: int, scale: float) -> tuple[float, int]:
         worker = Sleeper
 
     with tempfile.TemporaryDirectory() as folder:
-        ledger = SimpleNamespace(rows=lambda: [], find=lambda _: None)
+        ledger = SimpleNamespace(answers=list)
         session = SimpleNamespace(ledger=ledger, folder=Path(folder), overflowed=[], device=device)
         study = SimpleNamespace(session=session)
         post = Post({}, {"scale": scale}, "", {}, "", (), (), 0, 1, 0)
