@@ -2,6 +2,7 @@
 
 __version__ = "1.0.0"
 
+import logging
 import warnings
 from typing import Any
 
@@ -11,6 +12,8 @@ __all__ = ["InputError", "Study", "__version__"]
 
 # kaleido 1 says at every import of Plotly 5 that Plotly's own ``write_image`` will not work; nothing here calls it
 warnings.filterwarnings("ignore", r"\s*Warning: You have Plotly version", UserWarning)
+# torchao says at every import which of its kernels are for other devices
+logging.getLogger("torchao").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
