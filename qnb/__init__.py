@@ -12,8 +12,9 @@ __all__ = ["InputError", "Study", "__version__"]
 
 # kaleido 1 says at every import of Plotly 5 that Plotly's own ``write_image`` will not work; nothing here calls it
 warnings.filterwarnings("ignore", r"\s*Warning: You have Plotly version", UserWarning)
-# torchao says at every import which of its kernels are for other devices
-logging.getLogger("torchao").setLevel(logging.ERROR)
+# torchao says at every import which of its kernels are for other devices, and torch which of its calls are deprecated
+for name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
