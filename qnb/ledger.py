@@ -11,7 +11,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import file_digest, sha256
@@ -222,6 +222,10 @@ class Ledger:
                 raise
         self.refresh()
         return self._answers[row_key(whole), whole.get("fingerprint", "")]
+
+    def add_missing(self, rows: Iterable[Row]) -> list[Row]:
+        """Append those rows of another ledger that this one lacks, and return them."""
+        return [self.append(row) for row in rows if not self.find(row)]
 
     def find(self, key: Mapping[str, Any]) -> Row | None:
         """Return the newest row of a key and its fingerprint; None if there is none."""

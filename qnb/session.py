@@ -315,13 +315,12 @@ class Session:
 
     def find(self, key: Mapping[str, Any]) -> Row | None:
         """Return the row that answers `key`, if it need not be measured (again); it becomes the one that is shown."""
-        if self.overwrite and row_key(key) not in self._measured:
-            return None
-        return self.decided(key)
+        return self.decided(key) if self.counts(key) else None
 
-    def counts(self, row: Row) -> bool:
-        """Return whether a row of the ledger need not be measured again: overwriting, only this session's own."""
-        return bool(self.ledger.find(row)) and (not self.overwrite or row_key(row) in self._measured)
+    def counts(self, key: Mapping[str, Any]) -> bool:
+        """Return whether a row answers `key`, and stays: overwriting, only this session's own do."""
+        is_own = row_key(key) in self._measured
+        return (is_own or not self.overwrite) and self.ledger.find(key) is not None
 
     def decided(self, key: Mapping[str, Any]) -> Row | None:
         """Return the row that answers `key`, even when overwriting, so that a decision shared by all formats stands.
@@ -471,9 +470,9 @@ class Session:
         folder = self.folder / "checkpoints" / precision.checkpoint
         if folder in self._verified and folder.exists():  # bytes are read once
             return folder
-        key = self.key("quantize", precision)
         if self.replays:
             return folder
+        key = self.key("quantize", precision)
         row = self.ledger.find(key) if folder.exists() and not self.overwrite else None
         damaged = checkpoint.damage(folder, row["manifest_sha256"]) if row else ""
         if damaged:

@@ -398,7 +398,7 @@ def _compare_batchings(session: Session, precision: Precision, task: Task, limit
     with session.failing(keys[missing[0]], what), session.loaded(precision) as model:
         for scorer in missing:
             with session.failing(keys[scorer], f"{what} by scorer {scorer}"):
-                usual = Evaluation([task], {task.name: limit}, scorer, batch_size=32)
+                usual = Evaluation([task], {task.name: limit}, scorer, 32, encoded=session.encoded)
                 alone = replace(usual, batch_size=1, alone=True)
                 usual_items = usual.evaluate(task, model, session.tokenizer).items
                 started_s = now_s()

@@ -153,7 +153,7 @@ def _check_address(address: str) -> None:
 
 
 def find_nodes(ray: Any, wanted: str) -> list[Node]:
-    """Return the cluster's nodes, asked one by one.
+    """Return the cluster's nodes, as they describe themselves.
 
     Parameters
     ----------
@@ -169,7 +169,7 @@ def find_nodes(ray: Any, wanted: str) -> list[Node]:
     """
     listed = [node for node in ray.nodes() if node["Alive"]]
     gpus, cpus = ({node["NodeID"]: node["Resources"].get(kind, 0.0) for node in listed} for kind in ("GPU", "CPU"))
-    takes_gpus = wanted.startswith("cuda") or (wanted == "auto" and any(gpus.values()))
+    takes_gpus = wanted == "cuda" or (wanted == "auto" and any(gpus.values()))
     if takes_gpus and not any(gpus.values()):
         raise InputError(f"device is {wanted!r}, and no node of the cluster has a GPU; take 'auto' or 'cpu'")
     choice = "cuda" if takes_gpus else "cpu"

@@ -122,17 +122,17 @@ class WorkerSession(Session):
 class Worker:
     """Measures cells; Ray makes an actor of it."""
 
+    def __init__(self, post: Post) -> None:
+        self._post = post
+        self._scratch = tempfile.TemporaryDirectory(prefix="qnb-worker-")
+        self._session: WorkerSession | None = None
+
     def ready(self) -> None:
         """Answer."""
 
     def close(self) -> None:
         """Remove what it wrote; checkpoints stay."""
         self._scratch.cleanup()
-
-    def __init__(self, post: Post) -> None:
-        self._post = post
-        self._scratch = tempfile.TemporaryDirectory(prefix="qnb-worker-")
-        self._session: WorkerSession | None = None
 
     def measure(
         self, cell: Cell, rows: Sequence[Row], files: Mapping[str, bytes], task: bytes, overflowed: list[str]
@@ -194,9 +194,7 @@ class Worker:
         for name, content in files.items():
             if not (session.folder / name).exists():
                 write_atomic(session.folder / name, content)
-        for row in rows:
-            if not session.ledger.find(row):
-                session.ledger.append(row)
+        session.ledger.add_missing(rows)
         if task:
             name = next(name for kind, name in cell.needs if kind == "task")
             session.tasks[name] = session.tasks.get(name) or pickle.loads(task)  # noqa: S301  # another worker's
@@ -238,13 +236,9 @@ class Worker:
             return
         with holding(self._root / ".lock", lambda: None):
             ledger = Ledger(self._root)
-            for row in ledger.rows("quantize"):
-                if not session.ledger.find(row):
-                    session.new_rows.append(session.ledger.append(row))
+            session.new_rows += session.ledger.add_missing(ledger.rows("quantize"))
             yield
-            for row in session.ledger.rows("quantize"):
-                if not ledger.find(row):
-                    ledger.append(row)
+            ledger.add_missing(session.ledger.rows("quantize"))
 
     def _use_cores(self, cores: Sequence[int]) -> None:
         """Keep to some cores of the CPU; on a CPU, multiply on as many as the user allows."""
