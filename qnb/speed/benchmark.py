@@ -25,7 +25,7 @@ from qnb.speed import engines
 from qnb.speed.decode_work import Work, count_work, trace_kernels
 from qnb.speed.device_peaks import DevicePeaks
 from qnb.speed.engines import Clock, Engine, Prompts
-from qnb.speed.monitor import Reading, Sensor, Usage, Window, flags_of
+from qnb.speed.monitor import WATCHED_S, Reading, Sensor, Usage, Window, flags_of
 from qnb.speed.passes import twice, unless_it_fails
 
 WARM_UP_TOKENS = 4
@@ -39,7 +39,7 @@ class Run(Work, Usage):
     """One timed pass over a workload: `asdict` of it is its ledger row. None where something was not measured."""
 
     batch_size: int
-    requests: int  # in full batches, warm-up excluded
+    requests: int  # in full batches, warm-up excluded; on a GPU a short workload is timed more than once
     prompt_tokens: int  # of the longest prompt
     new_tokens: int  # of every request
     total_s: float
@@ -99,14 +99,17 @@ def run(
     generator, sensor = _warm_engine(model, engine, batches, workload), Sensor(*places(model))
     # 2) time
     with Window(sensor, baseline_mib=baseline_mib) as window:
-        token_times_s = [_token_times_s(generator, batch, new_tokens, device) for batch in batches]
+        token_times_s: list[list[float]] = []
+        while not token_times_s or (sensor.monitor == "nvml" and sum(each[-1] for each in token_times_s) < WATCHED_S):
+            token_times_s += [_token_times_s(generator, batch, new_tokens, device) for batch in batches]
     values = shape | asdict(window.usage) | latency(token_times_s) | peak_memory(places(model))
     # 3) trace a decode step's kernels, which changes the memory's peaks
     is_traced = kernels is not None and new_tokens > 1 and device.type == "cuda"
     work = _trace(work, generator, batches[0], new_tokens, device, kernels) if is_traced else work
     failed = {Flag.TRACE_FAILED: is_traced and work.kernels_per_token is None, Flag.PEAKS_DISTURBED: peaks.flags}
     flags = (*generator.flags, *flags_of(window.usage), *(flag for flag, holds in failed.items() if holds))
-    values |= asdict(work) | peaks.columns(work.flops_by_type) | {"requests": sum(map(len, batches)), "flags": flags}
+    requests = len(token_times_s) * len(batches[0])
+    values |= asdict(work) | peaks.columns(work.flops_by_type) | {"requests": requests, "flags": flags}
     row = Run(**values, note="; ".join(filter(None, (generator.note, sensor.note))))
     return Timed(row, window.readings, token_times_s)
 

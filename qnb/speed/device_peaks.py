@@ -41,13 +41,6 @@ class DevicePeaks:
         peaks = {"peak_bytes_per_s": self.copy_bytes_per_s, "peak_flop_per_s": flop_per_s}
         return {**peaks, "idle_power_w": self.idle_power_w}
 
-    def rows(self) -> list[tuple[str, float, str]]:
-        """Return a row a peak: what it is of, its value and unit."""
-        rows = [("copy", self.copy_bytes_per_s / 1e9, "GB/s")] if self.copy_bytes_per_s else []
-        for name, rate in self.matmul_flop_per_s.items():
-            rows.append((f"product in {name}", rate / 1e12, "Top/s" if name == "int8" else "TFLOP/s"))
-        return rows + ([] if self.idle_power_w is None else [("power when idle", self.idle_power_w, "W")])
-
 
 def measure_peaks(device: torch.device | str) -> DevicePeaks:
     """Measure a GPU's power when idle, then a copy, then square products; float32 is what PyTorch does by default."""

@@ -30,6 +30,7 @@ from qnb.provenance import WAITING
 Reading = dict[str, float]
 
 LOOK_BACK_S = 1.0  # NVML's utilization and power are means over up to this long before a reading (NVML reference)
+WATCHED_S = 2.0  # the least a workload lasts, repeated if need be, so that these means and joules are its own
 LEAST_ENERGY_STEPS = 5  # times the energy counter must move in a window before a difference of it means anything
 LEAST_ENERGY_SHARE = 0.95  # of a window that the counter's readings must cover for its joules to be the window's
 CPU_SHARED_PCT = 10.0  # of the CPU used by other processes, from which on a row is flagged

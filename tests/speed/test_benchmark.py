@@ -15,7 +15,7 @@ from qnb.columns import Flag
 from qnb.precision import PRECISIONS
 from qnb.prompts import Workload, load
 from qnb.quantize import checkpoint as checkpoints
-from qnb.speed import decode_work, device_peaks, monitor
+from qnb.speed import benchmark, decode_work, device_peaks, monitor
 from qnb.speed.benchmark import latency, run
 from qnb.speed.decode_work import Work, count_work, trace_kernels
 from qnb.speed.device_peaks import DevicePeaks, measure_peaks
@@ -43,6 +43,17 @@ def test_a_run_counts_full_batches_and_its_times_add_up(model, five):
     assert row.duration_s >= row.total_s and len(timed.readings) > 1
     assert row.kernels_per_token is row.peak_allocated_mib is None and row.note == ""
     assert Flag.PEAKS_DISTURBED in row.flags and set(row.flags) <= {Flag.PEAKS_DISTURBED, Flag.CPU_SHARED}
+
+
+def test_a_gpus_short_workload_is_timed_again_until_its_power_can_be_read(model, five, monkeypatch):
+    once = run(model, five, 2).run
+    monkeypatch.setattr(
+        monitor.Sensor, "monitor", property(lambda self: "nvml", lambda self, value: None), raising=False
+    )
+    monkeypatch.setattr(benchmark, "WATCHED_S", 3 * once.total_s)
+    row = run(model, five, 2).run
+    assert row.requests > once.requests and row.requests % once.requests == 0
+    assert len(row.batch_s) == row.requests / 2 and row.total_s >= 3 * once.total_s
 
 
 def test_times_of_tokens_are_reduced_as_by_hand():
@@ -235,7 +246,6 @@ def test_a_devices_peaks_are_above_what_a_model_reaches(model, five):
     row = run(model, five, 5, peaks=peaks).run
     assert row.bytes_per_step / row.tpot_s < row.peak_bytes_per_s == peaks.copy_bytes_per_s
     assert row.peak_flop_per_s == pytest.approx(peaks.matmul_flop_per_s["float32"])
-    assert [unit for _, _, unit in peaks.rows()][:2] == ["GB/s", "TFLOP/s"]
 
 
 @pytest.mark.gpu
