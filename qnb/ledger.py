@@ -110,7 +110,7 @@ def write_parquet(folder: Path, stem: str, frame: pd.DataFrame) -> tuple[str, st
 
     The name carries the hash, so a new measurement leaves an earlier row's file alone.
     """
-    content = frame.to_parquet()
+    content = frame.to_parquet(compression="zstd")
     digest = sha256(content).hexdigest()
     name = f"{stem}.{digest[:8]}.parquet"
     write_atomic(folder / name, content)

@@ -67,7 +67,8 @@ def _accuracy(folder, precision, task):
     probabilities = [[0.7, 0.1, 0.1, 0.1] if was else [0.2, 0.5, 0.2, 0.1] for was in correct]
     items = pd.DataFrame({"task": task, "doc_id": range(n_items), "filter": "none", "gold": 0,
                           "picked": [0 if was else 1 for was in correct], "correct": correct,
-                          "probabilities": probabilities, "p_correct": [row[0] for row in probabilities]})  # fmt: skip
+                          "loglikelihoods": [list(map(math.log, row)) for row in probabilities],
+                          "p_correct": [row[0] for row in probabilities]})  # fmt: skip
     items_file, items_sha256 = write_parquet(folder, f"items/{task}.{precision}", items)
     value = sum(correct) / n_items
     score = {"task": task, "metric": "acc", "filter": "none", "value": value, "n_items": n_items, "n_total": n_items,

@@ -18,6 +18,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from qnb.accuracy.allocation import Pace, allocate
+from qnb.accuracy.statistics import pack
 from qnb.accuracy.tasks import LM_EVAL_SEED, SIZES, Task, TaskResult, check, names
 from qnb.budget import Clock, now_s
 from qnb.errors import InputError
@@ -255,7 +256,7 @@ def _measure(
     if session.overwrite:
         answers_path.unlink(missing_ok=True)
     result = evaluation.evaluate(task, model, session.tokenizer, answers_path)
-    items_file, items_sha256 = write_parquet(session.folder, stem, result.items)
+    items_file, items_sha256 = write_parquet(session.folder, stem, pack(result.items))
     values = {
         "scores": [asdict(score) for score in result.scores],
         "groups": task.groups,

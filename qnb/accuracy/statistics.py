@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 RESAMPLES = 2000
 LUCKY = 0.01  # a share of right answers that proves nothing
@@ -238,3 +239,33 @@ def agresti_min(gained: int, lost: int, n_items: int) -> tuple[float, float]:
     total, difference = n_items + 2, gained - lost
     error = math.sqrt(gained + lost + 1 - difference**2 / total) / total
     return 100 * (difference / total - 1.96 * error), 100 * (difference / total + 1.96 * error)
+
+
+# Choices
+
+
+def choice_probabilities(loglikelihoods: Sequence[float]) -> list[float]:
+    """Return the probability of each choice among all of them: the paper's p(y_i)."""
+    largest = max(loglikelihoods)
+    weights = [math.exp(value - largest) for value in loglikelihoods]
+    return [weight / sum(weights) for weight in weights]
+
+
+def pack(items: pd.DataFrame) -> pd.DataFrame:
+    """Return items as their file has them: log-likelihoods in single precision, and nothing that follows from them."""
+    if "loglikelihoods" not in items:
+        return items
+    singles = items.loglikelihoods.map(lambda values: np.asarray(values, np.float32), na_action="ignore")
+    return items.assign(loglikelihoods=singles, has_gold=items.p_correct.notna()).drop(columns="p_correct")
+
+
+def unpack(items: pd.DataFrame) -> pd.DataFrame:
+    """Return a file's items with p_correct, the probability of the right choices; missing where none is known."""
+    if "has_gold" not in items:
+        return items
+    right = [
+        sum(choice_probabilities(row.loglikelihoods)[int(gold)] for gold in row.gold.split(", "))
+        if row.has_gold else None
+        for row in items.itertuples()
+    ]  # fmt: skip
+    return items.assign(p_correct=pd.Series(right, items.index, dtype=float))

@@ -27,7 +27,7 @@ from unittest.mock import patch
 import pandas as pd
 
 from qnb.accuracy.patches import cached_templates, wide_products
-from qnb.accuracy.statistics import agresti_coull
+from qnb.accuracy.statistics import agresti_coull, choice_probabilities
 from qnb.errors import InputError, scrub
 from qnb.precision import listed
 from qnb.prompts import DATA, reading_from
@@ -337,8 +337,8 @@ class Task:
     def _items(self, results: Mapping[str, Any]) -> pd.DataFrame:
         """Return a row an item and filter, unless it is bad: task, doc_id, filter, gold, picked, correct.
 
-        Choices have correct_norm, and the log-likelihood and probability of each choice, with p_correct that of the
-        right one. `picked` of a generation is its answer as the filter read it.
+        Choices have correct_norm, the log-likelihood of each choice, and p_correct, the probability of the right one.
+        `picked` of a generation is its answer as the filter read it.
         """
         return pd.DataFrame([
             {"task": task, "doc_id": sample["doc_id"], "filter": sample["filter"], "gold": str(sample["target"]),
@@ -432,18 +432,15 @@ def _choice(part: Any, sample: Mapping[str, Any]) -> dict[str, Any]:
     loglikelihoods = [float(response[0]) for response in sample["filtered_resps"]]
     if "acc_mutual_info" in sample["metrics"]:  # each choice without its question follows
         loglikelihoods = loglikelihoods[: len(loglikelihoods) // 2]
-    largest = max(loglikelihoods)
-    weights = [math.exp(value - largest) for value in loglikelihoods]
-    probabilities = [weight / sum(weights) for weight in weights]
+    probabilities = choice_probabilities(loglikelihoods)
     golds = _golds(part, sample)
     is_plain = "acc" in sample["metrics"] and not part.config.process_results  # else a target may stand for nothing
     has_gold = is_plain and all(0 <= gold < len(probabilities) for gold in golds)
     return {
         "gold": ", ".join(map(str, golds)),
-        "picked": str(loglikelihoods.index(largest)),
+        "picked": str(loglikelihoods.index(max(loglikelihoods))),
         "correct_norm": _is_correct(sample.get("acc_norm")),
         "loglikelihoods": loglikelihoods,
-        "probabilities": probabilities,
         "p_correct": sum(probabilities[gold] for gold in golds) if has_gold else None,
     }
 

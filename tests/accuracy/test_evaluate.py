@@ -11,6 +11,7 @@ import pytest
 from qnb import InputError, budget
 from qnb.accuracy import evaluate
 from qnb.accuracy.evaluate import AccuracyOptions, Evaluation, accuracy, batch_sensitivity
+from qnb.accuracy.statistics import unpack
 from qnb.accuracy.tasks import Score, TaskResult, draw
 from qnb.precision import parse
 from qnb.session import Session
@@ -146,9 +147,10 @@ def test_a_row_holds_its_scores_and_items(source, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(session, "loaded", contextmanager(lambda precision: (yield tiny[0])))
     accuracy(session, AccuracyOptions("sample_easy", limit=3))
     (row,) = session.ledger.rows("accuracy")
-    items = pd.read_parquet(tmp_path / row["items_file"])
+    items = unpack(pd.read_parquet(tmp_path / row["items_file"]))
     scores = {score["metric"]: score for score in row["scores"]}
     assert set(scores) == {"acc", "acc_norm", "p_correct"} and scores["acc"]["value"] == items.correct.mean()
+    assert items.p_correct.mean() == pytest.approx(scores["p_correct"]["value"], rel=1e-6)
     assert (row["limit"], row["scorer"], row["batch_size"], row["groups"]) == (3, "qnb", None, {})
     assert (row["bad_items"], scores["acc"]["unit"], scores["acc"]["higher_is_better"]) == (0, "%", True)
     assert not list((tmp_path / "items").glob("*.answers")) and json.loads(session.ledger.path.read_text()) == row

@@ -19,6 +19,7 @@ from transformers import BloomConfig
 from qnb import InputError
 from qnb.accuracy import tasks
 from qnb.accuracy.evaluate import AccuracyOptions, Evaluation, accuracy
+from qnb.accuracy.statistics import pack, unpack
 from qnb.accuracy.tasks import Task, draw
 from qnb.session import Session
 
@@ -248,8 +249,10 @@ def test_a_task_of_any_form_has_stocks_scores_in_the_units_that_it_declares(name
         picks = zip(result.items.picked, result.items.gold, strict=True)
         assert own or result.items.correct.tolist() == [picked in gold.split(", ") for picked, gold in picks]
         assert result.items.p_correct.isna().all() if own else list(result.items.p_correct) == pytest.approx(chances)
-        assert all(len(row) == (2 if name == "a context a choice" else 3) for row in result.items.probabilities)
-        assert result.items.probabilities.map(sum).tolist() == pytest.approx([1] * 6)
+        assert all(len(row) == (2 if name == "a context a choice" else 3) for row in result.items.loglikelihoods)
+        packed, right = pack(result.items), result.items.p_correct.astype(float).tolist()
+        assert unpack(packed).p_correct.tolist() == pytest.approx(right, rel=1e-6, nan_ok=True)
+        assert packed.columns.difference(result.items.columns).tolist() == ["has_gold"]
 
 
 @pytest.mark.parametrize(

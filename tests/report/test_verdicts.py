@@ -55,7 +55,7 @@ def test_a_margin_is_a_number_of_points(margin, tmp_path):
 def choices(task, correct, n_choices=4):
     """Return items of so many choices each, of which the first is picked when the item is right."""
     picked = [0 if each else 1 for each in correct]
-    return answers(task, correct, picked=picked, probabilities=[[1 / n_choices] * n_choices] * len(correct))
+    return answers(task, correct, picked=picked, loglikelihoods=[[-1.0] * n_choices] * len(correct))
 
 
 def test_tasks_at_chance_are_left_out_and_named(measured):
