@@ -5,8 +5,8 @@ Each is a function of a session and of what a user may ask, a class that checks 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import cycle, islice, pairwise, product
@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from qnb import memory, prompts
+from qnb.budget import Clock
 from qnb.columns import flag_text
 from qnb.errors import InputError
 from qnb.options import Count, check_count
 from qnb.precision import Precision, parse
 from qnb.prompts import Workload
 from qnb.quantize import existing
-from qnb.session import ReplayError
 from qnb.speed import batch_search, plan
 from qnb.speed.batch_search import LargestBatch
 from qnb.speed.passes import Loaded, Series, time_in_turn, with_model
@@ -163,8 +163,6 @@ def device_peaks(session: Session, notebook: str = "03") -> DevicePeaks:
         row = session.find(key)
         if not row:
             with session.failing(key, "the device's peaks"):
-                if session.replays:
-                    raise ReplayError
                 for _ in range(3):  # other processes that disturb it may end
                     peaks = measure_peaks(session.device.place)
                     if not peaks.flags:
@@ -202,35 +200,50 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
     RuntimeError
         Nothing could be measured.
     """
-    allowed_mib = session.count("memory_mib", options.memory_mib)
-    cap = len(options.workload.prompts)
-    limit_mib = float(allowed_mib or session.device.memory_mib)
-    # peaks are measured before anything is loaded, or held to less memory
-    all_series = _all_series(session, "maxbatch", options, memory_limit_mib=limit_mib, cap=cap)
-    limited = memory.limited(session.device.memory_mib, allowed_mib if session.device.kind == "cuda" else 0)
-    with session.exclusive("04") as clock, limited:
-        # 1) search
-        searched: list[Series] = []
-        too_little = []
-        with session.progress(len(all_series), "largest batch") as bar:
-            for each in plan.largest_batches(all_series, cap, clock):
-                name = " with ".join(each.name)
-                bar.set_postfix_str(name)
-                with session.failing(each.batch_key, f"the largest batch of {name}"):
-                    try:
-                        _search(each)
-                        searched.append(each)
-                    except batch_search.OneRequestDoesNotFit as error:
-                        too_little.append(str(error))
-                        raise
-                bar.update()
-        if options.memory_mib != "auto" and len(too_little) == len(all_series):
-            raise InputError(f"memory_mib is {allowed_mib}: out of memory: {too_little[-1]}")
-        # 2) time
+    with _limited(session, options) as (all_series, clock):
+        searched = _search_all(session, options, all_series, clock)
         if not searched:
             session.require("batch")
         time_in_turn(session, "maxbatch", searched, clock)
     session.require("perf", "maxbatch")
+
+
+def largest_batches(session: Session, options: TimingOptions) -> None:
+    """Find the largest batch of each format and engine, and time nothing: it depends on memory alone."""
+    with _limited(session, options) as (all_series, clock):
+        _search_all(session, options, all_series, clock)
+
+
+@contextmanager
+def _limited(session: Session, options: TimingOptions) -> Iterator[tuple[list[Series], Clock]]:
+    """Measure the largest batch's series within the memory allowed."""
+    allowed_mib = session.count("memory_mib", options.memory_mib)
+    asked = {"memory_limit_mib": float(allowed_mib or session.device.memory_mib), "cap": len(options.workload.prompts)}
+    # peaks are measured before anything is loaded, or held to less memory
+    all_series = _all_series(session, "maxbatch", options, **asked)
+    limited = memory.limited(session.device.memory_mib, allowed_mib if session.device.kind == "cuda" else 0)
+    with session.exclusive("04") as clock, limited:
+        yield all_series, clock
+
+
+def _search_all(session: Session, options: TimingOptions, all_series: Sequence[Series], clock: Clock) -> list[Series]:
+    """Search the largest batch of each series; return those that have one."""
+    searched, too_little = [], []
+    with session.progress(len(all_series), "largest batch") as bar:
+        for each in plan.largest_batches(all_series, len(options.workload.prompts), clock):
+            name = " with ".join(each.name)
+            bar.set_postfix_str(name)
+            with session.failing(each.batch_key, f"the largest batch of {name}"):
+                try:
+                    _search(each)
+                    searched.append(each)
+                except batch_search.OneRequestDoesNotFit as error:
+                    too_little.append(str(error))
+                    raise
+            bar.update()
+    if options.memory_mib != "auto" and len(too_little) == len(all_series):
+        raise InputError(f"memory_mib is {options.memory_mib}: out of memory: {too_little[-1]}")
+    return searched
 
 
 def _all_series(session: Session, setting: str, options: TimingOptions, **asked: Any) -> list[Series]:
