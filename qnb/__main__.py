@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="print what would be measured, by whom and in which order")
     page = commands.add_parser("report", help="write a study's report, tables and figures from its ledger")
     page.add_argument("folder", metavar="DIR", help="the study's folder, such as outputs/demo")
+    page.add_argument("--notebooks", action="store_true", help="execute the notebooks over the ledger, with pictures")
     page.add_argument("--margin-pp", type=float, default=1.0, metavar="POINTS", help="the loss of accuracy you accept")
     check = commands.add_parser("verify", help="recompute a study's tables and compare every file with its hash")
     check.add_argument("folder", metavar="DIR", help="the study's folder, such as outputs/demo")
@@ -98,33 +99,32 @@ def _dispatch(options: argparse.Namespace) -> int:
         return doctor()
     if options.command == "audit":
         return audit()
-    return report(options.folder, options.margin_pp) if options.command == "report" else verify(options.folder)
+    if options.command == "verify":
+        return verify(options.folder)
+    return report(options.folder, options.margin_pp, options.notebooks)
 
 
-def report(folder: str, margin_pp: float = 1.0) -> int:
-    """Write a study's report, tables and figures from its ledger, or the pictures of kept tables; say where they are.
+def report(folder: str, margin_pp: float = 1.0, with_notebooks: bool = False) -> int:
+    """Write a study's report, tables and figures from its ledger, and notebooks if wanted; say where they are.
 
     Raises
     ------
     InputError
         `folder` holds no study, or one without a row, or the margin is no number of points.
     """
-    from qnb.report.page import gallery
-    from qnb.run import summary
+    from qnb.run import show, summary
     from qnb.study import Study
 
     path = expand_path(folder).resolve()
     if not (path / "ledger.jsonl").is_file():
-        pictures, problem = gallery(path)
-        if problem or not pictures:
-            raise InputError(problem or f"{path} holds no study (no ledger.jsonl); give a folder such as outputs/demo")
-        print("\n".join(map(str, pictures)))
-        return 0
+        raise InputError(f"{path} holds no study (no ledger.jsonl); give a folder such as outputs/demo")
     study = Study(precisions="all", output=path, margin_pp=margin_pp)
     if not len(study.session.ledger):
         raise InputError(f"{path / 'ledger.jsonl'} holds no row; put the file back, or give another folder")
     study.figures()
     study.report()
+    if with_notebooks:
+        show(study)
     print("\n".join(summary(study)))
     return 0
 

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -69,13 +70,13 @@ class Device:
         """The 16-bit type that quantized formats compute in here; float32 on a CPU without bfloat16 units."""
         return "bfloat16" if self.bf16 == "native" else "float16" if self.kind == "cuda" else "float32"
 
-    def facts(self) -> dict[str, str]:
-        """Return what people ask of a device, and the versions of the libraries that use it."""
+    def facts(self, versions: Mapping[str, str]) -> dict[str, str]:
+        """Return what people ask of a device, beside the versions of the libraries that use it."""
         driver = f", driver {self.driver or 'not known'}" if self.kind == "cuda" else ""
         return {
             "device": f"{self.name}, {self.memory_mib / 1024:.1f} GiB{driver}",
             "bfloat16": self.bf16,
-            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+            "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         }
 
     def use(self) -> None:
@@ -122,9 +123,14 @@ def detect(wanted: str = "auto") -> Device:
     import psutil
 
     native = "bfloat16" in cpu_types()
-    name = f"{_cpu_field('model name') or platform.machine()}, {os.cpu_count()} cores"
     memory_mib = min(limit_mib, psutil.virtual_memory().total / MIB)
-    return Device("cpu", name, memory_mib, "native" if native else "emulated", "")
+    return Device("cpu", host(), memory_mib, "native" if native else "emulated", "")
+
+
+def recorded(row: Mapping[str, Any]) -> Device:
+    """Return the device that a ledger's row was measured on."""
+    kind = "cuda" if row["driver"] else "cpu"
+    return Device(kind, row["device"], row["device_memory_mib"], row["bf16"], row["driver"])
 
 
 def is_before_ampere(place: torch.device | str) -> bool:
@@ -142,6 +148,11 @@ def cpu_types() -> set[str]:
     flags = set(_cpu_field("flags").split())
     units = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}, "float16": {"avx512_fp16", "amx_fp16"}}
     return {name for name, known in units.items() if known & flags}
+
+
+def host() -> str:
+    """Return the CPU's model and its cores: eager rows depend on how fast it launches kernels."""
+    return f"{_cpu_field('model name') or platform.machine()}, {os.cpu_count()} cores"
 
 
 def _cpu_field(name: str) -> str:

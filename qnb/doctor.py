@@ -31,7 +31,7 @@ def doctor() -> int:
     if here.kind == "cuda":  # 16-bit weights, and a batch's cache and activations beside them
         can_run = f"every profile; BF16 models up to about {here.memory_mib / 1024 / 2.5:.0f} billion parameters"
     facts = {
-        **here.facts(),
+        **here.facts(device.versions()),
         **{f"{what} free": f"{gib:.1f} GiB" for what, gib in free_gib.items()},
         "hub token": "present" if get_token() else "absent",
         "embedded model": "in the cache" if sources.embedded_is_cached() else "fetched from PyPI on first use, 93 MB",

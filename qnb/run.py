@@ -32,7 +32,7 @@ from qnb.errors import INPUT_ERRORS, InputError, expand_path, scrub, unknown
 from qnb.ledger import FAILED, KEY, Ledger, Row, holding
 from qnb.options import check_count
 from qnb.precision import listed
-from qnb.provenance import COMMAND, NOTEBOOKS, REPLAY, WAITING
+from qnb.provenance import COMMAND, NOTEBOOKS, REPLAY, ROOT, WAITING
 from qnb.quantize.stages import PushOptions
 from qnb.report import recommend, tables
 from qnb.speed.stages import WorkloadOptions
@@ -97,6 +97,8 @@ def run(
             from qnb.cluster import driver
 
             measured_on = driver.measure(study, values, {name[:2] for name in names}, workers, only_plan)
+            if "04_perf_maxbatch" in names and not only_plan:
+                study.batch_plans(values["prompt_source"])
             os.environ[REPLAY], values["overwrite"] = json.dumps(asdict(measured_on)), False
         for name in () if only_plan else names:
             try:
@@ -381,6 +383,43 @@ def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2)
     if _interrupted.is_set():
         raise KeyboardInterrupt
     return f"{name}: done in {perf_counter() - started:.0f} s, {len(study.session.ledger)} rows"
+
+
+def show(study: Study) -> None:
+    """Execute the notebooks over a study's rows, with still pictures: nothing is measured, and no model is needed.
+
+    Raises
+    ------
+    NotebookError
+        A notebook stopped.
+    """
+    session, ledger = study.session, study.session.ledger
+    stages = {row["stage"] if row["stage"] != "perf" else row["setting"] for row in ledger.rows()}
+    shown = {"01": "quantize", "02": "accuracy", "03": "bs1", "04": "maxbatch"}
+    environment = {REPLAY: json.dumps(asdict(device.recorded(ledger.rows()[-1]))), "PLOTLY_RENDERER": "png"}
+    values = {
+        "precisions": ",".join(study.results().precisions),
+        "half": session.half,
+        "minutes": 0,
+        "pictures": False,
+    }
+    with _sole_run(study, **environment):
+        for name in NAMES:
+            if shown.get(name[:2], "05") in {*stages, "05"}:
+                print(_execute(study, name, {**values, "margin_pp": study.margin_pp}), file=sys.stderr, flush=True)
+                _make_portable(study.folder / "notebooks" / f"{name}.ipynb")
+
+
+def _make_portable(path: Path) -> None:
+    """Take out of an executed notebook what another machine cannot show: widgets, and this one's paths."""
+    book = json.loads(path.read_text(encoding="utf-8").replace(f"{ROOT}{os.sep}", ""))
+    for part in (book, *book["cells"]):
+        part["metadata"].pop("papermill", None)
+        part["metadata"].pop("widgets", None)
+        part["outputs"] = [
+            each for each in part.get("outputs", ()) if not any("widget" in kind for kind in each.get("data", ()))
+        ]
+    path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def summary(study: Study) -> list[str]:

@@ -56,10 +56,6 @@ LIBRARIES = {
 ON_ANY_GPU = {"quantize", "accuracy", "divergence", "batch_sensitivity", "budget", "lengths"}
 
 
-class ReplayError(RuntimeError):
-    """Says that nothing is measured where workers' rows are shown; what failed is recorded already."""
-
-
 class Session:
     """A model, formats, and the folder in which everything measured of them is kept.
 
@@ -121,7 +117,7 @@ class Session:
         self.existing: dict[str, existing.Found] = {}  # checkpoints that were made elsewhere, by label
         self.tasks: dict[str, Any] = {}  # lm-eval's tasks that were built, by name
         self.encoded: dict[Any, list[int]] = {}  # token ids by text
-        self.replays = REPLAY in os.environ  # what workers measured; nothing is measured here
+        self.replays = REPLAY in os.environ  # what was measured elsewhere is shown
         for damage in self.ledger.damaged:
             tqdm.write(f"{damage}; it is passed over and measured again when it is needed")
         if not self.ledger.path.exists():  # what is there can be read wherever it lies
@@ -267,15 +263,20 @@ class Session:
         source, rows = self.record, self.ledger.rows()
         stages = Counter(row["stage"] for row in rows if row["stage"] not in PLANS)
         model = f"{source['name']} ({source['reason']})" if source else f"{self.model} (not fetched yet)"
-        taken_s = self._taken_s() if self.minutes and source and Path(source["path"]).is_dir() else {}
+        here: dict[str, str] = {}  # what is so on this machine
+        if not self.replays:
+            taken_s = self._taken_s() if self.minutes and source and Path(source["path"]).is_dir() else {}
+            here = {
+                **({"time": budget.describe(self.minutes, taken_s)} if self.minutes else {}),
+                "host memory": describe_host(max((row.get("host_peak_mib") or 0 for row in rows), default=0)),
+                **({"disk": shortage} if (shortage := self.disk_shortage()) else {}),
+            }
         return {
             "model": model,
             "formats": ", ".join(precision.name for precision in self.precisions),
             "quantized formats in": self.half + "".join(f", {name} in bfloat16" for name in self.overflowed),
-            **self.device.facts(),
-            **({"time": budget.describe(self.minutes, taken_s)} if self.minutes else {}),
-            "host memory": describe_host(max((row.get("host_peak_mib") or 0 for row in rows), default=0)),
-            **({"disk": shortage} if (shortage := self.disk_shortage()) else {}),
+            **self.device.facts(rows[-1]["versions"] if self.replays and rows else self.versions),
+            **here,
             "output": str(self.folder),
             "already measured": ", ".join(f"{count} {stage} rows" for stage, count in stages.items()) or "nothing",
         }
@@ -346,6 +347,8 @@ class Session:
         """What every row says of where it comes from."""
         return {
             "device": self.device.name,
+            "device_memory_mib": self.device.memory_mib,
+            "host": device.host(),
             "driver": self.device.driver,
             "bf16": self.device.bf16,
             "versions": self.versions,
@@ -362,8 +365,6 @@ class Session:
         """
         try:
             yield
-        except ReplayError:
-            return
         except (InputError, OSError):
             raise
         except Exception as error:  # whatever a library raises over one model, the other formats are measured
@@ -491,8 +492,6 @@ class Session:
         The block should stand in a function that is called once per format, within `exclusive`: the caller's variable
         keeps the model alive for as long as its frame lives.
         """
-        if self.replays:
-            raise ReplayError
         folder = self.checkpoint(precision)
         release(workspaces=True)
         with released():

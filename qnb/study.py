@@ -49,6 +49,11 @@ class Study:
         self.margin_pp = margin_pp
         self._results: tuple[tuple[int, int], Results] | None = None
 
+    def _measure(self, stage: Callable[..., Any], options: Callable[..., Any] | None = None, *values: Any) -> None:
+        """Run a stage with its options, unless this study shows what was measured elsewhere."""
+        if not self.session.replays:
+            self.session.measure(stage, *([options(*values)] if options else []))
+
     # What was measured
 
     def results(self) -> Results:
@@ -89,7 +94,7 @@ class Study:
         options = evaluate.AccuracyOptions(tasks or "auto", limit)
         if tasks and self.session.minutes:
             facts["can detect"] = "said after the run: the time decides how many items are asked"
-        elif tasks and (n_items := evaluate.planned_items(self.session, options)):
+        elif tasks and not self.session.replays and (n_items := evaluate.planned_items(self.session, options)):
             facts["can detect"] = verdicts.detectable(n_items)
         return tables.styled(pd.DataFrame(facts.items())).hide(axis="columns")
 
@@ -97,7 +102,7 @@ class Study:
 
     def quantize(self) -> pd.DataFrame:
         """Make, save, reload and prove the checkpoint of every format; one row per format."""
-        self.session.measure(checkpoints.quantize)
+        self._measure(checkpoints.quantize)
         return self.results().checkpoints
 
     def push(self, push_to: str, private: bool = True, dry_run: bool = True) -> pd.DataFrame:
@@ -110,6 +115,8 @@ class Study:
 
     def continuation(self, prompt: str, precision: str, new_tokens: int = 24) -> list[str]:
         """Return what a format writes after a prompt, greedily, token by token as text."""
+        if self.session.replays:
+            raise InputError("this notebook shows what was measured elsewhere; open it with your own output to try it")
         return speed.continuation(self.session, prompt, precision, new_tokens)
 
     # 02: accuracy
@@ -122,20 +129,19 @@ class Study:
         scorer: str = "qnb",
     ) -> pd.DataFrame:
         """Evaluate every format on every task; one row per task, metric and format."""
-        self.session.measure(evaluate.accuracy, evaluate.AccuracyOptions(tasks, limit, batch_size, scorer))
+        self._measure(evaluate.accuracy, evaluate.AccuracyOptions, tasks, limit, batch_size, scorer)
         return self.results().scores
 
     def batch_sensitivity(self, tasks: str | Iterable[str] = "auto", limit: Count = "auto") -> pd.DataFrame:
         """Measure how far a score depends on what shares its batch; one row per format and scorer."""
-        self.session.measure(evaluate.batch_sensitivity, evaluate.AccuracyOptions(tasks, limit))
+        self._measure(evaluate.batch_sensitivity, evaluate.AccuracyOptions, tasks, limit)
         return self.table("batch_sensitivity")
 
     def divergence(
         self, prompt_source: str = "auto", ppl_tokens: Count = "auto", ppl_context: Count = "auto"
     ) -> pd.DataFrame:
         """Measure perplexity on running text, and KL divergence from BF16; one row per format."""
-        options = perplexity.DivergenceOptions(prompt_source, ppl_tokens, ppl_context)
-        self.session.measure(perplexity.divergence, options)
+        self._measure(perplexity.divergence, perplexity.DivergenceOptions, prompt_source, ppl_tokens, ppl_context)
         return self.table("divergence")
 
     def choice_probabilities(self, item: int = 0) -> pd.DataFrame:
@@ -154,16 +160,19 @@ class Study:
     ) -> Workload:
         """Return the prompts that every format gets; `setting` is ``"bs1"`` or ``"maxbatch"``."""
         options = speed.WorkloadOptions(setting, requests, prompt_tokens, new_tokens, prompt_source)
+        if self.session.replays:
+            return Workload((), 0, prompt_source)
         return speed.workload(self.session, options)
 
     def device_peaks(self) -> pd.DataFrame:
         """Measure the device's bandwidth and matrix products once; one row per peak."""
-        peaks = speed.device_peaks(self.session)
-        return pd.DataFrame(peaks.rows(), columns=["peak", "measured", "unit"])
+        if not self.session.replays:
+            speed.device_peaks(self.session)
+        return tables.device_peaks(self.results())
 
     def perf_bs1(self, workload: Workload, repeats: int = 1, engines: str | Iterable[str] = "auto") -> pd.DataFrame:
         """Time the workload one request at a time; one row per format, engine and pass (Table 3)."""
-        self.session.measure(speed.perf_bs1, speed.TimingOptions(workload, engines, repeats))
+        self._measure(speed.perf_bs1, speed.TimingOptions, workload, engines, repeats)
         return self.results().passes.query("setting == 'bs1'")
 
     def perf_maxbatch(
@@ -174,20 +183,19 @@ class Study:
         engines: str | Iterable[str] = "auto",
     ) -> pd.DataFrame:
         """Find the largest batch of each format and engine, then time the workload at it (Table 4)."""
-        options = speed.TimingOptions(workload, engines, repeats, memory_mib)
-        self.session.measure(speed.perf_maxbatch, options)
+        self._measure(speed.perf_maxbatch, speed.TimingOptions, workload, engines, repeats, memory_mib)
         return self.results().passes.query("setting == 'maxbatch'")
 
     def sweep(
         self, workload: Workload, largest: Count = "auto", engines: str | Iterable[str] = "auto"
     ) -> pd.DataFrame:
         """Time batches of 1, 2, 4 ... requests; one row per format, engine and batch size."""
-        self.session.measure(speed.sweep, speed.TimingOptions(workload, engines, sweep_batch=largest))
+        self._measure(speed.sweep, speed.TimingOptions, workload, engines, 1, "auto", largest)
         return self.table("sweep")
 
     def batch_plans(self, prompt_source: str = "auto", counts: Sequence[int] = (20, 2000, 5000)) -> pd.DataFrame:
         """Plan the batches of so many prompts in three orders; computed from the searches, not run."""
-        speed.prompt_lengths(self.session, prompt_source, counts)
+        self._measure(lambda session: speed.prompt_lengths(session, prompt_source, counts))
         return self.table("batch_plans")
 
     def sensor(self) -> Callable[[], dict[str, float]]:

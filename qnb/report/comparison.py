@@ -25,7 +25,7 @@ from qnb.report.results import Results
 from qnb.report.scores import AVERAGED, HEADLINE, MEAN, one_filter
 
 SIGNIFICANT = 0.05
-ANSWER = ("correct", "p_correct", "picked", "probabilities")
+ANSWER = ("correct", "p_correct", "picked", "loglikelihoods")
 COLUMNS = ("task", "precision", "n_items", "chance_pct", "baseline_pct", "accuracy_pct", "change_pp", "low_pp",
            "high_pp", "change_pct", "gained", "lost", "answers_changed", "recovery_pct", "recovery_low_pct",
            "recovery_high_pct", "p_mcnemar", "p_correct_change_pp", "p_correct_low_pp", "p_correct_high_pp", "note",
@@ -60,7 +60,7 @@ def _pair(results: Results, base: Mapping[str, Any], row: Mapping[str, Any]) -> 
     if not _shares(row) or both[["correct_base", "correct"]].isna().any(axis=None):
         return _incomparable("its score is not a share of right answers")
     now, before = both.correct.astype(bool), both.correct_base.astype(bool)
-    chance = [1 / len(shares) if isinstance(shares, Sized) else 0.0 for shares in both.probabilities]
+    chance = [1 / len(shares) if isinstance(shares, Sized) else 0.0 for shares in both.loglikelihoods]
     return both.assign(gained=now & ~before, lost=before & ~now, chance=chance)
 
 
@@ -77,10 +77,9 @@ def _incomparable(why: str) -> pd.DataFrame:
 
 
 def changes(results: Results) -> pd.DataFrame:
-    """Return Table 2, made once a study, or the one that was kept. Do not write into it."""
+    """Return Table 2, made once a study. Do not write into it."""
     if "changes" not in results.cache:
-        kept = results.tables.get("table2_change")
-        results.cache["changes"] = table(results) if kept is None else kept
+        results.cache["changes"] = table(results)
     return results.cache["changes"]
 
 

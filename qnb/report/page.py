@@ -1,4 +1,4 @@
-"""One HTML page of a study, to send to somebody, and the README's pictures; nothing is fetched or measured.
+"""One HTML page of a study, to send to somebody, and what it found as Markdown; nothing is fetched or measured.
 
 plotly.js is in the page once. What came from a model, a data set or a parameter is text: the template escapes it,
 Plotly's JSON escapes it in scripts, and the page forbids itself every address.
@@ -20,46 +20,40 @@ from qnb import __version__
 from qnb.columns import flag_text, header
 from qnb.ledger import PLANS, file_sha256, write_atomic
 from qnb.precision import BASELINE, PRECISIONS, title
-from qnb.report import export, findings, model_card, paper, recommend, theme, verdicts
-from qnb.report.figures import FIGURES, SIGNS, draw_all
+from qnb.report import findings, model_card, paper, recommend, theme, verdicts
+from qnb.report.figures import SIGNS, draw_all
 from qnb.report.findings import SETTINGS
-from qnb.report.results import Results, read_reference, task_name
-from qnb.report.tables import CHECKPOINTS, TABLES, as_text, build, compact, knees, labelled, members, save
+from qnb.report.results import Results, task_name
+from qnb.report.tables import CHECKPOINTS, TABLES, as_text, build, compact, knees, labelled, markdown, members, save
 
-GALLERY = ("fig1_accuracy", "forest", "fig3_bs1_metrics", "fig5_maxbatch_metrics", "front_memory", "front_tpot",
-           "sweep", "roofline", "token_time", "memory", "energy")  # fmt: skip
 CARD = {"model": "model", "model_reason": "why this one", "device": "device", "bf16": "bfloat16"}
 
 
-def gallery(folder: Path) -> tuple[list[Path], str]:
-    """Draw the README's pictures of the studies kept in `folder`, into ``folder/gallery/<study>/``.
-
-    Returns
-    -------
-    tuple
-        The pictures there, and what kept some from being drawn.
-    """
-    problems = [
-        export.pictures(
-            {key: FIGURES[key](results) for key in GALLERY}, folder / "gallery" / name, ("png",), results.label
-        )
-        for name, results in read_reference(folder).items()
-    ]
-    return sorted((folder / "gallery").rglob("*.png")), next(filter(None, problems), "")
-
-
 def write(results: Results) -> Path:
-    """Write a study's tables, model cards and ``report.html`` into its folder; return the page's path."""
-    assert results.folder is not None, "a study of kept tables has no folder"
+    """Write a study's tables, model cards, FINDINGS.md and ``report.html`` into its folder; return the page's path."""
+    assert results.folder is not None, "a study that was read has a folder"
     for name in TABLES:
         save(results, name)
     for precision in (PRECISIONS[name] for name in results.checkpoints.get("precision", ())):
         if not precision.origin:
             path = results.folder / "cards" / precision.name / "README.md"
             write_atomic(path, model_card.card(results, precision))
+    write_atomic(results.folder / "FINDINGS.md", text(results))
     path = results.folder / "report.html"
     write_atomic(path, page(results))
     return path
+
+
+def text(results: Results) -> str:
+    """Return the answer and every finding as Markdown."""
+    notes = [f"- {note}" for note in (*verdicts.notes(results), *limits(results))]
+    formats = [
+        "\n".join([f"## {title(name)}\n", *(f"- {line}" for line in lines)])
+        for name, lines in findings.findings(results).items()
+    ]
+    answer = markdown(_summary(recommend.summary(results)))
+    opening = [f"# {results.label}", recommend.sentence(results), answer, "\n".join(notes)]
+    return "\n\n".join([*opening, *formats, f"Computed from {_ledger(results)}."]) + "\n"
 
 
 def page(results: Results) -> str:
@@ -136,10 +130,14 @@ def card(results: Results) -> dict[str, str]:
         f"{name}: {PRECISIONS[name].origin}" for name in results.precisions if PRECISIONS[name].origin
     ]
     facts["written by"] = [f"qnb {__version__}"]
-    if results.folder and (ledger := results.folder / "ledger.jsonl").exists():
-        facts["ledger"] = [f"{ledger.name}, sha256 {file_sha256(ledger)}"]
+    facts["ledger"] = [_ledger(results)]
     texts = {words: "; ".join(dict.fromkeys(str(each) for each in values if each)) for words, values in facts.items()}
     return {words: text for words, text in texts.items() if text}
+
+
+def _ledger(results: Results) -> str:
+    ledger = results.folder / "ledger.jsonl" if results.folder else None
+    return f"{ledger.name}, sha256 {file_sha256(ledger)}" if ledger and ledger.exists() else ""
 
 
 def limits(results: Results) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from qnb.memory import MIB
+from qnb.precision import PRECISIONS
 from qnb.report.results import NOT_FUSED, is_unfused
 
 DATA = Path(__file__).parents[1] / "data"
@@ -161,7 +162,7 @@ def ablations(runs: pd.DataFrame, number: int) -> pd.DataFrame:
 
 # NVIDIA T4 datasheet (DS-09120): GDDR6 320+ GB/s; FP16 65 TFLOP/s, FP32 8.1, INT8 130 TOPS. Turing has no bfloat16
 # units: such products are done in 32 bit.
-T4_BYTES_PER_S = 320e9
+T4_BYTES_PER_S, T4_CAPABILITY = 320e9, (7, 5)
 T4_FLOP_PER_S = {"float16": 65e12, "float32": 8.1e12, "bfloat16": 8.1e12, "int8": 130e12}
 
 
@@ -180,6 +181,7 @@ def t4_estimate(runs: pd.DataFrame, number: int) -> pd.DataFrame:
         Table 3 or 4, for the published throughput.
     """
     runs = runs.dropna(subset=["bytes_per_step", "flops_by_type"]).drop_duplicates(["precision", "batch_size"])
+    runs = runs[[not (least := PRECISIONS[name].capability) or least <= T4_CAPABILITY for name in runs.precision]]
     read_s = runs.bytes_per_step.astype(float) / T4_BYTES_PER_S
     seconds = [sum(count / T4_FLOP_PER_S[name] for name, count in flops.items()) for flops in runs.flops_by_type]
     compute_s = pd.Series(seconds, runs.index, dtype=float)

@@ -1,4 +1,4 @@
-"""What a study measured, as frames: read from its ledger, or from the tables that were kept of one.
+"""What a study measured, as frames, read from its ledger.
 
 Figures, panels and the report take these frames and nothing else. They draw a study on a machine that has neither its
 GPU nor its model.
@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 
+from qnb.accuracy.statistics import unpack
 from qnb.columns import Flag
-from qnb.errors import InputError
 from qnb.ledger import Ledger, Row, file_sha256
 from qnb.memory import MIB
 from qnb.precision import PRECISIONS, recall, title
@@ -39,7 +39,7 @@ CONDITIONS = ("workload", "device", "memory_limit_mib", "cap")  # two rows that 
 OF_MEDIANS = ("gpu_busy_pct", "mbu_pct", "mfu_pct", "bound")  # kernels are traced in the first pass alone
 STAGES = {"accuracy_rows": "accuracy", "batches": "batch", "divergence": "divergence", "lengths": "lengths",
           "batch_sensitivity": "batch_sensitivity"}  # fmt: skip
-KEPT = {"bs1": "table3_bs1", "maxbatch": "table4_maxbatch", "sweep": "sweep"}
+SETTINGS = ("bs1", "maxbatch", "sweep")
 MARGIN_PP = 1.0  # the loss of accuracy that is accepted, unless a study says otherwise
 NOT_FUSED = ", not fused"  # after a captured engine's name, where other rows are
 # words of tasks' names that are written in another way
@@ -66,7 +66,7 @@ class Results:
     name: str  # of the study
     model: str
     device: str
-    folder: Path | None = None  # where the files that rows name lie; None for kept tables
+    folder: Path | None = None  # where the files that rows name lie
     scores: pd.DataFrame = field(default_factory=pd.DataFrame)  # a row a task, metric, filter and format
     accuracy_rows: pd.DataFrame = field(default_factory=pd.DataFrame)
     passes: pd.DataFrame = field(default_factory=_no_speeds)  # a row a pass, and what could not run; see `setting`
@@ -78,10 +78,9 @@ class Results:
     batch_sensitivity: pd.DataFrame = field(default_factory=pd.DataFrame)
     lengths: pd.DataFrame = field(default_factory=pd.DataFrame)  # one row: the prompts' lengths
     checkpoints: pd.DataFrame = field(default_factory=pd.DataFrame)
-    rows: tuple[Row, ...] = ()  # what was measured; none for kept tables
+    rows: tuple[Row, ...] = ()  # what was measured
     failures: tuple[Row, ...] = ()  # what could not be, each with its reason
     margin_pp: float = MARGIN_PP
-    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # kept ones by name
     cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # what was made of the other fields
 
     @classmethod
@@ -92,35 +91,12 @@ class Results:
         newest = rows[-1] if rows else {}
         frames = {name: in_order(pd.DataFrame(ledger.rows(stage))) for name, stage in STAGES.items()}
         passes = _passes([row for row in rows if row["stage"] in ("perf", "sweep")])
-        frames |= {setting: medians(passes[passes.setting == setting]) for setting in KEPT}
+        frames |= {setting: medians(passes[passes.setting == setting]) for setting in SETTINGS}
         return cls(
             ledger.folder.resolve().name, newest.get("model", ""), newest.get("device", ""), ledger.folder,
             in_order(_scores(rows)), passes=passes, rows=rows, failures=tuple(ledger.failures()), margin_pp=margin_pp,
             checkpoints=_checkpoints(in_order(pd.DataFrame(ledger.rows("quantize")))), **frames,
         )  # fmt: skip
-
-    @classmethod
-    def of_tables(cls, folder: Path) -> Results:
-        """Read the tables that were kept of a study, in a folder named device-model.
-
-        Raises
-        ------
-        InputError
-            A file there is not such a table.
-        """
-        try:
-            tables = {path.stem: pd.read_csv(path) for path in sorted(folder.glob("*.csv"))}
-            timed = {
-                setting: tables[name].dropna(subset=["throughput_rps"])
-                for setting, name in KEPT.items()
-                if name in tables
-            }  # without engines that could not run
-            frames = {setting: _speed_frame(frame.assign(setting=setting)) for setting, frame in timed.items()}
-        except (OSError, ValueError, KeyError) as error:  # pandas' own are ValueErrors
-            raise InputError(f"{folder} holds a file that is no table of a study ({error}); remove it") from error
-        frames |= {name: tables[name] for name in ("scores", "divergence", "batch_sensitivity") if name in tables}
-        device, _, model = folder.name.partition("-")
-        return cls(folder.name, model, device, tables=tables, **frames)
 
     @property
     def label(self) -> str:
@@ -157,7 +133,7 @@ class Results:
     def items(self, row: Mapping[str, Any]) -> pd.DataFrame | None:
         """Return the items that an accuracy row was counted from; None where their file is gone or was changed."""
         path = self._path(row.get("items_file"))
-        return pd.read_parquet(path) if path and file_sha256(path) == row["items_sha256"] else None
+        return unpack(pd.read_parquet(path)) if path and file_sha256(path) == row["items_sha256"] else None
 
     def _path(self, name: Any) -> Path | None:
         """Return the path of a file that a row names; None where it names none, or the file is gone."""
@@ -166,15 +142,8 @@ class Results:
 
 
 def read_reference(folder: Path) -> dict[str, Results]:
-    """Return the studies kept below `folder`, each as tables in a folder named device-model.
-
-    Raises
-    ------
-    InputError
-        A file there is not such a table.
-    """
-    studies = (Results.of_tables(path) for path in sorted(folder.glob("*-*/")))
-    return {study.name: study for study in studies if study.precisions}
+    """Return the studies kept below `folder`, by name."""
+    return {path.parent.name: Results.read(Ledger(path.parent)) for path in sorted(folder.glob("*/ledger.jsonl"))}
 
 
 def stack(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:

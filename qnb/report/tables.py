@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from pandas.io.formats.style import Styler
 
+from qnb.accuracy import statistics
 from qnb.columns import flag_text, format_number, format_value, header, is_disturbed
 from qnb.ledger import write_atomic
 from qnb.precision import BASELINE, title
@@ -20,6 +21,11 @@ from qnb.report.batch_plans import plans
 from qnb.report.results import NOT_FUSED, SPEED, Results, flag_list, in_order, is_unfused, stack, task_name
 
 LINE = ["precision", "engine"]  # one line of a sweep
+ORIGIN = ("version", "device", "host", "date")  # of the rows that a table is made of
+# the stage and setting of those rows
+MEASURED_BY = {"table1_accuracy": "accuracy", "table2_change": "accuracy", "divergence": "divergence",
+               "batch_sensitivity": "batch_sensitivity", "table3_bs1": "perf bs1", "table4_maxbatch": "perf maxbatch",
+               "sweep": "sweep"}  # fmt: skip
 OTHER = "not measured like the newest row: other prompts, device, memory or cap"
 LONG = 60  # characters of a text that may take several lines
 PUBLISHED = ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_mib", "speedup")
@@ -143,11 +149,22 @@ def choice_probabilities(results: Results, item: int = 0) -> pd.DataFrame:
     first = None
     for row in results.accuracy_rows.to_dict("records"):
         items = results.items(row) if first in (None, row["task"]) else None
-        if items is not None and "probabilities" in items:
+        if items is not None and "loglikelihoods" in items:
             first, answer = row["task"], items.iloc[item]
-            shares = {f"p(choice {number})": share for number, share in enumerate(answer.probabilities)}
-            rows[row["precision"]] = {**shares, "picked": answer.picked, "gold": answer.gold}
+            shares = statistics.choice_probabilities(answer.loglikelihoods)
+            probabilities = {f"p(choice {number})": share for number, share in enumerate(shares)}
+            rows[row["precision"]] = {**probabilities, "picked": answer.picked, "gold": answer.gold}
     return pd.DataFrame(rows).T.infer_objects()
+
+
+def device_peaks(results: Results) -> pd.DataFrame:
+    """Return a row a peak of the device: what it is of, its value and unit."""
+    peaks = next((row for row in reversed(results.rows) if row["stage"] == "peaks"), {})
+    rows = [("copy", peaks["copy_bytes_per_s"] / 1e9, "GB/s")] if peaks.get("copy_bytes_per_s") else []
+    for name, rate in peaks.get("matmul_flop_per_s", {}).items():
+        rows.append((f"product in {name}", rate / 1e12, "Top/s" if name == "int8" else "TFLOP/s"))
+    rows += [("power when idle", peaks["idle_power_w"], "W")] if peaks.get("idle_power_w") is not None else []
+    return pd.DataFrame(rows, columns=["peak", "measured", "unit"])
 
 
 TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
@@ -169,15 +186,28 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
 
 
 def build(results: Results, name: str) -> pd.DataFrame:
-    """Return a table, made once a study, or the one that was kept. Do not write into it.
+    """Return a table, made once a study, with where its rows come from. Do not write into it.
 
     Published columns are left out where another model than the published one was measured.
     """
     if name not in results.cache:
-        table = results.tables[name] if name in results.tables else TABLES[name](results)
+        table = _with_origin(TABLES[name](results), results, name)
         is_published = paper.is_published_model(results.model)
         results.cache[name] = table if is_published else table.filter(regex="^(?!published_)")
     return results.cache[name]
+
+
+def _with_origin(table: pd.DataFrame, results: Results, name: str) -> pd.DataFrame:
+    """Add the version, device, host and day of a table's rows; a table without formats down has those of all rows."""
+    stage, _, setting = MEASURED_BY.get(name, "").partition(" ")
+    rows = [{**row, "version": row.get("versions", {}).get("qnb"), "date": row["measured_at"][:10]}
+            for row in results.rows if row["stage"] == stage and setting in ("", row["setting"])]  # fmt: skip
+    if table.empty or not rows:
+        return table
+    by = [each for each in LINE if each in table]
+    origins = pd.DataFrame(rows).reindex(columns=[*by, *ORIGIN]).fillna("")
+    texts = origins.assign(all="").groupby(by or "all").agg(lambda values: "; ".join(sorted({*values} - {""})))
+    return table.join(texts[[*ORIGIN]], on=by) if by else table.assign(**texts[[*ORIGIN]].iloc[0])
 
 
 def save(results: Results, name: str) -> pd.DataFrame:

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 
 from qnb.columns import header
-from qnb.ledger import Ledger
-from qnb.provenance import ROOT
-from qnb.report import page, widgets
+from qnb.ledger import Ledger, file_sha256
+from qnb.report import page, recommend, widgets
 from qnb.report.figures import FIGURES
+from qnb.report.findings import findings
 from qnb.report.results import Results
 from qnb.report.tables import TABLES, build, knees
 
@@ -162,15 +162,8 @@ def test_the_card_says_what_rows_say(study):
     assert "60 perf" in card["rows"] and set(page.card(Results("", "", ""))) == {"written by"}
 
 
-def test_the_kept_studies_have_pictures(monkeypatch):
-    drawn = {}
-
-    def pictures(drawings, folder, kinds, label):
-        drawn[folder.name] = {name for name, figure in drawings.items() if figure.data}
-        return ""
-
-    monkeypatch.setattr(page.export, "pictures", pictures)
-    paths, problem = page.gallery(ROOT / "outputs" / "reference")
-    assert problem == "" and len(paths) == sum(map(len, drawn.values())) and len(drawn) == 3
-    assert drawn["h100-smollm2-135m"] == {"fig1_accuracy", "forest"}
-    assert {"sweep", "energy", "token_time"} <= drawn["h200-llama-3.2-1b-shape"]
+def test_the_answer_and_every_finding_are_written_as_markdown(study, report_page):
+    found = (report_page.parent / "FINDINGS.md").read_text()
+    assert recommend.sentence(study) in found
+    assert all(line in found for lines in findings(study).values() for line in lines)
+    assert found.count("\n## ") == 4 and file_sha256(study.folder / "ledger.jsonl") in found

@@ -1,14 +1,8 @@
-"""A ledger becomes frames: medians over passes, one order, the newest workload; kept tables give the same ones."""
+"""A ledger becomes frames: medians over passes, one order, the newest workload."""
 
-import shutil
-
-import numpy as np
 import pytest
 
-from qnb.errors import InputError
 from qnb.ledger import Ledger
-from qnb.provenance import ROOT
-from qnb.report import results
 from qnb.report.results import BESIDE, SPEED, Results, read_reference
 
 
@@ -97,22 +91,6 @@ def test_samples_and_items_are_read_from_the_files_that_rows_name(studied):
     assert study.items({**row, "items_file": "items/gone.parquet"}) is None
 
 
-def test_kept_tables_give_the_same_speeds(studied, tmp_path):
-    study = studied.results()
-    for name in results.KEPT.values():
-        studied.table(name)
-    shutil.copytree(study.folder / "tables", tmp_path / "gpu-example")
-    (kept,) = read_reference(tmp_path).values()
-    assert kept.label == "example, gpu"
-    for setting in results.KEPT:
-        mine, other = study.timed(setting), kept.timed(setting)
-        assert np.allclose(mine.throughput_rps, other.throughput_rps, rtol=1e-4)
-        assert mine["flags"].tolist() == other["flags"].tolist()
-
-
-def test_a_kept_file_that_is_no_table_is_named(tmp_path):
-    assert len(read_reference(ROOT / "outputs" / "reference")) == 3
-    (tmp_path / "gpu-model").mkdir()
-    (tmp_path / "gpu-model" / "sweep.csv").write_text("hello world\n1 2\n")
-    with pytest.raises(InputError, match="gpu-model holds a file that is no table"):
-        read_reference(tmp_path)
+def test_a_kept_study_is_read_from_its_ledger(studied):
+    (kept,) = read_reference(studied.folder.parent).values()
+    assert kept.label == studied.results().label and kept.bs1.equals(studied.results().bs1)

@@ -45,7 +45,8 @@ def test_an_untouched_study_is_as_it_was_measured(folder, capsys):
 
 
 def test_a_study_sent_from_another_machine_is_checked_and_drawn_without_its_checkpoints(study, capsys):
-    shutil.rmtree(study / "checkpoints")
+    for name in ("checkpoints", "tables"):
+        shutil.rmtree(study / name)
     ledger = Ledger(study).path
     rows = [{**json.loads(line), "device": "Tesla T4"} for line in ledger.read_text().splitlines()]
     ledger.write_text("".join(json.dumps(row) + "\n" for row in rows))
