@@ -181,7 +181,8 @@ def t4_estimate(runs: pd.DataFrame, number: int) -> pd.DataFrame:
         Table 3 or 4, for the published throughput.
     """
     runs = runs.dropna(subset=["bytes_per_step", "flops_by_type"]).drop_duplicates(["precision", "batch_size"])
-    runs = runs[[not (least := PRECISIONS[name].capability) or least <= T4_CAPABILITY for name in runs.precision]]
+    is_able = runs.precision.map(lambda name: (PRECISIONS[name].capability or (0, 0)) <= T4_CAPABILITY)
+    runs = runs[is_able.astype(bool)]
     read_s = runs.bytes_per_step.astype(float) / T4_BYTES_PER_S
     seconds = [sum(count / T4_FLOP_PER_S[name] for name, count in flops.items()) for flops in runs.flops_by_type]
     compute_s = pd.Series(seconds, runs.index, dtype=float)

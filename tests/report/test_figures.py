@@ -58,7 +58,9 @@ def hovers(figure):
 def changes(**columns):
     """Return a study whose Table 2 is one row a task, by hand."""
     frame = pd.DataFrame({"n_items": 400, "p_mcnemar": 0.01, "p_holm": 0.02, "change_pct": -1.0, **columns})
-    return Results("hand", "m", "d", tables={"table2_change": frame.assign(published_change_pct=None)})
+    study = Results("hand", "m", "d")
+    study.cache |= dict.fromkeys(("changes", "table2_change"), frame.assign(published_change_pct=None))
+    return study
 
 
 def one_engine(study, engine="eager", **fields):
