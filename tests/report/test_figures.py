@@ -59,7 +59,7 @@ def changes(**columns):
     """Return a study whose Table 2 is one row a task, by hand."""
     frame = pd.DataFrame({"n_items": 400, "p_mcnemar": 0.01, "p_holm": 0.02, "change_pct": -1.0, **columns})
     study = Results("hand", "m", "d")
-    study.cache |= dict.fromkeys(("changes", "table2_change"), frame.assign(published_change_pct=None))
+    study.cache.update(dict.fromkeys(("changes", "table2_change"), frame.assign(published_change_pct=None)))
     return study
 
 
