@@ -1,0 +1,35 @@
+"""Pack a measured study for outputs/reference: ``python tests/bench/keep.py STUDY outputs/reference/NAME``.
+
+Kept are the newest row of each key and the files of items and monitors, written anew and compared. Left out are
+checkpoints, older rows, and each token's divergence, which a row has reduced to means and intervals.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from qnb.ledger import Ledger, write_parquet
+
+KINDS = ("items", "samples", "tokens")
+
+
+def keep(study: Path, kept: Path) -> None:
+    ledger, packed = Ledger(study), Ledger(kept)
+    for row in (*ledger.rows(), *ledger.failures()):
+        for kind in KINDS:
+            name = row.pop(f"{kind}_file", None)
+            if row["stage"] == "divergence" or name is None:
+                row.pop(f"{kind}_sha256", None)
+                continue
+            frame = pd.read_parquet(study / name)
+            row[f"{kind}_file"], row[f"{kind}_sha256"] = write_parquet(kept, name.rsplit(".", 2)[0], frame)
+            pd.testing.assert_frame_equal(frame, pd.read_parquet(kept / row[f"{kind}_file"]))
+        packed.append(row)
+    record = json.loads((study / "study.json").read_text()) | {"path": "not kept", "files": ""}
+    (kept / "study.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    keep(Path(sys.argv[1]), Path(sys.argv[2]))
