@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,12 +25,11 @@ class Column:
         return f"{self.label}, {self.unit}" if self.unit else self.label
 
 
-_COLUMNS = (
+_COLUMNS = (  # whose label, unit and direction their names do not say
     Column("precision", "format"),
     Column("n_items", "items"),
     Column("n_total", "of"),
     # accuracy
-    Column("accuracy_pct", "accuracy", "%", "more"),
     Column("baseline_pct", "baseline accuracy", "%", "more"),
     Column("change_pp", "change in accuracy", "points", "more"),
     Column("low_pp", "95 % low", "points", "more"),
@@ -43,7 +43,6 @@ _COLUMNS = (
     Column("p_mcnemar", "McNemar p"),
     Column("p_holm", "p after Holm"),
     Column("p_correct", "p(correct)", "", "more"),
-    Column("perplexity", "perplexity", "", "less"),
     Column("perplexity_change_pct", "change in perplexity", "%", "less"),
     Column("kl_mean_nats", "mean KL divergence", "nats", "less"),
     Column("kl_median_nats", "median KL divergence", "nats", "less"),
@@ -53,28 +52,21 @@ _COLUMNS = (
     Column("same_top1_pct", "same likeliest token", "%", "more"),
     Column("mean_abs_logprob_diff", "mean |difference| of log-probabilities", "nats", "less"),
     Column("max_abs_logprob_diff", "largest |difference| of log-probabilities", "nats", "less"),
-    Column("answers_changed", "answers changed", "", "less"),
     # checkpoints
     Column("left_out", "weights left out of quantization"),
     Column("dtype", "type of what is not quantized"),
     Column("weights_mib", "weights", "MiB", "less"),
-    Column("bits_per_weight", "bits per weight", "", "less"),
-    Column("bits_per_quantized_weight", "bits per quantized weight", "", "less"),
     Column("quantized_pct", "weights quantized", "%"),
-    Column("reload_identical", "reload identical"),
-    Column("ran_as", "ran as"),
     # speed
     Column("throughput_rps", "throughput", "requests/s", "more"),
     Column("throughput_tps", "throughput", "tokens/s", "more"),
     Column("throughput_spread_pct", "range of throughput", "%", "less"),
     Column("seconds_per_request", "seconds per request", "s", "less"),
-    Column("batch_latency_s", "batch latency", "s", "less"),
     Column("ttft_s", "time to first token (TTFT)", "ms", "less", 1000),
     Column("tpot_s", "time per output token (TPOT)", "ms", "less", 1000),
     Column("tpot_eager_s", "time per token, eager", "ms", "less", 1000),
     Column("tpot_captured_s", "time per token, captured", "ms", "less", 1000),
     Column("kernel_s_per_token", "kernel time per token", "ms", "less", 1000),
-    Column("kernels_per_token", "kernels per token", "", "less"),
     Column("gpu_busy_pct", "GPU busy", "%", "more"),
     Column("mbu_pct", "bandwidth utilization (MBU)", "%", "more"),
     Column("mfu_pct", "arithmetic utilization (MFU)", "%", "more"),
@@ -88,23 +80,17 @@ _COLUMNS = (
     Column("memory_mib", "memory in use", "MiB", "less"),
     Column("host_peak_mib", "peak host memory", "MiB", "less"),
     Column("kv_cache_mib", "KV cache", "MiB", "less"),
-    Column("utilization_pct", "utilization", "%"),
-    Column("power_w", "power", "W", "less"),
-    Column("clock_mhz", "clock", "MHz"),
-    Column("energy_j_per_request", "energy per request", "J", "less"),
-    Column("energy_j_per_token", "energy per token", "J", "less"),
-    Column("energy_above_idle_j_per_request", "energy above idle per request", "J", "less"),
-    Column("energy_above_idle_j_per_token", "energy above idle per token", "J", "less"),
 )
 COLUMNS = {column.name: column for column in _COLUMNS}
-UNITS = {"mib": "MiB", "ms": "ms", "pct": "%", "pp": "points", "rps": "requests/s", "s": "s"}
+UNITS = {"j": "J", "mhz": "MHz", "mib": "MiB", "ms": "ms", "pct": "%", "pp": "points", "rps": "requests/s", "s": "s",
+         "w": "W"}  # fmt: skip
+NAME = re.compile(rf"(.*?)(?:_({'|'.join(UNITS)}))?(_per_[a-z]+)?$")  # what, its unit, and what it is a share of
 
 
 def column(name: str) -> Column:
-    """Return a quantity's column; one that is not registered is labelled by its name, which may end in a unit."""
-    words, _, end = name.removeprefix("n_").rpartition("_")
-    label, unit = (words, UNITS[end]) if words and end in UNITS else (name.removeprefix("n_"), "")
-    return COLUMNS.get(name) or Column(name, label.replace("_", " "), unit)
+    """Return a quantity's column; one that is not registered is labelled by its name, such as ``energy_j_per_token``."""
+    words, unit, per = NAME.findall(name.removeprefix("n_"))[0]
+    return COLUMNS.get(name) or Column(name, (words + per).replace("_", " "), UNITS.get(unit, ""))
 
 
 def header(name: str) -> str:
