@@ -88,7 +88,7 @@ NAME = re.compile(rf"(.*?)(?:_({'|'.join(UNITS)}))?(_per_[a-z]+)?$")  # what, it
 
 
 def column(name: str) -> Column:
-    """Return a quantity's column; one that is not registered is labelled by its name, such as ``energy_j_per_token``."""
+    """Return a quantity's column; one that is not registered is labelled by its name, as energy_j_per_token is."""
     words, unit, per = NAME.findall(name.removeprefix("n_"))[0]
     return COLUMNS.get(name) or Column(name, (words + per).replace("_", " "), UNITS.get(unit, ""))
 

@@ -34,24 +34,6 @@ class Demand:
     loss_pp: float | None = None  # tolerated points below BF16
 
 
-@dataclass(frozen=True, slots=True)
-class Advice:
-    """The recommendation and everything it was weighed against."""
-
-    demand: Demand
-    candidates: pd.DataFrame  # best first, with `fit`, a verdict's `words`, and `reasons`: what rules each out
-    notes: tuple[str, ...]
-
-    def of(self, fit: str) -> pd.DataFrame:
-        """Return the candidates that have one of `FITS`, `UNSURE` or `RULED_OUT`, best first."""
-        return self.candidates[self.candidates.fit == fit]
-
-    @property
-    def best(self) -> pd.Series | None:
-        """What to deploy; None where nothing is shown to fit."""
-        return next((row for _, row in self.of(FITS).iterrows()), None)
-
-
 def candidates(results: Results, setting: str, task: str = MEAN) -> pd.DataFrame:
     """Join the speed, accuracy and divergence of every format and engine, under a name made of the two.
 
@@ -75,7 +57,8 @@ def candidates(results: Results, setting: str, task: str = MEAN) -> pd.DataFrame
         weights_mib=stored_mib.combine_first(timed.weights_mib),
         peak_memory_mib=timed.peak_memory_mib.where(timed.peak_reserved_mib.notna()),  # a process is no measure
     )
-    frame = timed.join(verdicts, on="precision").join(_by_format(results.divergence, "kl_mean_nats"), on="precision")
+    divergence = _by_format(results.divergence, "perplexity_change_pct", "kl_mean_nats")
+    frame = timed.join(verdicts, on="precision").join(divergence, on="precision")
     return frame.set_index(pd.Index([f"{row.precision} ({row.engine})" for row in frame.itertuples()], dtype=object))
 
 
@@ -84,11 +67,17 @@ def _by_format(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
     return frame.reindex(columns=["precision", *names]).set_index("precision").astype(float)
 
 
-def choose(candidates: pd.DataFrame, demand: Demand) -> Advice:
+def choose(candidates: pd.DataFrame, demand: Demand) -> pd.DataFrame:
     """Hold every candidate against a demand: what fits, what may, and what does not.
 
     What fits is ranked by speed, then by memory. What may fit is ranked by KL divergence where that was measured: it
     sees what too few items hide.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The candidates, best first, with ``fit``, a verdict's ``words``, and ``reasons``: what rules each out.
+        ``attrs["notes"]`` holds what qualifies the ranking.
     """
     is_time = column(demand.rank_by).better == "less"
     table = candidates.sort_values([demand.rank_by, "peak_memory_mib"], ascending=[is_time, True])
@@ -100,7 +89,8 @@ def choose(candidates: pd.DataFrame, demand: Demand) -> Advice:
     table["reasons"] = ["; ".join([*against, *unknown]) for against, unknown in judged]
     fits, unsure, ruled_out = (table[table.fit == fit] for fit in (FITS, UNSURE, RULED_OUT))
     table = pd.concat([fits, unsure.sort_values("kl_mean_nats", kind="stable"), ruled_out])
-    return Advice(demand, table, tuple(_notes(table, demand)))
+    table.attrs["notes"] = [*_notes(table, demand)]
+    return table
 
 
 def _hold(row: Mapping[str, Any], demand: Demand, verdict: Verdict, words: str) -> tuple[list[str], list[str]]:
@@ -162,18 +152,18 @@ def _notes(table: pd.DataFrame, demand: Demand) -> Iterator[str]:
         yield f"Faster, but not shown to fit: {', '.join(faster)}."
 
 
-def explain(advice: Advice) -> dict[str, list[str]]:
-    """Return the advice in sentences by heading: what to deploy, what is second, unknown, and ruled out."""
-    fitting, sections = advice.of(FITS), {}
+def explain(chosen: pd.DataFrame, demand: Demand) -> dict[str, list[str]]:
+    """Return what `choose` gave in sentences by heading: what to deploy, what is second, unknown, and ruled out."""
+    fitting, sections = chosen[chosen.fit == FITS], {}
     for heading, (name, row) in zip(("Recommended", "Second"), fitting.iterrows(), strict=False):
-        sections[f"{heading}: {name}"] = [f"{facts(row, advice.demand)}."]
+        sections[f"{heading}: {name}"] = [f"{facts(row, demand)}."]
     if fitting.empty:
-        undecided = len(advice.of(UNSURE)) > 0
+        undecided = (chosen.fit == UNSURE).any()
         problem = "The data cannot tell whether anything fits." if undecided else "No row meets every limit."
         sections["Recommended: nothing"] = [problem]
-    next(iter(sections.values())).extend(advice.notes)
-    for heading, verdict in (("The data cannot tell", UNSURE), ("Ruled out", RULED_OUT)):
-        sections[heading] = [f"{name}: {reasons}." for name, reasons in advice.of(verdict).reasons.items()]
+    next(iter(sections.values())).extend(chosen.attrs["notes"])
+    for heading, fit in (("The data cannot tell", UNSURE), ("Ruled out", RULED_OUT)):
+        sections[heading] = [f"{name}: {reasons}." for name, reasons in chosen.reasons[chosen.fit == fit].items()]
     return {heading: sentences for heading, sentences in sections.items() if sentences}
 
 
@@ -218,10 +208,9 @@ def ranked(
     margin_pp = results.margin_pp if margin_pp is None else margin_pp
     check_margin(margin_pp)
     demand = Demand("tpot_s", peak_memory_mib, None if tpot_ms is None else tpot_ms / 1000, margin_pp)
-    advice = choose(candidates(results, "bs1"), demand)
-    table = advice.candidates.assign(model=results.model)[list(RANKED)].reset_index(drop=True)
-    table.attrs["notes"] = [f"Measured on {results.model}, {results.device}.", *advice.notes]
-    return table
+    table = choose(candidates(results, "bs1"), demand).assign(model=results.model)[list(RANKED)]
+    table.attrs["notes"].insert(0, f"Measured on {results.model}, {results.device}.")
+    return table.reset_index(drop=True)
 
 
 def summary(results: Results) -> pd.DataFrame:
@@ -232,27 +221,26 @@ def summary(results: Results) -> pd.DataFrame:
     a CPU grows by what ran before. ``note`` says which formats were captured without fusing kernels as others were,
     and which have the throughput of ``generate`` where others have that of a captured step.
     """
-    timed = results.bs1.assign(
-        peak_memory_mib=results.bs1.peak_memory_mib.where(results.bs1.peak_reserved_mib.notna()),
-        tpot_eager_s=results.bs1.tpot_s.where(results.bs1.engine == "eager"),
-        tpot_captured_s=results.bs1.tpot_s.where(results.bs1.engine != "eager"),
-    )
-    least = timed.groupby("precision")[[name for name in SUMMARY if name in timed and name != "precision"]].min()
-    least["peak_memory_mib"] = timed.groupby("precision").peak_memory_mib.last()
+    timed, is_eager = (rows := candidates(results, "bs1")).groupby("precision", sort=False), rows.engine == "eager"
+    least = timed[["weights_mib", "energy_j_per_token", "perplexity_change_pct", "kl_mean_nats"]].min()
     timed_full = results.maxbatch.dropna(subset=["throughput_rps"])
     fastest = timed_full.sort_values("throughput_rps", ascending=False).drop_duplicates("precision")
-    frames = [least.drop(columns="throughput_rps"), fastest.set_index("precision")[["throughput_rps"]],
-              _by_format(results.divergence, "perplexity_change_pct", "kl_mean_nats")]  # fmt: skip
-    frame = judge(results).join(frames)
-    stored_mib = _by_format(results.checkpoints, "weights_mib").weights_mib
+    frame = (
+        judge(results)
+        .join([least, fastest.set_index("precision")[["throughput_rps"]]])
+        .assign(
+            peak_memory_mib=timed.peak_memory_mib.last(),
+            tpot_eager_s=rows[is_eager].set_index("precision").tpot_s,
+            tpot_captured_s=rows[~is_eager].groupby("precision").tpot_s.min(),
+        )
+    )
     captured = fastest.precision.isin(timed_full.precision[timed_full.engine != "eager"])
     is_eager_alone = (fastest.engine == "eager") & ~captured & captured.any()
     notes = [pd.Series(Flag.UNFUSED.text, results.speed.precision[is_unfused(results.speed)].unique()),
              pd.Series("largest batch with eager alone", fastest.precision[is_eager_alone])]  # fmt: skip
     note = pd.concat(notes).groupby(level=0, sort=False).agg("; ".join)
     ran_as = results.checkpoints.reindex(columns=["precision", "ran_as"]).set_index("precision").ran_as
-    frame = frame.assign(weights_mib=stored_mib.combine_first(frame.weights_mib), ran_as=ran_as, note=note)
-    return frame.rename_axis("precision").reset_index()[[*SUMMARY, "ran_as", "note"]]
+    return frame.assign(ran_as=ran_as, note=note).rename_axis("precision").reset_index()[[*SUMMARY, "ran_as", "note"]]
 
 
 def sentence(results: Results) -> str:

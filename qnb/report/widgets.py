@@ -139,9 +139,9 @@ def _limited(results: Results, setting: str, speed: str) -> list[widgets.Widget]
     def decide() -> None:
         values = {name: slider.value for name, slider in sliders.items()}
         values["speed_limit"] /= column(speed).scale
-        advice = recommend.choose(candidates, recommend.Demand(speed, **values))
-        table = labelled(advice.candidates, ["precision", "engine", "fit", "peak_memory_mib", speed, *verdicts.CHANGE])
-        words.value = HTML.advice(recommend.explain(advice), table)
+        chosen = recommend.choose(candidates, demand := recommend.Demand(speed, **values))
+        table = labelled(chosen, ["precision", "engine", "fit", "peak_memory_mib", speed, *verdicts.CHANGE])
+        words.value = HTML.advice(recommend.explain(chosen, demand), table)
 
     _observe(list(sliders.values()), decide)
     return [*sliders.values(), words]

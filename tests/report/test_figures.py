@@ -131,7 +131,7 @@ def test_captured_rows_without_fused_kernels_are_named_beside_those_with_them(na
     shown += [tables.labelled(tables.knees(both.sweep), tables.KNEES), recommend.summary(both)]
     advice = recommend.choose(recommend.candidates(both, "bs1"), recommend.Demand("tpot_s"))
     texts = [theme.caption(figures.compare(both, "tpot_s", "bs1")), *(frame.to_string() for frame in shown)]
-    texts += [" ".join(advice.notes), recommend.sentence(both), findings.about(both, "int4")[-1]]
+    texts += [" ".join(advice.attrs["notes"]), recommend.sentence(both), findings.about(both, "int4")[-1]]
     assert {"fus" in text for text in texts} == {names == ["bf16"]}
     speeds = (
         tables.build(both, "table3_bs1").set_index("engine").speedup

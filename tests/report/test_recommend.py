@@ -27,31 +27,32 @@ def advise(frame=ALL, **limits):
 
 
 def verdicts(advice):
-    return tuple(list(advice.of(verdict).index) for verdict in (FITS, UNSURE, RULED_OUT))
+    return tuple(list(advice.index[advice.fit == fit]) for fit in (FITS, UNSURE, RULED_OUT))
 
 
 def test_without_limits_the_fastest_is_first_and_memory_and_speed_rule_out_with_their_numbers():
     assert verdicts(advise()) == (["int4", "nf4", "bf16", "int8"], [], [])
-    advice = advise(memory_mib=1500, speed_limit=0.0035)
+    advice = advise(**(limits := {"memory_mib": 1500, "speed_limit": 0.0035}))
     assert verdicts(advice) == (["int4", "nf4"], [], ["bf16", "int8"])
-    large, slow = explain(advice)["Ruled out"]
+    large, slow = explain(advice, Demand("tpot_s", **limits))["Ruled out"]
     assert "2,000 MiB" in large and "1,500 MiB or less" in large and "4 ms" in slow and "3.5 ms or less" in slow
 
 
 def test_a_loss_is_ruled_out_or_allowed_by_the_whole_interval_and_between_the_data_cannot_tell():
     """NF4's interval reaches 1.4 points, the limit is 0.4 away: (1.4 / 0.4)^2 times 900 items, rounded."""
     advice = advise(loss_pp=1)
-    assert verdicts(advice) == (["bf16", "int8"], ["nf4"], ["int4"]) and advice.best.name == "bf16"
-    sections = explain(advice)
+    assert verdicts(advice) == (["bf16", "int8"], ["nf4"], ["int4"])
+    sections = explain(advice, Demand("tpot_s"))
+    assert next(iter(sections)) == "Recommended: bf16"
     assert "-6.0 points (95 %: -8.0 to -4.0, 900 items)" in sections["Ruled out"][0]
     assert "about 20,000 items" in sections["The data cannot tell"][0]
-    assert "Second: int8" in sections and any("Faster" in note and "nf4" in note for note in advice.notes)
+    assert "Second: int8" in sections and any("Faster" in note and "nf4" in note for note in advice.attrs["notes"])
 
 
 def test_nothing_is_recommended_when_nothing_is_shown_to_fit():
     advice = advise(memory_mib=900, loss_pp=1)
-    assert advice.best is None and "cannot tell" in explain(advice)["Recommended: nothing"][0]
-    assert "No row meets" in explain(advise(memory_mib=10))["Recommended: nothing"][0]
+    assert "cannot tell" in explain(advice, Demand("tpot_s"))["Recommended: nothing"][0]
+    assert "No row meets" in explain(advise(memory_mib=10), Demand("tpot_s"))["Recommended: nothing"][0]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_nothing_is_recommended_when_nothing_is_shown_to_fit():
 )  # fmt: skip
 def test_what_was_not_measured_is_not_guessed(column, limits, word, unsure):
     """What may fit is ranked by KL divergence; the baseline has a change by definition."""
-    found = advise(ALL.assign(**{column: float("nan")}), **limits).of(UNSURE)
+    found = advise(ALL.assign(**{column: float("nan")}), **limits).query("fit == @UNSURE")
     assert list(found.index)[:3] == ["int8", "nf4", "int4"] and len(found) == unsure
     assert f"{word} was not measured" in found.reasons.iloc[0]
 
@@ -69,7 +70,7 @@ def test_what_was_not_measured_is_not_guessed(column, limits, word, unsure):
 def test_a_rate_must_be_at_least_its_limit():
     advice = advise(ALL.assign(throughput_rps=[10, 20, 30, 40]), rank_by="throughput_rps", speed_limit=15)
     assert verdicts(advice) == (["int4", "nf4", "int8"], [], ["bf16"])
-    assert "15 requests/s or more" in explain(advice)["Ruled out"][0]
+    assert "15 requests/s or more" in explain(advice, Demand("throughput_rps"))["Ruled out"][0]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_a_rate_must_be_at_least_its_limit():
      ({"tpot_s": [1, 1.05, 2, 3], "throughput_spread_pct": 10}, "bf16 and int8 differ in speed by less")],
 )  # fmt: skip
 def test_what_qualifies_a_recommendation_is_noted(fields, note):
-    assert any(note in sentence for sentence in advise(ALL.assign(**fields)).notes)
+    assert any(note in sentence for sentence in advise(ALL.assign(**fields)).attrs["notes"])
 
 
 def test_candidates_join_speed_with_the_accuracy_of_a_task_or_of_the_mean(studied):
@@ -124,4 +125,4 @@ def test_formats_are_ranked_also_without_accuracy_and_without_speed(studied):
 def test_without_the_baseline_there_is_an_accuracy_and_no_change(tmp_path):
     frame = recommend.candidates(Results.read(Ledger(example.write(tmp_path / "study", precisions=("int8",)))), "bs1")
     assert (frame.accuracy_pct > 40).all() and frame.change_pp.isna().all()
-    assert recommend.choose(frame, Demand("tpot_s", loss_pp=1)).of(FITS).empty
+    assert FITS not in set(recommend.choose(frame, Demand("tpot_s", loss_pp=1)).fit)
