@@ -135,7 +135,7 @@ def load_tokenizer(folder: str | Path, **options: Any) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def read_config(folder: str | Path, name: str = "") -> PretrainedConfig:
+def read_config(folder: str | Path, name: str = "", **options: Any) -> PretrainedConfig:
     """Read a causal language model's configuration, for measuring; of a multimodal model, that of its text half.
 
     Parameters
@@ -144,6 +144,8 @@ def read_config(folder: str | Path, name: str = "") -> PretrainedConfig:
         Where config.json is.
     name
         What an error calls the model; empty takes the folder.
+    **options
+        Of transformers, such as the name of a GGUF file in the folder.
 
     Raises
     ------
@@ -153,7 +155,7 @@ def read_config(folder: str | Path, name: str = "") -> PretrainedConfig:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     with quiet():
-        whole = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        whole = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, **options)
     text = getattr(whole, "text_config", whole)
     others = [part for part in whole.sub_configs if re.search("vision|image|vq|audio", part)]
     is_causal = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING and "MaskedLM" not in str(whole.architectures)

@@ -6,7 +6,6 @@ accuracy and the size of their file. Their speed and memory would be those of un
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -23,8 +22,7 @@ from qnb.quantize.checkpoint import Weights, count_weights, load_tokenizer, quie
 from qnb.quantize.runtime import PLAIN, check_runnable, linear_layers, main_kind
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qnb.quantize.sources import Source
     from qnb.session import Session
@@ -137,8 +135,7 @@ def method(path: Path) -> str:
     if path.is_file():
         return "gguf"
     settings = getattr(read_config(path), "quantization_config", None) or {}
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
-    return str(getattr(settings.get("quant_method", ""), "value", settings.get("quant_method", "")))
+    return str(settings.get("quant_method", ""))
 
 
 def load(path: Path, device: str) -> PreTrainedModel:
@@ -151,14 +148,13 @@ def load(path: Path, device: str) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
-    is_file = path.is_file()
-    options = _unpacking(path) if is_file else {"config": read_config(path), "dtype": "auto", "use_safetensors": True}
+    options: dict[str, Any] = {"pretrained_model_name_or_path": str(path), "dtype": "auto", "use_safetensors": True}
+    options = sources.unpacking(path) if path.is_file() else {**options, "config": read_config(path)}
     try:
         with quiet():
-            folder = str(path.parent if is_file else path)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, device_map=device, trust_remote_code=False, output_loading_info=True,
-                ignore_mismatched_sizes=True, **options,
+                device_map=device, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
+                **options,
             )  # fmt: skip
         model, report = loaded
         if absent := checkpoint.absent_tensors(report):
@@ -175,16 +171,6 @@ def load(path: Path, device: str) -> PreTrainedModel:
     return model.eval()
 
 
-def _unpacking(file: Path) -> dict[str, Any]:
-    """Return options by which transformers unpacks a GGUF file to bfloat16, as older releases always do."""
-    import torch
-    import transformers
-
-    options: dict[str, Any] = {"gguf_file": file.name, "dtype": torch.bfloat16}
-    config = getattr(transformers, "GgufConfig", None)
-    return options | ({"quantization_config": config(dequantize=True)} if config else {})
-
-
 def check_same_model(path: Path, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a checkpoint of another model than the study's: other shapes, or another vocabulary.
 
@@ -193,7 +179,8 @@ def check_same_model(path: Path, source: Source, tokenizer: PreTrainedTokenizerB
     InputError
         They differ; what differs is named.
     """
-    theirs, ours = _config(path), read_config(source.path)
+    folder, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+    theirs, ours = read_config(folder, **options), read_config(source.path)
     for name in SAME:
         values = getattr(theirs, name, None), getattr(ours, name, None)
         if values[0] != values[1]:
@@ -201,25 +188,15 @@ def check_same_model(path: Path, source: Source, tokenizer: PreTrainedTokenizerB
                 f"{ORIGIN}{path} is of another model than {source.name}: its {name} is {values[0]}, not {values[1]}; "
                 "give a checkpoint that was made of this model"
             )
-    options = {"gguf_file": path.name} if path.is_file() else {}
     if not options and not [*path.glob("tokenizer*"), *path.glob("vocab*"), *path.glob("*.model")]:
         return  # it brings none: the study's is used in any case
-    own = load_tokenizer(path.parent if path.is_file() else path, **options)
+    own = load_tokenizer(folder, **options)
     if own.get_vocab() != tokenizer.get_vocab():
         words = set(own.get_vocab().items()) ^ set(tokenizer.get_vocab().items())
         raise InputError(
             f"{ORIGIN}{path} has another vocabulary than {source.name}, in {len(words)} entries such as "
             f"{min(words)[0]!r}; give a checkpoint that was made of this model"
         )
-
-
-def _config(path: Path) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    if path.is_dir():
-        return read_config(path)
-    with quiet():
-        return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
 
 
 def describe(path: Path, tokenizer: PreTrainedTokenizerBase, device: str) -> Existing:
@@ -253,18 +230,13 @@ def _packed(model: PreTrainedModel) -> dict[str, int]:
     layers: list[Any] = [layer for layer in linear_layers(model) if not hasattr(layer, "weight")]
     if not layers:
         return {}
-    whole, packed = count_weights(model), dict[int, Any]()
-    for layer in layers:
-        packed |= {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}
+    whole = count_weights(model)
     own = [tensor for layer in layers for tensor in layer.parameters() if tensor.dim() > 1]  # which it has counted
-    quantized, packed_bytes = sum(layer.in_features * layer.out_features for layer in layers), _bytes(packed.values())
+    sizes = {id(tensor): tensor.nbytes for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
+    quantized, packed_bytes = sum(layer.in_features * layer.out_features for layer in layers), sum(sizes.values())
     return {
         "parameters": whole.parameters - sum(tensor.numel() for tensor in own) + quantized,
-        "linear_bytes": whole.linear_bytes - _bytes(own) + packed_bytes,
+        "linear_bytes": whole.linear_bytes - sum(tensor.nbytes for tensor in own) + packed_bytes,
         "quantized_parameters": quantized,
         "quantized_bytes": packed_bytes,
     }
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)

@@ -52,8 +52,8 @@ def linear_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
 
 def main_kind(model: PreTrainedModel) -> str:
     """Return what most layers multiply by that are quantized, such as "4-bit, MarlinLinear"; else their plain type."""
-    kinds = [kind for kind, _ in Counter(_kind(layer) for layer in linear_layers(model)).most_common()]
-    return next(iter([*(kind for kind in kinds if kind not in PLAIN), *kinds]), "")
+    kinds = Counter(map(_kind, linear_layers(model)))
+    return max(kinds, key=lambda kind: (kind not in PLAIN, kinds[kind]), default="")
 
 
 def _kind(layer: torch.nn.Module) -> str:

