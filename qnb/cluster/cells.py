@@ -28,7 +28,7 @@ BUILD_S = {"mmlu": 30.0}  # of a task; others take 3
 
 def checkpoint_cell(session: Session, precision: str) -> Cell:
     """Return the cell that makes a format's checkpoint."""
-    rows = [row for row in session.ledger.rows("quantize") if "quantize_s" in row]
+    rows = [row for row in session.ledger.rows("quantize") if row.get("quantize_s")]
     seconds = _mean_s(rows, precision, lambda row: row["quantize_s"] + row["load_s"]) or GUESSED_S["quantize"]
     steps = ((checkpoints.quantize, ()),)
     about = {"stage": "quantize", "precision": precision}

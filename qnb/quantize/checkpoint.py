@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -189,8 +189,6 @@ def load(folder: str | Path, precision: Precision, device: str | Device) -> PreT
     InputError
         The tensors are not those that the configuration describes.
     """
-    from transformers import AutoModelForCausalLM
-
     if precision.origin:
         from qnb.quantize import existing
 
@@ -203,17 +201,11 @@ def load(folder: str | Path, precision: Precision, device: str | Device) -> PreT
             options["quantization_config"] = precision.config(_skipped_modules(config, precision, place))
     if _is_half(folder, config):
         options["key_mapping"] = TEXT_HALF
-    with quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), config=config, output_loading_info=True, ignore_mismatched_sizes=True,
-            trust_remote_code=False, use_safetensors=True, **options,
-        )  # fmt: skip
-    model, report = loaded
+    model, absent, left_over = load_tensors(str(folder), config=config, use_safetensors=True, **options)
     if place != "cpu" and {"cpu", "disk"} & {*map(str, getattr(model, "hf_device_map", {}).values())}:
         raise MemoryError(f"the weights in {folder} are more than all their GPUs may hold")
-    wrong = absent_tensors(report)
     stacks = {_stack(name) for name, _ in model.named_parameters()} - {""}
-    wrong |= {key for key in report["unexpected_keys"] if _stack(key) in stacks}
+    wrong = absent | {key for key in left_over if _stack(key) in stacks}
     if wrong:  # of those left over, transformers would say nothing
         what, advice = "a config.json and safetensors that do not belong together", "save both from one model"
         if _is_half(folder, config):
@@ -225,10 +217,23 @@ def load(folder: str | Path, precision: Precision, device: str | Device) -> PreT
     return model.eval()
 
 
-def absent_tensors(report: Mapping[str, Any]) -> set[str]:
-    """Return the tensors that transformers would draw at random, as they are missing or of another shape."""
+def load_tensors(folder: str, **options: Any) -> tuple[PreTrainedModel, set[str], set[str]]:
+    """Load a causal language model as transformers does.
+
+    Returns
+    -------
+    tuple
+        The model, the tensors that were drawn at random, as they are missing or of another shape, and those left over.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **options
+        )
+    model, report = loaded
     mismatched = (key if isinstance(key, str) else key[0] for key in report["mismatched_keys"])
-    return {*report["missing_keys"], *mismatched}
+    return model, {*report["missing_keys"], *mismatched}, {*report["unexpected_keys"]}
 
 
 def _skipped_modules(config: PretrainedConfig, precision: Precision, device: str) -> list[str] | None:
@@ -378,13 +383,15 @@ def _why_left_out(module: torch.nn.Module, tensor: torch.Tensor, model: PreTrain
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint(Weights):
-    """What a checkpoint takes, and how long it took to make."""
+    """What a checkpoint takes, and how long it took to make. Bytes are None where it was unpacked."""
 
-    file_mib: float  # safetensors on disk
-    quantize_s: float  # loading from the source, conversion included
+    file_mib: float  # on disk
     load_s: float  # loading the checkpoint
-    ran_as: str | None = None  # of a format whose library may do otherwise; see `qnb.quantize.runtime.ran_as`
-    reload_identical: bool = True  # the logits equal those before saving, bit for bit; else there is no checkpoint
+    ran_as: str | None = None  # such as "4-bit, MarlinLinear"; of a format whose library may do otherwise than asked
+    is_unpacked: bool = False  # to weights that are not quantized
+    # and of one that is made here
+    quantize_s: float | None = None  # loading from the source, conversion included
+    reload_identical: bool | None = None  # the logits equal those before saving, bit for bit; else it is not kept
 
 
 def convert(source: Source, precision: Precision, folder: Path, device: str | Device) -> Checkpoint:
@@ -421,7 +428,8 @@ def convert(source: Source, precision: Precision, folder: Path, device: str | De
             raise RuntimeError(f"{precision.name}: the reloaded checkpoint's logits differ from those before saving")
         ran_as = runtime.ran_as(reloaded, precision) if precision.weight else None
         file_mib = sum(path.stat().st_size for path in draft.glob("*.safetensors")) / MIB
-    return Checkpoint(**asdict(weights), file_mib=file_mib, quantize_s=quantize_s, load_s=load_s, ran_as=ran_as)
+    return Checkpoint(**asdict(weights), file_mib=file_mib, load_s=load_s, ran_as=ran_as, quantize_s=quantize_s,
+                      reload_identical=True)  # fmt: skip
 
 
 def disk_shortage(parameters: int, folder: Path, precisions: Iterable[Precision]) -> str:

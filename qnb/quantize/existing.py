@@ -7,7 +7,7 @@ accuracy and the size of their file. Their speed and memory would be those of un
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +18,7 @@ from qnb.ledger import Row
 from qnb.memory import MIB, is_out_of_memory, released
 from qnb.precision import ORIGIN, Precision
 from qnb.quantize import checkpoint, sources
-from qnb.quantize.checkpoint import Weights, count_weights, load_tokenizer, quiet, read_config
+from qnb.quantize.checkpoint import Checkpoint, count_weights, load_tensors, load_tokenizer, read_config
 from qnb.quantize.runtime import PLAIN, check_runnable, linear_layers, main_kind
 
 if TYPE_CHECKING:
@@ -32,16 +32,6 @@ SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "
 PACKAGES = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto-round",
             "compressed-tensors": "compressed-tensors", "torchao": "torchao", "quanto": "optimum-quanto",
             "gguf": "gguf"}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Existing(Weights):
-    """What a checkpoint that was made elsewhere takes, and how it runs. Bytes are None where it is unpacked."""
-
-    file_mib: float
-    load_s: float
-    ran_as: str  # such as "4-bit, MarlinLinear", or "unpacked to bfloat16 (gguf)"
-    is_unpacked: bool
 
 
 def check(session: Session) -> None:
@@ -146,18 +136,13 @@ def load(path: Path, device: str) -> PreTrainedModel:
     InputError
         A library is missing, or transformers cannot load it on this device.
     """
-    from transformers import AutoModelForCausalLM
-
-    options: dict[str, Any] = {"pretrained_model_name_or_path": str(path), "dtype": "auto", "use_safetensors": True}
-    options = sources.unpacking(path) if path.is_file() else {**options, "config": read_config(path)}
+    if path.is_file():
+        folder, options = path.parent, sources.unpacking(path)
+    else:
+        folder, options = path, {"config": read_config(path), "dtype": "auto", "use_safetensors": True}
     try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                device_map=device, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
-                **options,
-            )  # fmt: skip
-        model, report = loaded
-        if absent := checkpoint.absent_tensors(report):
+        model, absent, _ = load_tensors(str(folder), device_map=device, **options)
+        if absent:
             raise ValueError(f"{len(absent)} tensors are missing or of another shape, such as {min(absent)}")
     except Exception as error:  # whatever its library raises
         if is_out_of_memory(error):
@@ -199,7 +184,7 @@ def check_same_model(path: Path, source: Source, tokenizer: PreTrainedTokenizerB
         )
 
 
-def describe(path: Path, tokenizer: PreTrainedTokenizerBase, device: str) -> Existing:
+def describe(path: Path, tokenizer: PreTrainedTokenizerBase, device: str) -> Checkpoint:
     """Load a checkpoint, let it read a short text, and describe it.
 
     Raises
@@ -222,7 +207,7 @@ def describe(path: Path, tokenizer: PreTrainedTokenizerBase, device: str) -> Exi
     files = [path] if path.is_file() else path.glob("*.safetensors")
     file_mib = sum(file.stat().st_size for file in files) / MIB
     ran_as = f"unpacked to {kind} ({how})" if is_unpacked else kind
-    return Existing(**weights, file_mib=file_mib, load_s=load_s, ran_as=ran_as, is_unpacked=is_unpacked)
+    return Checkpoint(**weights, file_mib=file_mib, load_s=load_s, ran_as=ran_as, is_unpacked=is_unpacked)
 
 
 def _packed(model: PreTrainedModel) -> dict[str, int]:

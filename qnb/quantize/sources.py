@@ -220,19 +220,18 @@ def _save_embedded(folder: Path) -> None:
 
     with tempfile.TemporaryDirectory() as download:
         gguf = fetch_gguf(Path(download))
-        AutoModelForCausalLM.from_pretrained(**unpacking(gguf)).save_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(str(gguf.parent), **unpacking(gguf)).save_pretrained(folder)
         AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
 
 
 def unpacking(gguf: Path) -> dict[str, Any]:
-    """Return arguments by which transformers unpacks a GGUF file to bfloat16, as older releases always do."""
+    """Return options by which transformers unpacks a GGUF file to bfloat16, as older releases always do."""
     import torch
     import transformers
 
+    options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
     config = getattr(transformers, "GgufConfig", None)
-    options = {"quantization_config": config(dequantize=True)} if config else {}
-    file = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    return {**file, "dtype": torch.bfloat16, **options}
+    return options | ({"quantization_config": config(dequantize=True)} if config else {})
 
 
 def fetch_gguf(folder: Path) -> Path:
