@@ -32,11 +32,10 @@ COLUMNS = ("task", "precision", "n_items", "chance_pct", "baseline_pct", "accura
            "p_holm", "significant")  # fmt: skip
 
 
-def _pairs(results: Results) -> dict[tuple[str, str], pd.DataFrame]:
-    """Return by task and format a row an item that both it and the baseline answered.
+def _pairs(results: Results) -> dict[tuple[str, str], pd.DataFrame | str]:
+    """Return by task and format a row an item that both it and the baseline answered, or why they are not compared.
 
-    The baseline's columns end in ``_base``. ``chance`` is the probability of guessing an item right. A frame without
-    rows says in ``attrs["note"]`` why the two are not compared.
+    The baseline's columns end in ``_base``. ``chance`` is the probability of guessing an item right.
     """
     by_task: dict[str, dict[str, Any]] = {}
     for row in results.accuracy_rows.to_dict("records"):
@@ -47,18 +46,18 @@ def _pairs(results: Results) -> dict[tuple[str, str], pd.DataFrame]:
     }  # fmt: skip
 
 
-def _pair(results: Results, base: Mapping[str, Any], row: Mapping[str, Any]) -> pd.DataFrame:
+def _pair(results: Results, base: Mapping[str, Any], row: Mapping[str, Any]) -> pd.DataFrame | str:
     frames = [results.items(each) for each in (base, row)]
     if any(frame is None for frame in frames):
-        return _incomparable("the items' file is gone or was changed")
+        return "the items' file is gone or was changed"
     # right or wrong by item, generated answers as `headline` reads them
     indexed = [one_filter(frame).set_index(["task", "doc_id"]).reindex(columns=list(ANSWER)) for frame in frames]
     both = indexed[0].join(indexed[1], lsuffix="_base", how="inner", validate="one_to_one").reset_index()
     bad = sum(each.get("bad_items", 0) for each in (base, row))  # an item that is bad in one is missing in both
     if row["data_sha256"] != base["data_sha256"] or any(len(frame) - len(both) > bad for frame in indexed):
-        return _incomparable(f"the items are others than {BASELINE}'s")
+        return f"the items are others than {BASELINE}'s"
     if not _shares(row) or both[["correct_base", "correct"]].isna().any(axis=None):
-        return _incomparable("its score is not a share of right answers")
+        return "its score is not a share of right answers"
     now, before = both.correct.astype(bool), both.correct_base.astype(bool)
     chance = [1 / len(shares) if isinstance(shares, Sized) else 0.0 for shares in both.loglikelihoods]
     return both.assign(gained=now & ~before, lost=before & ~now, chance=chance)
@@ -68,12 +67,6 @@ def _shares(row: Mapping[str, Any]) -> dict[str, None]:
     """Return the tasks and groups of a row that have a share of right answers."""
     scores = [score for score in row["scores"] if score["metric"] in HEADLINE and score.get("unit", "%") == "%"]
     return dict.fromkeys(score["task"] for score in scores)
-
-
-def _incomparable(why: str) -> pd.DataFrame:
-    frame = pd.DataFrame(columns=["task", "correct_base", "correct"])
-    frame.attrs["note"] = f"not compared: {why}"
-    return frame
 
 
 def changes(results: Results) -> pd.DataFrame:
@@ -96,7 +89,7 @@ def table(results: Results) -> pd.DataFrame:
     both = _pairs(results)
     groups = {row["task"]: row for row in results.accuracy_rows.to_dict("records")}
     rows = [row for (task, name), pair in both.items() for row in _compare(groups[task], name, pair)]
-    frame = pd.DataFrame([*rows, *_averaged({key: pair for key, pair in both.items() if len(pair)})])
+    frame = pd.DataFrame([*rows, *_averaged({key: pair for key, pair in both.items() if not isinstance(pair, str)})])
     frame = frame.reindex(columns=list(COLUMNS))
     tested = frame.p_mcnemar.notna()
     frame.loc[tested, "p_holm"] = holm(list(frame.p_mcnemar[tested]))
@@ -105,10 +98,10 @@ def table(results: Results) -> pd.DataFrame:
     return frame.fillna({"note": ""}).merge(published, how="left").round(6)
 
 
-def _compare(row: Mapping[str, Any], precision: str, pair: pd.DataFrame) -> Iterator[dict[str, Any]]:
+def _compare(row: Mapping[str, Any], precision: str, pair: pd.DataFrame | str) -> Iterator[dict[str, Any]]:
     """Compare a task's items, and those of each group in it, which lm-eval weighs by their items."""
-    if pair.empty:
-        yield {"task": row["task"], "precision": precision, "note": pair.attrs["note"]}
+    if isinstance(pair, str):
+        yield {"task": row["task"], "precision": precision, "note": f"not compared: {pair}"}
         return
     for task in _shares(row):
         part = pair if task == row["task"] else pair[pair.task.isin(row["groups"].get(task, ()))]
