@@ -32,21 +32,11 @@ COLUMNS = ("task", "precision", "n_items", "chance_pct", "baseline_pct", "accura
            "p_holm", "significant")  # fmt: skip
 
 
-def _pairs(results: Results) -> dict[tuple[str, str], pd.DataFrame | str]:
-    """Return by task and format a row an item that both it and the baseline answered, or why they are not compared.
+def _pair(results: Results, base: Mapping[str, Any], row: Mapping[str, Any]) -> pd.DataFrame | str:
+    """Return a row an item that both a format and the baseline answered, or why they are not compared.
 
     The baseline's columns end in ``_base``. ``chance`` is the probability of guessing an item right.
     """
-    by_task: dict[str, dict[str, Any]] = {}
-    for row in results.accuracy_rows.to_dict("records"):
-        by_task.setdefault(row["task"], {})[row["precision"]] = row
-    return {
-        (task, name): _pair(results, rows[BASELINE], row)
-        for task, rows in by_task.items() if BASELINE in rows for name, row in rows.items() if name != BASELINE
-    }  # fmt: skip
-
-
-def _pair(results: Results, base: Mapping[str, Any], row: Mapping[str, Any]) -> pd.DataFrame | str:
     frames = [results.items(each) for each in (base, row)]
     if any(frame is None for frame in frames):
         return "the items' file is gone or was changed"
@@ -86,10 +76,14 @@ def table(results: Results) -> pd.DataFrame:
     tasks have an interval, for which each task's items are resampled by themselves; their parts are tested, they are
     not.
     """
-    both = _pairs(results)
-    groups = {row["task"]: row for row in results.accuracy_rows.to_dict("records")}
-    rows = [row for (task, name), pair in both.items() for row in _compare(groups[task], name, pair)]
-    frame = pd.DataFrame([*rows, *_averaged({key: pair for key, pair in both.items() if not isinstance(pair, str)})])
+    rows, both = list[dict[str, Any]](), dict[tuple[str, str], pd.DataFrame]()
+    answered = results.accuracy_rows.to_dict("records")
+    for base in (row for row in answered if row["precision"] == BASELINE):
+        for row in (row for row in answered if row["task"] == base["task"] and row is not base):
+            pair = _pair(results, base, row)
+            rows += _compare(row, pair)
+            both |= {} if isinstance(pair, str) else {(row["task"], row["precision"]): pair}
+    frame = pd.DataFrame([*rows, *_averaged(both)])
     frame = frame.reindex(columns=list(COLUMNS))
     tested = frame.p_mcnemar.notna()
     frame.loc[tested, "p_holm"] = holm(list(frame.p_mcnemar[tested]))
@@ -98,10 +92,10 @@ def table(results: Results) -> pd.DataFrame:
     return frame.fillna({"note": ""}).merge(published, how="left").round(6)
 
 
-def _compare(row: Mapping[str, Any], precision: str, pair: pd.DataFrame | str) -> Iterator[dict[str, Any]]:
+def _compare(row: Mapping[str, Any], pair: pd.DataFrame | str) -> Iterator[dict[str, Any]]:
     """Compare a task's items, and those of each group in it, which lm-eval weighs by their items."""
     if isinstance(pair, str):
-        yield {"task": row["task"], "precision": precision, "note": f"not compared: {pair}"}
+        yield {"task": row["task"], "precision": row["precision"], "note": f"not compared: {pair}"}
         return
     for task in _shares(row):
         part = pair if task == row["task"] else pair[pair.task.isin(row["groups"].get(task, ()))]
@@ -110,7 +104,7 @@ def _compare(row: Mapping[str, Any], precision: str, pair: pd.DataFrame | str) -
             changed = int((part.picked.map(str) != part.picked_base.map(str)).sum())
             chance = part.chance.mean()
             more = {**_p_correct(part), **_recovery(change, chance), "answers_changed": changed}
-            yield _row(task, precision, change, **more, chance_pct=100 * chance)
+            yield _row(task, row["precision"], change, **more, chance_pct=100 * chance)
 
 
 def _row(task: str, precision: str, change: Change, **more: Any) -> dict[str, Any]:
