@@ -19,7 +19,6 @@ from qnb.report.tables import build
 from qnb.report.verdicts import accuracies
 
 SETTINGS = {"bs1": "batch size 1", "maxbatch": "the largest batch"}
-DIVERGENCE = ["precision", "kl_mean_nats", "noise_floor_nats"]
 BASE, NOTHING = BASELINE.upper(), "Nothing was measured yet."
 
 
@@ -58,7 +57,7 @@ def _accuracy(results: Results, precision: str) -> Iterator[str]:
 
 
 def _perplexity(results: Results, precision: str) -> Iterator[str]:
-    rows = results.divergence.reindex(columns=[*DIVERGENCE, *results.divergence.columns.difference(DIVERGENCE)])
+    rows = build(results, "divergence")
     floor = rows.noise_floor_nats.max()
     for row in rows[rows.precision == precision].to_dict("records"):
         change, low, high = (row[f"perplexity_change_pct{end}"] for end in ("", "_low", "_high"))

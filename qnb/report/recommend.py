@@ -81,24 +81,21 @@ def choose(candidates: pd.DataFrame, demand: Demand) -> pd.DataFrame:
     """
     is_time = column(demand.rank_by).better == "less"
     table = candidates.sort_values([demand.rank_by, "peak_memory_mib"], ascending=[is_time, True])
-    rows = table.to_dict("records")
-    decisions = [decide(row["precision"], row, demand.loss_pp or 0) for row in rows]
-    judged = [_hold(row, demand, *decision) for row, decision in zip(rows, decisions, strict=True)]
-    table["words"] = [words for _, words in decisions]
-    table["fit"] = [RULED_OUT if against else UNSURE if unknown else FITS for against, unknown in judged]
-    table["reasons"] = ["; ".join([*against, *unknown]) for against, unknown in judged]
+    held = [_hold(row, demand) for row in table.to_dict("records")]
+    table = table.join(pd.DataFrame(held, table.index, ["words", "fit", "reasons"]))
     fits, unsure, ruled_out = (table[table.fit == fit] for fit in (FITS, UNSURE, RULED_OUT))
     table = pd.concat([fits, unsure.sort_values("kl_mean_nats", kind="stable"), ruled_out])
     table.attrs["notes"] = [*_notes(table, demand)]
     return table
 
 
-def _hold(row: Mapping[str, Any], demand: Demand, verdict: Verdict, words: str) -> tuple[list[str], list[str]]:
-    """Return what rules a candidate out, and what the data cannot tell of it.
+def _hold(row: Mapping[str, Any], demand: Demand) -> tuple[str, str, str]:
+    """Return a candidate's verdict in words, whether it fits, and what rules it out or cannot be told.
 
     Where no allocator was read, the weights are held against the memory that is allowed.
     """
     against, unknown = [], []
+    verdict, words = decide(row["precision"], row, demand.loss_pp or 0)
     is_known = pd.notna(row["peak_memory_mib"]) or pd.isna(row.get("weights_mib"))
     size = "peak_memory_mib" if is_known else "weights_mib"
     for name, limit in ((size, demand.memory_mib), (demand.rank_by, demand.speed_limit)):
@@ -116,7 +113,8 @@ def _hold(row: Mapping[str, Any], demand: Demand, verdict: Verdict, words: str) 
             against.append(words + interval)
         elif verdict in (Verdict.UNCLEAR, Verdict.UNMEASURED):
             unknown.append(words + interval)
-    return against, unknown
+    fit = RULED_OUT if against else UNSURE if unknown else FITS
+    return words, fit, "; ".join([*against, *unknown])
 
 
 def interval_text(row: Mapping[str, Any]) -> str:
