@@ -46,11 +46,6 @@ pio.templates["qnb"] = go.layout.Template(
 )  # fmt: skip
 
 
-def colors() -> dict[str, str]:
-    """Return each format's colour."""
-    return {name: precision.color for name, precision in PRECISIONS.items()}
-
-
 def symbol(precision: str, engine: str = "") -> str:
     """Return a point's marker: the format's, hollow for eager; a line for what the paper published."""
     return "line-ns-open" if engine == PUBLISHED else PRECISIONS[precision].marker + "-open" * (engine in HOLLOW)
@@ -58,8 +53,8 @@ def symbol(precision: str, engine: str = "") -> str:
 
 def by_format(frame: pd.DataFrame, *custom: str) -> dict[str, Any]:
     """Return what Plotly Express needs to colour a frame by its format and to show its column `hover`."""
-    formats = [name for name in PRECISIONS if name in set(frame.precision)]
-    return {"color": "precision", "color_discrete_map": colors(), "category_orders": {"precision": formats},
+    formats = {name: PRECISIONS[name].color for name in PRECISIONS if name in set(frame.precision)}
+    return {"color": "precision", "color_discrete_map": formats, "category_orders": {"precision": [*formats]},
             "custom_data": ["hover", *custom]}  # fmt: skip
 
 
