@@ -114,7 +114,7 @@ class Session:
         self._overflowing: set[str] = set()  # formats that overflowed in float16 in the stage at work
         self._measured: set[tuple[Any, ...]] = set()  # keys of this session's own rows, which overwriting spares
         self._verified: set[Path] = set()  # checkpoints whose every byte was read by this session
-        self.existing: dict[str, existing.Found] = {}  # checkpoints that were made elsewhere, by label
+        self.existing: dict[str, sources.Source] = {}  # checkpoints that were made elsewhere, by label
         self.tasks: dict[str, Any] = {}  # lm-eval's tasks that were built, by name
         self.encoded: dict[Any, list[int]] = {}  # token ids by text
         self.replays = REPLAY in os.environ  # what was measured elsewhere is shown
@@ -466,7 +466,7 @@ class Session:
         """Return the folder of a format's checkpoint; make it if it is missing, damaged or to be overwritten."""
         if precision.origin:
             existing.row(self, precision)
-            return existing.find(self, precision).path
+            return Path(existing.find(self, precision).path)
         precision = self.pinned(precision)
         folder = self.folder / "checkpoints" / precision.checkpoint
         if folder in self._verified and folder.exists():  # bytes are read once

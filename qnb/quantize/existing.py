@@ -11,7 +11,7 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from qnb.errors import InputError, scrub
 from qnb.ledger import Row
@@ -49,29 +49,11 @@ def check(session: Session) -> None:
             find(session, precision)
 
 
-class Found(NamedTuple):
-    """A checkpoint that was made elsewhere, and the library that reads it."""
-
-    source: Source
-    library: str  # with its version; empty where it is one that every study names
-
-    @property
-    def path(self) -> Path:
-        """Its folder, or its GGUF file."""
-        return Path(self.source.path)
-
-    @property
-    def content(self) -> dict[str, str]:
-        """What its rows depend on, wherever it lies."""
-        return {"checkpoint_fingerprint": self.source.fingerprint, "library": self.library}
-
-
-def find(session: Session, precision: Precision) -> Found:
+def find(session: Session, precision: Precision) -> Source:
     """Return the checkpoint of a format that was made elsewhere, once it was found to be of the study's model."""
     if precision.name in session.existing:
         return session.existing[precision.name]
     source = sources.existing(precision.origin)
-    path = Path(source.path)
     for row in session.ledger.rows("quantize"):
         if row["precision"] == precision.name and row["checkpoint_fingerprint"] != source.fingerprint:
             raise InputError(
@@ -79,20 +61,20 @@ def find(session: Session, precision: Precision) -> Found:
                 "was then; give another label before '=', or another output"
             )
     try:
-        check_same_model(path, session.source, session.tokenizer)
-        library = _library(method(path))
+        check_same_model(Path(source.path), session.source, session.tokenizer)
     except InputError:
         raise
     except Exception as error:  # whatever a library says of a damaged file
-        raise InputError(_unreadable(path, error)) from error
-    session.existing[precision.name] = Found(source, library)
-    return session.existing[precision.name]
+        raise InputError(_unreadable(source.path, error)) from error
+    session.existing[precision.name] = source
+    return source
 
 
 def content(session: Session, precision: Precision) -> dict[str, Any]:
-    """Return what makes a format's rows: its settings, and a package that not every study has."""
+    """Return what makes a format's rows: its settings or its files, and a package that not every study has."""
     if precision.origin:
-        return find(session, precision).content
+        source = find(session, precision)
+        return {"checkpoint_fingerprint": source.fingerprint, "library": _library(method(Path(source.path)))}
     version = _library(precision.library)  # empty of what every study names
     return precision.quantization | ({"library": version} if version else {})
 
@@ -111,13 +93,13 @@ def _unreadable(path: str | Path, error: Exception) -> str:
 
 def row(session: Session, precision: Precision) -> Row:
     """Return the row that describes a checkpoint made elsewhere; it is loaded for that once."""
-    key, found = session.key("quantize", precision), find(session, precision)
+    key, source = session.key("quantize", precision), find(session, precision)
     if measured := session.find(key):
         return measured
     with released():
-        facts = describe(found.path, session.tokenizer, session.device.place)
-    named = {"origin": precision.origin, "style": precision.style, "checkpoint": found.source.name}
-    return session.append(key, asdict(facts), found.content, named)
+        facts = describe(Path(source.path), session.tokenizer, session.device.place)
+    named = {"origin": precision.origin, "style": precision.style, "checkpoint": source.name}
+    return session.append(key, asdict(facts), content(session, precision), named)
 
 
 def method(path: Path) -> str:
