@@ -20,7 +20,6 @@ from qnb.report.verdicts import CHANGE, Verdict, accuracies, tasks, with_pooled
 
 ACCURACY = "accuracy_pct"
 QUANTITIES = [name for name in SPEED if column(name).unit]
-NEEDS = f"needs the accuracy of {BASELINE.upper()} and of another format"
 QUALITIES = ("change_pp", "kl_mean_nats", "perplexity_change_pct")  # the first that was measured is drawn
 SIGNS = {str(verdict): verdict.text for verdict in Verdict}
 MOST_TASKS = 12  # panels that fit a screen
@@ -57,8 +56,6 @@ def forest(results: Results) -> go.Figure:
 def _by_task(results: Results, frame: pd.DataFrame, name: str, title: str, note: str) -> go.Figure:
     """Draw a panel per task, and what the paper published beside its own model."""
     frame = frame.dropna(subset=[name])
-    if frame.empty:
-        return theme.nothing(title, NEEDS)
     if name in (published := paper.accuracy()) and paper.is_published_model(results.model):
         there = published.merge(frame[["task", "precision"]].drop_duplicates()).dropna(subset=[name])
         frame = stack([frame, there.assign(engine=theme.PUBLISHED)])
@@ -98,7 +95,7 @@ def front(results: Results, cost: str) -> go.Figure:
     quality = next((name for name in QUALITIES if any(frame[name][~is_base].notna())), QUALITIES[0])
     frame = frame.assign(**{quality: frame[quality].mask(is_base, 0.0)}).dropna(subset=[cost, quality])
     if len(frame) < 2:
-        return theme.nothing(title, f"{NEEDS}, and what each format takes")
+        return theme.nothing(title, f"{theme.NEEDS}, and what each format takes")
     is_loss, costs = column(quality).better == "less", frame[cost] * column(cost).scale
     frame = _with_interval(frame).assign(
         cost=costs, quality=frame[quality] * (-1 if is_loss else 1),
@@ -167,11 +164,8 @@ def compare(
     if baseline:
         scale = 100 / frame.engine.map(frame[frame.precision == baseline].set_index("engine").value)
         scaled = {name: frame[name] * scale for name in ("value", "above", "below") if name in frame}
-        frame = frame.assign(panel=f"% of {baseline}", **scaled)
-        frame = frame.assign(text=theme.numbers(frame.value))
+        frame = frame.assign(panel=f"% of {baseline}", **scaled, text=theme.numbers(scaled["value"]))
     frame = frame[frame.precision.isin(precisions or frame.precision)].dropna(subset=["value"])
-    if frame.empty:
-        return theme.nothing(title)
     note = f"{SETTINGS.get(place) or theme.label(place)}; hollow: eager"
     return theme.dots(frame, title, note + theme.fusing(frame))
 

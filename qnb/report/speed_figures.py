@@ -36,8 +36,6 @@ def metrics(results: Results, setting: str) -> go.Figure:
     """
     title = f"What do you get at {SETTINGS[setting]}?"
     frame = theme.panels(results.timed(setting), METRICS, "throughput_spread_pct")
-    if frame.empty:
-        return theme.nothing(title)
     note = ("hollow: eager; filled: cuda_graph; panels with lines are logarithmic" if frame.engine.nunique() > 1
             else "each panel has its own unit")  # fmt: skip
     note += _disturbed(frame) + theme.fusing(frame)

@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from qnb.columns import column, format_value, header, is_disturbed
-from qnb.precision import PRECISIONS
+from qnb.precision import BASELINE, PRECISIONS
 from qnb.report.results import stack, task_name, unfused
 
 INK, QUIET = "#222222", "#6b6b6b"
@@ -29,6 +29,7 @@ ROOM = 0.5  # of what an axis spans, for the numbers at its ends
 PAD = "\u2002\u2009"  # between a mark and its number
 NOTE_LETTERS = 54  # in a line below the title, so that it fits a phone
 PANEL_LETTERS = 24  # in a line of a panel's title
+NEEDS = f"needs the accuracy of {BASELINE.upper()} and of another format"
 HOLLOW = ("eager", "not significant")
 PUBLISHED = "published"  # in place of an engine
 LOG_AXIS = {"type": "log", "tickvals": [digit * 10.0**power for power in range(-6, 9) for digit in (1, 2, 5)],
@@ -136,6 +137,8 @@ def dots(frame: pd.DataFrame, title: str, note: str, change: str = "") -> go.Fig
     change
         The title of an axis that all panels share, with a line at 0; values then have no numbers.
     """
+    if frame.empty:
+        return nothing(title, NEEDS if change else "")
     frame = frame.assign(**{name: frame.get(name, math.nan) for name in ("above", "below")})
     mine = frame.engine != PUBLISHED
     text = frame.text.where(mine, "")

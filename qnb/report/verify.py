@@ -42,7 +42,8 @@ def verify(folder: str | Path) -> Iterator[Finding]:
     for row in results.rows:
         for kind in ("items", "samples", "tokens"):
             if name := row.get(f"{kind}_file"):
-                is_same = _is_file(ledger.folder / name, row[f"{kind}_sha256"])
+                path = ledger.folder / name
+                is_same = path.is_file() and file_sha256(path) == row[f"{kind}_sha256"]
                 yield Finding(name, "" if is_same else "missing, or not the file its row was made of")
     for row in results.checkpoints.to_dict("records"):
         if PRECISIONS[row["precision"]].origin:
@@ -53,10 +54,6 @@ def verify(folder: str | Path) -> Iterator[Finding]:
             damaged = damage(checkpoint, row["manifest_sha256"])
             yield Finding(f"checkpoints/{name}", f"{damaged} is not as it was saved" if damaged else "")
     yield from _tables(ledger.folder / "tables", results)
-
-
-def _is_file(path: Path, sha256: str) -> bool:
-    return path.is_file() and file_sha256(path) == sha256
 
 
 def _tables(folder: Path, results: Results) -> Iterator[Finding]:
