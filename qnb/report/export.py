@@ -7,7 +7,7 @@ all pictures of a call.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
@@ -28,14 +28,12 @@ def save_figures(results: Results, folder: Path, with_pictures: bool = True) -> 
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():  # plotly.js lies once beside them, so no network is needed to look
         figure.write_html(folder / f"{name}.html", include_plotlyjs="directory", config={"responsive": True})
-    if with_pictures and (problem := pictures(figures, folder, label=results.label)):
+    if with_pictures and (problem := pictures(figures, folder, results.label)):
         LOGGER.warning(problem)
     return figures
 
 
-def pictures(
-    figures: Mapping[str, go.Figure], folder: Path, kinds: Sequence[str] = ("png", "svg"), label: str = ""
-) -> str:
+def pictures(figures: Mapping[str, go.Figure], folder: Path, label: str = "") -> str:
     """Write each figure that draws something as PNG and SVG; return why not, or nothing.
 
     A browser that fails costs the pictures, never the run that asked for them.
@@ -46,19 +44,16 @@ def pictures(
         Figures by file name.
     folder
         Where the pictures go.
-    kinds
-        File types that kaleido knows.
     label
         Model and device: they stand beside the title, since a picture is passed on without the page around it.
     """
     shown = {name: _labelled(figure, label) for name, figure in figures.items() if figure.data}
     if not shown:
         return ""
-    folder.mkdir(parents=True, exist_ok=True)
     jobs = [
         {"fig": figure, "path": folder / f"{name}.{kind}",
          "opts": {"format": kind, "width": WIDTH_PX, "height": figure.layout.height, "scale": SCALE}}
-        for name, figure in shown.items() for kind in kinds
+        for name, figure in shown.items() for kind in ("png", "svg")
     ]  # fmt: skip
     try:
         from kaleido import write_fig_from_object_sync
