@@ -119,8 +119,7 @@ def timeline(results: Results, setting: str) -> go.Figure:
 
 def token_time(results: Results) -> go.Figure:
     """Draw where a token's time goes at batch size 1: kernels at work, and the GPU waiting for a launch."""
-    runs = results.bs1.dropna(subset=["tpot_s"])
-    runs = runs.assign(panel=runs.engine)
+    runs = results.bs1.dropna(subset=["tpot_s"]).assign(panel=lambda runs: runs.engine)
     kernel_s = runs.kernel_s_per_token
     parts = {"kernels at work": 1e3 * kernel_s, "waiting for a launch": 1e3 * (runs.tpot_s - kernel_s).clip(lower=0)}
     note = "ms per token at batch size 1"
@@ -163,13 +162,11 @@ def _parts(
     runs: pd.DataFrame, parts: Mapping[str, pd.Series], names: Sequence[str], title: str, note: str
 ) -> go.Figure:
     """Draw the rows of which all parts are known."""
-    known = pd.DataFrame(parts).notna().all(axis=1)
-    runs = runs.assign(hover=theme.hovers(runs, *names))[known]
+    runs = runs.assign(**parts, hover=theme.hovers(runs, *names)).dropna(subset=[*parts])
     if runs.empty:
         return theme.nothing(title, note)
-    parts = {name: part[known] for name, part in parts.items()}
     note += f"; each panel has its own scale{_disturbed(runs)}{theme.fusing(runs)}"
-    return theme.stacked(runs, parts, title, note)
+    return theme.stacked(runs, [*parts], title, note)
 
 
 def roofline(results: Results) -> go.Figure:

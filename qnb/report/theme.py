@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -97,22 +97,22 @@ def points(frame: pd.DataFrame, x: str, y: str, **more: Any) -> go.Figure:
     return figure.update_traces(marker_size=10)
 
 
-def stacked(frame: pd.DataFrame, parts: Mapping[str, pd.Series], title: str, note: str) -> go.Figure:
+def stacked(frame: pd.DataFrame, parts: Sequence[str], title: str, note: str) -> go.Figure:
     """Draw panels with a bar per format: parts end to end, from solid to pale, and their sum.
 
     Parameters
     ----------
     frame
-        Columns panel, precision and hover.
+        Columns panel, precision and hover, and the length of each part.
     parts
-        The length of each part, by its name in the legend.
+        Names of columns, as the legend has them.
     title, note
         What the figure shows, and how it is read.
     """
     opacity = {name: 1 - 0.7 * place / max(len(parts) - 1, 1) for place, name in enumerate(parts)}
-    total = sum(parts.values())
-    frame = frame.assign(**parts, low=0.0, high=total, is_low=False, text=numbers(total, frame.get("flags")))
-    long = frame.melt(["panel", "precision", "hover"], list(parts), "part", "length")
+    total = frame[[*parts]].sum(axis=1)
+    frame = frame.assign(low=0.0, high=total, is_low=False, text=numbers(total, frame.get("flags")))
+    long = frame.melt(["panel", "precision", "hover"], parts, "part", "length")
     look = {**by_format(frame), **facets(*_shape(frame)), "color": "part"}
     figure = px.bar(long, x="length", y="precision", **look).update_traces(showlegend=False)
     for bar in figure.data:
