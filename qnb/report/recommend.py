@@ -10,7 +10,7 @@ import pandas as pd
 
 from qnb.columns import Flag, column, format_value, is_disturbed
 from qnb.precision import BASELINE, title
-from qnb.report.results import Results, is_unfused, stack, unfused
+from qnb.report.results import Results, is_unfused, unfused
 from qnb.report.scores import MEAN
 from qnb.report.verdicts import Verdict, check_margin, decide, in_points, judge
 
@@ -48,17 +48,16 @@ def candidates(results: Results, setting: str, task: str = MEAN) -> pd.DataFrame
     task
         The task whose accuracy counts, or `MEAN` for the mean over the tasks that count.
     """
-    timed, verdicts = results.timed(setting), judge(results, task=task).drop(columns=["verdict", "words"])
-    untimed = verdicts.index[~verdicts.index.isin(timed.precision)]
-    timed = stack([timed, pd.DataFrame({"precision": untimed, "engine": "not timed"})]) if len(untimed) else timed
-    timed = timed.assign(precision=timed.precision.astype(verdicts.index.dtype))
-    stored_mib = timed.precision.map(_by_format(results.checkpoints, "weights_mib").weights_mib)
-    timed = timed.assign(
-        weights_mib=stored_mib.combine_first(timed.weights_mib),
-        peak_memory_mib=timed.peak_memory_mib.where(timed.peak_reserved_mib.notna()),  # a process is no measure
-    )
+    verdicts = judge(results, task=task).drop(columns=["verdict", "words"])
     divergence = _by_format(results.divergence, "perplexity_change_pct", "kl_mean_nats")
-    frame = timed.join(verdicts, on="precision").join(divergence, on="precision")
+    frame = verdicts.join(results.timed(setting).set_index("precision")).join(divergence)
+    frame = frame.rename_axis("precision").reset_index()
+    stored_mib = frame.precision.map(_by_format(results.checkpoints, "weights_mib").weights_mib)
+    frame = frame.assign(
+        engine=frame.engine.where(frame.engine.notna(), "not timed"),
+        weights_mib=stored_mib.combine_first(frame.weights_mib),
+        peak_memory_mib=frame.peak_memory_mib.where(frame.peak_reserved_mib.notna()),  # a process is no measure
+    )
     return frame.set_index(pd.Index([f"{row.precision} ({row.engine})" for row in frame.itertuples()], dtype=object))
 
 
@@ -223,22 +222,17 @@ def summary(results: Results) -> pd.DataFrame:
     least = timed[["weights_mib", "energy_j_per_token", "perplexity_change_pct", "kl_mean_nats"]].min()
     timed_full = results.maxbatch.dropna(subset=["throughput_rps"])
     fastest = timed_full.sort_values("throughput_rps", ascending=False).drop_duplicates("precision")
-    frame = (
-        judge(results)
-        .join([least, fastest.set_index("precision")[["throughput_rps"]]])
-        .assign(
-            peak_memory_mib=timed.peak_memory_mib.last(),
-            tpot_eager_s=rows[is_eager].set_index("precision").tpot_s,
-            tpot_captured_s=rows[~is_eager].groupby("precision").tpot_s.min(),
-        )
-    )
     captured = fastest.precision.isin(timed_full.precision[timed_full.engine != "eager"])
     is_eager_alone = (fastest.engine == "eager") & ~captured & captured.any()
     notes = [pd.Series(Flag.UNFUSED.text, results.speed.precision[is_unfused(results.speed)].unique()),
              pd.Series("largest batch with eager alone", fastest.precision[is_eager_alone])]  # fmt: skip
     note = pd.concat(notes).groupby(level=0, sort=False).agg("; ".join)
     ran_as = results.checkpoints.reindex(columns=["precision", "ran_as"]).set_index("precision").ran_as
-    return frame.assign(ran_as=ran_as, note=note).rename_axis("precision").reset_index()[[*SUMMARY, "ran_as", "note"]]
+    frame = judge(results).join([least, fastest.set_index("precision")[["throughput_rps"]]]).assign(
+        peak_memory_mib=timed.peak_memory_mib.last(), tpot_eager_s=rows[is_eager].set_index("precision").tpot_s,
+        tpot_captured_s=rows[~is_eager].groupby("precision").tpot_s.min(), ran_as=ran_as, note=note,
+    )  # fmt: skip
+    return frame.rename_axis("precision").reset_index()[[*SUMMARY, "ran_as", "note"]]
 
 
 def sentence(results: Results) -> str:
@@ -254,9 +248,9 @@ def sentence(results: Results) -> str:
         Verdict.UNMEASURED: "not measured for",
         Verdict.BARELY_QUANTIZED: "most weights not quantized in",
     }
-    names = {each: ", ".join(map(title, table.precision[table.verdict == each])) for each in phrases}
-    lists = "; ".join(f"{phrase} {names[each]}" for each, phrase in phrases.items() if names[each])
-    opening = [f"On {results.model}, accuracy against {BASELINE.upper()}: {lists}."] if lists else []
+    lists = [f"{phrase} {', '.join(map(title, names))}" for each, phrase in phrases.items()
+             if len(names := table.precision[table.verdict == each])]  # fmt: skip
+    opening = [f"On {results.model}, accuracy against {BASELINE.upper()}: {'; '.join(lists)}."] if lists else []
     is_allowed = ~table.verdict.isin([Verdict.LOSES, Verdict.BARELY_QUANTIZED])
     allowed = table[is_allowed]
     alone = unfused(results.speed[results.speed.precision.isin(allowed.precision)])
