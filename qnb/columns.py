@@ -98,9 +98,9 @@ def header(name: str) -> str:
     return column(name).header
 
 
-def format_number(value: float) -> str:
-    """Return a number with the digits that carry it: four significant ones, thousands apart."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+def format_number(value: float, digits: int = 4) -> str:
+    """Return a number with so many significant digits, or all those before the point, thousands apart."""
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
 def format_value(name: str, value: Any) -> str:

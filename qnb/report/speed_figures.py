@@ -55,14 +55,14 @@ def heatmap(results: Results, setting: str) -> go.Figure:
     names = [name for name in METRICS if runs[name].notna().any()]
     if not names:
         return theme.nothing(title)
-    values, stars = runs[names].astype(float), runs["flags"].map(is_disturbed).map({True: "*", False: ""})
+    values = runs[names].astype(float)
     scores = values * [-1 if column(name).better == "less" else 1 for name in names]
     shades = ((scores - scores.min()) / (scores.max() - scores.min())).fillna(1)  # equal ones are best
-    texts = pd.DataFrame({name: theme.numbers(values[name] * column(name).scale) + stars for name in names})
+    texts = pd.DataFrame({name: theme.numbers(values[name] * column(name).scale, runs["flags"]) for name in names})
     figure = go.Figure(
         go.Heatmap(
             z=shades.where(values.notna()), y=runs.precision + "<br>" + runs.engine,
-            x=[theme.wrapped(header(name), 12) for name in names], text=texts.where(values.notna(), ""),
+            x=[theme.wrapped(header(name), 12) for name in names], text=texts.where(values.notna().to_numpy(), ""),
             hovertext=[[hover] * len(names) for hover in theme.hovers(runs, *names)], hoverinfo="text",
             texttemplate="%{text}", colorscale="Blues", zmin=0, zmax=1.25, xgap=3, ygap=3, showscale=False,
         )

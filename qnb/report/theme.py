@@ -17,7 +17,7 @@ import plotly.express as px
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from qnb.columns import column, format_value, header, is_disturbed
+from qnb.columns import column, format_number, format_value, header, is_disturbed
 from qnb.precision import BASELINE, PRECISIONS
 from qnb.report.results import stack, task_name, unfused
 
@@ -248,13 +248,12 @@ def wrapped(text: str, letters: int) -> str:
 
 
 def numbers(values: pd.Series, flags: pd.Series | None = None) -> list[str]:
-    """Return values as the short texts beside marks: three significant digits, or all those before the point.
+    """Return values as the short texts beside marks.
 
     With the rows' flags an asterisk marks what other processes disturbed.
     """
     stars = ["*" * is_disturbed(each) for each in flags] if flags is not None else [""] * len(values)
-    texts = (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" for value in values)
-    return [text + star for text, star in zip(texts, stars, strict=True)]
+    return [format_number(value, 3) + star for value, star in zip(values, stars, strict=True)]
 
 
 def caption(figure: go.Figure) -> str:
