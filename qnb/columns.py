@@ -19,11 +19,6 @@ class Column:
     better: str = ""  # "more", "less", or "" where neither is
     scale: float = 1.0  # from the stored unit to the one shown, such as 1000 from seconds to milliseconds
 
-    @property
-    def header(self) -> str:
-        """Label and unit, as an axis or a column's head says it."""
-        return f"{self.label}, {self.unit}" if self.unit else self.label
-
 
 _COLUMNS = (  # whose label, unit and direction their names do not say
     Column("precision", "format"),
@@ -42,7 +37,6 @@ _COLUMNS = (  # whose label, unit and direction their names do not say
     Column("words", "verdict"),
     Column("p_mcnemar", "McNemar p"),
     Column("p_holm", "p after Holm"),
-    Column("p_correct", "p(correct)", "", "more"),
     Column("perplexity_change_pct", "change in perplexity", "%", "less"),
     Column("kl_mean_nats", "mean KL divergence", "nats", "less"),
     Column("kl_median_nats", "median KL divergence", "nats", "less"),
@@ -78,7 +72,6 @@ _COLUMNS = (  # whose label, unit and direction their names do not say
     Column("peak_used_memory_mib", "device memory in use", "MiB", "less"),
     Column("peak_reserved_mib", "memory reserved", "MiB", "less"),
     Column("memory_mib", "memory in use", "MiB", "less"),
-    Column("host_peak_mib", "peak host memory", "MiB", "less"),
     Column("kv_cache_mib", "KV cache", "MiB", "less"),
 )
 COLUMNS = {column.name: column for column in _COLUMNS}
@@ -94,8 +87,8 @@ def column(name: str) -> Column:
 
 
 def header(name: str) -> str:
-    """Return a quantity's label with its unit."""
-    return column(name).header
+    """Return a quantity's label with its unit, as an axis or a column's head says it."""
+    return ", ".join(filter(None, (column(name).label, column(name).unit)))
 
 
 def format_number(value: float, digits: int = 4) -> str:
