@@ -10,15 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from qnb.accuracy.statistics import (
-    Change,
-    compare,
-    holm,
-    is_above_chance,
-    mean_interval,
-    mean_of_independent,
-    recovery,
-)
+from qnb.accuracy import statistics
+from qnb.accuracy.statistics import Change, mean_interval, mean_of_independent
 from qnb.precision import BASELINE
 from qnb.report import paper
 from qnb.report.results import Results
@@ -83,10 +76,9 @@ def table(results: Results) -> pd.DataFrame:
             pair = _pair(results, base, row)
             rows += _compare(row, pair)
             both |= {} if isinstance(pair, str) else {(row["task"], row["precision"]): pair}
-    frame = pd.DataFrame([*rows, *_averaged(both)])
-    frame = frame.reindex(columns=list(COLUMNS))
+    frame = pd.DataFrame([*rows, *_averaged(both)]).reindex(columns=list(COLUMNS))
     tested = frame.p_mcnemar.notna()
-    frame.loc[tested, "p_holm"] = holm(list(frame.p_mcnemar[tested]))
+    frame.loc[tested, "p_holm"] = statistics.holm(list(frame.p_mcnemar[tested]))
     frame["significant"] = (frame.p_holm < SIGNIFICANT).astype(object).where(tested, None)
     published = paper.accuracy().rename(columns={"change_pct": "published_change_pct"}).drop(columns="accuracy_pct")
     return frame.fillna({"note": ""}).merge(published, how="left").round(6)
@@ -100,7 +92,7 @@ def _compare(row: Mapping[str, Any], pair: pd.DataFrame | str) -> Iterator[dict[
     for task in _shares(row):
         part = pair if task == row["task"] else pair[pair.task.isin(row["groups"].get(task, ()))]
         if len(part):
-            change = compare(list(part.correct_base), list(part.correct))
+            change = statistics.compare(list(part.correct_base), list(part.correct))
             changed = int((part.picked.map(str) != part.picked_base.map(str)).sum())
             chance = part.chance.mean()
             more = {**_p_correct(part), **_recovery(change, chance), "answers_changed": changed}
@@ -124,9 +116,9 @@ def _p_correct(pair: pd.DataFrame) -> dict[str, float | None]:
 
 def _recovery(change: Change, chance: float) -> dict[str, Any]:
     """Return the accuracy above chance that is kept, or a note where the baseline is near chance."""
-    if not is_above_chance(change.baseline, change.n_items, chance):
+    if not statistics.is_above_chance(change.baseline, change.n_items, chance):
         return {"note": f"{BASELINE.upper()} cannot be told from guessing"}
-    share, low, high = recovery(change, chance)
+    share, low, high = statistics.recovery(change, chance)
     return {"recovery_pct": share, "recovery_low_pct": low, "recovery_high_pct": high}
 
 
@@ -147,6 +139,6 @@ def _mean_change(parts: Sequence[pd.DataFrame]) -> Change:
     before, now = (fmean(part[name].mean() for part in parts) for name in ("correct_base", "correct"))
     interval = mean_interval(*(100 * (part.correct.astype(float) - part.correct_base) for part in parts))
     if interval is None:  # nothing flipped: each task has an interval of its own
-        changes = [compare(list(part.correct_base), list(part.correct)) for part in parts]
+        changes = [statistics.compare(list(part.correct_base), list(part.correct)) for part in parts]
         interval = mean_of_independent((change.change_pp, change.low_pp, change.high_pp) for change in changes)[1:]
     return Change(sum(map(len, parts)), before, now, 0, 0, math.nan, *interval)
