@@ -31,6 +31,8 @@ HUB = Path(__file__).parents[2] / "shared" / "hub"
 def pytest_collection_modifyitems(items):
     import torch
 
+    items.sort(key=lambda item: not item.get_closest_marker("timeout"))  # what takes minutes begins at once
+
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

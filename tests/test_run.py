@@ -1,7 +1,6 @@
 """Runs: what goes wrong is said in one line, nothing finished is lost, and the next run goes on."""
 
 import contextlib
-import errno
 import json
 import os
 import random
@@ -31,6 +30,7 @@ MEASURED = re.compile(
     r".*_(s|mib|rps|tps|pct|w|mhz|j|sha256|file)|samples|failed_readings|missing_readings|throttle|gpu_processes"
     r"|measured_at|command|probes|matmul_flop_per_s|flags|stop_reason"
 )
+KILLS = int(os.environ.get("QNB_KILLS", 2))
 EXACT = ("accuracy", "divergence", "batch_sensitivity")  # stages in which nothing that counts is read off a clock
 
 
@@ -69,7 +69,7 @@ def broken(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("source", "reason"),
-    [("import os; os._exit(3)", "05_figures: DeadKernelError"), ("1 / 0", "05_figures, cell 3: ZeroDivisionError"),
+    [("import os; os._exit(3)", "05_figures: DeadKernelError"),
      ("import time; time.sleep(60)", "05_figures: CellTimeoutError: A cell timed out")],
 )  # fmt: skip
 def test_what_stops_a_notebook_is_said_in_one_line(source, reason, broken, capfd, monkeypatch):
@@ -115,18 +115,6 @@ def test_the_interpreter_that_started_the_run_executes_the_notebooks(tmp_path, m
 def test_a_console_without_the_letters_gets_escapes(console, tmp_path):
     done = command("report", str(tmp_path / "東京"), **console)
     assert done.returncode == 2 and "holds no study" in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-def test_a_run_without_file_locks_ends_well_and_says_so(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: None)
-    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
-    assert main(["run", "--profile", "smoke", "--only", "05", "--output", str(tmp_path / "study")]) == 0
-    assert "has no file locks" in caplog.text
-
-
-def test_figures_of_an_empty_folder_end_well(tmp_path, capsys):
-    assert main(["run", "--profile", "smoke", "--only", "05", "--output", str(tmp_path / "study")]) == 0
-    assert "0 measurements" in capsys.readouterr().out and (tmp_path / "study" / "report.html").exists()
 
 
 def test_a_run_names_what_was_disturbed_and_a_report_that_is_older(studied, tmp_path):
@@ -194,6 +182,7 @@ def test_an_installed_package_brings_its_notebooks(tmp_path):
     words = ["run", "--profile", "smoke", "--only", "05", "--output", str(tmp_path / "study")]
     done = command(*words, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert done.returncode == 0 and done.stderr.startswith("05_figures: done in"), done.stderr
+    assert "0 measurements" in done.stdout and (tmp_path / "study" / "report.html").exists()
 
 
 # Ended, and two at once
@@ -264,14 +253,7 @@ def test_a_disk_that_is_full_to_the_last_byte_is_one_line(small_disk, capsys):
     assert said.startswith("qnb: ") and "space" in said
 
 
-def test_a_read_only_folder_is_refused(small_disk, capsys):
-    subprocess.run([shutil.which("mount"), "-o", "remount,ro", str(small_disk)], check=True)
-    assert main(["run", "--profile", "smoke", "--output", str(small_disk / "study")]) == 2
-    said = capsys.readouterr().err.strip()
-    assert "cannot be written" in said and len(said.splitlines()) == 1
-
-
-# Killed, and run twice
+# Killed
 
 
 def unmeasured(row):
@@ -282,13 +264,16 @@ def unmeasured(row):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=[pytest.mark.soak, pytest.mark.timeout(900)])])
-def test_killed_anywhere_it_ends_as_an_undisturbed_run(smoke, tmp_path, kills):
-    """SIGKILL to the whole process group after a random time, in a random notebook; then one run to the end."""
+@pytest.mark.timeout(900)
+def test_killed_anywhere_it_ends_as_an_undisturbed_run(smoke, tmp_path):
+    """SIGKILL to the whole process group after a random time, in a random notebook; then one run to the end.
+
+    Nothing is lost or measured twice, and what no clock reads is equal to the last bit, in tables too.
+    """
     whole, done = smoke
     assert done.returncode == 0, done.stderr
-    folder, draw, counts = tmp_path / "study", random.Random(kills), set()
-    for _ in range(kills):
+    folder, draw, counts = tmp_path / "study", random.Random(KILLS), set()
+    for _ in range(KILLS):
         only, seconds = draw.choice(NAMES)[:2], draw.uniform(2, 18)
         process = start(folder, "--only", only)
         try:
@@ -302,28 +287,16 @@ def test_killed_anywhere_it_ends_as_an_undisturbed_run(smoke, tmp_path, kills):
                     kernel.kill()
             counts.add(len(rows(folder)))
         time.sleep(draw.uniform(0, 0.5))
-    assert kills < 25 or {count for count in counts if 0 < count < len(rows(whole))}, "no kill fell in the middle"
+    assert KILLS < 25 or {count for count in counts if 0 < count < len(rows(whole))}, "no kill fell in the middle"
     done = command("run", "--profile", "smoke", "--output", str(folder))
     assert done.returncode == 0, done.stderr
     resumed, expected = rows(folder), {row_key(row): row for row in rows(whole)}
     assert len((folder / "ledger.jsonl").read_bytes().splitlines()) == len(resumed) == len(expected)
     for row in resumed:
         assert unmeasured(row) == unmeasured(expected[row_key(row)])
+    for name in ("table1_accuracy", "table2_change", "divergence", "batch_sensitivity"):
+        first, second = (each / "tables" / f"{name}.csv" for each in (whole, folder))
+        assert first.read_text() == second.read_text(), name
     for checkpoint in (folder / "checkpoints").glob("[a-z]*"):
         assert damage(checkpoint) == ""
     assert not [path for path in (folder / "checkpoints").glob(".*") if path.suffix != ".lock"]
-
-
-@pytest.mark.slow
-def test_two_runs_are_equal(smoke, tmp_path):
-    """One seed, one machine: equal accuracy, divergence, checkpoints, and tables of them, to the last bit."""
-    again = command("run", "--profile", "smoke", "--output", str(tmp_path / "study"), "--only", "01,02")
-    assert again.returncode == 0, again.stderr
-    expected = {row_key(row): row for row in rows(smoke[0])}
-    repeated = rows(tmp_path / "study")
-    assert {row["stage"] for row in repeated} == {"quantize", *EXACT}
-    for row in repeated:
-        assert unmeasured(row) == unmeasured(expected[row_key(row)])
-    for name in ("table1_accuracy", "table2_change", "divergence", "batch_sensitivity"):
-        first, second = (folder / "tables" / f"{name}.csv" for folder in (smoke[0], tmp_path / "study"))
-        assert first.read_text() == second.read_text(), name
