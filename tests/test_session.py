@@ -55,18 +55,6 @@ def test_a_folder_of_another_model_or_a_broken_record_is_refused(tmp_path):
         Session("auto", output=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"model": 5}, "model is 5"), ({"precisions": ""}, "precisions is ''"), ({"output": "a\0b"}, "give a folder"),
-     ({"overwrite": "yes"}, "true or false"), ({"seed": 1.5}, "whole number"), ({"data_dir": "/no/data"}, "data_dir"),
-     ({"half": "float32"}, "choose from auto, bfloat16"), ({"model": __file__}, "or a folder with config.json")],
-)  # fmt: skip
-def test_what_cannot_be_used_is_named(options, message, tmp_path):
-    with pytest.raises(InputError, match=message):
-        Session(**{"output": tmp_path / "study", **options})
-    assert not (tmp_path / "study").exists()
-
-
 def test_a_study_that_cannot_be_written_is_read_and_refused_where_it_would_be(studied, tmp_path, monkeypatch):
     folder = shutil.copytree(studied.folder, tmp_path / "study")
     monkeypatch.setattr(module.os, "access", lambda *_: False)

@@ -32,12 +32,6 @@ def test_a_text_of_one_token_is_refused():
         list(windows(1, 4, 2))
 
 
-@pytest.mark.parametrize("given", [{"prompt_source": "novel"}, {"ppl_tokens": 0}, {"ppl_context": "all"}])
-def test_options_that_cannot_be_used_are_refused(given):
-    with pytest.raises(InputError, match=next(iter(given))):
-        DivergenceOptions(**given)
-
-
 @pytest.fixture
 def models():
     """Two random models of one shape."""
