@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -194,23 +193,3 @@ def test_a_damaged_checkpoint_is_noticed_and_made_again(tiny, tmp_path, capsys):
         Session(model, "bf16", tmp_path).checkpoint(module.parse("bf16")[0])
         assert f"{path.name} in" in capsys.readouterr().out
         assert checkpoint.damage(folder) == "" and file_sha256(weights) == whole
-
-
-def test_a_failed_measurement_holds_no_model(session, monkeypatch):
-    """A notebook keeps its last traceback, whose frames would keep the model and its caches on the device."""
-    monkeypatch.setattr(session, "checkpoint", lambda precision: session.folder)
-    monkeypatch.setattr(checkpoint, "load", lambda *_: torch.nn.Linear(2, 2))
-    references = []
-
-    def measure():
-        with session.loaded(session.precisions[0]) as model:
-            cache = model.weight.clone()
-            references.extend([weakref.ref(model), weakref.ref(cache)])
-            try:
-                raise RuntimeError("of a library")
-            except RuntimeError:
-                raise KeyboardInterrupt from None
-
-    with pytest.raises(KeyboardInterrupt) as caught, session.exclusive():
-        measure()
-    assert caught.value.__traceback__ and [each() for each in references] == [None, None]

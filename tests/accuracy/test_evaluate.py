@@ -21,7 +21,7 @@ from qnb.session import Session
 def paced(source, tmp_path, monkeypatch):
     """Returns a function that makes a session whose models take so many seconds an item, by a clock that is moved.
 
-    None makes a model fail.
+    One of None cannot be loaded.
     """
     now = [0.0]
     monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -35,11 +35,11 @@ def paced(source, tmp_path, monkeypatch):
         def loaded(precision):
             loads.append(precision.name)
             now[0] += 1
+            if seconds[precision.name] is None:
+                raise RuntimeError("no kernel image")
             yield precision.name
 
         def score(self, task, model, tokenizer, answers_path=None):
-            if seconds[model] is None:
-                raise RuntimeError("no kernel image")
             items = pd.concat(pd.DataFrame({"task": part, "doc_id": draw(part, size, self.limits[task.name])})
                               for part, size in task.sizes.items()).assign(filter="none", correct=True)  # fmt: skip
             now[0] += len(items) * seconds[model]
@@ -101,6 +101,11 @@ def test_a_format_that_fails_leaves_the_others_their_budget(paced):
     accuracy(session, options)
     assert limits(session) == {"bf16": 48} and loads == ["bf16", "fp16"] * 2 + ["fp16"]  # which is tried again
     assert evaluate.planned_items(session, options) == []
+    (failure,) = session.ledger.failures()
+    assert failure["precision"] == "fp16" and "no kernel image" in failure["reason"]
+    session.precisions = parse("fp16")
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        accuracy(session, options)
 
 
 def test_an_interrupted_budget_goes_on_with_the_items_it_had_chosen(paced, monkeypatch):
@@ -130,16 +135,6 @@ def test_items_that_are_gone_are_measured_again(paced):
     accuracy(session, options)
     accuracy(session, options)
     assert loads == ["bf16", "nf4", "nf4"] and row["precision"] == "nf4"
-
-
-def test_a_format_that_fails_leaves_the_others(paced):
-    session, _, _ = paced(bf16=1, nf4=None)
-    accuracy(session, AccuracyOptions("sample_easy", limit=3))
-    (failure,) = session.ledger.failures()
-    assert limits(session) == {"bf16": 3} and failure["precision"] == "nf4" and "no kernel image" in failure["reason"]
-    session.precisions = parse("nf4")
-    with pytest.raises(RuntimeError, match="no kernel image"):
-        accuracy(session, AccuracyOptions("sample_easy", limit=3))
 
 
 def test_a_row_holds_its_scores_and_items(source, tiny, tmp_path, monkeypatch):

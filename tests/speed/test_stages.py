@@ -121,6 +121,21 @@ def test_a_pass_that_fails_costs_its_format_alone(lab):
         perf_bs1(lab.open("nf4"), TimingOptions(workload(session), repeats=3))
 
 
+def test_a_search_that_runs_out_of_memory_costs_its_format_alone_and_is_tried_again(lab):
+    lab.search_finds(2, 100.0, True, ())
+    find, session = batch_search.find_largest_batch, lab.open("bf16,int8")
+    options = TimingOptions(workload(session, "maxbatch", 2))
+    with lab.monkeypatch.context() as patch:
+        fails_for_int8 = lambda *_: out_of_memory() if lab.loaded[-1] == "int8" else find()  # noqa: E731
+        patch.setattr(batch_search, "find_largest_batch", fails_for_int8)
+        perf_maxbatch(session, options)
+    failures = [(row["stage"], row["precision"], row["reason"]) for row in session.ledger.failures()]
+    assert failures == [("batch.failed", "int8", "out of memory")]
+    assert [row["precision"] for row in rows(session)] == ["bf16"]
+    perf_maxbatch(lab.open("bf16,int8"), options)
+    assert session.ledger.failures() == [] and Counter(lab.loaded) == {"bf16": 2, "int8": 3}
+
+
 def test_an_engine_that_cannot_run_leaves_a_row_that_says_why(lab, monkeypatch):
     monkeypatch.setattr(engines, "parse", lambda names, kind: ("eager", "cuda_graph"))
     session = lab.open()
@@ -311,7 +326,10 @@ def test_a_model_is_loaded_into_released_memory_and_no_failure_holds_it(source, 
     def interrupted(loaded):
         model, cache = loaded.model, loaded.model.weight.clone()
         held.extend([weakref.ref(model), weakref.ref(cache)])
-        raise KeyboardInterrupt
+        try:
+            raise RuntimeError("of a library")
+        except RuntimeError:
+            raise KeyboardInterrupt from None
 
     with pytest.raises(KeyboardInterrupt) as caught:
         passes.with_model(session, precision, interrupted)
