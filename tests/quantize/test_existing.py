@@ -1,12 +1,13 @@
 """Checkpoints made elsewhere: a row like any other, what really ran, and one line where one cannot be used."""
 
 import json
+import os
 import shutil
 
 import pandas as pd
 import pytest
 import torch
-from conftest import command, random_model
+from conftest import random_model
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
@@ -214,38 +215,22 @@ def test_what_cannot_be_a_row_is_refused_in_one_line(released, quantized, tmp_pa
         "is no folder, GGUF file or hub id": tmp_path / "nothing",
         "is not whole": damaged(quantized, tmp_path / "half"),
         "is no GGUF file": tmp_path / "notes.txt",
+        "pip install gptqmodel.*all other formats work without": damaged(
+            quantized, tmp_path / "gptq", quantization_config={"quant_method": "gptq", "bits": 4}),
+        "could not be loaded.*": damaged(quantized, tmp_path / "torn"),
+        "another vocabulary": damaged(quantized, tmp_path / "words"),
     }  # fmt: skip
     (tmp_path / "half" / "model.safetensors").unlink()
     (tmp_path / "notes.txt").write_text("no model")
+    os.truncate(tmp_path / "torn" / "model.safetensors", 9000)
+    words = tmp_path / "words" / "tokenizer.json"
+    settings = json.loads(words.read_text())
+    vocabulary = settings["model"]["vocab"]
+    vocabulary["!"], vocabulary["?"] = vocabulary["?"], vocabulary["!"]
+    words.write_text(json.dumps(settings))
     for problem, path in cases.items():
         study = Study(str(released), f"bf16,it=checkpoint:{path}", tmp_path / "study")
         with pytest.raises(InputError, match=problem) as refused:
             study.quantize()
         assert "\n" not in str(refused.value)
     assert {row["precision"] for row in study.session.ledger.rows("quantize")} == {"bf16"}  # nothing is lost
-
-
-def test_a_torn_file_and_another_vocabulary_are_refused(released, quantized, tmp_path, tiny):
-    torn = shutil.copytree(quantized, tmp_path / "torn")
-    whole = (torn / "model.safetensors").read_bytes()
-    (torn / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    words = shutil.copytree(quantized, tmp_path / "words")
-    settings = json.loads((words / "tokenizer.json").read_text())
-    vocabulary = settings["model"]["vocab"]
-    vocabulary["!"], vocabulary["?"] = vocabulary["?"], vocabulary["!"]
-    (words / "tokenizer.json").write_text(json.dumps(settings))
-    for path, problem in ((torn, "could not be loaded"), (words, "another vocabulary")):
-        with pytest.raises(InputError, match=problem):
-            Study(str(released), f"it=checkpoint:{path}", tmp_path / "study").quantize()
-
-
-def test_a_missing_library_is_named_with_what_installs_it(released, quantized, tmp_path, monkeypatch):
-    path = damaged(quantized, tmp_path / "gptq", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(InputError, match=r"pip install gptqmodel.*all other formats work without"):
-        existing.load(path, "cpu")
-
-
-def test_the_command_line_ends_with_2(released, tmp_path):
-    done = command("run", "--profile", "smoke", "--only", "01", "--output", str(tmp_path / "study"), "-p", "model",
-                   str(released), "-p", "precisions", "bf16,nf4=checkpoint:./x")  # fmt: skip
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "name of a format" in done.stderr

@@ -67,8 +67,7 @@ def test_a_dry_run_lists_repository_files_and_size(session, monkeypatch):
     assert stages.push(session, stages.PushOptions(""), str) == []
 
 
-def test_a_push_that_cannot_be_is_refused_before_anything_runs(monkeypatch):
+def test_a_push_without_a_token_is_refused_before_anything_runs(monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    for options, expected in ((("a b/c",), "'a b/c' is no name"), (("me/x", True, False), "needs a hub token")):
-        with pytest.raises(InputError, match=expected):
-            stages.PushOptions(*options)
+    with pytest.raises(InputError, match="needs a hub token"):
+        stages.PushOptions("me/x", True, dry_run=False)

@@ -11,7 +11,6 @@ import child_trials
 import pytest
 import torch
 
-from qnb import budget
 from qnb.columns import Flag, flag_text
 from qnb.device import Device
 from qnb.errors import InputError
@@ -264,19 +263,6 @@ def test_a_budget_takes_fewer_requests_or_new_tokens_the_same_for_formats_added_
         assert len(stages.workload(session, WorkloadOptions("bs1", "auto", 4, 2, "sample")).prompts) == 3
         large = stages.workload(session, WorkloadOptions("maxbatch", 20, 4, 100, "sample"))
         assert len(large.prompts) == 20 and large.new_tokens == 25  # 600 s for both formats, of 300
-
-
-def test_what_the_budget_does_not_suffice_for_is_left_out_and_named(lab, monkeypatch, capsys):
-    """The format that computes fastest comes first. A second pass and a sweep follow where time is left for them."""
-    now, costs_s = [0.0], {"bf16": 400.0, "nf4": 5.0}
-    monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(plan, "batch_s", lambda session, precision, *_: costs_s[precision.name] / plan.BATCHES_RUN)
-    lab.search_finds(2, 100.0, True, ())
-    lab.seconds = lambda call: now.__setitem__(0, now[0] + 150) or 1.0
-    session = lab.open("bf16,nf4", minutes=25)
-    work = workload(session, "maxbatch", 2)
-    perf_maxbatch(session, TimingOptions(work, repeats=5))
-    assert lab.loaded[-3:] == ["nf4"] * 3 and "no largest batch of bf16 with eager:" in capsys.readouterr().out
 
 
 def test_peaks_are_measured_before_anything_is_loaded_or_held_to_less_memory(lab, monkeypatch):
