@@ -12,6 +12,7 @@ import tomllib
 import pytest
 import yaml
 from conftest import command
+from tiny_models import save_tiny
 
 from qnb.__main__ import main
 from qnb.provenance import ROOT
@@ -137,12 +138,12 @@ def test_tables_shown_are_narrow_and_have_no_gaps(smoke):
 
 
 @pytest.mark.slow
-def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(source, tmp_path):
+def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(tmp_path):
     import papermill
 
-    given = {**yaml.safe_load((NOTEBOOKS / "profiles" / "smoke.yaml").read_text()), "precisions": "int8"}
-    known = notebook_parameters(NOTEBOOKS / "03_perf_bs1.ipynb")
-    given = {name: value for name, value in given.items() if name in known} | {"output": str(tmp_path / "study")}
+    given = yaml.safe_load((NOTEBOOKS / "profiles" / "smoke.yaml").read_text())
+    given |= {"model": str(save_tiny(tmp_path / "model")), "precisions": "int8", "output": str(tmp_path / "study")}
+    given = {name: given[name] for name in notebook_parameters(NOTEBOOKS / "03_perf_bs1.ipynb").keys() & given.keys()}
     papermill.execute_notebook(
         str(NOTEBOOKS / "03_perf_bs1.ipynb"), str(tmp_path / "out.ipynb"), given, cwd=str(tmp_path),
         progress_bar=False, execution_timeout=300,

@@ -14,6 +14,7 @@ from qnb import InputError
 from qnb.accuracy import perplexity
 from qnb.accuracy.perplexity import DivergenceOptions, distances, divergence, summarize, windows
 from qnb.finite import NotFiniteError
+from qnb.ledger import Ledger
 from qnb.session import Session
 
 
@@ -135,15 +136,11 @@ def test_fewer_windows_are_read_at_once_where_memory_runs_out(source, tiny, tmp_
 
 
 @pytest.mark.slow
-def test_each_format_is_compared_with_bf16_once(source, tmp_path):
-    session = Session("smollm2-135m", "bf16, nf4", tmp_path)
-    divergence(session, DivergenceOptions("sample", 96, 32))
-    bf16, nf4 = session.ledger.rows("divergence")
-    change_pct = 100 * (nf4["perplexity"] / bf16["perplexity"] - 1)
-    assert bf16["kl_mean_nats"] is None and nf4["kl_mean_nats_low"] < nf4["kl_mean_nats"] < nf4["kl_mean_nats_high"]
-    assert nf4["perplexity_change_pct"] == pytest.approx(change_pct, rel=0.02)
-    tokens = pd.read_parquet(tmp_path / nf4["samples_file"])
-    assert len(tokens) == 95 and nf4["kl_mean_nats"] == pytest.approx(tokens.kl.mean())
-    before = session.ledger.path.read_bytes()
-    divergence(session, DivergenceOptions("sample", 96, 32))
-    assert session.ledger.path.read_bytes() == before
+def test_each_format_is_compared_with_bf16(smoke):
+    folder, _ = smoke
+    bf16, int8 = Ledger(folder).rows("divergence")
+    assert bf16["kl_mean_nats"] is None and int8["kl_mean_nats_low"] < int8["kl_mean_nats"] < int8["kl_mean_nats_high"]
+    change_pct = 100 * (int8["perplexity"] / bf16["perplexity"] - 1)
+    assert int8["perplexity_change_pct"] == pytest.approx(change_pct, abs=0.1)
+    tokens = pd.read_parquet(folder / int8["samples_file"])
+    assert len(tokens) == 63 and int8["kl_mean_nats"] == pytest.approx(tokens.kl.mean())

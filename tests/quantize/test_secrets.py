@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import SECRET, command
+from tiny_models import save_tiny
 
 
 def shown(folder, *texts):
@@ -23,7 +24,8 @@ def test_a_whole_study_shows_no_secret(smoke):
 )
 def test_no_failing_stage_shows_a_secret(tmp_path, options):
     """The hub is a closed port: every stage that needs it fails, with the token in its hands."""
-    words = ["run", "--profile", "smoke", "--output", str(tmp_path / "study"), "-p", *options.split()]
+    words = ["run", "--profile", "smoke", "--output", str(tmp_path / "study"), "-p", "model"]
+    words += [str(save_tiny(tmp_path / "model")), "-p", *options.split()]
     run = command(*words, HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN=SECRET)
     assert run.returncode == 2, run.stderr
     assert not shown(tmp_path, run.stdout, run.stderr)
