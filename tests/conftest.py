@@ -4,6 +4,7 @@ Two workers share two cores: each computes in one thread, since threads of both 
 what takes long to make is made by the first that needs it and found by the other.
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -31,6 +32,7 @@ HUB = Path(__file__).parents[2] / "shared" / "hub"
 def pytest_collection_modifyitems(items):
     import torch
 
+    gc.freeze()  # memory is given back often, and what was imported is no garbage
     items.sort(key=lambda item: not item.get_closest_marker("timeout"))  # what takes minutes begins at once
 
     if not torch.cuda.is_available():
