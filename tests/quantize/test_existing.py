@@ -16,13 +16,15 @@ from qnb import InputError, Study, precision
 from qnb.accuracy.tasks import Task
 from qnb.quantize import checkpoint, existing, hub, sources
 from qnb.report import recommend
+from qnb.speed import device_peaks
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
 
 
 @pytest.fixture(autouse=True)
 def only_the_formats(monkeypatch):
-    """Each test begins without labels of another one."""
+    """Each test begins without labels of another one, and measures no peaks, which takes seconds."""
+    monkeypatch.setattr(device_peaks, "measure_peaks", lambda _: device_peaks.DevicePeaks(1e9))
     monkeypatch.setattr(precision, "PRECISIONS", precision.PRECISIONS)
     before = dict(precision.PRECISIONS)
     yield

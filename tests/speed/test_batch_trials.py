@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_models import save_tiny
 
 from qnb.memory import MIB, limited, release
 from qnb.precision import PRECISIONS
@@ -77,8 +78,8 @@ def test_a_batch_near_the_limit_has_to_fit_twice(reserved_mib, room_mib, retries
     assert fake_trials(monkeypatch, "cuda", 1000, generate)(7).fits == fits and sizes.count(7) == times
 
 
-def test_a_search_in_a_child_loads_the_checkpoint_there(checkpoint):
-    folder, _ = checkpoint("bf16")
+def test_a_search_in_a_child_loads_the_checkpoint_there(tmp_path):
+    folder = save_tiny(tmp_path / "model")
     largest = search_in_child(folder, "cpu", 4000, 2)
     assert (largest.batch_size, largest.capped) == (2, True)
     assert all(probe.fits and probe.reserved_mib > 0 for probe in largest.probes)
