@@ -58,14 +58,6 @@ def test_the_environment_names_what_auto_means(two_gpus, monkeypatch):
         device.detect()
 
 
-def test_without_a_gpu_none_can_be_taken(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv(device.CHOICE, raising=False)
-    assert device.detect().kind == "cpu"
-    with pytest.raises(InputError, match="sees no NVIDIA GPU here"):
-        device.detect("cuda")
-
-
 NO_TEXT = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text")
 
 

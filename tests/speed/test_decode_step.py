@@ -148,9 +148,4 @@ def test_layers_of_another_library_multiply_themselves_in_a_captured_step():
     for layer in model.model.layers:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(layer.self_attn, name, Packed(getattr(layer.self_attn, name)))
-    decoder = Decoder(model, 1, len(ONE[0]), 8)
-    decoder.load(ONE)
-    decoder.prefill(1)
-    for _ in range(7):
-        decoder.step(1)
-    assert torch.equal(decoder.new_ids(1, 8), expected)
+    assert torch.equal(decode(Decoder(model, 1, len(ONE[0]), 8), ONE, 8), expected)
