@@ -6,6 +6,7 @@ import sys
 from bisect import bisect_right
 from dataclasses import asdict, replace
 from math import ceil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,6 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig, Phi3Config
 
 from qnb.errors import InputError
-from qnb.provenance import ROOT
 from qnb.speed import batch_search
 from qnb.speed.batch_search import DIED, OUT_OF_MEMORY, ChildTrials, LargestBatch, Probe, find_largest_batch
 
@@ -82,7 +82,7 @@ def test_a_row_that_nearly_fills_the_memory_is_followed_by_two():
 
 
 SEARCH = ["memory_gib", "precision", "engine"]
-SEARCHES = pd.read_csv(ROOT / "outputs/reference/h100-llama-3.2-1b-shape/searches.csv").query("took_s.notna()")
+SEARCHES = pd.read_csv(Path(__file__).with_name("searches.csv")).query("took_s.notna()")
 SEARCHES = SEARCHES.groupby(SEARCH).filter(lambda probes: DIED not in set(probes.ended))  # memory did not end those
 
 
