@@ -157,6 +157,7 @@ def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(tmp_path):
     [
         (["--profile", "nope"], ["nope", "demo"]),
         (["-p", "precisions", "int3"], ["int3", "nf4"]),
+        (["-p", "precisions", "''"], ["precisions is ''"]),
         (["-p", "tasks", "arc_eazy"], ["arc_eazy", "arc_easy"]),
         (["-p", "limt", "3"], ["limt", "limit"]),
         (["-p", "limit", "-3"], ["-3", "at least 1, or 'all', or 'auto'"]),
