@@ -22,7 +22,6 @@ ACCURACY = "accuracy_pct"
 QUANTITIES = [name for name in SPEED if column(name).unit]
 QUALITIES = ("change_pp", "kl_mean_nats", "perplexity_change_pct")  # the first that was measured is drawn
 SIGNS = {str(verdict): verdict.text for verdict in Verdict}
-MOST_TASKS = 12  # panels that fit a screen
 
 
 def accuracy(results: Results) -> go.Figure:
@@ -60,9 +59,11 @@ def _by_task(results: Results, frame: pd.DataFrame, name: str, title: str, note:
         there = published.merge(frame[["task", "precision"]].drop_duplicates()).dropna(subset=[name])
         frame = stack([frame, there.assign(engine=theme.PUBLISHED)])
     shown = list(dict.fromkeys(frame.task))
-    if len(shown) > MOST_TASKS:
-        note = f"{note}; {len(shown) - MOST_TASKS} more tasks are in the tables"
-        shown = [*shown[: MOST_TASKS - 1], shown[-1]]  # the last is the mean
+    most, asked = theme.most_panels(frame.precision.nunique()), set(results.scores.get("asked", ()))
+    if len(shown) > most:
+        note = f"{note}; {len(shown) - most} more tasks are in the tables"
+        first = sorted(shown[:-1], key=lambda task: task not in asked)[: most - 1]  # a group before its parts
+        shown = [*(task for task in shown if task in first), shown[-1]]  # the last is the mean
     frame = frame.assign(
         panel=frame.task.map(theme.label), value=frame[name], text=theme.numbers(frame[name]),
         hover=theme.hovers(frame, name, "low_pp", "high_pp", "p_mcnemar", "p_holm"),

@@ -24,7 +24,8 @@ from qnb.report.results import stack, task_name, unfused
 INK, QUIET = "#222222", "#6b6b6b"
 MOST_PX = 700  # of a figure's height
 TOP_PX, NOTE_PX, FOOT_PX = 46, 17, 56  # of the title, of a line below it, of an axis with its title
-ROW_PX, GAP_PX = 23, 52  # of a format in a panel, and between two panels for the lower one's title
+ROW_PX, LEAST_ROW_PX = 23, 15  # of a format in a panel
+GAP_PX = 52  # between two panels, for the lower one's title
 ROOM = 0.5  # of what an axis spans, for the numbers at its ends
 PAD = "\u2002\u2009"  # between a mark and its number
 NOTE_LETTERS = 54  # in a line below the title, so that it fits a phone
@@ -200,6 +201,11 @@ def _shape(frame: pd.DataFrame) -> tuple[int, int]:
     columns = min(panels, 2 if panels < 5 else 3)
     rows = math.ceil(panels / columns)
     return columns, min(MOST_PX, 150 + rows * (ROW_PX * frame.precision.nunique() + 10) + (rows - 1) * GAP_PX)
+
+
+def most_panels(formats: int) -> int:
+    """Return how many panels of so many formats fit a figure without rows that touch each other."""
+    return 3 * max(1, int((MOST_PX - 150 + GAP_PX) / (LEAST_ROW_PX * formats + 10 + GAP_PX)))
 
 
 def _finish_panels(figure: go.Figure, frame: pd.DataFrame, title: str, note: str, change: str = "") -> go.Figure:

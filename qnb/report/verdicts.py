@@ -24,6 +24,7 @@ from qnb.report.scores import MEAN, headline
 POOLED = "mean, for the verdict"
 FLIP_RATE = 0.1  # of items that a format is assumed to answer rightly where the baseline does not, or the reverse
 CHANGE = ("change_pp", "low_pp", "high_pp")
+MOST_ITEMS = 1_000_000  # that are worth naming as enough to decide
 LEAST_QUANTIZED_PCT = 50  # of the weights; a format that changed fewer says so in the verdict's place
 
 
@@ -157,7 +158,7 @@ def decide(precision: str, row: Any, margin_pp: float) -> tuple[Verdict, str]:
         return Verdict.WITHIN, f"within {points}"
     if row["high_pp"] < -margin_pp:
         return Verdict.LOSES, f"loses more than {points}"
-    return Verdict.UNCLEAR, f"cannot tell; about {items_needed(row, margin_pp)} items would decide"
+    return Verdict.UNCLEAR, f"cannot tell; {items_needed(row, margin_pp)}"
 
 
 def in_points(margin_pp: float) -> str:
@@ -166,12 +167,14 @@ def in_points(margin_pp: float) -> str:
 
 
 def items_needed(row: Any, margin_pp: float) -> str:
-    """Return how many items would decide, if the change stays as it is: an interval shrinks as 1 / sqrt(items)."""
+    """Say how many items would decide, if the change stays as it is: an interval shrinks as 1 / sqrt(items)."""
     distance_pp = max(abs(row["change_pp"] + margin_pp), 0.01)
     half_pp = (row["high_pp"] - row["low_pp"]) / 2
     items = row["n_items"] * (half_pp / distance_pp) ** 2
+    if items > MOST_ITEMS:
+        return "the change is too near the margin"
     digit = 10 ** math.floor(math.log10(items))  # one digit carries it, rounded up
-    return format_number(math.ceil(items / digit) * digit)
+    return f"about {format_number(math.ceil(items / digit) * digit)} items would decide"
 
 
 def detectable(n_items: Sequence[int], flip_rate: float = FLIP_RATE) -> str:

@@ -1,0 +1,79 @@
+"""The kept studies are what their ledgers give, hold no text of a data set, and agree with stock lm-eval."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from qnb.provenance import ROOT
+from qnb.report import findings, page
+from qnb.report.results import read_reference
+from qnb.report.tables import MEASURED_BY, build
+from qnb.report.verify import verify
+
+REFERENCE = ROOT / "outputs" / "reference"
+STUDIES = read_reference(REFERENCE)
+# stock lm-eval 0.4.13 in BF16: acc, and acc_norm where it has one
+STOCK = {
+    "arc_challenge": (0.2466, 0.2713),
+    "arc_easy": (0.5156, 0.4676),
+    "hellaswag": (0.3636, 0.4252),
+    "mmlu": (0.2308,),
+}
+ITEMS = {"task", "doc_id", "filter", "gold", "picked", "correct", "correct_norm", "loglikelihoods", "has_gold"}
+
+
+@pytest.fixture(scope="module", params=STUDIES)
+def study(request):
+    return STUDIES[request.param]
+
+
+def test_files_and_tables_are_what_the_rows_give(study):
+    assert {finding.part: finding.problem for finding in verify(study.folder) if finding.problem} == {}
+    for name in MEASURED_BY:
+        table = build(study, name)
+        assert table.empty or {"version", "device", "host", "date"} <= set(table)
+
+
+def test_findings_and_notebooks_are_of_this_ledger(study):
+    assert (study.folder / "FINDINGS.md").read_text() == page.text(study)
+    books = {path.name[:2]: json.loads(path.read_text()) for path in (study.folder / "notebooks").glob("*.ipynb")}
+    sections = {"02": "accuracy", "03": "bs1", "04": "maxbatch"}
+    for number, book in books.items():
+        outputs = [output for cell in book["cells"] for output in cell.get("outputs", ())]
+        shown = json.dumps(outputs, ensure_ascii=False)
+        assert str(ROOT) not in shown and "widget-view" not in shown and '"error"' not in shown
+        texts = "".join("".join(output.get("text", ())) for output in outputs)
+        assert number not in sections or findings.text(study, sections[number]) in texts
+    assert {"02", "05"} <= set(books)
+
+
+def test_what_is_kept_is_small_and_holds_no_text_of_a_data_set(study):
+    names = subprocess.run(
+        ["git", "ls-files", "-z", REFERENCE], capture_output=True, text=True, cwd=ROOT
+    ).stdout.split("\0")
+    sizes = {name: (ROOT / name).stat().st_size for name in names if name and (ROOT / name).exists()}
+    assert sum(sizes.values()) < 8 * 2**20
+    assert all(size < 2**20 for name, size in sizes.items() if name.endswith(".ipynb"))
+    for row in study.accuracy_rows.to_dict("records"):
+        items = pd.read_parquet(study.folder / row["items_file"])
+        assert set(items) <= ITEMS
+        assert "loglikelihoods" in items or "gold" not in items  # which is a text of the data set then
+
+
+def test_bf16_agrees_with_stock_lm_eval():
+    scores = (
+        STUDIES["smollm2-135m"]
+        .scores.query("precision == 'bf16' and task == asked")
+        .set_index(["task", "metric"])
+        .value
+    )
+    for task, values in STOCK.items():
+        for metric, value in zip(("acc", "acc_norm"), values, strict=False):
+            assert scores[task, metric] == pytest.approx(value, abs=0.003)
+
+
+def test_pictures_are_few(study):
+    assert len(list(Path(study.folder, "figures").glob("*.png"))) >= 1
