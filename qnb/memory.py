@@ -97,7 +97,10 @@ def released() -> Iterator[None]:
 
 @contextmanager
 def models_kept() -> Iterator[None]:
-    """Load each model once for all stages in the block: a GPU keeps as many as leave it room to work in."""
+    """Load each model once for all stages in the block: a GPU keeps as many as leave it room to work in.
+
+    It keeps one where batches are planned for the memory beside it.
+    """
     global _kept
     _kept = {}
     try:
@@ -116,7 +119,7 @@ def kept(load: Callable[..., PreTrainedModel], folder: Path, precision: Any, dev
         import torch
 
         needed_bytes = ROOM_BYTES + sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        if _kept and free_bytes(torch.device(device.place)) < needed_bytes:
+        if _kept and (planned_bytes or free_bytes(torch.device(device.place)) < needed_bytes):
             _kept.clear()
             release()
         _kept[key] = load(*key)

@@ -58,5 +58,8 @@ def test_models_are_kept_where_a_gpu_has_room_for_the_next(tmp_path, monkeypatch
         ask("cpu", "a", "a")
         free_gib[0] = 6
         ask("cuda", "c", "c", "a")
+        free_gib[0] = 9
+        monkeypatch.setattr(memory, "planned_bytes", 1)  # batches are planned beside one model
+        ask("cuda", "b", "b", "c")
     ask("cuda", "a", "a")
-    assert loads == ["a", "b", *"aa", "c", "a", *"aa"]
+    assert loads == ["a", "b", *"aa", "c", "a", "b", "c", *"aa"]

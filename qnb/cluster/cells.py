@@ -5,13 +5,13 @@ A cell's steps are the stages that a notebook calls, with the notebook's own par
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from qnb.accuracy import evaluate, perplexity, tasks
-from qnb.cluster.schedule import Cell
-from qnb.ledger import Row
+from qnb.cluster.schedule import Cell, Need
 from qnb.precision import BASELINE
 from qnb.quantize import stages as checkpoints
 from qnb.speed import stages as speed
@@ -19,30 +19,24 @@ from qnb.speed import stages as speed
 if TYPE_CHECKING:
     from qnb.session import Session
 
-PEAKS = "peaks"
-# seconds that a stage takes for a format where no row tells, and an item of a task: of choices, or generated
-GUESSED_S = {"quantize": 20.0, "divergence": 30.0, "batch_sensitivity": 20.0, "bs1": 60.0, "maxbatch": 180.0}
+# seconds that a cell of a stage or setting takes where no row tells, and an item of a task: of choices, or generated
+GUESSED_S = {"task": 10.0, "divergence": 30.0, "bs1": 60.0, "maxbatch": 180.0}  # others take 20
 GUESSED_ITEM_S = {False: 0.01, True: 0.3}
-BUILD_S = {"mmlu": 30.0}  # of a task; others take 3
+COLUMNS = {"quantize": "quantize_s", "accuracy": "evaluate_s", "perf": "pass_s"}  # of rows, that tell
+TIMED = {"bs1": (speed.perf_bs1,), "maxbatch": (speed.perf_maxbatch, speed.sweep)}  # stages by setting
 
 
-def checkpoint_cell(session: Session, precision: str) -> Cell:
-    """Return the cell that makes a format's checkpoint."""
-    rows = [row for row in session.ledger.rows("quantize") if row.get("quantize_s")]
-    seconds = _mean_s(rows, precision, lambda row: row["quantize_s"] + row["load_s"]) or GUESSED_S["quantize"]
-    steps = ((checkpoints.quantize, ()),)
-    about = {"stage": "quantize", "precision": precision}
-    return Cell(f"{precision} checkpoint", about, steps, makes=("checkpoint", precision), estimate_s=seconds)
+def maker(session: Session, values: Mapping[str, Any], need: Need) -> Cell:
+    """Return the cell that makes a checkpoint, or builds a task and its requests."""
+    kind, name = need
+    if kind == "checkpoint":
+        about = {"stage": "quantize", "precision": name}
+        return Cell(about, (checkpoints.quantize,), makes=need, estimate_s=_seconds(session, about))
+    step = partial(evaluate.prepare, name=name, options=evaluate.AccuracyOptions(name, values["limit"]))
+    return Cell({"stage": "accuracy", "task": name}, (step,), makes=need, estimate_s=GUESSED_S["task"])
 
 
-def task_cell(name: str, values: Mapping[str, Any]) -> Cell:
-    """Return the cell that builds a task and its requests."""
-    steps = ((evaluate.prepare, (name, evaluate.AccuracyOptions(name, values["limit"]))),)
-    about = {"stage": "accuracy", "task": name}
-    return Cell(f"task {name}", about, steps, makes=("task", name), estimate_s=BUILD_S.get(name, 3.0))
-
-
-def plan(session: Session, values: Mapping[str, Any], numbers: set[str]) -> list[Cell]:
+def plan(session: Session, values: Mapping[str, Any], numbers: set[str], here: str) -> list[Cell]:
     """Return what notebooks measure.
 
     Parameters
@@ -53,93 +47,67 @@ def plan(session: Session, values: Mapping[str, Any], numbers: set[str]) -> list
         Every parameter of these notebooks.
     numbers
         The notebooks' numbers, such as 02.
+    here
+        The node whose checkpoints notebook 01 shows: the driver's, if it has workers.
     """
     cells = []
-    is_timed = not numbers.isdisjoint({"03", "04"})
-    if is_timed:
-        steps = ((speed.device_peaks, ()),)
-        cells.append(Cell(PEAKS, {"stage": PEAKS}, steps, is_timed=True, is_alone=True, estimate_s=5.0))
-    for precision in session.precisions:
+    for precision in (precision.name for precision in session.precisions):
         if "01" in numbers:
-            cells.append(checkpoint_cell(session, precision.name))
+            about = {"stage": "quantize", "precision": precision}
+            cells.append(Cell(about, (checkpoints.quantize,), (("checkpoint", precision),), node=here))
         if "02" in numbers:
-            cells += _accuracy_cells(session, precision.name, values)
-        if is_timed:
-            cells += _timed_cells(session, precision.name, values, numbers)
+            cells += _accuracy_cells(session, precision, values)
+        for setting in (setting for setting, number in speed.NOTEBOOKS.items() if number in numbers):
+            cells += _timed_cells(session, precision, values, setting)
     return cells
 
 
 def _accuracy_cells(session: Session, precision: str, values: Mapping[str, Any]) -> Iterator[Cell]:
-    checkpoint = ("checkpoint", precision)
+    checkpoint, baseline = ("checkpoint", precision), ("checkpoint", BASELINE)
     names = tasks.check(evaluate.wanted(session, values["tasks"]))
-    rows = session.ledger.rows("accuracy")
     for name in names:
         options = evaluate.AccuracyOptions(name, values["limit"], values["batch_size"], values["scorer"])
-        own = [row for row in rows if row["task"] == name]
-        n_items = sum(evaluate.planned_items(session, options)) or 1000
-        seconds = _mean_s(own, precision, lambda row: row["evaluate_s"])
-        seconds = seconds or n_items * GUESSED_ITEM_S[name.startswith("gsm8k")]
-        needs = frozenset({checkpoint, ("task", name)})
-        about = {"stage": "accuracy", "precision": precision, "task": name}
-        yield Cell(f"{precision} {name}", about, ((evaluate.accuracy, (options,)),), needs, estimate_s=seconds)
+        guess_s = (sum(evaluate.planned_items(session, options)) or 1000) * GUESSED_ITEM_S[name.startswith("gsm8k")]
+        about, needs = {"stage": "accuracy", "precision": precision, "task": name}, (checkpoint, ("task", name))
+        step = partial(evaluate.accuracy, options=options)
+        yield Cell(about, (step,), needs, estimate_s=_seconds(session, about, guess_s))
     read = perplexity.DivergenceOptions(values["prompt_source"], values["ppl_tokens"], values["ppl_context"])
-    asked = evaluate.AccuracyOptions(values["tasks"], values["sensitivity_limit"])
-    both = frozenset({checkpoint, ("checkpoint", BASELINE)})
-    for name, step, needs in (
-        ("divergence", (perplexity.divergence, (read,)), both),
-        ("batch_sensitivity", (evaluate.batch_sensitivity, (asked,)), frozenset({checkpoint, ("task", names[0])})),
-    ):
-        about = {"stage": name, "precision": precision}
-        yield Cell(f"{precision} {name}", about, (step,), needs, estimate_s=GUESSED_S[name])
+    about = {"stage": "divergence", "precision": precision}
+    step = partial(perplexity.divergence, options=read)
+    yield Cell(about, (step,), (checkpoint, baseline), estimate_s=_seconds(session, about))
+    options = evaluate.AccuracyOptions(values["tasks"], values["sensitivity_limit"])
+    about = {"stage": "batch_sensitivity", "precision": precision}
+    step = partial(evaluate.batch_sensitivity, options=options)
+    yield Cell(about, (step,), (checkpoint, ("task", names[0])), estimate_s=_seconds(session, about))
 
 
-def _timed_cells(session: Session, precision: str, values: Mapping[str, Any], numbers: set[str]) -> Iterator[Cell]:
+def _timed_cells(session: Session, precision: str, values: Mapping[str, Any], setting: str) -> Iterator[Cell]:
     from qnb.speed import engines
 
     for engine in engines.parse(values["engines"], session.device.kind):
-        steps = {"bs1": ((time_bs1, (values, engine)),),
-                 "maxbatch": ((time_maxbatch, (values, engine)), (time_sweep, (values, engine)))}  # fmt: skip
-        rows = [row for row in session.ledger.rows("perf") if row["engine"] == engine and "pass_s" in row]
-        for setting in (setting for setting, number in speed.NOTEBOOKS.items() if number in numbers):
-            passes = [row for row in rows if row["setting"] == setting]
-            pass_s = _mean_s(passes, precision, lambda row: row["pass_s"])
-            about = {"stage": "perf", "precision": precision, "engine": engine, "setting": setting, "repeat": 0}
-            yield Cell(
-                f"{precision} {setting} {engine}", about, steps[setting], frozenset({("checkpoint", precision)}),
-                after=PEAKS, is_timed=True, is_alone=engine == "eager",  # whose launches the host's speed decides
-                estimate_s=pass_s * values[f"{setting}_repeats"] or GUESSED_S[setting],
-            )  # fmt: skip
+        about = {"stage": "perf", "precision": precision, "engine": engine, "setting": setting, "repeat": 0}
+        time = partial(time_engine, values=values, setting=setting, engine=engine)
+        steps = tuple(partial(time, stage=stage) for stage in TIMED[setting])
+        repeats = values[f"{setting}_repeats"]
+        seconds = repeats * _seconds(session, about, GUESSED_S[setting] / repeats)
+        is_alone = engine == "eager"  # whose launches the host's speed decides
+        yield Cell(about, steps, (("checkpoint", precision),), is_alone=is_alone, estimate_s=seconds)
 
 
-def _mean_s(rows: Sequence[Row], precision: str, seconds: Any) -> float:
-    """Return what rows of a format took in the mean; of all formats where it has none, 0 where there is no row."""
-    own = [row for row in rows if row["precision"] == precision]
-    return fmean(map(seconds, own or rows)) if rows else 0.0
-
-
-# Steps of 03 and 04: each worker reads the prompts itself
-
-
-def _workload(session: Session, setting: str, values: Mapping[str, Any]) -> speed.Workload:
+def time_engine(
+    session: Session, stage: Callable[..., Any], values: Mapping[str, Any], setting: str, engine: str
+) -> None:
+    """Run a stage of notebook 03 or 04 for one engine; each worker reads the prompts itself."""
     lengths = (values[name] for name in ("prompt_tokens", "new_tokens", "prompt_source"))
-    return speed.workload(session, speed.WorkloadOptions(setting, values[f"{setting}_requests"], *lengths))
+    workload = speed.workload(session, speed.WorkloadOptions(setting, values[f"{setting}_requests"], *lengths))
+    repeats, memory_mib, sweep_batch = values[f"{setting}_repeats"], values["memory_mib"], values["sweep_batch"]
+    stage(session, speed.TimingOptions(workload, engine, repeats, memory_mib, sweep_batch))
 
 
-def time_bs1(session: Session, values: Mapping[str, Any], engine: str) -> None:
-    """Time one engine one request at a time, as notebook 03 does."""
-    workload = _workload(session, "bs1", values)
-    speed.perf_bs1(session, speed.TimingOptions(workload, engine, values["bs1_repeats"]))
-
-
-def time_maxbatch(session: Session, values: Mapping[str, Any], engine: str) -> None:
-    """Find one engine's largest batch and time it, as notebook 04 does."""
-    options = speed.TimingOptions(
-        _workload(session, "maxbatch", values), engine, values["maxbatch_repeats"], values["memory_mib"]
-    )
-    speed.perf_maxbatch(session, options)
-
-
-def time_sweep(session: Session, values: Mapping[str, Any], engine: str) -> None:
-    """Time one engine's batches of 1, 2, 4 ... requests, as notebook 04 does."""
-    workload = _workload(session, "maxbatch", values)
-    speed.sweep(session, speed.TimingOptions(workload, engine, sweep_batch=values["sweep_batch"]))
+def _seconds(session: Session, about: Mapping[str, Any], guess_s: float = 0.0) -> float:
+    """Return what the format's earlier rows say that a cell takes, or those of other formats; else a guess."""
+    stage, column, fields = about["stage"], COLUMNS.get(about["stage"], ""), ("engine", "setting", "task")
+    rows = [row for row in session.ledger.rows(stage) if all(row[name] == about.get(name, "") for name in fields)]
+    rows = [row for row in rows if row.get(column)]
+    own = [row for row in rows if row["precision"] == about["precision"]]
+    return fmean(row[column] for row in own or rows) if rows else guess_s or GUESSED_S.get(stage, 20.0)

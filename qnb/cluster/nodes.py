@@ -8,13 +8,15 @@ import platform
 import re
 import signal
 import socket
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 from unittest.mock import patch
+
+from tqdm.auto import tqdm
 
 from qnb import device
 from qnb.device import Device
@@ -57,9 +59,7 @@ class ClusterOptions:
         if self.workers != "auto" and not re.fullmatch(r"0*[1-9]\d{0,4}", self.workers):
             raise InputError(f"workers is {self.workers!r}; give a whole number of at least 1, or 'auto'")
         if self.gpus_per_model != "auto" and not re.fullmatch(r"0*[1-9]\d{0,2}|0?\.\d{0,3}[1-9]", self.gpus_per_model):
-            raise InputError(
-                f"gpus_per_model is {self.gpus_per_model!r}; give a number of GPUs, a share such as 0.5, or 'auto'"
-            )
+            raise InputError(f"gpus_per_model is {self.gpus_per_model!r}; give a number such as 2 or 0.5, or 'auto'")
 
 
 @dataclass(frozen=True)
@@ -69,21 +69,17 @@ class Node:
     id: str
     host: str
     gpus: float
-    cores: Sequence[int]
+    cores: Sequence[int]  # as many as the cluster has of it
     device: Device
     versions: Mapping[str, str]
-    free_bytes: int  # of the host
 
 
-def describe(node_id: str, gpus: float, cpus: int, choice: str) -> Node:
-    """Describe the machine that this runs on, of whose cores the cluster has `cpus`."""
-    import psutil
-
-    os.environ.pop(device.CHOICE, None)
+def describe(node_id: str, resources: Mapping[str, float], kind: str) -> Node:
+    """Describe the machine that this runs on, whose resources are those that Ray knows."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    free_bytes = int(psutil.virtual_memory().available)
-    cores = cores[: max(1, cpus)]
-    return Node(node_id, platform.node(), gpus, cores, device.detect(choice), device.versions(), free_bytes)
+    cores = cores[: max(1, int(resources.get("CPU", 0)))]
+    gpus = resources.get("GPU", 0.0)
+    return Node(node_id, platform.node(), gpus, cores, device.detect(kind), device.versions())
 
 
 # Ray
@@ -105,55 +101,32 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
             raise InputError("workers need Ray: pip install 'ray>=2.54', or take --workers 1") from error
         quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
         if not options.address:
-            wanted = 1 if options.workers == "auto" else int(options.workers)
-            cores = max(os.cpu_count() or 1, wanted)
-            with _own_signals():
-                ray.init("local", num_cpus=cores, object_store_memory=STORE_BYTES, include_dashboard=False, **quiet)
-        else:
-            _check_address(options.address)
-            try:
-                with _own_signals():
-                    ray.init(address=options.address, **quiet)
-            except Exception as error:  # ConnectionError, or RuntimeError for another version
-                reason = scrub(" ".join(str(error).split()), 300)
-                raise InputError(
-                    f"the Ray cluster at {options.address} cannot be joined ({reason}); where it asks for a token, "
-                    "set RAY_AUTH_MODE=token here too, and have the same ~/.ray/auth_token"
-                ) from error
+            cores = max(os.cpu_count() or 1, 1 if options.workers == "auto" else int(options.workers))
+            quiet |= {"num_cpus": cores, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+        try:
+            if options.address not in ("", "auto"):  # where nobody answers, Ray tries for minutes
+                host, _, port = options.address.rpartition(":")
+                socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+            handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+            ray.init(options.address or "local", **quiet)
+            for each, handler in handlers.items():  # Ray's own abort the process
+                signal.signal(each, handler)
+        except Exception as error:  # whatever Ray raises, such as RuntimeError for another version
+            reason = scrub(" ".join(str(error).split()), 300)
+            raise InputError(
+                f"no Ray cluster can be joined at {options.address or 'this machine'} ({reason}); give HOST:PORT of "
+                "one, and where it asks for a token, RAY_AUTH_MODE=token and the same ~/.ray/auth_token"
+            ) from error
         try:
             yield ray
         finally:
             ray.shutdown()
 
 
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep the handlers of signals, which Ray replaces as it starts: its own abort the process."""
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    if threading.current_thread() is threading.main_thread():
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-def _check_address(address: str) -> None:
-    """Refuse an address at which nobody answers."""
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    try:
-        if not (host and port.isdigit()):
-            raise ValueError("it is no host and port")
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"no Ray cluster answers at {address} ({error}); start one with ray start --head, and run this on a node "
-            "of it"
-        ) from error
-
-
 def find_nodes(ray: Any, wanted: str) -> list[Node]:
-    """Return the cluster's nodes, as they describe themselves.
+    """Return the cluster's nodes, as they describe themselves: those with the GPU model that most GPUs are of.
+
+    So all rows of a table are measured on one.
 
     Parameters
     ----------
@@ -165,37 +138,41 @@ def find_nodes(ray: Any, wanted: str) -> list[Node]:
     Raises
     ------
     InputError
-        There is no GPU, or a node lacks this package or has other versions of its libraries.
+        There is no such device, or a node lacks this package or has other versions of its libraries.
     """
     listed = [node for node in ray.nodes() if node["Alive"]]
-    gpus, cpus = ({node["NodeID"]: node["Resources"].get(kind, 0.0) for node in listed} for kind in ("GPU", "CPU"))
-    takes_gpus = wanted == "cuda" or (wanted == "auto" and any(gpus.values()))
-    if takes_gpus and not any(gpus.values()):
-        raise InputError(f"device is {wanted!r}, and no node of the cluster has a GPU; take 'auto' or 'cpu'")
-    choice = "cuda" if takes_gpus else "cpu"
-    task = ray.remote(num_cpus=0, num_gpus=int(takes_gpus), max_calls=1)(describe)
-    asked = []
-    for node in listed:
-        if gpus[node["NodeID"]] or not takes_gpus:
-            there = task.options(scheduling_strategy=on_node(node["NodeID"]))
-            about = (node["NodeID"], gpus[node["NodeID"]], int(cpus[node["NodeID"]]), choice)
-            asked.append((node["NodeManagerHostname"], there.remote(*about)))
-    nodes = []
-    for name, answer in asked:
+    with_gpu = [node for node in listed if node["Resources"].get("GPU")]
+    if wanted not in ("auto", "cpu", "cuda") or (wanted == "cuda" and not with_gpu):
+        raise InputError(f"device is {wanted!r}, and {len(with_gpu)} nodes have GPUs here; give 'auto' or 'cpu'")
+    kind = "cuda" if with_gpu and wanted != "cpu" else "cpu"
+    task = ray.remote(num_cpus=0, num_gpus=int(kind == "cuda"), max_calls=1)(describe)
+    answers = {}
+    for node in with_gpu if kind == "cuda" else listed:
+        there = task.options(scheduling_strategy=on_node(node["NodeID"]))
+        answers[there.remote(node["NodeID"], node["Resources"], kind)] = node["NodeManagerHostname"]
+    nodes: list[Node] = []
+    for answer, name in answers.items():
         try:
             nodes.append(ray.get(answer, timeout=ANSWER_S))
-        except ray.exceptions.GetTimeoutError as error:
-            raise InputError(f"node {name} does not answer within {ANSWER_S:.0f} s: its GPUs may be in use") from error
-        except Exception as error:  # whatever Ray wraps it in
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"node {name} cannot take part: {scrub(lines[-1])}; install qnb there as here") from error
-    here = device.versions()
-    for each in nodes:
-        other = [f"{name} {version}" for name, version in each.versions.items() if here[name] != version]
-        if other:
-            ours = ", ".join(f"{text.split()[0]} {here[text.split()[0]]}" for text in other)
-            raise InputError(f"node {each.host} has {', '.join(other)}, and this one {ours}; install the same on both")
-    return nodes
+        except Exception as error:  # whatever Ray wraps it in; no answer where GPUs are in use
+            reason = scrub(str(error).strip().splitlines()[-1]) if str(error) else type(error).__name__
+            raise InputError(
+                f"node {name} cannot take part: {reason}; qnb has to be installed there as here, and its GPUs free"
+            ) from error
+    return _alike(nodes)
+
+
+def _alike(nodes: Sequence[Node]) -> list[Node]:
+    """Return the nodes with the GPU model that most GPUs are of; refuse other versions of libraries than here."""
+    for node, (name, ours) in product(nodes, device.versions().items()):
+        if (theirs := node.versions.get(name, ours)) != ours:
+            raise InputError(f"node {node.host} has {name} {theirs}, and this one {ours}; install the same on both")
+    models = Counter(node.device.name for node in nodes for _ in range(int(node.gpus) or 1))
+    model, _ = models.most_common(1)[0]
+    for node in nodes:
+        if node.device.name != model:
+            tqdm.write(f"node {node.host} is left out: its {node.device.name} is no {model}, as most are")
+    return [node for node in nodes if node.device.name == model]
 
 
 def on_node(node_id: str) -> Any:
@@ -204,36 +181,25 @@ def on_node(node_id: str) -> Any:
     return NodeAffinitySchedulingStrategy(node_id, soft=False)
 
 
-@dataclass(frozen=True)
-class Place:
-    """What one worker has of a node."""
-
-    node: Node
-    gpus: float
-    cores: Sequence[int]
-
-
-def share_out(nodes: Sequence[Node], workers: str, gpus: float) -> list[Place]:
-    """Return a place for each worker, evenly over the nodes; `gpus` are a worker's, 0 on CPUs.
+def share_out(nodes: Sequence[Node], workers: str, gpus: float) -> list[tuple[Node, Sequence[int]]]:
+    """Return each worker's node and cores, evenly over the nodes; one takes `gpus`, on a CPU none.
 
     Raises
     ------
     InputError
         There are more workers than the cluster has room for.
     """
-    room = {node.id: int(node.gpus / gpus + 1e-6) if gpus else len(node.cores) for node in nodes}
-    wanted = sum(room.values()) if gpus else len(nodes)
-    wanted = wanted if workers == "auto" else int(workers)
-    if not 0 < wanted <= sum(room.values()):
-        what = f"{gpus:g} GPUs" if gpus else "a core"
-        raise InputError(
-            f"{wanted} workers with {what} each are wanted, and the cluster has room for {sum(room.values())}; "
-            "take --workers auto"
-        )
-    rounds = [node for turn in range(max(room.values())) for node in nodes if turn < room[node.id]][:wanted]
-    of_node, places = Counter(node.id for node in rounds), []
-    for number, node in enumerate(rounds):
-        turn, all_of_node = rounds[:number].count(node), of_node[node.id]
-        first, last = (len(node.cores) * each // all_of_node for each in (turn, turn + 1))
-        places.append(Place(node, gpus, node.cores[first:last] or node.cores))
-    return places
+    has_gpus = nodes[0].device.kind == "cuda"
+    room = {node.id: int(node.gpus / gpus + 1e-6) if has_gpus else len(node.cores) for node in nodes}
+    seats = [node for turn in range(max(room.values())) for node in nodes if turn < room[node.id]]
+    wanted = (len(seats) if has_gpus else len(nodes)) if workers == "auto" else int(workers)
+    if not 0 < wanted <= len(seats):
+        what = f"{gpus:g} GPUs" if has_gpus else "a core"
+        raise InputError(f"workers is {workers}, of {what} each; the cluster has room for {len(seats)}: give 'auto'")
+    shares = []
+    for node in nodes:
+        count = seats[:wanted].count(node)
+        for turn in range(count):
+            first, last = (len(node.cores) * each // count for each in (turn, turn + 1))
+            shares.append((node, node.cores[first:last] or node.cores))
+    return shares

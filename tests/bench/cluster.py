@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from qnb.cluster.schedule import Cell, Schedule, Seat, rehearse
+from qnb.cluster.schedule import Cell, Schedule, rehearse
 from qnb.cluster.worker import Post, Result
 
 # Seconds on an H200 told to have two cores: of SmolLM2-135M all items (GSM8K: 40 items times 33), times 9 for a model
@@ -40,33 +40,28 @@ def maker(need: tuple[str, str]) -> Cell:
     """Return the cell that makes a checkpoint or builds a task."""
     kind, name = need
     about = {"precision": name} if kind == "checkpoint" else {}
-    seconds = 100.0 if name == "mmlu" else MAKE_S[kind]
-    return Cell(f"{name} {kind}", about, makes=need, estimate_s=seconds)
+    return Cell(about, makes=need, estimate_s=100.0 if name == "mmlu" else MAKE_S[kind])
 
 
 def plan() -> list[Cell]:
     """Return the cells of nine formats, the paper's tasks and both engines."""
-    cells = [Cell("peaks", {}, is_timed=True, is_alone=True, estimate_s=5.0)]
+    cells = []
     for name in (*TASKS_S, *LIKE):
         like, about, checkpoint = LIKE.get(name, name), {"precision": name}, ("checkpoint", name)
-        cells.append(maker(checkpoint))
         for task, seconds in zip(TASKS, TASKS_S[like], strict=True):
-            needs = frozenset({checkpoint, ("task", task)})
-            cells.append(Cell(f"{name} {task}", about, needs=needs, estimate_s=seconds))
-        both = frozenset({checkpoint, ("checkpoint", "bf16")})
-        cells.append(Cell(f"{name} divergence", about, needs=both, estimate_s=30.0))
+            cells.append(Cell(about | {"task": task}, needs=(checkpoint, ("task", task)), estimate_s=seconds))
+        divergence = about | {"stage": "divergence"}
+        cells.append(Cell(divergence, needs=(checkpoint, ("checkpoint", "bf16")), estimate_s=30.0))
         for setting, passes in PASSES.items():
             for engine, pass_s in zip(("eager", "cuda_graph"), TIMED_S[like], strict=True):
-                cells.append(
-                    Cell(f"{name} {setting} {engine}", about, needs=frozenset({checkpoint}), after="peaks",
-                         is_timed=True, is_alone=engine == "eager", estimate_s=passes * pass_s)
-                )  # fmt: skip
+                timed, is_alone = about | {"setting": setting, "engine": engine}, engine == "eager"
+                cells.append(Cell(timed, needs=(checkpoint,), is_alone=is_alone, estimate_s=passes * pass_s))
     return cells
 
 
 def schedule(gpus: int) -> Schedule:
     """Return the plan on so many GPUs, eight a node."""
-    return Schedule(plan(), {f"w{gpu}": Seat(str(gpu // GPUS_PER_NODE)) for gpu in range(gpus)}, maker)
+    return Schedule(plan(), [str(gpu // GPUS_PER_NODE) for gpu in range(gpus)], maker)
 
 
 class Sleeper:
@@ -80,21 +75,19 @@ class Sleeper:
         load_s = LOAD_S if cell.precision not in ("", self._precision) else 0.0
         self._precision = cell.precision or self._precision
         sleep(float(self._post.record["scale"]) * (cell.estimate_s + load_s))
-        return Result()
+        return Result([], {}, [], None)
 
-    def ready(self) -> None:
-        """Answer."""
-
-    close = ready  # nothing was written
+    def close(self) -> None:
+        """Remove nothing."""
 
 
-def on_ray(gpus: int, scale: float) -> tuple[float, int]:
-    """Run the plan on Ray with sleeping workers; return its seconds, without hiring, and how many cells it ran."""
+def on_ray(gpus: int, scale: float) -> float:
+    """Run the plan on Ray with sleeping workers; return its seconds, without hiring."""
     import ray
     from ray.cluster_utils import Cluster
 
     from qnb.cluster.driver import Crew
-    from qnb.cluster.nodes import Node, Place
+    from qnb.cluster.nodes import Node
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     cluster = Cluster()
@@ -102,10 +95,10 @@ def on_ray(gpus: int, scale: float) -> tuple[float, int]:
         cluster.add_node(num_cpus=1, num_gpus=min(gpus, GPUS_PER_NODE), include_dashboard=False)
     ray.init(cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     device = SimpleNamespace(name="GPU", kind="cuda")
-    places = []
+    posts = []
     for node in ray.nodes():
-        here = Node(node["NodeID"], node["NodeID"], node["Resources"]["GPU"], [0], device, {}, 0)
-        places += [Place(here, 1.0, [0])] * int(here.gpus)
+        here = Node(node["NodeID"], node["NodeID"], node["Resources"]["GPU"], [0], device, {})
+        posts += [Post(here, [0], 1.0, "", {}, {"scale": scale}, 0, 1)] * int(here.gpus)
 
     class Sleepers(Crew):
         worker = Sleeper
@@ -113,17 +106,15 @@ def on_ray(gpus: int, scale: float) -> tuple[float, int]:
     with tempfile.TemporaryDirectory() as folder:
         ledger = SimpleNamespace(answers=list)
         session = SimpleNamespace(ledger=ledger, folder=Path(folder), overflowed=[], device=device)
-        study = SimpleNamespace(session=session)
-        post = Post({}, {"scale": scale}, "", {}, "", (), (), 0, 1, 0)
-        crew = Sleepers(ray, study, places[:gpus], post)
-        empty = Cell("hired", {})
+        crew = Sleepers(ray, session, posts[:gpus])
+        empty = Cell({"stage": "hired"})
         ray.get([actor.measure.remote(empty) for actor in crew._actors.values()])
         started_s = perf_counter()
-        cells = crew.run(plan(), maker)
+        crew.run(plan(), maker)
         taken_s = perf_counter() - started_s
     ray.shutdown()
     cluster.shutdown()
-    return taken_s, cells
+    return taken_s
 
 
 def table(counts: list[int], ray_counts: list[int], scale: float) -> pd.DataFrame:
@@ -136,8 +127,9 @@ def table(counts: list[int], ray_counts: list[int], scale: float) -> pd.DataFram
         row = {"gpus": gpus, "nodes": -(-gpus // GPUS_PER_NODE), "ideal_min": ideal_s / 60,
                "makespan_min": makespan_s / 60, "ratio": makespan_s / ideal_s, "cells": len(planned)}  # fmt: skip
         if gpus in ray_counts:
-            taken_s, n_cells = on_ray(gpus, scale)
-            row |= {"on_ray_s": taken_s, "ray_cost_ms_per_cell": 1000 * (taken_s - scale * makespan_s) / n_cells}
+            taken_s = on_ray(gpus, scale)
+            cost_s = taken_s - scale * makespan_s
+            row |= {"on_ray_s": taken_s, "ray_cost_ms_per_cell": 1000 * cost_s / len(planned)}
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -10,6 +10,8 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,11 +94,10 @@ def test_a_killed_worker_and_a_lost_node_cost_no_row(tmp_path, source, monkeypat
     ring = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     second = ring.add_node(num_cpus=1)
     flags = [tmp_path / name for name in ("first", "second")]
-    plan = [Cell(flag.name, {"stage": "lengths", "task": flag.name}, ((slow, (flag,)),)) for flag in flags]
     there = [tmp_path / name for name in ("third", "fourth")]
     for each in there:
         each.touch()
-    plan += [Cell(each.name, {"stage": "lengths", "task": each.name}, ((slow, (each,)),)) for each in there]
+    plan = [Cell({"stage": "lengths", "task": each.name}, (partial(slow, flag=each),)) for each in (*flags, *there)]
     monkeypatch.setattr(cells, "plan", lambda *_: plan)
 
     def end(pid, node_id):
@@ -118,36 +119,53 @@ def test_a_killed_worker_and_a_lost_node_cost_no_row(tmp_path, source, monkeypat
     assert not study.session.ledger.failures()
 
 
-def test_a_run_that_is_told_to_end_does_so(tmp_path):
-    folder = tmp_path / "study"
-    arguments = ["run", "--profile", "smoke", "--output", str(folder), "--workers", "2", "--only", "02"]
-    process = subprocess.Popen([sys.executable, "-m", "qnb", *arguments], stderr=subprocess.PIPE, text=True)
-    while not (folder / "ledger.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.terminate()
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130 and error.splitlines()[-1].startswith("qnb: interrupted")
-
-
-def test_a_killed_driver_goes_on_where_it_was(tmp_path):
+def test_a_run_that_is_told_to_end_or_killed_goes_on_where_it_was(tmp_path):
     folder = tmp_path / "study"
     arguments = [sys.executable, "-m", "qnb", "run", "--profile", "smoke", "--output", str(folder), "--workers", "2",
                  "--only", "02", "-p", "tasks", "sample_easy,sample_hard"]  # fmt: skip
-    driver_process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not Ledger(folder).rows("accuracy"):
-        assert driver_process.poll() is None
-        time.sleep(0.1)
-    children = psutil.Process(driver_process.pid).children(recursive=True)
+
+    def begin(until):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while not until():
+            assert process.poll() is None
+            time.sleep(0.1)
+        return process
+
+    # 1) told to end
+    process = begin((folder / "ledger.jsonl").exists)
+    process.terminate()
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and error.splitlines()[-1].startswith("qnb: interrupted")
+    # 2) killed: its workers end with it
+    process = begin(lambda: Ledger(folder).rows("accuracy"))
+    children = psutil.Process(process.pid).children(recursive=True)
     workers = [each for each in children if each.name().startswith("ray::Worker")]
-    driver_process.kill()
+    process.kill()
     before = lines(folder)
-    assert workers and not psutil.wait_procs(workers, timeout=60)[1]  # they end with their driver
+    assert workers and not psutil.wait_procs(workers, timeout=60)[1]
+    # 3) left alone
     done = command(*arguments[3:])
     assert done.returncode == 0, done.stderr
     after = lines(folder)
     assert after[: len(before)] == before
     assert len(after) == len({row_key(row) for row in after}) == 2 * (1 + 2 + 1 + 2)
+
+
+def test_a_format_that_overflows_is_measured_again_in_all_cells(tmp_path, monkeypatch):
+    crews = []
+
+    class Overflowing:
+        def __init__(self, ray, session, posts):
+            crews.append(posts[0].record.get("overflowed"))
+            self.run = lambda *_: session.leave_float16(["nf4"])
+
+    here = SimpleNamespace(get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: "a"))
+    monkeypatch.setattr(driver, "connected", lambda _: nullcontext(here))
+    monkeypatch.setattr(driver, "find_nodes", lambda *_: [node("a", 0, CPU)])
+    monkeypatch.setattr(driver, "Crew", Overflowing)
+    study = Study("smollm2-135m", "nf4", tmp_path / "study", device="cpu")
+    driver.measure(study, parameters(precisions="nf4"), {"01"}, ClusterOptions("1"))
+    assert crews == [None, ["nf4"]]
 
 
 LISTENING = """
@@ -172,8 +190,8 @@ def test_ray_of_this_machine_alone_opens_no_port_to_the_network():
         (["--workers", "two"], "workers is 'two'"),
         (["--gpus-per-model", "-1"], "gpus_per_model is '-1'"),
         (["--workers", "2", "-p", "minutes", "5"], "minutes is 5"),
-        (["--ray-address", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1"),
-        (["--ray-address", "nowhere"], "no Ray cluster answers at nowhere"),
+        (["--ray-address", "127.0.0.1:1"], "no Ray cluster can be joined at 127.0.0.1:1"),
+        (["--ray-address", "nowhere"], "no Ray cluster can be joined at nowhere"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(arguments, part, tmp_path, capsys):
@@ -194,18 +212,24 @@ GPU = Device("cuda", "a GPU", 1000.0, "native", "")
 
 
 def node(name, gpus=2.0, device=GPU):
-    return nodes.Node(name, name, gpus, (0, 1, 2, 3), device, {}, 0)
+    return nodes.Node(name, name, gpus, (0, 1, 2, 3), device, {})
 
 
 def test_workers_are_spread_evenly_with_cores_of_their_own():
-    places = nodes.share_out([node("a"), node("b")], "auto", 1.0)
-    assert [(place.node.id, place.cores) for place in places] == [
-        ("a", (0, 1)), ("b", (0, 1)), ("a", (2, 3)), ("b", (2, 3))
+    shares = nodes.share_out([node("a"), node("b")], "auto", 1.0)
+    assert [(node.id, cores) for node, cores in shares] == [
+        ("a", (0, 1)), ("a", (2, 3)), ("b", (0, 1)), ("b", (2, 3))
     ]  # fmt: skip
+    assert [node.id for node, _ in nodes.share_out([node("a"), node("b")], "3", 1.0)] == ["a", "a", "b"]
     assert len(nodes.share_out([node("a")], "auto", 0.5)) == 4
-    assert len(nodes.share_out([node("a", 0, CPU), node("b", 0, CPU)], "auto", 0.0)) == 2
+    assert len(nodes.share_out([node("a", 0, CPU), node("b", 0, CPU)], "auto", 1.0)) == 2
     with pytest.raises(InputError, match="room for 2"):
         nodes.share_out([node("a")], "3", 1.0)
+
+
+def test_only_nodes_with_the_gpu_model_of_most_gpus_measure():
+    other = node("c", 3.0, Device("cuda", "another GPU", 1000.0, "native", ""))
+    assert [each.id for each in nodes._alike([node("a"), other, node("b")])] == ["a", "b"]
 
 
 class OneNode:
@@ -231,11 +255,11 @@ class OneNode:
 @pytest.mark.parametrize(
     ("gpus", "described", "wanted", "part"),
     [
-        (0.0, None, "cuda", "no node of the cluster has a GPU"),
-        (1.0, TimeoutError(), "auto", "node box does not answer"),
+        (0.0, None, "cuda", "0 nodes have GPUs"),
+        (1.0, TimeoutError(), "auto", "node box cannot take part: TimeoutError"),
         (0.0, ModuleNotFoundError("No module named 'qnb'"), "auto", "node box cannot take part: No module named"),
-        (1.0, nodes.Node("a", "box", 1.0, (0,), GPU, {"torch": "1.0"}, 0), "auto", "node box has torch 1.0"),
-        (1.0, nodes.Node("a", "box", 1.0, (0,), GPU, {"python": "3.8"}, 0), "auto", "node box has python 3.8"),
+        (1.0, nodes.Node("a", "box", 1.0, (0,), GPU, {"torch": "1.0"}), "auto", "node box has torch 1.0"),
+        (1.0, nodes.Node("a", "box", 1.0, (0,), GPU, {"python": "3.8"}), "auto", "node box has python 3.8"),
     ],
 )
 def test_a_node_that_cannot_take_part_is_named(gpus, described, wanted, part):
@@ -252,8 +276,9 @@ def test_a_silent_address_is_given_up_after_seconds(monkeypatch):
         for each in fillers:
             each.setblocking(False)
             each.connect_ex(full.getsockname())
-        with pytest.raises(InputError, match="no Ray cluster answers"):
-            nodes._check_address(f"127.0.0.1:{full.getsockname()[1]}")
+        address = f"127.0.0.1:{full.getsockname()[1]}"
+        with pytest.raises(InputError, match="no Ray cluster"), nodes.connected(ClusterOptions("1", address)):
+            pass
         for each in fillers:
             each.close()
 
@@ -268,17 +293,3 @@ def test_a_model_beyond_its_memory_is_spread_and_scores_alike(tmp_path):
     assert all(row["worker"] == "w0" for row in lines(folders[1]))
     alone, spread = ({row_key(row): same(row) for row in Ledger(each).rows()} for each in folders)
     assert alone == spread
-
-
-def test_a_node_keeps_its_checkpoints_for_the_next_run(tmp_path, source, monkeypatch):
-    from qnb.cluster.worker import Post, Worker
-
-    monkeypatch.setenv("QNB_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(source.path, tmp_path / "model")
-    study = Study(str(tmp_path / "model"), "bf16", tmp_path / "study", device="cpu")
-    cell = cells.checkpoint_cell(study.session, "bf16")
-    settings = {"model": study.session.source.name, "precisions": "bf16", "device": "cpu"}
-    post = Post(settings, study.session.record, "", {}, "", (0,), (0,), 1, 1, 0)
-    first, second = (Worker(post).measure(cell, [], {}, b"", []) for _ in range(2))
-    assert [row["precision"] for row in first.rows] == ["bf16"] and not first.failure
-    assert second.rows[0]["measured_at"] == first.rows[0]["measured_at"]  # the checkpoint is there, and its row
