@@ -397,29 +397,26 @@ def show(study: Study) -> None:
     stages = {row["stage"] if row["stage"] != "perf" else row["setting"] for row in ledger.rows()}
     shown = {"01": "quantize", "02": "accuracy", "03": "bs1", "04": "maxbatch"}
     environment = {REPLAY: json.dumps(asdict(device.recorded(ledger.rows()[-1]))), "PLOTLY_RENDERER": "png"}
-    values = {
-        "precisions": ",".join(study.results().precisions),
-        "half": session.half,
-        "minutes": 0,
-        "pictures": False,
-    }
+    values = {"precisions": ",".join(study.results().precisions), "half": session.half, "minutes": 0,
+              "pictures": False, "margin_pp": study.margin_pp}  # fmt: skip
     with _sole_run(study, **environment):
         for name in NAMES:
             if shown.get(name[:2], "05") in {*stages, "05"}:
-                print(_execute(study, name, {**values, "margin_pp": study.margin_pp}), file=sys.stderr, flush=True)
+                print(_execute(study, name, values), file=sys.stderr, flush=True)
                 _make_portable(study.folder / "notebooks" / f"{name}.ipynb")
 
 
 def _make_portable(path: Path) -> None:
     """Take out of an executed notebook what another machine cannot show: widgets, and this one's paths."""
-    book = json.loads(path.read_text(encoding="utf-8").replace(f"{ROOT}{os.sep}", ""))
-    for part in (book, *book["cells"]):
-        part["metadata"].pop("papermill", None)
-        part["metadata"].pop("widgets", None)
-        part["outputs"] = [
-            each for each in part.get("outputs", ()) if not any("widget" in kind for kind in each.get("data", ()))
-        ]
-    path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    import nbformat
+
+    book = nbformat.reads(path.read_text(encoding="utf-8").replace(f"{ROOT}{os.sep}", ""), as_version=4)
+    for part in (book, *book.cells):
+        for name in ("papermill", "widgets"):
+            part.metadata.pop(name, None)
+        if outputs := part.get("outputs"):
+            part.outputs = [each for each in outputs if not any("widget" in kind for kind in each.get("data", ()))]
+    nbformat.write(book, path)
 
 
 def summary(study: Study) -> list[str]:

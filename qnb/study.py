@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from pathlib import Path
@@ -47,6 +48,10 @@ class Study:
         self.session = Session(model, precisions, output, data_dir, seed, overwrite, minutes, device, half)
         self.folder, self.precisions = self.session.folder, self.session.precisions
         self.margin_pp = margin_pp
+        if os.environ.get("PLOTLY_RENDERER") == "png":
+            from qnb.report import export
+
+            export.keep_browser()
         self._results: tuple[tuple[int, int], Results] | None = None
 
     def _measure(self, stage: Callable[..., Any], options: Callable[..., Any] | None = None, *values: Any) -> None:

@@ -4,11 +4,13 @@ import ast
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
 import tomllib
 
+import nbformat
 import pytest
 import yaml
 from conftest import command
@@ -120,6 +122,23 @@ def test_smoke_leaves_rows_tables_figures_and_notebooks(smoke):
         for cell in cells(folder / "notebooks" / f"{name}.ipynb", "code"):
             for output in cell["outputs"]:
                 assert output["output_type"] != "error" and output.get("name") != "stderr", output
+
+
+@pytest.mark.slow
+def test_a_kept_study_is_shown_without_its_model_and_measures_nothing(smoke, tmp_path):
+    """The notebooks of another machine's study are whole notebooks, without widgets and paths."""
+    folder = shutil.copytree(smoke[0], tmp_path / "study", ignore=shutil.ignore_patterns("checkpoints", "notebooks"))
+    record = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps({**record, "path": "gone", "device": "Example GPU"}))
+    before = (folder / "ledger.jsonl").read_bytes()
+    done = command("report", str(folder), "--notebooks")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "ledger.jsonl").read_bytes() == before and not (folder / "checkpoints").exists()
+    for path in (folder / "notebooks" / f"{name}.ipynb" for name in NAMES):
+        nbformat.validate(nbformat.read(path, 4))
+        outputs = [output for cell in cells(path, "code") for output in cell["outputs"]]
+        assert len(outputs) > 3 and not any("widget" in kind for each in outputs for kind in each.get("data", ()))
+        assert f"{ROOT}/" not in path.read_text()
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ all pictures of a call.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -20,6 +21,14 @@ from qnb.report.results import Results
 LOGGER = logging.getLogger(__name__)
 WIDTH_PX, SCALE = 900, 1.5
 REMEDY = "pip install kaleido, and install Chromium or Chrome, or run kaleido_get_chrome"
+
+
+def keep_browser() -> None:
+    """Keep one browser for all still pictures of a notebook: to start one takes ten times as long as a picture."""
+    import kaleido
+
+    warnings.filterwarnings("ignore", "The kopts argument is ignored")
+    kaleido.start_sync_server(silence_warnings=True, mathjax=False)
 
 
 def save_figures(results: Results, folder: Path, with_pictures: bool = True) -> dict[str, go.Figure]:
