@@ -143,7 +143,7 @@ def _ledger(results: Results) -> str:
 def limits(results: Results) -> list[str]:
     """Return what these numbers do not say: flags with their counts, samples, and what could not be measured."""
     speed, scores, lines = results.speed, results.scores, []
-    for flag, count in Counter(flag for flags in speed["flags"] for flag in set(flags)).most_common():
+    for flag, count in Counter(flag for flags in speed["flags"] for flag in dict.fromkeys(flags)).most_common():
         words = flag_text([flag])
         lines.append(f"{words[:1].upper()}{words[1:]}: {count} of {len(speed)} timed rows.")
     single = [words for name, words in findings.SETTINGS.items() if (results.timed(name).passes < 2).any()]
