@@ -27,10 +27,6 @@ TOLERANCE = 0.01  # the search ends when the true maximum can be larger by no mo
 MAX_PROBES = 10
 
 
-class OneRequestDoesNotFit(MemoryError):
-    """Not even a batch of one request fits into the memory allowed."""
-
-
 @dataclass(frozen=True, slots=True)
 class Probe:
     """One trial of a batch: whether it fitted, and the memory it took."""
@@ -90,7 +86,7 @@ def find_largest_batch(try_batch: TryBatch, limit_mib: float, cap: int, last_saf
 
     Raises
     ------
-    OneRequestDoesNotFit
+    MemoryError
         Not even one request fits.
     RuntimeError
         One request ends its process.
@@ -106,7 +102,7 @@ def find_largest_batch(try_batch: TryBatch, limit_mib: float, cap: int, last_saf
             raise RuntimeError(f"one request did not run: {DIED}")
         if not fits:
             needs = f"one request takes more than the {limit_mib:,.0f} MiB that are allowed"
-            raise OneRequestDoesNotFit(f"{needs}; shorten the prompts, ask for fewer new tokens, or raise the limit")
+            raise MemoryError(f"{needs}; shorten the prompts, ask for fewer new tokens, or raise the limit")
         size = _next_batch_size(probes, limit_mib, fits, fails, last_safe)
     return LargestBatch(fits, limit_mib, fits == cap, tuple(probes))
 

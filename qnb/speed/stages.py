@@ -5,8 +5,8 @@ Each is a function of a session and of what a user may ask, a class that checks 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import cycle, islice, pairwise, product
@@ -191,58 +191,44 @@ def perf_bs1(session: Session, options: TimingOptions) -> None:
 
 
 def perf_maxbatch(session: Session, options: TimingOptions) -> None:
-    """Find the largest batch of each format and engine, then time the workload in it (Table 4).
+    """Find the largest batch of each format and engine within the memory allowed, then time the workload in it.
 
     Raises
     ------
     InputError
-        An engine is unknown or cannot run here, or `memory_mib` is too little for one request in every format.
+        An engine is unknown or cannot run here.
     RuntimeError
-        Nothing could be measured.
+        Nothing could be measured, as where `memory_mib` is too little for one request.
     """
-    with _limited(session, options) as (all_series, clock):
-        searched = _search_all(session, options, all_series, clock)
-        if not searched:
-            session.require("batch")
-        time_in_turn(session, "maxbatch", searched, clock)
-    session.require("perf", "maxbatch")
-
-
-def largest_batches(session: Session, options: TimingOptions) -> None:
-    """Find the largest batch of each format and engine, and time nothing: it depends on memory alone."""
-    with _limited(session, options) as (all_series, clock):
-        _search_all(session, options, all_series, clock)
-
-
-@contextmanager
-def _limited(session: Session, options: TimingOptions) -> Iterator[tuple[list[Series], Clock]]:
-    """Measure the largest batch's series within the memory allowed."""
     allowed_mib = session.count("memory_mib", options.memory_mib)
     asked = {"memory_limit_mib": float(allowed_mib or session.device.memory_mib), "cap": len(options.workload.prompts)}
     # peaks are measured before anything is loaded, or held to less memory
     all_series = _all_series(session, "maxbatch", options, **asked)
     limited = memory.limited(session.device.memory_mib, allowed_mib if session.device.kind == "cuda" else 0)
     with session.exclusive("04") as clock, limited:
-        yield all_series, clock
+        time_in_turn(session, "maxbatch", _search_all(session, options, all_series, clock), clock)
+    session.require("perf", "maxbatch")
 
 
 def _search_all(session: Session, options: TimingOptions, all_series: Sequence[Series], clock: Clock) -> list[Series]:
-    """Search the largest batch of each series; return those that have one."""
-    searched, too_little = [], []
+    """Search the largest batch of each series; return those that have one.
+
+    Raises
+    ------
+    RuntimeError
+        None has.
+    """
+    searched = []
     with session.progress(len(all_series), "largest batch") as bar:
         for each in plan.largest_batches(all_series, len(options.workload.prompts), clock):
             name = " with ".join(each.name)
             bar.set_postfix_str(name)
             with session.failing(each.batch_key, f"the largest batch of {name}"):
-                try:
-                    _search(each)
-                    searched.append(each)
-                except batch_search.OneRequestDoesNotFit as error:
-                    too_little.append(str(error))
-                    raise
+                _search(each)
+                searched.append(each)
             bar.update()
-    if options.memory_mib != "auto" and len(too_little) == len(all_series):
-        raise InputError(f"memory_mib is {options.memory_mib}: out of memory: {too_little[-1]}")
+    if not searched:
+        session.require("batch")
     return searched
 
 
