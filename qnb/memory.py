@@ -90,11 +90,10 @@ def released() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        failures: list[BaseException | None] = [error]
-        for failure in failures:
-            if failure is not None:
-                clear_frames(failure.__traceback__)
-                failures += [each for each in (failure.__cause__, failure.__context__) if each not in failures]
+        failure: BaseException | None = error
+        while failure is not None:
+            clear_frames(failure.__traceback__)
+            failure = failure.__context__  # "from" sets this one too
         raise
     finally:
         release(workspaces=True)

@@ -217,36 +217,30 @@ def parse(names: str | Iterable[str], rows: Iterable[Mapping[str, Any]] = ()) ->
         A name is unknown or none is given, or a label is taken.
     """
     recall(rows := [row for row in rows if row.get("origin")])
-    words, known, origins = listed(names), {row["precision"]: row["style"] for row in rows}, dict[str, str]()
-    parsed, has_paths = list[str](), any(ORIGIN in word for word in words)
-    for word in words:
+    known, parsed = {row["precision"]: row["style"] for row in rows}, list[str]()
+    labels: dict[str, tuple[str, str]] = {}  # (label, origin) by the label in small letters
+    for word in listed(names):
         if ORIGIN in word:
             label, origin = _label(word)
-            twins = [
-                each for each in origins if each.lower() == label.lower() and (each, origins[each]) != (label, origin)
-            ]
-            if twins:
+            if labels.setdefault(label.lower(), (label, origin)) != (label, origin):
                 raise InputError(f"two checkpoints are called {label!r}; give one another label before '='")
-            origins[label] = origin
             parsed.append(label)
         else:
-            parsed += GROUPS.get(word.lower()) or [_known(word, has_paths)]
+            parsed += GROUPS.get(word.lower()) or [_known(word)]
     if not parsed:
         raise InputError(f"no precision was given; name some of: {', '.join(PRECISIONS)}")
-    for label, origin in origins.items():
+    for label, origin in labels.values():
         known.setdefault(label, next(style for style in count() if style not in known.values()))
         _register(label, origin, known[label])
     return tuple(PRECISIONS[name] for name in dict.fromkeys(parsed))
 
 
-def _known(word: str, has_paths: bool) -> str:
+def _known(word: str) -> str:
     """Return a format's name, or a label that was given before."""
     name = word if word in PRECISIONS else word.lower()
-    if name not in PRECISIONS and (has_paths or {"/", "=", ":"} & {*word}):
-        advice = f"give a checkpoint made elsewhere as mine={ORIGIN}PATH, in a list where PATH has a space or comma"
-        raise InputError(f"precision {word!r} is unknown; {advice}")
     if name not in PRECISIONS:
-        raise unknown("precision", name, PRECISIONS)
+        elsewhere = f"mine={ORIGIN}PATH (made elsewhere; in a list where PATH has a space or comma)"
+        raise unknown("precision", name, [*PRECISIONS, elsewhere])
     return name
 
 

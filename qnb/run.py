@@ -87,7 +87,6 @@ def run(
         values["output"] = output if output.startswith(colab.DRIVE) else str(expand_path(output).resolve())
     # what a cluster's nodes can do is not known here
     study = check_parameters({**values, "device": "auto", "engines": "auto"} if workers else values, names)
-    study.session.check_writable()
     if "device" in values:
         os.environ[device.CHOICE] = values["device"]  # for the notebooks' kernels
     os.environ[COMMAND] = shlex.join(["qnb", *sys.argv[1:]])
@@ -321,10 +320,8 @@ def _sole_run(study: Study, **environment: str) -> Iterator[None]:
         raise InputError(f"output {study.folder} is in use by another run; let it end, or give another output")
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it calls the rarely used parameters unknown
-    try:
-        (study.folder / "notebooks").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output {study.folder} cannot be written ({error.strerror}); give another") from error
+    study.session.check_writable()
+    (study.folder / "notebooks").mkdir(parents=True, exist_ok=True)
     lock = study.folder / ".run.lock"
     with _interruptible(), holding(lock, refuse), _own_kernel(), patch.dict(os.environ, environment):
         yield

@@ -45,7 +45,7 @@ TASKS = {
 SIZES = TASKS["sample"] | TASKS["paper"]
 FOLDERS = ("arc", "gsm8k", "hellaswag", "mmlu")  # of lm-eval's tasks: those that hold the paper's
 LM_EVAL_SEED = 1234  # its default, for examples and for sampled texts
-REHEARSED = (2, 4, 8, 16)  # items of a task that are scored without a model, to see that they can be: until some are
+REHEARSED = 16  # items of a task that are scored without a model, to see that some can be
 MISSING = (ImportError, OSError)  # what no other item or answer would bring
 STAND_IN: Any = SimpleNamespace(  # for a model: one log-likelihood for all texts, one text after all prompts
     rank=0, world_size=1, device=SimpleNamespace(type="cpu"), loglikelihood=lambda asked: [(-1.0, False)] * len(asked),
@@ -191,7 +191,7 @@ class Task:
             task.build_all_requests = partial(self._ask, part)
             task.process_results = partial(self._process, task, task.process_results)
         try:
-            self._rehearse()
+            self.evaluate(STAND_IN, REHEARSED)
             if (new_tokens := max(self._new_tokens(), default=0)) >= window:
                 raise ValueError(f"it asks for {new_tokens} new tokens, and the model's window is {window}")
         except Exception as error:  # whatever a task's code raises
@@ -217,16 +217,6 @@ class Task:
         self.data_sha256(limit)
         for part in self._parts:
             self._asked(part, limit)
-
-    def _rehearse(self) -> None:
-        """Score a few items without a model, and more while those cannot be asked or scored."""
-        for limit in REHEARSED:
-            try:
-                self.evaluate(STAND_IN, limit)
-                return
-            except Exception as error:  # whatever a task's code raises
-                if limit == REHEARSED[-1] or isinstance(error, MISSING):
-                    raise
 
     def _new_tokens(self) -> Iterator[int]:
         """Yield how many new tokens are asked for after each prompt."""
