@@ -3,8 +3,6 @@
 Exit codes: 0 done, 1 something failed on the way, 2 the input cannot be used, 130 interrupted or told to end.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os
@@ -112,15 +110,14 @@ def report(folder: str, margin_pp: float = 1.0, with_notebooks: bool = False) ->
     InputError
         `folder` holds no study, or one without a row, or the margin is no number of points.
     """
+    from qnb.ledger import Ledger
     from qnb.run import show, summary
     from qnb.study import Study
 
     path = expand_path(folder).resolve()
-    if not (path / "ledger.jsonl").is_file():
-        raise InputError(f"{path} holds no study (no ledger.jsonl); give a folder such as outputs/demo")
+    if not len(Ledger(path)):
+        raise InputError(f"{path} holds no study (no row in ledger.jsonl); give a folder such as outputs/demo")
     study = Study(precisions="all", output=path, margin_pp=margin_pp)
-    if not len(study.session.ledger):
-        raise InputError(f"{path / 'ledger.jsonl'} holds no row; put the file back, or give another folder")
     study.figures()
     study.report()
     if with_notebooks:

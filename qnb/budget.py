@@ -3,8 +3,6 @@
 Each notebook gets its share of the time that is left. What an earlier one did not need goes to the later ones.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping
@@ -44,14 +42,12 @@ def allowed_s(minutes: float, notebook: str, taken_s: Mapping[str, float]) -> fl
     Parameters
     ----------
     minutes
-        The whole budget; 0 sets none.
+        The whole budget.
     notebook
         Its number, such as ``"02"``.
     taken_s
         What the notebooks that have begun took so far, by number.
     """
-    if not minutes:
-        return math.inf
     others = {number: seconds for number, seconds in taken_s.items() if number != notebook}
     to_come = sum(share for number, share in SHARES.items() if number not in others)
     left_s = 60 * minutes * PLANNED_PART - sum(others.values())

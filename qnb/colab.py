@@ -3,8 +3,6 @@
 The hub token needs nothing here: `huggingface_hub.get_token` asks Colab's secrets for ``HF_TOKEN`` itself.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What this machine is, and what it can run."""
 
-from __future__ import annotations
-
 import shutil
 
 from qnb import device

@@ -3,8 +3,6 @@
 A file of them is code, as a notebook is: only what lies in the user's own Drive is loaded.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What a user may pass: counts, "auto", and budgets of minutes."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where a number comes from: the command that was given, the commit of the code, the state of the files it read."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

@@ -87,6 +87,7 @@ def run(
         values["output"] = output if output.startswith(colab.DRIVE) else str(expand_path(output).resolve())
     # what a cluster's nodes can do is not known here
     study = check_parameters({**values, "device": "auto", "engines": "auto"} if workers else values, names)
+    study.session.check_writable()
     if "device" in values:
         os.environ[device.CHOICE] = values["device"]  # for the notebooks' kernels
     os.environ[COMMAND] = shlex.join(["qnb", *sys.argv[1:]])
@@ -194,13 +195,11 @@ def chosen(only: str) -> list[str]:
     InputError
         A number is not a notebook's.
     """
-    numbers = {name[:2]: name for name in NAMES}
-    words = listed(only)
-    for word in words:
-        if word.zfill(2) not in numbers:
-            raise InputError(f"notebook {word!r} is unknown; choose from {', '.join(NAMES)} by number")
-    picked = {numbers[word.zfill(2)] for word in words}
-    return [name for name in NAMES if name in picked or not words]
+    numbers, wanted = {name[:2]: name for name in NAMES}, [word.zfill(2) for word in listed(only)]
+    for number in wanted:
+        if number not in numbers:
+            raise unknown("notebook", number, NAMES)
+    return [name for number, name in numbers.items() if number in wanted or not wanted]
 
 
 def notebook_parameters(path: Path) -> dict[str, Any]:
@@ -320,8 +319,10 @@ def _sole_run(study: Study, **environment: str) -> Iterator[None]:
         raise InputError(f"output {study.folder} is in use by another run; let it end, or give another output")
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it calls the rarely used parameters unknown
-    study.session.check_writable()
-    (study.folder / "notebooks").mkdir(parents=True, exist_ok=True)
+    try:
+        (study.folder / "notebooks").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output {study.folder} cannot be written ({error.strerror}); give another") from error
     lock = study.folder / ".run.lock"
     with _interruptible(), holding(lock, refuse), _own_kernel(), patch.dict(os.environ, environment):
         yield

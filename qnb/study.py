@@ -1,7 +1,5 @@
 """Study: everything a notebook holds. It composes the stages and turns their rows into tables and figures."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
@@ -171,8 +169,7 @@ class Study:
 
     def device_peaks(self) -> pd.DataFrame:
         """Measure the device's bandwidth and matrix products once; one row per peak."""
-        if not self.session.replays:
-            speed.device_peaks(self.session)
+        self._measure(speed.device_peaks)
         return tables.device_peaks(self.results())
 
     def perf_bs1(self, workload: Workload, repeats: int = 1, engines: str | Iterable[str] = "auto") -> pd.DataFrame:

@@ -9,7 +9,7 @@ PLANNED_S = 60 * 25 * PLANNED_PART
 
 def test_a_notebook_that_is_opened_alone_has_its_share():
     assert PLANNED_PART < 1 and allowed_s(25, "03", {}) == pytest.approx(60 * 25 * SHARES["03"])
-    assert Clock(allowed_s(0, "03", {})).left_s == float("inf")
+    assert Clock().left_s == float("inf")
 
 
 def test_what_one_leaves_goes_to_those_after_it_and_what_it_takes_too_much_they_lack():

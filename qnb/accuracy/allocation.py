@@ -4,8 +4,6 @@ The variance of a mean over tasks is least where each task's items go with their
 root of their cost: Neyman's allocation with costs (Cochran 1977, section 5.5).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ binomial intervals, the usual comparison, ignore the pairing and see far less. M
 something by chance alone. Holm's correction (1979) keeps that chance at 5 % for the whole table.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ where the line through the two largest probes meets the limit. A batch past that
 allocator then gives back segments that are wholly free. No line predicts how many; live tensors set the upper bound.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import threading
@@ -17,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from multiprocessing import get_context, parent_process
-from typing import Any
+from typing import Any, Self
 from unittest.mock import patch
 
 from qnb.memory import host_peak_mib
@@ -54,11 +52,11 @@ class LargestBatch:
     probes: tuple[Probe, ...]
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> LargestBatch:
+    def from_row(cls, row: Mapping[str, Any]) -> Self:
         """Read a search back from its ledger row."""
         return cls(row["batch_size"], row["limit_mib"], row["capped"], tuple(Probe(**each) for each in row["probes"]))
 
-    def smaller(self) -> LargestBatch:
+    def smaller(self) -> Self:
         """Return a smaller batch to time, after this one fitted in the search but ran out of memory when it was timed.
 
         The batch must be 2 or more. It shrinks by 1 % at first, and by twice as much each further time, because
@@ -197,7 +195,7 @@ class ChildTrials:
             self._pool = None
             return Probe(batch_size, False, ended=DIED)
 
-    def __enter__(self) -> ChildTrials:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
