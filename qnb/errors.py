@@ -21,11 +21,17 @@ class GatedModelError(InputError):
 INPUT_ERRORS = ("InputError", "GatedModelError", "EngineUnavailable")  # as a notebook that failed names them
 
 
-def unknown(kind: str, name: object, choices: Iterable[str]) -> InputError:
-    """Return the error for a name that is none of `choices`, with the one that looks most like it."""
-    choices = list(choices)
-    hint = "".join(f"; did you mean {near!r}?" for near in get_close_matches(str(name), choices, 1))
-    return InputError(f"{kind} {name!r} is unknown; choose from {', '.join(choices)}{hint}")
+def check_choice(kind: str, name: object, choices: Iterable[str]) -> None:
+    """Refuse a name that is none of `choices`, and tell which of them looks most like it.
+
+    Raises
+    ------
+    InputError
+        It is none of them.
+    """
+    if name not in (choices := list(choices)):
+        hint = "".join(f"; did you mean {near!r}?" for near in get_close_matches(str(name), choices, 1))
+        raise InputError(f"{kind} {name!r} is unknown; choose from {', '.join(choices)}{hint}")
 
 
 def expand_path(path: str | Path) -> Path:

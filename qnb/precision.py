@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from qnb.errors import InputError, unknown
+from qnb.errors import InputError, check_choice
 
 if TYPE_CHECKING:
     import torch
@@ -238,9 +238,8 @@ def parse(names: str | Iterable[str], rows: Iterable[Mapping[str, Any]] = ()) ->
 def _known(word: str) -> str:
     """Return a format's name, or a label that was given before."""
     name = word if word in PRECISIONS else word.lower()
-    if name not in PRECISIONS:
-        elsewhere = f"mine={ORIGIN}PATH (made elsewhere; in a list where PATH has a space or comma)"
-        raise unknown("precision", name, [*PRECISIONS, elsewhere])
+    elsewhere = f"mine={ORIGIN}PATH (made elsewhere; in a list where PATH has a space or comma)"
+    check_choice("precision", name, [*PRECISIONS, elsewhere])
     return name
 
 

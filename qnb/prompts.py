@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
-from qnb.errors import InputError, scrub, unknown
+from qnb.errors import InputError, check_choice, scrub
 from qnb.provenance import cache_folder, file_state
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def check(source: str) -> None:
     InputError
         `source` is none of `SOURCES`.
     """
-    if source not in SOURCES:
-        raise unknown("prompt_source", source, SOURCES)
+    check_choice("prompt_source", source, SOURCES)
 
 
 def paragraphs(source: str, data_dir: str | Path | None = None, split: str | None = "test") -> list[str]:

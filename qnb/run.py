@@ -28,7 +28,7 @@ from qnb.accuracy import tasks
 from qnb.accuracy.evaluate import AccuracyOptions
 from qnb.accuracy.perplexity import DivergenceOptions
 from qnb.columns import is_disturbed
-from qnb.errors import INPUT_ERRORS, InputError, expand_path, scrub, unknown
+from qnb.errors import INPUT_ERRORS, InputError, check_choice, expand_path, scrub
 from qnb.ledger import FAILED, KEY, Ledger, Row, holding
 from qnb.options import check_count
 from qnb.precision import listed
@@ -147,8 +147,7 @@ def rest(study: Study, run_all: str = "auto", **values: Any) -> Any:
     InputError
         `run_all` is no such word, or another run is at work in the study's folder.
     """
-    if run_all not in RUN_ALL:
-        raise unknown("run_all", run_all, RUN_ALL)
+    check_choice("run_all", run_all, RUN_ALL)
     if os.environ.get(COMMAND) or run_all == "never" or (run_all == "auto" and not colab.hosted()):
         tqdm.write(f"the other notebooks are not run from here (run_all is {run_all!r})")
         return None
@@ -197,8 +196,7 @@ def chosen(only: str) -> list[str]:
     """
     numbers, wanted = {name[:2]: name for name in NAMES}, [word.zfill(2) for word in listed(only)]
     for number in wanted:
-        if number not in numbers:
-            raise unknown("notebook", number, NAMES)
+        check_choice("notebook", number, numbers)
     return [name for number, name in numbers.items() if number in wanted or not wanted]
 
 
@@ -221,15 +219,13 @@ def parameters(profile: str, given: Sequence[Sequence[str]], known: set[str]) ->
         There is no such profile, or a parameter is not one of `known`.
     """
     files = {path.stem: path for path in sorted((NOTEBOOKS / "profiles").glob("*.yaml"))}
-    if profile not in files:
-        raise unknown("profile", profile, files)
+    check_choice("profile", profile, files)
     values = _plain(f"profile {files[profile]}", files[profile].read_bytes())
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise InputError(f"profile {files[profile]} is no list of names and values; give lines such as 'limit: 40'")
     values |= {name: _plain(f"parameter {name}", text) for name, text in given}
     for name in values:
-        if name not in known:
-            raise unknown("parameter", name, sorted(known))
+        check_choice("parameter", name, sorted(known))
     return values
 
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from qnb import __version__, budget, colab, device, kernels
 from qnb.budget import Clock, now_s
-from qnb.errors import InputError, expand_path, never_fail_to_print, scrub, unknown
+from qnb.errors import InputError, check_choice, expand_path, never_fail_to_print, scrub
 from qnb.finite import NotFiniteError
 from qnb.ledger import (
     FAILED,
@@ -123,8 +123,7 @@ class Session:
         if not self.ledger.path.exists():  # what is there can be read wherever it lies
             self.check_writable()
         sources.check_name(self.model)
-        if half not in HALVES:
-            raise unknown("half", half, HALVES)
+        check_choice("half", half, HALVES)
         record = self.record
         self.overflowed: list[str] = record.get("overflowed", [])  # in float16; they are measured in bfloat16
         if record:

@@ -10,7 +10,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from qnb.accuracy import evaluate, perplexity
-from qnb.errors import InputError
+from qnb.errors import InputError, check_choice
 from qnb.options import Count
 from qnb.prompts import Workload
 from qnb.quantize import stages as checkpoints
@@ -68,8 +68,7 @@ class Study:
 
     def table(self, name: str) -> pd.DataFrame:
         """Make one of `qnb.report.tables.TABLES` from the rows, and save it below ``tables/``."""
-        if name not in tables.TABLES:
-            raise InputError(f"table {name!r} is unknown; choose from {', '.join(tables.TABLES)}")
+        check_choice("table", name, tables.TABLES)
         return tables.save(self.results(), name)
 
     def show(self, name: str, of: str = "") -> Styler:

@@ -21,7 +21,7 @@ from qnb.accuracy.allocation import Pace, allocate
 from qnb.accuracy.statistics import pack
 from qnb.accuracy.tasks import LM_EVAL_SEED, SIZES, Task, TaskResult, check, names
 from qnb.budget import Clock, now_s
-from qnb.errors import InputError
+from qnb.errors import check_choice
 from qnb.ledger import Row, file_sha256, write_parquet
 from qnb.options import Count, check_count
 from qnb.precision import Precision
@@ -75,8 +75,7 @@ class AccuracyOptions:
         names(self.tasks)
         check_count("limit", self.limit)
         check_count("batch_size", self.batch_size)
-        if self.scorer not in SCORERS:
-            raise InputError(f"scorer is {self.scorer!r}; choose from {', '.join(SCORERS)}")
+        check_choice("scorer", self.scorer, SCORERS)
 
 
 @dataclass(frozen=True, slots=True)
