@@ -35,17 +35,14 @@ def commit() -> str:
 
     Source: the checkout, else what pip recorded when it installed from a repository (PEP 610).
     """
-    if (ROOT / ".git").exists():
-        describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
-        with suppress(OSError, subprocess.SubprocessError):
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    with suppress(OSError, subprocess.SubprocessError, metadata.PackageNotFoundError, ValueError):
+        if (ROOT / ".git").exists():
             done = subprocess.run(describe, capture_output=True, check=True, timeout=30)  # noqa: S603
             return done.stdout.decode(errors="replace").strip()
-        return ""
-    try:
         origin = json.loads(metadata.distribution("qnb").read_text("direct_url.json") or "{}")
         return str(origin.get("vcs_info", {}).get("commit_id", ""))
-    except (metadata.PackageNotFoundError, ValueError):
-        return ""
+    return ""
 
 
 def file_state(folder: Path) -> str:

@@ -9,6 +9,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -120,17 +121,14 @@ def _answer_times_s(lm: Any) -> list[float]:
     """Let a model note how long it takes to answer each kind of lm-eval's requests; return the list that gets it."""
     times_s: list[float] = []
 
-    def timed(answer: Callable[..., Any]) -> Callable[..., Any]:
-        def answer_in_time(*arguments: Any, **options: Any) -> Any:
-            started_s = now_s()
-            answers = answer(*arguments, **options)
-            times_s.append(now_s() - started_s)
-            return answers
-
-        return answer_in_time
+    def timed(answer: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        started_s = now_s()
+        answers = answer(*arguments, **options)
+        times_s.append(now_s() - started_s)
+        return answers
 
     for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        setattr(lm, name, timed(getattr(lm, name)))
+        setattr(lm, name, partial(timed, getattr(lm, name)))
     return times_s
 
 

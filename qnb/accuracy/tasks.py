@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, partial
@@ -236,26 +236,21 @@ class Task:
 
         An item is left out if the task's own code cannot ask it, or read what is right.
         """
-        part, items = self._parts[name], self._drawn(name, limit)
+        part, requests, items = self._parts[name], [], []
         part.set_fewshot_seed(seed=LM_EVAL_SEED)
-        with suppress(Exception):  # whatever a template raises; item by item tells of which
-            return self._build(part, items), items
-        requests, kept = [], []
-        part.set_fewshot_seed(seed=LM_EVAL_SEED)
-        for item in items:
+        for item in self._drawn(name, limit):
             try:
-                requests += self._build(part, [item])
-                kept.append(item)
-            except Exception as error:
+                requests += self._build(part, item)
+                items.append(item)
+            except Exception as error:  # whatever a template raises
                 self._error = error
-        return requests, kept
+        return requests, items
 
-    def _build(self, part: Any, items: list[tuple[int, Any]]) -> list[Any]:
-        """Return the requests about items, in lm-eval's order."""
-        part.doc_iterator = lambda **_: iter(items)
+    def _build(self, part: Any, item: tuple[int, Any]) -> list[Any]:
+        """Return the requests about an item."""
+        part.doc_iterator = lambda **_: iter([item])
         type(part).build_all_requests(part)
-        for _, document in items:
-            part.doc_to_target(document)  # lm-eval keeps it beside the answers
+        part.doc_to_target(item[1])  # lm-eval keeps it beside the answers
         return list(part.instances)
 
     def _ask(self, name: str, limit: int | None, **_: Any) -> None:
