@@ -129,8 +129,8 @@ def detect(wanted: str = "auto") -> Device:
 
 def recorded(row: Mapping[str, Any]) -> Device:
     """Return the device that a ledger's row was measured on."""
-    kind = "cuda" if row["driver"] else "cpu"
-    return Device(kind, row["device"], row["device_memory_mib"], row["bf16"], row["driver"])
+    kind = "cpu" if row["device"] == row.get("host") else "cuda"
+    return Device(kind, row["device"], row.get("device_memory_mib", 0.0), row["bf16"], row["driver"])
 
 
 def is_before_ampere(place: torch.device | str) -> bool:

@@ -68,7 +68,8 @@ def release(workspaces: bool = False) -> None:
 
     global _is_frozen
     gc.collect()
-    if not _is_frozen:  # imported libraries stay: a collection need not walk through them again, which takes 0.2 s
+    # imported libraries stay: a collection need not walk through them again, which takes 0.2 s; a model may go
+    if not _is_frozen and not (torch.cuda.is_initialized() and torch.cuda.memory_allocated()):
         _is_frozen = True
         gc.freeze()
     if torch.cuda.is_initialized():

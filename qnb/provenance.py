@@ -17,7 +17,7 @@ _FOLDERS = (ROOT / "notebooks", ROOT / "qnb" / "notebooks")  # those of a clone,
 NOTEBOOKS = next((folder for folder in _FOLDERS if (folder / "profiles").is_dir()), _FOLDERS[0])
 LONGEST = 2000  # characters of a command that are kept
 COMMAND = "QNB_COMMAND"  # the environment variable by which a run tells its notebooks the command line
-REPLAY = "QNB_REPLAY"  # the one that tells them that workers have measured all, and on which device
+REPLAY = "QNB_REPLAY"  # the one that tells them to show what was measured elsewhere, and on which device
 WAITING = "QNB_WAITING"  # the one that tells them how many processes hold a GPU context and wait for them
 
 
@@ -33,8 +33,11 @@ def command() -> str:
 def commit() -> str:
     """Return the commit of the package's source, with ``+changes`` where files differ from it; empty if unknown.
 
-    Source: the checkout, else what pip recorded when it installed from a repository (PEP 610).
+    Source: the variable QNB_COMMIT, else the checkout, else what pip recorded when it installed from a repository
+    (PEP 610).
     """
+    if given := os.environ.get("QNB_COMMIT"):
+        return given
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     with suppress(OSError, subprocess.SubprocessError, metadata.PackageNotFoundError, ValueError):
         if (ROOT / ".git").exists():

@@ -6,11 +6,13 @@ import ast
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
 import tempfile
 import threading
+from base64 import b64encode
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -45,6 +47,7 @@ NAMES = ("01_quantize", "02_accuracy", "03_perf_bs1", "04_perf_maxbatch", "05_fi
 COUNTS = {"sensitivity_limit", "bs1_repeats", "maxbatch_repeats", "memory_mib", "sweep_batch"}
 RUN_ALL = ("auto", "always", "never")  # when 01 runs the other notebooks; "auto" is on Colab alone
 BAR = "{l_bar}{bar}| {n_fmt} of {total_fmt} notebooks, {elapsed}{postfix}"
+PLOTLY = "application/vnd.plotly.v1+json"  # the type of a figure in a notebook
 CELL_TIMEOUT_S = 24 * 3600  # a cell that hangs ends one day, and the run with it
 
 
@@ -384,33 +387,68 @@ def show(study: Study) -> None:
 
     Raises
     ------
+    InputError
+        There is no browser to draw the pictures.
     NotebookError
         A notebook stopped.
     """
-    session, ledger = study.session, study.session.ledger
-    stages = {row["stage"] if row["stage"] != "perf" else row["setting"] for row in ledger.rows()}
-    shown = {"01": "quantize", "02": "accuracy", "03": "bs1", "04": "maxbatch"}
-    environment = {REPLAY: json.dumps(asdict(device.recorded(ledger.rows()[-1]))), "PLOTLY_RENDERER": "png"}
+    session, rows = study.session, study.session.ledger.rows()
+    measured = {row["setting"] if row["stage"] == "perf" else row["stage"] for row in rows}
+    stages = {"01": "quantize", "02": "accuracy", "03": "bs1", "04": "maxbatch"}
+    environment = {REPLAY: json.dumps(asdict(device.recorded(rows[-1]))), "PLOTLY_RENDERER": "plotly_mimetype",
+                   COMMAND: shlex.join(["qnb", *sys.argv[1:]])}  # fmt: skip
     values = {"precisions": ",".join(study.results().precisions), "half": session.half, "minutes": 0,
               "pictures": False, "margin_pp": study.margin_pp}  # fmt: skip
     with _sole_run(study, **environment):
         for name in NAMES:
-            if shown.get(name[:2], "05") in {*stages, "05"}:
+            if name[:2] == "05" or stages[name[:2]] in measured:
                 print(_execute(study, name, values), file=sys.stderr, flush=True)
                 _make_portable(study.folder / "notebooks" / f"{name}.ipynb")
 
 
 def _make_portable(path: Path) -> None:
-    """Take out of an executed notebook what another machine cannot show: widgets, and this one's paths."""
+    """Give an executed notebook still pictures, and take out what another machine cannot show: widgets and paths.
+
+    Links to the notebooks' folder still lead there where both lie in the checkout.
+    """
     import nbformat
 
-    book = nbformat.reads(path.read_text(encoding="utf-8").replace(f"{ROOT}{os.sep}", ""), as_version=4)
+    text = path.read_text(encoding="utf-8")
+    for folder in (ROOT, path.parents[2]):
+        text = text.replace(f"{folder}{os.sep}", "")
+    book = nbformat.reads(text, as_version=4)
     for part in (book, *book.cells):
         for name in ("papermill", "widgets"):
             part.metadata.pop(name, None)
         if outputs := part.get("outputs"):
             part.outputs = [each for each in outputs if not any("widget" in kind for kind in each.get("data", ()))]
+        elif part.get("cell_type") == "markdown" and path.is_relative_to(ROOT):
+            part.source = re.sub(r"\]\((?=\w+\.md\))", f"]({os.path.relpath(NOTEBOOKS, path.parent)}/", part.source)
+    _draw(
+        [output.data for cell in book.cells for output in cell.get("outputs", ()) if PLOTLY in output.get("data", ())]
+    )
     nbformat.write(book, path)
+
+
+def _draw(shown: Sequence[dict[str, Any]]) -> None:
+    """Replace figures that a browser would draw by pictures; one that has nothing to draw says so."""
+    import plotly.graph_objects as go
+
+    from qnb.report import export
+
+    figures = {
+        str(number): go.Figure(each[PLOTLY]["data"], each[PLOTLY]["layout"]) for number, each in enumerate(shown)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        if problem := export.pictures(figures, Path(folder), scale=1):
+            raise InputError(problem)
+        for name, figure in figures.items():
+            picture, data = Path(folder, f"{name}.png"), shown[int(name)]
+            data.clear()
+            if picture.exists():
+                data["image/png"] = b64encode(picture.read_bytes()).decode()
+            else:
+                data["text/plain"] = f"{figure.layout.title.text} Not measured."
 
 
 def summary(study: Study) -> list[str]:

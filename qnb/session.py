@@ -262,8 +262,9 @@ class Session:
         source, rows = self.record, self.ledger.rows()
         stages = Counter(row["stage"] for row in rows if row["stage"] not in PLANS)
         model = f"{source['name']} ({source['reason']})" if source else f"{self.model} (not fetched yet)"
-        here: dict[str, str] = {}  # what is so on this machine
-        if not self.replays:
+        if self.replays:
+            here = {"measured by": "; ".join(dict.fromkeys(row["command"] for row in rows if row["command"]))}
+        else:
             taken_s = self._taken_s() if self.minutes and source and Path(source["path"]).is_dir() else {}
             here = {
                 **({"time": budget.describe(self.minutes, taken_s)} if self.minutes else {}),

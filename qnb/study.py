@@ -1,6 +1,5 @@
 """Study: everything a notebook holds. It composes the stages and turns their rows into tables and figures."""
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from pathlib import Path
@@ -46,10 +45,6 @@ class Study:
         self.session = Session(model, precisions, output, data_dir, seed, overwrite, minutes, device, half)
         self.folder, self.precisions = self.session.folder, self.session.precisions
         self.margin_pp = margin_pp
-        if os.environ.get("PLOTLY_RENDERER") == "png":
-            from qnb.report import export
-
-            export.keep_browser()
         self._results: tuple[tuple[int, int], Results] | None = None
 
     def _measure(self, stage: Callable[..., Any], options: Callable[..., Any] | None = None, *values: Any) -> None:
@@ -94,9 +89,11 @@ class Study:
         """
         facts = self.session.facts()
         options = evaluate.AccuracyOptions(tasks or "auto", limit)
-        if tasks and self.session.minutes:
+        if tasks and self.session.replays:
+            facts["can detect"] = "said below, with the verdicts"
+        elif tasks and self.session.minutes:
             facts["can detect"] = "said after the run: the time decides how many items are asked"
-        elif tasks and not self.session.replays and (n_items := evaluate.planned_items(self.session, options)):
+        elif tasks and (n_items := evaluate.planned_items(self.session, options)):
             facts["can detect"] = verdicts.detectable(n_items)
         return tables.styled(pd.DataFrame(facts.items())).hide(axis="columns")
 

@@ -7,7 +7,6 @@ all pictures of a call.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -23,14 +22,6 @@ WIDTH_PX, SCALE = 900, 1.5
 REMEDY = "pip install kaleido, and install Chromium or Chrome, or run kaleido_get_chrome"
 
 
-def keep_browser() -> None:
-    """Keep one browser for all still pictures of a notebook: to start one takes ten times as long as a picture."""
-    import kaleido
-
-    warnings.filterwarnings("ignore", "The kopts argument is ignored")
-    kaleido.start_sync_server(silence_warnings=True, mathjax=False)
-
-
 def save_figures(results: Results, folder: Path, with_pictures: bool = True) -> dict[str, go.Figure]:
     """Draw every figure, save it as a page, and as PNG and SVG where wanted; return the figures by name."""
     figures = draw_all(results)
@@ -42,7 +33,7 @@ def save_figures(results: Results, folder: Path, with_pictures: bool = True) -> 
     return figures
 
 
-def pictures(figures: Mapping[str, go.Figure], folder: Path, label: str = "") -> str:
+def pictures(figures: Mapping[str, go.Figure], folder: Path, label: str = "", scale: float = SCALE) -> str:
     """Write each figure that draws something as PNG and SVG; return why not, or nothing.
 
     A browser that fails costs the pictures, never the run that asked for them.
@@ -55,13 +46,15 @@ def pictures(figures: Mapping[str, go.Figure], folder: Path, label: str = "") ->
         Where the pictures go.
     label
         Model and device: they stand beside the title, since a picture is passed on without the page around it.
+    scale
+        Of a PNG: pixels of a picture for one of a screen.
     """
     shown = {name: _labelled(figure, label) for name, figure in figures.items() if figure.data}
     if not shown:
         return ""
     jobs = [
         {"fig": figure, "path": folder / f"{name}.{kind}",
-         "opts": {"format": kind, "width": WIDTH_PX, "height": figure.layout.height, "scale": SCALE}}
+         "opts": {"format": kind, "width": WIDTH_PX, "height": figure.layout.height, "scale": scale}}
         for name, figure in shown.items() for kind in ("png", "svg")
     ]  # fmt: skip
     try:

@@ -53,7 +53,9 @@ def text(results: Results) -> str:
     ]
     answer = markdown(_summary(recommend.summary(results)))
     opening = [f"# {results.label}", recommend.sentence(results), answer, "\n".join(notes)]
-    return "\n\n".join([*opening, *formats, f"Computed from {_ledger(results)}."]) + "\n"
+    commands = dict.fromkeys(row["command"] for row in results.rows if row.get("command"))
+    source = [f"Computed from {_ledger(results)}. Measured by", "\n".join(f"- `{each}`" for each in commands)]
+    return "\n\n".join([*opening, *formats, *source]) + "\n"
 
 
 def page(results: Results) -> str:

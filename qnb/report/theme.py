@@ -211,7 +211,8 @@ def most_panels(formats: int) -> int:
 def _finish_panels(figure: go.Figure, frame: pd.DataFrame, title: str, note: str, change: str = "") -> go.Figure:
     """Leave out the axes' numbers where each value has its own."""
     columns, height = _shape(frame)
-    break_name = "-no-<br>" if frame.panel.nunique() <= 2 * columns else "-no-"  # the longest takes a phone's width
+    is_roomy = frame.panel.nunique() <= 2 * columns and frame.precision.nunique() < 10
+    break_name = "-no-<br>" if is_roomy else "-no-"  # the longest takes a phone's width
     names = [name.replace("-no-", break_name) for name in PRECISIONS]
     figure.update_yaxes(showgrid=False, title="", tickvals=list(PRECISIONS), ticktext=names, tickfont={"size": 11})
     if change:

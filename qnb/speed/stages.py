@@ -196,9 +196,9 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
     Raises
     ------
     InputError
-        An engine is unknown or cannot run here.
+        An engine is unknown or cannot run here, or `memory_mib` is too little for one request.
     RuntimeError
-        Nothing could be measured, as where `memory_mib` is too little for one request.
+        Nothing could be measured.
     """
     allowed_mib = session.count("memory_mib", options.memory_mib)
     asked = {"memory_limit_mib": float(allowed_mib or session.device.memory_mib), "cap": len(options.workload.prompts)}
@@ -215,6 +215,8 @@ def _search_all(session: Session, options: TimingOptions, all_series: Sequence[S
 
     Raises
     ------
+    InputError
+        None has within the memory that is given.
     RuntimeError
         None has.
     """
@@ -228,6 +230,10 @@ def _search_all(session: Session, options: TimingOptions, all_series: Sequence[S
                 searched.append(each)
             bar.update()
     if not searched:
+        asked = {each.batch_key["fingerprint"] for each in all_series}
+        failed = [row for row in session.ledger.failures() if row["fingerprint"] in asked]
+        if options.memory_mib != "auto" and {row["error"] for row in failed} == {MemoryError.__name__}:
+            raise InputError(f"memory_mib is {options.memory_mib}: {failed[-1]['reason']}")
         session.require("batch")
     return searched
 
@@ -295,7 +301,7 @@ def _last_safe_batch(series: Series) -> int | None:
 
 
 def sweep(session: Session, options: TimingOptions) -> None:
-    """Time three batches each of 1, 2, 4 ... requests, a row a format, engine and size.
+    """Time three batches or more of 1, 2, 4 ... requests each, a row a format, engine and size.
 
     The first size that does not fit ends the sizes of its format and engine. It is tried again on the next run. Sizes
     that may end the process are left out; a note stands for them.

@@ -1,10 +1,12 @@
-"""Pack a measured study for outputs/reference: ``python tests/bench/keep.py STUDY outputs/reference/NAME``.
+"""Pack a measured study for outputs/reference: ``python tests/bench/keep.py STUDY outputs/reference/NAME [COMMIT]``.
 
 Kept are the newest row of each key and the files of items and monitors, written anew. Left out are checkpoints, older
-rows, texts of a data set, and each token's divergence, which a row has reduced to means and intervals.
+rows, texts of a data set, and each token's divergence, which a row has reduced to means and intervals. COMMIT is that
+of the code, where it was measured in a copy without its history.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from qnb.ledger import Ledger, write_parquet
 KINDS = ("items", "samples", "tokens")
 
 
-def keep(study: Path, kept: Path) -> None:
+def keep(study: Path, kept: Path, commit: str = "") -> None:
+    shutil.rmtree(kept, ignore_errors=True)
     ledger, packed = Ledger(study), Ledger(kept)
     for row in (*ledger.rows(), *ledger.failures()):
         for kind in KINDS:
@@ -28,10 +31,11 @@ def keep(study: Path, kept: Path) -> None:
                 frame = frame.drop(columns="gold")  # the right answer as the data set has it
             row[f"{kind}_file"], row[f"{kind}_sha256"] = write_parquet(kept, name.rsplit(".", 2)[0], frame)
             pd.testing.assert_frame_equal(frame, pd.read_parquet(kept / row[f"{kind}_file"]))
-        packed.append(row)
+        assert '"/' not in json.dumps(row) and " /" not in row["command"], f"a path of this machine: {row}"
+        packed.append({**row, "commit": row["commit"] or commit})
     record = json.loads((study / "study.json").read_text()) | {"path": "not kept", "files": ""}
     (kept / "study.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    keep(Path(sys.argv[1]), Path(sys.argv[2]))
+    keep(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

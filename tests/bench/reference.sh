@@ -18,7 +18,8 @@ set -euo pipefail
 
 kept=outputs/reference
 formats=${FORMATS:-all,torchao} engines=${ENGINES:-cuda_graph,eager}
-run=(python -m qnb run --profile paper -p data_dir "${DATA_DIR:-}")
+run=(python -m qnb run --profile paper)
+[ -z "${DATA_DIR:-}" ] || run+=(-p data_dir "$DATA_DIR")
 accuracy=("${run[@]}" --only 02 --output "$kept/smollm2-135m" -p model smollm2-135m -p sensitivity_limit 50
   -p precisions "$formats${GGUF:+,gguf=checkpoint:$GGUF}" -p ppl_tokens 65536 -p ppl_context 512
   --workers "${WORKERS:-4}" --gpus-per-model "${SHARE:-0.25}")

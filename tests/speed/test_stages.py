@@ -192,7 +192,7 @@ def test_a_batch_that_may_end_its_process_is_searched_in_a_child(lab, monkeypatc
     for error, trials, message in (
         (InputError, ("fails", InputError("beyond the context window")), "context window"),
         (RuntimeError, ("ends_above", 0, 0), "one request did not run"),
-        (RuntimeError, ("holds_nothing",), "out of memory: one request takes .* 7 MiB .* raise the limit"),
+        (InputError, ("holds_nothing",), "memory_mib is 7: .* one request takes .* 7 MiB .* raise the limit"),
     ):
         with pytest.raises(error, match=message):
             search(*trials, memory_mib=7)
