@@ -359,7 +359,7 @@ def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2)
         papermill.execute_notebook(
             source,
             study.folder / "notebooks" / f"{name}.ipynb",
-            {key: values[key] for key in notebook_parameters(source).keys() & values.keys()},
+            {key: values[key] for key in notebook_parameters(source) if key in values},
             kernel_name="python3",
             progress_bar={"desc": name, "leave": False, "disable": not sys.stderr.isatty()},
             execution_timeout=CELL_TIMEOUT_S,
@@ -418,8 +418,13 @@ def _make_portable(path: Path) -> None:
         text = text.replace(f"{folder}{os.sep}", "")
     book = nbformat.reads(text, as_version=4)
     for part in (book, *book.cells):
-        for name in ("papermill", "widgets"):
+        for name in ("papermill", "widgets", "execution"):
             part.metadata.pop(name, None)
+        if "injected-parameters" in part.metadata.get("tags", ()):
+            part.id = "injected-parameters"
+        for output in part.get("outputs", ()):
+            if {"text/html", "text/plain"} <= output.get("data", {}).keys():
+                del output.data["text/plain"]  # an object's address
         if outputs := part.get("outputs"):
             part.outputs = [each for each in outputs if not any("widget" in kind for kind in each.get("data", ()))]
         elif part.get("cell_type") == "markdown" and path.is_relative_to(ROOT):

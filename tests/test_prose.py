@@ -110,7 +110,7 @@ def test_the_table_of_verdicts_is_what_the_kept_study_is_judged_to_be(kept):
     assert {"fp16", "int8", "int4", "nf4"} <= set(rows)
     for name, row in rows.items():
         of = answer.loc[name]
-        change = f"{of.change_pp:+.1f} ({of.low_pp:+.1f} to {of.high_pp:+.1f})"
+        change = f"{of.change_pp:+.1f} ({of.low_pp:+.2f} to {of.high_pp:+.2f})"
         assert row == [change, f"{of.perplexity_change_pct:+.1f}", f"{of.kl_mean_nats:.3f}", of.words]
 
 

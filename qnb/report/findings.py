@@ -54,6 +54,11 @@ def _accuracy(results: Results, precision: str) -> Iterator[str]:
     if len(significant):
         tasks = [f"{task_name(row.task)} ({row.change_pp:+.1f} points)" for row in significant.itertuples()]
         yield f"{name}'s change is significant after Holm's correction on {', '.join(tasks)}."
+    alone = results.batch_sensitivity.query("setting == 'qnb'") if len(results.batch_sensitivity) else pd.DataFrame()
+    for row in alone[alone.precision == precision].itertuples() if len(alone) else ():
+        if row.answers_changed:
+            share = f"{row.answers_changed} of {row.n_items} likeliest choices"
+            yield f"{name} depends on what shares a batch: {share} are others where each is asked alone."
 
 
 def _perplexity(results: Results, precision: str) -> Iterator[str]:

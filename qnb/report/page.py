@@ -76,7 +76,7 @@ def page(results: Results) -> str:
 def _summary(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the answer as text: a change with its interval, a verdict with its sign; no column that is empty."""
     rows = list(frame.itertuples())
-    change = [f"{row.change_pp:+.1f} [{row.low_pp:+.1f}, {row.high_pp:+.1f}]" for row in rows]
+    change = [f"{row.change_pp:+.1f} [{row.low_pp:+.2f}, {row.high_pp:+.2f}]" for row in rows]
     has_change = frame.change_pp.notna() & (frame.precision != BASELINE)
     decided = has_change.any() and not frame.verdict.eq(verdicts.Verdict.UNCLEAR).any()
     spare = {"weights_mib": frame.peak_memory_mib.notna().any(), "kl_mean_nats": decided}  # another column tells it
@@ -154,8 +154,8 @@ def limits(results: Results) -> list[str]:
     if len(scores):
         whole = scores[scores.task == scores.asked].drop_duplicates("task")
         part = whole[whole.n_items < whole.n_total.astype(float)]
-        if len(part):
-            lines.append(f"Accuracy is of a sample: {part.n_items.sum():,.0f} of {part.n_total.sum():,.0f} items.")
+        asked = [f"{task_name(row.task)} {row.n_items:,.0f} of {row.n_total:,.0f}" for row in part.itertuples()]
+        lines += [f"Asked is a sample of the items: {', '.join(asked)}."] if asked else []
     for row in results.rows:
         if row.get("bad_items"):
             what = f"{title(row['precision'])} on {task_name(row['task'])}: {row['bad_items']}"

@@ -255,7 +255,7 @@ def sentence(results: Results) -> str:
     allowed = table[is_allowed]
     alone = unfused(results.speed[results.speed.precision.isin(allowed.precision)])
     closing = [f"{Flag.UNFUSED.text.capitalize()}: {alone}."] if alone else []
-    if results.bs1["flags"].map(is_disturbed).any():
+    if results.speed["flags"].map(is_disturbed).any():
         closing.append("Other processes disturbed the timing.")
     return " ".join([*opening, *_extremes(allowed, "" if is_allowed.all() else ", of those not ruled out"), *closing])
 

@@ -14,7 +14,7 @@ from pandas.io.formats.style import Styler
 
 from qnb.accuracy import statistics
 from qnb.columns import flag_text, format_number, format_value, header, is_disturbed
-from qnb.ledger import write_atomic
+from qnb.ledger import fingerprint, write_atomic
 from qnb.precision import BASELINE, title
 from qnb.report import comparison, paper, scores, verdicts
 from qnb.report.batch_plans import plans
@@ -341,6 +341,7 @@ def styled(text: pd.DataFrame) -> Styler:
     long = [name for name in words if text[name].str.len().max() > LONG]
     left = ", ".join(f".col{list(text).index(name)}" for name in words)
     styles = [{"selector": left, "props": "text-align: left"}, {"selector": "caption", "props": "white-space: nowrap"}]
-    shown = text.style.format(escape="html").hide(axis="index").set_table_styles(styles)
+    name = fingerprint({"table": text.to_csv()})  # the same table looks the same in a notebook that is drawn again
+    shown = text.style.format(escape="html").hide(axis="index").set_table_styles(styles).set_uuid(name)
     shown.set_properties([name for name in text if name not in long], **{"white-space": "nowrap"})
     return shown if len(text.columns) else shown.set_caption("Nothing to show.")

@@ -151,7 +151,7 @@ def test_limits_say_what_failed_and_what_accuracy_lacks(study):
     found = page.limits(replace(study, failures=failures))
     assert "Could not be measured: bf16 eager, fp16 eager (out of memory)." in found
     part = study.scores.assign(n_total=study.scores.n_items.where(study.scores.task != "arc_easy", 5000))
-    assert "Accuracy is of a sample: 400 of 5,000 items." in page.limits(replace(study, scores=part))
+    assert "Asked is a sample of the items: ARC easy 400 of 5,000." in page.limits(replace(study, scores=part))
     alone = page.page(replace(study, scores=study.scores[study.scores.precision == "nf4"]))
     assert "bf16 was not measured" in alone
 
