@@ -37,9 +37,8 @@ def locate(output: str | Path) -> Path:
     """
     if str(output).startswith(DRIVE):
         return folder(str(output))
-    path = expand_path(output)
     base = ROOT if (ROOT / "notebooks").is_dir() else Path.cwd()
-    return path if path.is_absolute() else base / path
+    return base / expand_path(output)  # where that is absolute, it alone
 
 
 def folder(output: str) -> Path:

@@ -48,11 +48,9 @@ class Device:
     @property
     def places(self) -> tuple[str, ...]:
         """The names of all that a model is spread over."""
-        return (
-            tuple(f"cuda:{index}" for index in range(self.spread))
-            if self.spread > 1 and self.kind == "cuda"
-            else (self.place,)
-        )
+        if self.kind == "cpu" or self.spread == 1:
+            return (self.place,)
+        return tuple(f"cuda:{index}" for index in range(self.spread))
 
     @property
     def device_map(self) -> dict[str, Any]:

@@ -309,9 +309,8 @@ def _next_round(
     round_s = max(round_s, evaluate_s)  # rows of an interrupted round took their time then
     spent_s = plan["spent_s"] + round_s
     generated_s = plan["generated_s"] + sum(row["evaluate_s"] for row in new if row["task"] in generated)
-    left_s = PLANNED_SHARE * (
-        plan["budget_s"] - spent_s - (round_s - evaluate_s)
-    )  # as the next round takes beside answers
+    # the next round takes as long beside answers
+    left_s = PLANNED_SHARE * (plan["budget_s"] - spent_s - (round_s - evaluate_s))
     share = 1.0 if len(generated) == len(tasks) else GENERATED_SHARE
     paces = [_pace(task, most[task.name], rows) for task in tasks]
     seconds = left_s, share * plan["budget_s"] - generated_s, STRETCH_SHARE * plan["budget_s"]

@@ -169,10 +169,8 @@ class Series:
             return {"batch_size": self.batch_size, "note": reason}
         is_traced = self.precision.kernels or (not self.passes and self.stage != "sweep")
         kernels = self.precision.kernels if is_traced else None
-        if (
-            kernels and self.batch_size > 1
-        ):  # one row's product is a reduction; beside others, any elementwise kernel is
-            kernels = kernels.removesuffix("|triton_")
+        if kernels and self.batch_size > 1:
+            kernels = kernels.removesuffix("|triton_")  # of one row's product, a reduction; else of elementwise work
         timed = run(loaded.model, workload, self.batch_size, self.engine, loaded.baseline_mib, self.peaks, kernels)
         values = asdict(timed.run)
         if name := timed.run.stand_in:
