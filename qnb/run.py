@@ -29,8 +29,8 @@ from qnb import colab, device
 from qnb.accuracy import tasks
 from qnb.accuracy.evaluate import AccuracyOptions
 from qnb.accuracy.perplexity import DivergenceOptions
-from qnb.columns import is_disturbed
 from qnb.errors import INPUT_ERRORS, InputError, check_choice, expand_path, scrub
+from qnb.flags import is_disturbed
 from qnb.ledger import FAILED, KEY, Ledger, Row, holding
 from qnb.options import check_count
 from qnb.precision import listed

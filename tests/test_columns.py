@@ -3,7 +3,8 @@
 import pandas as pd
 import pytest
 
-from qnb.columns import COLUMNS, Flag, flag_text, format_value, header, is_disturbed
+from qnb.columns import COLUMNS, format_value, header
+from qnb.flags import Flag, flag_text, is_disturbed
 
 
 def test_a_header_has_its_unit_and_an_unknown_name_is_its_own_label():

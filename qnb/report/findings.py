@@ -11,7 +11,8 @@ from itertools import chain
 
 import pandas as pd
 
-from qnb.columns import Flag, column, format_value, is_disturbed
+from qnb.columns import column, format_value
+from qnb.flags import Flag, is_disturbed
 from qnb.precision import BASELINE, title
 from qnb.report.recommend import interval_text
 from qnb.report.results import Results, is_unfused, task_name

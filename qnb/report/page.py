@@ -17,7 +17,8 @@ from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
 from qnb import __version__
-from qnb.columns import flag_text, header
+from qnb.columns import header
+from qnb.flags import flag_text
 from qnb.ledger import PLANS, file_sha256, write_atomic
 from qnb.precision import BASELINE, PRECISIONS, title
 from qnb.report import findings, model_card, paper, recommend, theme, verdicts

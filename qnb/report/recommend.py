@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from qnb.columns import Flag, column, format_value, is_disturbed
+from qnb.columns import column, format_value
+from qnb.flags import Flag, is_disturbed
 from qnb.precision import BASELINE, title
 from qnb.report.results import Results, is_unfused, unfused
 from qnb.report.scores import MEAN

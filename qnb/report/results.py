@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from qnb.accuracy.statistics import unpack
-from qnb.columns import Flag
+from qnb.flags import Flag
 from qnb.ledger import Ledger, Row, file_sha256
 from qnb.memory import MIB
 from qnb.precision import PRECISIONS, recall, title

@@ -8,7 +8,8 @@ import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
 
-from qnb.columns import column, header, is_disturbed
+from qnb.columns import column, header
+from qnb.flags import is_disturbed
 from qnb.report import paper, theme
 from qnb.report.findings import SETTINGS
 from qnb.report.results import Results, stack

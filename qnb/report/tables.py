@@ -13,7 +13,8 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from qnb.accuracy import statistics
-from qnb.columns import flag_text, format_number, format_value, header, is_disturbed
+from qnb.columns import format_number, format_value, header
+from qnb.flags import flag_text, is_disturbed
 from qnb.ledger import fingerprint, write_atomic
 from qnb.precision import BASELINE, title
 from qnb.report import comparison, paper, scores, verdicts

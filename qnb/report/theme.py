@@ -1,6 +1,7 @@
 """The look of every figure: one Plotly template, and the ways to draw.
 
-Colour and marker identify the format (`qnb.precision` sets them). A hollow or filled marker identifies the engine.
+Colour and marker identify the format; each format's own stand in `qnb.precision`. A hollow or filled marker identifies
+the engine.
 Both survive print.
 """
 
@@ -17,7 +18,8 @@ import plotly.express as px
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from qnb.columns import column, format_number, format_value, header, is_disturbed
+from qnb.columns import column, format_number, format_value, header
+from qnb.flags import is_disturbed
 from qnb.precision import BASELINE, PRECISIONS
 from qnb.report.results import stack, task_name, unfused
 

@@ -14,8 +14,9 @@ from typing import Any
 import pandas as pd
 
 from qnb.accuracy.statistics import detectable_pp, is_above_chance, pooled_change
-from qnb.columns import Described, format_number
+from qnb.columns import format_number
 from qnb.errors import InputError
+from qnb.flags import Described
 from qnb.precision import BASELINE, PRECISIONS, title
 from qnb.report.comparison import COLUMNS, changes
 from qnb.report.results import Results, stack, task_name

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from qnb.columns import Flag
+from qnb.flags import Flag
 from qnb.memory import MIB, places, release
 from qnb.prompts import Workload
 from qnb.quantize.checkpoint import quiet

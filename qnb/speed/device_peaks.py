@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Timer
 
-from qnb.columns import Flag
+from qnb.flags import Flag
 from qnb.memory import MIB
 from qnb.speed.monitor import LOOK_BACK_S, Sensor, Window, flags_of
 

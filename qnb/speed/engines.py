@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, StoppingCriteriaList
 
 from qnb.capture import WARM_UP_STEPS, capture
-from qnb.columns import Flag
 from qnb.errors import InputError
 from qnb.finite import check_finite
+from qnb.flags import Flag
 from qnb.memory import places, register_capture
 from qnb.precision import listed
 from qnb.speed.decode_step import (

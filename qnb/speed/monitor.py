@@ -23,7 +23,7 @@ import psutil
 import pynvml
 import torch
 
-from qnb.columns import Flag
+from qnb.flags import Flag
 from qnb.memory import MIB
 from qnb.provenance import WAITING
 

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from qnb import memory, prompts
 from qnb.budget import Clock
-from qnb.columns import flag_text
 from qnb.errors import InputError
+from qnb.flags import flag_text
 from qnb.options import Count, check_count
 from qnb.precision import Precision, parse
 from qnb.prompts import Workload

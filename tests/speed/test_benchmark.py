@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 from transformers import AutoModelForCausalLM as Auto
 from transformers import GPT2Config, LlamaConfig, MambaConfig, MistralConfig, MixtralConfig, Qwen3MoeConfig
 
-from qnb.columns import Flag
+from qnb.flags import Flag
 from qnb.precision import PRECISIONS
 from qnb.prompts import Workload, load
 from qnb.quantize import checkpoint as checkpoints

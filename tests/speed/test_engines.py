@@ -16,9 +16,9 @@ from torch._inductor.utils import fresh_cache
 from torch.nn.attention import sdpa_kernel
 from transformers import LlamaConfig, MambaConfig, MambaForCausalLM, MistralConfig
 
-from qnb.columns import Flag
 from qnb.errors import InputError
 from qnb.finite import NotFiniteError
+from qnb.flags import Flag
 from qnb.memory import is_out_of_memory, release
 from qnb.precision import PRECISIONS
 from qnb.prompts import Workload

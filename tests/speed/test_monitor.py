@@ -11,7 +11,7 @@ import pynvml
 import pytest
 import torch
 
-from qnb.columns import Flag
+from qnb.flags import Flag
 from qnb.speed import monitor
 from qnb.speed.monitor import Sensor, Window, flags_of
 

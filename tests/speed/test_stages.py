@@ -11,9 +11,9 @@ import child_trials
 import pytest
 import torch
 
-from qnb.columns import Flag, flag_text
 from qnb.device import Device
 from qnb.errors import InputError
+from qnb.flags import Flag, flag_text
 from qnb.precision import PRECISIONS
 from qnb.report.results import Results
 from qnb.session import Session
