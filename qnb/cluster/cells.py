@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 GUESSED_S = {"task": 10.0, "divergence": 30.0, "bs1": 60.0, "maxbatch": 180.0}  # others take 20
 GUESSED_ITEM_S = {False: 0.01, True: 0.3}
 COLUMNS = {"quantize": "quantize_s", "accuracy": "evaluate_s", "perf": "pass_s"}  # of rows, that tell
+PEAKS = Cell({"stage": "peaks"}, (speed.device_peaks,), is_alone=True, estimate_s=5.0)  # once, before all timing
 TIMED = {"bs1": (speed.perf_bs1,), "maxbatch": (speed.perf_maxbatch, speed.sweep)}  # stages by setting
 
 
@@ -50,7 +51,7 @@ def plan(session: Session, values: Mapping[str, Any], numbers: set[str], here: s
     here
         The node whose checkpoints notebook 01 shows: the driver's, if it has workers.
     """
-    cells = []
+    cells = [PEAKS] if numbers & {*speed.NOTEBOOKS.values()} else []
     for precision in (precision.name for precision in session.precisions):
         if "01" in numbers:
             about = {"stage": "quantize", "precision": precision}
@@ -91,7 +92,8 @@ def _timed_cells(session: Session, precision: str, values: Mapping[str, Any], se
         repeats = values[f"{setting}_repeats"]
         seconds = repeats * _seconds(session, about, GUESSED_S[setting] / repeats)
         is_alone = engine == "eager"  # whose launches the host's speed decides
-        yield Cell(about, steps, (("checkpoint", precision),), is_alone=is_alone, estimate_s=seconds)
+        needs = (("checkpoint", precision),)
+        yield Cell(about, steps, needs, after=PEAKS.name, is_alone=is_alone, estimate_s=seconds)
 
 
 def time_engine(

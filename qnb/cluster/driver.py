@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from uuid import uuid4
 
 from tqdm.auto import tqdm
 
@@ -27,7 +29,8 @@ from qnb.provenance import command
 from qnb.session import Session
 from qnb.study import Study
 
-TRIES = 3  # workers that one cell may end, before it counts as failed
+TRIES = 3  # workers that one cell may end, before it counts as failed; one that makes something, on each node
+START_S = 120.0  # in which nothing ends, until workers that have not started are given up
 CLOSE_S = 5.0  # until a worker that removes its folder is let alone
 CONTEXT_BYTES = 1024 * MIB  # of a process on a GPU, and what its libraries take
 
@@ -50,15 +53,19 @@ class Crew:
     def __init__(self, ray: Any, session: Session, posts: Sequence[Post]) -> None:
         self._ray, self._session = ray, session
         self._posts = {f"w{number}": post for number, post in enumerate(posts)}
-        self._actors = {name: self._hire(post) for name, post in self._posts.items()}
+        self._starting: dict[Any, str] = {}  # workers that were hired, by the reference of their first answer
+        self._actors = {name: self._hire(name) for name in self._posts}
         self._tasks: dict[str, Any] = {}  # references to tasks that were built, by name
         self._at_work: dict[Any, str] = {}  # workers by the reference of their result
-        self._tries = Counter[str]()  # by cell: workers that it ended
+        self._tries = Counter[tuple[str, str]]()  # workers that a cell ended, by node and cell
 
-    def _hire(self, post: Post) -> Any:
+    def _hire(self, name: str) -> Any:
+        post = self._posts[name]
         gpus = post.gpus if post.node.device.kind == "cuda" else 0
         actor = self._ray.remote(num_cpus=0, num_gpus=gpus)(self.worker)
-        return actor.options(scheduling_strategy=on_node(post.node.id)).remote(post)
+        actor = actor.options(scheduling_strategy=on_node(post.node.id)).remote(post)
+        self._starting[actor.ready.remote()] = name
+        return actor
 
     def run(self, plan: Sequence[Cell], maker: Callable[[Need], Cell]) -> None:
         """Measure all cells of a plan.
@@ -72,34 +79,54 @@ class Crew:
         """
         schedule = Schedule(plan, [post.node.id for post in self._posts.values()], maker)
         try:
-            with tqdm(total=len(plan), desc="cells", unit="cell") as bar:
+            with tqdm(total=len(plan), desc="cells", unit="cell", disable=None) as bar:
                 while True:
-                    for name in [name for name, seat in schedule.seats.items() if not seat.cell]:
-                        if cell := schedule.begin(name):
-                            self._at_work[self._send(name, cell)] = name
+                    self._begin(schedule)
                     running = schedule.running
                     bar.n = len(plan) - len(schedule.pending) - sum(not cell.makes for cell in running.values())
-                    if not running:
+                    if not running and not (self._starting and schedule.pending):
                         break
                     bar.set_postfix_str("; ".join(f"{name} {cell.name}" for name, cell in running.items()))
-                    for reference in self._ray.wait([*self._at_work])[0]:
-                        self._receive(reference, schedule)
+                    limit_s = START_S if self._starting else None
+                    ended, _ = self._ray.wait([*self._at_work, *self._starting], timeout=limit_s)
+                    if not ended:
+                        self._give_up(schedule)
+                    for reference in ended:
+                        if not self._starting.pop(reference, ""):
+                            self._receive(reference, schedule)
         finally:
             ended = [actor.close.remote() for actor in self._actors.values()]
             self._ray.wait(ended, num_returns=len(ended), timeout=CLOSE_S)
         if schedule.pending:
             raise RuntimeError(f"no worker is left for {', '.join(schedule.pending)}; the same command goes on")
 
+    def _begin(self, schedule: Schedule) -> None:
+        """Let workers that have started, and are idle, begin a cell."""
+        busy = {*schedule.running, *self._starting.values()}
+        for name in [name for name in schedule.seats if name not in busy]:
+            if cell := schedule.begin(name):
+                self._at_work[self._send(name, cell)] = name
+
+    def _give_up(self, schedule: Schedule) -> None:
+        """Let others do the work of those that have not started."""
+        for name in self._starting.values():
+            place = f"worker {name} on {self._posts[name].node.host}"
+            tqdm.write(f"{place} has not started in {START_S:.0f} s and is given up; is its GPU in use?")
+            self._ray.kill(self._actors.pop(name))
+            schedule.give_back(name, stays=False)
+        self._starting.clear()
+
     def _send(self, worker: str, cell: Cell) -> Any:
-        """Let a worker begin a cell, with what the ledger has; return the reference of its result."""
-        rows = [row for row in self._session.ledger.answers()
-                if not row["stage"].endswith(FAILED) and self._session.counts(row)]  # fmt: skip
+        """Let a worker begin a cell, with what the ledger has of its formats; return the reference of its result."""
+        formats = {"", cell.precision, *(name for kind, name in cell.needs if kind == "checkpoint")}
+        rows = [row for row in self._session.ledger.answers() if row["precision"] in formats
+                and not row["stage"].endswith(FAILED) and self._session.counts(row)]  # fmt: skip
         own = [row["items_file"] for row in rows if "items_file" in row and row_key(row) == row_key(cell.about)]
         files = {name: path.read_bytes() for name in own if (path := self._session.folder / name).is_file()}
         return self._actors[worker].measure.remote(cell, rows, files, self._tasks)
 
     def _receive(self, reference: Any, schedule: Schedule) -> None:
-        """Write what a worker returned; replace one that was lost."""
+        """Write what a worker returned, and say so where no terminal draws progress; replace one that was lost."""
         name = self._at_work.pop(reference)
         post, cell = self._posts[name], schedule.running[name]
         try:
@@ -109,38 +136,53 @@ class Crew:
                 raise InputError(f"{cell.name} on node {post.node.host}: {error.cause}") from None
             self._fail(cell, f"{type(error.cause).__name__}: {error.cause}")
         except self._ray.exceptions.RayError as error:
-            reason = scrub(str(error).strip().splitlines()[0])
-            tqdm.write(f"worker {name} on {post.node.host} was lost ({reason})")
-            is_node_there = any(node["NodeID"] == post.node.id and node["Alive"] for node in self._ray.nodes())
-            if is_node_there:
-                self._ray.kill(self._actors[name])  # it may only be out of reach, and would keep its GPU
-                self._actors[name] = self._hire(post)
-            self._tries[cell.name] += is_node_there
-            if self._tries[cell.name] < TRIES:
-                schedule.give_back(name, is_node_there)
-                return
-            self._fail(cell, "a worker was lost each time; its memory may be too small")
+            self._lose(name, schedule, scrub(str(error).strip().splitlines()[0]))
+            return
         else:
-            self._write(result, {"node": post.node.host, "worker": name})
+            self._write(result, name)
+            if result.wrong_input:
+                raise InputError(f"{cell.name} on node {post.node.host}: {result.wrong_input}")
             if result.task and cell.makes:
                 self._tasks[cell.makes[1]] = result.task
         schedule.end(name)
+        if not sys.stderr.isatty():
+            tqdm.write(f"{cell.name}: ended on {post.node.host}, {name}", file=sys.stderr)
+
+    def _lose(self, name: str, schedule: Schedule, reason: str) -> None:
+        """Replace a worker that was lost, if its node is there; let its cell begin again, a few times."""
+        post, cell = self._posts[name], schedule.running[name]
+        tqdm.write(f"worker {name} on {post.node.host} was lost ({reason})")
+        is_node_there = any(node["NodeID"] == post.node.id and node["Alive"] for node in self._ray.nodes())
+        if is_node_there:
+            self._ray.kill(self._actors[name])  # it may only be out of reach, and would keep its GPU
+            self._actors[name] = self._hire(name)
+        schedule.give_back(name, is_node_there)
+        tried = post.node.id if cell.makes else "", cell.name  # what cannot be made here may be made elsewhere
+        self._tries[tried] += is_node_there
+        if self._tries[tried] >= TRIES:
+            for hopeless in schedule.bar(cell, post.node.id):
+                self._fail(hopeless, "a worker was lost each time; its memory may be too small")
 
     def _fail(self, cell: Cell, reason: str) -> None:
         """Record that a cell failed, of which its worker could tell nothing."""
         key = {**cell.about, "stage": cell.about["stage"] + FAILED}
         self._session.append(key, {"error": "RuntimeError", "reason": scrub(reason)})
+        tqdm.write(f"{cell.name} could not be measured ({scrub(reason)}); it is tried again on the next run")
 
-    def _write(self, result: Result, place: Mapping[str, Any]) -> None:
-        """Append a worker's rows to the ledger with their place, after the files that they name."""
-        session = self._session
+    def _write(self, result: Result, worker: str) -> None:
+        """Append a worker's new rows to the ledger, after the files that they name, and show those that it found."""
+        session, post = self._session, self._posts[worker]
+        place = {"node": post.node.host, "worker": worker, "command": command(), "model_reason": session.source.reason}
+        if result.text:
+            tqdm.write(result.text.rstrip())
+        for row in result.found:
+            session.decided(row)
         for path, content in result.files.items():
             write_atomic(session.folder / path, content)
         for row in result.rows:
-            if not (session.counts(row) and row["stage"] in ("quantize", "peaks")):  # which several workers make
-                session.adopt({**row, **place, "command": command(), "model_reason": session.source.reason})
-            if row["stage"].endswith(FAILED):
-                tqdm.write(f"{' '.join(map(str, filter(None, row_key(row))))}: {row['reason']}")
+            is_copy = row["stage"] == "quantize" and not post.folder  # of a checkpoint that another node has too
+            if not (is_copy and session.counts(row)):
+                session.adopt({**row, **place})
         if new := {*result.overflowed} - {*session.overflowed}:
             session.leave_float16(new)
 
@@ -209,8 +251,10 @@ def gpus_needed(session: Session, nodes: Sequence[Node], wanted: str, numbers: s
     weights_mib = session.source.parameters * max(bits) / 8 / MIB
     needed = math.ceil(weights_mib / (device.WEIGHTS_SHARE * min(node.device.memory_mib for node in nodes)))
     gpus = needed if wanted == "auto" else float(wanted)
-    if (gpus % 1 and "03" in numbers) or (gpus != 1 and "04" in numbers):
-        raise InputError(f"gpus_per_model is {gpus:g}: 03 takes whole GPUs, and 04 one; leave them out by --only")
+    refused = {name for name, fits in (("03", gpus % 1 == 0), ("04", gpus == 1)) if not fits}
+    if refused & numbers:
+        others = ",".join(sorted({"01", "02", "03", "05"} - refused))
+        raise InputError(f"gpus_per_model is {gpus:g}: 03 takes whole GPUs, and 04 one; give --only {others}")
     return gpus
 
 
@@ -225,6 +269,7 @@ def _posts(
     memory_bytes = gpus * MIB * min(node.device.memory_mib for node, _ in shares)
     weights_bytes = session.source.parameters * max(precision.file_bits for precision in session.precisions) / 8
     free_bytes = int(max(1, memory_bytes - weights_bytes - CONTEXT_BYTES)) if session.device.kind == "cuda" else 0
-    post = partial(Post, gpus=gpus, study=study, record=session.record, threads=threads, planned_bytes=free_bytes)
-    folders = {here: str(session.folder)}
-    return [post(node=node, cores=cores, folder=folders.get(node.id, "")) for node, cores in shares]
+    post = partial(Post, gpus=gpus, study=study, record=session.record, threads=threads, planned_bytes=free_bytes,
+                   run=uuid4().hex if session.overwrite else "")  # fmt: skip
+    folder = str(session.folder)
+    return [post(node=node, cores=cores, folder=folder if node.id == here else "") for node, cores in shares]

@@ -30,6 +30,8 @@ class Cell:
         What its node has afterwards; such a cell is in no plan.
     node
         Where it runs; empty is anywhere.
+    after
+        The name of a cell that has to end before, wherever it runs.
     is_alone
         Whether nothing else may run on its node meanwhile.
     estimate_s
@@ -41,6 +43,7 @@ class Cell:
     needs: tuple[Need, ...] = ()
     makes: Need | None = None
     node: str = ""
+    after: str = ""
     is_alone: bool = False
     estimate_s: float = 1.0
 
@@ -83,6 +86,7 @@ class Schedule:
     maker: Callable[[Need], Cell]
     pending: dict[str, Cell] = field(default_factory=dict)  # by name, the longest first
     ready: set[tuple[str, Need]] = field(default_factory=set)  # what each node has
+    barred: set[tuple[str, Need]] = field(default_factory=set)  # what each node cannot make
 
     def __post_init__(self) -> None:
         self.seats = {f"w{number}": Seat(node) for number, node in enumerate(self.nodes)}
@@ -94,7 +98,7 @@ class Schedule:
         self.pending = {cell.name: cell for cell in sorted(both, key=lambda cell: -cell.estimate_s)}
         nodes = list(dict.fromkeys(seat.node for seat in self.seats.values()))
         alone_s = sum(cell.estimate_s for cell in both if cell.is_alone)
-        self._for_alone = nodes[: math.ceil(alone_s / max(1.0, self.ideal_s()))]
+        self._for_alone = nodes[: None if self.barred else math.ceil(alone_s / max(1.0, self.ideal_s()))]
 
     def ideal_s(self) -> float:
         """Return the least time for what is pending: its longest chain, or an even share of all work."""
@@ -115,11 +119,13 @@ class Schedule:
         seat = self.seats[worker]
         beside = [each.cell for each in self.seats.values() if each.node == seat.node and each.cell]
         being_made = {cell.makes for cell in beside}
-        alone = [cell for cell in self.pending.values() if cell.is_alone and seat.node in self._for_alone]
+        fitting = [cell for cell in self.pending.values() if self._can_run(cell, seat.node)]
+        alone = [cell for cell in fitting if cell.is_alone and seat.node in self._for_alone]
         if any(cell.is_alone for cell in beside) or (alone and beside):
             return None
-        free = [cell for cell in alone or self.pending.values() if bool(alone) == cell.is_alone
-                and being_made.isdisjoint(cell.needs) and cell.node in ("", seat.node)]  # fmt: skip
+        unfinished = {*self.pending, *(cell.name for cell in self.running.values())}
+        free = [cell for cell in alone or fitting if bool(alone) == cell.is_alone
+                and being_made.isdisjoint(cell.needs) and cell.after not in unfinished]  # fmt: skip
         if not free:
             return None
         cell = self._choose(free, seat.precision)
@@ -128,6 +134,10 @@ class Schedule:
         self.pending.pop(cell.name, None)
         seat.cell, seat.precision = cell, cell.precision or seat.precision
         return cell
+
+    def _can_run(self, cell: Cell, node: str) -> bool:
+        """Return whether a node may run a cell, and can make what it needs."""
+        return cell.node in ("", node) and not any((node, need) in self.barred for need in cell.needs)
 
     def _choose(self, free: list[Cell], precision: str) -> Cell:
         """Choose a cell for a worker: of its own format, unless another cell would end after everything else."""
@@ -150,6 +160,21 @@ class Schedule:
         if not stays:
             del self.seats[worker]
         self._add([cell] if cell and not cell.makes else [])
+
+    def bar(self, cell: Cell, node: str) -> list[Cell]:
+        """Let a cell that was lost too often begin no more; one that makes something, on this node alone.
+
+        Return what can run nowhere now, and is pending no more, after what should have made it.
+        """
+        if cell.makes:
+            self.barred.add((node, cell.makes))
+        nodes = {seat.node for seat in self.seats.values()}
+        hopeless = [each for each in self.pending.values()
+                    if each.name == cell.name or not any(self._can_run(each, node) for node in nodes)]  # fmt: skip
+        for each in hopeless:
+            del self.pending[each.name]
+        self._add([])
+        return [cell, *hopeless] if cell.makes and hopeless else hopeless
 
 
 @dataclass(frozen=True)

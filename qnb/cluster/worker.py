@@ -5,22 +5,25 @@ It keeps its model while the format stays the same, and its tasks as long as it 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from qnb import memory
 from qnb.cluster.nodes import Node
 from qnb.cluster.schedule import Cell
 from qnb.errors import InputError, scrub
-from qnb.ledger import FAILED, Row, write_atomic
-from qnb.precision import parse
+from qnb.ledger import FAILED, Row, holding, write_atomic
+from qnb.precision import Precision, parse
 from qnb.provenance import cache_folder
 from qnb.session import Session
 
@@ -46,6 +49,8 @@ class Post:
         What the study's study.json says.
     threads
         Of a CPU that multiplies; 0 takes all its cores.
+    run
+        Of a run that overwrites: checkpoints of other runs are made again. Else empty: those of all runs count.
     planned_bytes
         Free memory that batches of scoring are planned for: the same on every worker, so that rows are too. 0 plans
         for what is free.
@@ -58,6 +63,7 @@ class Post:
     study: Mapping[str, Any]
     record: Mapping[str, Any]
     threads: int
+    run: str
     planned_bytes: int
 
 
@@ -65,10 +71,50 @@ class Post:
 class Result:
     """What came of a cell."""
 
-    rows: list[Row]
-    files: dict[str, bytes]  # that rows name, by their path in the study's folder
-    overflowed: list[str]  # formats measured in bfloat16 from now on
-    task: Any  # a reference to the one that was built, or None
+    rows: list[Row] = field(default_factory=list)  # that are new
+    found: list[Row] = field(default_factory=list)  # that answered: they are shown from now on
+    files: dict[str, bytes] = field(default_factory=dict)  # that new rows name, by their path in the study's folder
+    overflowed: list[str] = field(default_factory=list)  # formats measured in bfloat16 from now on
+    task: Any = None  # a reference to the one that was built
+    text: str = ""  # what a notebook would have printed
+    wrong_input: str = ""  # for which the whole run ends
+
+
+class WorkerSession(Session):
+    """A session in a folder of its own, which tells what a cell decided, and shares checkpoints with its node."""
+
+    def __init__(self, post: Post, folder: Path) -> None:
+        super().__init__(**post.study, output=folder)
+        self._run = post.run
+        self.new: list[Row] = []
+        self.found: list[Row] = []
+
+    def adopt(self, row: Mapping[str, Any]) -> Row:
+        """Record a whole row as new."""
+        self.new.append(super().adopt(row))
+        return self.new[-1]
+
+    def decided(self, key: Mapping[str, Any]) -> Row | None:
+        """Return the row that answers `key`, as found."""
+        if row := super().decided(key):
+            self.found.append(row)
+        return row
+
+    def checkpoint(self, precision: Precision) -> Path:
+        """Return the folder of the node's own checkpoint; one worker makes it, of all studies that share it."""
+        folder = self.folder / "checkpoints" / self.pinned(precision).checkpoint
+        if precision.origin or folder in self._verified:
+            return super().checkpoint(precision)
+        record = folder.with_name(f".{folder.name}.json")  # its row, whose manifest another node's may not share
+        with holding(record.with_suffix(".lock"), lambda: None):
+            run, row = json.loads(record.read_text()) if record.exists() else ("", {})
+            if row and self._run in ("", run):
+                known = self.ledger.find(row) or {}
+                if known.get("manifest_sha256") != row["manifest_sha256"]:
+                    self.adopt(row)
+            super().checkpoint(precision)
+            write_atomic(record, json.dumps([self._run, self.ledger.find(self.key("quantize", precision))]))
+        return folder
 
 
 class Worker:
@@ -77,6 +123,9 @@ class Worker:
     def __init__(self, post: Post) -> None:
         self._post, self._models, self._keeps_model = post, ExitStack(), False
         self._scratch = tempfile.TemporaryDirectory(prefix="qnb-worker-")
+
+    def ready(self) -> None:
+        """Answer, once it has started."""
 
     def close(self) -> None:
         """Remove what it wrote; checkpoints stay."""
@@ -99,43 +148,53 @@ class Worker:
         Raises
         ------
         InputError
-            Input cannot be used, for which the whole run ends.
+            The session cannot begin.
         """
         session = self._session
         self._prepare(cell, tasks)
         for name, content in files.items():
             write_atomic(session.folder / name, content)
         session.ledger.add_missing(rows)
-        before = session.ledger.answers()
-        for step in cell.steps:
-            try:
-                session.measure(step)
-            except Exception as error:  # that one format cannot be measured ends nothing else
-                if any(row not in before for row in session.ledger.failures()):
-                    continue
-                if isinstance(error, InputError):
-                    raise
-                key = {**cell.about, "stage": cell.about["stage"] + FAILED}
-                session.append(key, {"error": type(error).__name__, "reason": scrub(str(error))})
-        return self._result(cell, [row for row in session.ledger.answers() if row not in before])
+        session.new, session.found = [], []
+        text, wrong_input = io.StringIO(), ""
+        with redirect_stdout(text):
+            for step in cell.steps:
+                if wrong_input := self._run(cell, step):
+                    break
+        return self._result(cell, text.getvalue(), wrong_input)
 
-    def _result(self, cell: Cell, rows: Sequence[Row]) -> Result:
+    def _run(self, cell: Cell, step: Callable[[Session], Any]) -> str:
+        """Run a step; that one format cannot be measured ends nothing else. Return which input cannot be used."""
+        session, n_before = self._session, len(self._session.new)
+        try:
+            session.measure(step)
+        except Exception as error:
+            if any(row["stage"].endswith(FAILED) for row in session.new[n_before:]):
+                return ""
+            if isinstance(error, InputError):
+                return str(error)
+            key, reason = {**cell.about, "stage": cell.about["stage"] + FAILED}, scrub(str(error))
+            session.append(key, {"error": type(error).__name__, "reason": reason})
+            tqdm.write(f"{cell.name} could not be measured ({reason}); it is tried again on the next run")
+        return ""
+
+    def _result(self, cell: Cell, text: str, wrong_input: str) -> Result:
         import ray
 
         session = self._session
-        names = [row[column] for row in rows for column in row if column.endswith("_file") and row[column]]
+        names = [row[column] for row in session.new for column in row if column.endswith("_file") and row[column]]
         files = {name: (session.folder / name).read_bytes() for name in names}
         task = session.tasks.get(cell.makes[1]) if cell.makes else None
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "") if session.device.kind == "cuda" else ""
-        rows = [{**row, "gpu": gpu} for row in rows]
-        return Result(rows, files, session.overflowed, ray.put(task) if task else None)
+        rows, reference = [{**row, "gpu": gpu} for row in session.new], ray.put(task) if task else None
+        return Result(rows, session.found, files, session.overflowed, reference, text, wrong_input)
 
     @cached_property
-    def _session(self) -> Session:
+    def _session(self) -> WorkerSession:
         post, folder = self._post, Path(self._scratch.name)
         memory.planned_bytes = post.planned_bytes
         write_atomic(folder / "study.json", json.dumps(post.record))
-        session = Session(**post.study, output=folder)
+        session = WorkerSession(post, folder)
         session.device = replace(session.device, spread=max(1, int(post.gpus)))
         cache = cache_folder() / "cluster" / post.node.host / session.source.fingerprint
         checkpoints = Path(post.folder or cache) / "checkpoints"
@@ -149,14 +208,13 @@ class Worker:
 
         session = self._session
         self._use_cores(self._post.node.cores if cell.is_alone else self._post.cores)
-        session.precisions = tuple(
-            each for each in parse(self._post.study["precisions"]) if each.name == cell.precision
-        )
+        precisions = parse(self._post.study["precisions"])
+        session.precisions = tuple(each for each in precisions if each.name == cell.precision)
         for kind, name in cell.needs:
             if kind == "task" and name in tasks and name not in session.tasks:
                 with suppress(Exception):  # where its builder is gone, this worker builds it too
                     session.tasks[name] = ray.get(tasks[name])
-        keeps_model = cell.about["stage"] != "perf" and not cell.makes  # which read memory before they load
+        keeps_model = cell.about["stage"] not in ("perf", "peaks", "quantize")  # which read memory before they load
         if keeps_model and not self._keeps_model:
             self._models.enter_context(memory.models_kept())
         elif not keeps_model:

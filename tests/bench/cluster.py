@@ -75,7 +75,10 @@ class Sleeper:
         load_s = LOAD_S if cell.precision not in ("", self._precision) else 0.0
         self._precision = cell.precision or self._precision
         sleep(float(self._post.record["scale"]) * (cell.estimate_s + load_s))
-        return Result([], {}, [], None)
+        return Result()
+
+    def ready(self) -> None:
+        """Answer."""
 
     def close(self) -> None:
         """Remove nothing."""
@@ -98,7 +101,7 @@ def on_ray(gpus: int, scale: float) -> float:
     posts = []
     for node in ray.nodes():
         here = Node(node["NodeID"], node["NodeID"], node["Resources"]["GPU"], [0], device, {})
-        posts += [Post(here, [0], 1.0, "", {}, {"scale": scale}, 0, 1)] * int(here.gpus)
+        posts += [Post(here, [0], 1.0, "", {}, {"scale": scale}, 0, "", 1)] * int(here.gpus)
 
     class Sleepers(Crew):
         worker = Sleeper

@@ -1,0 +1,167 @@
+"""A crew whose workers work in this process: what they measure, find or fail at is in the study's ledger."""
+
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qnb import Study
+from qnb.cluster import driver
+from qnb.cluster.nodes import Node
+from qnb.cluster.schedule import Cell
+from qnb.cluster.worker import Post, Worker
+from qnb.device import Device
+from qnb.errors import InputError
+from qnb.quantize import checkpoint, stages
+
+ray = pytest.importorskip("ray")
+CPU = Device("cpu", "a CPU", 1000.0, "native", "")
+LENGTHS = {"stage": "lengths", "task": "a"}
+NEEDS = (("checkpoint", "bf16"),)
+
+
+class Killed(BaseException):
+    """Ends a worker."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    is_there: bool
+    value: Any
+
+
+class InProcess:
+    """Ray, as far as a crew uses it: a call is made at once. The first `n_held` workers never start."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self, n_held=0):
+        self.n_held, self.n_lost = n_held, 0
+
+    def remote(self, **_):
+        return lambda worker: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=partial(self._hire, worker)))
+
+    def _hire(self, worker, post):
+        self.n_held -= 1
+        methods = {name: getattr(worker(post), name) for name in ("ready", "measure", "close")}
+        if self.n_held >= 0:
+            methods["ready"] = None
+        return SimpleNamespace(
+            **{name: SimpleNamespace(remote=partial(self._call, each)) for name, each in methods.items()}
+        )
+
+    def _call(self, method, *arguments):
+        try:
+            return Reference(bool(method), method and method(*arguments))
+        except Killed:
+            self.n_lost += 1
+            return Reference(True, ray.exceptions.RayActorError())
+
+    def nodes(self):
+        return [{"NodeID": name * 56, "Alive": True} for name in "ab"]
+
+    def wait(self, references, **_):
+        return [each for each in references if each.is_there][:1], []
+
+    def get(self, reference):
+        if isinstance(reference.value, Exception):
+            raise reference.value
+        return reference.value
+
+    def kill(self, actor):
+        pass
+
+
+class Crew(driver.Crew):
+    """Makes no checkpoint on node b: who tries is killed."""
+
+    class worker(Worker):
+        def measure(self, cell, *arguments):
+            if cell.makes and self._post.node.host == "b":
+                raise Killed
+            return super().measure(cell, *arguments)
+
+
+def measure(study, plan, hosts="a", n_held=0):
+    """Let a worker on each of these hosts measure a plan; return Ray."""
+    session, here = study.session, InProcess(n_held)
+    options = {"model": session.source.name, "precisions": "bf16", "device": "cpu"}
+    posts = [Post(Node(host * 56, host, 0, (0,), CPU, {}), (0,), 1, "", options, session.record, 1, "", 0)
+             for host in hosts]  # fmt: skip
+    Crew(here, session, posts).run(plan, lambda need: Cell({"stage": "quantize", "precision": need[1]}, makes=need))
+    return here
+
+
+@pytest.fixture
+def study(tmp_path, source):
+    return Study("smollm2-135m", "bf16", tmp_path / "study", device="cpu")
+
+
+def ask(session, task="a", limit=0):
+    """Measure what has no row."""
+    key = session.key("lengths", None, {"limit": limit}, task=task)
+    session.find(key) or session.append(key, {"limit": limit})
+
+
+def fail(session, task):
+    """Record a failure, and raise."""
+    with session.failing(session.key("lengths", session.precisions[0], task=task), task):
+        raise ValueError(task)
+    raise RuntimeError
+
+
+def refuse(session):
+    raise InputError("a value cannot be used")
+
+
+@pytest.mark.parametrize("limits", [(2, 3, 2), (2, 3, 2, 3)])
+def test_what_was_asked_last_is_shown(study, limits):
+    for limit in limits:
+        measure(study, [Cell(LENGTHS, (partial(ask, limit=limit),))])
+        (row,) = study.session.ledger.rows("lengths")
+        assert row["limit"] == limit
+    assert len(study.session.ledger.answers()) == 2
+
+
+@pytest.mark.parametrize(("hosts", "n_failed", "n_rows"), [("b", 4, 0), ("bbba", 0, 3), ("bb", 4, 0)])
+def test_what_a_node_cannot_make_ends_three_workers_there(study, hosts, n_failed, n_rows):
+    abouts = [LENGTHS | {"task": each, "precision": "bf16"} for each in "abc"]
+    plan = [Cell(each, (partial(ask, task=each["task"]),), NEEDS) for each in abouts]
+    assert measure(study, plan, hosts).n_lost == driver.TRIES
+    ledger = study.session.ledger
+    assert (len(ledger.failures()), len(ledger.rows("lengths"))) == (n_failed, n_rows)
+
+
+def test_a_worker_that_never_starts_is_given_up(study):
+    measure(study, [Cell(LENGTHS, (ask,), is_alone=True)], "ab", n_held=1)
+    assert [row["worker"] for row in study.session.ledger.rows("lengths")] == ["w1"]
+    with pytest.raises(RuntimeError, match="no worker is left"):
+        measure(study, [Cell(LENGTHS, (ask,))], "a", n_held=1)
+
+
+def test_a_later_step_that_cannot_be_run_takes_no_row_away(study):
+    with pytest.raises(InputError, match="lengths a on node a: a value"):
+        measure(study, [Cell(LENGTHS, (ask, refuse))])
+    assert len(study.session.ledger.rows("lengths")) == 1
+
+
+def test_each_step_that_fails_is_told(study):
+    about = {"stage": "sweep", "precision": "bf16"}
+    measure(study, [Cell(about, (partial(fail, task="b"), lambda _: [][0], ask))])
+    assert {row["stage"] for row in study.session.ledger.failures()} == {"lengths.failed", "sweep.failed"}
+    assert len(study.session.ledger.rows("lengths")) == 1
+
+
+def test_one_worker_of_a_node_makes_a_checkpoint_for_all_studies(study, tmp_path, monkeypatch):
+    made, convert = [], checkpoint.convert
+    monkeypatch.setattr(checkpoint, "convert", lambda *arguments: made.append(arguments) or convert(*arguments))
+    monkeypatch.setenv("QNB_CACHE", str(tmp_path / "cache"))
+    other = Study("smollm2-135m", "bf16", tmp_path / "other", device="cpu")
+    session = other.session
+    session.append(session.key("quantize", session.precisions[0]), {"manifest_sha256": "another node's"})
+    for each in (study, other):
+        measure(each, [Cell({"stage": "quantize", "precision": "bf16"}, (stages.quantize,))], "aa")
+        assert len(each.session.ledger.rows("quantize")) == 1
+    assert len(made) == 1
