@@ -20,6 +20,7 @@ import pytest
 from conftest import SECRET, command
 
 from qnb import Study
+from qnb import precision as precisions
 from qnb.__main__ import main
 from qnb.cluster import cells, driver, nodes
 from qnb.cluster.nodes import ClusterOptions
@@ -225,6 +226,14 @@ def test_workers_are_spread_evenly_with_cores_of_their_own():
     assert len(nodes.share_out([node("a", 0, CPU), node("b", 0, CPU)], "auto", 1.0)) == 2
     with pytest.raises(InputError, match="room for 2"):
         nodes.share_out([node("a")], "3", 1.0)
+
+
+@pytest.mark.parametrize(("gpus", "only"), [("2", "01,02,03,05"), ("0.5", "01,02,05")])
+def test_what_a_spread_or_shared_model_allows_is_named(gpus, only):
+    session = SimpleNamespace(precisions=precisions.parse("bf16"), source=SimpleNamespace(parameters=10**6))
+    assert driver.gpus_needed(session, [node("a")], gpus, {name for name in only.split(",")}) == float(gpus)
+    with pytest.raises(InputError, match=f"--only {only}$"):
+        driver.gpus_needed(session, [node("a")], gpus, {"03", "04"})
 
 
 def test_only_nodes_with_the_gpu_model_of_most_gpus_measure():
