@@ -105,15 +105,14 @@ class WorkerSession(Session):
         folder = self.folder / "checkpoints" / self.pinned(precision).checkpoint
         if precision.origin or folder in self._verified:
             return super().checkpoint(precision)
-        record = folder.with_name(f".{folder.name}.json")  # its row, whose manifest another node's may not share
+        key, record = self.key("quantize", precision), folder.with_name(f".{folder.name}.json")
         with holding(record.with_suffix(".lock"), lambda: None):
             run, row = json.loads(record.read_text()) if record.exists() else ("", {})
-            if row and self._run in ("", run):
-                known = self.ledger.find(row) or {}
-                if known.get("manifest_sha256") != row["manifest_sha256"]:
-                    self.adopt(row)
+            is_same = row.get("fingerprint") == key["fingerprint"] and self._run in ("", run)
+            if is_same and (self.ledger.find(key) or {}).get("manifest_sha256") != row["manifest_sha256"]:
+                self.adopt(row)  # the row that came first may be of another node's
             super().checkpoint(precision)
-            write_atomic(record, json.dumps([self._run, self.ledger.find(self.key("quantize", precision))]))
+            write_atomic(record, json.dumps([self._run, self.ledger.find(key)]))
         return folder
 
 

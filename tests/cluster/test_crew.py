@@ -147,10 +147,11 @@ def test_a_later_step_that_cannot_be_run_takes_no_row_away(study):
     assert len(study.session.ledger.rows("lengths")) == 1
 
 
-def test_each_step_that_fails_is_told(study):
+def test_each_step_that_fails_is_told(study, capsys):
     about = {"stage": "sweep", "precision": "bf16"}
     measure(study, [Cell(about, (partial(fail, task="b"), lambda _: [][0], ask))])
     assert {row["stage"] for row in study.session.ledger.failures()} == {"lengths.failed", "sweep.failed"}
+    assert capsys.readouterr().out.count("could not be measured") == 2
     assert len(study.session.ledger.rows("lengths")) == 1
 
 

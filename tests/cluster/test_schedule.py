@@ -77,3 +77,13 @@ def test_a_maker_that_was_lost_is_asked_for_again():
 def test_a_cell_that_belongs_to_a_node_runs_there():
     schedule = Schedule([Cell(NF4, needs=(("checkpoint", "nf4"),), node="b")], ["a", "b"], bench.maker)
     assert {each.worker for each in rehearse(schedule)} == {"w1"}
+
+
+def test_what_others_come_after_runs_once_before_them():
+    after = [Cell(NF4 | {"engine": name}, after="peaks", is_alone=name == "eager") for name in ("eager", "cuda_graph")]
+    cells = [Cell({"stage": "peaks"}, is_alone=True), Cell({"stage": "accuracy"}), *after]
+    peaks, *others = sorted(
+        rehearse(Schedule(cells, ["a", "a", "b"], bench.maker)), key=lambda each: each.cell.name != "peaks"
+    )
+    assert len(others) == 3
+    assert all(peaks.end_s <= each.begin_s for each in others if each.cell.after)
