@@ -172,7 +172,7 @@ class Crew:
     def _write(self, result: Result, worker: str) -> None:
         """Append a worker's new rows to the ledger, after the files that they name, and show those that it found."""
         session, post = self._session, self._posts[worker]
-        place = {"node": post.node.host, "worker": worker, "command": command(), "model_reason": session.source.reason}
+        place = {"node": post.node.host, "worker": worker, "command": command()}
         if result.text:
             tqdm.write(result.text.rstrip())
         for row in result.found:
@@ -182,7 +182,7 @@ class Crew:
         for row in result.rows:
             is_copy = row["stage"] == "quantize" and not post.folder  # of a checkpoint that another node has too
             if not (is_copy and session.counts(row)):
-                session.adopt({**row, **place})
+                session.adopt({**row, **place, "model_reason": session.source.reason})
         if new := {*result.overflowed} - {*session.overflowed}:
             session.leave_float16(new)
 

@@ -32,7 +32,8 @@ from qnb.run import NAMES, NOTEBOOKS, notebook_parameters
 
 ray = pytest.importorskip("ray")
 # of a row: when, where, in what order and by which command it was measured, and what takes another time each time
-OF_ONE_RUN = {"measured_at", "command", "commit", "node", "gpu", "worker", "host_peak_mib", "flags", "note"}
+OF_ONE_RUN = {"measured_at", "command", "commit", "node", "gpu", "worker", "host_peak_mib", "flags", "note",
+              "device_memory_mib"}  # fmt: skip
 TIMED = ("perf", "batch", "peaks", "sweep")
 
 
