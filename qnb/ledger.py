@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import file_digest, sha256
-from io import FileIO
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,15 +110,17 @@ def write_parquet(folder: Path, stem: str, frame: pd.DataFrame) -> tuple[str, st
 
     The name carries the hash, so a new measurement leaves an earlier row's file alone.
     """
-    from pyarrow import Table, types
+    from pyarrow import Table, parquet, types
 
-    schema = Table.from_pandas(frame).schema
-    lists = {each.name: f"{each.name}.list.element" for each in schema if types.is_list(each.type)}
-    floats = [lists.get(each.name, each.name) for each in schema
+    table, content_file = Table.from_pandas(frame), BytesIO()
+    lists = {each.name: f"{each.name}.list.element" for each in table.schema if types.is_list(each.type)}
+    floats = [lists.get(each.name, each.name) for each in table.schema
               if types.is_floating(each.type.value_type if each.name in lists else each.type)]  # fmt: skip
-    others = [each.name for each in schema if lists.get(each.name, each.name) not in floats]
+    others = [each.name for each in table.schema if lists.get(each.name, each.name) not in floats]
     # numbers byte by byte: what alike ones share is packed away
-    content = frame.to_parquet(compression="zstd", use_byte_stream_split=floats, use_dictionary=others)
+    packing = {"compression": "zstd", "use_byte_stream_split": floats, "use_dictionary": others}
+    parquet.write_table(table, content_file, **packing)
+    content = content_file.getvalue()
     digest = sha256(content).hexdigest()
     name = f"{stem}.{digest[:8]}.parquet"
     write_atomic(folder / name, content)

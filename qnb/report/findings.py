@@ -37,7 +37,9 @@ def findings(results: Results) -> dict[str, list[str]]:
 def about(results: Results, precision: str, sections: Sequence[str] = ("accuracy", *SETTINGS)) -> list[str]:
     """Return what is known of a format beside BF16; nothing of BF16 itself."""
     lines: dict[str, Iterable[str]] = {  # computed where they are asked for
-        "accuracy": chain(_accuracy(results, precision), _perplexity(results, precision)),
+        "accuracy": chain(
+            _accuracy(results, precision), _batching(results, precision), _perplexity(results, precision)
+        ),
         "bs1": chain(_memory(results, precision), _speed(results, precision, "bs1")),
         "maxbatch": _speed(results, precision, "maxbatch"),
     }
@@ -55,11 +57,14 @@ def _accuracy(results: Results, precision: str) -> Iterator[str]:
     if len(significant):
         tasks = [f"{task_name(row.task)} ({row.change_pp:+.1f} points)" for row in significant.itertuples()]
         yield f"{name}'s change is significant after Holm's correction on {', '.join(tasks)}."
-    alone = results.batch_sensitivity.query("setting == 'qnb'") if len(results.batch_sensitivity) else pd.DataFrame()
-    for row in alone[alone.precision == precision].itertuples() if len(alone) else ():
+
+
+def _batching(results: Results, precision: str) -> Iterator[str]:
+    rows = results.batch_sensitivity.reindex(columns=["precision", "setting", "answers_changed", "n_items"])
+    for row in rows[(rows.precision == precision) & (rows.setting == "qnb")].itertuples():
         if row.answers_changed:
             share = f"{row.answers_changed} of {row.n_items} likeliest choices"
-            yield f"{name} depends on what shares a batch: {share} are others where each is asked alone."
+            yield f"{title(precision)} depends on what shares a batch: {share} are others where each is asked alone."
 
 
 def _perplexity(results: Results, precision: str) -> Iterator[str]:

@@ -39,7 +39,6 @@ CONDITIONS = ("workload", "device", "memory_limit_mib", "cap")  # two rows that 
 OF_MEDIANS = ("gpu_busy_pct", "mbu_pct", "mfu_pct", "bound")  # kernels are traced in the first pass alone
 STAGES = {"accuracy_rows": "accuracy", "batches": "batch", "divergence": "divergence", "lengths": "lengths",
           "batch_sensitivity": "batch_sensitivity"}  # fmt: skip
-SETTINGS = ("bs1", "maxbatch", "sweep")
 MARGIN_PP = 1.0  # the loss of accuracy that is accepted, unless a study says otherwise
 NOT_FUSED = ", not fused"  # after a captured engine's name, where other rows are
 # words of tasks' names that are written in another way
@@ -91,7 +90,7 @@ class Results:
         newest = rows[-1] if rows else {}
         frames = {name: in_order(pd.DataFrame(ledger.rows(stage))) for name, stage in STAGES.items()}
         passes = _passes([row for row in rows if row["stage"] in ("perf", "sweep")])
-        frames |= {setting: medians(passes[passes.setting == setting]) for setting in SETTINGS}
+        frames |= {setting: medians(passes[passes.setting == setting]) for setting in ("bs1", "maxbatch", "sweep")}
         return cls(
             ledger.folder.resolve().name, newest.get("model", ""), newest.get("device", ""), ledger.folder,
             in_order(_scores(rows)), passes=passes, rows=rows, failures=tuple(ledger.failures()), margin_pp=margin_pp,

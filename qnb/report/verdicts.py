@@ -75,7 +75,19 @@ def accuracies(results: Results, task: str = MEAN) -> pd.DataFrame:
         A study's frames.
     task
         A task; `MEAN` is the mean over the tasks that count, each weighing the same.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Made once a study. Do not write into it.
     """
+    key = f"accuracies of {task}"
+    if key not in results.cache:
+        results.cache[key] = _accuracies(results, task)
+    return results.cache[key]
+
+
+def _accuracies(results: Results, task: str) -> pd.DataFrame:
     columns = ["accuracy_pct", "n_items", *CHANGE]
     if results.scores.empty:
         return pd.DataFrame(columns=columns, dtype=float)
