@@ -116,7 +116,6 @@ class Session:
         self._verified: set[Path] = set()  # checkpoints whose every byte was read by this session
         self.existing: dict[str, sources.Source] = {}  # checkpoints that were made elsewhere, by label
         self.tasks: dict[str, Any] = {}  # lm-eval's tasks that were built, by name
-        self.encoded: dict[Any, list[int]] = {}  # token ids by text
         self.replays = REPLAY in os.environ  # what was measured elsewhere is shown
         for damage in self.ledger.damaged:
             tqdm.write(f"{damage}; it is passed over and measured again when it is needed")

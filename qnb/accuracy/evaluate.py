@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +31,6 @@ from qnb.quantize.checkpoint import quiet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qnb.accuracy.scorer import Encoded
     from qnb.session import Session
 
 SCORERS = ("qnb", "hf")
@@ -88,7 +87,6 @@ class Evaluation:
     scorer: str
     batch_size: int
     alone: bool = False  # every row in a batch of its own
-    encoded: Encoded = field(default_factory=dict)  # token ids by text, which all formats share
 
     def parameters(self, task: Task) -> dict[str, Any]:
         """Return what the answers to a task depend on, beside the model."""
@@ -105,16 +103,18 @@ class Evaluation:
         """Score a model on a task; answers are kept in `answers_path` meanwhile, so that a killed task goes on."""
         import torch
 
-        from qnb.accuracy.scorer import SharedContextLM, StockLM
+        from qnb.accuracy.scorer import SharedContextLM, StockLM, encode
 
         torch.manual_seed(LM_EVAL_SEED)  # some tasks sample
+        limit = self.limits[task.name]
         options: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer, "batch_size": self.batch_size}
         if self.scorer == "qnb":
-            options |= {"encoded": self.encoded, "answers_path": answers_path, "alone": self.alone}
+            encode(tokenizer, task.pairs(limit), task.encoded)  # here, so that no format's answers take longer for it
+            options |= {"encoded": task.encoded, "answers_path": answers_path, "alone": self.alone}
         with quiet():
             lm = (SharedContextLM if self.scorer == "qnb" else StockLM)(**options)
             times_s = _answer_times_s(lm)
-            return replace(task.evaluate(lm, self.limits[task.name]), answer_s=sum(times_s))
+            return replace(task.evaluate(lm, limit), answer_s=sum(times_s))
 
 
 def _answer_times_s(lm: Any) -> list[float]:
@@ -148,9 +148,7 @@ def accuracy(session: Session, options: AccuracyOptions) -> None:
     with session.exclusive("02") as clock:
         tasks = list(_load_tasks(session, options.tasks))
         limits = dict.fromkeys((task.name for task in tasks), _limit(session, options))
-        evaluation = Evaluation(
-            tasks, limits, options.scorer, session.count("batch_size", options.batch_size), encoded=session.encoded
-        )
+        evaluation = Evaluation(tasks, limits, options.scorer, session.count("batch_size", options.batch_size))
         if session.minutes:
             _spend_budget(session, evaluation, clock)
         else:
@@ -189,8 +187,13 @@ def _load_tasks(session: Session, tasks: str | Iterable[str]) -> Iterator[Task]:
 
 
 def prepare(session: Session, name: str, options: AccuracyOptions) -> None:
-    """Build a task and all its requests, so that no format has to wait for them."""
-    build(session, name).prepare(_limit(session, options))
+    """Build a task, and build and encode all its requests, so that no format has to wait for them."""
+    from qnb.accuracy.scorer import encode
+
+    task, limit = build(session, name), _limit(session, options)
+    task.data_sha256(limit)
+    if options.scorer == "qnb":
+        encode(session.tokenizer, task.pairs(limit), task.encoded)
 
 
 def build(session: Session, name: str) -> Task:
@@ -395,7 +398,7 @@ def _compare_batchings(session: Session, precision: Precision, task: Task, limit
     with session.failing(keys[missing[0]], what), session.loaded(precision) as model:
         for scorer in missing:
             with session.failing(keys[scorer], f"{what} by scorer {scorer}"):
-                usual = Evaluation([task], {task.name: limit}, scorer, 32, encoded=session.encoded)
+                usual = Evaluation([task], {task.name: limit}, scorer, 32)
                 alone = replace(usual, batch_size=1, alone=True)
                 usual_items = usual.evaluate(task, model, session.tokenizer).items
                 started_s = now_s()

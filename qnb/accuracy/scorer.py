@@ -16,6 +16,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from transformers import PreTrainedTokenizerBase
 
 from qnb import memory
 from qnb.accuracy.answer_cache import AnswerCache
@@ -109,17 +110,10 @@ class SharedContextLM(StockLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood, whether greedy) of each request (context, continuation), in order.
 
-        Many texts are encoded at once, which fast tokenizers spread over the cores.
+        `encode` has the texts in `encoded` before they are asked for one by one.
         """
-        pairs = [request.args for request in requests]
-        texts = dict.fromkeys(chain((context.rstrip() for context, _ in pairs), map("".join, pairs)))
-        bos = self.tokenizer.decode(self.prefix_token_id)  # a text that begins with it gets no second one
-        new = [text for text in texts if text and (text, ()) not in self.encoded and not text.startswith(bos)]
-        options = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
-        for first in range(0, len(new), ENCODED_TOGETHER):
-            some = new[first : first + ENCODED_TOGETHER]
-            ids = self.tokenizer(some, verbose=False, **options)["input_ids"]
-            self.encoded.update(zip(((text, ()) for text in some), ids, strict=True))
+        if self.add_bos_token is None:
+            encode(self.tokenizer, [request.args for request in requests], self.encoded)
         return super().loglikelihood(requests, disable_tqdm)
 
     def _score_tokens(self, requests: list[Request], *options: Any) -> list[tuple[float, bool]]:
@@ -218,6 +212,19 @@ class SharedContextLM(StockLM):
                 return []
             prompts.append(Prompt(position, tuple(ids), stops, new_tokens))
         return sorted(prompts, key=lambda prompt: (-prompt.max_new_tokens, -len(prompt.tokens)))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], encoded: Encoded) -> None:
+    """Encode what lm-eval encodes of pairs (context, continuation), unless `encoded` has it.
+
+    Many texts are encoded at once, which fast tokenizers spread over the cores.
+    """
+    texts = dict.fromkeys(chain((context.rstrip() for context, _ in pairs), map("".join, pairs)))
+    bos = tokenizer.bos_token or tokenizer.eos_token or ""  # lm-eval gives a text that begins with it no second one
+    new = [text for text in texts if text and (text, ()) not in encoded and not (bos and text.startswith(bos))]
+    for first in range(0, len(new), ENCODED_TOGETHER):
+        some = new[first : first + ENCODED_TOGETHER]
+        encoded.update(zip(((text, ()) for text in some), tokenizer(some, verbose=False)["input_ids"], strict=True))
 
 
 def _in_batches(items: Sequence[Any], cost: Callable[[Any], int], limit: int, work: Callable[[Any], None]) -> int:

@@ -184,6 +184,7 @@ class Task:
         self.sizes = {part: len(documents) for part, documents in self._documents.items()}
         self._error: Exception | None = None  # of the last bad item
         self._not_shares: set[tuple[str, str]] = set()  # (part, metric) that had a value beyond 0 to 1
+        self.encoded: dict[tuple[Any, ...], list[int]] = {}  # token ids by text, which all formats share
         self.data_sha256 = Memo(self._data_sha256)
         self._asked = Memo(self._requests)
         for part, task in self._parts.items():
@@ -212,11 +213,10 @@ class Task:
         """Return how many items a limit takes, of all parts together; None takes all."""
         return sum(min(limit or size, size) for size in self.sizes.values())
 
-    def prepare(self, limit: int | None) -> None:
-        """Build the requests that a limit takes, and hash their documents."""
-        self.data_sha256(limit)
-        for part in self._parts:
-            self._asked(part, limit)
+    def pairs(self, limit: int | None) -> list[tuple[str, str]]:
+        """Return (context, continuation) of all requests for a likelihood that a limit takes."""
+        asked = chain.from_iterable(self._asked(part, limit)[0] for part in self._parts)
+        return [request.args for request in asked if request.request_type == "loglikelihood"]
 
     def _new_tokens(self) -> Iterator[int]:
         """Yield how many new tokens are asked for after each prompt."""

@@ -33,7 +33,8 @@ def maker(session: Session, values: Mapping[str, Any], need: Need) -> Cell:
     if kind == "checkpoint":
         about = {"stage": "quantize", "precision": name}
         return Cell(about, (checkpoints.quantize,), makes=need, estimate_s=_seconds(session, about))
-    step = partial(evaluate.prepare, name=name, options=evaluate.AccuracyOptions(name, values["limit"]))
+    options = evaluate.AccuracyOptions(name, values["limit"], scorer=values["scorer"])
+    step = partial(evaluate.prepare, name=name, options=options)
     return Cell({"stage": "accuracy", "task": name}, (step,), makes=need, estimate_s=GUESSED_S["task"])
 
 

@@ -1,8 +1,8 @@
-"""Pack a measured study for outputs/reference: ``python tests/bench/keep.py STUDY outputs/reference/NAME [COMMIT]``.
+"""Pack a measured study for outputs/reference: ``python tests/bench/keep.py outputs/reference/NAME STUDY...``.
 
 Kept are the newest row of each key and the files of items and monitors, written anew. Left out are checkpoints, older
-rows, texts of a data set, and each token's divergence, which a row has reduced to means and intervals. COMMIT is that
-of the code, where it was measured in a copy without its history.
+rows, texts of a data set, and each token's divergence, which a row has reduced to means and intervals. Of several
+folders of one study, the first that has a row counts.
 """
 
 import json
@@ -17,10 +17,11 @@ from qnb.ledger import Ledger, write_parquet
 KINDS = ("items", "samples", "tokens")
 
 
-def keep(study: Path, kept: Path, commit: str = "") -> None:
-    shutil.rmtree(kept, ignore_errors=True)
+def add(study: Path, kept: Path) -> None:
     ledger, packed = Ledger(study), Ledger(kept)
     for row in (*ledger.rows(), *ledger.failures()):
+        if packed.find({"fingerprint": "", **row}):
+            continue
         for kind in KINDS:
             name = row.pop(f"{kind}_file", None)
             if row["stage"] == "divergence" or name is None:
@@ -32,10 +33,13 @@ def keep(study: Path, kept: Path, commit: str = "") -> None:
             row[f"{kind}_file"], row[f"{kind}_sha256"] = write_parquet(kept, name.rsplit(".", 2)[0], frame)
             pd.testing.assert_frame_equal(frame, pd.read_parquet(kept / row[f"{kind}_file"]))
         assert '"/' not in json.dumps(row) and " /" not in row["command"], f"a path of this machine: {row}"
-        packed.append({**row, "commit": row["commit"] or commit})
+        packed.append(row)
     record = json.loads((study / "study.json").read_text()) | {"path": "not kept", "files": ""}
     (kept / "study.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    keep(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    kept, *studies = map(Path, sys.argv[1:])
+    shutil.rmtree(kept, ignore_errors=True)
+    for study in studies:
+        add(study, kept)

@@ -13,10 +13,11 @@
 # maxbatch     the largest batches timed; nothing else may run
 #
 # DATA_DIR is a folder laid out like the hub, GGUF the file of SmolLM2's weights; without them the hub is read, and the
-# row `gguf` is left out. ENGINES restricts searches and maxbatch.
+# row `gguf` is left out. ENGINES restricts searches, bs1 and maxbatch. KEPT is the folder of both studies: where a host
+# has two GPUs, each measures one engine into a folder of its own, and `keep.py` puts them together.
 set -euo pipefail
 
-kept=outputs/reference
+kept=${KEPT:-outputs/reference}
 formats=${FORMATS:-all,torchao} engines=${ENGINES:-cuda_graph,eager}
 run=(python -m qnb run --profile paper)
 [ -z "${DATA_DIR:-}" ] || run+=(-p data_dir "$DATA_DIR")
@@ -52,7 +53,11 @@ PYTHON
       "${accuracy[@]}" -p tasks gsm8k -p limit "${LIMIT:-400}"
       ;;
     checkpoints) "${shape[@]}" --only 01 ;;
-    bs1) "${shape[@]}" --only 03 -p bs1_requests 3 ;;
+    bs1)
+      for engine in ${engines//,/ }; do
+        "${shape[@]}" --only 03 -p engines "$engine" -p bs1_requests 3
+      done
+      ;;
     maxbatch)
       for engine in ${engines//,/ }; do
         "${shape[@]}" --only 04 -p engines "$engine" -p maxbatch_requests "$requests" -p memory_mib 15360 -p sweep_batch 0
