@@ -238,12 +238,13 @@ class Task:
         """
         part, requests, items = self._parts[name], [], []
         part.set_fewshot_seed(seed=LM_EVAL_SEED)
-        for item in self._drawn(name, limit):
-            try:
-                requests += self._build(part, item)
-                items.append(item)
-            except Exception as error:  # whatever a template raises
-                self._error = error
+        with redirect_stderr(io.StringIO()):  # lm-eval draws a bar for each item
+            for item in self._drawn(name, limit):
+                try:
+                    requests += self._build(part, item)
+                    items.append(item)
+                except Exception as error:  # whatever a template raises
+                    self._error = error
         return requests, items
 
     def _build(self, part: Any, item: tuple[int, Any]) -> list[Any]:

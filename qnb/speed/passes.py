@@ -175,7 +175,7 @@ class Series:
         values = asdict(timed.run)
         if name := timed.run.stand_in:
             return {"batch_size": self.batch_size, "stand_in": name, "note": STAND_IN.format(self.batch_size, name)}
-        token_times_s = pd.DataFrame(timed.token_times_s).rename(columns=str)  # a row a batch, a column a new token
+        token_times_s = pd.DataFrame({"token_times_s": timed.token_times_s})  # a row a batch
         stem = "samples/" + ".".join(map(str, self.key.values()))
 
         def write() -> None:

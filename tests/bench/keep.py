@@ -1,15 +1,17 @@
 """Pack a measured study for outputs/reference: ``python tests/bench/keep.py outputs/reference/NAME STUDY...``.
 
 Kept are the newest row of each key and the files of items and monitors, written anew. Left out are checkpoints, older
-rows, texts of a data set, and each token's divergence, which a row has reduced to means and intervals. Of several
-folders of one study, the first that has a row counts.
+rows, texts of a data set, and each token's divergence, which a row has reduced to means and intervals. Each token's
+time is kept in single precision. Of several folders of one study, the first that has a row counts.
 """
 
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from qnb.ledger import Ledger, write_parquet
@@ -30,6 +32,8 @@ def add(study: Path, kept: Path) -> None:
             frame = pd.read_parquet(study / name)
             if kind == "items" and "loglikelihoods" not in frame:
                 frame = frame.drop(columns="gold")  # the right answer as the data set has it
+            if kind == "tokens":
+                frame = frame.map(partial(np.asarray, dtype="float32"))
             row[f"{kind}_file"], row[f"{kind}_sha256"] = write_parquet(kept, name.rsplit(".", 2)[0], frame)
             pd.testing.assert_frame_equal(frame, pd.read_parquet(kept / row[f"{kind}_file"]))
         assert '"/' not in json.dumps(row) and " /" not in row["command"], f"a path of this machine: {row}"

@@ -30,7 +30,8 @@ requests=${REQUESTS:-2048}
 for part in "$@"; do
   case $part in
     peaks | searches)
-      python - "$part" "$formats" "$kept/llama-3.2-1b-shape" "${DATA_DIR:-}" "$engines" "$requests" <<'PYTHON'
+      QNB_COMMAND="FORMATS=$formats ENGINES=$engines bash tests/bench/reference.sh $part" \
+        python - "$part" "$formats" "$kept/llama-3.2-1b-shape" "${DATA_DIR:-}" "$engines" "$requests" <<'PYTHON'
 import sys
 from unittest.mock import patch
 
