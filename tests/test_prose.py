@@ -1,6 +1,7 @@
 """README, notebooks and pages: links lead somewhere, budgets hold, numbers are those of the kept studies."""
 
 import json
+import math
 import re
 import subprocess
 import tomllib
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 
 import qnb
-from qnb.precision import ALL, PRECISIONS, STUDY
+from qnb.precision import PRECISIONS, STUDY
 from qnb.provenance import ROOT
 from qnb.report import recommend
 from qnb.report.results import read_reference, task_name
@@ -18,7 +19,7 @@ from qnb.run import NOTEBOOKS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 REFERENCE = ROOT / "outputs" / "reference"
-REHEARSAL, SPEEDS = REFERENCE / "t4-rehearsal", REFERENCE / "h200-llama-3.2-1b-shape"
+REHEARSAL = REFERENCE / "t4-rehearsal"
 WORDS = {"README.md": 1200, "outputs/reference/README.md": 500, "notebooks/METRICS.md": 500,
          "notebooks/01_quantize.ipynb": 450,
          "notebooks/02_accuracy.ipynb": 750, "notebooks/03_perf_bs1.ipynb": 700,
@@ -90,18 +91,27 @@ def rows_of(columns):
     return {row[0]: row[1:] for row in rows if len(row) == columns and row[0] in PRECISIONS}
 
 
-def test_the_table_of_speeds_holds_the_kept_runs_numbers():
-    keys = ["precision", "engine"]
-    bs1, full = (pd.read_csv(SPEEDS / f"{name}.csv").set_index(keys) for name in ("table3_bs1", "table4_maxbatch"))
-    rows = rows_of(7)
-    assert list(rows) == list(ALL)
-    for name, (weights, memory, eager, captured, joules, served) in rows.items():
-        engine = "cuda_graph" if captured != "-" else "eager"
-        best, batch = bs1.loc[(name, engine)], full.loc[(name, engine)]
-        assert weights == f"{best.weights_mib:,.0f}" and memory == f"{best.peak_memory_mib:,.0f}"
-        assert eager == f"{1000 * bs1.loc[(name, 'eager')].tpot_s:.1f}"
-        assert captured in ("-", f"{1000 * best.tpot_s:.2f}") and joules == f"{best.energy_j_per_token:.2f}"
-        assert served == f"{batch.throughput_rps:,.0f} at {batch.batch_size:,.0f}"
+@pytest.fixture(scope="module")
+def speeds(kept):
+    """The kept speeds: ms per token by format and engine, and a row a format, captured where it can be."""
+    study = kept["llama-3.2-1b-shape"]
+    tpot_ms = 1000 * study.bs1.pivot(index="precision", columns="engine", values="tpot_s")
+    best = study.bs1.dropna(subset=["tpot_s"]).drop_duplicates("precision", keep="last").set_index("precision")
+    full = study.maxbatch.set_index("precision")
+    batches = full.batch_size.combine_first(study.batches.set_index("precision").batch_size)
+    return tpot_ms, best.assign(batch=batches, served_rps=full.throughput_rps)
+
+
+def test_the_table_of_speeds_holds_the_kept_runs_numbers(kept, speeds):
+    tpot_ms, best = speeds
+    rows = rows_of(8)
+    assert list(rows) == kept["llama-3.2-1b-shape"].precisions
+    for name, row in rows.items():
+        of = best.loc[name]
+        times_ms = [(tpot_ms.eager[name], 1), (tpot_ms.cuda_graph[name], 2)]
+        rest = [(of.energy_j_per_token, 2), (of.batch, 0), (of.served_rps, 0)]
+        values = [(of.weights_mib, 0), (of.peak_memory_mib, 0), *times_ms, *rest]
+        assert row == ["-" if math.isnan(value) else f"{value:,.{digits}f}" for value, digits in values]
 
 
 def test_the_table_of_verdicts_is_what_the_kept_study_is_judged_to_be(kept):
@@ -114,18 +124,21 @@ def test_the_table_of_verdicts_is_what_the_kept_study_is_judged_to_be(kept):
         assert row == [change, f"{of.perplexity_change_pct:+.1f}", f"{of.kl_mean_nats:.3f}", of.words]
 
 
-def test_every_result_in_the_readmes_text_is_a_kept_tables():
+def test_every_result_in_the_readmes_text_is_a_kept_tables(kept, speeds):
     """What is left beside the results computed here, the settings and the citation is no number."""
-    runs = pd.read_csv(SPEEDS / "table3_bs1.csv").dropna(subset=["tpot_s"])
-    graph, tpot_s = runs[runs.engine == "cuda_graph"].set_index("precision"), runs.set_index("precision").tpot_s
-    times = runs.set_index(["precision", "engine"]).tpot_s.unstack().dropna()
-    ratios = times.eager / times.cuda_graph
-    memory_mib, weights_mib = graph.peak_memory_mib, runs.groupby("precision").weights_mib.first()
-    assert tpot_s.idxmin() == "fp16" and memory_mib.idxmin() == "nf4-dq"
+    tpot_ms, best = speeds
+    ratios, memory_mib, weights_mib = tpot_ms.eager / tpot_ms.cuda_graph, best.peak_memory_mib, best.weights_mib
+    assert (tpot_ms.cuda_graph.idxmin(), memory_mib.idxmin()) == ("int8-dynamic", "int4-hqq")
+    judged = recommend.summary(kept["smollm2-135m"]).set_index("precision").words
+    assert all(judged[name] == "within 1 point" for name in ("int8-dynamic", "fp8"))
+    assert judged["int4-hqq"].startswith("cannot tell")
+    fast = tpot_ms.cuda_graph[["int8-dynamic", "fp8"]] / tpot_ms.cuda_graph.bf16
+    assert fast.between(0.85, 0.92).all()  # a tenth less
     stand_in = pd.read_csv(REHEARSAL / "stand_in.csv")
     results = [
-        f"{1000 * tpot_s.min():.2f} ms", f"{1000 * graph.tpot_s.bf16:.2f} for BF16", f"{memory_mib.min():,.0f} MiB",
-        f"{memory_mib.bf16:,.0f} for BF16", f"{min(ratios):.0f} to {max(ratios):.0f} times",
+        f"{tpot_ms.cuda_graph.min():.2f} ms", f"{tpot_ms.cuda_graph.bf16:.2f} for BF16",
+        f"{memory_mib.min():,.0f} MiB", f"{memory_mib.bf16:,.0f} for BF16",
+        f"{ratios.min():.0f} to {ratios.max():.0f} times",
         f"{weights_mib.loc[list(STUDY)].sum() / weights_mib.bf16:.1f} times the disk",
         f"{stand_in.peak_pss_gib.max():.1f} GiB of RAM",
         f"{stand_in.query('cores == 2').minutes.sum():.0f} of 25 minutes",
