@@ -258,8 +258,7 @@ class CudaGraph:
         check_context_window(model.config, prompt_tokens, new_tokens)
         self._device = model.device
         self._decoder = Decoder(model, batch_size, prompt_tokens, new_tokens, COMPILE_OPTIONS)
-        # by batch size: the prefill where it is short, and the decode step
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph | None, torch.cuda.CUDAGraph]] = {}
+        self._runs: dict[int, tuple[Callable[[], Any], Callable[[], Any]]] = {}  # prefill and step, by batch size
         self._pool = torch.cuda.graph_pool_handle()
         register_capture(self)
 
@@ -278,27 +277,23 @@ class CudaGraph:
         decoder, batch_size, clock = self._decoder, len(prompts), clock or Clock(self._device)
         with torch.cuda.device(self._device):
             decoder.load(prompts)
-            if batch_size not in self._graphs:
-                self._graphs[batch_size] = self._capture_both(batch_size)
-            prefill, step = self._graphs[batch_size]
-            if prefill:
-                prefill.replay()
-            else:
-                decoder.prefill(batch_size)
+            if batch_size not in self._runs:
+                self._runs[batch_size] = self._capture_both(batch_size)
+            prefill, step = self._runs[batch_size]
+            prefill()
             clock.tick()
             for _ in range(new_tokens - 1):
-                step.replay()
+                step()
                 clock.tick()
             return decoder.new_ids(batch_size, new_tokens)
 
-    def _capture_both(self, batch_size: int) -> tuple[torch.cuda.CUDAGraph | None, torch.cuda.CUDAGraph]:
+    def _capture_both(self, batch_size: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """Return what does a prefill, captured where it is short, and what does a step."""
+        prefill, step = partial(self._decoder.prefill, batch_size), partial(self._decoder.step, batch_size)
         is_short = batch_size * self._decoder.prompt_tokens <= CAPTURED_PREFILL_TOKENS
-        prefill = self._capture(self._decoder.prefill, batch_size) if is_short else None
+        run_prefill = capture(prefill, self._pool).replay if is_short else prefill
         self._decoder.restart()
-        return prefill, self._capture(self._decoder.step, batch_size)
-
-    def _capture(self, work: Callable[[int], Any], batch_size: int) -> torch.cuda.CUDAGraph:
-        return capture(partial(work, batch_size), self._pool)
+        return run_prefill, capture(step, self._pool).replay
 
 
 def why_unavailable(

@@ -3,6 +3,7 @@
 import json
 import os
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from torch._inductor.utils import fresh_cache
 from torch.nn.attention import sdpa_kernel
 from transformers import LlamaConfig, MambaConfig, MambaForCausalLM, MistralConfig
 
+from qnb.capture import WARM_UP_STEPS, capture
 from qnb.errors import InputError
 from qnb.finite import NotFiniteError
 from qnb.flags import Flag
@@ -25,7 +27,7 @@ from qnb.prompts import Workload
 from qnb.quantize import checkpoint
 from qnb.speed import decode_step, engines, layers
 from qnb.speed.benchmark import run
-from qnb.speed.engines import WARM_UP_STEPS, Clock, CudaGraph, Decoder, Eager, pad, why_unavailable
+from qnb.speed.engines import Clock, CudaGraph, Decoder, Eager, pad, why_unavailable
 
 SETTINGS = {
     "no cache": ({"use_cache": False}, {"use_cache": False}),
@@ -121,22 +123,20 @@ def test_a_model_whose_step_no_graph_can_capture_is_refused():
         assert reason in why(llama) and bool(reason) == bool(why(llama))
 
 
-class Repeated(CudaGraph):
-    """CudaGraph that does its work again where a GPU replays it."""
-
-    def _capture(self, work, batch_size):
-        for _ in range(WARM_UP_STEPS):
-            work(batch_size)
-        return SimpleNamespace(replay=lambda: work(batch_size))
+def repeat(work, pool):
+    """Do work again where a GPU replays what it captured."""
+    for _ in range(WARM_UP_STEPS):
+        work()
+    return SimpleNamespace(replay=work)
 
 
 @pytest.fixture
 def captured_on_a_cpu(monkeypatch):
     """The engine `cuda_graph` with its order of loading, capturing and replaying."""
+    monkeypatch.setattr(engines, "capture", repeat)
     monkeypatch.setattr(engines, "why_unavailable", lambda *_, **__: "")
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setitem(engines.FACTORIES, "cuda_graph", Repeated)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -157,10 +157,10 @@ def test_batches_of_any_size_follow_each_other_and_clocks_tick_once_a_token(
     monkeypatch.setattr(engines, "CAPTURED_PREFILL_TOKENS", captured_tokens)
     monkeypatch.setattr(engines, "COMPILE_OPTIONS", None)
     model = tiny_model(LlamaConfig)
-    for begin in (lambda: Repeated(model, 1, 5, 60), lambda: Eager(model).generate(ONE, 60)):
+    for begin in (lambda: CudaGraph(model, 1, 5, 60), lambda: Eager(model).generate(ONE, 60)):
         with pytest.raises(InputError, match="context window of 64"):
             begin()
-    engine = Repeated(model, 3, 6, 8)
+    engine = CudaGraph(model, 3, 6, 8)
     for prompts, new_tokens in ((THREE, 8), (ONE, 3), (THREE, 1), ([[3, 4], [9]], 8), (ONE, 8)):
         expected = Eager(model).generate(prompts, new_tokens)
         for each in (engine, Eager(model)):
@@ -207,7 +207,7 @@ def test_a_captured_step_is_as_near_float32_as_eager(name, rows, card, source, m
         decoder.step = lambda batch_size: logits.copy_(step(batch_size))  # captured with the step
 
         def replay(batch_size):
-            engine._graphs[batch_size][1].replay()
+            engine._runs[batch_size][1]()
             return logits.clone()
 
         for batch in (texts[first : first + rows] for first in range(0, len(texts), rows)):
@@ -275,7 +275,7 @@ def test_memory_that_runs_out_while_a_step_is_captured_costs_that_engine_alone(s
 
     engine = CudaGraph(model, 3, 5, 4)
     with pytest.raises(RuntimeError) as failed:
-        engine._capture(work, 3)
+        capture(partial(work, 3), engine._pool)
     assert is_out_of_memory(failed.value) and torch.cuda.current_stream() == torch.cuda.default_stream()
     del engine, failed
     release()
