@@ -66,13 +66,14 @@ class Series:
         """The names of the format and the engine."""
         return self.precision.name, self.engine
 
-    def why_unavailable(self) -> str:
+    def why_unavailable(self, model: PreTrainedModel | None = None) -> str:
         """Return why the engine cannot run with the format; "" where it can, as far as is known without the model."""
         from qnb.speed.engines import why_unavailable
 
+        tokens = len(self.workload.longest) + self.workload.new_tokens
         if self.precision.origin and (row := existing.row(self.session, self.precision))["is_unpacked"]:
             return f"{row['ran_as']}: its speed and memory would be those of the unpacked weights"
-        return why_unavailable(self.engine, self.session.device.kind, self.precision.threshold)
+        return why_unavailable(self.engine, self.session.device.kind, self.precision.threshold, model, tokens)
 
     @property
     def batch_size(self) -> int:
@@ -159,13 +160,10 @@ class Series:
         import pandas as pd
 
         from qnb.speed.benchmark import run
-        from qnb.speed.engines import why_unavailable
 
         workload, folder = self.workload, self.session.folder
-        tokens = len(workload.longest) + workload.new_tokens
-        if (reason := self.why_unavailable()) or loaded is None:
-            return {"batch_size": self.batch_size, "note": reason}
-        if reason := why_unavailable(self.engine, self.session.device.kind, model=loaded.model, tokens=tokens):
+        reason = self.why_unavailable(loaded.model if loaded else None)
+        if reason or loaded is None:
             return {"batch_size": self.batch_size, "note": reason}
         is_traced = self.precision.kernels or (not self.passes and self.stage != "sweep")
         kernels = self.precision.kernels if is_traced else None

@@ -6,13 +6,13 @@ Costs are estimated from the device's peaks, and from what the first passes at b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm.auto import tqdm
 
-from qnb.budget import Clock, now_s
+from qnb.budget import Clock
 from qnb.ledger import Row
 from qnb.precision import Precision
 
@@ -80,47 +80,44 @@ def batch_s(session: Session, precision: Precision, peaks: DevicePeaks, shape: S
     return 2 * session.source.parameters * tokens / rate / REACHED_SHARE
 
 
-def largest_batches(all_series: Sequence[Series], cap: int, clock: Clock) -> Iterator[Series]:
+def largest_batches(all_series: Sequence[Series], cap: int, clock: Clock) -> Iterable[Series]:
     """Yield the series whose largest batch there is time to find and to time; name the others.
 
     Quick ones come first; a format's second engine counts as if it took twice as long.
     """
-    if math.isinf(clock.allowed_s):
-        yield from all_series
-        return
-    engines = list(dict.fromkeys(each.engine for each in all_series))
-    planned = []
+    engines, plans = list(dict.fromkeys(each.engine for each in all_series)), []
     for each in all_series:
-        cost_s = 0.0 if each.why_unavailable() else _batches_s(each, cap) + 2 * _beside_s(each)
-        planned.append((cost_s * (1 + engines.index(each.engine)), cost_s, each))
-    timing_s, left_out = 0.0, []
-    for _, cost_s, each in sorted(planned, key=lambda plan: plan[0]):
-        is_known = bool(each.session.decided(each.batch_key))
-        if is_known or timing_s + cost_s <= clock.left_s or not cost_s:
-            started_s = now_s()
-            yield each
-            timing_s += cost_s / 2 if is_known else min(cost_s / 2, 2 * (now_s() - started_s))
-        else:
-            left_out.append(each)
-    name_left_out("largest batch of", left_out)
+        is_free = each.why_unavailable() or each.session.decided(each.batch_key)
+        cost_s = 0.0 if is_free else _batches_s(each, cap) + 2 * _beside_s(each)
+        plans.append((cost_s * (1 + engines.index(each.engine)), cost_s, each))
+    return _affordable("largest batch of", plans, clock, 0.5)
 
 
-def affordable_sweep(swept: Sequence[Series], left_s: float) -> list[Series]:
+def affordable_sweep(swept: Sequence[Series], clock: Clock) -> list[Series]:
     """Return the batch sizes that can be swept in the time left, quick ones first; name whose others are left out."""
-    if math.isinf(left_s):
-        return list(swept)
-    affordable, left_out = set(), []
-    begun: set[tuple[str, str]] = set()  # formats and engines, of which the first size is loaded and compiled
-    for cost_s, each in sorted(((_sweep_s(each), each) for each in swept), key=lambda pair: pair[0]):
-        cost_s += _beside_s(each) * (cost_s > 0 and each.name not in begun)
-        if not cost_s or cost_s <= left_s:
-            left_s -= cost_s
-            affordable.add((each.name, each.size))
-            begun.add(each.name)
-        else:
-            left_out.append(each)
-    name_left_out(IN_SWEEP, left_out)
+    costs_s = [_sweep_s(each) for each in swept]
+    plans = [(cost_s, cost_s + _beside_s(each) * (cost_s > 0 and each.size == 1), each)
+             for cost_s, each in zip(costs_s, swept, strict=True)]  # fmt: skip
+    affordable = {(each.name, each.size) for each in _affordable(IN_SWEEP, plans, clock, 1.0)}
     return [each for each in swept if (each.name, each.size) in affordable]
+
+
+def _affordable(
+    what: str, plans: Iterable[tuple[float, float, Series]], clock: Clock, later_share: float
+) -> Iterator[Series]:
+    """Yield the series that there is time for, of (rank, seconds, series); name the others.
+
+    `later_share` of the seconds is spent after all of them were yielded.
+    """
+    later_s = 0.0
+    left_out: dict[tuple[str, str], Series] = {}
+    for _, cost_s, each in sorted(plans, key=lambda plan: plan[0]):
+        if each.name in left_out or (cost_s and later_s + cost_s > clock.left_s):
+            left_out[each.name] = each  # with all its larger sizes
+        else:
+            yield each
+            later_s += later_share * cost_s
+    name_left_out(what, [*left_out.values()])
 
 
 def _sweep_s(series: Series) -> float:

@@ -329,7 +329,7 @@ def sweep(session: Session, options: TimingOptions) -> None:
             key = session.key("sweep", each.precision, each.asked, engine=each.engine, setting=str(unsafe))
             if unsafe and not session.find(key):
                 session.append(key, each.asked, {"batch_size": unsafe, "note": UNSAFE})
-        affordable = plan.affordable_sweep(swept, clock.left_s)
+        affordable = plan.affordable_sweep(swept, clock)
         time_in_turn(session, "batch sizes", affordable, clock)
         plan.name_left_out(plan.IN_SWEEP, [each for each in affordable if each.is_late])
 
