@@ -1,11 +1,13 @@
-"""Capture work as a CUDA graph, which is replayed without Python launching its kernels."""
+"""Capture work as a CUDA graph, which is replayed without Python launching its kernels; a KV cache that can be."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import DynamicCache
 
 WARM_UP_STEPS = 2  # runs before one is captured
 
@@ -27,3 +29,32 @@ def capture(work: Callable[[], Any], pool: Any = None) -> torch.cuda.CUDAGraph:
     with torch.cuda.stream(main), captured:
         work()
     return graph
+
+
+class SlotCache(DynamicCache):
+    """A transformers cache in memory that stays: it writes to some slots and attends to the first `attended` slots.
+
+    It has no layers of its own, so transformers takes it for an empty one: a mask and positions have to be given.
+    transformers' `DynamicLayer` copies the whole cache for each token, and its `StaticLayer` drops no rows.
+
+    Parameters
+    ----------
+    buffers
+        Each layer's keys and values, (B, H, L, S) each.
+    slots
+        (T,), where the next tokens' keys and values go.
+    """
+
+    def __init__(self, buffers: Sequence[tuple[Tensor, Tensor]], slots: Any = None, attended: int = 0) -> None:
+        super().__init__()
+        self.buffers, self.slots, self.attended = buffers, slots, attended
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """Write new keys and values, (B, H, T, S) each; return those that are attended to."""
+        for buffer, states in zip(self.buffers[layer_idx], (key_states, value_states), strict=True):
+            buffer.index_copy_(2, self.slots, states)
+        return tuple(buffer[:, :, : self.attended] for buffer in self.buffers[layer_idx])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Drop all rows but these."""
+        self.buffers = [(keys[indices], values[indices]) for keys, values in self.buffers]

@@ -7,7 +7,6 @@ H KV heads, G query heads that share a KV head, S head size, V vocabulary.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import AttentionInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qnb.accuracy.backbone import Backbone
-from qnb.capture import capture
+from qnb.capture import SlotCache, capture
 from qnb.memory import is_out_of_memory, places
 
 GROUPED = "qnb_grouped"
@@ -49,9 +48,8 @@ def grouped_attention(config: Any) -> Iterator[None]:
 
 def may_be_captured(backbone: Backbone, past: Cache, new_tokens: int) -> bool:
     """Return whether capturing steps is worth it, and possible as far as is known without running one."""
-    keeps_slots = all(hasattr(layer, "slot") for layer in past.layers) and backbone.window == inf
     is_on_one = backbone.device.type in CAPTURING and len(places(backbone.model)) == 1
-    return is_on_one and keeps_slots and new_tokens >= MIN_STEPS
+    return is_on_one and isinstance(past, SlotCache) and new_tokens >= MIN_STEPS
 
 
 class CapturedStep:
@@ -60,11 +58,10 @@ class CapturedStep:
     Attention reads the whole cache under a mask that hides what is to come.
     """
 
-    def __init__(self, backbone: Backbone, past: Cache, visible: Tensor) -> None:
-        """Prepare a step over a cache whose layers write to a slot; `visible` (B, L) are the tokens to attend to."""
+    def __init__(self, backbone: Backbone, past: SlotCache, visible: Tensor) -> None:
+        """Prepare a step over a cache; `visible` (B, L) are the tokens to attend to."""
         rows = len(visible)
         self._backbone, self._past = backbone, past
-        self._layers: Any = past.layers
         self._mask = backbone.attention_mask(visible[:, None, None])  # (B, 1, 1, L)
         self._ids, self._positions = (backbone.integers([[0]] * rows) for _ in range(2))  # (B, 1) each
         self._slot = backbone.integers([0])
@@ -81,8 +78,6 @@ class CapturedStep:
         self._slot.fill_(slot)
         with torch.cuda.device(self._backbone.device), grouped_attention(self._backbone.config):
             if self._graph is None and (self._waits_for_the_device() or not self._capture()):
-                for layer in self._layers:
-                    layer.slot, layer.length = None, slot
                 return None
             self._graph.replay()
         chosen, logits = self._chosen
@@ -98,8 +93,7 @@ class CapturedStep:
         return self._graph is not None
 
     def _run(self) -> None:
-        for layer in self._layers:
-            layer.slot = self._slot
+        self._past.slots, self._past.attended = self._slot, self._mask.shape[3]
         self._mask.index_fill_(3, self._slot, 0.0)
         options = {"attention_mask": self._mask, "position_ids": self._positions, "use_cache": True}
         hidden, _ = self._backbone.run(self._ids, self._past, **options)

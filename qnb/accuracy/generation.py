@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from qnb.accuracy.backbone import Backbone, Tokens, repeat
 from qnb.accuracy.captured_step import CapturedStep, may_be_captured
+from qnb.capture import SlotCache
 from qnb.finite import check_finite
 from qnb.memory import bytes_for_batches, kv_cache_bytes_per_token
 
@@ -139,7 +140,7 @@ class _Batch:
         chunks = zip(ids.split(size), mask.long().split(size), positions.split(size), strict=True)
         parts = [self._read(*chunk, repeat(past, len(chunk[0]))) for chunk in chunks]
         self.last = torch.cat([last for last, _ in parts])  # (B, D)
-        self.past = _join([cache for _, cache in parts], width + new_tokens)
+        self.past: Any = _join([cache for _, cache in parts], width + new_tokens, backbone.window)
         self.is_captured = may_be_captured(backbone, self.past, new_tokens)
         self.captured: CapturedStep | None = None
 
@@ -158,6 +159,8 @@ class _Batch:
             if self.is_captured and (chosen := self._replay()):
                 self.ids = chosen[0]
                 return chosen
+            if isinstance(self.past, SlotCache):
+                self.past.slots, self.past.attended = self.backbone.integers([self.width - 1]), self.width
             seen = self.mask[:, : self.width]
             # where some layers see a window only, the model makes a mask for each kind of layer
             windowed = self.backbone.window < inf
@@ -190,53 +193,17 @@ class _Batch:
             self.ids, self.positions, self.mask = self.ids[rows], self.positions[rows], self.mask[rows]
 
 
-def _join(caches: list[Cache], room: int) -> Cache:
-    """Join the caches of some rows each into one with room for `room` tokens a row."""
-    joined = caches[0]
-    for number, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
+def _join(caches: list[Cache], room: int, window: float) -> Cache:
+    """Join the caches of some rows each into one; where no layer has a window, with room for `room` tokens a row."""
+    is_fixed = window == inf and all(type(layer) is DynamicLayer for layer in caches[0].layers)
+    buffers = []
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
         layer = layers[0]
         layer.keys, layer.values = (torch.cat([getattr(part, name) for part in layers]) for name in ("keys", "values"))
         for part in layers[1:]:
             part.keys = part.values = None  # a large batch leaves no memory for both
-        if type(layer) is DynamicLayer:  # a sliding window stays as long as it is
-            joined.layers[number] = PreallocatedLayer(layer, room)
-    return joined
-
-
-class PreallocatedLayer(DynamicLayer):
-    """A layer's keys and values with room for tokens to come.
-
-    transformers' `DynamicLayer` copies the whole cache for each token, and its `StaticLayer` drops no rows.
-    """
-
-    def __init__(self, layer: DynamicLayer, room: int) -> None:
-        """Take over a layer, with room for `room` tokens."""
-        super().__init__()
-        vars(self).update(vars(layer))
-        self.length = layer.get_seq_length()
-        self.buffers = [pad(getattr(layer, name), (0, 0, 0, room - self.length)) for name in ("keys", "values")]
-        self.slot: torch.Tensor | None = None  # where a captured step writes
-        self._show()
-
-    def _show(self) -> None:
-        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)  # (B, H, L, D) each
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """Write new keys and values (B, H, L, D) behind those there are; return all.
-
-        A captured step writes one token to a slot, and gets all slots.
-        """
-        if self.slot is not None:
-            for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-                buffer.index_copy_(2, self.slot, states)
-            return tuple(self.buffers)
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start : self.length] = states
-        self._show()
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Drop all rows but these."""
-        self.buffers = [buffer[indices] for buffer in self.buffers]
-        self._show()
+        if is_fixed:
+            keys, values = (pad(each, (0, 0, 0, room - each.shape[2])) for each in (layer.keys, layer.values))
+            buffers.append((keys, values))
+            layer.keys = layer.values = None
+    return SlotCache(buffers) if is_fixed else caches[0]

@@ -19,6 +19,7 @@ from typing import Any, Self
 from unittest.mock import patch
 
 from qnb.memory import host_peak_mib
+from qnb.quantize.runtime import linear_layers
 
 OUT_OF_MEMORY, DIED, WHEN_TIMED = "out of memory", "its process died", "out of memory when timed"
 TOLERANCE = 0.01  # the search ends when the true maximum can be larger by no more than this share
@@ -153,17 +154,14 @@ def sweep_sizes(largest: int) -> tuple[int, ...]:
 def int32_rows(config: Any, prompt_tokens: int) -> int:
     """Return how many prompts a model's widest layer turns into outputs that 32 bits count.
 
-    bitsandbytes' INT8 kernels count a layer's outputs so (csrc/cuda/int8.cu), and end the process beyond. Embeddings
-    and the output head are not quantized.
+    bitsandbytes' INT8 kernels count a layer's outputs so (csrc/cuda/int8.cu), and end the process beyond.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):  # shapes without memory
         model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    layers = (each for each in model.modules() if each is not head and not isinstance(each, torch.nn.Embedding))
-    weights = (weight for module in layers for weight in module.parameters(recurse=False) if weight.dim() == 2)
+    weights: Any = [layer.weight for layer in linear_layers(model)]
     return int((2**31 - 1) // (prompt_tokens * max(max(weight.shape) for weight in weights)))
 
 

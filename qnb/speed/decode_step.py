@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedModel
 
+from qnb.capture import SlotCache
 from qnb.device import is_before_ampere
 from qnb.memory import is_out_of_memory
 from qnb.speed import layers
@@ -275,34 +276,17 @@ class ModelStep:
 
     def decode(self, token: Tensor, state: State) -> Next:
         """Do what `FusedStep.decode` does."""
-        writer = _CacheWriter(state, state.slot, state.length)
-        return self._run(writer, token[:, None], *layers.layout(state.slot, state.padding, state.length))
+        return self._run(token[:, None], state, state.slot, state.length)
 
     def prefill(self, ids: Tensor, state: State) -> Next:
         """Do what `FusedStep.prefill` does."""
-        slots = torch.arange(ids.shape[1], device=ids.device)  # (T,)
-        return self._run(_CacheWriter(state, slots, len(slots)), ids, *layers.layout(slots, state.padding, len(slots)))
+        return self._run(ids, state, torch.arange(ids.shape[1], device=ids.device), ids.shape[1])
 
-    def _run(self, writer: _CacheWriter, ids: Tensor, positions: Tensor, mask: Tensor) -> Next:
-        logits = run_model(self._model, writer, input_ids=ids, attention_mask=mask, position_ids=positions)  # (B, V)
-        return logits, (logits + writer.state.suppressed).argmax(-1)
-
-
-class _CacheWriter(DynamicCache):
-    """A transformers cache that writes to some slots of a `State` and attends to the first `attended` slots.
-
-    It has no layers of its own, so transformers takes it for an empty one.
-    """
-
-    def __init__(self, state: State, slots: Tensor, attended: int) -> None:
-        super().__init__()
-        self.state, self._slots, self._attended = state, slots, attended
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> KV:
-        keys, values = self.state.layers[layer_idx]
-        keys.index_copy_(2, self._slots, key_states)
-        values.index_copy_(2, self._slots, value_states)
-        return keys[:, :, : self._attended], values[:, :, : self._attended]
+    def _run(self, ids: Tensor, state: State, slots: Tensor, attended: int) -> Next:
+        positions, mask = layers.layout(slots, state.padding, attended)
+        cache, inputs = SlotCache(state.layers, slots, attended), {"attention_mask": mask, "position_ids": positions}
+        logits = run_model(self._model, cache, input_ids=ids, **inputs)  # (B, V)
+        return logits, (logits + state.suppressed).argmax(-1)
 
 
 def rotary_angles(model: Any, length: int) -> Angles:

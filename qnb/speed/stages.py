@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from itertools import cycle, islice, pairwise, product
+from itertools import cycle, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
@@ -19,7 +19,7 @@ from qnb.budget import Clock
 from qnb.errors import InputError
 from qnb.flags import flag_text
 from qnb.options import Count, check_count
-from qnb.precision import Precision, parse
+from qnb.precision import parse
 from qnb.prompts import Workload
 from qnb.quantize import existing
 from qnb.speed import batch_search, plan
@@ -243,22 +243,17 @@ def _all_series(session: Session, setting: str, options: TimingOptions, **asked:
 
     engines, repeats = parse_engines(options.engines, session.device.kind), session.count("repeats", options.repeats)
     asked = {"workload": options.workload.fingerprint, "prompt_source": options.workload.source, **asked}
-    series = partial(
-        Series, session, setting, options.workload, repeats, device_peaks(session, NOTEBOOKS.get(setting, "04"))
-    )
-    with session.exclusive(NOTEBOOKS.get(setting, "04")):
-        precisions = [precision for precision in session.precisions if _can_be_loaded(session, precision)]
-    return [series(precision, engine, asked) for precision, engine in product(precisions, engines)]
-
-
-def _can_be_loaded(session: Session, precision: Precision) -> bool:
-    """Return whether a format can be timed; a checkpoint made elsewhere that cannot is recorded as a failure."""
-    if not precision.origin:
-        return True
-    with session.failing(session.key("quantize", precision), precision.name):
-        existing.row(session, precision)
-        return True
-    return False
+    notebook = NOTEBOOKS.get(setting, "04")
+    series = partial(Series, session, setting, options.workload, repeats, device_peaks(session, notebook))
+    all_series: list[Series] = []
+    with session.exclusive(notebook):
+        for precision in session.precisions:
+            # a checkpoint made elsewhere that cannot be loaded is recorded as a failure
+            with session.failing(session.key("quantize", precision), precision.name):
+                if precision.origin:
+                    existing.row(session, precision)
+                all_series += [series(precision, engine, asked) for engine in engines]
+    return all_series
 
 
 def _search(series: Series) -> None:
