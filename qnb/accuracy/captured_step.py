@@ -77,19 +77,30 @@ class CapturedStep:
         self._positions.copy_(positions)
         self._slot.fill_(slot)
         with torch.cuda.device(self._backbone.device), grouped_attention(self._backbone.config):
-            if self._graph is None and (self._waits_for_the_device() or not self._capture()):
+            if self._graph is None and not self._capture():
                 return None
             self._graph.replay()
         chosen, logits = self._chosen
         return chosen.clone(), logits.clone()
 
     def _capture(self) -> bool:
-        """Capture the step; return whether that went well."""
+        """Capture the step; return whether that went well.
+
+        Before, it runs once where the host must not wait for the device, which no graph captures. LLM.int8 waits for
+        its outlier columns. Found so, it leaves nothing half done.
+        """
+        before = torch.cuda.get_sync_debug_mode()
         try:
+            with warnings.catch_warnings(action="ignore"):  # torch says that it does not see every wait
+                torch.cuda.set_sync_debug_mode("error")
+            self._run()
+            torch.cuda.set_sync_debug_mode(before)
             self._graph = capture(self._run)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
         return self._graph is not None
 
     def _run(self) -> None:
@@ -100,21 +111,3 @@ class CapturedStep:
         logits = self._backbone.project(hidden[:, -1])  # (B, V)
         chosen = logits.argmax(-1, keepdim=True)
         self._chosen = chosen, logits.gather(-1, chosen)
-
-    def _waits_for_the_device(self) -> bool:
-        """Run the step once; return whether the host waits for the device in it, which no graph captures.
-
-        LLM.int8 does, for its outlier columns. Found here, before capturing, it leaves nothing half done.
-        """
-        before = torch.cuda.get_sync_debug_mode()
-        try:
-            with warnings.catch_warnings(action="ignore"):  # torch says that it does not see every wait
-                torch.cuda.set_sync_debug_mode("error")
-            self._run()
-            return False
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            return True
-        finally:
-            torch.cuda.set_sync_debug_mode(before)

@@ -92,7 +92,8 @@ class GreedyGenerator:
             going = [place for place in going if not self._is_done(texts[rows[place]], prompts[rows[place]])]
             if not going:
                 break
-            if len(going) <= batch.dropping_share * len(rows):
+            # a captured step of fewer rows is another one: rows are dropped when half of them are done
+            if len(going) <= (0.5 if batch.is_captured else 1.0) * len(rows):
                 batch.keep(going)
                 rows = [rows[place] for place in going]
                 going = list(range(len(rows)))
@@ -116,11 +117,7 @@ class GreedyGenerator:
 
 
 class _Batch:
-    """Rows that are generated together: their KV cache, mask and positions, one token after another.
-
-    Rows that are done are worth dropping where `dropping_share` of the rows remain: a captured step of fewer rows is
-    another one.
-    """
+    """Rows that are generated together: their KV cache, mask and positions, one token after another."""
 
     def __init__(self, backbone: Backbone, prompts: Sequence[Prompt], prefix_length: int, past: Cache | None) -> None:
         self.backbone = backbone
@@ -169,11 +166,6 @@ class _Batch:
         logits = self.backbone.project(self.last)  # (B, V)
         self.ids = logits.argmax(-1, keepdim=True)
         return self.ids, logits.gather(-1, self.ids)
-
-    @property
-    def dropping_share(self) -> float:
-        """The share of rows that remain where it is worth dropping the others."""
-        return 0.5 if self.is_captured else 1.0
 
     def _replay(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Do the captured step, captured where it is not yet; None where it cannot be."""
