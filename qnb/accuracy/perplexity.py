@@ -177,12 +177,8 @@ def distances(
     ----------
     model, baseline
         Two formats of one model, on one device. A baseline that is the model itself reads one window at a time.
-    ids
-        The text's token ids.
-    context
-        Tokens in a window, which moves on by half of them.
-    size
-        Windows that are read at once.
+    ids, context, size
+        The text's token ids; the tokens in a window, which moves on by half of them; the windows read at once.
     remembered
         The baseline's logits by a batch's first window and size, for as many as a GPU has room for: it fills up, and
         serves the other formats of the same baseline and text.
@@ -191,12 +187,8 @@ def distances(
     -------
     pandas.DataFrame
         A row a token: ``window``; ``nll`` and ``nll_base``, in nats; ``kl``, of the baseline's distribution from the
-        model's, in nats; and ``same``, whether both find the same token likeliest.
-
-    Raises
-    ------
-    NotFiniteError
-        An output of either is infinite or undefined.
+        model's, in nats; and ``same``, whether both find the same token likeliest. `NotFiniteError` is raised where an
+        output is infinite or undefined.
     """
     import torch
 

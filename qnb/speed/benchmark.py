@@ -69,14 +69,9 @@ class Timed:
 
 @quiet()
 def run(
-    model: PreTrainedModel,
-    workload: Workload,
-    batch_size: int = 1,
-    engine: str = "eager",
-    baseline_mib: float = 0.0,
-    peaks: DevicePeaks = UNKNOWN_PEAKS,
-    kernels: str | None = "",
-) -> Timed:
+    model: PreTrainedModel, workload: Workload, batch_size: int = 1, engine: str = "eager", baseline_mib: float = 0.0,
+    peaks: DevicePeaks = UNKNOWN_PEAKS, kernels: str | None = "",
+) -> Timed:  # fmt: skip
     """Generate for the workload's prompts in full batches, and time it.
 
     `baseline_mib` was in use before the model was loaded, NaN where unknown. A GPU's kernels are traced, and held
@@ -104,13 +99,14 @@ def run(
             token_times_s += [_token_times_s(generator, batch, new_tokens, device) for batch in batches]
     values = shape | asdict(window.usage) | latency(token_times_s) | peak_memory(places(model))
     # 3) trace a decode step's kernels, which changes the memory's peaks
-    is_traced = kernels is not None and new_tokens > 1 and device.type == "cuda"
-    work = _trace(work, generator, batches[0], new_tokens, device, kernels) if is_traced else work
-    failed = {Flag.TRACE_FAILED: is_traced and work.kernels_per_token is None, Flag.PEAKS_DISTURBED: peaks.flags}
-    flags = (*generator.flags, *flags_of(window.usage), *(flag for flag, holds in failed.items() if holds))
-    requests = len(token_times_s) * len(batches[0])
-    values |= asdict(work) | peaks.columns(work.flops_by_type) | {"requests": requests, "flags": flags}
-    row = Run(**values, note="; ".join(filter(None, (generator.note, sensor.note))))
+    flags = [*generator.flags, *flags_of(window.usage)]
+    if kernels is not None and new_tokens > 1 and device.type == "cuda":
+        trace = partial(trace_kernels, work, generator, batches[0], new_tokens, device, kernels)
+        work = unless_it_fails(partial(twice, trace), work)
+        flags += [Flag.TRACE_FAILED] if work.kernels_per_token is None else []
+    flags += [Flag.PEAKS_DISTURBED] if peaks.flags else []
+    values |= asdict(work) | peaks.columns(work.flops_by_type) | {"requests": len(token_times_s) * len(batches[0])}
+    row = Run(**values, flags=tuple(flags), note="; ".join(filter(None, (generator.note, sensor.note))))
     return Timed(row, window.readings, token_times_s)
 
 
@@ -158,11 +154,6 @@ def _warm_engine(model: PreTrainedModel, engine: str, batches: Sequence[Prompts]
     for batch in warm_ups:
         _token_times_s(generator, batch, warm_up_tokens, model.device)
     return generator
-
-
-def _trace(work: Work, *arguments: Any) -> Work:
-    """Return `work` with a GPU's kernels, or as it is where tracing fails."""
-    return unless_it_fails(partial(twice, partial(trace_kernels, work, *arguments)), work)
 
 
 def _token_times_s(generator: Engine, prompts: Prompts, new_tokens: int, device: torch.device) -> list[float]:

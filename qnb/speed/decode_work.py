@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -191,7 +191,8 @@ def trace_kernels(
 
     # A profiler's first trace misses kernels.
     for first, last in ((1, 2), (before, before + steps)):
-        with closing(_Tracer(device, first, last)) as tracer:
+        with ExitStack() as running:  # a trace also ends where the generation fails
+            tracer = _Tracer(device, first, last, running)
             engine.generate(prompts, last, tracer)
     kernels = kernel_times_s(tracer.trace)
     if not kernels:
@@ -203,25 +204,18 @@ def trace_kernels(
 class _Tracer(Clock):
     """Traces a generation from its new token `first` to `last`. It waits for the device at both."""
 
-    def __init__(self, device: torch.device, first: int, last: int) -> None:
-        self._device, self._first, self._last, self._tokens = device, first, last, -1  # before the start
-        self.trace, self._is_tracing = profile(activities=[ProfilerActivity.CUDA]), False
+    def __init__(self, device: torch.device, first: int, last: int, running: ExitStack) -> None:
+        self._device, self._first, self._last, self._running = device, first, last, running
+        self._tokens, self.trace = -1, profile(activities=[ProfilerActivity.CUDA])  # before the start
         super().__init__(device)
 
     def tick(self, *_: Any, **__: Any) -> bool:
         """Count a token; begin or end the trace."""
         self._tokens += 1
+        if self._tokens in (self._first, self._last):
+            torch.cuda.synchronize(self._device)
         if self._tokens == self._first:
-            torch.cuda.synchronize(self._device)
-            self.trace.start()
-            self._is_tracing = True
+            self._running.enter_context(self.trace)
         elif self._tokens == self._last:
-            torch.cuda.synchronize(self._device)
-            self.close()
+            self._running.close()
         return False
-
-    def close(self) -> None:
-        """End the trace, also of a generation that failed."""
-        if self._is_tracing:
-            self._is_tracing = False
-            self.trace.stop()

@@ -187,11 +187,11 @@ class FakeProfile:
     def __init__(self, activities):
         self.times_us = []
 
-    def start(self):
+    def __enter__(self):
         assert FakeProfile.running is None
         FakeProfile.running = self
 
-    def stop(self):
+    def __exit__(self, *error):
         assert FakeProfile.running is self
         FakeProfile.running = None
 
