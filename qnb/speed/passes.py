@@ -123,10 +123,9 @@ class Series:
     def find_pass(self) -> bool:
         """Take the next pass from the ledger; return whether it was there. What did not fit is tried again."""
         row = self.session.find(self.key)
-        is_there = row is not None and row.get("fits") is not False
-        self.passes += [row] if row and is_there else []
-        self.has_failed = not is_there  # until it is recorded
-        return is_there
+        self.has_failed = row is None or row.get("fits") is False  # until it is recorded
+        self.passes += [row] if row and not self.has_failed else []
+        return not self.has_failed
 
     def time_pass(self, loaded: Loaded | None) -> None:
         """Time the next pass and record it. Where memory runs out, the batch shrinks; in a sweep that ends it.
