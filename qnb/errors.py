@@ -18,7 +18,7 @@ class GatedModelError(InputError):
     """The hub gives the model's files only to those whom its owner has granted access."""
 
 
-INPUT_ERRORS = ("InputError", "GatedModelError", "EngineUnavailable")  # as a notebook that failed names them
+INPUT_ERRORS = ("InputError", "GatedModelError")  # as a notebook that failed names them
 
 
 def check_choice(kind: str, name: object, choices: Iterable[str]) -> None:

@@ -46,10 +46,6 @@ COMPILE_OPTIONS: CompileOptions = {"options": {"coordinate_descent_tuning": True
 Prompts = Sequence[Sequence[int]]
 
 
-class EngineUnavailable(InputError):
-    """An engine cannot run here, or not with this model; see `why_unavailable`."""
-
-
 class Clock:
     """Notes when each new token was there, without waiting for it. Its tick is a stopping criterion that never stops.
 
@@ -246,15 +242,13 @@ class CudaGraph:
 
     Raises
     ------
-    EngineUnavailable
-        There is no GPU, or the step cannot be captured.
     InputError
-        The request is longer than the context window.
+        There is no GPU, the step cannot be captured, or the request is longer than the context window.
     """
 
     def __init__(self, model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int) -> None:
         if why := why_unavailable("cuda_graph", model.device.type, model=model, tokens=prompt_tokens + new_tokens):
-            raise EngineUnavailable(f"engine 'cuda_graph' cannot run: {why}; take engine 'eager'")
+            raise InputError(f"engine 'cuda_graph' cannot run: {why}; take engine 'eager'")
         check_context_window(model.config, prompt_tokens, new_tokens)
         self._device = model.device
         self._decoder = Decoder(model, batch_size, prompt_tokens, new_tokens, COMPILE_OPTIONS)

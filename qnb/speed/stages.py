@@ -6,7 +6,6 @@ Each is a function of a session and of what a user may ask, a class that checks 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import cycle, islice, pairwise
@@ -259,7 +258,6 @@ def _all_series(session: Session, setting: str, options: TimingOptions, **asked:
 def _search(series: Series) -> None:
     """Find the largest batch of a series, in the ledger or by trials; an engine that cannot run stays at batch 1."""
     from qnb.speed.batch_trials import Trials, load_trials
-    from qnb.speed.engines import EngineUnavailable
 
     session, precision, engine, work = series.session, series.precision, series.engine, series.workload
     limit_mib, cap, place = series.asked["memory_limit_mib"], series.asked["cap"], session.device.place
@@ -269,19 +267,21 @@ def _search(series: Series) -> None:
         series.largest = LargestBatch.from_row(row)
         return
 
-    def search(loaded: Loaded) -> LargestBatch:
+    def search(loaded: Loaded) -> LargestBatch | None:
+        if series.why_unavailable(loaded.model):
+            return None
         trials = Trials(loaded.model, work, limit_mib, engine, loaded.baseline_mib)
         return batch_search.find_largest_batch(trials, limit_mib, cap)
 
     last_safe = _last_safe_batch(series)
-    with suppress(EngineUnavailable):
-        if last_safe is None or cap <= last_safe:
-            largest = with_model(session, precision, search)
-        else:
-            folder, pinned = session.checkpoint(precision), session.pinned(precision)
-            memory.release(workspaces=True)
-            with batch_search.ChildTrials(load_trials, folder, pinned, place, work, limit_mib, engine) as try_batch:
-                largest = batch_search.find_largest_batch(try_batch, limit_mib, cap, last_safe)
+    if last_safe is None or cap <= last_safe:
+        largest = with_model(session, precision, search)
+    else:
+        folder, pinned = session.checkpoint(precision), session.pinned(precision)
+        memory.release(workspaces=True)
+        with batch_search.ChildTrials(load_trials, folder, pinned, place, work, limit_mib, engine) as try_batch:
+            largest = batch_search.find_largest_batch(try_batch, limit_mib, cap, last_safe)
+    if largest:
         series.record_batch(largest)
 
 

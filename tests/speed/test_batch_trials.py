@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import save_tiny
 
+from qnb.errors import InputError
 from qnb.memory import MIB, limited, release
 from qnb.precision import PRECISIONS
 from qnb.prompts import Workload
@@ -15,7 +16,7 @@ from qnb.quantize.checkpoint import load
 from qnb.speed.batch_search import OUT_OF_MEMORY, ChildTrials, find_largest_batch
 from qnb.speed.batch_trials import Trials, load_trials
 from qnb.speed.benchmark import run
-from qnb.speed.engines import FACTORIES, EngineUnavailable
+from qnb.speed.engines import FACTORIES
 
 WORK = Workload((tuple(range(10, 22)),), 4, "ramp")
 
@@ -83,7 +84,7 @@ def test_a_search_in_a_child_loads_the_checkpoint_there(tmp_path):
     largest = search_in_child(folder, "cpu", 4000, 2)
     assert (largest.batch_size, largest.capped) == (2, True)
     assert all(probe.fits and probe.reserved_mib > 0 for probe in largest.probes)
-    with pytest.raises(EngineUnavailable, match="no NVIDIA GPU"):
+    with pytest.raises(InputError, match="no NVIDIA GPU"):
         search_in_child(folder, "cpu", 4000, 2, "cuda_graph")
 
 

@@ -20,7 +20,6 @@ from qnb.session import Session
 from qnb.speed import batch_search, batch_trials, benchmark, device_peaks, engines, passes, plan, stages
 from qnb.speed.batch_search import LargestBatch, Probe
 from qnb.speed.benchmark import Run, Timed
-from qnb.speed.engines import EngineUnavailable
 from qnb.speed.stages import TimingOptions, WorkloadOptions, perf_bs1, perf_maxbatch, sweep
 
 
@@ -143,6 +142,15 @@ def test_an_engine_that_cannot_run_leaves_a_row_that_says_why(lab, monkeypatch):
     assert eager["total_s"] and "total_s" not in captured and "no NVIDIA GPU" in captured["note"]
 
 
+def test_an_engine_that_cannot_run_the_loaded_model_is_not_searched_for(lab, monkeypatch):
+    reasons = lambda self, model=None: "not this model" if model else ""  # noqa: E731
+    monkeypatch.setattr(passes.Series, "why_unavailable", reasons)
+    lab.model, session = object(), lab.open()
+    perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 8)))
+    (row,) = rows(session)
+    assert (row["batch_size"], row["note"]) == (1, "not this model") and not rows(session, "batch")
+
+
 def test_other_kernels_that_stand_in_leave_a_row_without_speed(lab):
     lab.stand_in, session = "ampere_sgemm", lab.open()
     perf_bs1(session, TimingOptions(workload(session), repeats=3))
@@ -196,7 +204,6 @@ def test_a_batch_that_may_end_its_process_is_searched_in_a_child(lab, monkeypatc
     ):
         with pytest.raises(error, match=message):
             search(*trials, memory_mib=7)
-    assert [row["batch_size"] for row in rows(search("fails", EngineUnavailable("not this model")))] == [1]
     lab.loaded.clear()
     session = search("ends_above", 5, 0)
     assert [row["batch_size"] for row in rows(session) + rows(session, "batch")] == [5, 5]
