@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm.auto import tqdm
 
-from qnb.budget import Clock
+from qnb.budget import Clock, now_s
 from qnb.ledger import Row
 from qnb.precision import Precision
 
@@ -89,36 +89,38 @@ def largest_batches(all_series: Sequence[Series], cap: int, clock: Clock) -> Ite
         return all_series
     engines, plans = list(dict.fromkeys(each.engine for each in all_series)), []
     for each in all_series:
-        is_free = each.why_unavailable() or each.session.decided(each.batch_key)
-        cost_s = 0.0 if is_free else _batches_s(each, cap) + 2 * _beside_s(each)
-        plans.append((cost_s * (1 + engines.index(each.engine)), cost_s, each))
-    return _affordable("largest batch of", plans, clock, 0.5)
+        cost_s = 0.0 if each.why_unavailable() else _batches_s(each, cap) + 2 * _beside_s(each)
+        needed_s = 0.0 if each.session.decided(each.batch_key) else cost_s
+        plans.append((cost_s * (1 + engines.index(each.engine)), needed_s, cost_s / 2, each))
+    return _affordable("largest batch of", plans, clock)
 
 
 def affordable_sweep(swept: Sequence[Series], clock: Clock) -> list[Series]:
     """Return the batch sizes that can be swept in the time left, quick ones first; name whose others are left out."""
-    costs_s = [_sweep_s(each) for each in swept]
-    plans = [(cost_s, cost_s + _beside_s(each) * (cost_s > 0 and each.size == 1), each)
-             for cost_s, each in zip(costs_s, swept, strict=True)]  # fmt: skip
-    affordable = {(each.name, each.size) for each in _affordable(IN_SWEEP, plans, clock, 1.0)}
+    plans = []
+    for each in swept:
+        rank_s = _sweep_s(each)
+        cost_s = rank_s + _beside_s(each) * (rank_s > 0 and each.size == 1)  # the first size is loaded and compiled
+        plans.append((rank_s, cost_s, cost_s, each))
+    affordable = {(each.name, each.size) for each in _affordable(IN_SWEEP, plans, clock)}
     return [each for each in swept if (each.name, each.size) in affordable]
 
 
-def _affordable(
-    what: str, plans: Iterable[tuple[float, float, Series]], clock: Clock, later_share: float
-) -> Iterator[Series]:
-    """Yield the series that there is time for, of (rank, seconds, series); name the others.
+def _affordable(what: str, plans: Iterable[tuple[float, float, float, Series]], clock: Clock) -> Iterator[Series]:
+    """Yield the series that there is time for; name the others.
 
-    `later_share` of the seconds is spent after all of them were yielded.
+    Plans are (rank, seconds that are needed, seconds that are spent after all series were yielded, series).
     """
     later_s = 0.0
     left_out: dict[tuple[str, str], Series] = {}
-    for _, cost_s, each in sorted(plans, key=lambda plan: plan[0]):
-        if each.name in left_out or (cost_s and later_s + cost_s > clock.left_s):
+    for _, needed_s, own_later_s, each in sorted(plans, key=lambda plan: plan[0]):
+        if each.name in left_out or (needed_s and later_s + needed_s > clock.left_s):
             left_out[each.name] = each  # with all its larger sizes
         else:
+            started_s = now_s()
             yield each
-            later_s += later_share * cost_s
+            is_searched = needed_s > own_later_s  # meanwhile; its timing takes no more than twice as long
+            later_s += min(own_later_s, 2 * (now_s() - started_s)) if is_searched else own_later_s
     name_left_out(what, [*left_out.values()])
 
 
