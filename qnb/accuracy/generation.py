@@ -92,8 +92,8 @@ class GreedyGenerator:
             going = [place for place in going if not self._is_done(texts[rows[place]], prompts[rows[place]])]
             if not going:
                 break
-            # a captured step of fewer rows is another one: rows are dropped when half of them are done
-            if len(going) <= (0.5 if batch.is_captured else 1.0) * len(rows):
+            # a captured step of fewer rows is another one, so half of them have to be done
+            if len(going) < len(rows) and (2 * len(going) <= len(rows) or not batch.is_captured):
                 batch.keep(going)
                 rows = [rows[place] for place in going]
                 going = list(range(len(rows)))
@@ -178,11 +178,9 @@ class _Batch:
 
     def keep(self, places: list[int]) -> None:
         """Drop all other rows."""
-        self.captured = None
-        if len(places) < len(self.ids):
-            rows = self.backbone.integers(places)
-            self.past.batch_select_indices(rows)
-            self.ids, self.positions, self.mask = self.ids[rows], self.positions[rows], self.mask[rows]
+        rows, self.captured = self.backbone.integers(places), None
+        self.past.batch_select_indices(rows)
+        self.ids, self.positions, self.mask = self.ids[rows], self.positions[rows], self.mask[rows]
 
 
 def _join(caches: list[Cache], room: int, window: float) -> Cache:
