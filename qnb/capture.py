@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -29,6 +30,12 @@ def capture(work: Callable[[], Any], pool: Any = None) -> torch.cuda.CUDAGraph:
     with torch.cuda.stream(main), captured:
         work()
     return graph
+
+
+def cache_name(forward: Callable[..., Any]) -> str:
+    """Return what a model's forward calls its KV cache: the last two are names until transformers 5.24."""
+    accepted = signature(forward).parameters
+    return next((each for each in ("cache", "cache_params") if each in accepted), "past_key_values")
 
 
 class SlotCache(DynamicCache):

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from inspect import signature
 from itertools import chain
 from math import inf
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from transformers import Cache, PreTrainedModel
 
+from qnb.capture import cache_name
 from qnb.device import is_before_ampere
 from qnb.memory import bytes_for_batches, places
 
@@ -107,9 +107,7 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.device, self.config = model, model.device, model.config.get_text_config()
-        # transformers 5.24 renames the argument, and warns about the old name
-        renamed = "cache" in signature(model.base_model.forward).parameters
-        self._cache_name = "cache" if renamed else "past_key_values"
+        self._cache_name = cache_name(model.base_model.forward)
         self.likelihoods = likelihoods
         windows = (getattr(self.config, name, None) for name in WINDOWS)
         self.window = min((window for window in windows if isinstance(window, int) and window > 0), default=inf)

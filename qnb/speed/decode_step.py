@@ -12,7 +12,6 @@ share a KV head, S head size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -23,7 +22,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedModel
 
-from qnb.capture import SlotCache
+from qnb.capture import SlotCache, cache_name
 from qnb.device import is_before_ampere
 from qnb.memory import is_out_of_memory
 from qnb.speed import layers
@@ -315,6 +314,4 @@ def empty_layers(model: PreTrainedModel, batch_size: int, length: int) -> list[K
 
 def run_model(model: PreTrainedModel, cache: DynamicCache, **inputs: Any) -> Tensor:
     """Run a model's own forward with a cache; return the last position's logits, (B, V)."""
-    accepted = signature(model.forward).parameters  # the last two are names until transformers 5.24
-    name = next(each for each in ("cache", "cache_params", "past_key_values") if each in accepted)
-    return model(**inputs, **{name: cache}, use_cache=True, logits_to_keep=1).logits[:, -1]
+    return model(**inputs, **{cache_name(model.forward): cache}, use_cache=True, logits_to_keep=1).logits[:, -1]
