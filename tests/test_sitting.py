@@ -252,7 +252,7 @@ def _simulate_speed(card, patch):
     patch(benchmark, "run", run)
     patch(batch_trials, "Trials", Trials)
     patch(engines, "why_unavailable", why_unavailable)
-    patch(stages, "_last_safe_batch", lambda _: None)
+    patch(stages, "_last_safe_batch", lambda _: 10**9)
     patch(stages.memory, "limited", lambda *_: nullcontext())
     patch(passes.memory, "release", lambda **_: None)
     for module in (passes, stages):

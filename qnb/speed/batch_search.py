@@ -6,22 +6,13 @@ where the line through the two largest probes meets the limit. A batch past that
 allocator then gives back segments that are wholly free. No line predicts how many; live tensors set the upper bound.
 """
 
-import os
-import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from multiprocessing import get_context, parent_process
 from typing import Any, Self
-from unittest.mock import patch
 
-from qnb.memory import host_peak_mib
 from qnb.quantize.runtime import linear_layers
 
-OUT_OF_MEMORY, DIED, WHEN_TIMED = "out of memory", "its process died", "out of memory when timed"
+OUT_OF_MEMORY, WHEN_TIMED = "out of memory", "out of memory when timed"
 TOLERANCE = 0.01  # the search ends when the true maximum can be larger by no more than this share
 MAX_PROBES = 10
 
@@ -37,7 +28,7 @@ class Probe:
     squeezed: bool = False  # the allocator gave cached memory back, so `reserved_mib` says only that the batch fitted
     idle_mib: float = 0.0  # live before the run: the weights
     room_mib: float | None = None  # free before the run, including what the process held
-    ended: str = ""  # why it did not run: `OUT_OF_MEMORY`, `DIED` or `WHEN_TIMED`
+    ended: str = ""  # why it did not run: `OUT_OF_MEMORY` or `WHEN_TIMED`
 
 
 TryBatch = Callable[[int], Probe]
@@ -69,7 +60,7 @@ class LargestBatch:
         return replace(self, batch_size=_round_down(self.batch_size - less), capped=False, probes=probes)
 
 
-def find_largest_batch(try_batch: TryBatch, limit_mib: float, cap: int, last_safe: int = 0) -> LargestBatch:
+def find_largest_batch(try_batch: TryBatch, limit_mib: float, cap: int) -> LargestBatch:
     """Find the largest batch size in 1..`cap` that fits, with at most `MAX_PROBES` probes.
 
     Parameters
@@ -80,15 +71,11 @@ def find_largest_batch(try_batch: TryBatch, limit_mib: float, cap: int, last_saf
         The memory allowed; a probe that finds less room lowers it.
     cap
         The largest batch worth having, such as the number of requests.
-    last_safe
-        The largest batch that cannot end its process (see `int32_rows`); 0 where none can, or it is not known.
 
     Raises
     ------
     MemoryError
         Not even one request fits.
-    RuntimeError
-        One request ends its process.
     """
     probes: list[Probe] = []
     fits, fails, size = 0, cap + 1, 1
@@ -97,16 +84,14 @@ def find_largest_batch(try_batch: TryBatch, limit_mib: float, cap: int, last_saf
         probes.append(probe)
         limit_mib = min(limit_mib, probe.room_mib or limit_mib)
         fits, fails = (size, fails) if probe.fits else (fits, size)
-        if not fits and probe.ended == DIED:
-            raise RuntimeError(f"one request did not run: {DIED}")
         if not fits:
             needs = f"one request takes more than the {limit_mib:,.0f} MiB that are allowed"
             raise MemoryError(f"{needs}; shorten the prompts, ask for fewer new tokens, or raise the limit")
-        size = _next_batch_size(probes, limit_mib, fits, fails, last_safe)
+        size = _next_batch_size(probes, limit_mib, fits, fails)
     return LargestBatch(fits, limit_mib, fits == cap, tuple(probes))
 
 
-def _next_batch_size(probes: Sequence[Probe], limit_mib: float, fits: int, fails: int, last_safe: int) -> int:
+def _next_batch_size(probes: Sequence[Probe], limit_mib: float, fits: int, fails: int) -> int:
     """Choose a batch size above `fits`, the largest that fitted, and below `fails`, the smallest that did not."""
     weights = Probe(0, True, probes[0].idle_mib, probes[0].idle_mib)
     # 1) follow reserved memory to the limit
@@ -115,12 +100,7 @@ def _next_batch_size(probes: Sequence[Probe], limit_mib: float, fits: int, fails
     ceiling = _meets_limit([weights, *probes], limit_mib, "live_mib")
     least = fits + int(TOLERANCE * fits) + 1  # the search ends if this fails
     size = int(max(size, least, fits + (ceiling - fits) / 6))
-    # 3) enter what may end the process by one step beyond the last safe batch
-    if fits == last_safe:
-        return least
-    if fits < last_safe < min(size, fails):
-        return last_safe
-    # 4) stay in the bracket; nearer to its upper end, as a batch that does not fit fails early
+    # 3) stay in the bracket; nearer to its upper end, as a batch that does not fit fails early
     if size < fails:
         return max(fits + 1, _round_down(size))
     return fails - 1 if all(probe.fits for probe in probes) else (fits + 2 * fails) // 3
@@ -163,71 +143,3 @@ def int32_rows(config: Any, prompt_tokens: int) -> int:
         model = AutoModelForCausalLM.from_config(config)
     weights: Any = [layer.weight for layer in linear_layers(model)]
     return int((2**31 - 1) // (prompt_tokens * max(max(weight.shape) for weight in weights)))
-
-
-class ChildTrials:
-    """A `TryBatch` in a child process, for batches that may end it; a new child runs the next batch.
-
-    Running out of memory ends no process. bitsandbytes does, by ``exit(1)`` when a launch fails (see `int32_rows`).
-
-    Parameters
-    ----------
-    begin
-        Called once in the child, with `arguments`; returns the `TryBatch`. Both must be picklable.
-    """
-
-    def __init__(self, begin: Callable[..., TryBatch], *arguments: Any) -> None:
-        self._begin = partial(begin, *arguments)
-        self._pool: ProcessPoolExecutor | None = None
-
-    def __call__(self, batch_size: int) -> Probe:
-        """Run one batch in the child; raise here what it raises there."""
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(1, get_context("spawn"), _start_child, (self._begin,))
-        try:
-            # the first batch starts the child, which would run the caller's script again and begin its study anew
-            with patch.multiple(sys.modules["__main__"], __file__=None, __spec__=None, create=True):
-                answer = self._pool.submit(_try_in_child, batch_size)
-            return answer.result()
-        except BrokenProcessPool:
-            self._pool = None
-            return Probe(batch_size, False, ended=DIED)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """End the child, which gives back all its memory."""
-        if self._pool is not None:
-            host_peak_mib()  # the child counts while it is there
-            self._pool.shutdown()
-
-
-_child_try_batch: Callable[[], TryBatch]  # exists in the child alone
-
-
-def _start_child(begin: Callable[[], TryBatch]) -> None:
-    """Keep `begin` for the first batch: what it raises then reaches the caller."""
-    global _child_try_batch
-    threading.Thread(target=_end_with_parent, args=(parent_process(),), daemon=True).start()
-    _child_try_batch = cache(begin)
-
-
-def _end_with_parent(parent: Any) -> None:
-    """End this process when its parent was killed, to give back the device's memory."""
-    parent.join()
-    os._exit(1)
-
-
-def _try_in_child(batch_size: int) -> Probe:
-    try:
-        return _child_try_batch()(batch_size)
-    except RuntimeError:
-        import torch
-
-        try:
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
-        except RuntimeError:  # after an illegal memory access a CUDA context never works again
-            os._exit(1)
-        raise

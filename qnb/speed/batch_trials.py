@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from qnb.device import detect
 from qnb.memory import MIB, is_out_of_memory, release
-from qnb.precision import Precision
 from qnb.prompts import Workload
-from qnb.quantize.checkpoint import load, quiet
+from qnb.quantize.checkpoint import quiet
 from qnb.speed.batch_search import OUT_OF_MEMORY, Probe
 from qnb.speed.engines import FACTORIES, warm_up_batch_sizes
-from qnb.speed.monitor import Sensor, Window, used_memory_mib
+from qnb.speed.monitor import Sensor, Window
 
 NEAR_LIMIT = 0.95  # share of the memory above which a batch has to fit twice
 
@@ -98,15 +95,3 @@ class Trials:
                 raise
             return False
         return True
-
-
-def load_trials(
-    folder: str | Path, precision: Precision, device: str, workload: Workload, limit_mib: float, engine: str = "eager"
-) -> Trials:
-    """Load the checkpoint in `folder` and limit this process's GPU memory, as a child process does."""
-    target = detect(device)
-    target.use()
-    if target.kind == "cuda":
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib / target.memory_mib))
-    baseline_mib = used_memory_mib(target.place)
-    return Trials(load(folder, precision, target.place), workload, limit_mib, engine, baseline_mib)

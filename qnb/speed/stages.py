@@ -5,6 +5,7 @@ Each is a function of a session and of what a user may ask, a class that checks 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -257,42 +258,32 @@ def _all_series(session: Session, setting: str, options: TimingOptions, **asked:
 
 def _search(series: Series) -> None:
     """Find the largest batch of a series, in the ledger or by trials; an engine that cannot run stays at batch 1."""
-    from qnb.speed.batch_trials import Trials, load_trials
+    from qnb.speed.batch_trials import Trials
 
-    session, precision, engine, work = series.session, series.precision, series.engine, series.workload
-    limit_mib, cap, place = series.asked["memory_limit_mib"], series.asked["cap"], session.device.place
+    limit_mib, cap = series.asked["memory_limit_mib"], series.asked["cap"]
+
+    def search(loaded: Loaded) -> None:
+        if not series.why_unavailable(loaded.model):
+            trials = Trials(loaded.model, series.workload, limit_mib, series.engine, loaded.baseline_mib)
+            largest = batch_search.find_largest_batch(trials, limit_mib, min(cap, _last_safe_batch(series)))
+            series.record_batch(replace(largest, capped=largest.batch_size == cap))
+
     if series.why_unavailable():
         return
-    if row := session.find(series.batch_key):
+    if row := series.session.find(series.batch_key):
         series.largest = LargestBatch.from_row(row)
-        return
-
-    def search(loaded: Loaded) -> LargestBatch | None:
-        if series.why_unavailable(loaded.model):
-            return None
-        trials = Trials(loaded.model, work, limit_mib, engine, loaded.baseline_mib)
-        return batch_search.find_largest_batch(trials, limit_mib, cap)
-
-    last_safe = _last_safe_batch(series)
-    if last_safe is None or cap <= last_safe:
-        largest = with_model(session, precision, search)
     else:
-        folder, pinned = session.checkpoint(precision), session.pinned(precision)
-        memory.release(workspaces=True)
-        with batch_search.ChildTrials(load_trials, folder, pinned, place, work, limit_mib, engine) as try_batch:
-            largest = batch_search.find_largest_batch(try_batch, limit_mib, cap, last_safe)
-    if largest:
-        series.record_batch(largest)
+        with_model(series.session, series.precision, search)
 
 
-def _last_safe_batch(series: Series) -> int | None:
-    """Return the largest batch that cannot end its process, 0 where it is not known; None where none can.
+def _last_safe_batch(series: Series) -> int:
+    """Return the largest batch that cannot end the process.
 
-    bitsandbytes' INT8 kernels end the process where `eager` reads more prompts at once. `cuda_graph` reads chunks.
+    bitsandbytes' INT8 kernels end it where `eager` reads more prompts at once. `cuda_graph` reads chunks.
     """
     if series.session.device.kind == "cuda" and series.precision.eight_bit and series.engine == "eager":
-        return batch_search.int32_rows(series.session.config, len(series.workload.longest))
-    return None
+        return max(1, batch_search.int32_rows(series.session.config, len(series.workload.longest)))
+    return sys.maxsize
 
 
 def sweep(session: Session, options: TimingOptions) -> None:
@@ -315,7 +306,7 @@ def sweep(session: Session, options: TimingOptions) -> None:
     with session.exclusive("04") as clock:
         for each in all_series:
             most = searched.get(each.name, largest)
-            last_safe = _last_safe_batch(each) or most
+            last_safe = _last_safe_batch(each)
             for size in batch_search.sweep_sizes(min(most, last_safe)):
                 prompt_ids = tuple(islice(cycle(options.workload.prompts), BATCHES_SWEPT * size))
                 batches = replace(options.workload, prompts=prompt_ids)

@@ -5,8 +5,8 @@
 
 A batch size that both searches try runs once: every run begins with the same emptied memory, so it would end the
 same, and its seconds count for each search. The searches leave a bracket around the true maximum, which is halved to
-one row; ``--within-rows 16`` saves most runs where they take long, on a whole card. Runs are made in a child process.
-A batch that ends it counts as one that does not fit, though it would end accelerate's search as well.
+one row; ``--within-rows 16`` saves most runs where they take long, on a whole card. Batches that may end the process
+count as too large.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ import torch
 from accelerate.utils import find_executable_batch_size
 from transformers import AutoConfig
 
-from qnb.memory import MIB
+from qnb.memory import MIB, limited, release
 from qnb.precision import parse
 from qnb.prompts import Workload
+from qnb.quantize import checkpoint
 from qnb.quantize.sources import SHAPE, resolve
-from qnb.speed.batch_search import ChildTrials, Probe, TryBatch, find_largest_batch, int32_rows
-from qnb.speed.batch_trials import load_trials
+from qnb.speed.batch_search import Probe, TryBatch, find_largest_batch, int32_rows
+from qnb.speed.batch_trials import Trials
 from qnb.speed.engines import FACTORIES, why_unavailable
+from qnb.speed.monitor import used_memory_mib
 
 START = 2048  # of accelerate's search; doubled where that much fits, as it only goes down
 
@@ -53,12 +55,12 @@ class Remembered:
         return self.probes[batch_size][0]
 
 
-def ours(trials: Remembered, limit_mib: float, cap: int, last_safe: int) -> int:
+def ours(trials: Remembered, limit_mib: float, cap: int) -> int:
     """Search as a study does."""
-    return find_largest_batch(trials, limit_mib, cap, last_safe).batch_size
+    return find_largest_batch(trials, limit_mib, cap).batch_size
 
 
-def accelerate(trials: Remembered, limit_mib: float, cap: int, last_safe: int) -> int:
+def accelerate(trials: Remembered, limit_mib: float, cap: int) -> int:
     """Search with accelerate's decorator: nine tenths of what did not fit, from a size that must not fit."""
 
     def attempt(batch_size: int) -> int:
@@ -72,7 +74,7 @@ def accelerate(trials: Remembered, limit_mib: float, cap: int, last_safe: int) -
     return int(largest)
 
 
-SEARCHES: dict[str, Callable[[Remembered, float, int, int], int]] = {"ours": ours, "accelerate": accelerate}
+SEARCHES: dict[str, Callable[[Remembered, float, int], int]] = {"ours": ours, "accelerate": accelerate}
 
 
 def search(name: str, trials: Remembered, *limits: Any) -> dict[str, Any]:
@@ -108,11 +110,16 @@ def compare(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             continue
         whole_mib = torch.cuda.get_device_properties(0).total_memory / MIB if device == "cuda" else 0
         limit_mib = whole_mib if memory_gib == "whole" else 1024 * float(memory_gib)
-        last_safe = last_safe_int8 if precision.eight_bit and engine == "eager" else 0
-        with ChildTrials(load_trials, folder, precision, device, workload, limit_mib, engine) as try_batch:
-            trials = Remembered(try_batch)
-            rows = [search(name, trials, limit_mib, cap, last_safe) for name in SEARCHES]
-            true, most = true_maximum(trials, cap, options.within_rows)
+        safe_cap = min(cap, last_safe_int8) if precision.eight_bit and engine == "eager" else cap
+        with limited(whole_mib, limit_mib if device == "cuda" else 0), checkpoint.quiet():
+            release(workspaces=True)
+            baseline_mib = used_memory_mib(device)
+            model = checkpoint.load(folder, precision, device)
+            trials = Remembered(Trials(model, workload, limit_mib, engine, baseline_mib))
+            rows = [search(name, trials, limit_mib, safe_cap) for name in SEARCHES]
+            true, most = true_maximum(trials, safe_cap, options.within_rows)
+            del model, trials
+            release(workspaces=True)
         for row in rows:
             share_pct = 100 * row["largest_batch"] / most
             yield {**about, **row, "true_batch": true, "true_at_most": most, "share_pct": share_pct}
