@@ -21,6 +21,7 @@ from qnb.report.verdicts import CHANGE, Verdict, accuracies, tasks, with_pooled
 ACCURACY = "accuracy_pct"
 QUANTITIES = [name for name in SPEED if column(name).unit]
 QUALITIES = ("change_pp", "kl_mean_nats", "perplexity_change_pct")  # the first that was measured is drawn
+COST_TICKS = [digit * 10.0**power for power in range(-6, 9) for digit in (1, 1.5, 2, 3, 5, 7)]
 SIGNS = {str(verdict): verdict.text for verdict in Verdict}
 
 
@@ -103,24 +104,25 @@ def front(results: Results, cost: str) -> go.Figure:
         hover=theme.hovers(frame, cost, quality, *CHANGE[1:], "words"),
     )  # fmt: skip
     figure = _points_and_front(frame.sort_values(["cost", "quality"]), quality)
-    figure.update_xaxes(title=header(cost), range=[0, 1.25 * costs.max()])
+    ends = [math.log10(costs.min()) - 0.15, math.log10(costs.max()) + 0.05]
+    figure.update_xaxes(title=header(cost), type="log", tickvals=COST_TICKS, tickformat=",~g", range=ends)
     figure.update_yaxes(title=header(quality), autorange="reversed" if is_loss else True)
-    note = "up and left is better; points on the dotted line are Pareto-optimal; the sign beside a name is its verdict"
+    note = "up and left is better; dotted line: Pareto-optimal; sign beside a name: its verdict; costs are logarithmic"
     return theme.finish(figure, title, 420, note + "; bars: 95 % interval" * (not is_loss) + theme.fusing(results.bs1))
 
 
 def _points_and_front(frame: pd.DataFrame, quality: str) -> go.Figure:
-    """Draw a named point per format, and the line through the best."""
+    """Draw a point per format, and the line through the best: their names stand beside them, others in the legend."""
     figure = theme.points(frame, "cost", quality, error_y="above", error_y_minus="below")
-    edge, line = pareto(frame), {"color": theme.QUIET, "dash": "dot", "shape": "hv"}
-    figure.update_traces(showlegend=False).add_scatter(
-        x=edge.cost, y=edge[quality], mode="lines", line=line, hoverinfo="skip", name="Pareto front"
-    )
-    is_near = frame.cost.diff(-1).abs() < 0.3 * frame.cost.max()  # to the next point, which has its name on the right
+    words, edge = frame.precision + " " + frame.verdict.map(SIGNS), pareto(frame)
+    for trace in figure.data:
+        is_best = edge.precision.eq(trace.name).any()
+        trace.update(name=words[frame.precision == trace.name].item(), showlegend=not is_best)
+    is_near = edge.cost.shift(-1) < 1.03 * edge.cost  # to the next point, which has its name above it
     return figure.add_scatter(
-        x=frame.cost, y=frame[quality], text=theme.PAD + frame.precision + " " + frame.verdict.map(SIGNS) + theme.PAD,
-        mode="text", textposition=is_near.map({True: "middle left", False: "middle right"}), hoverinfo="skip",
-        showlegend=False, cliponaxis=False,
+        x=edge.cost, y=edge[quality], text=theme.PAD + words[edge.index] + theme.PAD, mode="lines+text",
+        textposition=is_near.map({True: "bottom left", False: "top left"}), textfont_size=11, hoverinfo="skip",
+        line={"color": theme.QUIET, "dash": "dot", "shape": "hv"}, showlegend=False, cliponaxis=False,
     )  # fmt: skip
 
 
