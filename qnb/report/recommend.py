@@ -217,7 +217,8 @@ def summary(results: Results) -> pd.DataFrame:
     Speeds at batch size 1 are given for both engines; throughput is the best engine's at the largest batch, energy the
     best engine's at batch size 1. ``peak_memory_mib`` is a GPU's, captured where that was timed: a process on
     a CPU grows by what ran before. ``note`` says which formats were captured without fusing kernels as others were,
-    and which have the throughput of ``generate`` where others have that of a captured step.
+    which other processes disturbed, and which have the throughput of ``generate`` where others have that of a captured
+    step.
     """
     timed, is_eager = (rows := candidates(results, "bs1")).groupby("precision", sort=False), rows.engine == "eager"
     least = timed[["weights_mib", "energy_j_per_token", "perplexity_change_pct", "kl_mean_nats"]].min()
@@ -225,7 +226,10 @@ def summary(results: Results) -> pd.DataFrame:
     fastest = timed_full.sort_values("throughput_rps", ascending=False).drop_duplicates("precision")
     captured = fastest.precision.isin(timed_full.precision[timed_full.engine != "eager"])
     is_eager_alone = (fastest.engine == "eager") & ~captured & captured.any()
+    shown = results.speed[results.speed.setting != "sweep"]
+    is_shared = shown["flags"].map(is_disturbed).astype(bool)
     notes = [pd.Series(Flag.UNFUSED.text, results.speed.precision[is_unfused(results.speed)].unique()),
+             pd.Series("disturbed by other processes", shown.precision[is_shared].unique()),
              pd.Series("largest batch with eager alone", fastest.precision[is_eager_alone])]  # fmt: skip
     note = pd.concat(notes).groupby(level=0, sort=False).agg("; ".join)
     ran_as = results.checkpoints.reindex(columns=["precision", "ran_as"]).set_index("precision").ran_as

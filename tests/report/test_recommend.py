@@ -102,6 +102,14 @@ def test_the_summary_has_a_row_a_format_and_the_sentence_names_the_model(studied
     assert study.model in recommend.sentence(study) and recommend.sentence(Results("", "", "")).startswith("Nothing")
 
 
+def test_what_other_processes_disturbed_is_noted_unless_another_row_is_shown(studied):
+    study = studied.results()
+    for setting, noted in (("bs1", ["int8"]), ("maxbatch", ["int8"]), ("sweep", [])):
+        flags = study.timed(setting).precision.map({"int8": ["gpu_shared"]})
+        table = recommend.summary(replace(study, **{setting: study.timed(setting).assign(flags=flags)}))
+        assert list(table.precision[table.note.str.contains("disturbed").eq(True)]) == noted
+
+
 def test_a_throughput_of_generate_beside_captured_ones_is_noted(studied):
     """A budget may leave out a format's captured step. Where every throughput is of one engine, nothing is said."""
     study = studied.results()
