@@ -13,7 +13,7 @@ from qnb.flags import Flag, is_disturbed
 from qnb.precision import BASELINE, title
 from qnb.report.results import Results, is_unfused, unfused
 from qnb.report.scores import MEAN
-from qnb.report.verdicts import Verdict, check_margin, decide, in_points, judge
+from qnb.report.verdicts import MOST_ITEMS, Verdict, check_margin, decide, in_points, items_needed, judge
 
 SPEEDS = ("tpot_s", "throughput_rps", "throughput_tps")  # what candidates may be ranked by
 FITS, UNSURE, RULED_OUT = "fits", "may fit", "ruled out"
@@ -262,6 +262,11 @@ def sentence(results: Results) -> str:
     closing = [f"{Flag.UNFUSED.text.capitalize()}: {alone}."] if alone else []
     if results.speed["flags"].map(is_disturbed).any():
         closing.append("Other processes disturbed the timing.")
+    judged = judge(results)
+    needed = items_needed(judged[judged.verdict == Verdict.UNCLEAR], results.margin_pp).dropna()
+    if len(needed) > 1 and needed.min() <= MOST_ITEMS:
+        words = judged.words[needed.idxmin()].partition("; ")[2]
+        opening.append(f"{title(needed.idxmin())} is the closest to a decision: {words}.")
     return " ".join([*opening, *_extremes(allowed, "" if is_allowed.all() else ", of those not ruled out"), *closing])
 
 
@@ -271,7 +276,7 @@ def _extremes(allowed: pd.DataFrame, among: str) -> Iterator[str]:
     tpot_s = allowed[["tpot_captured_s", "tpot_eager_s"]].min(axis=1)
     unclear = allowed.kl_mean_nats.where(allowed.verdict.isin([Verdict.UNCLEAR, Verdict.UNMEASURED]))
     for what, name, values in (
-        (f"closest to {BASELINE.upper()} by KL divergence, of those that are undecided", "kl_mean_nats", unclear),
+        (f"the closest to {BASELINE.upper()} among undecided formats", "kl_mean_nats", unclear),
         (f"fastest at batch size 1{among}", "tpot_s", tpot_s),
         (f"smallest{among}", size, allowed[size]),
     ):

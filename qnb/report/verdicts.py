@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from qnb.accuracy.statistics import detectable_pp, is_above_chance, pooled_change
@@ -171,7 +172,12 @@ def decide(precision: str, row: Any, margin_pp: float) -> tuple[Verdict, str]:
         return Verdict.WITHIN, f"within {points}"
     if row["high_pp"] < -margin_pp:
         return Verdict.LOSES, f"loses more than {points}"
-    return Verdict.UNCLEAR, f"cannot tell; {items_needed(row, margin_pp)}"
+    items = items_needed(row, margin_pp)
+    if items > MOST_ITEMS:
+        return Verdict.UNCLEAR, "cannot tell; the change is too near the margin"
+    digit = 10 ** math.floor(math.log10(items))  # one digit carries it, rounded up
+    needed = format_number(math.ceil(items / digit) * digit)
+    return Verdict.UNCLEAR, f"cannot tell; about {needed} items would decide"
 
 
 def in_points(margin_pp: float) -> str:
@@ -179,15 +185,10 @@ def in_points(margin_pp: float) -> str:
     return f"{margin_pp:g} point{'s' * (margin_pp != 1)}"
 
 
-def items_needed(row: Any, margin_pp: float) -> str:
-    """Say how many items would decide, if the change stays as it is: an interval shrinks as 1 / sqrt(items)."""
-    distance_pp = max(abs(row["change_pp"] + margin_pp), 0.01)
-    half_pp = (row["high_pp"] - row["low_pp"]) / 2
-    items = row["n_items"] * (half_pp / distance_pp) ** 2
-    if items > MOST_ITEMS:
-        return "the change is too near the margin"
-    digit = 10 ** math.floor(math.log10(items))  # one digit carries it, rounded up
-    return f"about {format_number(math.ceil(items / digit) * digit)} items would decide"
+def items_needed(row: Any, margin_pp: float) -> Any:
+    """Return how many items would decide, if a change stays as it is: an interval shrinks as 1 / sqrt(items)."""
+    distance_pp = np.maximum(abs(row["change_pp"] + margin_pp), 0.01)
+    return row["n_items"] * ((row["high_pp"] - row["low_pp"]) / 2 / distance_pp) ** 2
 
 
 def detectable(n_items: Sequence[int], flip_rate: float = FLIP_RATE) -> str:

@@ -12,6 +12,7 @@ from qnb.report.recommend import FITS, RULED_OUT, UNSURE, Demand, explain
 from qnb.report.results import Results
 from qnb.report.scores import MEAN
 from qnb.report.tables import build
+from qnb.report.verdicts import judge
 
 COLUMNS = ["precision", "peak_memory_mib", "tpot_s", "n_items", "change_pp", "low_pp", "high_pp"]
 ALL = pd.DataFrame(
@@ -100,6 +101,14 @@ def test_the_summary_has_a_row_a_format_and_the_sentence_names_the_model(studied
     assert table.tpot_captured_s["nf4"] == rows.tpot_s["nf4", "cuda_graph"]
     assert table.throughput_rps["nf4"] == study.maxbatch.query("precision == 'nf4'").throughput_rps.max()
     assert study.model in recommend.sentence(study) and recommend.sentence(Results("", "", "")).startswith("Nothing")
+
+
+def test_the_sentence_names_the_undecided_format_that_needs_the_fewest_items(studied):
+    study = replace(studied.results(), margin_pp=0.3)
+    words = judge(study).words[lambda words: words.str.startswith("cannot tell")]
+    items = words.str.extract("about ([0-9,]+)")[0].str.replace(",", "").astype(int)
+    assert items.to_dict() == {"fp16": 5000, "int8": 2000, "nf4": 30000}
+    assert "INT8 is the closest to a decision: about 2,000" in recommend.sentence(study)
 
 
 def test_what_other_processes_disturbed_is_noted_unless_another_row_is_shown(studied):
