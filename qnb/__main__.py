@@ -110,14 +110,12 @@ def report(folder: str, margin_pp: float = 1.0, with_notebooks: bool = False) ->
     InputError
         `folder` holds no study, or one without a row, or the margin is no number of points.
     """
-    from qnb.ledger import Ledger
     from qnb.run import show, summary
     from qnb.study import Study
 
-    path = expand_path(folder).resolve()
-    if not len(Ledger(path)):
-        raise InputError(f"{path} holds no study (no row in ledger.jsonl); give a folder such as outputs/demo")
-    study = Study(precisions="all", output=path, margin_pp=margin_pp)
+    study = Study(precisions="all", output=expand_path(folder).resolve(), margin_pp=margin_pp)
+    if not len(study.session.ledger):
+        raise InputError(f"{study.folder} holds no study (no row in ledger.jsonl); give a folder such as outputs/demo")
     study.figures()
     study.report()
     if with_notebooks:
