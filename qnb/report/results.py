@@ -39,6 +39,7 @@ CONDITIONS = ("workload", "device", "memory_limit_mib", "cap")  # two rows that 
 OF_MEDIANS = ("gpu_busy_pct", "mbu_pct", "mfu_pct", "bound")  # kernels are traced in the first pass alone
 STAGES = {"accuracy_rows": "accuracy", "batches": "batch", "divergence": "divergence", "lengths": "lengths",
           "batch_sensitivity": "batch_sensitivity"}  # fmt: skip
+ORIGIN = ("version", "device", "host", "date")  # of the rows that a table is made of
 MARGIN_PP = 1.0  # the loss of accuracy that is accepted, unless a study says otherwise
 NOT_FUSED = ", not fused"  # after a captured engine's name, where other rows are
 # words of tasks' names that are written in another way
@@ -117,6 +118,14 @@ class Results:
     def speed(self) -> pd.DataFrame:
         """Batch size 1, the sweep and the largest batch in one frame; ``setting`` tells them apart."""
         return stack((self.bs1, self.sweep, self.maxbatch))
+
+    @cached_property
+    def origins(self) -> pd.DataFrame:
+        """Where each row comes from: `ORIGIN`, beside its stage, setting, precision and engine."""
+        names = ["stage", "setting", "precision", "engine", "device", "host", "versions", "measured_at"]
+        rows = pd.DataFrame(self.rows, columns=names)
+        version = rows.versions.map(lambda versions: versions.get("qnb"), na_action="ignore")
+        return rows.assign(version=version, date=rows.measured_at.str[:10]).fillna("")
 
     @cached_property
     def samples(self) -> pd.DataFrame:

@@ -19,10 +19,9 @@ from qnb.ledger import fingerprint, write_atomic
 from qnb.precision import BASELINE, title
 from qnb.report import comparison, paper, scores, verdicts
 from qnb.report.batch_plans import plans
-from qnb.report.results import NOT_FUSED, SPEED, Results, flag_list, in_order, is_unfused, stack, task_name
+from qnb.report.results import NOT_FUSED, ORIGIN, SPEED, Results, flag_list, in_order, is_unfused, stack, task_name
 
 LINE = ["precision", "engine"]  # one line of a sweep
-ORIGIN = ("version", "device", "host", "date")  # of the rows that a table is made of
 # the stage and setting of those rows
 MEASURED_BY = {"table1_accuracy": "accuracy", "table2_change": "accuracy", "divergence": "divergence",
                "batch_sensitivity": "batch_sensitivity", "table3_bs1": "perf bs1", "table4_maxbatch": "perf maxbatch",
@@ -201,14 +200,13 @@ def build(results: Results, name: str) -> pd.DataFrame:
 def _with_origin(table: pd.DataFrame, results: Results, name: str) -> pd.DataFrame:
     """Add the version, device, host and day of a table's rows; a table without formats down has those of all rows."""
     stage, _, setting = MEASURED_BY.get(name, "").partition(" ")
-    rows = [{**row, "version": row.get("versions", {}).get("qnb"), "date": row["measured_at"][:10]}
-            for row in results.rows if row["stage"] == stage and setting in ("", row["setting"])]  # fmt: skip
-    if table.empty or not rows:
+    rows = results.origins[results.origins.stage == stage]
+    rows = rows[rows.setting == setting] if setting else rows
+    if table.empty or rows.empty:
         return table
     by = [each for each in LINE if each in table]
-    origins = pd.DataFrame(rows).reindex(columns=[*by, *ORIGIN]).fillna("")
-    texts = origins.assign(all="").groupby(by or "all").agg(lambda values: "; ".join(sorted({*values} - {""})))
-    return table.join(texts[[*ORIGIN]], on=by) if by else table.assign(**texts[[*ORIGIN]].iloc[0])
+    texts = rows.assign(all="").groupby(by or "all")[[*ORIGIN]].agg(lambda values: "; ".join(sorted({*values} - {""})))
+    return table.join(texts, on=by) if by else table.assign(**texts.iloc[0])
 
 
 def save(results: Results, name: str) -> pd.DataFrame:
