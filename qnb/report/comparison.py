@@ -54,9 +54,7 @@ def _shares(row: Mapping[str, Any]) -> dict[str, None]:
 
 def changes(results: Results) -> pd.DataFrame:
     """Return Table 2, made once a study. Do not write into it."""
-    if "changes" not in results.cache:
-        results.cache["changes"] = table(results)
-    return results.cache["changes"]
+    return results.once("changes", lambda: table(results))
 
 
 def table(results: Results) -> pd.DataFrame:

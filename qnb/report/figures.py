@@ -194,6 +194,4 @@ FIGURES: dict[str, Callable[[Results], go.Figure]] = {
 
 def draw_all(results: Results) -> dict[str, go.Figure]:
     """Return every figure by name, drawn once a study; those of what was not measured say so."""
-    if "figures" not in results.cache:
-        results.cache["figures"] = {name: draw(results) for name, draw in FIGURES.items()}
-    return dict(results.cache["figures"])
+    return dict(results.once("figures", lambda: {name: draw(results) for name, draw in FIGURES.items()}))

@@ -12,7 +12,6 @@ from qnb.columns import column, format_value
 from qnb.flags import Flag, is_disturbed
 from qnb.precision import BASELINE, title
 from qnb.report.results import Results, is_unfused, unfused
-from qnb.report.scores import MEAN
 from qnb.report.verdicts import MOST_ITEMS, Verdict, check_margin, decide, in_points, items_needed, judge
 
 SPEEDS = ("tpot_s", "throughput_rps", "throughput_tps")  # what candidates may be ranked by
@@ -35,7 +34,7 @@ class Demand:
     loss_pp: float | None = None  # tolerated points below BF16
 
 
-def candidates(results: Results, setting: str, task: str = MEAN) -> pd.DataFrame:
+def candidates(results: Results, setting: str) -> pd.DataFrame:
     """Join the speed, accuracy and divergence of every format and engine, under a name made of the two.
 
     Formats that were not timed stand there too if nothing was.
@@ -46,10 +45,8 @@ def candidates(results: Results, setting: str, task: str = MEAN) -> pd.DataFrame
         A study's frames.
     setting
         ``"bs1"`` or ``"maxbatch"``.
-    task
-        The task whose accuracy counts, or `MEAN` for the mean over the tasks that count.
     """
-    verdicts = judge(results, task=task).drop(columns=["verdict", "words"])
+    verdicts = judge(results).drop(columns=["verdict", "words"])
     divergence = _by_format(results.divergence, "perplexity_change_pct", "kl_mean_nats")
     frame = verdicts.join(results.timed(setting).set_index("precision")).join(divergence)
     frame = frame.rename_axis("precision").reset_index()

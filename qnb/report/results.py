@@ -6,7 +6,7 @@ GPU nor its model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -142,6 +142,12 @@ class Results:
         """Return the items that an accuracy row was counted from; None where their file is gone or was changed."""
         path = self._path(row.get("items_file"))
         return unpack(pd.read_parquet(path)) if path and file_sha256(path) == row["items_sha256"] else None
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return what was made of this study under a name; it is made at the first call. Do not write into it."""
+        if name not in self.cache:
+            self.cache[name] = make()
+        return self.cache[name]
 
     def _path(self, name: Any) -> Path | None:
         """Return the path of a file that a row names; None where it names none, or the file is gone."""

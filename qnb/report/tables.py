@@ -190,11 +190,8 @@ def build(results: Results, name: str) -> pd.DataFrame:
 
     Published columns are left out where another model than the published one was measured.
     """
-    if name not in results.cache:
-        table = _with_origin(TABLES[name](results), results, name)
-        is_published = paper.is_published_model(results.model)
-        results.cache[name] = table if is_published else table.filter(regex="^(?!published_)")
-    return results.cache[name]
+    table = results.once(name, lambda: _with_origin(TABLES[name](results), results, name))
+    return table if paper.is_published_model(results.model) else table.filter(regex="^(?!published_)")
 
 
 def _with_origin(table: pd.DataFrame, results: Results, name: str) -> pd.DataFrame:

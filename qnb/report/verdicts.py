@@ -82,10 +82,7 @@ def accuracies(results: Results, task: str = MEAN) -> pd.DataFrame:
     pandas.DataFrame
         Made once a study. Do not write into it.
     """
-    key = f"accuracies of {task}"
-    if key not in results.cache:
-        results.cache[key] = _accuracies(results, task)
-    return results.cache[key]
+    return results.once(f"accuracies of {task}", lambda: _accuracies(results, task))
 
 
 def _accuracies(results: Results, task: str) -> pd.DataFrame:
@@ -143,7 +140,7 @@ def with_pooled(results: Results) -> pd.DataFrame:
     return stack([rows, pooled.rename_axis("precision").reset_index().assign(task=POOLED)])
 
 
-def judge(results: Results, task: str = MEAN) -> pd.DataFrame:
+def judge(results: Results) -> pd.DataFrame:
     """Return the decision on each format, a row a format that anything was measured of.
 
     Returns
@@ -152,7 +149,7 @@ def judge(results: Results, task: str = MEAN) -> pd.DataFrame:
         Indexed by precision: what `accuracies` gives, `why` a change is missing, `verdict`, and `words` that say it
         with the margin.
     """
-    frame = accuracies(results, task).reindex(results.precisions)
+    frame = accuracies(results).reindex(results.precisions)
     rows = results.checkpoints.reindex(columns=["precision", "quantized_pct"]).set_index("precision")
     frame = frame.join(rows).assign(why=[_missing(results, str(name)) for name in frame.index])
     decisions = [decide(str(name), row, results.margin_pp) for name, row in frame.iterrows()]
