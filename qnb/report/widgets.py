@@ -50,6 +50,17 @@ def _observe(controls: Sequence[widgets.Widget], call: Callable[[], None]) -> No
     call()
 
 
+def _above(words: str, options: Sequence[Any], build: Callable[[Any], list[widgets.Widget]]) -> list[widgets.Widget]:
+    """Return a choice, and below it what `build` makes of the option chosen."""
+    choice, below = _with_words(widgets.Dropdown, words, options=options), widgets.VBox()
+
+    def rebuild() -> None:
+        below.children = build(choice.value)
+
+    _observe([choice], rebuild)
+    return [choice, below]
+
+
 def show(output: widgets.Output, figure: go.Figure) -> None:
     """Make a figure the only content of `output`, as the notebook's own renderer shows it."""
     bundle = figure._repr_mimebundle_()  # what IPython itself asks a figure for
@@ -66,13 +77,7 @@ def _choose_study(
     studies = {name: results for name, results in studies.items() if usable(results)}
     if not studies:
         return widgets.VBox([widgets.Label(NOTHING)])
-    source, below = _with_words(widgets.Dropdown, "study", options=list(studies)), widgets.VBox()
-
-    def rebuild() -> None:
-        below.children = build(studies[source.value])
-
-    _observe([source], rebuild)
-    return widgets.VBox([source, below])
+    return widgets.VBox(_above("study", list(studies), lambda name: build(studies[name])))
 
 
 def explorer(study: Any) -> widgets.VBox:
@@ -113,13 +118,7 @@ def _chooser(results: Results) -> list[widgets.Widget]:
         (f"{header(name)}, {SETTINGS[setting]}", (setting, name))
         for name in recommend.SPEEDS for setting in figures.measured(results).get(name, ())
     ]  # fmt: skip
-    ranked, below = _with_words(widgets.Dropdown, "ranked by", options=speeds), widgets.VBox()
-
-    def rebuild() -> None:
-        below.children = _limited(results, *ranked.value)
-
-    _observe([ranked], rebuild)
-    return [ranked, below]
+    return _above("ranked by", speeds, lambda chosen: _limited(results, *chosen))
 
 
 def _limited(results: Results, setting: str, speed: str) -> list[widgets.Widget]:
