@@ -1,7 +1,5 @@
 """Plan batches of prompts from a search's probes: how many batches, how large, and how much of them is padding."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf

@@ -1,7 +1,5 @@
 """Each format's answers beside the baseline's to the same items: Table 2, and what the verdicts are counted from."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict

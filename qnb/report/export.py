@@ -4,8 +4,6 @@ kaleido is called itself: Plotly's own ``write_image`` refuses some pairs of ver
 all pictures of a call.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from html import escape

@@ -1,7 +1,5 @@
 """Every figure by name, the paper's six first; those of accuracy, of trade-offs, and of one quantity of choice."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection
 

@@ -4,8 +4,6 @@ A sentence names its number, what it is compared with, and n. A difference that 
 called that.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 

@@ -3,8 +3,6 @@
 Cards lie beside the checkpoints, never in them. Whoever pushes a checkpoint uploads its card as README.md.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

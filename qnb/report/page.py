@@ -4,8 +4,6 @@ plotly.js is in the page once. What came from a model, a data set or a parameter
 Plotly's JSON escapes it in scripts, and the page forbids itself every address.
 """
 
-from __future__ import annotations
-
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping

@@ -5,8 +5,6 @@ Bitsandbytes for Efficient AI Deployment", IJAR, March 2025 (CC BY 4.0). Numbers
 from them (requests, bytes a parameter) is computed here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

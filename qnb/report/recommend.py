@@ -1,7 +1,5 @@
 """Which format may be deployed? Verdicts on accuracy beside measured speed and memory, and what they cannot decide."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -4,13 +4,11 @@ Figures, panels and the report take these frames and nothing else. They draw a s
 GPU nor its model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 
@@ -84,7 +82,7 @@ class Results:
     cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # what was made of the other fields
 
     @classmethod
-    def read(cls, ledger: Ledger, margin_pp: float = MARGIN_PP) -> Results:
+    def read(cls, ledger: Ledger, margin_pp: float = MARGIN_PP) -> Self:
         """Read the newest row of each key."""
         rows = tuple(ledger.rows())
         recall(rows)

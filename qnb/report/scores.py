@@ -1,7 +1,5 @@
 """Scores of tasks: the metric that a task is known by, means over tasks, and Table 1."""
 
-from __future__ import annotations
-
 import math
 
 import pandas as pd

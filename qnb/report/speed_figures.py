@@ -1,7 +1,5 @@
 """What quantizing gives: speed, utilization and memory, over batch sizes and over time, and where each is spent."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import pandas as pd

@@ -4,8 +4,6 @@ The published values are Llama-3.2-1B's (accuracy on a T1000, performance on a T
 under their own name, never in its place.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

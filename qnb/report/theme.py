@@ -5,8 +5,6 @@ the engine.
 Both survive print.
 """
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Sequence

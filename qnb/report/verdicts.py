@@ -5,8 +5,6 @@ from guessing are left out: they cannot show a loss. With the 95 % interval (low
 *within M points*, also where a small loss is real; high < -M *loses more than M*; anything else *cannot tell*.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any

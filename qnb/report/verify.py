@@ -3,8 +3,6 @@
 Figures and the report are drawn from the same tables and are not read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

@@ -6,13 +6,11 @@ browser's own, so the keyboard reaches all of them, and each has its words besid
 ``results()``, ``precisions`` and ``continuation()``.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ipywidgets as widgets
 import plotly.graph_objects as go
@@ -219,7 +217,7 @@ class LiveMonitor:
         self._readings: list[Mapping[str, float]] = []
         self.panel = widgets.HTML("The monitor draws once a second.")
 
-    def __enter__(self) -> LiveMonitor:
+    def __enter__(self) -> Self:
         from IPython.display import display
 
         display(self.panel)
