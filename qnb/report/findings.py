@@ -28,8 +28,7 @@ def text(results: Results, section: str) -> str:
 
 def findings(results: Results) -> dict[str, list[str]]:
     """Return sentences about each format but BF16, which the others are compared with."""
-    sentences = {name: about(results, name) for name in results.precisions}
-    return {name: lines for name, lines in sentences.items() if lines}
+    return {name: lines for name in results.precisions if (lines := about(results, name))}
 
 
 def about(results: Results, precision: str, sections: Sequence[str] = ("accuracy", *SETTINGS)) -> list[str]:

@@ -91,10 +91,9 @@ def _summary(frame: pd.DataFrame) -> pd.DataFrame:
 def _ran_as(frame: pd.DataFrame) -> Iterator[tuple[str, str]]:
     """Yield how each format ran whose library decides; of a checkpoint that was unpacked, what its file takes."""
     frame = frame.reindex(columns=["precision", "ran_as", "is_unpacked", "file_mib"]).dropna(subset="ran_as")
-    frame["is_unpacked"] = frame.is_unpacked.eq(True)
     for row in frame.itertuples():
         speed = f", so it has no speed of its own; its file takes {row.file_mib:,.1f} MiB"
-        yield row.precision, row.ran_as + speed * bool(row.is_unpacked)
+        yield row.precision, row.ran_as + speed * (row.is_unpacked is True)
 
 
 def checkpoints(results: Results) -> pd.DataFrame:

@@ -130,10 +130,9 @@ class Results:
         """The monitor's readings during each first pass: t_s, the readings, setting, precision and engine."""
         about = ["setting", "precision", "engine"]
         first = self.passes[self.passes.setting != "sweep"].dropna(subset=["total_s"]).drop_duplicates(about)
-        paths = [self._path(name) for name in first.samples_file]
         return stack(
-            pd.read_parquet(path).assign(**row)
-            for path, row in zip(paths, first[about].to_dict("records"), strict=True) if path
+            pd.read_parquet(path).assign(**{name: row[name] for name in about})
+            for row in first.to_dict("records") if (path := self._path(row["samples_file"]))
         )  # fmt: skip
 
     def items(self, row: Mapping[str, Any]) -> pd.DataFrame | None:
