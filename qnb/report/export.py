@@ -47,7 +47,9 @@ def pictures(figures: Mapping[str, go.Figure], folder: Path, label: str = "", sc
     scale
         Of a PNG: pixels of a picture for one of a screen.
     """
-    shown = {name: _labelled(figure, label) for name, figure in figures.items() if figure.data}
+    text = f"  <span style='font-size:12px;font-weight:400;color:{theme.QUIET}'>{escape(label)}</span>" * bool(label)
+    shown = {name: go.Figure(figure).update_layout(title_text=figure.layout.title.text + text)
+             for name, figure in figures.items() if figure.data}  # fmt: skip
     if not shown:
         return ""
     jobs = [
@@ -62,8 +64,3 @@ def pictures(figures: Mapping[str, go.Figure], folder: Path, label: str = "", sc
     except Exception as error:
         return f"figures are saved as HTML only: the browser did not draw them ({error}); {REMEDY}"
     return ""
-
-
-def _labelled(figure: go.Figure, label: str) -> go.Figure:
-    text = f"  <span style='font-size:12px;font-weight:400;color:{theme.QUIET}'>{escape(label)}</span>"
-    return go.Figure(figure).update_layout(title_text=figure.layout.title.text + text * bool(label))

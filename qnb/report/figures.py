@@ -186,7 +186,7 @@ FIGURES: dict[str, Callable[[Results], go.Figure]] = {
     "token_time": token_time,
     "energy": energy,
     "memory": memory,
-    "timeline_bs1": lambda results: timeline(results, "bs1"),
+    "timeline_bs1": timeline,
 }
 
 

@@ -66,7 +66,7 @@ def page(results: Results) -> str:
         sentence=recommend.sentence(results), summary=_summary(summary), verdicts=list(summary.verdict),
         ran_as=dict(_ran_as(results.checkpoints)),
         notes=verdicts.notes(results), findings=findings.findings(results), figures=draw_all(results),
-        knees=labelled(swept, [name for name in swept if name != "flags"]), build=build, compact=compact,
+        knees=labelled(swept.drop(columns="flags")), build=build, compact=compact,
         groups={task_name(task): task for task in members(results)}, b64encode=b64encode, card=card(results),
         all_columns=all_columns, audit=paper.audit(), limits=limits(results), checkpoints=checkpoints(results),
     )  # fmt: skip

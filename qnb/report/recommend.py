@@ -219,8 +219,8 @@ def summary(results: Results) -> pd.DataFrame:
     least = timed[["weights_mib", "energy_j_per_token", "perplexity_change_pct", "kl_mean_nats"]].min()
     timed_full = results.maxbatch.dropna(subset=["throughput_rps"])
     fastest = timed_full.sort_values("throughput_rps", ascending=False).drop_duplicates("precision")
-    captured = fastest.precision.isin(timed_full.precision[timed_full.engine != "eager"])
-    is_eager_alone = (fastest.engine == "eager") & ~captured & captured.any()
+    is_captured = fastest.precision.isin(timed_full.precision[timed_full.engine != "eager"])
+    is_eager_alone = ~is_captured & is_captured.any()
     shown = results.speed[results.speed.setting != "sweep"]
     is_shared = shown["flags"].map(is_disturbed).astype(bool)
     notes = [pd.Series(Flag.UNFUSED.text, results.speed.precision[is_unfused(results.speed)].unique()),

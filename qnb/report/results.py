@@ -127,9 +127,9 @@ class Results:
 
     @cached_property
     def samples(self) -> pd.DataFrame:
-        """The monitor's readings during each first pass: t_s, the readings, setting, precision and engine."""
-        about = ["setting", "precision", "engine"]
-        first = self.passes[self.passes.setting != "sweep"].dropna(subset=["total_s"]).drop_duplicates(about)
+        """The monitor's readings during each first pass at batch size 1: t_s, the readings, precision and engine."""
+        about = ["precision", "engine"]
+        first = self.passes[self.passes.setting == "bs1"].dropna(subset=["total_s"]).drop_duplicates(about)
         return stack(
             pd.read_parquet(path).assign(**{name: row[name] for name in about})
             for row in first.to_dict("records") if (path := self._path(row["samples_file"]))

@@ -100,20 +100,18 @@ def sweep(results: Results) -> go.Figure:
     return theme.finish_lines(figure.update_yaxes(**theme.LOG_AXIS), header("batch_size"), title, 620, note)
 
 
-def timeline(results: Results, setting: str) -> go.Figure:
-    """Draw the monitor's readings in the first pass of the fastest engine: a panel per quantity, a line per format."""
-    title, samples = f"The device at {SETTINGS[setting]}", results.samples
-    if len(samples):
-        samples = samples[samples.setting == setting]
-        samples = samples[samples.engine.isin(samples.engine.tail(1))]
+def timeline(results: Results) -> go.Figure:
+    """Draw the monitor's readings in the fastest engine's first pass at batch size 1: a panel a quantity."""
+    title, samples = f"The device at {SETTINGS['bs1']}", results.samples
     names = [name for name in TIMELINE if name in samples and samples[name].notna().any()]
     if not names:
         return theme.nothing(title)
+    samples = samples[samples.engine.isin(samples.engine.tail(1))]
     frame, height = theme.panels(samples, names), 340 if len(names) < 3 else 560
     look = {**theme.facets(2, height, 0.12), **theme.by_format(frame)}
     figure = px.line(frame, x="t_s", y="value", render_mode="svg", **look).update_yaxes(rangemode="tozero")
     note = f"with {frame.engine.iloc[0]}; memory: the whole device's, on a CPU the process's"
-    return theme.finish_lines(figure, "time, s", title, height, note + theme.fusing(results.timed(setting)))
+    return theme.finish_lines(figure, "time, s", title, height, note + theme.fusing(results.bs1))
 
 
 def token_time(results: Results) -> go.Figure:

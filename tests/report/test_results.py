@@ -84,8 +84,8 @@ def test_bits_per_weight_are_of_all_weights_and_the_quantized_share_stands_besid
 
 def test_samples_and_items_are_read_from_the_files_that_rows_name(studied):
     study = studied.results()
-    samples = study.samples.groupby(["setting", "precision", "engine"]).t_s.count()
-    assert len(samples) == 20 and set(samples) == {40}
+    samples = study.samples.groupby(["precision", "engine"]).t_s.count()
+    assert len(samples) == 10 and set(samples) == {40}
     row = study.accuracy_rows.iloc[0].to_dict()
     assert len(study.items(row)) == 400 and study.items({**row, "items_sha256": "other"}) is None
     assert study.items({**row, "items_file": "items/gone.parquet"}) is None
