@@ -85,13 +85,10 @@ def explorer(study: Any) -> widgets.VBox:
 
 def _explorer(results: Results) -> list[widgets.Widget]:
     places, names = figures.measured(results), results.precisions
-    options = {
-        "quantity": [(header(name), name) for name in places],
-        "of": [""],
-        "compared with": [("nothing: as measured", ""), *((name, name) for name in names)],
-    }
-    choices = [_with_words(widgets.Dropdown, words, options=each) for words, each in options.items()]
-    quantity, place, baseline = choices
+    baselines = [("nothing: as measured", ""), *zip(names, names, strict=True)]
+    quantity = _with_words(widgets.Dropdown, "quantity", options=[(header(name), name) for name in places])
+    place = _with_words(widgets.Dropdown, "of", options=[""])
+    baseline = _with_words(widgets.Dropdown, "compared with", options=baselines)
     selected, output = _formats(names), widgets.Output()
 
     def offer() -> None:
@@ -102,8 +99,8 @@ def _explorer(results: Results) -> list[widgets.Widget]:
             show(output, figures.compare(results, quantity.value, place.value, selected.value, baseline.value))
 
     _observe([quantity], offer)  # first, so that what is drawn is of a place that has the quantity
-    _observe([*choices, selected], redraw)
-    return [*choices, selected, output]
+    _observe([quantity, place, baseline, selected], redraw)
+    return [quantity, place, baseline, selected, output]
 
 
 def chooser(study: Any) -> widgets.VBox:
