@@ -31,7 +31,6 @@ _COLUMNS = (  # whose label, unit and direction their names do not say
     Column("recovery_pct", "accuracy above chance kept", "%", "more"),
     Column("recovery_low_pct", "kept, 95 % low", "%", "more"),
     Column("recovery_high_pct", "kept, 95 % high", "%", "more"),
-    Column("verdict", "decision"),
     Column("words", "verdict"),
     Column("p_mcnemar", "McNemar p"),
     Column("p_holm", "p after Holm"),
