@@ -30,9 +30,8 @@ SPEED = (
     "peak_used_memory_mib", "power_w", "clock_mhz", "flags", "note",
 )  # fmt: skip
 # more columns that they all have
-BESIDE = ("setting", "low_rps", "high_rps", "batch_spread_pct", "bytes_per_step", "flops_per_step", "flops_by_type",
-          "peak_bytes_per_s", "peak_flop_per_s", "idle_power_w", "peak_allocated_mib", "measured_at", "conditions",
-          "model", "samples_file")  # fmt: skip
+BESIDE = ("setting", "batch_spread_pct", "bytes_per_step", "flops_per_step", "flops_by_type", "peak_bytes_per_s",
+          "peak_flop_per_s", "peak_allocated_mib", "measured_at", "conditions", "model", "samples_file")  # fmt: skip
 CONDITIONS = ("workload", "device", "memory_limit_mib", "cap")  # two rows that differ in one are not compared
 OF_MEDIANS = ("gpu_busy_pct", "mbu_pct", "mfu_pct", "bound")  # kernels are traced in the first pass alone
 STAGES = {"accuracy_rows": "accuracy", "batches": "batch", "divergence": "divergence", "lengths": "lengths",
@@ -181,11 +180,10 @@ def medians(passes: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for _, runs in passes.dropna(subset=["total_s"]).groupby(["precision", "engine", "batch_size"], sort=False):
-        low, high = runs.throughput_rps.min(), runs.throughput_rps.max()
         row = {name: known.iloc[-1] if len(known := values.dropna()) else None for name, values in runs.items()}
         row |= runs.select_dtypes("number").median().to_dict()
-        row |= {"passes": len(runs), "low_rps": low, "high_rps": high}
-        row["throughput_spread_pct"] = 100 * (high / low - 1) if len(runs) > 1 else None
+        spread = runs.throughput_rps.max() / runs.throughput_rps.min() - 1
+        row |= {"passes": len(runs), "throughput_spread_pct": 100 * spread if len(runs) > 1 else None}
         row["flags"] = list(dict.fromkeys(flag for flags in runs["flags"] for flag in flags))
         shares = derived(row)
         rows.append(row | {name: shares[name] for name in OF_MEDIANS})
