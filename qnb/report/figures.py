@@ -19,8 +19,8 @@ from qnb.report.verdicts import CHANGE, Verdict, accuracies, tasks, with_pooled
 ACCURACY = "accuracy_pct"
 QUANTITIES = [name for name in SPEED if column(name).unit]
 QUALITIES = ("change_pp", "kl_mean_nats", "perplexity_change_pct")  # the first that was measured is drawn
-COST_TICKS = [digit * 10.0**power for power in range(-6, 9) for digit in (1, 1.5, 2, 3, 5, 7)]
 SIGNS = {str(verdict): verdict.text for verdict in Verdict}
+COST_TICKS = [digit * 10.0**power for power in range(-6, 9) for digit in (1, 1.5, 2, 3, 5, 7)]
 
 
 def accuracy(results: Results) -> go.Figure:
@@ -112,13 +112,13 @@ def front(results: Results, cost: str) -> go.Figure:
 def _points_and_front(frame: pd.DataFrame, quality: str) -> go.Figure:
     """Draw a point per format, and the line through the best: their names stand beside them, others in the legend."""
     figure = theme.points(frame, "cost", quality, error_y="above", error_y_minus="below")
-    words, edge = frame.precision + " " + frame.verdict.map(SIGNS), pareto(frame)
+    names = {row.precision: f"{row.precision} {SIGNS[row.verdict]}" for row in frame.itertuples()}
+    edge = pareto(frame)
     for trace in figure.data:
-        is_best = edge.precision.eq(trace.name).any()
-        trace.update(name=words[frame.precision == trace.name].item(), showlegend=not is_best)
+        trace.update(name=names[trace.name], showlegend=trace.name not in set(edge.precision))
     is_near = edge.cost.shift(-1) < 1.03 * edge.cost  # to the next point, which has its name above it
     return figure.add_scatter(
-        x=edge.cost, y=edge[quality], text=theme.PAD + words[edge.index] + theme.PAD, mode="lines+text",
+        x=edge.cost, y=edge[quality], text=theme.PAD + edge.precision.map(names) + theme.PAD, mode="lines+text",
         textposition=is_near.map({True: "bottom left", False: "top left"}), textfont_size=11, hoverinfo="skip",
         line={"color": theme.QUIET, "dash": "dot", "shape": "hv"}, showlegend=False, cliponaxis=False,
     )  # fmt: skip
