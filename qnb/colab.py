@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from qnb.errors import InputError, expand_path
+from qnb.errors import InputError, expand_path, refusing
 from qnb.provenance import ROOT
 
 DRIVE = "drive:"
@@ -57,10 +57,6 @@ def folder(output: str) -> Path:
     from google.colab import drive
 
     if not (MOUNT / "MyDrive").is_dir():
-        try:
+        with refusing("Google Drive was not mounted; allow it, or give a folder of the VM"):
             drive.mount(str(MOUNT))
-        except (NotImplementedError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"Google Drive was not mounted ({error}); allow it, or give a folder of the VM"
-            ) from error
     return MOUNT / "MyDrive" / name

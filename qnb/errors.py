@@ -2,7 +2,8 @@
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -42,10 +43,22 @@ def expand_path(path: str | Path) -> Path:
     InputError
         The path begins with the home of a user that this machine does not know.
     """
-    try:
+    with refusing(f"{str(path)!r} begins with an unknown user's home; give the folder itself", RuntimeError):
         return Path(path).expanduser()
-    except RuntimeError as error:  # raised by pathlib
-        raise InputError(f"{str(path)!r} begins with an unknown user's home; give the folder itself") from error
+
+
+@contextmanager
+def refusing(message: str, kind: type[Exception] = Exception) -> Iterator[None]:
+    """Turn an error of the block into one line for the user: the message, and in brackets what was raised.
+
+    The error itself is not kept: its text may hold a secret.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except kind as error:
+        raise InputError(f"{message} ({scrub(str(error)) or type(error).__name__})") from None
 
 
 def scrub(text: str, length: int = 200) -> str:

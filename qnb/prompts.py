@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
-from qnb.errors import InputError, check_choice, scrub
+from qnb.errors import InputError, check_choice, refusing
 from qnb.provenance import cache_folder, file_state
 
 if TYPE_CHECKING:
@@ -108,17 +108,10 @@ def reading_from(folder: str | Path | None) -> Iterator[None]:
 def _wikitext(data_dir: str | Path | None, split: str | None) -> list[str]:
     import datasets
 
-    name, subset = WIKITEXT
-    try:
-        with reading_from(data_dir):
-            loaded = datasets.load_dataset(name, subset, split=split)
+    place, advice = data_dir or "the hub", "check the network, give data_dir, or take prompt_source='sample'"
+    with refusing(f"{' '.join(WIKITEXT)} could not be read from {place}; {advice}"), reading_from(data_dir):
+        loaded = datasets.load_dataset(*WIKITEXT, split=split)
         return [text for part in ([loaded] if split else loaded.values()) for text in part["text"]]
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        text = scrub(str(error)) or type(error).__name__
-        raise InputError(
-            f"{name} ({subset}) could not be read from {data_dir or 'the hub'}: {text}; "
-            "check the network, give data_dir, or take prompt_source='sample'"
-        ) from None  # the cause's own words may hold a signed address
 
 
 def load(

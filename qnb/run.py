@@ -29,7 +29,7 @@ from qnb import colab, device
 from qnb.accuracy import tasks
 from qnb.accuracy.evaluate import AccuracyOptions
 from qnb.accuracy.perplexity import DivergenceOptions
-from qnb.errors import INPUT_ERRORS, InputError, check_choice, expand_path, scrub
+from qnb.errors import INPUT_ERRORS, InputError, check_choice, expand_path, refusing, scrub
 from qnb.flags import is_disturbed
 from qnb.ledger import FAILED, KEY, Ledger, Row, holding
 from qnb.options import check_count
@@ -236,10 +236,8 @@ def _plain(what: str, text: str | bytes) -> Any:
     """Return the plain value that YAML reads in `text`."""
     import yaml
 
-    try:
+    with refusing(f"{what} holds {text[:40]!r}, which is not a plain value"):
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError
-        raise InputError(f"{what} holds {text[:40]!r}, which is not a plain value") from error
 
 
 def check_parameters(values: Mapping[str, Any], names: Sequence[str]) -> Study:
@@ -318,10 +316,8 @@ def _sole_run(study: Study, **environment: str) -> Iterator[None]:
         raise InputError(f"output {study.folder} is in use by another run; let it end, or give another output")
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it calls the rarely used parameters unknown
-    try:
+    with refusing(f"output {study.folder} cannot be written; give another", OSError):
         (study.folder / "notebooks").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"output {study.folder} cannot be written ({error.strerror}); give another") from error
     lock = study.folder / ".run.lock"
     with _interruptible(), holding(lock, refuse), _own_kernel(), patch.dict(os.environ, environment):
         yield

@@ -21,20 +21,9 @@ from tqdm.auto import tqdm
 
 from qnb import __version__, budget, colab, device, kernels
 from qnb.budget import Clock, now_s
-from qnb.errors import InputError, check_choice, expand_path, never_fail_to_print, scrub
+from qnb.errors import InputError, check_choice, expand_path, never_fail_to_print, refusing, scrub
 from qnb.finite import NotFiniteError
-from qnb.ledger import (
-    FAILED,
-    PLANS,
-    Ledger,
-    Row,
-    file_sha256,
-    fingerprint,
-    holding,
-    is_outdated,
-    row_key,
-    write_atomic,
-)
+from qnb.ledger import FAILED, PLANS, Ledger, file_sha256, fingerprint, holding, is_outdated, row_key, write_atomic
 from qnb.memory import describe_host, host_peak_mib, is_out_of_memory, kept, release, released
 from qnb.options import AUTO, Count, check_minutes, check_types, resolve_count
 from qnb.precision import HALVES, PRECISIONS, Precision, parse
@@ -43,6 +32,8 @@ from qnb.quantize import checkpoint, existing, sources
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from qnb.ledger import Row
 
 # The libraries that can change a stage's rows: another version of one of them is another measurement.
 _MODEL = ("torch", "transformers", "bitsandbytes")
@@ -54,6 +45,10 @@ LIBRARIES = {
 }
 # Stages whose rows are the same on any GPU: their keys hold the device's kind. All others hold its name.
 ON_ANY_GPU = {"quantize", "accuracy", "divergence", "batch_sensitivity", "budget", "lengths"}
+
+
+class NothingMeasuredError(RuntimeError):
+    """Nothing of a stage could be measured; the ledger says why."""
 
 
 class Session:
@@ -172,11 +167,9 @@ class Session:
         path = self.folder / "study.json"
         if not path.exists():
             return {}
-        try:
+        with refusing(f"{path} is not JSON; remove it (the ledger stays) or give another output"):
             record = dict(json.loads(path.read_text(encoding="utf-8")))
             return {} if is_outdated(record) else record
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path} is not JSON; remove it (the ledger stays) or give another output") from error
 
     @cached_property
     def device(self) -> device.Device:
@@ -367,18 +360,21 @@ class Session:
         except (InputError, OSError):
             raise
         except Exception as error:  # whatever a library raises over one model, the other formats are measured
-            text = scrub(str(error)) or type(error).__name__
-            reason = f"{type(error).__name__}: {text}"
-            if is_out_of_memory(error):  # a search says what there was and what to do; an allocator prints a page
-                reason = f"out of memory: {text}" if isinstance(error, MemoryError) and str(error) else "out of memory"
-            failure = {**key, "stage": key["stage"] + FAILED}
-            self.append(failure, {"error": type(error).__name__, "reason": reason})
-            then = "tried again on the next run"
-            is_overflow = isinstance(error, NotFiniteError) and key["dtype"] == "float16"
-            if is_overflow and PRECISIONS[key["precision"]].quantized and self._wanted_half == "auto":
-                self._overflowing.add(key["precision"])
-                then = "measured again in bfloat16"
-            tqdm.write(f"{what} could not be measured ({reason}); it is {then}")
+            self.fail(key, what, error)
+
+    def fail(self, key: Mapping[str, Any], what: str, error: BaseException) -> None:
+        """Record why a measurement failed, and say so."""
+        text = scrub(str(error)) or type(error).__name__
+        reason = f"{type(error).__name__}: {text}"
+        if is_out_of_memory(error):  # a search says what there was and what to do; an allocator prints a page
+            reason = f"out of memory: {text}" if isinstance(error, MemoryError) and str(error) else "out of memory"
+        self.append({**key, "stage": key["stage"] + FAILED}, {"error": type(error).__name__, "reason": reason})
+        then = "tried again on the next run"
+        is_overflow = isinstance(error, NotFiniteError) and key.get("dtype") == "float16"
+        if is_overflow and PRECISIONS[key["precision"]].quantized and self._wanted_half == "auto":
+            self._overflowing.add(key["precision"])
+            then = "measured again in bfloat16"
+        tqdm.write(f"{what} could not be measured ({reason}); it is {then}")
 
     def measure(self, stage: Callable[..., Any], *options: Any) -> Any:
         """Run a stage of this session, and once more in bfloat16 for the quantized formats that overflow in float16.
@@ -404,7 +400,7 @@ class Session:
 
         Raises
         ------
-        RuntimeError
+        NothingMeasuredError
             There is no row, and a failure.
         """
         names = {precision.name for precision in self.precisions}
@@ -412,7 +408,7 @@ class Session:
             [row for row in self.ledger.rows(each) if row["precision"] in names] for each in (stage, stage + FAILED)
         )
         if failures and not self._overflowing and not any(setting in (None, row["setting"]) for row in rows):
-            raise RuntimeError(f"nothing of stage {stage} could be measured: {failures[-1]['reason']}")
+            raise NothingMeasuredError(f"nothing of stage {stage} could be measured: {failures[-1]['reason']}")
 
     @contextmanager
     def exclusive(self, notebook: str = "") -> Iterator[Clock]:

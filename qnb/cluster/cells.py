@@ -1,41 +1,29 @@
 """What notebooks measure, cut into cells: one format and stage each, of accuracy one task.
 
-A cell's steps are the stages that a notebook calls, with the notebook's own parameters.
+A cell's step is a stage that a notebook calls, with the notebook's own parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qnb.accuracy import evaluate, perplexity, tasks
-from qnb.cluster.schedule import Cell, Need
+from qnb.cluster.schedule import Cell
 from qnb.precision import BASELINE
 from qnb.quantize import stages as checkpoints
+from qnb.session import NothingMeasuredError, Session
 from qnb.speed import stages as speed
-
-if TYPE_CHECKING:
-    from qnb.session import Session
 
 # seconds that a cell of a stage or setting takes where no row tells, and an item of a task: of choices, or generated
 GUESSED_S = {"task": 10.0, "divergence": 30.0, "bs1": 60.0, "maxbatch": 180.0}  # others take 20
 GUESSED_ITEM_S = {False: 0.01, True: 0.3}
 COLUMNS = {"quantize": "quantize_s", "accuracy": "evaluate_s", "perf": "pass_s"}  # of rows, that tell
-PEAKS = Cell({"stage": "peaks"}, (speed.device_peaks,), is_alone=True, estimate_s=5.0)  # once, before all timing
+PEAKS = Cell({"stage": "peaks"}, speed.device_peaks, is_alone=True, estimate_s=5.0)  # once, before all timing
 TIMED = {"bs1": (speed.perf_bs1,), "maxbatch": (speed.perf_maxbatch, speed.sweep)}  # stages by setting
-
-
-def maker(session: Session, values: Mapping[str, Any], need: Need) -> Cell:
-    """Return the cell that makes a checkpoint, or builds a task and its requests."""
-    kind, name = need
-    if kind == "checkpoint":
-        about = {"stage": "quantize", "precision": name}
-        return Cell(about, (checkpoints.quantize,), makes=need, estimate_s=_seconds(session, about))
-    options = evaluate.AccuracyOptions(name, values["limit"], scorer=values["scorer"])
-    step = partial(evaluate.prepare, name=name, options=options)
-    return Cell({"stage": "accuracy", "task": name}, (step,), makes=need, estimate_s=GUESSED_S["task"])
 
 
 def plan(session: Session, values: Mapping[str, Any], numbers: set[str], here: str) -> list[Cell]:
@@ -55,8 +43,8 @@ def plan(session: Session, values: Mapping[str, Any], numbers: set[str], here: s
     cells = [PEAKS] if numbers & {*speed.NOTEBOOKS.values()} else []
     for precision in (precision.name for precision in session.precisions):
         if "01" in numbers:
-            about = {"stage": "quantize", "precision": precision}
-            cells.append(Cell(about, (checkpoints.quantize,), (("checkpoint", precision),), node=here))
+            made = _checkpoint(session, precision)
+            cells.append(Cell(made.about, made.step, (made,), node=here))
         if "02" in numbers:
             cells += _accuracy_cells(session, precision, values)
         for setting in (setting for setting, number in speed.NOTEBOOKS.items() if number in numbers):
@@ -64,23 +52,30 @@ def plan(session: Session, values: Mapping[str, Any], numbers: set[str], here: s
     return cells
 
 
+def _checkpoint(session: Session, precision: str) -> Cell:
+    about = {"stage": "quantize", "precision": precision}
+    estimate_s = _seconds(session, about)
+    return Cell(about, checkpoints.quantize, makes=f"checkpoint {precision}", estimate_s=estimate_s)
+
+
 def _accuracy_cells(session: Session, precision: str, values: Mapping[str, Any]) -> Iterator[Cell]:
-    checkpoint, baseline = ("checkpoint", precision), ("checkpoint", BASELINE)
-    names = tasks.check(evaluate.wanted(session, values["tasks"]))
-    for name in names:
+    checkpoint, built = _checkpoint(session, precision), list[Cell]()
+    for name in tasks.check(evaluate.wanted(session, values["tasks"])):
         options = evaluate.AccuracyOptions(name, values["limit"], values["batch_size"], values["scorer"])
         guess_s = (sum(evaluate.planned_items(session, options)) or 1000) * GUESSED_ITEM_S[name.startswith("gsm8k")]
-        about, needs = {"stage": "accuracy", "precision": precision, "task": name}, (checkpoint, ("task", name))
+        about, step = {"stage": "accuracy", "task": name}, partial(evaluate.prepare, name=name, options=options)
+        built.append(Cell(about, step, makes=f"task {name}", estimate_s=GUESSED_S["task"]))
+        about = {"stage": "accuracy", "precision": precision, "task": name}
         step = partial(evaluate.accuracy, options=options)
-        yield Cell(about, (step,), needs, estimate_s=_seconds(session, about, guess_s))
+        yield Cell(about, step, (checkpoint, built[-1]), estimate_s=_seconds(session, about, guess_s))
     read = perplexity.DivergenceOptions(values["prompt_source"], values["ppl_tokens"], values["ppl_context"])
     about = {"stage": "divergence", "precision": precision}
     step = partial(perplexity.divergence, options=read)
-    yield Cell(about, (step,), (checkpoint, baseline), estimate_s=_seconds(session, about))
+    yield Cell(about, step, (checkpoint, _checkpoint(session, BASELINE)), estimate_s=_seconds(session, about))
     options = evaluate.AccuracyOptions(values["tasks"], values["sensitivity_limit"])
     about = {"stage": "batch_sensitivity", "precision": precision}
     step = partial(evaluate.batch_sensitivity, options=options)
-    yield Cell(about, (step,), (checkpoint, ("task", names[0])), estimate_s=_seconds(session, about))
+    yield Cell(about, step, (checkpoint, built[0]), estimate_s=_seconds(session, about))
 
 
 def _timed_cells(session: Session, precision: str, values: Mapping[str, Any], setting: str) -> Iterator[Cell]:
@@ -88,23 +83,22 @@ def _timed_cells(session: Session, precision: str, values: Mapping[str, Any], se
 
     for engine in engines.parse(values["engines"], session.device.kind):
         about = {"stage": "perf", "precision": precision, "engine": engine, "setting": setting, "repeat": 0}
-        time = partial(time_engine, values=values, setting=setting, engine=engine)
-        steps = tuple(partial(time, stage=stage) for stage in TIMED[setting])
+        step = partial(time_engine, values=values, setting=setting, engine=engine)
         repeats = values[f"{setting}_repeats"]
         seconds = repeats * _seconds(session, about, GUESSED_S[setting] / repeats)
         is_alone = engine == "eager"  # whose launches the host's speed decides
-        needs = (("checkpoint", precision),)
-        yield Cell(about, steps, needs, after=PEAKS.name, is_alone=is_alone, estimate_s=seconds)
+        needs = (_checkpoint(session, precision),)
+        yield Cell(about, step, needs, after=PEAKS.name, is_alone=is_alone, estimate_s=seconds)
 
 
-def time_engine(
-    session: Session, stage: Callable[..., Any], values: Mapping[str, Any], setting: str, engine: str
-) -> None:
-    """Run a stage of notebook 03 or 04 for one engine; each worker reads the prompts itself."""
+def time_engine(session: Session, values: Mapping[str, Any], setting: str, engine: str) -> None:
+    """Run the stages of notebook 03 or 04 for one engine; each worker reads the prompts itself."""
     lengths = (values[name] for name in ("prompt_tokens", "new_tokens", "prompt_source"))
     workload = speed.workload(session, speed.WorkloadOptions(setting, values[f"{setting}_requests"], *lengths))
     repeats, memory_mib, sweep_batch = values[f"{setting}_repeats"], values["memory_mib"], values["sweep_batch"]
-    stage(session, speed.TimingOptions(workload, engine, repeats, memory_mib, sweep_batch))
+    for stage in TIMED[setting]:
+        with suppress(NothingMeasuredError):
+            stage(session, speed.TimingOptions(workload, engine, repeats, memory_mib, sweep_batch))
 
 
 def _seconds(session: Session, about: Mapping[str, Any], guess_s: float = 0.0) -> float:

@@ -8,18 +8,16 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
-from uuid import uuid4
 
 from tqdm.auto import tqdm
 
 from qnb import device
 from qnb.cluster import cells
 from qnb.cluster.nodes import ClusterOptions, Node, connected, find_nodes, on_node, share_out
-from qnb.cluster.schedule import Cell, Need, Schedule, rehearse
+from qnb.cluster.schedule import Cell, Schedule, rehearse
 from qnb.cluster.worker import Post, Result, Worker
 from qnb.errors import InputError, scrub
 from qnb.ledger import FAILED, holding, row_key, write_atomic
@@ -29,7 +27,6 @@ from qnb.provenance import command
 from qnb.session import Session
 from qnb.study import Study
 
-TRIES = 3  # workers that one cell may end, before it counts as failed; one that makes something, on each node
 START_S = 120.0  # in which nothing ends, until workers that have not started are given up
 CLOSE_S = 5.0  # until a worker that removes its folder is let alone
 CONTEXT_BYTES = 1024 * MIB  # of a process on a GPU, and what its libraries take
@@ -57,7 +54,6 @@ class Crew:
         self._actors = {name: self._hire(name) for name in self._posts}
         self._tasks: dict[str, Any] = {}  # references to tasks that were built, by name
         self._at_work: dict[Any, str] = {}  # workers by the reference of their result
-        self._tries = Counter[tuple[str, str]]()  # workers that a cell ended, by node and cell
 
     def _hire(self, name: str) -> Any:
         post = self._posts[name]
@@ -67,7 +63,7 @@ class Crew:
         self._starting[actor.ready.remote()] = name
         return actor
 
-    def run(self, plan: Sequence[Cell], maker: Callable[[Need], Cell]) -> None:
+    def run(self, plan: Sequence[Cell]) -> None:
         """Measure all cells of a plan.
 
         Raises
@@ -77,7 +73,7 @@ class Crew:
         RuntimeError
             No worker is left.
         """
-        schedule = Schedule(plan, [post.node.id for post in self._posts.values()], maker)
+        schedule = Schedule(plan, [post.node.id for post in self._posts.values()])
         try:
             with tqdm(total=len(plan), desc="cells", unit="cell", disable=None) as bar:
                 while True:
@@ -113,12 +109,12 @@ class Crew:
             place = f"worker {name} on {self._posts[name].node.host}"
             tqdm.write(f"{place} has not started in {START_S:.0f} s and is given up; is its GPU in use?")
             self._ray.kill(self._actors.pop(name))
-            schedule.give_back(name, stays=False)
+            schedule.lose(name, stays=False)
         self._starting.clear()
 
     def _send(self, worker: str, cell: Cell) -> Any:
         """Let a worker begin a cell, with what the ledger has of its formats; return the reference of its result."""
-        formats = {"", cell.precision, *(name for kind, name in cell.needs if kind == "checkpoint")}
+        formats = {"", *(each.precision for each in (cell, *cell.needs))}
         rows = [row for row in self._session.ledger.answers() if row["precision"] in formats
                 and not row["stage"].endswith(FAILED) and self._session.counts(row)]  # fmt: skip
         own = [row["items_file"] for row in rows if "items_file" in row and row_key(row) == row_key(cell.about)]
@@ -132,42 +128,32 @@ class Crew:
         try:
             result: Result = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:  # the worker lives
-            if isinstance(error.cause, InputError):
-                raise InputError(f"{cell.name} on node {post.node.host}: {error.cause}") from None
-            self._fail(cell, f"{type(error.cause).__name__}: {error.cause}")
+            result = Result(error=error.cause)
         except self._ray.exceptions.RayError as error:
-            self._lose(name, schedule, scrub(str(error).strip().splitlines()[0]))
+            self._lose(name, schedule, scrub(str(error)))
             return
-        else:
-            self._write(result, name)
-            if result.wrong_input:
-                raise InputError(f"{cell.name} on node {post.node.host}: {result.wrong_input}")
-            if result.task and cell.makes:
-                self._tasks[cell.makes[1]] = result.task
+        self._write(result, name)
+        if isinstance(result.error, InputError):
+            raise InputError(f"{cell.name} on node {post.node.host}: {result.error}")
+        if result.error:
+            self._session.fail(cell.about, cell.name, result.error)
+        if result.task:
+            self._tasks[cell.about["task"]] = result.task
         schedule.end(name)
         if not sys.stderr.isatty():
             tqdm.write(f"{cell.name}: ended on {post.node.host}, {name}", file=sys.stderr)
 
     def _lose(self, name: str, schedule: Schedule, reason: str) -> None:
         """Replace a worker that was lost, if its node is there; let its cell begin again, a few times."""
-        post, cell = self._posts[name], schedule.running[name]
+        post = self._posts[name]
         tqdm.write(f"worker {name} on {post.node.host} was lost ({reason})")
         is_node_there = any(node["NodeID"] == post.node.id and node["Alive"] for node in self._ray.nodes())
         if is_node_there:
             self._ray.kill(self._actors[name])  # it may only be out of reach, and would keep its GPU
             self._actors[name] = self._hire(name)
-        schedule.give_back(name, is_node_there)
-        tried = post.node.id if cell.makes else "", cell.name  # what cannot be made here may be made elsewhere
-        self._tries[tried] += is_node_there
-        if self._tries[tried] >= TRIES:
-            for hopeless in schedule.bar(cell, post.node.id):
-                self._fail(hopeless, "a worker was lost each time; its memory may be too small")
-
-    def _fail(self, cell: Cell, reason: str) -> None:
-        """Record that a cell failed, of which its worker could tell nothing."""
-        key = {**cell.about, "stage": cell.about["stage"] + FAILED}
-        self._session.append(key, {"error": "RuntimeError", "reason": scrub(reason)})
-        tqdm.write(f"{cell.name} could not be measured ({scrub(reason)}); it is tried again on the next run")
+        for cell in schedule.lose(name, is_node_there):
+            error = RuntimeError("a worker was lost each time; its memory may be too small")
+            self._session.fail(cell.about, cell.name, error)
 
     def _write(self, result: Result, worker: str) -> None:
         """Append a worker's new rows to the ledger, after the files that they name, and show those that it found."""
@@ -211,16 +197,15 @@ def measure(
         gpus = gpus_needed(session, nodes, options.gpus_per_model, numbers)
         shares, here = share_out(nodes, options.workers, gpus), ray.get_runtime_context().get_node_id()
         plan = cells.plan(session, values, numbers, here if here in {node.id for node, _ in shares} else "")
-        maker = partial(cells.maker, session, values)
         if only_plan:
             tqdm.write("; ".join(f"w{number} on {node.host}" for number, (node, _) in enumerate(shares)))
-            _print_plan(Schedule(plan, [node.id for node, _ in shares], maker))
+            _print_plan(Schedule(plan, [node.id for node, _ in shares]))
             return session.device
         with holding(session.folder / ".lock", lambda: tqdm.write(f"waiting for {session.folder}")):
             overflowed = None
             while overflowed != session.overflowed:  # all cells of these formats are measured in bfloat16 then
                 overflowed = session.overflowed
-                Crew(ray, session, _posts(session, values, shares, gpus, here)).run(plan, maker)
+                Crew(ray, session, _posts(session, values, shares, gpus, here)).run(plan)
     return session.device
 
 
@@ -229,7 +214,7 @@ def _print_plan(schedule: Schedule) -> None:
     ideal_s, planned = schedule.ideal_s(), rehearse(schedule)
     for each in planned:
         cell = each.cell
-        needs = "needs " * bool(cell.needs) + ", ".join(" ".join(need) for need in sorted(cell.needs))
+        needs = "needs " * bool(cell.needs) + ", ".join(need.name for need in cell.needs)
         about = "; ".join(filter(None, (needs, "alone on its node" * cell.is_alone)))
         tqdm.write(f"{each.begin_s:7.0f} s  {each.worker:4s}{cell.name:40s}{cell.estimate_s:6.0f} s  {about}".rstrip())
     total_min = max((each.end_s for each in planned), default=0.0) / 60
@@ -263,13 +248,12 @@ def _posts(
 ) -> list[Post]:
     """Return what each worker is told."""
     study = {"model": session.source.name, "data_dir": str(session.data_dir or ""), "device": session.device.kind,
-             **{name: values[name] for name in ("precisions", "seed", "half")}}  # fmt: skip
+             **{name: values[name] for name in ("precisions", "seed", "half", "overwrite")}}  # fmt: skip
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
     # batches are planned for what the smallest GPU has beside the largest model; a CPU's are small
     memory_bytes = gpus * MIB * min(node.device.memory_mib for node, _ in shares)
     weights_bytes = session.source.parameters * max(precision.file_bits for precision in session.precisions) / 8
     free_bytes = int(max(1, memory_bytes - weights_bytes - CONTEXT_BYTES)) if session.device.kind == "cuda" else 0
-    post = partial(Post, gpus=gpus, study=study, record=session.record, threads=threads, planned_bytes=free_bytes,
-                   run=uuid4().hex if session.overwrite else "")  # fmt: skip
+    post = partial(Post, gpus=gpus, study=study, record=session.record, threads=threads, planned_bytes=free_bytes)
     folder = str(session.folder)
     return [post(node=node, cores=cores, folder=folder if node.id == here else "") for node, cores in shares]

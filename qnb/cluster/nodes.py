@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from qnb import device
 from qnb.device import Device
-from qnb.errors import InputError, scrub
+from qnb.errors import InputError, refusing, scrub
 from qnb.memory import MIB
 
 CONNECT_S = 10.0  # until an address counts as silent
@@ -95,10 +95,8 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
         Ray is not installed, nobody answers at the address, or the cluster has another version of Ray or Python.
     """
     with patch.dict(os.environ, LOCAL if not options.address else {}):
-        try:
+        with refusing("workers need Ray: pip install 'ray>=2.54', or take --workers 1", ModuleNotFoundError):
             import ray
-        except ModuleNotFoundError as error:
-            raise InputError("workers need Ray: pip install 'ray>=2.54', or take --workers 1") from error
         quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
         if not options.address:
             cores = max(os.cpu_count() or 1, 1 if options.workers == "auto" else int(options.workers))

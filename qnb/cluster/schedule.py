@@ -7,11 +7,12 @@ there. A worker keeps its format for as long as others do not wait for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Need = tuple[str, str]  # ("checkpoint", a format) or ("task", a task): made once on each node, for all its workers
+TRIES = 3  # workers that one cell may end, before it counts as failed; one that makes something, on each node
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,12 @@ class Cell:
     ----------
     about
         What its rows are about, as their keys have it; no other cell has the same.
-    steps
-        Importable functions of a session, with their further arguments.
+    step
+        An importable function of a session, with its further arguments.
     needs
-        What its node must have before.
+        Cells that must have ended on its node before, once for all its workers. They are in no plan themselves.
     makes
-        What its node has afterwards; such a cell is in no plan.
+        What its node has afterwards, where others need it, such as ``"checkpoint nf4"``.
     node
         Where it runs; empty is anywhere.
     after
@@ -39,9 +40,9 @@ class Cell:
     """
 
     about: Mapping[str, Any]
-    steps: tuple[Callable[[Any], Any], ...] = ()
-    needs: tuple[Need, ...] = ()
-    makes: Need | None = None
+    step: Any = None
+    needs: tuple[Cell, ...] = ()
+    makes: str = ""
     node: str = ""
     after: str = ""
     is_alone: bool = False
@@ -50,7 +51,7 @@ class Cell:
     @property
     def name(self) -> str:
         """What people see."""
-        return " ".join(str(part) for part in self.makes or self.about.values() if part)
+        return self.makes or " ".join(str(part) for part in self.about.values() if part)
 
     @property
     def precision(self) -> str:
@@ -77,16 +78,13 @@ class Schedule:
         The plan.
     nodes
         Where workers are, one for each: w0, w1 ...
-    maker
-        Returns the cell that makes what a node needs.
     """
 
     cells: Iterable[Cell]
     nodes: Sequence[str]
-    maker: Callable[[Need], Cell]
     pending: dict[str, Cell] = field(default_factory=dict)  # by name, the longest first
-    ready: set[tuple[str, Need]] = field(default_factory=set)  # what each node has
-    barred: set[tuple[str, Need]] = field(default_factory=set)  # what each node cannot make
+    ready: set[tuple[str, str]] = field(default_factory=set)  # what each node has
+    losses: Counter[tuple[str, str]] = field(default_factory=Counter)  # workers that a cell ended, by node and name
 
     def __post_init__(self) -> None:
         self.seats = {f"w{number}": Seat(node) for number, node in enumerate(self.nodes)}
@@ -98,7 +96,8 @@ class Schedule:
         self.pending = {cell.name: cell for cell in sorted(both, key=lambda cell: -cell.estimate_s)}
         nodes = list(dict.fromkeys(seat.node for seat in self.seats.values()))
         alone_s = sum(cell.estimate_s for cell in both if cell.is_alone)
-        self._for_alone = nodes[: None if self.barred else math.ceil(alone_s / max(1.0, self.ideal_s()))]
+        count = math.ceil(alone_s / max(1.0, self.ideal_s()))
+        self._for_alone = nodes if TRIES in self.losses.values() else nodes[:count]
 
     def ideal_s(self) -> float:
         """Return the least time for what is pending: its longest chain, or an even share of all work."""
@@ -106,7 +105,7 @@ class Schedule:
         alone_s = sum(cell.estimate_s for cell in cells if cell.is_alone)
         other_s = sum(cell.estimate_s for cell in cells if not cell.is_alone)
         share_s = other_s / max(1, len(self.seats)) + alone_s / max(1, len(nodes))
-        chains_s = (cell.estimate_s + sum(self.maker(need).estimate_s for need in cell.needs) for cell in cells)
+        chains_s = (cell.estimate_s + sum(need.estimate_s for need in cell.needs) for cell in cells)
         return max(share_s, *chains_s, 0.0)
 
     @property
@@ -124,20 +123,20 @@ class Schedule:
         if any(cell.is_alone for cell in beside) or (alone and beside):
             return None
         unfinished = {*self.pending, *(cell.name for cell in self.running.values())}
-        free = [cell for cell in alone or fitting if bool(alone) == cell.is_alone
-                and being_made.isdisjoint(cell.needs) and cell.after not in unfinished]  # fmt: skip
+        free = [cell for cell in alone or fitting if bool(alone) == cell.is_alone and cell.after not in unfinished
+                and being_made.isdisjoint(need.makes for need in cell.needs)]  # fmt: skip
         if not free:
             return None
         cell = self._choose(free, seat.precision)
-        if missing := sorted(need for need in cell.needs if (seat.node, need) not in self.ready):
-            cell = self.maker(missing[0])
+        cell = next((need for need in cell.needs if (seat.node, need.makes) not in self.ready), cell)
         self.pending.pop(cell.name, None)
         seat.cell, seat.precision = cell, cell.precision or seat.precision
         return cell
 
     def _can_run(self, cell: Cell, node: str) -> bool:
         """Return whether a node may run a cell, and can make what it needs."""
-        return cell.node in ("", node) and not any((node, need) in self.barred for need in cell.needs)
+        lost = (self.losses["", cell.name], *(self.losses[node, need.name] for need in cell.needs))
+        return cell.node in ("", node) and max(lost) < TRIES
 
     def _choose(self, free: list[Cell], precision: str) -> Cell:
         """Choose a cell for a worker: of its own format, unless another cell would end after everything else."""
@@ -153,28 +152,24 @@ class Schedule:
             self.ready.add((seat.node, seat.cell.makes))
         seat.cell = None
 
-    def give_back(self, worker: str, stays: bool) -> None:
-        """Let the cell of a worker that was lost be pending again; the worker's place stays, if its node does."""
-        cell = self.seats[worker].cell
-        self.seats[worker].cell = None
-        if not stays:
-            del self.seats[worker]
-        self._add([cell] if cell and not cell.makes else [])
-
-    def bar(self, cell: Cell, node: str) -> list[Cell]:
-        """Let a cell that was lost too often begin no more; one that makes something, on this node alone.
+    def lose(self, worker: str, stays: bool) -> list[Cell]:
+        """Let the cell of a worker that was lost be pending again; the worker's place stays, if its node does.
 
         Return what can run nowhere now, and is pending no more, after what should have made it.
         """
-        if cell.makes:
-            self.barred.add((node, cell.makes))
-        nodes = {seat.node for seat in self.seats.values()}
-        hopeless = [each for each in self.pending.values()
-                    if each.name == cell.name or not any(self._can_run(each, node) for node in nodes)]  # fmt: skip
+        seat, hopeless = self.seats[worker], list[Cell]()
+        cell, seat.cell = seat.cell, None
+        self._add([cell] if cell and not cell.makes else [])
+        if not stays:
+            del self.seats[worker]
+        elif cell:
+            self.losses[seat.node if cell.makes else "", cell.name] += 1
+            nodes = {each.node for each in self.seats.values()}
+            hopeless = [each for each in self.pending.values() if not any(self._can_run(each, node) for node in nodes)]
         for each in hopeless:
             del self.pending[each.name]
         self._add([])
-        return [cell, *hopeless] if cell.makes and hopeless else hopeless
+        return [cell, *hopeless] if cell and cell.makes and hopeless else hopeless
 
 
 @dataclass(frozen=True)

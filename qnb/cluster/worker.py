@@ -9,23 +9,21 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from qnb import memory
 from qnb.cluster.nodes import Node
 from qnb.cluster.schedule import Cell
-from qnb.errors import InputError, scrub
-from qnb.ledger import FAILED, Row, holding, write_atomic
+from qnb.errors import InputError
+from qnb.ledger import Row, holding, write_atomic
 from qnb.precision import Precision, parse
 from qnb.provenance import cache_folder
-from qnb.session import Session
+from qnb.session import NothingMeasuredError, Session
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,6 @@ class Post:
         What the study's study.json says.
     threads
         Of a CPU that multiplies; 0 takes all its cores.
-    run
-        Of a run that overwrites: checkpoints of other runs are made again. Else empty: those of all runs count.
     planned_bytes
         Free memory that batches of scoring are planned for: the same on every worker, so that rows are too. 0 plans
         for what is free.
@@ -63,7 +59,6 @@ class Post:
     study: Mapping[str, Any]
     record: Mapping[str, Any]
     threads: int
-    run: str
     planned_bytes: int
 
 
@@ -77,7 +72,7 @@ class Result:
     overflowed: list[str] = field(default_factory=list)  # formats measured in bfloat16 from now on
     task: Any = None  # a reference to the one that was built
     text: str = ""  # what a notebook would have printed
-    wrong_input: str = ""  # for which the whole run ends
+    error: Exception | None = None  # of a cell that tells nothing itself; input that cannot be used ends the run
 
 
 class WorkerSession(Session):
@@ -85,7 +80,6 @@ class WorkerSession(Session):
 
     def __init__(self, post: Post, folder: Path) -> None:
         super().__init__(**post.study, output=folder)
-        self._run = post.run
         self.new: list[Row] = []
         self.found: list[Row] = []
 
@@ -107,12 +101,12 @@ class WorkerSession(Session):
             return super().checkpoint(precision)
         key, record = self.key("quantize", precision), folder.with_name(f".{folder.name}.json")
         with holding(record.with_suffix(".lock"), lambda: None):
-            run, row = json.loads(record.read_text()) if record.exists() else ("", {})
-            is_same = row.get("fingerprint") == key["fingerprint"] and self._run in ("", run)
+            row = json.loads(record.read_text()) if record.exists() else {}
+            is_same = row.get("fingerprint") == key["fingerprint"] and not self.overwrite
             if is_same and (self.ledger.find(key) or {}).get("manifest_sha256") != row["manifest_sha256"]:
                 self.adopt(row)  # the row that came first may be of another node's
             super().checkpoint(precision)
-            write_atomic(record, json.dumps([self._run, self.ledger.find(key)]))
+            write_atomic(record, json.dumps(self.ledger.find(key)))
         return folder
 
 
@@ -155,38 +149,28 @@ class Worker:
             write_atomic(session.folder / name, content)
         session.ledger.add_missing(rows)
         session.new, session.found = [], []
-        text, wrong_input = io.StringIO(), ""
+        text, wrong_input = io.StringIO(), None
         with redirect_stdout(text):
-            for step in cell.steps:
-                if wrong_input := self._run(cell, step):
-                    break
+            try:
+                session.measure(cell.step)
+            except InputError as error:
+                wrong_input = InputError(str(error))
+            except NothingMeasuredError:
+                pass  # and each failure has its row
+            except Exception as error:  # of this cell alone
+                session.fail(cell.about, cell.name, error)
         return self._result(cell, text.getvalue(), wrong_input)
 
-    def _run(self, cell: Cell, step: Callable[[Session], Any]) -> str:
-        """Run a step; that one format cannot be measured ends nothing else. Return which input cannot be used."""
-        session, n_before = self._session, len(self._session.new)
-        try:
-            session.measure(step)
-        except Exception as error:
-            if any(row["stage"].endswith(FAILED) for row in session.new[n_before:]):
-                return ""
-            if isinstance(error, InputError):
-                return str(error)
-            key, reason = {**cell.about, "stage": cell.about["stage"] + FAILED}, scrub(str(error))
-            session.append(key, {"error": type(error).__name__, "reason": reason})
-            tqdm.write(f"{cell.name} could not be measured ({reason}); it is tried again on the next run")
-        return ""
-
-    def _result(self, cell: Cell, text: str, wrong_input: str) -> Result:
+    def _result(self, cell: Cell, text: str, error: InputError | None) -> Result:
         import ray
 
         session = self._session
         names = [row[column] for row in session.new for column in row if column.endswith("_file") and row[column]]
         files = {name: (session.folder / name).read_bytes() for name in names}
-        task = session.tasks.get(cell.makes[1]) if cell.makes else None
+        task = session.tasks.get(cell.about.get("task", "")) if cell.makes else None
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "") if session.device.kind == "cuda" else ""
         rows, reference = [{**row, "gpu": gpu} for row in session.new], ray.put(task) if task else None
-        return Result(rows, session.found, files, session.overflowed, reference, text, wrong_input)
+        return Result(rows, session.found, files, session.overflowed, reference, text, error)
 
     @cached_property
     def _session(self) -> WorkerSession:
@@ -207,12 +191,11 @@ class Worker:
 
         session = self._session
         self._use_cores(self._post.node.cores if cell.is_alone else self._post.cores)
-        precisions = parse(self._post.study["precisions"])
-        session.precisions = tuple(each for each in precisions if each.name == cell.precision)
-        for kind, name in cell.needs:
-            if kind == "task" and name in tasks and name not in session.tasks:
-                with suppress(Exception):  # where its builder is gone, this worker builds it too
-                    session.tasks[name] = ray.get(tasks[name])
+        session.precisions = parse([cell.precision]) if cell.precision else ()
+        session.overwrite = self._post.study["overwrite"] and bool(cell.makes)  # else the driver says what counts
+        for name in {need.about.get("task", "") for need in cell.needs} & tasks.keys() - session.tasks.keys():
+            with suppress(Exception):  # where its builder is gone, this worker builds it too
+                session.tasks[name] = ray.get(tasks[name])
         keeps_model = cell.about["stage"] not in ("perf", "peaks", "quantize")  # which read memory before they load
         if keeps_model and not self._keeps_model:
             self._models.enter_context(memory.models_kept())

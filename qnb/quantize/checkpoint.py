@@ -18,7 +18,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qnb.errors import InputError
+from qnb.errors import InputError, refusing
 from qnb.finite import check_finite
 from qnb.ledger import file_sha256, write_atomic
 from qnb.memory import MIB, release
@@ -123,13 +123,10 @@ def load_tokenizer(folder: str | Path, **options: Any) -> PreTrainedTokenizerBas
     """
     from transformers import AutoTokenizer
 
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
+    with refusing(f"{folder} has no tokenizer that transformers can load; save one beside the model"), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
         if not tokenizer("a word")["input_ids"]:  # without files, some classes make a tokenizer without tokens
             raise ValueError("it makes no tokens")
-    except Exception as error:  # whatever a library says of files that are not what they should be
-        raise InputError(f"{folder} has no tokenizer that transformers can load; save one beside the model") from error
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.eos_token or tokenizer.pad_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer

@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from qnb.errors import InputError, scrub
+from qnb.errors import InputError, refusing
 from qnb.ledger import Row
 from qnb.memory import MIB, is_out_of_memory, released
 from qnb.precision import ORIGIN, Precision
@@ -60,12 +60,8 @@ def find(session: Session, precision: Precision) -> Source:
                 f"label {precision.name!r} stands for another checkpoint in {session.folder}: {row['origin']}, as it "
                 "was then; give another label before '=', or another output"
             )
-    try:
+    with refusing(_unreadable(source.path)):  # whatever a library says of a damaged file
         check_same_model(Path(source.path), session.source, session.tokenizer)
-    except InputError:
-        raise
-    except Exception as error:  # whatever a library says of a damaged file
-        raise InputError(_unreadable(source.path, error)) from error
     session.existing[precision.name] = source
     return source
 
@@ -86,9 +82,8 @@ def _library(how: str) -> str:
     return ""
 
 
-def _unreadable(path: str | Path, error: Exception) -> str:
-    reason = scrub(str(error)) or type(error).__name__
-    return f"{ORIGIN}{path} could not be loaded ({reason}); fetch or save it again"
+def _unreadable(path: str | Path) -> str:
+    return f"{ORIGIN}{path} could not be loaded; fetch or save it again"
 
 
 def row(session: Session, precision: Precision) -> Row:
@@ -129,12 +124,10 @@ def load(path: Path, device: str) -> PreTrainedModel:
     except Exception as error:  # whatever its library raises
         if is_out_of_memory(error):
             raise
-        line = _unreadable(path, error)
-        if isinstance(error, ImportError):
-            package = PACKAGES.get(method(path))
-            needs = f"`pip install {package}`" if package else "a library that is not installed"
-            line = f"{ORIGIN}{path} needs {needs}; all other formats work without ({scrub(str(error))})"
-        raise InputError(line) from error
+        package = PACKAGES.get(how := method(path), how)
+        needs = f"{ORIGIN}{path} needs `pip install {package}`; all other formats work without"
+        with refusing(_unreadable(path)), refusing(needs, ImportError):
+            raise
     return model.eval()
 
 

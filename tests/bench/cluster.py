@@ -36,22 +36,21 @@ LOAD_S = 5.0
 GPUS_PER_NODE = 8
 
 
-def maker(need: tuple[str, str]) -> Cell:
+def maker(kind: str, name: str) -> Cell:
     """Return the cell that makes a checkpoint or builds a task."""
-    kind, name = need
     about = {"precision": name} if kind == "checkpoint" else {}
-    return Cell(about, makes=need, estimate_s=100.0 if name == "mmlu" else MAKE_S[kind])
+    return Cell(about, makes=f"{kind} {name}", estimate_s=100.0 if name == "mmlu" else MAKE_S[kind])
 
 
 def plan() -> list[Cell]:
     """Return the cells of nine formats, the paper's tasks and both engines."""
     cells = [Cell({"stage": "peaks"}, is_alone=True, estimate_s=5.0)]
     for name in (*TASKS_S, *LIKE):
-        like, about, checkpoint = LIKE.get(name, name), {"precision": name}, ("checkpoint", name)
+        like, about, checkpoint = LIKE.get(name, name), {"precision": name}, maker("checkpoint", name)
         for task, seconds in zip(TASKS, TASKS_S[like], strict=True):
-            cells.append(Cell(about | {"task": task}, needs=(checkpoint, ("task", task)), estimate_s=seconds))
+            cells.append(Cell(about | {"task": task}, needs=(checkpoint, maker("task", task)), estimate_s=seconds))
         divergence = about | {"stage": "divergence"}
-        cells.append(Cell(divergence, needs=(checkpoint, ("checkpoint", "bf16")), estimate_s=30.0))
+        cells.append(Cell(divergence, needs=(checkpoint, maker("checkpoint", "bf16")), estimate_s=30.0))
         for setting, passes in PASSES.items():
             for engine, pass_s in zip(("eager", "cuda_graph"), TIMED_S[like], strict=True):
                 timed, is_alone = about | {"setting": setting, "engine": engine}, engine == "eager"
@@ -62,7 +61,7 @@ def plan() -> list[Cell]:
 
 def schedule(gpus: int) -> Schedule:
     """Return the plan on so many GPUs, eight a node."""
-    return Schedule(plan(), [str(gpu // GPUS_PER_NODE) for gpu in range(gpus)], maker)
+    return Schedule(plan(), [str(gpu // GPUS_PER_NODE) for gpu in range(gpus)])
 
 
 class Sleeper:
@@ -102,7 +101,7 @@ def on_ray(gpus: int, scale: float) -> float:
     posts = []
     for node in ray.nodes():
         here = Node(node["NodeID"], node["NodeID"], node["Resources"]["GPU"], [0], device, {})
-        posts += [Post(here, [0], 1.0, "", {}, {"scale": scale}, 0, "", 1)] * int(here.gpus)
+        posts += [Post(here, [0], 1.0, "", {}, {"scale": scale}, 0, 1)] * int(here.gpus)
 
     class Sleepers(Crew):
         worker = Sleeper
@@ -114,7 +113,7 @@ def on_ray(gpus: int, scale: float) -> float:
         empty = Cell({"stage": "hired"})
         ray.get([actor.measure.remote(empty) for actor in crew._actors.values()])
         started_s = perf_counter()
-        crew.run(plan(), maker)
+        crew.run(plan())
         taken_s = perf_counter() - started_s
     ray.shutdown()
     cluster.shutdown()

@@ -10,7 +10,7 @@ import pytest
 from qnb import Study
 from qnb.cluster import driver
 from qnb.cluster.nodes import Node
-from qnb.cluster.schedule import Cell
+from qnb.cluster.schedule import TRIES, Cell
 from qnb.cluster.worker import Post, Worker
 from qnb.device import Device
 from qnb.errors import InputError
@@ -19,7 +19,7 @@ from qnb.quantize import checkpoint, stages
 ray = pytest.importorskip("ray")
 CPU = Device("cpu", "a CPU", 1000.0, "native", "")
 LENGTHS = {"stage": "lengths", "task": "a"}
-NEEDS = (("checkpoint", "bf16"),)
+NEEDS = (Cell({"stage": "quantize", "precision": "bf16"}, lambda _: None, makes="checkpoint bf16"),)
 
 
 class Killed(BaseException):
@@ -87,10 +87,10 @@ class Crew(driver.Crew):
 def measure(study, plan, hosts="a", n_held=0):
     """Let a worker on each of these hosts measure a plan; return Ray."""
     session, here = study.session, InProcess(n_held)
-    options = {"model": session.source.name, "precisions": "bf16", "device": "cpu"}
-    posts = [Post(Node(host * 56, host, 0, (0,), CPU, {}), (0,), 1, "", options, session.record, 1, "", 0)
+    options = {"model": session.source.name, "precisions": "bf16", "device": "cpu", "overwrite": session.overwrite}
+    posts = [Post(Node(host * 56, host, 0, (0,), CPU, {}), (0,), 1, "", options, session.record, 1, 0)
              for host in hosts]  # fmt: skip
-    Crew(here, session, posts).run(plan, lambda need: Cell({"stage": "quantize", "precision": need[1]}, makes=need))
+    Crew(here, session, posts).run(plan)
     return here
 
 
@@ -105,21 +105,23 @@ def ask(session, task="a", limit=0):
     session.find(key) or session.append(key, {"limit": limit})
 
 
-def fail(session, task):
+def fail(session):
     """Record a failure, and raise."""
-    with session.failing(session.key("lengths", session.precisions[0], task=task), task):
-        raise ValueError(task)
-    raise RuntimeError
+    with session.failing(session.key("lengths", session.precisions[0]), "lengths"):
+        raise ValueError
+    session.require("lengths")
 
 
 def refuse(session):
+    """Measure something, and refuse something."""
+    ask(session)
     raise InputError("a value cannot be used")
 
 
 @pytest.mark.parametrize("limits", [(2, 3, 2), (2, 3, 2, 3)])
 def test_what_was_asked_last_is_shown(study, limits):
     for limit in limits:
-        measure(study, [Cell(LENGTHS, (partial(ask, limit=limit),))])
+        measure(study, [Cell(LENGTHS, partial(ask, limit=limit))])
         (row,) = study.session.ledger.rows("lengths")
         assert row["limit"] == limit
     assert len(study.session.ledger.answers()) == 2
@@ -128,28 +130,29 @@ def test_what_was_asked_last_is_shown(study, limits):
 @pytest.mark.parametrize(("hosts", "n_failed", "n_rows"), [("b", 4, 0), ("bbba", 0, 3), ("bb", 4, 0)])
 def test_what_a_node_cannot_make_ends_three_workers_there(study, hosts, n_failed, n_rows):
     abouts = [LENGTHS | {"task": each, "precision": "bf16"} for each in "abc"]
-    plan = [Cell(each, (partial(ask, task=each["task"]),), NEEDS) for each in abouts]
-    assert measure(study, plan, hosts).n_lost == driver.TRIES
+    plan = [Cell(each, partial(ask, task=each["task"]), NEEDS) for each in abouts]
+    assert measure(study, plan, hosts).n_lost == TRIES
     ledger = study.session.ledger
     assert (len(ledger.failures()), len(ledger.rows("lengths"))) == (n_failed, n_rows)
 
 
 def test_a_worker_that_never_starts_is_given_up(study):
-    measure(study, [Cell(LENGTHS, (ask,), is_alone=True)], "ab", n_held=1)
+    measure(study, [Cell(LENGTHS, ask, is_alone=True)], "ab", n_held=1)
     assert [row["worker"] for row in study.session.ledger.rows("lengths")] == ["w1"]
     with pytest.raises(RuntimeError, match="no worker is left"):
-        measure(study, [Cell(LENGTHS, (ask,))], "a", n_held=1)
+        measure(study, [Cell(LENGTHS, ask)], "a", n_held=1)
 
 
-def test_a_later_step_that_cannot_be_run_takes_no_row_away(study):
+def test_what_cannot_be_run_takes_no_row_away(study):
     with pytest.raises(InputError, match="lengths a on node a: a value"):
-        measure(study, [Cell(LENGTHS, (ask, refuse))])
+        measure(study, [Cell(LENGTHS, refuse)])
     assert len(study.session.ledger.rows("lengths")) == 1
 
 
-def test_each_step_that_fails_is_told(study, capsys):
-    about = {"stage": "sweep", "precision": "bf16"}
-    measure(study, [Cell(about, (partial(fail, task="b"), lambda _: [][0], ask))])
+def test_what_fails_is_told_once_and_the_others_go_on(study, capsys):
+    abouts = [{"stage": stage, "precision": "bf16"} for stage in ("lengths", "sweep")]
+    steps = (fail, lambda _: [][0])
+    measure(study, [*map(Cell, abouts, steps), Cell(LENGTHS, ask)])
     assert {row["stage"] for row in study.session.ledger.failures()} == {"lengths.failed", "sweep.failed"}
     assert capsys.readouterr().out.count("could not be measured") == 2
     assert len(study.session.ledger.rows("lengths")) == 1
@@ -163,6 +166,6 @@ def test_one_worker_of_a_node_makes_a_checkpoint_for_all_studies(study, tmp_path
     session = other.session
     session.append(session.key("quantize", session.precisions[0]), {"manifest_sha256": "another node's"})
     for each in (study, other):
-        measure(each, [Cell({"stage": "quantize", "precision": "bf16"}, (stages.quantize,))], "aa")
+        measure(each, [Cell({"stage": "quantize", "precision": "bf16"}, stages.quantize)], "aa")
         assert len(each.session.ledger.rows("quantize")) == 1
     assert len(made) == 1

@@ -99,7 +99,7 @@ def test_a_killed_worker_and_a_lost_node_cost_no_row(tmp_path, source, monkeypat
     there = [tmp_path / name for name in ("third", "fourth")]
     for each in there:
         each.touch()
-    plan = [Cell({"stage": "lengths", "task": each.name}, (partial(slow, flag=each),)) for each in (*flags, *there)]
+    plan = [Cell({"stage": "lengths", "task": each.name}, partial(slow, flag=each)) for each in (*flags, *there)]
     monkeypatch.setattr(cells, "plan", lambda *_: plan)
 
     def end(pid, node_id):

@@ -20,7 +20,7 @@ def ideal_s(gpus):
     cells, nodes = bench.plan(), -(-gpus // bench.GPUS_PER_NODE)
     alone_s = sum(cell.estimate_s for cell in cells if cell.is_alone)
     others_s = sum(cell.estimate_s for cell in cells) - alone_s
-    made_s = {cell.name: sum(bench.maker(need).estimate_s for need in cell.needs) for cell in cells}
+    made_s = {cell.name: sum(need.estimate_s for need in cell.needs) for cell in cells}
     return max(others_s / gpus + alone_s / nodes, *(cell.estimate_s + made_s[cell.name] for cell in cells))
 
 
@@ -41,7 +41,7 @@ def test_what_runs_alone_has_its_node_and_each_node_makes_a_thing_once(gpus):
                   and other.begin_s < each.end_s and each.begin_s < other.end_s]  # fmt: skip
         assert not (each.cell.is_alone and beside)
         made = {other.cell.makes: other.end_s for other in planned if node[other.worker] == node[each.worker]}
-        assert all(made[need] <= each.begin_s for need in each.cell.needs)
+        assert all(made[need.makes] <= each.begin_s for need in each.cell.needs)
     made = Counter((node[each.worker], each.cell.makes) for each in planned if each.cell.makes)
     assert set(made.values()) == {1}
     assert set(Counter(each.cell.name for each in planned if not each.cell.makes).values()) == {1}
@@ -55,35 +55,34 @@ def test_one_worker_changes_its_format_once_a_format():
 
 
 NF4 = {"stage": "perf", "precision": "nf4"}
+MADE = bench.maker("checkpoint", "nf4")
 
 
 @pytest.mark.parametrize("stays", [True, False])
 def test_a_lost_workers_cell_begins_again_there_or_elsewhere(stays):
-    schedule = Schedule([Cell(NF4, is_alone=True)], ["a", "b"], bench.maker)
+    schedule = Schedule([Cell(NF4, is_alone=True)], ["a", "b"])
     home = next(worker for worker in ("w0", "w1") if schedule.begin(worker))
-    schedule.give_back(home, stays)
+    assert not schedule.lose(home, stays)
     (planned,) = rehearse(schedule)
     assert planned.cell.about == NF4 and (planned.worker == home) == stays
 
 
 def test_a_maker_that_was_lost_is_asked_for_again():
-    schedule = Schedule([Cell(NF4, needs=(("checkpoint", "nf4"),))], ["a"], bench.maker)
+    schedule = Schedule([Cell(NF4, needs=(MADE,))], ["a"])
     for _ in range(2):
-        assert schedule.begin("w0").makes == ("checkpoint", "nf4")
-        schedule.give_back("w0", stays=True)
+        assert schedule.begin("w0") is MADE
+        schedule.lose("w0", stays=True)
     assert [bool(each.cell.makes) for each in rehearse(schedule)] == [True, False]
 
 
 def test_a_cell_that_belongs_to_a_node_runs_there():
-    schedule = Schedule([Cell(NF4, needs=(("checkpoint", "nf4"),), node="b")], ["a", "b"], bench.maker)
+    schedule = Schedule([Cell(NF4, needs=(MADE,), node="b")], ["a", "b"])
     assert {each.worker for each in rehearse(schedule)} == {"w1"}
 
 
 def test_what_others_come_after_runs_once_before_them():
     after = [Cell(NF4 | {"engine": name}, after="peaks", is_alone=name == "eager") for name in ("eager", "cuda_graph")]
     cells = [Cell({"stage": "peaks"}, is_alone=True), Cell({"stage": "accuracy"}), *after]
-    peaks, *others = sorted(
-        rehearse(Schedule(cells, ["a", "a", "b"], bench.maker)), key=lambda each: each.cell.name != "peaks"
-    )
+    peaks, *others = sorted(rehearse(Schedule(cells, ["a", "a", "b"])), key=lambda each: each.cell.name != "peaks")
     assert len(others) == 3
     assert all(peaks.end_s <= each.begin_s for each in others if each.cell.after)

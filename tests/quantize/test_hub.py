@@ -10,7 +10,7 @@ from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 from tiny_models import save_tiny
 
-from qnb.errors import INPUT_ERRORS, InputError
+from qnb.errors import INPUT_ERRORS, InputError, scrub
 from qnb.quantize import checkpoint, hub, sources
 from qnb.session import Session
 
@@ -192,4 +192,4 @@ def test_a_push_that_would_show_or_take_what_is_not_ones_own_is_refused(server, 
 )
 def test_secrets_are_blotted_out(text, scrubbed, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "correct-horse")
-    assert hub.scrub(text) == scrubbed
+    assert scrub(text) == scrubbed
