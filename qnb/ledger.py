@@ -241,7 +241,7 @@ class Ledger:
     def find(self, key: Mapping[str, Any]) -> Row | None:
         """Return the newest row of a key and its fingerprint; None if there is none."""
         self.refresh()
-        return self._answers.get((row_key(key), key["fingerprint"]))
+        return self._answers.get((row_key(key), key.get("fingerprint", "")))
 
     def is_newest(self, row: Row) -> bool:
         """Return whether no other row, measured or failed, of what `row` is about came later."""

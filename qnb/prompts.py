@@ -81,10 +81,7 @@ def paragraphs(source: str, data_dir: str | Path | None = None, split: str | Non
     stripped = [line.strip() for line in lines]
     if kept := [line for line in stripped if line and not line.startswith("=")]:
         return kept
-    raise InputError(
-        f"{'/'.join(WIKITEXT)} in {data_dir or 'the hub'} has no paragraph of text; give a data_dir that holds it, or "
-        "take prompt_source='sample'"
-    )
+    raise InputError(f"{WIKITEXT[0]} in {data_dir or 'the hub'} has no paragraph of text; take prompt_source='sample'")
 
 
 @contextmanager

@@ -154,10 +154,7 @@ class Session:
             The model is a shape, or this study was made with one.
         """
         if self.record.get("name", self.model) == sources.SHAPE:
-            raise InputError(
-                f"model {sources.SHAPE} has random weights, so its accuracy means nothing; "
-                "leave 02_accuracy out, or take smollm2-135m or a model from the hub"
-            )
+            raise InputError(f"model {sources.SHAPE} has random weights; leave 02_accuracy out, or take smollm2-135m")
 
     # The model and its device
 
@@ -196,10 +193,7 @@ class Session:
             return sources.Source(**{name: record[name] for name in sources.Source.__slots__})
         source = sources.resolve(record.get("name", self.model), self.device.kind)
         if record.get("fingerprint", source.fingerprint) != source.fingerprint:
-            raise InputError(
-                f"model {source.name} is not the one that output {self.folder} was measured with (its files have "
-                "changed since); give another output folder"
-            )
+            raise InputError(f"model {source.name} has changed since output {self.folder} began; give another output")
         facts = {
             "requested": record.get("requested", self.model),
             **asdict(source),

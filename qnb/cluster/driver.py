@@ -77,7 +77,9 @@ class Crew:
         try:
             with tqdm(total=len(plan), desc="cells", unit="cell", disable=None) as bar:
                 while True:
-                    self._begin(schedule)
+                    for name in [name for name in schedule.seats if name not in self._starting.values()]:
+                        if cell := schedule.begin(name):
+                            self._at_work[self._send(name, cell)] = name
                     running = schedule.running
                     bar.n = len(plan) - len(schedule.pending) - sum(not cell.makes for cell in running.values())
                     if not running and not (self._starting and schedule.pending):
@@ -95,13 +97,6 @@ class Crew:
             self._ray.wait(ended, num_returns=len(ended), timeout=CLOSE_S)
         if schedule.pending:
             raise RuntimeError(f"no worker is left for {', '.join(schedule.pending)}; the same command goes on")
-
-    def _begin(self, schedule: Schedule) -> None:
-        """Let workers that have started, and are idle, begin a cell."""
-        busy = {*schedule.running, *self._starting.values()}
-        for name in [name for name in schedule.seats if name not in busy]:
-            if cell := schedule.begin(name):
-                self._at_work[self._send(name, cell)] = name
 
     def _give_up(self, schedule: Schedule) -> None:
         """Let others do the work of those that have not started."""
@@ -158,16 +153,16 @@ class Crew:
     def _write(self, result: Result, worker: str) -> None:
         """Append a worker's new rows to the ledger, after the files that they name, and show those that it found."""
         session, post = self._session, self._posts[worker]
-        place = {"node": post.node.host, "worker": worker, "command": command()}
+        place = {"node": post.node.host, "worker": worker, "gpu": result.gpu, "command": command()}
         if result.text:
             tqdm.write(result.text.rstrip())
-        for row in result.found:
-            session.decided(row)
         for path, content in result.files.items():
             write_atomic(session.folder / path, content)
         for row in result.rows:
             is_copy = row["stage"] == "quantize" and not post.folder  # of a checkpoint that another node has too
-            if not (is_copy and session.counts(row)):
+            if session.ledger.find(row) == row or (is_copy and session.counts(row)):
+                session.decided(row)
+            else:
                 session.adopt({**row, **place, "model_reason": session.source.reason})
         if new := {*result.overflowed} - {*session.overflowed}:
             session.leave_float16(new)

@@ -110,11 +110,9 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
             for each, handler in handlers.items():  # Ray's own abort the process
                 signal.signal(each, handler)
         except Exception as error:  # whatever Ray raises, such as RuntimeError for another version
-            reason = scrub(" ".join(str(error).split()), 300)
-            raise InputError(
-                f"no Ray cluster can be joined at {options.address or 'this machine'} ({reason}); give HOST:PORT of "
-                "one, and where it asks for a token, RAY_AUTH_MODE=token and the same ~/.ray/auth_token"
-            ) from error
+            what = f"no Ray cluster can be joined at {options.address or 'this machine'}"
+            advice = "give HOST:PORT of one, and where it asks for a token, RAY_AUTH_MODE=token and its auth_token"
+            raise InputError(f"{what} ({scrub(' '.join(str(error).split()), 300)}); {advice}") from error
         try:
             yield ray
         finally:
@@ -154,9 +152,8 @@ def find_nodes(ray: Any, wanted: str) -> list[Node]:
             nodes.append(ray.get(answer, timeout=ANSWER_S))
         except Exception as error:  # whatever Ray wraps it in; no answer where GPUs are in use
             reason = scrub(str(error).strip().splitlines()[-1]) if str(error) else type(error).__name__
-            raise InputError(
-                f"node {name} cannot take part: {reason}; qnb has to be installed there as here, and its GPUs free"
-            ) from error
+            advice = "qnb has to be installed there as here, and its GPUs free"
+            raise InputError(f"node {name} cannot take part: {reason}; {advice}") from error
     return _alike(nodes)
 
 

@@ -114,13 +114,13 @@ class Schedule:
         return {name: seat.cell for name, seat in self.seats.items() if seat.cell}
 
     def begin(self, worker: str) -> Cell | None:
-        """Return what an idle worker does next, which then counts as begun; None where it has to wait, or is done."""
+        """Return what a worker does next, which then counts as begun; None if it is busy, has to wait or is done."""
         seat = self.seats[worker]
         beside = [each.cell for each in self.seats.values() if each.node == seat.node and each.cell]
         being_made = {cell.makes for cell in beside}
         fitting = [cell for cell in self.pending.values() if self._can_run(cell, seat.node)]
         alone = [cell for cell in fitting if cell.is_alone and seat.node in self._for_alone]
-        if any(cell.is_alone for cell in beside) or (alone and beside):
+        if seat.cell or any(cell.is_alone for cell in beside) or (alone and beside):
             return None
         unfinished = {*self.pending, *(cell.name for cell in self.running.values())}
         free = [cell for cell in alone or fitting if bool(alone) == cell.is_alone and cell.after not in unfinished
@@ -191,7 +191,7 @@ def rehearse(schedule: Schedule, load_s: float = 0.0) -> list[Planned]:
     while True:
         for worker, seat in schedule.seats.items():
             before = seat.precision
-            if not seat.cell and (cell := schedule.begin(worker)):
+            if cell := schedule.begin(worker):
                 seconds = cell.estimate_s + (load_s if cell.precision not in ("", before) else 0.0)
                 planned.append(Planned(now_s, now_s + seconds, worker, cell))
         at_work = [each for each in planned if schedule.seats[each.worker].cell is each.cell]

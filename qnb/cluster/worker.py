@@ -66,9 +66,9 @@ class Post:
 class Result:
     """What came of a cell."""
 
-    rows: list[Row] = field(default_factory=list)  # that are new
-    found: list[Row] = field(default_factory=list)  # that answered: they are shown from now on
-    files: dict[str, bytes] = field(default_factory=dict)  # that new rows name, by their path in the study's folder
+    rows: list[Row] = field(default_factory=list)  # that are new, or answered: they are shown from now on
+    files: dict[str, bytes] = field(default_factory=dict)  # that rows name, by their path in the study's folder
+    gpu: str = ""
     overflowed: list[str] = field(default_factory=list)  # formats measured in bfloat16 from now on
     task: Any = None  # a reference to the one that was built
     text: str = ""  # what a notebook would have printed
@@ -76,23 +76,12 @@ class Result:
 
 
 class WorkerSession(Session):
-    """A session in a folder of its own, which tells what a cell decided, and shares checkpoints with its node."""
-
-    def __init__(self, post: Post, folder: Path) -> None:
-        super().__init__(**post.study, output=folder)
-        self.new: list[Row] = []
-        self.found: list[Row] = []
-
-    def adopt(self, row: Mapping[str, Any]) -> Row:
-        """Record a whole row as new."""
-        self.new.append(super().adopt(row))
-        return self.new[-1]
+    """A session in a folder of its own, whose ledger tells what a cell decided; its node shares its checkpoints."""
 
     def decided(self, key: Mapping[str, Any]) -> Row | None:
-        """Return the row that answers `key`, as found."""
-        if row := super().decided(key):
-            self.found.append(row)
-        return row
+        """Return the row that answers `key`, which is appended again."""
+        row = self.ledger.find(key)
+        return self.ledger.append(row) if row else None
 
     def checkpoint(self, precision: Precision) -> Path:
         """Return the folder of the node's own checkpoint; one worker makes it, of all studies that share it."""
@@ -148,8 +137,7 @@ class Worker:
         for name, content in files.items():
             write_atomic(session.folder / name, content)
         session.ledger.add_missing(rows)
-        session.new, session.found = [], []
-        text, wrong_input = io.StringIO(), None
+        before, text, wrong_input = session.ledger.path.stat().st_size, io.StringIO(), None
         with redirect_stdout(text):
             try:
                 session.measure(cell.step)
@@ -159,25 +147,27 @@ class Worker:
                 pass  # and each failure has its row
             except Exception as error:  # of this cell alone
                 session.fail(cell.about, cell.name, error)
-        return self._result(cell, text.getvalue(), wrong_input)
+        decided = [json.loads(line) for line in session.ledger.path.read_bytes()[before:].splitlines()]
+        return self._result(cell, decided, text.getvalue(), wrong_input)
 
-    def _result(self, cell: Cell, text: str, error: InputError | None) -> Result:
+    def _result(self, cell: Cell, rows: list[Row], text: str, error: InputError | None) -> Result:
         import ray
 
         session = self._session
-        names = [row[column] for row in session.new for column in row if column.endswith("_file") and row[column]]
-        files = {name: (session.folder / name).read_bytes() for name in names}
+        paths = {row[column]: session.folder / row[column] for row in rows for column in row
+                 if column.endswith("_file") and row[column]}  # fmt: skip
+        files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
         task = session.tasks.get(cell.about.get("task", "")) if cell.makes else None
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "") if session.device.kind == "cuda" else ""
-        rows, reference = [{**row, "gpu": gpu} for row in session.new], ray.put(task) if task else None
-        return Result(rows, session.found, files, session.overflowed, reference, text, error)
+        return Result(rows, files, gpu, session.overflowed, ray.put(task) if task else None, text, error)
 
     @cached_property
     def _session(self) -> WorkerSession:
         post, folder = self._post, Path(self._scratch.name)
         memory.planned_bytes = post.planned_bytes
         write_atomic(folder / "study.json", json.dumps(post.record))
-        session = WorkerSession(post, folder)
+        session = WorkerSession(**post.study, output=folder)
+        session.ledger.path.touch()
         session.device = replace(session.device, spread=max(1, int(post.gpus)))
         cache = cache_folder() / "cluster" / post.node.host / session.source.fingerprint
         checkpoints = Path(post.folder or cache) / "checkpoints"

