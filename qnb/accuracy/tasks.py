@@ -28,7 +28,7 @@ import pandas as pd
 
 from qnb.accuracy.patches import cached_templates, wide_products
 from qnb.accuracy.statistics import agresti_coull, choice_probabilities
-from qnb.errors import InputError, scrub
+from qnb.errors import InputError, refusing
 from qnb.precision import listed
 from qnb.prompts import DATA, reading_from
 
@@ -191,13 +191,10 @@ class Task:
             task._instances = []  # a part that cannot be asked keeps these
             task.build_all_requests = partial(self._ask, part)
             task.process_results = partial(self._process, task, task.process_results)
-        try:
+        with refusing(f"task {name!r} cannot be scored here; leave it out"):  # whatever a task's code raises
             self.evaluate(STAND_IN, REHEARSED)
             if (new_tokens := max(self._new_tokens(), default=0)) >= window:
                 raise ValueError(f"it asks for {new_tokens} new tokens, and the model's window is {window}")
-        except Exception as error:  # whatever a task's code raises
-            text = scrub(str(error)) or type(error).__name__
-            raise InputError(f"task {name!r} cannot be scored here ({text}); leave it out") from error
 
     @property
     def is_multiple_choice(self) -> bool:
@@ -374,18 +371,13 @@ def draw(name: str, count: int, limit: int | None) -> list[int]:
 
 def _load(name: str, data_dir: Path | None) -> Any:
     """Return lm-eval's tasks and groups by name, with their data."""
-    try:
-        with reading_from(DATA / "tasks" if name in TASKS["sample"] else data_dir):
+    unread = f"the data of task {name!r} could not be read from {data_dir or 'the hub'}"  # whatever a loader raises
+    advice, absent = "check the network, give data_dir, or take tasks='sample'", "it lacks a package, split or column"
+    with refusing(f"{unread}; {advice}"), reading_from(DATA / "tasks" if name in TASKS["sample"] else data_dir):
+        try:
             loaded = _index_with(name).load([name])
-    except ImportError as error:
-        raise InputError(f"task {name!r} cannot be scored here ({error}); install that, or leave it out") from error
-    except Exception as error:  # whatever a task's loader raises, the data are what is missing
-        text = scrub(str(error)) or type(error).__name__
-        reason = f"it lacks the split or column {text}" if isinstance(error, KeyError) else text
-        raise InputError(
-            f"the data of task {name!r} could not be read from {data_dir or 'the hub'} ({reason}); "
-            "check the network, give data_dir, or take tasks='sample'"
-        ) from None  # the cause's own words may hold a signed address
+        except (ImportError, KeyError) as error:
+            raise InputError(f"task {name!r} cannot be scored here: {absent} ({error}); leave it out") from error
     unsupported = ("MULTIMODAL", "UNSAFE_CODE")
     if any(getattr(part, attribute, False) for part in loaded["tasks"].values() for attribute in unsupported):
         raise InputError(f"task {name!r} shows images, plays sounds or runs a model's programs; leave it out")
