@@ -33,23 +33,17 @@ def locate(output: str | Path) -> Path:
     """Return the study's folder: a relative path is taken from the checkout, or from the working directory.
 
     So the five notebooks share one folder, whichever folder each is opened from. ``drive:name`` is a folder of the
-    user's Google Drive, on Colab.
-    """
-    if str(output).startswith(DRIVE):
-        return folder(str(output))
-    base = ROOT if (ROOT / "notebooks").is_dir() else Path.cwd()
-    return base / expand_path(output)  # where that is absolute, it alone
-
-
-def folder(output: str) -> Path:
-    """Return the folder that ``drive:name`` is on the user's Google Drive, which is mounted if it is not yet.
+    user's Google Drive, which is mounted if it is not yet.
 
     Raises
     ------
     InputError
         This is no Colab runtime, the name is empty or leaves the drive, or the drive cannot be mounted.
     """
-    name = Path(output.removeprefix(DRIVE).strip("/"))
+    if not str(output).startswith(DRIVE):
+        base = ROOT if (ROOT / "notebooks").is_dir() else Path.cwd()
+        return base / expand_path(output)  # where that is absolute, it alone
+    name = Path(str(output).removeprefix(DRIVE).strip("/"))
     if not name.parts or ".." in name.parts:
         raise InputError(f"output {output!r} names no folder on the drive; give one such as {DRIVE}qnb/study")
     if not hosted():

@@ -48,9 +48,8 @@ class Device:
     @property
     def places(self) -> tuple[str, ...]:
         """The names of all that a model is spread over."""
-        if self.kind == "cpu" or self.spread == 1:
-            return (self.place,)
-        return tuple(f"cuda:{index}" for index in range(self.spread))
+        is_spread = self.kind == "cuda" and self.spread > 1
+        return tuple(f"cuda:{index}" for index in range(self.spread)) if is_spread else (self.place,)
 
     @property
     def device_map(self) -> dict[str, Any]:
@@ -58,10 +57,8 @@ class Device:
         if self.spread == 1:
             return {"device_map": self.place}
         places = range(self.spread) if self.kind == "cuda" else ["cpu"]
-        return {
-            "device_map": "auto",
-            "max_memory": dict.fromkeys(places, f"{int(WEIGHTS_SHARE * self.memory_mib)}MiB"),
-        }
+        most = f"{int(WEIGHTS_SHARE * self.memory_mib)}MiB"
+        return {"device_map": "auto", "max_memory": dict.fromkeys(places, most)}
 
     @property
     def half(self) -> str:

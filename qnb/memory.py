@@ -23,7 +23,7 @@ ROOM_BYTES = 6 << 30  # of a GPU, which models that are kept leave to work in
 # the texts of torch, the driver and cuBLAS for one event
 _OUT_OF_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cublas_status_not_initialized")
 planned_bytes = 0  # free memory that batches are planned for, where several workers share a study; 0: what is free
-_captures: WeakSet[Any] = WeakSet()  # captured steps, which must find cuBLAS's workspaces where they were
+captures: WeakSet[Any] = WeakSet()  # captured CUDA graphs, which must find cuBLAS's workspaces where they were
 _kept: dict[Any, Any] | None = None  # models, within `models_kept`
 _is_frozen = False  # whether what was imported is left out of collections
 _host_peak_mib = 0.0  # the largest that was read, with children that have ended since
@@ -45,14 +45,8 @@ def places(model: PreTrainedModel) -> list[torch.device]:
     import torch
 
     spread = {*(getattr(model, "hf_device_map", None) or {"": model.device}).values()} - {"disk"}
-    return sorted(
-        (torch.device("cuda", each) if isinstance(each, int) else torch.device(each) for each in spread), key=str
-    )
-
-
-def register_capture(capture: Any) -> None:
-    """Keep cuBLAS's workspaces for as long as `capture`, a captured CUDA graph, is alive."""
-    _captures.add(capture)
+    names = (f"cuda:{each}" if isinstance(each, int) else str(each) for each in spread)
+    return [torch.device(name) for name in sorted(names)]
 
 
 def release(workspaces: bool = False) -> None:
@@ -75,7 +69,7 @@ def release(workspaces: bool = False) -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        if workspaces and not _captures:
+        if workspaces and not captures:
             torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):  # only glibc has it

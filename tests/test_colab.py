@@ -84,7 +84,7 @@ def test_elsewhere_nothing_happens():
     assert not colab.hosted()
     colab.prepare()
     with pytest.raises(InputError, match="only Colab has"):
-        colab.folder("drive:study")
+        colab.locate("drive:study")
 
 
 @pytest.fixture
@@ -117,4 +117,4 @@ def test_a_drive_that_is_not_given_or_an_output_that_names_no_folder_on_it_is_re
     monkeypatch.setattr(sys.modules["google.colab"].drive, "mount", refuse)
     expected = "allow it, or give a folder of the VM" if output == "drive:study" else "names no folder"
     with pytest.raises(InputError, match=expected):
-        colab.folder(output)
+        colab.locate(output)

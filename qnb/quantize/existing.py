@@ -44,7 +44,6 @@ def check(session: Session) -> None:
     """
     for precision in session.precisions:
         check_runnable(precision, session.device)
-    for precision in session.precisions:
         if precision.origin:
             find(session, precision)
 

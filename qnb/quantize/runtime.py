@@ -32,8 +32,7 @@ def check_runnable(precision: Precision, device: Device) -> None:
         A package is missing, or the GPU's compute capability is too low.
     """
     if precision.quantized and not find_spec(precision.library):
-        package = precision.library
-        raise InputError(f"precision {precision.name!r} needs `pip install {package}`; all other formats work without")
+        raise InputError(f"precision {precision.name!r} needs `pip install {precision.library}`; others work without")
     if precision.capability and tuple(device.capability) < precision.capability:
         needs, has = (".".join(map(str, each)) for each in (precision.capability, device.capability))
         here = f"{device.name} has {has if device.kind == 'cuda' else 'none'}"
@@ -109,13 +108,10 @@ def kernel_times_s(trace: torch.profiler.profile) -> list[tuple[str, float]]:
     """Return the name and the seconds of each kernel of a trace, in no order."""
     from torch.autograd import DeviceType
 
-    return [
-        (event.name, event.time_range.elapsed_us() / 1e6)
-        for event in trace.events() or ()
-        if event.device_type == DeviceType.CUDA
-        and not getattr(event, "is_user_annotation", False)
-        and not event.name.startswith(("Memcpy", "Memset"))
-    ]
+    events = (event for event in trace.events() or () if event.device_type == DeviceType.CUDA)
+    own = (event for event in events if not getattr(event, "is_user_annotation", False))
+    times_s = ((event.name, event.time_range.elapsed_us() / 1e6) for event in own)
+    return [(name, time_s) for name, time_s in times_s if not name.startswith(("Memcpy", "Memset"))]
 
 
 def _trace(model: PreTrainedModel, sequences: int) -> list[tuple[str, float]]:
@@ -123,11 +119,9 @@ def _trace(model: PreTrainedModel, sequences: int) -> list[tuple[str, float]]:
     import torch
 
     ids = torch.zeros(sequences, 1, dtype=torch.long, device=model.device)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
     for _ in range(2):  # a profiler's first trace misses kernels
-        with (
-            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace,
-            torch.inference_mode(),
-        ):
+        with torch.profiler.profile(activities=activities) as trace, torch.inference_mode():
             model(ids)
             torch.cuda.synchronize(model.device)
     return kernel_times_s(trace)

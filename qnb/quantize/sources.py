@@ -49,9 +49,7 @@ class Source:
     def parameters(self) -> int:
         """About how many parameters it has, by the size of its files; 0 where they are on another machine."""
         config = Path(self.path) / CONFIG
-        if not config.is_file():
-            return 0
-        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
         is_wide = "float32" in (settings.get("dtype"), settings.get("torch_dtype"))
         size_bytes = sum(path.stat().st_size for path in config.parent.glob("*.safetensors"))
         return size_bytes // (4 if is_wide else 2)
@@ -123,9 +121,6 @@ def existing(origin: str) -> Source:
     """
     path = expand_path(origin).resolve()
     if path.is_dir():
-        if not (path / CONFIG).exists():
-            advice = "give one that save_pretrained wrote, or the path of a GGUF file"
-            raise InputError(f"{ORIGIN}{origin} is a folder without {CONFIG}; {advice}")
         return _from_folder(origin, path, "named", may_be_quantized=True)
     *repository, file = origin.split("/", 2) if origin.endswith(".gguf") else (origin, "")
     if not path.is_file():

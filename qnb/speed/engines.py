@@ -24,7 +24,7 @@ from qnb.capture import WARM_UP_STEPS, capture
 from qnb.errors import InputError
 from qnb.finite import check_finite
 from qnb.flags import Flag
-from qnb.memory import places, register_capture
+from qnb.memory import captures, places
 from qnb.precision import listed
 from qnb.speed.decode_step import (
     SMALL_BATCH,
@@ -254,7 +254,7 @@ class CudaGraph:
         self._decoder = Decoder(model, batch_size, prompt_tokens, new_tokens, COMPILE_OPTIONS)
         self._runs: dict[int, tuple[Callable[[], Any], Callable[[], Any]]] = {}  # prefill and step, by batch size
         self._pool = torch.cuda.graph_pool_handle()
-        register_capture(self)
+        captures.add(self)
 
     @property
     def note(self) -> str:
