@@ -35,11 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         help="set a notebook's parameter, in place of the profile's, such as -p precisions bf16,nf4; may be repeated",
     )  # fmt: skip
     run.add_argument("--workers", help="measure on several GPUs by Ray: a number, or auto (default: 1, without Ray)")
-    run.add_argument(
-        "--ray-address",
-        metavar="HOST:PORT",
-        help="a running Ray cluster's ($RAY_ADDRESS, if workers are given)",
-    )
+    run.add_argument("--ray-address", metavar="HOST:PORT", help="a running Ray cluster's (default: $RAY_ADDRESS)")
     run.add_argument("--gpus-per-model", default="auto", help="GPUs that one model is spread over (default: auto)")
     run.add_argument("--dry-run", action="store_true", help="print what would be measured, by whom and in which order")
     page = commands.add_parser("report", help="write a study's report, tables and figures from its ledger")
@@ -89,8 +85,8 @@ def _dispatch(options: argparse.Namespace) -> int:
 
             address = options.ray_address or (os.environ.get("RAY_ADDRESS", "") if options.workers else "")
             count = options.workers or ("auto" if address else "1")  # a plain run has one
-            workers = ClusterOptions(count, address, options.gpus_per_model)
-        return run(options.profile, options.output, options.only, options.parameters, workers, options.dry_run)
+            workers = ClusterOptions(count, address, options.gpus_per_model, options.dry_run)
+        return run(options.profile, options.output, options.only, options.parameters, workers)
     if options.command == "doctor":
         from qnb.doctor import doctor
 

@@ -11,11 +11,11 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import file_digest, sha256
-from io import BytesIO, FileIO
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,27 +54,19 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     with draft.open("wb") as file:  # a path whose bytes are no text of this locale is written as an escape
         file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
         file.flush()
-        _sync(file.fileno())
+        with _where_supported():
+            os.fsync(file.fileno())
     draft.replace(path)
 
 
-def _sync(descriptor: int) -> None:
-    """Flush a file to the disk; a file system that cannot does so in its own time."""
+@contextmanager
+def _where_supported() -> Iterator[None]:
+    """Go on where the file system cannot do what the block asks of it, such as flush a file or cut it."""
     try:
-        os.fsync(descriptor)
+        yield
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-
-
-def _cut(file: FileIO, size_bytes: int) -> None:
-    """Cut a file to a size; where the file system cannot, end its last line, which is then no row."""
-    try:
-        file.truncate(size_bytes)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
-        file.write(b"\n")
 
 
 @contextmanager
@@ -221,22 +213,22 @@ class Ledger:
         with self.path.open("ab", buffering=0) as file:  # a buffer would be written again at closing
             self.refresh()
             if file.tell() > self._end:  # a killed process left a torn line
-                _cut(file, self._end)
+                with _where_supported():
+                    file.truncate(self._end)
+                if file.seek(0, os.SEEK_END) > self._end:  # it stays, and is no row
+                    file.write(b"\n")
             try:
                 rest = memoryview(line)
                 while rest:
                     rest = rest[file.write(rest) :]
-                _sync(file.fileno())
+                with _where_supported():
+                    os.fsync(file.fileno())
             except OSError:
                 with suppress(OSError):
                     file.truncate(self._end)
                 raise
         self.refresh()
         return self._answers[row_key(whole), whole.get("fingerprint", "")]
-
-    def add_missing(self, rows: Iterable[Row]) -> list[Row]:
-        """Append those rows of another ledger that this one lacks, and return them."""
-        return [self.append(row) for row in rows if not self.find(row)]
 
     def find(self, key: Mapping[str, Any]) -> Row | None:
         """Return the newest row of a key and its fingerprint; None if there is none."""

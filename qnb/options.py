@@ -2,12 +2,14 @@
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from qnb.errors import InputError
 
 Count = int | str  # a number, or "auto": what the device allows in minutes
+Names = str | Iterable[str]  # one text with commas between names, or a list
 AUTO: dict[str, dict[str, int]] = {
     "cuda": {"bs1_requests": 20, "maxbatch_requests": 512, "prompt_tokens": 128, "new_tokens": 100, "limit": 200,
              "batch_size": 32, "memory_mib": 0, "ppl_tokens": 16384, "ppl_context": 512,
@@ -25,7 +27,7 @@ TYPES: tuple[tuple[str, Any, str], ...] = (
     ("overwrite", bool, "true or false"),
 )
 # a word that may stand in place of a number
-WORDS = {"limit": "all", "ppl_tokens": "all", "sweep_batch": "0"}
+WORDS = {"limit": "all", "ppl_tokens": "all", "sweep_batch": "0", "workers": "auto"}
 
 
 def check_types(*given: object) -> None:

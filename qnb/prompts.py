@@ -47,17 +47,6 @@ class Workload:
         return max(self.prompts, key=len)
 
 
-def check(source: str) -> None:
-    """Refuse a source of prompts that does not exist.
-
-    Raises
-    ------
-    InputError
-        `source` is none of `SOURCES`.
-    """
-    check_choice("prompt_source", source, SOURCES)
-
-
 def paragraphs(source: str, data_dir: str | Path | None = None, split: str | None = "test") -> list[str]:
     """Return the paragraphs of `source`, without headings and blank lines.
 
@@ -75,7 +64,7 @@ def paragraphs(source: str, data_dir: str | Path | None = None, split: str | Non
     InputError
         The source is unknown, or its data cannot be had or hold no text.
     """
-    check(source)
+    check_choice("prompt_source", source, SOURCES)
     text = DATA / "text.txt"
     lines = text.read_text(encoding="utf-8").splitlines() if source == "sample" else _wikitext(data_dir, split)
     stripped = [line.strip() for line in lines]

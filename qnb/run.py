@@ -17,6 +17,7 @@ from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from inspect import signature
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -38,7 +39,7 @@ from qnb.provenance import COMMAND, NOTEBOOKS, REPLAY, ROOT, WAITING
 from qnb.quantize.stages import PushOptions
 from qnb.report import recommend, tables
 from qnb.speed.stages import WorkloadOptions
-from qnb.study import PARAMETERS, Study
+from qnb.study import Study
 
 if TYPE_CHECKING:
     from qnb.cluster.nodes import ClusterOptions
@@ -52,12 +53,7 @@ CELL_TIMEOUT_S = 24 * 3600  # a cell that hangs ends one day, and the run with i
 
 
 def run(
-    profile: str,
-    output: str | None,
-    only: str,
-    given: Sequence[Sequence[str]],
-    workers: ClusterOptions | None = None,
-    only_plan: bool = False,
+    profile: str, output: str | None, only: str, given: Sequence[Sequence[str]], workers: ClusterOptions | None = None
 ) -> int:
     """Execute notebooks, print where the results are, and return the exit code.
 
@@ -73,8 +69,6 @@ def run(
         Names and values of parameters, in place of the profile's.
     workers
         Who measures, before the notebooks run; None lets the notebooks measure.
-    only_plan
-        Print what workers would measure, and measure nothing.
 
     Raises
     ------
@@ -99,25 +93,27 @@ def run(
         if workers:
             from qnb.cluster import driver
 
-            measured_on = driver.measure(study, values, {name[:2] for name in names}, workers, only_plan)
-            if "04_perf_maxbatch" in names and not only_plan:
+            measured_on = driver.measure(study, values, {name[:2] for name in names}, workers)
+            if workers.only_plan:
+                return 0
+            if "04_perf_maxbatch" in names:
                 study.batch_plans(values["prompt_source"])
             os.environ[REPLAY], values["overwrite"] = json.dumps(asdict(measured_on)), False
-        for name in () if only_plan else names:
+        for name in names:
             try:
                 print(_execute(study, name, values), file=sys.stderr, flush=True)
             except NotebookError as error:
                 print(f"qnb: {error}; what was measured is kept in {study.folder}", file=sys.stderr)
                 return 1
     dry_run = "01_quantize" in names and values.get("push_to") and values.get("dry_run", True)
-    return 0 if only_plan else _report_end(study, earlier, bool(dry_run))
-
-
-def _report_end(study: Study, earlier: Sequence[Row], dry_run: bool) -> int:
-    """Print where the results are, and what failed in this run; return the exit code."""
-    print("\n".join(summary(study)))
     if dry_run:
         print(f"nothing was uploaded: {study.folder / 'push.csv'} says what would be, -p dry_run false does it")
+    return _report_end(study, earlier)
+
+
+def _report_end(study: Study, earlier: Sequence[Row]) -> int:
+    """Print where the results are, and what failed in this run; return the exit code."""
+    print("\n".join(summary(study)))
     failures = _failures(study, earlier)
     for line in failures:
         print(f"qnb: {line}", file=sys.stderr)
@@ -223,9 +219,8 @@ def parameters(profile: str, given: Sequence[Sequence[str]], known: set[str]) ->
     """
     files = {path.stem: path for path in sorted((NOTEBOOKS / "profiles").glob("*.yaml"))}
     check_choice("profile", profile, files)
-    values = _plain(f"profile {files[profile]}", files[profile].read_bytes())
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise InputError(f"profile {files[profile]} is no list of names and values; give lines such as 'limit: 40'")
+    with refusing(f"profile {files[profile]} is no list of names and values; give lines such as 'limit: 40'"):
+        values = dict(_plain(f"profile {files[profile]}", files[profile].read_bytes()))
     values |= {name: _plain(f"parameter {name}", text) for name, text in given}
     for name in values:
         check_choice("parameter", name, sorted(known))
@@ -242,7 +237,7 @@ def _plain(what: str, text: str | bytes) -> Any:
 
 def check_parameters(values: Mapping[str, Any], names: Sequence[str]) -> Study:
     """Build each stage's options, so that input is refused before any notebook runs; return the shared study."""
-    study = Study(**{name: values[name] for name in (*PARAMETERS, "margin_pp") if name in values})
+    study = Study(**{name: values[name] for name in signature(Study).parameters if name in values})
     if values.get("device", "auto") != "auto":
         study.session.device  # noqa: B018  # raises where there is no such device
     for name in ("pictures", "private", "dry_run"):
@@ -416,8 +411,6 @@ def _make_portable(path: Path) -> None:
     for part in (book, *book.cells):
         for name in ("papermill", "widgets", "execution"):
             part.metadata.pop(name, None)
-        if "injected-parameters" in part.metadata.get("tags", ()):
-            part.id = "injected-parameters"
         for output in part.get("outputs", ()):
             if {"text/html", "text/plain"} <= output.get("data", {}).keys():
                 del output.data["text/plain"]  # an object's address
@@ -425,9 +418,8 @@ def _make_portable(path: Path) -> None:
             part.outputs = [each for each in outputs if not any("widget" in kind for kind in each.get("data", ()))]
         elif part.get("cell_type") == "markdown" and path.is_relative_to(ROOT):
             part.source = re.sub(r"\]\((?=\w+\.md\))", f"]({os.path.relpath(NOTEBOOKS, path.parent)}/", part.source)
-    _draw(
-        [output.data for cell in book.cells for output in cell.get("outputs", ()) if PLOTLY in output.get("data", ())]
-    )
+    outputs = (output.get("data", {}) for cell in book.cells for output in cell.get("outputs", ()))
+    _draw([data for data in outputs if PLOTLY in data])
     nbformat.write(book, path)
 
 
@@ -437,9 +429,7 @@ def _draw(shown: Sequence[dict[str, Any]]) -> None:
 
     from qnb.report import export
 
-    figures = {
-        str(number): go.Figure(each[PLOTLY]["data"], each[PLOTLY]["layout"]) for number, each in enumerate(shown)
-    }
+    figures = {str(number): go.Figure(data[PLOTLY], skip_invalid=True) for number, data in enumerate(shown)}
     with tempfile.TemporaryDirectory() as folder:
         if problem := export.pictures(figures, Path(folder), scale=1):
             raise InputError(problem)
@@ -466,8 +456,6 @@ def summary(study: Study) -> list[str]:
     disturbed = speed.loc[[is_disturbed(flags) for flags in speed["flags"]]]
     for number, rows in disturbed.groupby(disturbed.setting.eq("bs1").map({True: "03", False: "04"})):
         names = rows.precision.unique()
-        lines.append(
-            f"disturbed by other processes in {number}: {', '.join(names)}; the same command with --only {number} "
-            f"-p precisions {','.join(names)} -p overwrite true measures them again"
-        )
+        again = f"--only {number} -p precisions {','.join(names)} -p overwrite true measures them again"
+        lines.append(f"disturbed by other processes in {number}: {', '.join(names)}; {again}")
     return lines

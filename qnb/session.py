@@ -25,7 +25,7 @@ from qnb.errors import InputError, check_choice, expand_path, never_fail_to_prin
 from qnb.finite import NotFiniteError
 from qnb.ledger import FAILED, PLANS, Ledger, file_sha256, fingerprint, holding, is_outdated, row_key, write_atomic
 from qnb.memory import describe_host, host_peak_mib, is_out_of_memory, kept, release, released
-from qnb.options import AUTO, Count, check_minutes, check_types, resolve_count
+from qnb.options import AUTO, Count, Names, check_minutes, check_types, resolve_count
 from qnb.precision import HALVES, PRECISIONS, Precision, parse
 from qnb.provenance import REPLAY, command, commit, file_state
 from qnb.quantize import checkpoint, existing, sources
@@ -86,7 +86,7 @@ class Session:
     def __init__(
         self,
         model: str = "auto",
-        precisions: str | Iterable[str] = "study",
+        precisions: Names = "study",
         output: str | Path = "outputs/study",
         data_dir: str | Path = "",
         seed: int = 0,
@@ -194,13 +194,9 @@ class Session:
         source = sources.resolve(record.get("name", self.model), self.device.kind)
         if record.get("fingerprint", source.fingerprint) != source.fingerprint:
             raise InputError(f"model {source.name} has changed since output {self.folder} began; give another output")
-        facts = {
-            "requested": record.get("requested", self.model),
-            **asdict(source),
-            "files": file_state(Path(source.path)),
-            "half": self.half,
-        }
-        write_atomic(self.folder / "study.json", json.dumps({**record, **facts, **self._context}, indent=1))
+        facts = {"requested": record.get("requested", self.model), "half": self.half, **asdict(source)}
+        record |= {**facts, "files": file_state(Path(source.path)), **self._context}
+        write_atomic(self.folder / "study.json", json.dumps(record, indent=1))
         if shortage := self.disk_shortage():
             tqdm.write(f"disk: {shortage}")
         return source
@@ -247,25 +243,21 @@ class Session:
         """Return what is measured, on what, with what, and what is done already. Nothing is fetched for it."""
         source, rows = self.record, self.ledger.rows()
         stages = Counter(row["stage"] for row in rows if row["stage"] not in PLANS)
-        model = f"{source['name']} ({source['reason']})" if source else f"{self.model} (not fetched yet)"
-        if self.replays:
-            here = {"measured by": "; ".join(dict.fromkeys(row["command"] for row in rows if row["command"]))}
-        else:
-            taken_s = self._taken_s() if self.minutes and source and Path(source["path"]).is_dir() else {}
-            here = {
-                **({"time": budget.describe(self.minutes, taken_s)} if self.minutes else {}),
-                "host memory": describe_host(max((row.get("host_peak_mib") or 0 for row in rows), default=0)),
-                **({"disk": shortage} if (shortage := self.disk_shortage()) else {}),
-            }
-        return {
-            "model": model,
+        taken_s = self._taken_s() if self.minutes and source and Path(source["path"]).is_dir() else {}
+        peak_mib = max((row.get("host_peak_mib") or 0 for row in rows), default=0)
+        facts = {
+            "model": f"{source['name']} ({source['reason']})" if source else f"{self.model} (not fetched yet)",
             "formats": ", ".join(precision.name for precision in self.precisions),
             "quantized formats in": self.half + "".join(f", {name} in bfloat16" for name in self.overflowed),
             **self.device.facts(rows[-1]["versions"] if self.replays and rows else self.versions),
-            **here,
+            "measured by": "; ".join(dict.fromkeys(row["command"] for row in rows if row["command"] and self.replays)),
+            "time": budget.describe(self.minutes, taken_s) if self.minutes else "",
+            "host memory": "" if self.replays else describe_host(peak_mib),
+            "disk": "" if self.replays else self.disk_shortage(),
             "output": str(self.folder),
             "already measured": ", ".join(f"{count} {stage} rows" for stage, count in stages.items()) or "nothing",
         }
+        return {name: fact for name, fact in facts.items() if fact}
 
     # What is measured is found again
 
@@ -398,10 +390,9 @@ class Session:
             There is no row, and a failure.
         """
         names = {precision.name for precision in self.precisions}
-        rows, failures = (
-            [row for row in self.ledger.rows(each) if row["precision"] in names] for each in (stage, stage + FAILED)
-        )
-        if failures and not self._overflowing and not any(setting in (None, row["setting"]) for row in rows):
+        failures = [row for row in self.ledger.rows(stage + FAILED) if row["precision"] in names]
+        rows = [row for row in self.ledger.rows(stage) if setting in (None, row["setting"])]
+        if failures and not self._overflowing and names.isdisjoint(row["precision"] for row in rows):
             raise NothingMeasuredError(f"nothing of stage {stage} could be measured: {failures[-1]['reason']}")
 
     @contextmanager
@@ -434,7 +425,7 @@ class Session:
     def _taken_s(self) -> dict[str, float]:
         """Return the seconds that each notebook took so far on this device, by number; overwriting begins anew."""
         keys = [self.key("sitting", setting=number) for number in budget.SHARES]
-        rows = (self.ledger.find(key) for key in keys if not self.overwrite or row_key(key) in self._measured)
+        rows = (self.ledger.find(key) for key in keys if self.counts(key))
         return {row["setting"]: row["taken_s"] for row in rows if row}
 
     def progress(self, total: int, what: str) -> tqdm:
@@ -458,9 +449,7 @@ class Session:
             return Path(existing.find(self, precision).path)
         precision = self.pinned(precision)
         folder = self.folder / "checkpoints" / precision.checkpoint
-        if folder in self._verified and folder.exists():  # bytes are read once
-            return folder
-        if self.replays:
+        if self.replays or (folder in self._verified and folder.exists()):  # bytes are read once
             return folder
         key = self.key("quantize", precision)
         row = self.ledger.find(key) if folder.exists() and not self.overwrite else None

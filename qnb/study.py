@@ -1,7 +1,7 @@
 """Study: everything a notebook holds. It composes the stages and turns their rows into tables and figures."""
 
-from collections.abc import Callable, Iterable, Sequence
-from inspect import signature
+from collections.abc import Callable, Sequence
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from pandas.io.formats.style import Styler
 
 from qnb.accuracy import evaluate, perplexity
 from qnb.errors import InputError, check_choice
-from qnb.options import Count
+from qnb.options import Count, Names
 from qnb.prompts import Workload
 from qnb.quantize import stages as checkpoints
 from qnb.report import recommend, tables, verdicts
@@ -18,7 +18,7 @@ from qnb.report.results import MARGIN_PP, Results
 from qnb.session import Session
 from qnb.speed import stages as speed
 
-PARAMETERS = tuple(signature(Session).parameters)  # what every notebook gives to its study
+MARGIN = Parameter("margin_pp", Parameter.KEYWORD_ONLY, default=MARGIN_PP)
 
 
 class Study:
@@ -28,21 +28,11 @@ class Study:
     Each method measures what is missing in the ledger, then returns a frame of what the rows say.
     """
 
-    def __init__(
-        self,
-        model: str = "auto",
-        precisions: str | Iterable[str] = "study",
-        output: str | Path = "outputs/study",
-        data_dir: str | Path = "",
-        seed: int = 0,
-        overwrite: bool = False,
-        minutes: float | str = 0,
-        device: str = "auto",
-        half: str = "auto",
-        margin_pp: float = MARGIN_PP,
-    ) -> None:
+    __signature__ = Signature([*signature(Session).parameters.values(), MARGIN])  # for help, and for `qnb run`
+
+    def __init__(self, *session: Any, margin_pp: float = MARGIN_PP, **parameters: Any) -> None:
         verdicts.check_margin(margin_pp)
-        self.session = Session(model, precisions, output, data_dir, seed, overwrite, minutes, device, half)
+        self.session = Session(*session, **parameters)
         self.folder, self.precisions = self.session.folder, self.session.precisions
         self.margin_pp = margin_pp
         self._results: tuple[tuple[int, int], Results] | None = None
@@ -81,7 +71,7 @@ class Study:
         """Return the answer in one table: a row a format with its memory, speeds, loss and verdict."""
         return recommend.summary(self.results())
 
-    def card(self, tasks: str | Iterable[str] = "", limit: Count = "auto") -> Styler:
+    def card(self, tasks: Names = "", limit: Count = "auto") -> Styler:
         """Return the study's card: what is measured, on what, with what, and what is done already.
 
         With tasks, it says as well which change in accuracy so many items can detect; a budget decides how many, so
@@ -121,17 +111,13 @@ class Study:
     # 02: accuracy
 
     def accuracy(
-        self,
-        tasks: str | Iterable[str] = "auto",
-        limit: Count = "auto",
-        batch_size: Count = "auto",
-        scorer: str = "qnb",
+        self, tasks: Names = "auto", limit: Count = "auto", batch_size: Count = "auto", scorer: str = "qnb"
     ) -> pd.DataFrame:
         """Evaluate every format on every task; one row per task, metric and format."""
         self._measure(evaluate.accuracy, evaluate.AccuracyOptions, tasks, limit, batch_size, scorer)
         return self.results().scores
 
-    def batch_sensitivity(self, tasks: str | Iterable[str] = "auto", limit: Count = "auto") -> pd.DataFrame:
+    def batch_sensitivity(self, tasks: Names = "auto", limit: Count = "auto") -> pd.DataFrame:
         """Measure how far a score depends on what shares its batch; one row per format and scorer."""
         self._measure(evaluate.batch_sensitivity, evaluate.AccuracyOptions, tasks, limit)
         return self.table("batch_sensitivity")
@@ -168,25 +154,19 @@ class Study:
         self._measure(speed.device_peaks)
         return tables.device_peaks(self.results())
 
-    def perf_bs1(self, workload: Workload, repeats: int = 1, engines: str | Iterable[str] = "auto") -> pd.DataFrame:
+    def perf_bs1(self, workload: Workload, repeats: int = 1, engines: Names = "auto") -> pd.DataFrame:
         """Time the workload one request at a time; one row per format, engine and pass (Table 3)."""
         self._measure(speed.perf_bs1, speed.TimingOptions, workload, engines, repeats)
         return self.results().passes.query("setting == 'bs1'")
 
     def perf_maxbatch(
-        self,
-        workload: Workload,
-        memory_mib: Count = "auto",
-        repeats: int = 1,
-        engines: str | Iterable[str] = "auto",
+        self, workload: Workload, memory_mib: Count = "auto", repeats: int = 1, engines: Names = "auto"
     ) -> pd.DataFrame:
         """Find the largest batch of each format and engine, then time the workload at it (Table 4)."""
         self._measure(speed.perf_maxbatch, speed.TimingOptions, workload, engines, repeats, memory_mib)
         return self.results().passes.query("setting == 'maxbatch'")
 
-    def sweep(
-        self, workload: Workload, largest: Count = "auto", engines: str | Iterable[str] = "auto"
-    ) -> pd.DataFrame:
+    def sweep(self, workload: Workload, largest: Count = "auto", engines: Names = "auto") -> pd.DataFrame:
         """Time batches of 1, 2, 4 ... requests; one row per format, engine and batch size."""
         self._measure(speed.sweep, speed.TimingOptions, workload, engines, 1, "auto", largest)
         return self.table("sweep")

@@ -19,7 +19,7 @@ import pandas as pd
 
 from qnb import prompts
 from qnb.accuracy.patches import wide_products
-from qnb.errors import InputError
+from qnb.errors import InputError, check_choice
 from qnb.finite import check_finite
 from qnb.ledger import fingerprint, write_parquet
 from qnb.memory import free_bytes, is_out_of_memory, release
@@ -78,7 +78,7 @@ class DivergenceOptions:
     def __post_init__(self) -> None:
         check_count("ppl_tokens", self.ppl_tokens)
         check_count("ppl_context", self.ppl_context)
-        prompts.check(self.prompt_source)
+        check_choice("prompt_source", self.prompt_source, prompts.SOURCES)
 
 
 def divergence(session: Session, options: DivergenceOptions) -> None:

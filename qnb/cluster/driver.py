@@ -50,17 +50,16 @@ class Crew:
     def __init__(self, ray: Any, session: Session, posts: Sequence[Post]) -> None:
         self._ray, self._session = ray, session
         self._posts = {f"w{number}": post for number, post in enumerate(posts)}
-        self._starting: dict[Any, str] = {}  # workers that were hired, by the reference of their first answer
+        self._awaited: dict[Any, str] = {}  # workers by the reference of their result, or of their first answer
         self._actors = {name: self._hire(name) for name in self._posts}
         self._tasks: dict[str, Any] = {}  # references to tasks that were built, by name
-        self._at_work: dict[Any, str] = {}  # workers by the reference of their result
 
     def _hire(self, name: str) -> Any:
         post = self._posts[name]
         gpus = post.gpus if post.node.device.kind == "cuda" else 0
         actor = self._ray.remote(num_cpus=0, num_gpus=gpus)(self.worker)
         actor = actor.options(scheduling_strategy=on_node(post.node.id)).remote(post)
-        self._starting[actor.ready.remote()] = name
+        self._awaited[actor.__ray_ready__.remote()] = name
         return actor
 
     def run(self, plan: Sequence[Cell]) -> None:
@@ -77,21 +76,21 @@ class Crew:
         try:
             with tqdm(total=len(plan), desc="cells", unit="cell", disable=None) as bar:
                 while True:
-                    for name in [name for name in schedule.seats if name not in self._starting.values()]:
+                    for name in [name for name in schedule.seats if name not in self._awaited.values()]:
                         if cell := schedule.begin(name):
-                            self._at_work[self._send(name, cell)] = name
+                            self._awaited[self._send(name, cell)] = name
                     running = schedule.running
+                    starts = len(self._awaited) > len(running)
                     bar.n = len(plan) - len(schedule.pending) - sum(not cell.makes for cell in running.values())
-                    if not running and not (self._starting and schedule.pending):
+                    if not running and not (starts and schedule.pending):
                         break
                     bar.set_postfix_str("; ".join(f"{name} {cell.name}" for name, cell in running.items()))
-                    limit_s = START_S if self._starting else None
-                    ended, _ = self._ray.wait([*self._at_work, *self._starting], timeout=limit_s)
+                    ended, _ = self._ray.wait([*self._awaited], timeout=START_S if starts else None)
                     if not ended:
                         self._give_up(schedule)
                     for reference in ended:
-                        if not self._starting.pop(reference, ""):
-                            self._receive(reference, schedule)
+                        if (name := self._awaited.pop(reference)) in running:
+                            self._receive(name, reference, schedule)
         finally:
             ended = [actor.close.remote() for actor in self._actors.values()]
             self._ray.wait(ended, num_returns=len(ended), timeout=CLOSE_S)
@@ -100,12 +99,13 @@ class Crew:
 
     def _give_up(self, schedule: Schedule) -> None:
         """Let others do the work of those that have not started."""
-        for name in self._starting.values():
+        starting = {reference: name for reference, name in self._awaited.items() if name not in schedule.running}
+        for reference, name in starting.items():
             place = f"worker {name} on {self._posts[name].node.host}"
             tqdm.write(f"{place} has not started in {START_S:.0f} s and is given up; is its GPU in use?")
             self._ray.kill(self._actors.pop(name))
             schedule.lose(name, stays=False)
-        self._starting.clear()
+            del self._awaited[reference]
 
     def _send(self, worker: str, cell: Cell) -> Any:
         """Let a worker begin a cell, with what the ledger has of its formats; return the reference of its result."""
@@ -116,9 +116,8 @@ class Crew:
         files = {name: path.read_bytes() for name in own if (path := self._session.folder / name).is_file()}
         return self._actors[worker].measure.remote(cell, rows, files, self._tasks)
 
-    def _receive(self, reference: Any, schedule: Schedule) -> None:
+    def _receive(self, name: str, reference: Any, schedule: Schedule) -> None:
         """Write what a worker returned, and say so where no terminal draws progress; replace one that was lost."""
-        name = self._at_work.pop(reference)
         post, cell = self._posts[name], schedule.running[name]
         try:
             result: Result = self._ray.get(reference)
@@ -159,8 +158,9 @@ class Crew:
         for path, content in result.files.items():
             write_atomic(session.folder / path, content)
         for row in result.rows:
+            is_known = (session.ledger.find(row) or {}).get("measured_at") == row["measured_at"]
             is_copy = row["stage"] == "quantize" and not post.folder  # of a checkpoint that another node has too
-            if session.ledger.find(row) == row or (is_copy and session.counts(row)):
+            if is_known or (is_copy and session.counts(row)):
                 session.decided(row)
             else:
                 session.adopt({**row, **place, "model_reason": session.source.reason})
@@ -168,13 +168,10 @@ class Crew:
             session.leave_float16(new)
 
 
-def measure(
-    study: Study, values: Mapping[str, Any], numbers: set[str], options: ClusterOptions, only_plan: bool = False
-) -> device.Device:
+def measure(study: Study, values: Mapping[str, Any], numbers: set[str], options: ClusterOptions) -> device.Device:
     """Measure what notebooks would, on a cluster, into the study's ledger; return the device that was measured on.
 
-    `values` are all parameters of the notebooks with these `numbers`, such as 02. `only_plan` prints what would be
-    measured, by whom and in which order, and measures nothing.
+    `values` are all parameters of the notebooks with these `numbers`, such as 02.
 
     Raises
     ------
@@ -192,7 +189,7 @@ def measure(
         gpus = gpus_needed(session, nodes, options.gpus_per_model, numbers)
         shares, here = share_out(nodes, options.workers, gpus), ray.get_runtime_context().get_node_id()
         plan = cells.plan(session, values, numbers, here if here in {node.id for node, _ in shares} else "")
-        if only_plan:
+        if options.only_plan:
             tqdm.write("; ".join(f"w{number} on {node.host}" for number, (node, _) in enumerate(shares)))
             _print_plan(Schedule(plan, [node.id for node, _ in shares]))
             return session.device

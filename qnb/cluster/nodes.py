@@ -22,6 +22,7 @@ from qnb import device
 from qnb.device import Device
 from qnb.errors import InputError, refusing, scrub
 from qnb.memory import MIB
+from qnb.options import check_count
 
 CONNECT_S = 10.0  # until an address counts as silent
 ANSWER_S = 120.0  # until a node that was asked what it is counts as missing; it imports torch
@@ -44,6 +45,8 @@ class ClusterOptions:
     gpus_per_model
         GPUs that one model is spread over; ``"auto"`` takes as many as its weights need. A share such as 0.5 puts two
         workers on a GPU, for accuracy alone.
+    only_plan
+        Print what would be measured, by whom and in which order, and measure nothing.
 
     Raises
     ------
@@ -54,10 +57,10 @@ class ClusterOptions:
     workers: str = "auto"
     address: str = ""
     gpus_per_model: str = "auto"
+    only_plan: bool = False
 
     def __post_init__(self) -> None:
-        if self.workers != "auto" and not re.fullmatch(r"0*[1-9]\d{0,4}", self.workers):
-            raise InputError(f"workers is {self.workers!r}; give a whole number of at least 1, or 'auto'")
+        check_count("workers", self.workers)
         if self.gpus_per_model != "auto" and not re.fullmatch(r"0*[1-9]\d{0,2}|0?\.\d{0,3}[1-9]", self.gpus_per_model):
             raise InputError(f"gpus_per_model is {self.gpus_per_model!r}; give a number such as 2 or 0.5, or 'auto'")
 
@@ -78,8 +81,7 @@ def describe(node_id: str, resources: Mapping[str, float], kind: str) -> Node:
     """Describe the machine that this runs on, whose resources are those that Ray knows."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     cores = cores[: max(1, int(resources.get("CPU", 0)))]
-    gpus = resources.get("GPU", 0.0)
-    return Node(node_id, platform.node(), gpus, cores, device.detect(kind), device.versions())
+    return Node(node_id, platform.node(), resources.get("GPU", 0.0), cores, device.detect(kind), device.versions())
 
 
 # Ray

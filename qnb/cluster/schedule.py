@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 TRIES = 3  # workers that one cell may end, before it counts as failed; one that makes something, on each node
@@ -68,7 +68,6 @@ class Seat:
     cell: Cell | None = None  # at work
 
 
-@dataclass
 class Schedule:
     """Hands out cells.
 
@@ -80,15 +79,12 @@ class Schedule:
         Where workers are, one for each: w0, w1 ...
     """
 
-    cells: Iterable[Cell]
-    nodes: Sequence[str]
-    pending: dict[str, Cell] = field(default_factory=dict)  # by name, the longest first
-    ready: set[tuple[str, str]] = field(default_factory=set)  # what each node has
-    losses: Counter[tuple[str, str]] = field(default_factory=Counter)  # workers that a cell ended, by node and name
-
-    def __post_init__(self) -> None:
-        self.seats = {f"w{number}": Seat(node) for number, node in enumerate(self.nodes)}
-        self._add(self.cells)
+    def __init__(self, cells: Iterable[Cell], nodes: Iterable[str]) -> None:
+        self.seats = {f"w{number}": Seat(node) for number, node in enumerate(nodes)}
+        self.pending: dict[str, Cell] = {}  # by name, the longest first
+        self._ready = set[tuple[str, str]]()  # what each node has
+        self._losses = Counter[tuple[str, str]]()  # workers that a cell ended, by node and name
+        self._add(cells)
 
     def _add(self, cells: Iterable[Cell]) -> None:
         """Let cells be pending, and choose nodes for those that run alone: as few as end them in the least time."""
@@ -97,7 +93,7 @@ class Schedule:
         nodes = list(dict.fromkeys(seat.node for seat in self.seats.values()))
         alone_s = sum(cell.estimate_s for cell in both if cell.is_alone)
         count = math.ceil(alone_s / max(1.0, self.ideal_s()))
-        self._for_alone = nodes if TRIES in self.losses.values() else nodes[:count]
+        self._for_alone = nodes if TRIES in self._losses.values() else nodes[:count]
 
     def ideal_s(self) -> float:
         """Return the least time for what is pending: its longest chain, or an even share of all work."""
@@ -128,14 +124,14 @@ class Schedule:
         if not free:
             return None
         cell = self._choose(free, seat.precision)
-        cell = next((need for need in cell.needs if (seat.node, need.makes) not in self.ready), cell)
+        cell = next((need for need in cell.needs if (seat.node, need.makes) not in self._ready), cell)
         self.pending.pop(cell.name, None)
         seat.cell, seat.precision = cell, cell.precision or seat.precision
         return cell
 
     def _can_run(self, cell: Cell, node: str) -> bool:
         """Return whether a node may run a cell, and can make what it needs."""
-        lost = (self.losses["", cell.name], *(self.losses[node, need.name] for need in cell.needs))
+        lost = (self._losses["", cell.name], *(self._losses[node, need.name] for need in cell.needs))
         return cell.node in ("", node) and max(lost) < TRIES
 
     def _choose(self, free: list[Cell], precision: str) -> Cell:
@@ -149,7 +145,7 @@ class Schedule:
         """Count a worker's cell as ended, well or not."""
         seat = self.seats[worker]
         if seat.cell and seat.cell.makes:
-            self.ready.add((seat.node, seat.cell.makes))
+            self._ready.add((seat.node, seat.cell.makes))
         seat.cell = None
 
     def lose(self, worker: str, stays: bool) -> list[Cell]:
@@ -163,7 +159,7 @@ class Schedule:
         if not stays:
             del self.seats[worker]
         elif cell:
-            self.losses[seat.node if cell.makes else "", cell.name] += 1
+            self._losses[seat.node if cell.makes else "", cell.name] += 1
             nodes = {each.node for each in self.seats.values()}
             hopeless = [each for each in self.pending.values() if not any(self._can_run(each, node) for node in nodes)]
         for each in hopeless:

@@ -106,9 +106,6 @@ class Worker:
         self._post, self._models, self._keeps_model = post, ExitStack(), False
         self._scratch = tempfile.TemporaryDirectory(prefix="qnb-worker-")
 
-    def ready(self) -> None:
-        """Answer, once it has started."""
-
     def close(self) -> None:
         """Remove what it wrote; checkpoints stay."""
         self._scratch.cleanup()
@@ -136,7 +133,8 @@ class Worker:
         self._prepare(cell, tasks)
         for name, content in files.items():
             write_atomic(session.folder / name, content)
-        session.ledger.add_missing(rows)
+        for row in rows:
+            session.ledger.find(row) or session.ledger.append(row)
         before, text, wrong_input = session.ledger.path.stat().st_size, io.StringIO(), None
         with redirect_stdout(text):
             try:
@@ -187,10 +185,10 @@ class Worker:
             with suppress(Exception):  # where its builder is gone, this worker builds it too
                 session.tasks[name] = ray.get(tasks[name])
         keeps_model = cell.about["stage"] not in ("perf", "peaks", "quantize")  # which read memory before they load
-        if keeps_model and not self._keeps_model:
-            self._models.enter_context(memory.models_kept())
-        elif not keeps_model:
+        if not keeps_model:
             self._models.close()
+        elif not self._keeps_model:
+            self._models.enter_context(memory.models_kept())
         self._keeps_model = keeps_model
 
     def _use_cores(self, cores: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ Each is a function of a session and of what a user may ask, a class that checks 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import cycle, islice, pairwise
@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 
 from qnb import memory, prompts
 from qnb.budget import Clock
-from qnb.errors import InputError
+from qnb.errors import InputError, check_choice
 from qnb.flags import flag_text
-from qnb.options import Count, check_count
+from qnb.options import Count, Names, check_count
 from qnb.precision import parse
 from qnb.prompts import Workload
 from qnb.quantize import existing
@@ -30,8 +30,6 @@ from qnb.speed.plan import Shape
 if TYPE_CHECKING:
     from qnb.session import Session
     from qnb.speed.device_peaks import DevicePeaks
-
-Engines = str | Iterable[str]  # names in `qnb.speed.engines.FACTORIES`; "auto" is all that can run on the device
 
 NOTEBOOKS = {"bs1": "03", "maxbatch": "04"}  # by setting
 BATCHES_SWEPT = 3  # of each size
@@ -72,7 +70,7 @@ class WorkloadOptions:
         check_count(f"{self.setting}_requests", self.requests)
         for name in ("prompt_tokens", "new_tokens"):
             check_count(name, getattr(self, name))
-        prompts.check(self.prompt_source)
+        check_choice("prompt_source", self.prompt_source, prompts.SOURCES)
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class TimingOptions:
     """
 
     workload: Workload
-    engines: Engines = "auto"
+    engines: Names = "auto"
     repeats: int = 1
     memory_mib: Count = "auto"
     sweep_batch: Count = "auto"

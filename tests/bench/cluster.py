@@ -77,9 +77,6 @@ class Sleeper:
         sleep(float(self._post.record["scale"]) * (cell.estimate_s + load_s))
         return Result()
 
-    def ready(self) -> None:
-        """Answer."""
-
     def close(self) -> None:
         """Remove nothing."""
 

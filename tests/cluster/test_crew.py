@@ -45,9 +45,9 @@ class InProcess:
 
     def _hire(self, worker, post):
         self.n_held -= 1
-        methods = {name: getattr(worker(post), name) for name in ("ready", "measure", "close")}
-        if self.n_held >= 0:
-            methods["ready"] = None
+        hired = worker(post)
+        starts = None if self.n_held >= 0 else bool
+        methods = {"__ray_ready__": starts, "measure": hired.measure, "close": hired.close}
         return SimpleNamespace(
             **{name: SimpleNamespace(remote=partial(self._call, each)) for name, each in methods.items()}
         )
