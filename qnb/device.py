@@ -117,9 +117,9 @@ def detect(wanted: str = "auto") -> Device:
         raise InputError(f"device is {wanted!r}, and PyTorch sees {seen} here; take 'auto'")
     import psutil
 
-    native = "bfloat16" in cpu_types()
+    bf16 = "native" if "bfloat16" in cpu_types() else "emulated"
     memory_mib = min(limit_mib, psutil.virtual_memory().total / MIB)
-    return Device("cpu", host(), memory_mib, "native" if native else "emulated", "")
+    return Device("cpu", host(), memory_mib, bf16, "")
 
 
 def recorded(row: Mapping[str, Any]) -> Device:

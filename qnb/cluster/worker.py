@@ -88,7 +88,7 @@ class WorkerSession(Session):
         folder = self.folder / "checkpoints" / self.pinned(precision).checkpoint
         if precision.origin or folder in self._verified:
             return super().checkpoint(precision)
-        key, record = self.key("quantize", precision), folder.with_name(f".{folder.name}.json")
+        key, record = self.key("quantize", precision), folder.with_name(f".{folder.name}.row.json")
         with holding(record.with_suffix(".lock"), lambda: None):
             row = json.loads(record.read_text()) if record.exists() else {}
             is_same = row.get("fingerprint") == key["fingerprint"] and not self.overwrite

@@ -158,14 +158,16 @@ def test_what_fails_is_told_once_and_the_others_go_on(study, capsys):
     assert len(study.session.ledger.rows("lengths")) == 1
 
 
-def test_one_worker_of_a_node_makes_a_checkpoint_for_all_studies(study, tmp_path, monkeypatch):
+def test_one_worker_of_a_node_makes_a_checkpoint_for_all_studies_but_one_that_overwrites(study, tmp_path, monkeypatch):
     made, convert = [], checkpoint.convert
     monkeypatch.setattr(checkpoint, "convert", lambda *arguments: made.append(arguments) or convert(*arguments))
     monkeypatch.setenv("QNB_CACHE", str(tmp_path / "cache"))
     other = Study("smollm2-135m", "bf16", tmp_path / "other", device="cpu")
     session = other.session
     session.append(session.key("quantize", session.precisions[0]), {"manifest_sha256": "another node's"})
-    for each in (study, other):
-        measure(each, [Cell({"stage": "quantize", "precision": "bf16"}, stages.quantize)], "aa")
-        assert len(each.session.ledger.rows("quantize")) == 1
-    assert len(made) == 1
+    about = {"stage": "quantize", "precision": "bf16"}
+    again = Study("smollm2-135m", "bf16", other.folder, overwrite=True)
+    needs = (Cell(about, stages.quantize, makes="checkpoint bf16"),)
+    for each, count in ((study, 1), (other, 1), (again, 2)):
+        measure(each, [Cell(about, stages.quantize, needs)], "aa")
+        assert (len(each.session.ledger.rows("quantize")), len(made)) == (1, count)
