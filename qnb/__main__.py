@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         help="set a notebook's parameter, in place of the profile's, such as -p precisions bf16,nf4; may be repeated",
     )  # fmt: skip
     run.add_argument("--workers", help="measure on several GPUs by Ray: a number, or auto (default: 1, without Ray)")
-    run.add_argument("--ray-address", metavar="HOST:PORT", help="a running Ray cluster's (default: $RAY_ADDRESS)")
+    run.add_argument("--ray-address", metavar="HOST:PORT", help="a running Ray cluster ($RAY_ADDRESS with --workers)")
     run.add_argument("--gpus-per-model", default="auto", help="GPUs that one model is spread over (default: auto)")
     run.add_argument("--dry-run", action="store_true", help="print what would be measured, by whom and in which order")
     page = commands.add_parser("report", help="write a study's report, tables and figures from its ledger")

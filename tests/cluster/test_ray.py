@@ -251,8 +251,6 @@ class OneNode:
     def nodes(self):
         return [{"NodeID": "a" * 56, "Alive": True, "Resources": {"GPU": self._gpus}, "NodeManagerHostname": "box"}]
 
-    exceptions = SimpleNamespace(GetTimeoutError=TimeoutError)
-
     def remote(self, **_):
         return lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: None))
 
