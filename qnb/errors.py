@@ -58,7 +58,7 @@ def refusing(message: str, kind: type[Exception] = Exception) -> Iterator[None]:
     except InputError:
         raise
     except kind as error:
-        raise InputError(f"{message} ({scrub(str(error)) or type(error).__name__})") from None
+        raise InputError(f"{message} ({scrub(' '.join(str(error).split())) or type(error).__name__})") from None
 
 
 def scrub(text: str, length: int = 200) -> str:

@@ -103,7 +103,8 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
         if not options.address:
             cores = max(os.cpu_count() or 1, 1 if options.workers == "auto" else int(options.workers))
             quiet |= {"num_cpus": cores, "object_store_memory": STORE_BYTES, "include_dashboard": False}
-        try:
+        advice = "give HOST:PORT of one, and where it asks for a token, RAY_AUTH_MODE=token and its auth_token"
+        with refusing(f"no Ray cluster can be joined at {options.address or 'this machine'}; {advice}"):
             if options.address not in ("", "auto"):  # where nobody answers, Ray tries for minutes
                 host, _, port = options.address.rpartition(":")
                 socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
@@ -111,10 +112,6 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
             ray.init(options.address or "local", **quiet)
             for each, handler in handlers.items():  # Ray's own abort the process
                 signal.signal(each, handler)
-        except Exception as error:  # whatever Ray raises, such as RuntimeError for another version
-            what = f"no Ray cluster can be joined at {options.address or 'this machine'}"
-            advice = "give HOST:PORT of one, and where it asks for a token, RAY_AUTH_MODE=token and its auth_token"
-            raise InputError(f"{what} ({scrub(' '.join(str(error).split()), 300)}); {advice}") from error
         try:
             yield ray
         finally:
