@@ -411,6 +411,8 @@ def _make_portable(path: Path) -> None:
     for part in (book, *book.cells):
         for name in ("papermill", "widgets", "execution"):
             part.metadata.pop(name, None)
+        if "injected-parameters" in part.metadata.get("tags", ()):
+            part.id = "injected-parameters"  # as in every other drawing
         for output in part.get("outputs", ()):
             if {"text/html", "text/plain"} <= output.get("data", {}).keys():
                 del output.data["text/plain"]  # an object's address

@@ -227,9 +227,8 @@ class Session:
 
     def prompt_source(self, source: str) -> str:
         """Return where prompts come from; ``"auto"`` is WikiText-2 where there is a GPU or a `data_dir`."""
-        if source == "auto":
-            return "wikitext" if self.device.kind == "cuda" or self.data_dir else "sample"
-        return source
+        auto = "wikitext" if self.data_dir or self.device.kind == "cuda" else "sample"
+        return auto if source == "auto" else source
 
     def disk_shortage(self) -> str:
         """Return a line where the checkpoints still to be made need more disk than is free; else nothing."""

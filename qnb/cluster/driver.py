@@ -204,11 +204,10 @@ def measure(study: Study, values: Mapping[str, Any], numbers: set[str], options:
 def _print_plan(schedule: Schedule) -> None:
     """Print the cells in the order in which they would begin, if each took as long as is known."""
     ideal_s, planned = schedule.ideal_s(), rehearse(schedule)
-    for each in planned:
-        cell = each.cell
-        needs = "needs " * bool(cell.needs) + ", ".join(need.name for need in cell.needs)
+    for begin_s, _, worker, cell in planned:
+        needs = "needs " * bool(cell.needs) + ", ".join(dict.fromkeys(need.name for need in cell.needs))
         about = "; ".join(filter(None, (needs, "alone on its node" * cell.is_alone)))
-        tqdm.write(f"{each.begin_s:7.0f} s  {each.worker:4s}{cell.name:40s}{cell.estimate_s:6.0f} s  {about}".rstrip())
+        tqdm.write(f"{begin_s:7.0f} s  {worker:4s}{cell.name:40s}{cell.estimate_s:6.0f} s  {about}".rstrip())
     total_min = max((each.end_s for each in planned), default=0.0) / 60
     tqdm.write(f"{len(planned)} cells, about {total_min:.0f} minutes (at best {ideal_s / 60:.0f})")
 

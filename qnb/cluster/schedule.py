@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 TRIES = 3  # workers that one cell may end, before it counts as failed; one that makes something, on each node
 
@@ -168,8 +168,7 @@ class Schedule:
         return [cell, *hopeless] if cell and cell.makes and hopeless else hopeless
 
 
-@dataclass(frozen=True)
-class Planned:
+class Planned(NamedTuple):
     """A cell in a rehearsal."""
 
     begin_s: float
