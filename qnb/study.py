@@ -1,7 +1,6 @@
 """Study: everything a notebook holds. It composes the stages and turns their rows into tables and figures."""
 
 from collections.abc import Callable, Sequence
-from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from qnb.report.results import MARGIN_PP, Results
 from qnb.session import Session
 from qnb.speed import stages as speed
 
-MARGIN = Parameter("margin_pp", Parameter.KEYWORD_ONLY, default=MARGIN_PP)
-
 
 class Study:
     """One model in several formats, and the folder in which everything measured of it is kept.
@@ -28,11 +25,21 @@ class Study:
     Each method measures what is missing in the ledger, then returns a frame of what the rows say.
     """
 
-    __signature__ = Signature([*signature(Session).parameters.values(), MARGIN])  # for help, and for `qnb run`
-
-    def __init__(self, *session: Any, margin_pp: float = MARGIN_PP, **parameters: Any) -> None:
+    def __init__(
+        self,
+        model: str = "auto",
+        precisions: Names = "study",
+        output: str | Path = "outputs/study",
+        data_dir: str | Path = "",
+        seed: int = 0,
+        overwrite: bool = False,
+        minutes: float | str = 0,
+        device: str = "auto",
+        half: str = "auto",
+        margin_pp: float = MARGIN_PP,
+    ) -> None:
         verdicts.check_margin(margin_pp)
-        self.session = Session(*session, **parameters)
+        self.session = Session(model, precisions, output, data_dir, seed, overwrite, minutes, device, half)
         self.folder, self.precisions = self.session.folder, self.session.precisions
         self.margin_pp = margin_pp
         self._results: tuple[tuple[int, int], Results] | None = None
