@@ -52,7 +52,8 @@ def test_findings_and_notebooks_are_of_this_ledger(study):
         )
         texts = "".join("".join(output.get("text", ())) for output in outputs)
         assert number not in sections or findings.text(study, sections[number]) in texts
-    assert {"02", "05"} <= set(books)
+    measured = {"02": study.scores, "03": study.bs1, "04": study.maxbatch}
+    assert {"05", *(number for number, frame in measured.items() if len(frame))} <= set(books)
 
 
 def test_what_is_kept_is_small_and_holds_no_text_of_a_data_set(study):
@@ -80,3 +81,20 @@ def test_bf16_agrees_with_stock_lm_eval():
     for task, values in STOCK.items():
         for metric, value in zip(("acc", "acc_norm"), values, strict=False):
             assert scores[task, metric] == pytest.approx(value, abs=0.003)
+
+
+def test_captured_passes_agree_and_power_adds_up_to_energy():
+    """Passes differ by 3 % at most. In 3 s, power read now and then gives the counter's energy within 5 %.
+
+    In less NVML's power, a mean over the second before, lags behind.
+    """
+    study = STUDIES["llama-3.2-1b-shape"]
+    for frame in (study.bs1, study.maxbatch):
+        captured = frame[frame.engine == "cuda_graph"].dropna(subset=["tpot_s"])
+        assert len(captured) and (captured.throughput_spread_pct < 3).all() and (captured.passes >= 2).all()
+    long = study.passes[study.passes.duration_s > 3]
+    assert {"eager", "cuda_graph"} == set(long.engine)
+    for row in long.itertuples():
+        read = pd.read_parquet(study.folder / row.samples_file)
+        integral_j = (read.power_w.rolling(2).mean() * read.t_s.diff()).sum()
+        assert integral_j == pytest.approx(read.energy_j.iloc[-1] - read.energy_j.iloc[0], rel=0.05)
