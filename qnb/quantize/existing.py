@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads")  # fmt: skip
-PACKAGES = {"gptq": "gptqmodel", "awq": "gptqmodel", "auto-round": "auto-round",
+PACKAGES = {"gptq": "gptqmodel optimum", "awq": "gptqmodel", "auto-round": "auto-round",
             "compressed-tensors": "compressed-tensors", "torchao": "torchao", "quanto": "optimum-quanto",
             "gguf": "gguf"}  # fmt: skip
 
