@@ -54,14 +54,16 @@ class SlotCache(DynamicCache):
 
     def __init__(self, buffers: Sequence[tuple[Tensor, Tensor]], slots: Any = None, attended: int = 0) -> None:
         super().__init__()
-        self.buffers, self.slots, self.attended = buffers, slots, attended
+        self.buffers, self.slots, self.attended = list(buffers), slots, attended
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Write new keys and values, (B, H, T, S) each; return those that are attended to."""
         for buffer, states in zip(self.buffers[layer_idx], (key_states, value_states), strict=True):
-            buffer.index_copy_(2, self.slots, states)
+            buffer.index_copy_(2, self.slots.to(buffer.device), states)
         return tuple(buffer[:, :, : self.attended] for buffer in self.buffers[layer_idx])
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Drop all rows but these."""
-        self.buffers = [(keys[indices], values[indices]) for keys, values in self.buffers]
+        """Drop all rows but these, a layer at a time: there may be no memory for a second cache."""
+        for place, layer in enumerate(self.buffers):
+            keys, values = (buffer[indices.to(buffer.device)] for buffer in layer)
+            self.buffers[place] = keys, values

@@ -48,8 +48,8 @@ def expand_path(path: str | Path) -> Path:
 
 
 @contextmanager
-def refusing(message: str, kind: type[Exception] = Exception) -> Iterator[None]:
-    """Turn an error of the block into one line for the user: the message, and in brackets what was raised.
+def refusing(message: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
+    """Turn an error of some kinds, or any, into one line for the user: the message, and in brackets what was raised.
 
     The error itself is not kept: its text may hold a secret.
     """
@@ -57,7 +57,7 @@ def refusing(message: str, kind: type[Exception] = Exception) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except kind as error:
+    except kinds as error:
         raise InputError(f"{message} ({scrub(' '.join(str(error).split())) or type(error).__name__})") from None
 
 

@@ -87,7 +87,7 @@ class CapturedStep:
         """Capture the step; return whether that went well.
 
         Before, it runs once where the host must not wait for the device, which no graph captures. LLM.int8 waits for
-        its outlier columns. Found so, it leaves nothing half done.
+        its outlier columns. A wait that is found here leaves no half-made graph behind.
         """
         before = torch.cuda.get_sync_debug_mode()
         try:

@@ -179,6 +179,8 @@ class SharedContextLM(StockLM):
             return super().generate_until(requests, disable_tqdm)
         answers = AnswerCache(self._answers_path, [request.args for request in requests])
         prefix = shared_prefix([prompt.tokens for prompt in prompts])
+        if max(len(prompt.tokens) + prompt.max_new_tokens for prompt in prompts) > self.backbone.window:
+            prefix = ()  # the padding behind it would count towards a window
         past = cache(partial(self.backbone.read, prefix))
         generator = GreedyGenerator(self.backbone, self.tokenizer)
 

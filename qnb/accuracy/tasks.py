@@ -372,12 +372,11 @@ def draw(name: str, count: int, limit: int | None) -> list[int]:
 def _load(name: str, data_dir: Path | None) -> Any:
     """Return lm-eval's tasks and groups by name, with their data."""
     unread = f"the data of task {name!r} could not be read from {data_dir or 'the hub'}"  # whatever a loader raises
-    advice, absent = "check the network, give data_dir, or take tasks='sample'", "it lacks a package, split or column"
-    with refusing(f"{unread}; {advice}"), reading_from(DATA / "tasks" if name in TASKS["sample"] else data_dir):
-        try:
-            loaded = _index_with(name).load([name])
-        except (ImportError, KeyError) as error:
-            raise InputError(f"task {name!r} cannot be scored here: {absent} ({error}); leave it out") from error
+    advice = "check the network, give data_dir, or take tasks='sample'"
+    absent = f"task {name!r} cannot be scored here: it lacks a package, split or column; leave it out"
+    with (refusing(f"{unread}; {advice}"), reading_from(DATA / "tasks" if name in TASKS["sample"] else data_dir),
+          refusing(absent, (ImportError, KeyError))):  # fmt: skip
+        loaded = _index_with(name).load([name])
     unsupported = ("MULTIMODAL", "UNSAFE_CODE")
     if any(getattr(part, attribute, False) for part in loaded["tasks"].values() for attribute in unsupported):
         raise InputError(f"task {name!r} shows images, plays sounds or runs a model's programs; leave it out")

@@ -29,6 +29,7 @@ from qnb.study import Study
 
 START_S = 120.0  # in which nothing ends, until workers that have not started are given up
 CLOSE_S = 5.0  # until a worker that removes its folder is let alone
+OF_PLACE = ("node", "worker", "gpu", "command", "model_reason")  # columns that the driver writes
 CONTEXT_BYTES = 1024 * MIB  # of a process on a GPU, and what its libraries take
 
 
@@ -158,7 +159,8 @@ class Crew:
         for path, content in result.files.items():
             write_atomic(session.folder / path, content)
         for row in result.rows:
-            is_known = (session.ledger.find(row) or {}).get("measured_at") == row["measured_at"]
+            known = session.ledger.find(row) or {}
+            is_known = all(known.get(name) == value for name, value in row.items() if name not in OF_PLACE)
             is_copy = row["stage"] == "quantize" and not post.folder  # of a checkpoint that another node has too
             if is_known or (is_copy and session.counts(row)):
                 session.decided(row)

@@ -159,9 +159,11 @@ class Schedule:
         if not stays:
             del self.seats[worker]
         elif cell:
-            self._losses[seat.node if cell.makes else "", cell.name] += 1
+            lost = seat.node if cell.makes else "", cell.name
+            self._losses[lost] += 1
             nodes = {each.node for each in self.seats.values()}
-            hopeless = [each for each in self.pending.values() if not any(self._can_run(each, node) for node in nodes)]
+            hopeless = [each for each in self.pending.values() if self._losses[lost] == TRIES
+                        and not any(self._can_run(each, node) for node in nodes)]  # fmt: skip
         for each in hopeless:
             del self.pending[each.name]
         self._add([])

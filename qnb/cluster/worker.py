@@ -20,7 +20,7 @@ from qnb import memory
 from qnb.cluster.nodes import Node
 from qnb.cluster.schedule import Cell
 from qnb.errors import InputError
-from qnb.ledger import Row, holding, write_atomic
+from qnb.ledger import FAILED, Row, holding, write_atomic
 from qnb.precision import Precision, parse
 from qnb.provenance import cache_folder
 from qnb.session import NothingMeasuredError, Session
@@ -135,18 +135,20 @@ class Worker:
             write_atomic(session.folder / name, content)
         for row in rows:
             session.ledger.find(row) or session.ledger.append(row)
-        before, text, wrong_input = session.ledger.path.stat().st_size, io.StringIO(), None
+        before, text, error = session.ledger.path.stat().st_size, io.StringIO(), None
         with redirect_stdout(text):
             try:
                 session.measure(cell.step)
-            except InputError as error:
-                wrong_input = InputError(str(error))
+            except InputError as wrong_input:
+                error = InputError(str(wrong_input))
             except NothingMeasuredError:
                 pass  # and each failure has its row
-            except Exception as error:  # of this cell alone
-                session.fail(cell.about, cell.name, error)
+            except Exception as failure:  # of this cell alone
+                session.fail(cell.about, cell.name, failure)
         decided = [json.loads(line) for line in session.ledger.path.read_bytes()[before:].splitlines()]
-        return self._result(cell, decided, text.getvalue(), wrong_input)
+        if any(row["stage"].endswith(FAILED) for row in decided):
+            error = None  # what one format cannot do ends no other's cells
+        return self._result(cell, decided, text.getvalue(), error)
 
     def _result(self, cell: Cell, rows: list[Row], text: str, error: InputError | None) -> Result:
         import ray

@@ -44,6 +44,7 @@ def check(session: Session) -> None:
     """
     for precision in session.precisions:
         check_runnable(precision, session.device)
+    for precision in session.precisions:  # after all others, for it may fetch one
         if precision.origin:
             find(session, precision)
 
@@ -121,8 +122,9 @@ def load(path: Path, device: str) -> PreTrainedModel:
     except Exception as error:  # whatever its library raises
         if is_out_of_memory(error):
             raise
-        package = PACKAGES.get(how := method(path), how)
-        needs = f"{ORIGIN}{path} needs `pip install {package}`; all other formats work without"
+        package = PACKAGES.get(method(path))
+        library = f"`pip install {package}`" if package else "a library that is not installed"
+        needs = f"{ORIGIN}{path} needs {library}; all other formats work without"
         with refusing(_unreadable(path)), refusing(needs, ImportError):
             raise
     return model.eval()

@@ -121,6 +121,9 @@ def existing(origin: str) -> Source:
     """
     path = expand_path(origin).resolve()
     if path.is_dir():
+        if not (path / CONFIG).exists():
+            advice = "give one that save_pretrained wrote, or the path of a GGUF file"
+            raise InputError(f"{ORIGIN}{origin} is a folder without {CONFIG}; {advice}")
         return _from_folder(origin, path, "named", may_be_quantized=True)
     *repository, file = origin.split("/", 2) if origin.endswith(".gguf") else (origin, "")
     if not path.is_file():

@@ -222,9 +222,9 @@ def summary(results: Results) -> pd.DataFrame:
     is_captured = fastest.precision.isin(timed_full.precision[timed_full.engine != "eager"])
     is_eager_alone = ~is_captured & is_captured.any()
     shown = results.speed[results.speed.setting != "sweep"]
-    is_shared = shown["flags"].map(is_disturbed).astype(bool)
+    disturbed = shown["flags"].map(is_disturbed).astype(bool)
     notes = [pd.Series(Flag.UNFUSED.text, results.speed.precision[is_unfused(results.speed)].unique()),
-             pd.Series("disturbed by other processes", shown.precision[is_shared].unique()),
+             pd.Series("disturbed by other processes", shown.precision[disturbed].unique()),
              pd.Series("largest batch with eager alone", fastest.precision[is_eager_alone])]  # fmt: skip
     note = pd.concat(notes).groupby(level=0, sort=False).agg("; ".join)
     ran_as = results.checkpoints.reindex(columns=["precision", "ran_as"]).set_index("precision").ran_as

@@ -1,6 +1,7 @@
 """The scorer gives stock lm-eval's answers, to every kind of request and with models of several families."""
 
 import random
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from qnb.accuracy.backbone import Backbone
 from qnb.accuracy.generation import is_shaped
 from qnb.accuracy.scorer import SharedContextLM, StockLM
 from qnb.accuracy.tasks import UNANSWERED
+from qnb.capture import SlotCache
 from qnb.finite import NotFiniteError
 from qnb.quantize.checkpoint import load_tokenizer
 
@@ -262,6 +264,32 @@ def generations(text):
     """Requests whose texts end early, late or not at all."""
     stops = (["a"], ["\n\n"], ["e", " the"])
     return [request(text(3 + 5 * place), {"until": stops[place % 3], "max_gen_toks": 40}) for place in range(12)]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
+def test_a_prefix_beyond_a_window_is_read_with_each_text(family, both, text, monkeypatch):
+    """Padding behind a prefix that is read once would count towards the window."""
+    ours, stock = both(family)
+    prefix, reads, read = text(45), [], ours.backbone.read
+    monkeypatch.setattr(ours.backbone, "read", lambda tokens: reads.append(tokens) or read(tokens))
+    prompts = [request(f"{prefix} {text(words)}", {"until": ["\n\n"], "max_gen_toks": 24}) for words in (2, 60, 8, 40)]
+    assert ours.generate_until(prompts, True) == stock.generate_until(prompts, True)
+    assert any(reads) == (family == "Llama")
+
+
+def test_rows_of_a_cache_are_dropped_a_layer_at_a_time():
+    """Of the old layers all but one are given back before the last is copied."""
+    cache = SlotCache([(torch.zeros(4, 1, 2, 1), torch.zeros(4, 1, 2, 1)) for _ in range(3)])
+    first, copies = weakref.ref(cache.buffers[0][0]), []
+
+    class Rows(torch.Tensor):
+        def to(self, *device):
+            copies.append(first() is None)
+            return super().to(*device)
+
+    cache.batch_select_indices(torch.tensor([1, 3]).as_subclass(Rows))
+    assert copies == [False, False, True, True, True, True]
+    assert {buffer.shape[0] for layer in cache.buffers for buffer in layer} == {2}
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "GPT2", "OPT", "Mistral", "Mixtral"])

@@ -14,27 +14,33 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from qnb.ledger import Ledger, write_parquet
+from qnb.ledger import FAILED, Ledger, Row, row_key, write_parquet
 
 KINDS = ("items", "samples", "tokens")
 
 
+def name(row: Row) -> tuple[object, ...]:
+    """Return what a row is about, measured or failed."""
+    return row_key({**row, "stage": row["stage"].removesuffix(FAILED)})
+
+
 def add(study: Path, kept: Path) -> None:
     ledger, packed = Ledger(study), Ledger(kept)
+    known = {name(row) for row in (*packed.rows(), *packed.failures())}
     for row in (*ledger.rows(), *ledger.failures()):
-        if packed.find({"fingerprint": "", **row}):
+        if name(row) in known:
             continue
         for kind in KINDS:
-            name = row.pop(f"{kind}_file", None)
-            if row["stage"] == "divergence" or name is None:
+            file = row.pop(f"{kind}_file", None)
+            if row["stage"] == "divergence" or file is None:
                 row.pop(f"{kind}_sha256", None)
                 continue
-            frame = pd.read_parquet(study / name)
+            frame = pd.read_parquet(study / file)
             if kind == "items" and "loglikelihoods" not in frame:
                 frame = frame.drop(columns="gold")  # the right answer as the data set has it
             if kind == "tokens":
                 frame = frame.map(partial(np.asarray, dtype="float32"))
-            row[f"{kind}_file"], row[f"{kind}_sha256"] = write_parquet(kept, name.rsplit(".", 2)[0], frame)
+            row[f"{kind}_file"], row[f"{kind}_sha256"] = write_parquet(kept, file.rsplit(".", 2)[0], frame)
             pd.testing.assert_frame_equal(frame, pd.read_parquet(kept / row[f"{kind}_file"]))
         assert '"/' not in json.dumps(row) and " /" not in row["command"], f"a path of this machine: {row}"
         packed.append(row)
