@@ -232,7 +232,8 @@ def _plain(what: str, text: str | bytes) -> Any:
     import yaml
 
     with refusing(f"{what} holds {text[:40]!r}, which is not a plain value"):
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
+    return text if isinstance(text, str) and isinstance(value, dict) else value  # a name with a colon at its end
 
 
 def check_parameters(values: Mapping[str, Any], names: Sequence[str]) -> Study:

@@ -26,7 +26,7 @@ WORDS = {"README.md": 1200, "outputs/reference/README.md": 500, "notebooks/METRI
          "notebooks/04_perf_maxbatch.ipynb": 750, "notebooks/05_figures.ipynb": 500}  # fmt: skip
 TYPED_NUMBERS = {"README.md": 4, "outputs/reference/README.md": 6, "notebooks/METRICS.md": 6}  # in 100 words
 # README's numbers that are no results
-SETTINGS = {"0", "1", "2", "4", "15", "16", "25", "32", "100", "128", "3.11", "6.0", "95"}
+SETTINGS = {"0", "1", "2", "4", "16", "25", "32", "100", "128", "3.11", "6.0", "95"}
 NUMBER = r"(?<![\w.,-])[-+]?\d[\d,]*(?:\.\d+)?(?![\w-])"  # not in names such as Llama-3.2-1B, H200 or 4-bit
 
 

@@ -79,7 +79,7 @@ def sweep(results: Results) -> go.Figure:
     title = "When do rows stop being free?"
     steps = results.sweep
     if steps.empty:
-        return theme.nothing(title, "without a GPU only where sweep_batch asks for it")
+        return theme.nothing(title, "sweep_batch says up to which batch size")
     alike = ["precision", "engine", "prompt_tokens", "new_tokens"]
     largest = results.maxbatch.merge(steps[alike].drop_duplicates(), on=alike)
     rows = stack([steps.assign(size=5), largest.assign(size=12)]).sort_values("batch_size", kind="stable")
