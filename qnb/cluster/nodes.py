@@ -97,7 +97,7 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
         Ray is not installed, nobody answers at the address, or the cluster has another version of Ray or Python.
     """
     with patch.dict(os.environ, LOCAL if not options.address else {}):
-        with refusing("workers and --dry-run need Ray: pip install 'ray>=2.54', or leave both out", ModuleNotFoundError):
+        with refusing("workers and --dry-run need Ray: pip install 'ray>=2.54', or give neither", ModuleNotFoundError):
             import ray
         quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
         if not options.address:

@@ -91,7 +91,7 @@ def largest_batches(all_series: Sequence[Series], cap: int, clock: Clock) -> Ite
     for each in all_series:
         cost_s = 0.0 if each.why_unavailable() else _batches_s(each, cap) + 2 * _beside_s(each)
         needed_s = 0.0 if each.session.decided(each.batch_key) else cost_s
-        plans.append((cost_s * (1 + engines.index(each.engine)), needed_s, cost_s / 2, each))
+        plans.append(Planned(each, cost_s * (1 + engines.index(each.engine)), needed_s, cost_s / 2))
     return _affordable("largest batch of", plans, clock)
 
 
@@ -101,26 +101,33 @@ def affordable_sweep(swept: Sequence[Series], clock: Clock) -> list[Series]:
     for each in swept:
         rank_s = _sweep_s(each)
         cost_s = rank_s + _beside_s(each) * (rank_s > 0 and each.size == 1)  # the first size is loaded and compiled
-        plans.append((rank_s, cost_s, cost_s, each))
+        plans.append(Planned(each, rank_s, cost_s, cost_s))
     affordable = {(each.name, each.size) for each in _affordable(IN_SWEEP, plans, clock)}
     return [each for each in swept if (each.name, each.size) in affordable]
 
 
-def _affordable(what: str, plans: Iterable[tuple[float, float, float, Series]], clock: Clock) -> Iterator[Series]:
-    """Yield the series that there is time for; name the others.
+class Planned(NamedTuple):
+    """What a series would take."""
 
-    Plans are (rank, seconds that are needed, seconds that are spent after all series were yielded, series).
-    """
+    series: Series
+    rank_s: float  # the least comes first
+    needed_s: float  # in all
+    later_s: float  # of it, after all series were yielded
+
+
+def _affordable(what: str, plans: Iterable[Planned], clock: Clock) -> Iterator[Series]:
+    """Yield the series that there is time for; name the others."""
     later_s = 0.0
     left_out: dict[tuple[str, str], Series] = {}
-    for _, needed_s, own_later_s, each in sorted(plans, key=lambda plan: plan[0]):
-        if each.name in left_out or (needed_s and later_s + needed_s > clock.left_s):
-            left_out[each.name] = each  # with all its larger sizes
+    for plan in sorted(plans, key=lambda plan: plan.rank_s):
+        name = plan.series.name
+        if name in left_out or (plan.needed_s and later_s + plan.needed_s > clock.left_s):
+            left_out[name] = plan.series  # with all its larger sizes
         else:
             started_s = now_s()
-            yield each
-            is_searched = needed_s > own_later_s  # meanwhile; its timing takes no more than twice as long
-            later_s += min(own_later_s, 2 * (now_s() - started_s)) if is_searched else own_later_s
+            yield plan.series
+            is_searched = plan.needed_s > plan.later_s  # meanwhile; its timing takes no more than twice as long
+            later_s += min(plan.later_s, 2 * (now_s() - started_s)) if is_searched else plan.later_s
     name_left_out(what, [*left_out.values()])
 
 
