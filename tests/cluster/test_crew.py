@@ -112,6 +112,13 @@ def fail(session):
     session.require("lengths")
 
 
+def fail_and_refuse(session):
+    """Record a failure, and refuse something, as a format that is too large for `memory_mib`."""
+    with session.failing(session.key("batch", session.precisions[0]), "the largest batch"):
+        raise MemoryError
+    raise InputError("memory_mib is 1")
+
+
 def refuse(session):
     """Measure something, and refuse something."""
     ask(session)
@@ -150,11 +157,11 @@ def test_what_cannot_be_run_takes_no_row_away(study):
 
 
 def test_what_fails_is_told_once_and_the_others_go_on(study, capsys):
-    abouts = [{"stage": stage, "precision": "bf16"} for stage in ("lengths", "sweep")]
-    steps = (fail, lambda _: [][0])
+    abouts = [{"stage": stage, "precision": "bf16"} for stage in ("lengths", "sweep", "batch")]
+    steps = (fail, lambda _: [][0], fail_and_refuse)
     measure(study, [*map(Cell, abouts, steps), Cell(LENGTHS, ask)])
-    assert {row["stage"] for row in study.session.ledger.failures()} == {"lengths.failed", "sweep.failed"}
-    assert capsys.readouterr().out.count("could not be measured") == 2
+    assert {row["stage"] for row in study.session.ledger.failures()} == {f"{each['stage']}.failed" for each in abouts}
+    assert capsys.readouterr().out.count("could not be measured") == 3
     assert len(study.session.ledger.rows("lengths")) == 1
 
 

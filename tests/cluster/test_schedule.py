@@ -75,6 +75,14 @@ def test_a_maker_that_was_lost_is_asked_for_again():
     assert [bool(each.cell.makes) for each in rehearse(schedule)] == [True, False]
 
 
+def test_a_cell_of_a_node_that_is_gone_stays_pending():
+    """What the other node loses once is no reason to give it up."""
+    schedule = Schedule([Cell(NF4, needs=(MADE,), node="a"), Cell({"stage": "lengths"}, needs=(MADE,))], ["a", "b"])
+    assert schedule.lose("w0", stays=False) == []
+    assert schedule.begin("w1") is MADE
+    assert schedule.lose("w1", stays=True) == [] and len(schedule.pending) == 2
+
+
 def test_a_cell_that_belongs_to_a_node_runs_there():
     schedule = Schedule([Cell(NF4, needs=(MADE,), node="b")], ["a", "b"])
     assert {each.worker for each in rehearse(schedule)} == {"w1"}
