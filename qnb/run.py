@@ -371,7 +371,7 @@ def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2)
         return _execute(study, name, values, tries - 1)
     if _interrupted.is_set():
         raise KeyboardInterrupt
-    return f"{name}: done in {perf_counter() - started:.0f} s, {len(study.session.ledger)} rows"
+    return f"{name}: done in {perf_counter() - started:.0f} s, {len(study.session.ledger)} rows in all"
 
 
 def show(study: Study) -> None:

@@ -251,6 +251,8 @@ def sentence(results: Results) -> str:
     lists = [f"{phrase} {', '.join(map(title, names))}" for each, phrase in phrases.items()
              if len(names := table.precision[table.verdict == each])]  # fmt: skip
     opening = [f"On {results.model}, accuracy against {BASELINE.upper()}: {'; '.join(lists)}."] if lists else []
+    if results.scores.empty and results.divergence.empty:
+        opening = [f"On {results.model}, accuracy was not measured."]
     is_allowed = ~table.verdict.isin([Verdict.LOSES, Verdict.BARELY_QUANTIZED])
     allowed = table[is_allowed]
     alone = unfused(results.speed[results.speed.precision.isin(allowed.precision)])
