@@ -238,7 +238,7 @@ def parse(names: str | Iterable[str], rows: Iterable[Mapping[str, Any]] = ()) ->
 def _known(word: str) -> str:
     """Return a format's name, or a label that was given before."""
     name = word if word in PRECISIONS else word.lower()
-    elsewhere = f"mine={ORIGIN}PATH (a checkpoint made elsewhere)"
+    elsewhere = f"mine={ORIGIN}PATH (a checkpoint made elsewhere; in a list where PATH has a space or comma)"
     check_choice("precision", name, [*PRECISIONS, elsewhere])
     return name
 
