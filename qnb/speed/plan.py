@@ -91,7 +91,7 @@ def largest_batches(all_series: Sequence[Series], cap: int, clock: Clock) -> Ite
     for each in all_series:
         cost_s = 0.0 if each.why_unavailable() else _batches_s(each, cap) + 2 * _beside_s(each)
         needed_s = 0.0 if each.session.decided(each.batch_key) else cost_s
-        plans.append(Planned(each, cost_s * (1 + engines.index(each.engine)), needed_s, cost_s / 2))
+        plans.append(Cost(each, cost_s * (1 + engines.index(each.engine)), needed_s, cost_s / 2))
     return _affordable("largest batch of", plans, clock)
 
 
@@ -101,12 +101,12 @@ def affordable_sweep(swept: Sequence[Series], clock: Clock) -> list[Series]:
     for each in swept:
         rank_s = _sweep_s(each)
         cost_s = rank_s + _beside_s(each) * (rank_s > 0 and each.size == 1)  # the first size is loaded and compiled
-        plans.append(Planned(each, rank_s, cost_s, cost_s))
+        plans.append(Cost(each, rank_s, cost_s, cost_s))
     affordable = {(each.name, each.size) for each in _affordable(IN_SWEEP, plans, clock)}
     return [each for each in swept if (each.name, each.size) in affordable]
 
 
-class Planned(NamedTuple):
+class Cost(NamedTuple):
     """What a series would take."""
 
     series: Series
@@ -115,7 +115,7 @@ class Planned(NamedTuple):
     later_s: float  # of it, after all series were yielded
 
 
-def _affordable(what: str, plans: Iterable[Planned], clock: Clock) -> Iterator[Series]:
+def _affordable(what: str, plans: Iterable[Cost], clock: Clock) -> Iterator[Series]:
     """Yield the series that there is time for; name the others."""
     later_s = 0.0
     left_out: dict[tuple[str, str], Series] = {}
