@@ -108,10 +108,10 @@ class Series:
             return "interval"
         return "limit" if len(self.passes) >= self.repeats else ""
 
-    def record_batch(self, largest: LargestBatch) -> None:
-        """Record the largest batch, of which the passes begin anew."""
+    def record_batch(self, largest: LargestBatch, note: str = "") -> None:
+        """Record the largest batch, of which the passes begin anew; a note says what ended the search but memory."""
         tokens = {"prompt_tokens": len(self.workload.longest), "new_tokens": self.workload.new_tokens}
-        self.session.append(self.batch_key, self.asked, asdict(largest), tokens)
+        self.session.append(self.batch_key, self.asked, asdict(largest), tokens, {"note": note} if note else {})
         self.largest = largest
         self.passes.clear()
 

@@ -263,8 +263,10 @@ def _search(series: Series) -> None:
     def search(loaded: Loaded) -> None:
         if not series.why_unavailable(loaded.model):
             trials = Trials(loaded.model, series.workload, limit_mib, series.engine, loaded.baseline_mib)
-            largest = batch_search.find_largest_batch(trials, limit_mib, min(cap, _last_safe_batch(series)))
-            series.record_batch(replace(largest, capped=largest.batch_size == cap))
+            last_safe = _last_safe_batch(series)
+            largest = batch_search.find_largest_batch(trials, limit_mib, min(cap, last_safe))
+            note = f"larger batches were {UNSAFE}" if largest.batch_size == last_safe < cap else ""
+            series.record_batch(replace(largest, capped=largest.batch_size == cap), note)
 
     if series.why_unavailable():
         return

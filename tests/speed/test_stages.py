@@ -209,6 +209,7 @@ def test_no_batch_is_tried_that_may_end_the_process(lab, monkeypatch):
     session = lab.open("int8")
     perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 8)))
     assert [(row["batch_size"], row["capped"]) for row in rows(session, "batch")] == [(5, False)]
+    assert [row["note"] for row in rows(session, "batch")] == [f"larger batches were {stages.UNSAFE}"]
 
 
 def test_eager_int8_alone_may_end_its_process_on_a_gpu(lab):
