@@ -23,6 +23,8 @@ from qnb.device import is_before_ampere
 
 FLEX_BLOCK = 32  # slots that flex attention reads at once
 INT8_ROWS = 32  # of inputs, that PyTorch's int8 kernel gets at least
+FP8_ROWS = 256  # of inputs, up to which cuBLAS multiplies faster where the scales follow
+TILES = ["qdata", "scale_and_zero"]  # what tinygemm reads of a weight in int4
 FLEX_HEAD_BYTES = range(32, 257)  # heads whose tiles fit the shared memory of every GPU from Ampere on
 
 KV = tuple[Tensor, Tensor]  # a layer's keys and values, (B, H, L, S) each
@@ -109,23 +111,31 @@ def multiply_8bit(x: Tensor, rows: Tensor, scale: Tensor, bias: Tensor | None) -
     return out.to(x.dtype)
 
 
-def multiply_torchao(x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+def multiply_torchao(x: Tensor, weight: Any, bias: Tensor | None, one: Tensor) -> Tensor:
     """Return x W' + b, (B, K) -> (B, N), as torchao computes it with a weight in 8 bit and inputs quantized by row.
 
     torch.compile makes a reduction of one row's product, which reads the codes as they are, as it does in 16 bit.
-    PyTorch's int8 kernel takes no fewer than 17 rows: zeros stand below a few.
+    PyTorch's int8 kernel takes no fewer than 17 rows: zeros stand below a few. Of a few rows in float8 the codes are
+    multiplied first, with `one`, (), float32, for a scale: cuBLAS has a single kernel that scales by row, whose tiles
+    of 128 rows leave most of a GPU idle.
     """
     from torchao.quantization.quantize_.common import _choose_quant_func_and_quantize_tensor
 
-    if len(x) == 1 and torch.compiler.is_compiling():
-        codes: Any = _choose_quant_func_and_quantize_tensor(x, weight.act_quant_kwargs)
-        wide = torch.float32 if codes.qdata.is_floating_point() else torch.int32
+    rows, is_float8 = len(x), weight.qdata.is_floating_point()
+    is_reduction = rows == 1 and torch.compiler.is_compiling()
+    if not is_reduction and not (x.is_cuda and is_float8 and rows <= FP8_ROWS):
+        is_short = x.is_cuda and not is_float8 and rows < INT8_ROWS
+        x = functional.pad(x, (0, 0, 0, INT8_ROWS - rows)) if is_short else x
+        return functional.linear(x, weight, bias)[:rows]
+    codes: Any = _choose_quant_func_and_quantize_tensor(x, weight.act_quant_kwargs)
+    if is_reduction:
+        wide = torch.float32 if is_float8 else torch.int32
         products = (codes.qdata.to(wide) * weight.qdata.to(wide)).sum(-1, dtype=wide)  # (N,)
-        out = (products.float() * codes.scale.float() * weight.scale.flatten()).to(x.dtype)  # (1, N)
-        return out if bias is None else out + bias
-    rows, is_short = len(x), x.is_cuda and not weight.qdata.is_floating_point() and len(x) < INT8_ROWS
-    x = functional.pad(x, (0, 0, 0, INT8_ROWS - rows)) if is_short else x
-    return functional.linear(x, weight, bias)[:rows]
+    else:
+        options: Any = {"scale_a": one, "scale_b": one, "out_dtype": torch.float32, "use_fast_accum": True}
+        products = torch._scaled_mm(codes.qdata, weight.qdata.t(), **options)  # (B, N)
+    out = (products.float() * codes.scale.float() * weight.scale.flatten()).to(x.dtype)  # (B, N)
+    return out if bias is None else out + bias
 
 
 def multiply_all(products: Sequence[Product], x: Tensor) -> Tensor:
@@ -191,20 +201,28 @@ def _join_8bit(modules: Sequence[Any], bias: Tensor | None) -> Product:
 
 
 def _join_torchao(modules: Sequence[Any]) -> tuple[Product, ...]:
-    """Join weights of torchao whose codes and scales all stand in rows; those in tiles stay apart."""
+    """Join weights of torchao whose codes and scales all stand in rows, or all in tinygemm's tiles of 8 rows.
+
+    Scales of tiles stand in columns, and tinygemm takes no views of these: they are held twice, a byte for 16 weights.
+    """
     weights, biases = [module.weight for module in modules], [module.bias for module in modules]
-    first, (names, settings) = weights[0], weights[0].__tensor_flatten__()
+    first, (names, _) = weights[0], weights[0].__tensor_flatten__()
     inputs = getattr(first, "act_quant_kwargs", None)  # how they are quantized
     is_symmetric = inputs and getattr(getattr(inputs, "mapping_type", None), "name", "SYMMETRIC") == "SYMMETRIC"
     is_in_rows = is_symmetric and all(getattr(first, name).shape[:1] == first.shape[:1] for name in names)
-    multiply = multiply_torchao if is_in_rows else functional.linear
-    is_alike = all(weight.__tensor_flatten__() == (names, settings) for weight in weights)
-    if not is_in_rows or not is_alike or len({bias is None for bias in biases}) > 1:
-        return tuple(Product(multiply, (weight.detach(), bias)) for weight, bias in zip(weights, biases, strict=True))
-    parts = {name: _stack([getattr(weight, name) for weight in weights]) for name in names}
-    shape = (sum(map(len, weights)), first.shape[1])  # (N, K)
-    joined = type(first).__tensor_unflatten__(parts, settings, shape, (shape[1], 1))
-    return (Product(multiply, (joined, None if biases[0] is None else _stack(biases))),)
+    is_tiled = names == TILES and all(len(weight) == 8 * len(weight.qdata) for weight in weights)  # without padding
+    settings = [weight.__tensor_flatten__()[1] | {"shape": None} for weight in weights]
+    is_alike = settings.count(settings[0]) == len(settings) and len({bias is None for bias in biases}) == 1
+    one = torch.ones((), device=first.device)
+    multiply, more = (multiply_torchao, (one,)) if is_in_rows else (functional.linear, ())
+    if len(modules) == 1 or not (is_in_rows or is_tiled) or not is_alike:
+        pairs = zip(weights, biases, strict=True)
+        return tuple(Product(multiply, (weight.detach(), bias, *more)) for weight, bias in pairs)
+    parts = {name: [getattr(weight, name) for weight in weights] for name in names}
+    joined = {name: torch.cat(each, 1) if name == TILES[1] else _stack(each) for name, each in parts.items()}
+    shape = torch.Size([sum(map(len, weights)), first.shape[1]])  # (N, K)
+    whole = type(first).__tensor_unflatten__(joined, settings[0] | {"shape": shape}, shape, (shape[1], 1))
+    return (Product(multiply, (whole, None if biases[0] is None else _stack(biases), *more)),)
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 ``python tests/bench/decode.py``: nine formats of Llama-3.2-1B's shape at batch size 1, six minutes on an H100
 ``python tests/bench/decode.py --engines cuda_graph --precisions fp16,nf4 --batch-sizes 1,64``: the captured step
+``... --engines static,cuda_graph --precisions bf16,nf4,int4-hqq``: beside ``generate`` with a static cache
 ``... --stock-autotuning``: its kernels chosen by torch.compile's own timing, to compare with `qnb.speed.patches`
 ``PYTHONPATH=tests/bench/stand_in python ... --precisions fp16,nf4 --batch-sizes 64,256``: as if the card were a T4
 ``python tests/bench/decode.py --model smollm2-135m --precisions bf16 --prompt-tokens 16 --new-tokens 4``: on a CPU
@@ -37,6 +38,14 @@ COLUMNS = (
 )  # fmt: skip
 
 
+class Static(engines.Eager):
+    """transformers' ``generate`` with a static KV cache, for which it compiles and captures the model's forward."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self._model.generation_config.cache_implementation = "static"
+
+
 def measure(
     source: Source, precision: Precision, options: argparse.Namespace, peaks: DevicePeaks
 ) -> Iterator[dict[str, Any]]:
@@ -44,7 +53,7 @@ def measure(
     model, tokenizer = load(source.path, precision, options.device), load_tokenizer(source.path)
     tokens, kind = options.prompt_tokens + options.new_tokens, model.device.type
     for size in map(int, options.batch_sizes.split(",")):
-        for engine in engines.parse(options.engines, kind):
+        for engine in options.engines.split(","):
             row: dict[str, Any] = {"precision": precision.name, "engine": engine, "batch_size": size}
             if why := engines.why_unavailable(engine, kind, model=model, tokens=tokens):
                 yield {**row, "note": why}
@@ -65,7 +74,7 @@ def main() -> None:
     parser.add_argument("--model", default=SHAPE)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precisions", default="all")
-    parser.add_argument("--engines", default="auto")
+    parser.add_argument("--engines", default="eager,cuda_graph" if torch.cuda.is_available() else "eager")
     parser.add_argument("--stock-autotuning", action="store_true")
     parser.add_argument("--batch-sizes", default="1")
     parser.add_argument("--batches", default=2, type=int, help="timed with eager; cuda_graph gets four times as many")
@@ -73,6 +82,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", default=100, type=int)
     parser.add_argument("--output", default=Path("decode.csv"), type=Path)
     options, rows = parser.parse_args(), []
+    engines.FACTORIES["static"] = lambda model, *_: Static(model)
     if options.stock_autotuning:
         decode_step.steady_autotuning = nullcontext
     source, peaks = resolve(options.model, torch.device(options.device).type), measure_peaks(options.device)

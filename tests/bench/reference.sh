@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure the studies that are kept in outputs/reference, on one NVIDIA GPU, part by part:
 #
-#   bash tests/bench/reference.sh peaks accuracy checkpoints searches bs1 maxbatch
+#   bash tests/bench/reference.sh peaks accuracy checkpoints searches bs1 maxbatch sweep
 #
 # from the repository's root, with `pip install -e '.[test]'`. A part that was cut goes on where it was.
 #
@@ -11,10 +11,11 @@
 # searches     its largest batches in 15 GiB; they depend on memory alone, so `accuracy` may run meanwhile
 # bs1          both engines at batch size 1; nothing else may run
 # maxbatch     the largest batches timed; nothing else may run
+# sweep        batches of 1, 2, 4 ... up to the largest; nothing else may run
 #
 # DATA_DIR is a folder laid out like the hub, GGUF the file of SmolLM2's weights; without them the hub is read, and the
-# row `gguf` is left out. ENGINES restricts searches, bs1 and maxbatch. KEPT is the folder of both studies: where a host
-# has two GPUs, each measures one engine into a folder of its own, and `keep.py` puts them together.
+# row `gguf` is left out. ENGINES restricts searches, bs1, maxbatch and sweep. KEPT is the folder of both studies: where
+# a host has two GPUs, each measures one engine into a folder of its own, and `keep.py` puts them together.
 set -euo pipefail
 
 kept=${KEPT:-outputs/reference}
@@ -59,11 +60,14 @@ PYTHON
         "${shape[@]}" --only 03 -p engines "$engine" -p bs1_requests 3
       done
       ;;
-    maxbatch)
+    maxbatch | sweep)
+      sweep=0
+      [ "$part" = maxbatch ] || sweep=auto
       for engine in ${engines//,/ }; do
-        "${shape[@]}" --only 04 -p engines "$engine" -p maxbatch_requests "$requests" -p memory_mib 15360 -p sweep_batch 0
+        "${shape[@]}" --only 04 -p engines "$engine" -p maxbatch_requests "$requests" -p memory_mib 15360 \
+          -p sweep_batch "$sweep"
       done
       ;;
-    *) echo "no part $part; choose from peaks, accuracy, checkpoints, searches, bs1, maxbatch" >&2 && exit 2 ;;
+    *) echo "no part $part; choose from peaks, accuracy, checkpoints, searches, bs1, maxbatch, sweep" >&2 && exit 2 ;;
   esac
 done

@@ -56,19 +56,19 @@ def test_int8_dynamic_scores_as_stock_lm_eval_does_on_its_checkpoint(source, tmp
     assert abs(np.mean(apart)) < 0.25
 
 
-def layers(kind, sizes=(64, 32, 96), bias=False):
+def layers(kind, sizes=(64, 32, 96), bias=False, inputs=128):
     """Linear layers of one input in a format, as a GPU would have them."""
     pytest.importorskip("torchao")
     from torchao.float8.inference import Float8MMConfig
     from torchao.quantization import Float8Tensor, PerRow, quantize_
     from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
-    modules = [torch.nn.Linear(128, size, bias=bias).bfloat16().requires_grad_(False) for size in sizes]
+    modules = [torch.nn.Linear(inputs, size, bias=bias).bfloat16().requires_grad_(False) for size in sizes]
     for module in modules:
         if kind == "fp8":  # torchao refuses a CPU, whose products are there
-            inputs = QuantizeTensorToFloat8Kwargs(granularity=PerRow(), kernel_preference="torch")
+            quantized = QuantizeTensorToFloat8Kwargs(granularity=PerRow(), kernel_preference="torch")
             weight = Float8Tensor.from_hp(module.weight, granularity=PerRow(), mm_config=Float8MMConfig(),
-                                          act_quant_kwargs=inputs, kernel_preference="torch")  # fmt: skip
+                                          act_quant_kwargs=quantized, kernel_preference="torch")  # fmt: skip
             module.weight = torch.nn.Parameter(weight, requires_grad=False)
         else:
             quantize_(torch.nn.Sequential(module), precision.PRECISIONS[kind].config().quant_type)
@@ -149,6 +149,25 @@ def test_a_library_that_quantizes_nothing_makes_no_checkpoint():
 ])  # fmt: skip
 def test_kernels_that_stand_in_are_named(name, kernels, expected):
     assert runtime.stand_in(precision.PRECISIONS[name].kernels, [*kernels.items()]) == expected
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "rows"), [("int4-hqq", 1), ("int4-hqq", 40), ("fp8", 40), ("fp8", 300)])
+def test_joined_layers_on_a_gpu_are_as_near_as_each_layer(kind, rows):
+    """Tiles give each layer's bits; few rows of float8 are scaled after the product, as near to the stored weights."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        modules, x = layers(kind, inputs=1024), torch.randn(rows, 1024, dtype=torch.bfloat16)
+    expected = torch.cat([module(x) for module in modules], 1)
+    (joined,) = join(modules)
+    if kind == "int4-hqq":
+        assert torch.equal(joined.multiply(x), expected)
+    else:
+        truth = x.float() @ joined.weights[0].dequantize(torch.float32).T
+        errors = [(out - truth).norm() for out in (joined.multiply(x), expected)]
+        assert 0 < errors[0] < 1.05 * errors[1] < 0.1 * truth.norm()
+    assert torch.equal(torch.cat([module(x) for module in modules], 1), expected)  # in joined memory
 
 
 @pytest.mark.gpu
