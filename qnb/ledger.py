@@ -110,8 +110,8 @@ def write_parquet(folder: Path, stem: str, frame: pd.DataFrame) -> tuple[str, st
               if types.is_floating(each.type.value_type if each.name in lists else each.type)]  # fmt: skip
     others = [each.name for each in table.schema if lists.get(each.name, each.name) not in floats]
     # numbers byte by byte: what alike ones share is packed away; no statistics, which would outweigh so few rows
-    packing = {"compression": "zstd", "use_byte_stream_split": floats, "use_dictionary": others,
-               "write_statistics": False, "store_schema": False}  # fmt: skip
+    packing = {"compression": "zstd", "compression_level": 15, "use_byte_stream_split": floats,
+               "use_dictionary": others, "write_statistics": False, "store_schema": False}  # fmt: skip
     parquet.write_table(table, content_file, **packing)
     content = content_file.getvalue()
     digest = sha256(content).hexdigest()

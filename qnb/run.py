@@ -434,7 +434,7 @@ def _draw(shown: Sequence[dict[str, Any]]) -> None:
 
     figures = {str(number): go.Figure(data[PLOTLY], skip_invalid=True) for number, data in enumerate(shown)}
     with tempfile.TemporaryDirectory() as folder:
-        if problem := export.pictures(figures, Path(folder), scale=1):
+        if problem := export.pictures(figures, Path(folder), scale=0.9):
             raise InputError(problem)
         for name, figure in figures.items():
             picture, data = Path(folder, f"{name}.png"), shown[int(name)]

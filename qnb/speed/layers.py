@@ -23,7 +23,7 @@ from qnb.device import is_before_ampere
 
 FLEX_BLOCK = 32  # slots that flex attention reads at once
 INT8_ROWS = 32  # of inputs, that PyTorch's int8 kernel gets at least
-FP8_ROWS = 256  # of inputs, up to which cuBLAS multiplies faster where the scales follow
+FP8_ROWS = 512  # of inputs, up to which cuBLAS multiplies faster where the scales follow
 TILES = ["qdata", "scale_and_zero"]  # what tinygemm reads of a weight in int4
 FLEX_HEAD_BYTES = range(32, 257)  # heads whose tiles fit the shared memory of every GPU from Ampere on
 

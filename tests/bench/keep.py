@@ -37,7 +37,7 @@ def add(study: Path, kept: Path) -> None:
                 continue
             frame = pd.read_parquet(study / file)
             if kind == "items" and "loglikelihoods" not in frame:
-                frame = frame.drop(columns="gold")  # the right answer as the data set has it
+                frame = frame.drop(columns="gold", errors="ignore")  # the right answer as the data set has it
             if kind == "tokens":
                 frame = frame.map(partial(np.asarray, dtype="float32"))
             row[f"{kind}_file"], row[f"{kind}_sha256"] = write_parquet(kept, file.rsplit(".", 2)[0], frame)
