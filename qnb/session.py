@@ -28,7 +28,7 @@ from qnb.memory import describe_host, host_peak_mib, is_out_of_memory, kept, rel
 from qnb.options import AUTO, Count, Names, check_minutes, check_types, resolve_count
 from qnb.precision import HALVES, PRECISIONS, Precision, parse
 from qnb.provenance import REPLAY, command, commit, file_state
-from qnb.quantize import checkpoint, existing, sources
+from qnb.quantize import checkpoint, existing, files, sources
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -191,9 +191,15 @@ class Session:
         record = self.record
         if record and file_state(Path(record["path"])) == record["files"]:
             return sources.Source(**{name: record[name] for name in sources.Source.__slots__})
+        return self._resolved()
+
+    def _resolved(self) -> sources.Source:
+        """Bring the model here and write down which it is; one that has changed is refused."""
+        record = self.record
         source = sources.resolve(record.get("name", self.model), self.device.kind)
         if record.get("fingerprint", source.fingerprint) != source.fingerprint:
-            raise InputError(f"model {source.name} has changed since output {self.folder} began; give another output")
+            changed = f"model {source.name} has changed since output {self.folder} began, or is damaged"
+            raise InputError(f"{changed}; fetch it again, or give another output")
         facts = {"requested": record.get("requested", self.model), "half": self.half, **asdict(source)}
         record |= {**facts, "files": file_state(Path(source.path)), **self._context}
         write_atomic(self.folder / "study.json", json.dumps(record, indent=1))
@@ -236,7 +242,7 @@ class Session:
             return ""
         source = sources.Source(**{name: record[name] for name in sources.Source.__slots__})
         precisions = map(self.pinned, self.precisions)
-        return checkpoint.disk_shortage(source.parameters, self.folder / "checkpoints", precisions)
+        return files.disk_shortage(source, self.folder / "checkpoints", precisions)
 
     def facts(self) -> dict[str, str]:
         """Return what is measured, on what, with what, and what is done already. Nothing is fetched for it."""
@@ -452,13 +458,14 @@ class Session:
             return folder
         key = self.key("quantize", precision)
         row = self.ledger.find(key) if folder.exists() and not self.overwrite else None
-        damaged = checkpoint.damage(folder, row["manifest_sha256"]) if row else ""
+        damaged = files.damage(folder, row["manifest_sha256"]) if row else ""
         if damaged:
             tqdm.write(f"{precision.name}: {damaged} in {folder} is not as it was saved; making it again")
+            self.source = self._resolved()  # the damage may be in a file of the source's
         if damaged or not row:
             with released():
                 converted = checkpoint.convert(self.source, precision, folder, self.device)
-            self.append(key, asdict(converted), {"manifest_sha256": file_sha256(folder / checkpoint.MANIFEST)})
+            self.append(key, asdict(converted), {"manifest_sha256": file_sha256(folder / files.MANIFEST)})
         self._verified.add(folder)
         return folder
 

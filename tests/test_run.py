@@ -22,7 +22,7 @@ from qnb import Study, run
 from qnb.__main__ import main
 from qnb.ledger import Ledger, row_key
 from qnb.provenance import ROOT
-from qnb.quantize.checkpoint import damage
+from qnb.quantize.files import damage
 from qnb.run import NAMES, NOTEBOOKS
 
 # What a clock or a sensor reads, or depends on it. Everything else of a row is the same in every run.

@@ -15,7 +15,7 @@ from qnb import InputError, Study
 from qnb import session as module
 from qnb.device import Device
 from qnb.ledger import file_sha256
-from qnb.quantize import checkpoint, sources
+from qnb.quantize import files, sources
 from qnb.session import Session
 
 
@@ -185,11 +185,24 @@ def test_a_damaged_checkpoint_is_noticed_and_made_again(tiny, tmp_path, capsys):
         part.save_pretrained(model)
     Session(model, "bf16", tmp_path).checkpoint(module.parse("bf16")[0])
     folder = tmp_path / "checkpoints" / "bf16"
-    weights, config, manifest = (folder / name for name in ("model.safetensors", "config.json", "manifest.json"))
+    weights, config, manifest = min(folder.glob("*.safetensors")), folder / "config.json", folder / "manifest.json"
     whole = file_sha256(weights)
     damages = ((flip, weights), (os.truncate, weights, 1000), (os.remove, config), (flip, manifest, 20))
     for damage, path, *how in damages:
         damage(path, *how)
         Session(model, "bf16", tmp_path).checkpoint(module.parse("bf16")[0])
         assert f"{path.name} in" in capsys.readouterr().out
-        assert checkpoint.damage(folder) == "" and file_sha256(weights) == whole
+        assert files.damage(folder) == "" and file_sha256(weights) == whole
+
+
+def test_no_checkpoint_is_made_again_of_a_model_that_is_damaged_too(tiny, tmp_path):
+    """One file of weights is the model's and the checkpoint's, and a bit of it flips without a trace in its times."""
+    model = tmp_path / "model"
+    for part in tiny:
+        part.save_pretrained(model)
+    Session(str(model), "fp32", tmp_path).checkpoint(module.parse("fp32")[0])
+    weights, times = model / "model.safetensors", (model / "model.safetensors").stat()
+    flip(weights)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(InputError, match=r"changed since output .* or is damaged"):
+        Session(str(model), "fp32", tmp_path).checkpoint(module.parse("fp32")[0])

@@ -18,7 +18,7 @@ from qnb.accuracy.tasks import SIZES, Score, TaskResult
 from qnb.device import Device
 from qnb.precision import Precision
 from qnb.provenance import ROOT
-from qnb.quantize import checkpoint
+from qnb.quantize import checkpoint, files
 from qnb.quantize.sources import Source
 from qnb.report.paper import T4_BYTES_PER_S, T4_FLOP_PER_S
 from qnb.session import Session
@@ -155,7 +155,7 @@ def sitting(tmp_path, tiny, monkeypatch):
         def convert(source, precision, folder, device):
             card.host(CONVERT_S)
             folder.mkdir(parents=True)
-            (folder / checkpoint.MANIFEST).write_text("{}")
+            (folder / files.MANIFEST).write_text("{}")
             kinds = {name: 0 for name in checkpoint.Weights.__slots__ if name != "left_out"}
             return checkpoint.Checkpoint(**kinds, left_out={}, file_mib=0, quantize_s=0, load_s=0)
 

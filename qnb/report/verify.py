@@ -10,7 +10,7 @@ from pathlib import Path
 from qnb.errors import InputError, expand_path
 from qnb.ledger import Ledger, file_sha256
 from qnb.precision import PRECISIONS
-from qnb.quantize.checkpoint import damage
+from qnb.quantize.files import damage
 from qnb.report.results import Results
 from qnb.report.tables import TABLES, build, markdown
 

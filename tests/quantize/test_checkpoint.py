@@ -4,8 +4,7 @@ import errno
 import json
 import os
 import shutil
-from contextlib import nullcontext, suppress
-from types import SimpleNamespace
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from tiny_models import TINY, save_tiny
 
 from qnb.errors import InputError
 from qnb.precision import PRECISIONS, STUDY
-from qnb.quantize import checkpoint, sources
+from qnb.quantize import checkpoint, files, sources
 
 # SmolLM2-135M: 30 layers of hidden 576, intermediate 1536, 9 heads of 64 with 3 for keys and values, vocabulary 49152
 LINEAR = 30 * (576 * 576 * 2 + 2 * 576 * 192 + 3 * 576 * 1536)
@@ -33,7 +32,7 @@ def convert(model, name, folder):
 
 
 @pytest.mark.parametrize("name", STUDY)
-def test_a_checkpoint_weighs_what_its_layout_says(request, name, source, tmp_path, monkeypatch):
+def test_a_checkpoint_weighs_what_its_layout_says(request, name):
     folder, made = request.getfixturevalue("checkpoint")(name)
     # half a byte a weight, a float32 a 64 weights, and a table of 16 float32 for each of 210 matrices
     four_bit = LINEAR // 2 + LINEAR // 64 * 4 + 210 * 16 * 4
@@ -42,14 +41,7 @@ def test_a_checkpoint_weighs_what_its_layout_says(request, name, source, tmp_pat
     assert (made.embedding_bytes, made.linear_bytes, made.other_bytes) == (EMBEDDING * 2, expected, NORMS * 2)
     quantized = (LINEAR, expected) if PRECISIONS[name].quantized else (0, 0)
     assert (made.quantized_parameters, made.quantized_bytes) == quantized
-    assert made.total_mib < made.file_mib < made.total_mib + 0.5 and checkpoint.damage(folder) == ""
-    for share, is_short in ((0.9, True), (1.15, False)):  # of the disk that it takes
-        free = SimpleNamespace(free=made.file_mib * share * 2**20)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: free)
-        lacking, there = (
-            checkpoint.disk_shortage(source.parameters, each, [PRECISIONS[name]]) for each in (tmp_path, folder.parent)
-        )
-        assert bool(lacking) == is_short and not there
+    assert made.total_mib < made.file_mib < made.total_mib + 0.5 and files.damage(folder) == ""
 
 
 VECTORS = "norms, biases and other vectors"
@@ -198,9 +190,9 @@ def test_tokenizer_and_generation_settings_are_saved_as_released(tiny_folder, tm
     (tiny_folder / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 7, "num_beams": 0}')  # invalid
     convert(tiny_folder, "nf4", tmp_path)
     converted = {tiny_folder / "model.safetensors", tiny_folder / "config.json"}
-    files = {path for path in tiny_folder.rglob("*") if path.is_file()} - converted
-    assert len(files) >= 9
-    for path in files:
+    released = {path for path in tiny_folder.rglob("*") if path.is_file()} - converted
+    assert len(released) >= 9
+    for path in released:
         assert (tmp_path / "nf4" / path.relative_to(tiny_folder)).read_bytes() == path.read_bytes(), path
     used = checkpoint.load_tokenizer(tmp_path / "nf4")
     batch = used(["one two three", "one"], padding=True)["input_ids"]
@@ -220,32 +212,7 @@ def test_a_drive_that_renames_no_folder_gets_a_whole_checkpoint(tiny_folder, tmp
 
     monkeypatch.setattr("pathlib.Path.rename", refuse)
     convert(tiny_folder, "bf16", tmp_path)
-    assert checkpoint.damage(tmp_path / "bf16") == "" and not list(tmp_path.glob(".*"))
-
-
-def test_an_interrupted_folder_leaves_the_one_before(tmp_path):
-    folder = tmp_path / "made"
-    for content in ("old", "half"):
-        with suppress(KeyboardInterrupt), checkpoint.replacing(folder) as draft:
-            assert list(draft.iterdir()) == []
-            (draft / "file").write_text(content)
-            if content == "half":
-                raise KeyboardInterrupt
-    assert (folder / "file").read_text() == "old" and checkpoint.damage(folder) == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
-
-
-def test_damage_names_the_first_wrong_file(tmp_path):
-    folder = tmp_path / "made"
-    with checkpoint.replacing(folder) as draft:
-        (draft / "below").mkdir()
-        (draft / "below" / "template.jinja").write_text("{{ }}")
-        (draft / "model.safetensors").write_bytes(b"whole")
-    for name, content in (("model.safetensors", "wrong"), ("below/template.jinja", ""), ("manifest.json", "[")):
-        (folder / name).write_text(content)
-        assert checkpoint.damage(folder) == name
-    shutil.rmtree(folder)
-    assert checkpoint.damage(folder) == "manifest.json"
+    assert files.damage(tmp_path / "bf16") == "" and not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from huggingface_hub.utils._http import default_client_factory
 from tiny_models import save_tiny
 
 from qnb.errors import INPUT_ERRORS, InputError, scrub
-from qnb.quantize import checkpoint, hub, sources
+from qnb.quantize import files, hub, sources
 from qnb.session import Session
 
 MINE, OTHER = "hf_" + "planted" * 4, "hf_" + "somebodyelse" * 2
@@ -35,7 +35,7 @@ def server(tmp_path, monkeypatch, capfd):
 def tiny(tmp_path_factory):
     """A random Llama in several files of weights, with a tokenizer and a manifest."""
     folder = tmp_path_factory.mktemp("tiny") / "bf16"
-    with checkpoint.replacing(folder) as draft:
+    with files.replacing(folder) as draft:
         save_tiny(draft, max_shard_size="150KB")
     return folder
 

@@ -8,7 +8,7 @@ import pytest
 
 from qnb.__main__ import main
 from qnb.ledger import Ledger, file_sha256
-from qnb.quantize.checkpoint import replacing
+from qnb.quantize.files import replacing
 from qnb.report.results import Results
 from qnb.report.tables import TABLES, save
 from qnb.report.verify import verify
