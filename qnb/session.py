@@ -194,8 +194,10 @@ class Session:
         return self._resolved()
 
     def _resolved(self) -> sources.Source:
-        """Bring the model here and write down which it is; one that has changed is refused."""
-        record = self.record
+        """Bring the model here and write down which it is; one that has changed, or has no room, is refused."""
+        record, shortage = self.record, self.disk_shortage()
+        if shortage and not record:
+            raise InputError(f"disk: {shortage}, or give another output")
         source = sources.resolve(record.get("name", self.model), self.device.kind)
         if record.get("fingerprint", source.fingerprint) != source.fingerprint:
             changed = f"model {source.name} has changed since output {self.folder} began, or is damaged"
@@ -238,9 +240,8 @@ class Session:
 
     def disk_shortage(self) -> str:
         """Return a line where the checkpoints still to be made need more disk than is free; else nothing."""
-        if not (record := self.record):  # before a model was fetched, its size is not known
-            return ""
-        source = sources.Source(**{name: record[name] for name in sources.Source.__slots__})
+        fields = {name: self.record[name] for name in sources.Source.__slots__} if self.record else {}
+        source = sources.Source(**fields) if fields else sources.expected(self.model, self.device.kind)
         precisions = map(self.pinned, self.precisions)
         return files.disk_shortage(source, self.folder / "checkpoints", precisions)
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
+from qnb import InputError
 from qnb import ledger as module
 from qnb.ledger import FAILED, Ledger, file_sha256, fingerprint, write_atomic, write_parquet
 from qnb.quantize.stages import quantize
@@ -120,15 +121,15 @@ def test_a_file_system_that_cannot_flush_loses_nothing_and_a_broken_one_is_told(
     assert len(Ledger(tmp_path)) == (number != errno.EIO) == (tmp_path / "text").exists()
 
 
-def test_a_vanished_machines_study_on_a_drive_goes_on_under_another_name(tiny, tmp_path, monkeypatch, caplog, capsys):
-    """The drive is full, refuses locks and takes its time to flush; the first machine gives nothing back."""
+def test_a_vanished_machines_study_on_a_drive_goes_on_under_another_name(tiny, tmp_path, monkeypatch, caplog):
+    """The drive refuses locks and takes its time to flush; the first machine gives nothing back."""
 
     def refuse(*_):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    flushes, folder = [], tmp_path / "study"
+    flushes, folder, free_bytes = [], tmp_path / "study", [0]
     monkeypatch.setattr("fcntl.flock", refuse)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free_bytes[-1]))
     monkeypatch.setattr(os, "fsync", lambda _: (flushes.append(1), time.sleep(0.1)))
     for part in tiny:
         part.save_pretrained(tmp_path / "model")
@@ -141,9 +142,13 @@ def test_a_vanished_machines_study_on_a_drive_goes_on_under_another_name(tiny, t
         quantize(session)
         return session
 
+    with pytest.raises(InputError, match="are free in"), ExitStack() as held:
+        measure("no room")
+    assert not len(Ledger(folder)) and not (folder / "study.json").exists()
+    free_bytes.append(2**40)
     with ExitStack() as held:
         first = measure("first")
-        assert capsys.readouterr().out.count("GiB are needed") == 1 and "disk" not in first.facts(), "and all is there"
+        assert "disk" not in first.facts()
         written = [path for path in folder.rglob("*") if path.is_file()]
         assert len(first.ledger) == 2 and len(flushes) <= len(written) + len(first.ledger)
         assert not any(path.read_bytes() for path in folder.glob(".*lock")), "a marker would outlive its machine"
@@ -151,7 +156,13 @@ def test_a_vanished_machines_study_on_a_drive_goes_on_under_another_name(tiny, t
         second = measure("second")
     assert (second.ledger.path.read_bytes(), len(flushes)) == before, "measured again"
     assert caplog.text.count("no file locks") and "at most" in second.facts()["host memory"]
-    assert "disk" in Session(str(tmp_path / "model"), "int8", folder).facts()
+    free_bytes.append(0)
+    assert "disk" not in second.facts(), "and all is there"
+    for fresh in (
+        Session(str(tmp_path / "model"), "int8", folder),
+        Session("shape:llama-3.2-1b", "fp16", tmp_path / "b"),
+    ):
+        assert "make room" in fresh.facts()["disk"]
 
 
 def test_a_failure_stands_until_it_is_measured(tmp_path):

@@ -112,19 +112,29 @@ def link_weights(source: Path, folder: Path, dtype: torch.dtype, size_bytes: int
 
 
 def disk_shortage(source: Source, folder: Path, precisions: Iterable[Precision]) -> str:
-    """Return a line where the checkpoints that `folder` lacks take more disk than is free; else nothing."""
+    """Return a line where a source to be fetched and the checkpoints that `folder` lacks need more disk than is free.
+
+    Empty where they do not, and for a source to be fetched whose size is not known.
+    """
     missing = [each for each in precisions if not (folder / each.checkpoint / MANIFEST).exists()]
     needed_bits, config = sum(each.file_bits for each in missing), Path(source.path) / CONFIG
-    if config.exists() and config.stat().st_dev == folder.parent.stat().st_dev:  # so that equal files are links
-        settings = read_json(config)
+    is_here, (there, here) = config.is_file(), (_nearest(path) for path in (config, folder))
+    if there.stat().st_dev == here.stat().st_dev:  # so that equal files are links
+        settings = read_json(config) if is_here else {"dtype": "bfloat16"}
         released = "" if "text_config" in settings else settings.get("dtype", settings.get("torch_dtype"))
         saved = [each for each in missing if each.quantized or each.dtype != released]
         shared = {each.dtype: each.shared_bits for each in saved}
         needed_bits = sum(each.file_bits - each.shared_bits for each in saved) + sum(shared.values())
+        needed_bits += 0 if is_here else 16
     needed_gib = source.parameters * needed_bits / 8 / 2**30
-    free_gib = shutil.disk_usage(folder.parent).free / 2**30
+    free_gib = shutil.disk_usage(here).free / 2**30
     line = f"about {needed_gib:.1f} GiB are needed, {free_gib:.1f} are free in {folder.parent}; make room there"
     return line if needed_gib > free_gib else ""
+
+
+def _nearest(path: Path) -> Path:
+    """Return a path, or its nearest parent that exists."""
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def read_json(path: Path) -> dict[str, Any]:

