@@ -14,7 +14,7 @@ from qnb.flags import Flag, is_disturbed
 from qnb.precision import BASELINE, title
 from qnb.report.recommend import interval_text
 from qnb.report.results import Results, is_unfused, task_name
-from qnb.report.tables import build
+from qnb.report.tables import OR_MORE, build
 from qnb.report.verdicts import accuracies
 
 SETTINGS = {"bs1": "batch size 1", "maxbatch": "the largest batch"}
@@ -103,7 +103,8 @@ def _speed(results: Results, precision: str, setting: str) -> Iterator[str]:
         where = f"{title(precision)} at {SETTINGS[setting]} with {row['engine']}"
         parts = [f"{where}: {mine} {unit} against {other}"]
         if setting == "maxbatch":
-            parts.append(f"batch {row['batch_size']} against {row['batch_size_base']}")
+            sizes = [f"{row['batch_size' + end]}" + OR_MORE * (row["capped" + end] is True) for end in ("", "_base")]
+            parts.append(f"batch {' against '.join(sizes)}")
         if isinstance(row["bound"], str) and Flag.PEAKS_DISTURBED not in row["flags"]:
             parts.append(f"bound by {row['bound'].replace('_', ' ')}")
         if is_disturbed([*row["flags"], *row["flags_base"]]):

@@ -9,7 +9,7 @@ import pandas as pd
 from qnb.columns import column, format_value
 from qnb.flags import Flag, is_disturbed
 from qnb.precision import BASELINE, title
-from qnb.report.results import Results, is_unfused, unfused
+from qnb.report.results import EMULATED, Results, is_unfused, unfused
 from qnb.report.verdicts import MOST_ITEMS, Verdict, check_margin, decide, in_points, items_needed, judge
 
 SPEEDS = ("tpot_s", "throughput_rps", "throughput_tps")  # what candidates may be ranked by
@@ -224,6 +224,7 @@ def summary(results: Results) -> pd.DataFrame:
     shown = results.speed[results.speed.setting != "sweep"]
     disturbed = shown["flags"].map(is_disturbed).astype(bool)
     notes = [pd.Series(Flag.UNFUSED.text, results.speed.precision[is_unfused(results.speed)].unique()),
+             pd.Series(EMULATED, shown.precision[shown.note.str.contains(EMULATED, na=False)].unique()),
              pd.Series("disturbed by other processes", shown.precision[disturbed].unique()),
              pd.Series("largest batch with eager alone", fastest.precision[is_eager_alone])]  # fmt: skip
     note = pd.concat(notes).groupby(level=0, sort=False).agg("; ".join)

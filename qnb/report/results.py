@@ -38,6 +38,7 @@ STAGES = {"accuracy_rows": "accuracy", "batches": "batch", "divergence": "diverg
           "batch_sensitivity": "batch_sensitivity"}  # fmt: skip
 ORIGIN = ("version", "device", "host", "date")  # of the rows that a table is made of
 MARGIN_PP = 1.0  # the loss of accuracy that is accepted, unless a study says otherwise
+EMULATED = "bfloat16 is emulated"  # of a row, where the device has no units for it
 NOT_FUSED = ", not fused"  # after a captured engine's name, where other rows are
 # words of tasks' names that are written in another way
 WORDS = {"arc": "ARC", "gsm8k": "GSM8K", "cot": "CoT", "hellaswag": "HellaSwag", "mmlu": "MMLU", "stem": "STEM"}
@@ -197,6 +198,9 @@ def _passes(rows: list[Row]) -> pd.DataFrame:
     conditions = [", ".join(str(row.get(name)) for name in CONDITIONS) for row in rows]
     frame = pd.DataFrame([{**row, **derived(row)} for row in rows]).assign(conditions=conditions)
     frame["setting"] = frame.setting.where(frame.stage == "perf", "sweep")
+    about = frame.reindex(columns=["dtype", "bf16", "note"]).fillna("")
+    is_emulated = about["dtype"].eq("bfloat16") & about.bf16.eq("emulated")
+    frame["note"] = (about.note + is_emulated.map({True: f"; {EMULATED}", False: ""})).str.removeprefix("; ")
     line = ["setting", "precision", "engine"]
     frame = frame[frame.fingerprint == frame.groupby(line).fingerprint.transform("last")]
     frame = frame.sort_values("repeat", key=pd.to_numeric, kind="stable")

@@ -25,6 +25,7 @@ MEASURED_BY = {"table1_accuracy": "accuracy", "table2_change": "accuracy", "dive
                "batch_sensitivity": "batch_sensitivity", "table3_bs1": "perf bs1", "table4_maxbatch": "perf maxbatch",
                "sweep": "sweep"}  # fmt: skip
 OTHER = "not measured like the newest row: other prompts, device, memory or cap"
+OR_MORE = " or more"  # after a batch size that the requests ended, not the memory
 LONG = 60  # characters of a text that may take several lines
 PUBLISHED = ("throughput_rps", "seconds_per_request", "utilization_pct", "vram_mib", "speedup")
 
@@ -292,9 +293,12 @@ def _compact_divergence(results: Results) -> pd.DataFrame:
 def labelled(frame: pd.DataFrame, columns: Sequence[str] | None = None) -> pd.DataFrame:
     """Return columns as text under their labels with units, without empty ones; a dash stands in an empty cell.
 
-    An engine says where its kernels are not fused and those of other rows are.
+    An engine says where its kernels are not fused and those of other rows are. A largest batch that took all requests
+    is that many or more.
     """
     text = as_text(frame[[name for name in columns or frame if name in frame]])
+    if "batch_size" in text and "capped" in frame:
+        text["batch_size"] += frame.capped.eq(True).map({True: OR_MORE, False: ""}).to_numpy()
     if "engine" in text:
         text["engine"] += pd.Series(is_unfused(frame).to_numpy()).map({True: NOT_FUSED, False: ""})
     if "task" in text:

@@ -8,7 +8,7 @@ import pytest
 from example import answers, score
 
 from qnb.ledger import Ledger
-from qnb.report import tables
+from qnb.report import findings, recommend, tables
 from qnb.report.results import BESIDE, SPEED, Results
 from qnb.report.scores import MEAN
 from qnb.report.tables import build
@@ -118,6 +118,25 @@ def test_published_columns_stand_beside_the_published_model_only(name, studied):
     published = replace(study, model="meta-llama/Llama-3.2-1B")
     columns = [set(build(results, name).filter(like="published_")) for results in (published, study)]
     assert columns[0] and not columns[1]
+
+
+def test_a_largest_batch_that_took_all_requests_is_that_many_or_more(studied):
+    study = studied.results()
+    study = replace(study, maxbatch=study.maxbatch.assign(capped=study.maxbatch.batch_size == 384))
+    assert {"256", "384 or more"} == set(tables.compact(study, "table4_maxbatch")["batch size"])
+    assert "batch 384 or more against 256" in findings.text(study, "maxbatch")
+
+
+def test_a_row_says_that_its_bfloat16_is_emulated(tmp_path):
+    row = {"stage": "perf", "engine": "eager", "setting": "bs1", "repeat": 0, "batch_size": 1, "total_s": 1.0,
+           "requests": 1, "new_tokens": 2, "fingerprint": "f"}  # fmt: skip
+    ledger = Ledger(tmp_path)
+    for name, dtype in (("bf16", "bfloat16"), ("nf4", "float16")):
+        ledger.append({**row, "precision": name, "dtype": dtype, "bf16": "emulated"})
+    study = Results.read(ledger)
+    for frame in (build(study, "table3_bs1"), recommend.summary(study)):
+        notes = frame.set_index("precision").note.fillna("")
+        assert notes["bf16"] == "bfloat16 is emulated" and notes["nf4"] == ""
 
 
 def test_knees_are_named_with_what_they_give_and_a_line_that_did_not_bend_has_none():
