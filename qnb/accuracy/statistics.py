@@ -232,7 +232,7 @@ def agresti_min(gained: int, lost: int, n_items: int) -> tuple[float, float]:
     """Return the 95 % interval in points of a paired change, from how many items flipped each way.
 
     Half an item is added to each of the four cells before Wald's formula (Agresti and Min 2005), so the interval is
-    not empty where nothing flipped.
+    not empty where nothing flipped. It takes 1.96, not `Z95`: Table 2's last digits, as they are kept, depend on it.
     """
     total, difference = n_items + 2, gained - lost
     error = math.sqrt(gained + lost + 1 - difference**2 / total) / total

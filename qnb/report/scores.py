@@ -4,6 +4,7 @@ import math
 
 import pandas as pd
 
+from qnb.accuracy.statistics import Z95
 from qnb.report import paper
 from qnb.report.results import Results, stack
 
@@ -13,7 +14,6 @@ MEAN = "mean over tasks"
 # The paper's "GSM8K (average of strict and CoT)" is the mean of two strict readings: the 5-shot task's, and the 8-shot
 # chain-of-thought one's
 AVERAGED = {"gsm8k_average": ("gsm8k", "gsm8k_cot")}
-Z95 = 1.96  # standard errors each way
 
 
 def headline(scores: pd.DataFrame) -> pd.DataFrame:
