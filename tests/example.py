@@ -102,7 +102,7 @@ def _speed(append, folder, precision, engine):
                "squeezed": False, "idle_mib": weights_mib, "room_mib": None, "took_s": 1.0, "ended": ""}
               for size in (1, largest)]  # fmt: skip
     search = {"batch_size": largest, "limit_mib": 15360.0, "capped": False, "probes": probes, "prompt_tokens": 128,
-              "new_tokens": 100}  # fmt: skip
+              "new_tokens": 100, "note": ""}  # fmt: skip
     append("batch", {**asked, **search}, **about)
 
 

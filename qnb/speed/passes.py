@@ -111,7 +111,7 @@ class Series:
     def record_batch(self, largest: LargestBatch, note: str = "") -> None:
         """Record the largest batch, of which the passes begin anew; a note says what ended the search but memory."""
         tokens = {"prompt_tokens": len(self.workload.longest), "new_tokens": self.workload.new_tokens}
-        self.session.append(self.batch_key, self.asked, asdict(largest), tokens, {"note": note} if note else {})
+        self.session.append(self.batch_key, self.asked, asdict(largest), tokens, {"note": note})
         self.largest = largest
         self.passes.clear()
 

@@ -14,6 +14,7 @@ from qnb.device import Device
 from qnb.errors import InputError
 from qnb.flags import Flag, flag_text
 from qnb.precision import PRECISIONS
+from qnb.report import page, tables
 from qnb.report.results import Results
 from qnb.session import Session
 from qnb.speed import batch_search, batch_trials, benchmark, device_peaks, engines, passes, plan, stages
@@ -209,7 +210,9 @@ def test_no_batch_is_tried_that_may_end_the_process(lab, monkeypatch):
     session = lab.open("int8")
     perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 8)))
     assert [(row["batch_size"], row["capped"]) for row in rows(session, "batch")] == [(5, False)]
-    assert [row["note"] for row in rows(session, "batch")] == [f"larger batches were {stages.UNSAFE}"]
+    results, note = Results.read(session.ledger), f"larger batches were {stages.UNSAFE}"
+    assert tables.labelled(results.batches, tables.SEARCHES)["note"].tolist() == [note]
+    assert f"int8 eager: {note}." in page.limits(results)
 
 
 def test_eager_int8_alone_may_end_its_process_on_a_gpu(lab):
