@@ -66,9 +66,9 @@ _COLUMNS = (  # whose label, unit and direction their names do not say
     Column("engine_speedup", "speed-up over eager", "x", "more"),
     # memory and energy
     Column("peak_memory_mib", "peak memory", "MiB", "less"),
-    Column("peak_used_memory_mib", "device memory in use", "MiB", "less"),
+    Column("peak_used_memory_mib", "memory in use above the baseline", "MiB", "less"),
     Column("peak_reserved_mib", "memory reserved", "MiB", "less"),
-    Column("memory_mib", "memory in use", "MiB", "less"),
+    Column("memory_mib", "GPU memory in use by all processes", "MiB", "less"),
     Column("kv_cache_mib", "KV cache", "MiB", "less"),
 )
 COLUMNS = {column.name: column for column in _COLUMNS}

@@ -1,12 +1,13 @@
 """What quantizing gives: speed, utilization and memory, over batch sizes and over time, and where each is spent."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
 
-from qnb.columns import column, header
+from qnb.columns import column, format_number, header
 from qnb.flags import is_disturbed
 from qnb.report import paper, theme
 from qnb.report.findings import SETTINGS
@@ -15,7 +16,8 @@ from qnb.report.tables import knees
 
 METRICS = ("throughput_rps", "seconds_per_request", "utilization_pct", "peak_memory_mib")
 SWEPT = ("throughput_rps", "batch_latency_s")
-TIMELINE = ("utilization_pct", "memory_mib", "power_w", "clock_mhz")
+NEAR = 5  # times another: limits of a device that share a label
+TIMELINE = ("utilization_pct", "memory_mib", "process_memory_mib", "power_w", "clock_mhz")
 
 
 def _disturbed(runs: pd.DataFrame) -> str:
@@ -110,8 +112,8 @@ def timeline(results: Results) -> go.Figure:
     frame, height = theme.panels(samples, names), 340 if len(names) < 3 else 560
     look = {**theme.facets(2, height, 0.12), **theme.by_format(frame)}
     figure = px.line(frame, x="t_s", y="value", render_mode="svg", **look).update_yaxes(rangemode="tozero")
-    note = f"with {frame.engine.iloc[0]}; memory: the whole device's, on a CPU the process's"
-    return theme.finish_lines(figure, "time, s", title, height, note + theme.fusing(results.bs1))
+    note = f"with {frame.engine.iloc[0]}{theme.fusing(results.bs1)}"
+    return theme.finish_lines(figure, "time, s", title, height, note)
 
 
 def token_time(results: Results) -> go.Figure:
@@ -178,15 +180,19 @@ def roofline(results: Results) -> go.Figure:
         hover=theme.hovers(runs, "mbu_pct", "mfu_pct", "bound"),
     )  # fmt: skip
     figure = theme.points(runs, "intensity", "tflops", log_x=True, log_y=True)
-    bandwidth, peaks = runs.peak_bytes_per_s.max() / 1e12, runs.peak_flop_per_s.unique() / 1e12
-    left, right = runs.intensity.min() / 2, max(runs.intensity.max() * 2, 3 * max(peaks) / bandwidth)
-    for peak in peaks:
+    bandwidth, types = runs.peak_bytes_per_s.max() / 1e12, runs.flops_by_type.map(" + ".join)
+    peaks = runs.groupby(types).peak_flop_per_s.max().sort_values(ascending=False) / 1e12
+    left, right = runs.intensity.min() / 2, max(runs.intensity.max() * 2, 3 * peaks.iloc[0] / bandwidth)
+    for _, near in peaks.groupby((peaks.shift() > NEAR * peaks).cumsum()):
+        label = "<br>".join(f"{types}: {format_number(peak, 3)}" for types, peak in near.items())
         figure.add_scatter(
-            x=[left, peak / bandwidth, right], y=[left * bandwidth, peak, peak], mode="lines+text",
-            text=["", "", f"{peak:.3g}"], textposition="top left", textfont={"size": 11, "color": theme.QUIET},
+            x=[x for peak in near for x in (left, peak / bandwidth, right, None)],
+            y=[y for peak in near for y in (left * bandwidth, peak, peak, None)], mode="lines+text",
+            text=["", "", label], textposition="top left", textfont={"size": 11, "color": theme.QUIET},
             line={"color": theme.QUIET, "width": 1.2}, showlegend=False, hoverinfo="skip",
         )  # fmt: skip
-    figure.update_xaxes(title="arithmetic per byte read, FLOP/byte", dtick=1)
-    figure.update_yaxes(title="achieved, TFLOP/s", dtick=1)
-    note = f"lines: measured limits, {bandwidth:.3g} TB/s and TFLOP/s by type; hollow: eager" + theme.fusing(runs)
-    return theme.finish(figure, title, 520, note)
+    span = [math.log10(runs.tflops.min()) - 0.3, math.log10(peaks.iloc[0]) + 0.2 * len(peaks)]  # room for the labels
+    figure.update_xaxes(title="arithmetic per byte read, FLOP/byte", dtick=1, tickformat=",~g")
+    figure.update_yaxes(title="achieved, TFLOP/s", dtick=1, tickformat=",~g", range=span)
+    note = f"lines: measured limits, {bandwidth:.3g} TB/s and TFLOP/s by type; close ones share a label; hollow: eager"
+    return theme.finish(figure, title, 520, note + theme.fusing(runs))

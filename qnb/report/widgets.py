@@ -237,7 +237,7 @@ class LiveMonitor:
 def sparklines(readings: Sequence[Mapping[str, float]], period_s: float) -> str:
     """Return readings as lines of SVG, a row per quantity, each with its newest value in words."""
     lines = []
-    for name in ("utilization_pct", "memory_mib", "power_w"):
+    for name in ("utilization_pct", "memory_mib", "process_memory_mib", "power_w"):
         values = [reading[name] for reading in readings if name in reading]
         if not values:
             continue

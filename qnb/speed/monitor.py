@@ -45,7 +45,8 @@ NVML_PROBES: dict[str, Callable[[Any], float]] = {
     "gpu_processes": lambda gpu: len(pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)) - int(os.getenv(WAITING, "0")),
 }
 SUMMED = {"memory_mib", "power_w", "energy_j"}  # over the GPUs of a model that is spread; of the others, the largest
-METRICS = (*NVML_PROBES, "others_cpu_pct")
+MEMORY = ["memory_mib", "process_memory_mib"]  # of the whole GPU, of this process
+METRICS = (*NVML_PROBES, MEMORY[1], "others_cpu_pct")
 # NVML's bits (nvmlClocksEventReasons) that say the clocks are held below what the work asks for: software power cap,
 # hardware slowdown, software and hardware thermal slowdown, hardware power brake
 THROTTLE_BITS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
@@ -119,7 +120,7 @@ class Sensor:
             all_pct = psutil.cpu_percent(percpu=True)
             reading["others_cpu_pct"] = max(0.0, fmean(all_pct[core] for core in self._cores) - own_pct)
             if self.monitor == "process":
-                reading |= {"utilization_pct": own_pct, "memory_mib": self._process.memory_info().rss / MIB}
+                reading |= {"utilization_pct": own_pct, "process_memory_mib": self._process.memory_info().rss / MIB}
         return reading
 
 
@@ -138,7 +139,8 @@ def used_memory_mib(*devices: str | torch.device) -> float:
 
     Read before a model is loaded, it is the baseline: the model is loaded into what the allocator still holds.
     """
-    memory_mib = Sensor(*devices).sample().get("memory_mib", math.nan)
+    reading = Sensor(*devices).sample()
+    memory_mib = next((reading[name] for name in MEMORY if name in reading), math.nan)
     for device in map(torch.device, devices):
         if device.type == "cuda":
             memory_mib -= (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / MIB
@@ -201,7 +203,7 @@ class Window:
         values = {
             **mean[["utilization_pct", "clock_mhz", "others_cpu_pct"]],
             "power_w": mean.power_w if math.isnan(energy_j) else energy_j / energy_s,
-            "peak_used_memory_mib": most.memory_mib - self._baseline_mib,
+            "peak_used_memory_mib": most[MEMORY].max() - self._baseline_mib,
             "gpu_processes": most.gpu_processes,
             "energy_j": energy_j,
             "energy_s": energy_s,

@@ -209,6 +209,18 @@ def test_no_point_lies_above_the_measured_roof(study, drawn):
     assert all(tflops <= min(each * example.BYTES_S, example.FLOP_S) / 1e12 for _, each, tflops, _ in steps)
 
 
+def test_each_roof_is_named_by_its_types_and_close_ones_share_a_label(study):
+    types = [["float32"], ["float32", "bfloat16"], ["bfloat16"], ["int8"]]
+    roofs = {"flops_by_type": [dict.fromkeys(names, 1) for names in types],
+             "peak_flop_per_s": [51.1e12, 64.4e12, 866e12, 1300e12]}  # fmt: skip
+    rows = study.bs1.head(4).assign(**roofs)
+    figure = figures.roofline(replace(study, bs1=rows, maxbatch=rows[:0], sweep=rows[:0]))
+    labels = [(trace.y[2], trace.text[2]) for trace in figure.select_traces({"mode": "lines+text"})]
+    assert labels == [
+        (1300, "int8: 1,300<br>bfloat16: 866"), (pytest.approx(64.4), "float32 + bfloat16: 64.4<br>float32: 51.1"),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "column", "scale", "settings"),
     [("token_time", "tpot_s", 1e3, ["bs1"]), ("energy", "energy_j_per_token", 1, ["bs1", "maxbatch"]),

@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 
 from qnb import InputError, Study
+from qnb.columns import header
 from qnb.report import widgets
 from qnb.report.findings import SETTINGS
+from qnb.speed.monitor import Sensor
 
 CONTROLS = (ipywidgets.Dropdown, ipywidgets.FloatSlider, ipywidgets.IntSlider, ipywidgets.SelectMultiple,
             ipywidgets.Textarea, ipywidgets.Button)  # fmt: skip
@@ -154,3 +156,5 @@ def test_drawing_the_monitor_costs_a_run_less_than_a_thousandth():
         text = widgets.sparklines(readings, 1.0)
         taken_s.append(time.process_time() - started)
     assert min(taken_s) < 1e-3 and text.count("<svg") == 3  # what else the machine does only adds
+    assert header("memory_mib") in text
+    assert header("process_memory_mib") in widgets.sparklines([Sensor("cpu").sample()], 1.0)

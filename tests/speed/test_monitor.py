@@ -101,12 +101,12 @@ def test_the_process_sensor_sees_this_process_grow():
     """Fresh pages, which no freed memory of an earlier test can stand for."""
     gc.collect()  # what garbage there is goes now, not between the two readings
     sensor = Sensor("cpu")
-    before_mib = sensor.sample()["memory_mib"]
+    before_mib = sensor.sample()["process_memory_mib"]
     with mmap.mmap(-1, 64 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as pages:
         for start in range(0, len(pages), mmap.PAGESIZE):
             pages[start] = 1
         ends = time.monotonic() + 5  # some kernels count a process's memory once in a while
-        while (grown_mib := sensor.sample()["memory_mib"] - before_mib) < 40 and time.monotonic() < ends:
+        while (grown_mib := sensor.sample()["process_memory_mib"] - before_mib) < 40 and time.monotonic() < ends:
             time.sleep(0.05)
     assert sensor.monitor == "process" and 40 < grown_mib < 90
 
