@@ -17,11 +17,12 @@ from datetime import UTC, datetime
 from hashlib import file_digest, sha256
 from io import BytesIO
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from qnb.errors import InputError
+from qnb.errors import InputError, refusing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,6 +158,31 @@ class Ledger:
         self.refresh()
         if self.outdated:
             log.warning("%s: %d rows of versions before 1.0 are passed over", self.path, self.outdated)
+
+    @contextmanager
+    def locked(self, name: str, when_busy: Callable[[], None]) -> Iterator[None]:
+        """Make the folder, and hold a lock in it for the block.
+
+        Input that is refused before there is a row leaves no folder where there was none.
+
+        Raises
+        ------
+        InputError
+            The folder cannot be made.
+        """
+        missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        with refusing(f"output {self.folder} cannot be written; give another", OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with holding(self.folder / name, when_busy):
+            try:
+                yield
+            except InputError:
+                if missing and not self.path.exists():
+                    rmtree(self.folder, ignore_errors=True)
+                    with suppress(OSError):  # others may have begun something beside it
+                        for folder in missing[1:]:
+                            folder.rmdir()
+                raise
 
     def _clear(self) -> None:
         self._newest: dict[tuple[Any, ...], Row] = {}  # by key, in the order of appending; failures too

@@ -32,7 +32,7 @@ from qnb.accuracy.evaluate import AccuracyOptions
 from qnb.accuracy.perplexity import DivergenceOptions
 from qnb.errors import INPUT_ERRORS, InputError, check_choice, expand_path, refusing, scrub
 from qnb.flags import is_disturbed
-from qnb.ledger import FAILED, KEY, Ledger, Row, holding
+from qnb.ledger import FAILED, KEY, Ledger, Row
 from qnb.options import check_count
 from qnb.precision import listed
 from qnb.provenance import COMMAND, NOTEBOOKS, REPLAY, ROOT, WAITING
@@ -312,10 +312,9 @@ def _sole_run(study: Study, **environment: str) -> Iterator[None]:
         raise InputError(f"output {study.folder} is in use by another run; let it end, or give another output")
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it calls the rarely used parameters unknown
-    with refusing(f"output {study.folder} cannot be written; give another", OSError):
-        (study.folder / "notebooks").mkdir(parents=True, exist_ok=True)
-    lock = study.folder / ".run.lock"
-    with _interruptible(), holding(lock, refuse), _own_kernel(), patch.dict(os.environ, environment):
+    locked = study.session.ledger.locked(".run.lock", refuse)
+    with _interruptible(), locked, _own_kernel(), patch.dict(os.environ, environment):
+        (study.folder / "notebooks").mkdir(exist_ok=True)
         yield
 
 

@@ -23,7 +23,7 @@ from qnb import __version__, budget, colab, device, kernels
 from qnb.budget import Clock, now_s
 from qnb.errors import InputError, check_choice, expand_path, never_fail_to_print, refusing, scrub
 from qnb.finite import NotFiniteError
-from qnb.ledger import FAILED, PLANS, Ledger, file_sha256, fingerprint, holding, is_outdated, row_key, write_atomic
+from qnb.ledger import FAILED, PLANS, Ledger, file_sha256, fingerprint, is_outdated, row_key, write_atomic
 from qnb.memory import describe_host, host_peak_mib, is_out_of_memory, kept, release, released
 from qnb.options import AUTO, Count, Names, check_minutes, check_types, resolve_count
 from qnb.precision import HALVES, PRECISIONS, Precision, parse
@@ -408,9 +408,8 @@ class Session:
         The block gets a clock with the time that its notebook, such as 02, may still take; what it takes is kept.
         """
         self.check_writable()
-        self.folder.mkdir(parents=True, exist_ok=True)
         waiting = f"another process is measuring into {self.folder}; waiting for it"
-        with holding(self.folder / ".lock", lambda: tqdm.write(waiting)):
+        with self.ledger.locked(".lock", lambda: tqdm.write(waiting)):
             if not self.replays:
                 self.device.use()
             started_s, before = now_s(), self.ledger.revision

@@ -14,6 +14,7 @@ import pytest
 
 from qnb import InputError
 from qnb import ledger as module
+from qnb.errors import InputError
 from qnb.ledger import FAILED, Ledger, file_sha256, fingerprint, write_atomic, write_parquet
 from qnb.quantize.stages import quantize
 from qnb.session import Session
@@ -201,6 +202,20 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         Ledger(tmp_path).append(row(x=float("nan")))
     assert len(Ledger(tmp_path)) == 0
+
+
+@pytest.mark.parametrize("before", ["a folder", "a row", "a neighbour"])
+def test_refused_input_takes_nothing_away_but_the_folder_that_was_made_for_it(before, tmp_path):
+    ledger = Ledger(tmp_path / "new" / "study")
+    if before == "a folder":
+        ledger.folder.mkdir(parents=True)
+    with pytest.raises(InputError), ledger.locked(".lock", lambda: None):
+        if before == "a row":
+            ledger.append(row())
+        elif before == "a neighbour":
+            (tmp_path / "new" / "other").mkdir()
+        raise InputError("refused")
+    assert ledger.folder.exists() == (before != "a neighbour") and (tmp_path / "new").exists()
 
 
 def test_a_fingerprint_does_not_depend_on_order():

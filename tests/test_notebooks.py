@@ -205,15 +205,16 @@ def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(tmp_path):
         (["-p", "model", "shape:llama-3.2-1b"], ["random", "smollm2-135m"]),
         (["-p", "data_dir", "/no/such/folder"], ["/no/such/folder"]),
         (["--only", "07"], ["07", "01, 02"]),
+        (["-p", "precisions", "mine=checkpoint:/no/such"], ["/no/such", "is no folder"]),  # seen by a notebook
     ],
 )
 def test_bad_input_is_one_line_and_loses_nothing(arguments, names, tmp_path, capsys):
-    """One line naming what was given and what is accepted, exit code 2, nothing written."""
-    assert main(["run", "--profile", "smoke", "--output", str(tmp_path / "study"), *arguments]) == 2
+    """One line naming what was given and what is accepted, exit code 2, nothing written, no folder left."""
+    assert main(["run", "--profile", "smoke", "--output", str(tmp_path / "new" / "study"), *arguments]) == 2
     said = capsys.readouterr().err
     assert len(said.strip().splitlines()) == 1
     assert all(name in said for name in names), said
-    assert not (tmp_path / "study" / "ledger.jsonl").exists()
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("word", "words"), [("audit", ("FAILS", "holds")), ("doctor", ("bfloat16",))])
