@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 NAMES = ("01_quantize", "02_accuracy", "03_perf_bs1", "04_perf_maxbatch", "05_figures")
 COUNTS = {"sensitivity_limit", "bs1_repeats", "maxbatch_repeats", "memory_mib", "sweep_batch"}
 RUN_ALL = ("auto", "always", "never")  # when 01 runs the other notebooks; "auto" is on Colab alone
+# columns that keep a parameter under another name
+ASKED = {"tasks": "task", "engines": "engine", "ppl_tokens": "tokens", "ppl_context": "context",
+         "maxbatch_requests": "cap", "memory_mib": "memory_limit_mib"}  # fmt: skip
 BAR = "{l_bar}{bar}| {n_fmt} of {total_fmt} notebooks, {elapsed}{postfix}"
 PLOTLY = "application/vnd.plotly.v1+json"  # the type of a figure in a notebook
 CELL_TIMEOUT_S = 24 * 3600  # a cell that hangs ends one day, and the run with it
@@ -384,23 +387,35 @@ def show(study: Study) -> None:
         A notebook stopped.
     """
     session, rows = study.session, study.session.ledger.rows()
-    measured = {row["setting"] if row["stage"] == "perf" else row["stage"] for row in rows}
-    stages = {"01": "quantize", "02": "accuracy", "03": "bs1", "04": "maxbatch"}
+    stages = {"01": ["quantize"], "02": ["accuracy", "divergence"], "03": ["bs1"], "04": ["maxbatch", "batch"]}
     environment = {REPLAY: json.dumps(asdict(device.recorded(rows[-1]))), "PLOTLY_RENDERER": "plotly_mimetype",
                    COMMAND: shlex.join(["qnb", *sys.argv[1:]])}  # fmt: skip
     values = {"precisions": ",".join(study.results().precisions), "half": session.half, "minutes": 0,
               "pictures": False, "margin_pp": study.margin_pp}  # fmt: skip
     with _sole_run(study, **environment):
         for name in NAMES:
-            if name[:2] == "05" or stages[name[:2]] in measured:
+            drawn = [row for row in rows if name[:2] == "05" or (row["setting"] or row["stage"]) in stages[name[:2]]]
+            if drawn:
                 print(_execute(study, name, values), file=sys.stderr, flush=True)
-                _make_portable(study.folder / "notebooks" / f"{name}.ipynb")
+                _make_portable(study.folder / "notebooks" / f"{name}.ipynb", _measured_with(name, drawn))
 
 
-def _make_portable(path: Path) -> None:
+def _measured_with(name: str, rows: Sequence[Row]) -> str:
+    """Return what rows say of a notebook's parameters, and the commands that measured them, as lines of comment."""
+    lines = ["The rows were measured with the following, not with the defaults above:"]
+    for parameter in notebook_parameters(NOTEBOOKS / f"{name}.ipynb"):
+        values = (row.get(ASKED.get(parameter, parameter)) for row in rows)
+        words = ", ".join(dict.fromkeys(str(value).removesuffix(".0") for value in values if value not in (None, "")))
+        lines += [f"{parameter}: {words}"] * bool(words)
+    commands = dict.fromkeys(f"$ {row['command']}" for row in rows if row["command"])
+    return "".join(f"# {line}\n" for line in [*lines, *commands, "They are drawn with:"])
+
+
+def _make_portable(path: Path, measured_with: str) -> None:
     """Give an executed notebook still pictures, and take out what another machine cannot show: widgets and paths.
 
-    Links to the notebooks' folder still lead there where both lie in the checkout.
+    `measured_with` is put above the injected parameters, which only draw. Links to the notebooks' folder still lead
+    there where both lie in the checkout.
     """
     import nbformat
 
@@ -413,6 +428,7 @@ def _make_portable(path: Path) -> None:
             part.metadata.pop(name, None)
         if "injected-parameters" in part.metadata.get("tags", ()):
             part.id = "injected-parameters"  # as in every other drawing
+            part.source = part.source.replace("# Parameters\n", measured_with)
         for output in part.get("outputs", ()):
             if {"text/html", "text/plain"} <= output.get("data", {}).keys():
                 del output.data["text/plain"]  # an object's address

@@ -256,7 +256,6 @@ class Session:
             "formats": ", ".join(precision.name for precision in self.precisions),
             "quantized formats in": self.half + "".join(f", {name} in bfloat16" for name in self.overflowed),
             **self.device.facts(rows[-1]["versions"] if self.replays and rows else self.versions),
-            "measured by": "; ".join(dict.fromkeys(row["command"] for row in rows if row["command"] and self.replays)),
             "time": budget.describe(self.minutes, taken_s) if self.minutes else "",
             "host memory": "" if self.replays else describe_host(peak_mib),
             "disk": "" if self.replays else self.disk_shortage(),

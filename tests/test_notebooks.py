@@ -139,6 +139,11 @@ def test_a_kept_study_is_shown_without_its_model_and_measures_nothing(smoke, tmp
         outputs = [output for cell in cells(path, "code") for output in cell["outputs"]]
         assert len(outputs) > 3 and not any("widget" in kind for each in outputs for kind in each.get("data", ()))
         assert f"{ROOT}/" not in path.read_text()
+    (given,) = [cell for cell in cells(folder / "notebooks" / "03_perf_bs1.ipynb", "code")
+                if cell["metadata"].get("tags") == ["injected-parameters"]]  # fmt: skip
+    said = "".join(given["source"])
+    assert all(f"# {words}\n" in said for words in ("prompt_tokens: 16", "engines: eager", "model: smollm2-135m"))
+    assert "# $ qnb run --profile smoke" in said and said.endswith("minutes = 0\n")
 
 
 @pytest.mark.slow
