@@ -1,7 +1,7 @@
-"""One budget of minutes for the whole sitting, by the clock: loading and compiling count.
+"""Share one budget of minutes among the notebooks; `qnb.accuracy.evaluate` and `qnb.speed.plan` plan what fits.
 
-Each notebook gets its share of the time that is left. What an earlier one did not need goes to the later ones. What
-fits in a share is planned by `qnb.accuracy.evaluate` and `qnb.speed.plan`.
+The budget is for the whole sitting, by the clock: loading and compiling count. Each notebook gets its share of the
+time that is left. What an earlier one did not need goes to the later ones.
 """
 
 import math

@@ -20,7 +20,6 @@ class Column:
 
 _COLUMNS = (  # whose label, unit and direction their names do not say
     Column("precision", "format"),
-    Column("n_items", "items"),
     Column("n_total", "of"),
     # accuracy
     Column("baseline_pct", "baseline accuracy", "%", "more"),
@@ -46,7 +45,6 @@ _COLUMNS = (  # whose label, unit and direction their names do not say
     # checkpoints
     Column("left_out", "weights left out of quantization"),
     Column("dtype", "type of what is not quantized"),
-    Column("weights_mib", "weights", "MiB", "less"),
     Column("quantized_pct", "weights quantized", "%"),
     # speed
     Column("throughput_rps", "throughput", "requests/s", "more"),

@@ -1,12 +1,12 @@
-"""The formats, as data: how each stores and multiplies a model's weights, and its colour and marker in figures.
+"""The formats, as data: each one's settings of the library that quantizes, and its colour and marker in all figures.
 
 A weight stored in b bits costs b/8 bytes of memory and of bandwidth. What it is *multiplied* in is a separate choice.
 LLM.int8 multiplies int8 by int8 and keeps outlier columns in 16 bit (Dettmers et al. 2022). The 4-bit formats are
 unpacked to their compute type before every product (Dettmers et al. 2023). Only linear layers inside the blocks are
 quantized: embeddings, norms and the output head stay in 16 bit. Here that is bfloat16, and a study may replace it by
 the type that its device has units for. torchao's formats need that package. Its 8-bit ones quantize a product's inputs
-too, row by row. A checkpoint that was made elsewhere is a format too, named by its label. No other module branches on
-a format's name.
+too, row by row. A checkpoint that was made elsewhere is a format too, named by its label. Models are quantized, saved
+and loaded by `qnb.quantize.checkpoint`. No other module branches on a format's name.
 """
 
 from __future__ import annotations

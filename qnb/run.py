@@ -421,7 +421,7 @@ def _make_portable(path: Path, measured_with: str) -> None:
 
     text = path.read_text(encoding="utf-8")
     for folder in (ROOT, path.parents[2]):
-        text = text.replace(f"{folder}{os.sep}", "")
+        text, measured_with = (each.replace(f"{folder}{os.sep}", "") for each in (text, measured_with))
     book = nbformat.reads(text, as_version=4)
     for part in (book, *book.cells):
         for name in ("papermill", "widgets", "execution"):

@@ -1,4 +1,4 @@
-"""The stages that ask tasks: accuracy, within a time budget if there is one, and what a score owes to its batch.
+"""The stages that ask tasks: plan how many items fit the minutes, measure accuracy, and what a score owes its batch.
 
 Every format answers the same items, and each answer is kept, so that any two formats can be compared item by item.
 """

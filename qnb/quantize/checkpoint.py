@@ -1,4 +1,4 @@
-"""A format's checkpoint: converted from its source, saved with a manifest, reloaded, and compared.
+"""Quantize a model into a format's checkpoint, save it with a manifest, load it for every measurement, and compare.
 
 A checkpoint is written beside its final place and renamed when it is whole. It counts only when the reloaded model
 gives the logits that the model gave before it was saved, bit for bit.

@@ -1,8 +1,6 @@
-"""The look of every figure: one Plotly template, and the ways to draw.
+"""The look of every figure, but for the formats' colours and markers, which `qnb.precision` sets: one Plotly template.
 
-Colour and marker identify the format; each format's own stand in `qnb.precision`. A hollow or filled marker identifies
-the engine.
-Both survive print.
+Colour and marker identify the format, a hollow or filled marker the engine. Both survive print.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What a budget of minutes allows of the speed stages: requests, new tokens, largest batches and a sweep.
+"""Plan what a budget of minutes allows of the speed stages: requests, new tokens, largest batches and a sweep.
 
 Costs are estimated from the device's peaks, and from what the first passes at batch size 1 took.
 """
