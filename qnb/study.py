@@ -81,16 +81,13 @@ class Study:
     def card(self, tasks: Names = "", limit: Count = "auto") -> Styler:
         """Return the study's card: what is measured, on what, with what, and what is done already.
 
-        With tasks, it says as well which change in accuracy so many items can detect; a budget decides how many, so
-        then that is said after the run.
+        With tasks, and no budget that decides how many items are asked, it says as well which change in accuracy so
+        many can detect.
         """
         facts = self.session.facts()
         options = evaluate.AccuracyOptions(tasks or "auto", limit)
-        if tasks and self.session.replays:
-            facts["can detect"] = "said below, with the verdicts"
-        elif tasks and self.session.minutes:
-            facts["can detect"] = "said after the run: the time decides how many items are asked"
-        elif tasks and (n_items := evaluate.planned_items(self.session, options)):
+        is_open = tasks and not (self.session.replays or self.session.minutes)
+        if is_open and (n_items := evaluate.planned_items(self.session, options)):
             facts["can detect"] = verdicts.detectable(n_items)
         return tables.styled(pd.DataFrame(facts.items())).hide(axis="columns")
 

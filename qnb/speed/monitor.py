@@ -45,8 +45,7 @@ NVML_PROBES: dict[str, Callable[[Any], float]] = {
     "gpu_processes": lambda gpu: len(pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)) - int(os.getenv(WAITING, "0")),
 }
 SUMMED = {"memory_mib", "power_w", "energy_j"}  # over the GPUs of a model that is spread; of the others, the largest
-MEMORY = ["memory_mib", "process_memory_mib"]  # of the whole GPU, of this process
-METRICS = (*NVML_PROBES, MEMORY[1], "others_cpu_pct")
+METRICS = (*NVML_PROBES, "process_memory_mib", "others_cpu_pct")
 # NVML's bits (nvmlClocksEventReasons) that say the clocks are held below what the work asks for: software power cap,
 # hardware slowdown, software and hardware thermal slowdown, hardware power brake
 THROTTLE_BITS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
@@ -140,7 +139,7 @@ def used_memory_mib(*devices: str | torch.device) -> float:
     Read before a model is loaded, it is the baseline: the model is loaded into what the allocator still holds.
     """
     reading = Sensor(*devices).sample()
-    memory_mib = next((reading[name] for name in MEMORY if name in reading), math.nan)
+    memory_mib = reading.get("memory_mib", reading.get("process_memory_mib", math.nan))
     for device in map(torch.device, devices):
         if device.type == "cuda":
             memory_mib -= (torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) / MIB
@@ -203,7 +202,7 @@ class Window:
         values = {
             **mean[["utilization_pct", "clock_mhz", "others_cpu_pct"]],
             "power_w": mean.power_w if math.isnan(energy_j) else energy_j / energy_s,
-            "peak_used_memory_mib": most[MEMORY].max() - self._baseline_mib,
+            "peak_used_memory_mib": most[["memory_mib", "process_memory_mib"]].max() - self._baseline_mib,
             "gpu_processes": most.gpu_processes,
             "energy_j": energy_j,
             "energy_s": energy_s,
