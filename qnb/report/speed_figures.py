@@ -169,7 +169,10 @@ def _parts(
 
 
 def roofline(results: Results) -> go.Figure:
-    """Draw achieved FLOP/s over FLOP a byte, below the measured roofs; a point per format, engine and batch size."""
+    """Draw achieved FLOP/s over FLOP a byte, below the measured roofs; a point per format, engine and batch size.
+
+    A roof's label stands above its bend, where no point can lie.
+    """
     title = "How near are the device's limits?"
     needed = ["bytes_per_step", "flops_per_step", "tpot_s", "peak_bytes_per_s", "peak_flop_per_s"]
     runs = results.speed.dropna(subset=needed)
@@ -188,7 +191,7 @@ def roofline(results: Results) -> go.Figure:
         figure.add_scatter(
             x=[x for peak in near for x in (left, peak / bandwidth, right, None)],
             y=[y for peak in near for y in (left * bandwidth, peak, peak, None)], mode="lines+text",
-            text=["", "", label], textposition="top left", textfont={"size": 11, "color": theme.QUIET},
+            text=["", label], textposition="top left", textfont={"size": 11, "color": theme.QUIET},
             line={"color": theme.QUIET, "width": 1.2}, showlegend=False, hoverinfo="skip",
         )  # fmt: skip
     span = [math.log10(runs.tflops.min()) - 0.3, math.log10(peaks.iloc[0]) + 0.2 * len(peaks)]  # room for the labels

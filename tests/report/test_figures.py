@@ -215,7 +215,7 @@ def test_each_roof_is_named_by_its_types_and_close_ones_share_a_label(study):
              "peak_flop_per_s": [51.1e12, 64.4e12, 866e12, 1300e12]}  # fmt: skip
     rows = study.bs1.head(4).assign(**roofs)
     figure = figures.roofline(replace(study, bs1=rows, maxbatch=rows[:0], sweep=rows[:0]))
-    labels = [(trace.y[2], trace.text[2]) for trace in figure.select_traces({"mode": "lines+text"})]
+    labels = [(trace.y[1], trace.text[1]) for trace in figure.select_traces({"mode": "lines+text"})]
     assert labels == [
         (1300, "int8: 1,300<br>bfloat16: 866"), (pytest.approx(64.4), "float32 + bfloat16: 64.4<br>float32: 51.1"),
     ]  # fmt: skip
