@@ -62,7 +62,7 @@ RECOVERY = ("task", "precision", "n_items", "recovery_pct", "recovery_low_pct", 
 VERDICTS = ("precision", "accuracy_pct", "n_items", "change_pp", "low_pp", "high_pp", "words")
 PASSES = ("precision", "engine", "repeat", "requests", "ttft_s", "tpot_s", "stop_reason", "note")
 TIME_SPENT = ("precision", "engine", "tpot_s", "gpu_busy_pct", "mbu_pct", "bound", "flags", "note")
-SEARCHES = ("precision", "engine", "batch_size", "capped", "limit_mib", "prompt_tokens", "new_tokens", "note")
+SEARCHES = ("precision", "engine", "batch_size", "limit_mib", "prompt_tokens", "new_tokens", "note")
 KNEES = ("precision", "engine", "knee", "knee_throughput_rps", "knee_batch_latency_s", "swept_to", "throughput_rps",
          "note")  # fmt: skip
 ANSWER = ("precision", "weights_mib", "peak_memory_mib", "tpot_captured_s", "tpot_eager_s", "throughput_rps",

@@ -6,12 +6,17 @@ import shutil
 import example
 import pytest
 
+from qnb import Study
 from qnb.__main__ import main
 from qnb.ledger import Ledger, file_sha256
+from qnb.provenance import ROOT
 from qnb.quantize.files import replacing
+from qnb.report import widgets
 from qnb.report.results import Results
 from qnb.report.tables import TABLES, save
 from qnb.report.verify import verify
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +49,18 @@ def test_an_untouched_study_is_as_it_was_measured(folder, capsys):
     assert main(["verify", str(folder)]) == 0 and f"{len(parts)} of {len(parts)}" in capsys.readouterr().out
 
 
-def test_a_study_sent_from_another_machine_is_checked_and_drawn_without_its_checkpoints(study, capsys):
-    for name in ("checkpoints", "tables"):
-        shutil.rmtree(study / name)
+def test_a_study_sent_from_another_machine_is_checked_and_drawn_beside_the_kept_runs(study, capsys, monkeypatch):
+    for path in study.iterdir():
+        if path.name not in README.partition("t4.zip ")[2].partition("`")[0].split():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     ledger = Ledger(study).path
     rows = [{**json.loads(line), "device": "Tesla T4"} for line in ledger.read_text().splitlines()]
     ledger.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["verify", str(study)]) == 0 and main(["report", str(study)]) == 0
     assert "Tesla T4" in (study / "report.html").read_text(encoding="utf-8")
+    monkeypatch.setattr(widgets, "REFERENCE", study.parent)
+    choice = widgets.explorer(Study(output=study.parent / "mine")).children[0]
+    assert f"kept: {study.name}" in choice.options
 
 
 @pytest.mark.parametrize(
