@@ -14,7 +14,6 @@ import pytest
 
 from qnb import InputError
 from qnb import ledger as module
-from qnb.errors import InputError
 from qnb.ledger import FAILED, Ledger, file_sha256, fingerprint, write_atomic, write_parquet
 from qnb.quantize.stages import quantize
 from qnb.session import Session
