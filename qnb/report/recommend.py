@@ -44,22 +44,14 @@ def candidates(results: Results, setting: str) -> pd.DataFrame:
     setting
         ``"bs1"`` or ``"maxbatch"``.
     """
-    verdicts = judge(results).drop(columns=["verdict", "words"])
-    divergence = _by_format(results.divergence, "perplexity_change_pct", "kl_mean_nats")
-    frame = verdicts.join(results.timed(setting).set_index("precision")).join(divergence)
-    frame = frame.rename_axis("precision").reset_index()
-    stored_mib = frame.precision.map(_by_format(results.checkpoints, "weights_mib").weights_mib)
+    judged, timed = judge(results).drop(columns=["verdict", "words"]), results.timed(setting).set_index("precision")
+    frame = judged.join(timed, rsuffix="_timed").rename_axis("precision").reset_index()
     frame = frame.assign(
         engine=frame.engine.where(frame.engine.notna(), "not timed"),
-        weights_mib=stored_mib.combine_first(frame.weights_mib),
+        weights_mib=frame.weights_mib.combine_first(frame.weights_mib_timed),
         peak_memory_mib=frame.peak_memory_mib.where(frame.peak_reserved_mib.notna()),  # a process is no measure
     )
     return frame.set_index(pd.Index([f"{row.precision} ({row.engine})" for row in frame.itertuples()], dtype=object))
-
-
-def _by_format(frame: pd.DataFrame, *names: str) -> pd.DataFrame:
-    """Return columns of a frame that has a row a format, by format; empty ones where the frame lacks them."""
-    return frame.reindex(columns=["precision", *names]).set_index("precision").astype(float)
 
 
 def choose(candidates: pd.DataFrame, demand: Demand) -> pd.DataFrame:
@@ -216,7 +208,6 @@ def summary(results: Results) -> pd.DataFrame:
     step.
     """
     timed, is_eager = (rows := candidates(results, "bs1")).groupby("precision", sort=False), rows.engine == "eager"
-    least = timed[["weights_mib", "energy_j_per_token", "perplexity_change_pct", "kl_mean_nats"]].min()
     timed_full = results.maxbatch.dropna(subset=["throughput_rps"])
     fastest = timed_full.sort_values("throughput_rps", ascending=False).drop_duplicates("precision")
     is_captured = fastest.precision.isin(timed_full.precision[timed_full.engine != "eager"])
@@ -228,10 +219,11 @@ def summary(results: Results) -> pd.DataFrame:
              pd.Series("disturbed by other processes", shown.precision[disturbed].unique()),
              pd.Series("largest batch with eager alone", fastest.precision[is_eager_alone])]  # fmt: skip
     note = pd.concat(notes).groupby(level=0, sort=False).agg("; ".join)
-    ran_as = results.checkpoints.reindex(columns=["precision", "ran_as"]).set_index("precision").ran_as
-    frame = judge(results).join([least, fastest.set_index("precision")[["throughput_rps"]]]).assign(
+    frame = judge(results).assign(
+        weights_mib=timed.weights_mib.min(), energy_j_per_token=timed.energy_j_per_token.min(),
         peak_memory_mib=timed.peak_memory_mib.last(), tpot_eager_s=rows[is_eager].set_index("precision").tpot_s,
-        tpot_captured_s=rows[~is_eager].groupby("precision").tpot_s.min(), ran_as=ran_as, note=note,
+        tpot_captured_s=rows[~is_eager].groupby("precision").tpot_s.min(),
+        throughput_rps=fastest.set_index("precision").throughput_rps, note=note,
     )  # fmt: skip
     return frame.rename_axis("precision").reset_index()[[*SUMMARY, "ran_as", "note"]]
 

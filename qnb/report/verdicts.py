@@ -17,13 +17,15 @@ from qnb.columns import format_number
 from qnb.errors import InputError
 from qnb.flags import Described
 from qnb.precision import BASELINE, PRECISIONS, title
-from qnb.report.comparison import COLUMNS, changes
+from qnb.report.comparison import changes
 from qnb.report.results import Results, stack, task_name
 from qnb.report.scores import MEAN, headline
 
 POOLED = "mean, for the verdict"
 FLIP_RATE = 0.1  # of items that a format is assumed to answer rightly where the baseline does not, or the reverse
 CHANGE = ("change_pp", "low_pp", "high_pp")
+FILED = ("weights_mib", "quantized_pct", "ran_as")  # what is known of a format's checkpoint
+DIVERGED = ("perplexity_change_pct", "kl_mean_nats")
 MOST_ITEMS = 1_000_000  # that are worth naming as enough to decide
 LEAST_QUANTIZED_PCT = 50  # of the weights; a format that changed fewer says so in the verdict's place
 
@@ -108,7 +110,7 @@ def _changes(results: Results, task: str) -> pd.DataFrame:
 
 def _answers(results: Results) -> pd.DataFrame:
     """Return Table 2's rows of tasks that were asked for and compared."""
-    answers = changes(results).reindex(columns=COLUMNS).dropna(subset=["gained", "chance_pct"])
+    answers = changes(results).dropna(subset=["gained", "chance_pct"])
     return answers[answers.task.isin(tasks(results))]
 
 
@@ -120,7 +122,7 @@ def _counted(results: Results, task: str) -> pd.DataFrame:
 
 def _missing(results: Results, precision: str) -> str:
     """Return why nothing of a format's accuracy is compared."""
-    rows = changes(results).reindex(columns=COLUMNS)
+    rows = changes(results)
     notes = [note for note in rows.note[rows.precision == precision] if str(note).startswith("not compared")]
     if notes:
         return str(notes[0])
@@ -132,7 +134,7 @@ def _missing(results: Results, precision: str) -> str:
 
 def with_pooled(results: Results) -> pd.DataFrame:
     """Return Table 2's rows that were compared, and the change that the verdict rests on in place of the means."""
-    rows = changes(results).reindex(columns=COLUMNS).dropna(subset=["change_pp"])
+    rows = changes(results).dropna(subset=["change_pp"])
     rows = rows[~rows.task.astype(str).str.startswith(MEAN)]
     pooled = accuracies(results).drop(index=BASELINE, errors="ignore").dropna(subset=["low_pp"])
     return stack([rows, pooled.rename_axis("precision").reset_index().assign(task=POOLED)])
@@ -144,12 +146,13 @@ def judge(results: Results) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Indexed by precision: what `accuracies` gives, `why` a change is missing, `verdict`, and `words` that say it
-        with the margin.
+        Indexed by precision: what `accuracies` gives, `FILED` of its checkpoint, `DIVERGED`, `why` a change is
+        missing, `verdict`, and `words` that say it with the margin.
     """
     frame = accuracies(results).reindex(results.precisions)
-    rows = results.checkpoints.reindex(columns=["precision", "quantized_pct"]).set_index("precision")
-    frame = frame.join(rows).assign(why=[_missing(results, str(name)) for name in frame.index])
+    for part, names in ((results.checkpoints, FILED), (results.divergence, DIVERGED)):
+        frame = frame.join(part.reindex(columns=["precision", *names]).set_index("precision"))
+    frame = frame.assign(why=[_missing(results, str(name)) for name in frame.index])
     decisions = [decide(str(name), row, results.margin_pp) for name, row in frame.iterrows()]
     return frame.assign(verdict=[verdict for verdict, _ in decisions], words=[words for _, words in decisions])
 
