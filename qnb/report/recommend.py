@@ -64,7 +64,7 @@ def choose(candidates: pd.DataFrame, demand: Demand) -> pd.DataFrame:
     -------
     pandas.DataFrame
         The candidates, best first, with ``fit``, a verdict's ``words``, and ``reasons``: what rules each out.
-        ``attrs["notes"]`` holds what qualifies the ranking.
+        ``attrs["notes"]`` says which is recommended, and what qualifies that.
     """
     is_time = column(demand.rank_by).better == "less"
     table = candidates.sort_values([demand.rank_by, "peak_memory_mib"], ascending=[is_time, True])
@@ -115,15 +115,16 @@ def _shown(name: str, value: float) -> str:
 
 
 def _notes(table: pd.DataFrame, demand: Demand) -> Iterator[str]:
-    """Yield what qualifies the recommendation."""
+    """Yield what is recommended, and what qualifies it."""
+    first, unsure = table[table.fit == FITS].head(2), table[table.fit == UNSURE]
+    nothing = "nothing, since " + ("no row meets every limit" if unsure.empty else "the data cannot tell what fits")
+    yield f"Recommended: {nothing if first.empty else first.index[0]}."
     if disturbed := [name for name, flags in table["flags"].items() if is_disturbed(flags)]:
         yield f"Other processes were at work while these were timed: {', '.join(disturbed)}."
     if names := unfused(table):
         yield f"{Flag.UNFUSED.text.capitalize()}: {names}."
-    unsure = table[table.fit == UNSURE]
     if unsure.kl_mean_nats.notna().any():
         yield "What may fit is ranked by KL divergence, since accuracy cannot tell."
-    first = table[table.fit == FITS].head(2)
     if first.empty:
         return
     speeds = first[demand.rank_by]
@@ -135,30 +136,6 @@ def _notes(table: pd.DataFrame, demand: Demand) -> Iterator[str]:
     behind = unsure[demand.rank_by] - speeds.iloc[0]
     if faster := list(unsure.index[behind < 0 if column(demand.rank_by).better == "less" else behind > 0]):
         yield f"Faster, but not shown to fit: {', '.join(faster)}."
-
-
-def explain(chosen: pd.DataFrame, demand: Demand) -> dict[str, list[str]]:
-    """Return what `choose` gave in sentences by heading: what to deploy, what is second, unknown, and ruled out."""
-    fitting, sections = chosen[chosen.fit == FITS], {}
-    for heading, (name, row) in zip(("Recommended", "Second"), fitting.iterrows(), strict=False):
-        sections[f"{heading}: {name}"] = [f"{facts(row, demand)}."]
-    if fitting.empty:
-        undecided = (chosen.fit == UNSURE).any()
-        problem = "The data cannot tell whether anything fits." if undecided else "No row meets every limit."
-        sections["Recommended: nothing"] = [problem]
-    next(iter(sections.values())).extend(chosen.attrs["notes"])
-    for heading, fit in (("The data cannot tell", UNSURE), ("Ruled out", RULED_OUT)):
-        sections[heading] = [f"{name}: {reasons}." for name, reasons in chosen.reasons[chosen.fit == fit].items()]
-    return {heading: sentences for heading, sentences in sections.items() if sentences}
-
-
-def facts(row: Mapping[str, Any], demand: Demand) -> str:
-    """Return a candidate's measured numbers in one line."""
-    names = [name for name in ("peak_memory_mib", demand.rank_by) if pd.notna(row[name])]
-    parts = [f"{column(name).label} {_shown(name, row[name])}" for name in names]
-    if pd.notna(row["change_pp"]) and row["precision"] != BASELINE:
-        parts.append(f"{interval_text(row)} against {BASELINE}")
-    return ", ".join(parts)
 
 
 def ranked(
@@ -183,7 +160,7 @@ def ranked(
     Returns
     -------
     pandas.DataFrame
-        A row a format and engine; ``attrs["notes"]`` holds what qualifies the ranking.
+        A row a format and engine; ``attrs["notes"]`` says which is recommended, and what qualifies that.
 
     Raises
     ------

@@ -133,9 +133,9 @@ def _limited(results: Results, setting: str, speed: str) -> list[widgets.Widget]
     def decide() -> None:
         values = {name: slider.value for name, slider in sliders.items()}
         values["speed_limit"] /= column(speed).scale
-        chosen = recommend.choose(candidates, demand := recommend.Demand(speed, **values))
-        table = labelled(chosen, ["precision", "engine", "fit", "peak_memory_mib", speed, *verdicts.CHANGE])
-        words.value = HTML.advice(recommend.explain(chosen, demand), table)
+        chosen = recommend.choose(candidates, recommend.Demand(speed, **values))
+        shown = ["precision", "engine", "fit", "peak_memory_mib", speed, *verdicts.CHANGE, "reasons"]
+        words.value = HTML.advice(chosen.attrs["notes"], labelled(chosen, shown))
 
     _observe(list(sliders.values()), decide)
     return [*sliders.values(), words]

@@ -8,7 +8,7 @@ import pytest
 
 from qnb.ledger import Ledger
 from qnb.report import recommend
-from qnb.report.recommend import FITS, RULED_OUT, UNSURE, Demand, explain
+from qnb.report.recommend import FITS, RULED_OUT, UNSURE, Demand
 from qnb.report.results import Results
 from qnb.report.scores import MEAN
 from qnb.report.tables import build
@@ -33,9 +33,9 @@ def verdicts(advice):
 
 def test_without_limits_the_fastest_is_first_and_memory_and_speed_rule_out_with_their_numbers():
     assert verdicts(advise()) == (["int4", "nf4", "bf16", "int8"], [], [])
-    advice = advise(**(limits := {"memory_mib": 1500, "speed_limit": 0.0035}))
+    advice = advise(memory_mib=1500, speed_limit=0.0035)
     assert verdicts(advice) == (["int4", "nf4"], [], ["bf16", "int8"])
-    large, slow = explain(advice, Demand("tpot_s", **limits))["Ruled out"]
+    large, slow = advice.reasons[advice.fit == RULED_OUT]
     assert "2,000 MiB" in large and "1,500 MiB or less" in large and "4 ms" in slow and "3.5 ms or less" in slow
 
 
@@ -43,17 +43,16 @@ def test_a_loss_is_ruled_out_or_allowed_by_the_whole_interval_and_between_the_da
     """NF4's interval reaches 1.4 points, the limit is 0.4 away: (1.4 / 0.4)^2 times 900 items, rounded."""
     advice = advise(loss_pp=1)
     assert verdicts(advice) == (["bf16", "int8"], ["nf4"], ["int4"])
-    sections = explain(advice, Demand("tpot_s"))
-    assert next(iter(sections)) == "Recommended: bf16"
-    assert "-6.0 points (95 %: -8.0 to -4.0, 900 items)" in sections["Ruled out"][0]
-    assert "about 20,000 items" in sections["The data cannot tell"][0]
-    assert "Second: int8" in sections and any("Faster" in note and "nf4" in note for note in advice.attrs["notes"])
+    assert "bf16" in advice.attrs["notes"][0]
+    assert "-6.0 points (95 %: -8.0 to -4.0, 900 items)" in advice.reasons["int4"]
+    assert "about 20,000 items" in advice.reasons["nf4"]
+    assert any("Faster" in note and "nf4" in note for note in advice.attrs["notes"])
 
 
 def test_nothing_is_recommended_when_nothing_is_shown_to_fit():
-    advice = advise(memory_mib=900, loss_pp=1)
-    assert "cannot tell" in explain(advice, Demand("tpot_s"))["Recommended: nothing"][0]
-    assert "No row meets" in explain(advise(memory_mib=10), Demand("tpot_s"))["Recommended: nothing"][0]
+    for limits, why in (({"memory_mib": 900, "loss_pp": 1}, "cannot tell"), ({"memory_mib": 10}, "no row meets")):
+        first = advise(**limits).attrs["notes"][0]
+        assert "nothing" in first and why in first
 
 
 @pytest.mark.parametrize(
@@ -71,7 +70,7 @@ def test_what_was_not_measured_is_not_guessed(column, limits, word, unsure):
 def test_a_rate_must_be_at_least_its_limit():
     advice = advise(ALL.assign(throughput_rps=[10, 20, 30, 40]), rank_by="throughput_rps", speed_limit=15)
     assert verdicts(advice) == (["int4", "nf4", "int8"], [], ["bf16"])
-    assert "15 requests/s or more" in explain(advice, Demand("throughput_rps"))["Ruled out"][0]
+    assert "15 requests/s or more" in advice.reasons["bf16"]
 
 
 @pytest.mark.parametrize(
