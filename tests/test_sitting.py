@@ -20,7 +20,6 @@ from qnb.precision import Precision
 from qnb.provenance import ROOT
 from qnb.quantize import checkpoint, files
 from qnb.quantize.sources import Source
-from qnb.report.paper import T4_BYTES_PER_S, T4_FLOP_PER_S
 from qnb.session import Session
 from qnb.speed import batch_trials, benchmark, device_peaks, engines, passes, stages
 from qnb.speed.batch_search import Probe
@@ -32,6 +31,10 @@ WEIGHTS_MIB = {"bf16": 2357, "fp16": 2357, "int8": 1434, "int4": 1016, "nf4": 10
 KV_MIB_PER_TOKEN = 1 / 32
 LOGITS_BYTES = 2 * 128_256  # of a token
 MEMORY_MIB = 15360
+# NVIDIA T4 datasheet (DS-09120): GDDR6 320+ GB/s; FP16 65 TFLOP/s, FP32 8.1, INT8 130 TOPS. Turing has no bfloat16
+# units: such products are done in 32 bit.
+T4_BYTES_PER_S = 320e9
+T4_FLOP_PER_S = {"float16": 65e12, "float32": 8.1e12, "bfloat16": 8.1e12, "int8": 130e12}
 # seconds of the host, measured on two cores: a checkpoint made, one loaded, a step compiled, MMLU's 57 tasks built,
 # kernels traced, a notebook begun; and of the network, assumed: packages installed, data fetched
 CONVERT_S, LOAD_S, COMPILE_S, BUILD_S, TRACE_S, BEGIN_S = 8.6, 4.0, 20.0, 10.0, 3.0, 10.0

@@ -12,7 +12,6 @@ from pathlib import Path
 import pandas as pd
 
 from qnb.memory import MIB
-from qnb.precision import PRECISIONS
 from qnb.report.results import NOT_FUSED, is_unfused
 
 DATA = Path(__file__).parents[1] / "data"
@@ -156,39 +155,3 @@ def ablations(runs: pd.DataFrame, number: int) -> pd.DataFrame:
     table = table.dropna(subset=["left_value", "right_value"])
     table = table.replace({name: name + NOT_FUSED for name in (runs.precision + " " + runs.engine)[is_unfused(runs)]})
     return table.drop(columns=["left_conditions", "right_conditions"]).round(6)
-
-
-# NVIDIA T4 datasheet (DS-09120): GDDR6 320+ GB/s; FP16 65 TFLOP/s, FP32 8.1, INT8 130 TOPS. Turing has no bfloat16
-# units: such products are done in 32 bit.
-T4_BYTES_PER_S, T4_CAPABILITY = 320e9, (7, 5)
-T4_FLOP_PER_S = {"float16": 65e12, "float32": 8.1e12, "bfloat16": 8.1e12, "int8": 130e12}
-
-
-def t4_estimate(runs: pd.DataFrame, number: int) -> pd.DataFrame:
-    """Estimate the least time that a T4 needs for the work of measured rows, from its datasheet alone.
-
-    No program passes these limits, and eager generation stays far below them. ``estimate_step_ms`` is the longer of
-    reading and computing. ``estimate_throughput_rps`` leaves out prompts and launches. The published rate stands
-    beside rows of the published model alone.
-
-    Parameters
-    ----------
-    runs
-        `Results.bs1` or `Results.maxbatch`, with the bytes and the operations of a decode step.
-    number
-        Table 3 or 4, for the published throughput.
-    """
-    runs = runs.dropna(subset=["bytes_per_step", "flops_by_type"]).drop_duplicates(["precision", "batch_size"])
-    is_able = runs.precision.map(lambda name: (PRECISIONS[name].capability or (0, 0)) <= T4_CAPABILITY)
-    runs = runs[is_able.astype(bool)]
-    read_s = runs.bytes_per_step.astype(float) / T4_BYTES_PER_S
-    seconds = [sum(count / T4_FLOP_PER_S[name] for name, count in flops.items()) for flops in runs.flops_by_type]
-    compute_s = pd.Series(seconds, runs.index, dtype=float)
-    step_s = read_s.combine(compute_s, max)
-    published = performance(number).set_index("precision").throughput_rps
-    return runs[["precision", "batch_size"]].assign(
-        estimate_step_ms=1000 * step_s,
-        estimate_bound=(read_s >= compute_s).map({True: "bandwidth", False: "compute"}),
-        estimate_throughput_rps=runs.batch_size / (runs.new_tokens * step_s),
-        published_throughput_rps=runs.precision.map(published).where(runs.model.map(is_published_model)),
-    )

@@ -31,7 +31,7 @@ SPEED = (
 )  # fmt: skip
 # more columns that they all have
 BESIDE = ("setting", "batch_spread_pct", "bytes_per_step", "flops_per_step", "flops_by_type", "peak_bytes_per_s",
-          "peak_flop_per_s", "peak_allocated_mib", "measured_at", "conditions", "model", "samples_file")  # fmt: skip
+          "peak_flop_per_s", "peak_allocated_mib", "measured_at", "conditions", "samples_file")  # fmt: skip
 CONDITIONS = ("workload", "device", "memory_limit_mib", "cap")  # two rows that differ in one are not compared
 OF_MEDIANS = ("gpu_busy_pct", "mbu_pct", "mfu_pct", "bound")  # kernels are traced in the first pass alone
 STAGES = {"accuracy_rows": "accuracy", "batches": "batch", "divergence": "divergence", "lengths": "lengths",

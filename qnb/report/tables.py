@@ -177,8 +177,6 @@ TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
     "table4_maxbatch": lambda results: _performance(results, "maxbatch", 4),
     "table3_ablations": lambda results: paper.ablations(results.bs1, 3),
     "table4_ablations": lambda results: paper.ablations(results.maxbatch, 4),
-    "table3_t4_estimate": lambda results: paper.t4_estimate(results.bs1, 3),
-    "table4_t4_estimate": lambda results: paper.t4_estimate(results.maxbatch, 4),
     "sweep": _sweep,
     "batch_plans": plans,
 }

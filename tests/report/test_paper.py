@@ -44,19 +44,3 @@ def test_each_choice_is_one_ratio_of_two_rows_measured_alike():
     apart = table.loc[("int4 eager", "fp4 eager", "throughput_rps")]
     assert (apart.left_value, apart.right_value) == (1, 2) and pd.isna(apart.ratio)
     assert ("int8 eager", "int8-no-outliers eager", "throughput_rps") not in table.index
-
-
-def test_a_t4_is_held_to_the_longer_of_reading_and_computing():
-    """3.2 GB take 10 ms at 320 GB/s; 8.1e11 products in bfloat16 take 100 ms at 8.1 TFLOP/s."""
-    step = {"new_tokens": 100, "bytes_per_step": 3.2e9, "model": "shape:llama-3.2-1b"}
-    frame = runs(
-        ("fp16", "eager", 1.0, {**step, "batch_size": 1, "flops_by_type": {"float16": 1e9}}),
-        ("bf16", "eager", 1.0, {**step, "batch_size": 100, "flops_by_type": {"bfloat16": 8.1e11}}),
-        ("int8", "eager", 1.0, {"batch_size": 1}),
-    )
-    table = paper.t4_estimate(frame, 3).set_index("precision")
-    assert table.estimate_step_ms.round(6).to_dict() == {"fp16": 10, "bf16": 100}
-    assert table.estimate_bound.to_dict() == {"fp16": "bandwidth", "bf16": "compute"}
-    assert table.estimate_throughput_rps.round(6).to_dict() == {"fp16": 1, "bf16": 10}
-    assert table.published_throughput_rps["bf16"] == 0.3143
-    assert paper.t4_estimate(frame.assign(model="smollm2-135m"), 3).published_throughput_rps.isna().all()
