@@ -287,41 +287,34 @@ def _spend_budget(session: Session, evaluation: Evaluation, clock: Clock) -> Non
     most = {name: min(evaluation.limits[name] or size, size) for name, size in sizes.items()}
     key = session.key("budget", asked={"scorer": evaluation.scorer, "most": most}, task=", ".join(sizes))
     limits = {task.name: min(_first_limit(task, session.device.kind), most[task.name]) for task in tasks}
-    spent = {"spent_s": 0.0, "generated_s": 0.0, "minutes": 0}
-    begun: dict[str, Any] = {"limits": limits, "growing": list(limits), **spent}
-    plan = session.decided(key) or begun
+    plan = session.decided(key) or {"limits": limits, "growing": list(limits), "minutes": 0}
     if session.minutes > plan["minutes"]:
-        values = {name: plan[name] for name in begun} | {"minutes": session.minutes, "done": False}
-        plan = session.append(key, values, {"budget_s": plan["spent_s"] + clock.left_s})
+        values = {"limits": plan["limits"], "growing": plan["growing"], "minutes": session.minutes, "done": False}
+        plan = session.append(key, values)
     while True:
         started_s = now_s()
         rows = _evaluate(session, replace(evaluation, limits=plan["limits"]))
         if rows and not plan["done"]:
-            plan = session.append(key, _next_round(tasks, most, plan, rows, now_s() - started_s))
+            more = _next_round(tasks, most, plan, rows, now_s() - started_s, clock)
+            values = {"limits": {**plan["limits"], **more}, "growing": list(more), "done": not more}
+            plan = session.append(key, values, {"minutes": plan["minutes"]})
         if plan["done"] or not rows:
             return  # where all failed there is no pace: the round is tried again on the next run
 
 
 def _next_round(
-    tasks: Sequence[Task], most: Mapping[str, int], plan: Mapping[str, Any], rows: Sequence[Row], round_s: float
-) -> dict[str, Any]:
-    """Return the plan after a round: which tasks get how many items in the next one, or that there is none."""
+    tasks: Sequence[Task], most: Mapping[str, int], plan: Mapping[str, Any], rows: Sequence[Row], round_s: float,
+    clock: Clock,
+) -> dict[str, int]:  # fmt: skip
+    """Return which tasks get how many items in the round after one that took `round_s`; none if there is no more."""
+    evaluate_s = sum(row["evaluate_s"] for row in rows if row["task"] in plan["growing"])
+    beside_s = max(0.0, round_s - evaluate_s)  # the next round takes as long; an interrupted one answered before
     generated = {task.name for task in tasks if task.is_generated}
-    new = [row for row in rows if row["task"] in plan["growing"]]
-    evaluate_s = sum(row["evaluate_s"] for row in new)
-    round_s = max(round_s, evaluate_s)  # rows of an interrupted round took their time then
-    spent_s = plan["spent_s"] + round_s
-    generated_s = plan["generated_s"] + sum(row["evaluate_s"] for row in new if row["task"] in generated)
-    # the next round takes as long beside answers
-    left_s = PLANNED_SHARE * (plan["budget_s"] - spent_s - (round_s - evaluate_s))
+    generated_s = sum(row["evaluate_s"] for row in rows if row["task"] in generated)
     share = 1.0 if len(generated) == len(tasks) else GENERATED_SHARE
-    paces = [_pace(task, most[task.name], rows) for task in tasks]
-    seconds = left_s, share * plan["budget_s"] - generated_s, STRETCH_SHARE * plan["budget_s"]
-    more = _more_items(tasks, paces, plan["limits"], seconds)
-    return {
-        "minutes": plan["minutes"], "budget_s": plan["budget_s"], "spent_s": spent_s, "generated_s": generated_s,
-        "limits": {**plan["limits"], **more}, "growing": list(more), "done": not more,
-    }  # fmt: skip
+    seconds = (PLANNED_SHARE * (clock.left_s - beside_s), share * clock.allowed_s - generated_s,
+               STRETCH_SHARE * clock.allowed_s)  # fmt: skip
+    return _more_items(tasks, [_pace(task, most[task.name], rows) for task in tasks], plan["limits"], seconds)
 
 
 def _first_limit(task: Task, device_kind: str) -> int:
