@@ -6,13 +6,13 @@ Costs are estimated from the device's peaks, and from what the first passes at b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm.auto import tqdm
 
-from qnb.budget import Clock, now_s
+from qnb.budget import Clock
 from qnb.ledger import Row
 from qnb.precision import Precision
 
@@ -25,7 +25,6 @@ FIRST_PASS_SHARE = 0.35  # of the time left, for the requests of the first passe
 LEAST_REQUESTS = 3
 LEAST_NEW_TOKENS = {"bs1": 50, "maxbatch": 25}
 BATCHES_RUN = 4  # batches' times that a search and a timing take, or a size of a sweep
-IN_SWEEP = "larger batches in the sweep of"
 REACHED_SHARE = 0.6  # of the device's peak, in large batches
 # where nothing was timed: launching a token's kernels, and what a pass takes beside its requests, with compiling
 LAUNCH_S, BESIDE_S = 0.03, {"eager": 10.0, "cuda_graph": 30.0}
@@ -80,55 +79,40 @@ def batch_s(session: Session, precision: Precision, peaks: DevicePeaks, shape: S
     return 2 * session.source.parameters * tokens / rate / REACHED_SHARE
 
 
-def largest_batches(all_series: Sequence[Series], cap: int, clock: Clock) -> Iterable[Series]:
-    """Return the series whose largest batch there is time to find and to time; name the others.
+def largest_batches(all_series: Sequence[Series], cap: int, clock: Clock) -> Iterator[Series]:
+    """Yield the series whose largest batch there is time to find, and later to time; name the others.
 
     Quick ones come first; a format's second engine counts as if it took twice as long.
     """
     if math.isinf(clock.allowed_s):
-        return all_series
-    engines, plans = list(dict.fromkeys(each.engine for each in all_series)), []
-    for each in all_series:
-        cost_s = 0.0 if each.why_unavailable() else _batches_s(each, cap) + 2 * _beside_s(each)
-        needed_s = 0.0 if each.session.decided(each.batch_key) else cost_s
-        plans.append(Cost(each, cost_s * (1 + engines.index(each.engine)), needed_s, cost_s / 2))
-    return _affordable("largest batch of", plans, clock)
-
-
-def affordable_sweep(swept: Sequence[Series], clock: Clock) -> list[Series]:
-    """Return the batch sizes that can be swept in the time left, quick ones first; name whose others are left out."""
-    plans = []
-    for each in swept:
-        rank_s = _sweep_s(each)
-        cost_s = rank_s + _beside_s(each) * (rank_s > 0 and each.size == 1)  # the first size is loaded and compiled
-        plans.append(Cost(each, rank_s, cost_s, cost_s))
-    affordable = {(each.name, each.size) for each in _affordable(IN_SWEEP, plans, clock)}
-    return [each for each in swept if (each.name, each.size) in affordable]
-
-
-class Cost(NamedTuple):
-    """What a series would take."""
-
-    series: Series
-    rank_s: float  # the least comes first
-    needed_s: float  # in all
-    later_s: float  # of it, after all series were yielded
-
-
-def _affordable(what: str, plans: Iterable[Cost], clock: Clock) -> Iterator[Series]:
-    """Yield the series that there is time for; name the others."""
-    later_s = 0.0
-    left_out: dict[tuple[str, str], Series] = {}
-    for plan in sorted(plans, key=lambda plan: plan.rank_s):
-        name = plan.series.name
-        if name in left_out or (plan.needed_s and later_s + plan.needed_s > clock.left_s):
-            left_out[name] = plan.series  # with all its larger sizes
+        yield from all_series
+        return
+    engines = list(dict.fromkeys(each.engine for each in all_series))
+    costs_s = {each.name: 0.0 if each.why_unavailable() else _batches_s(each, cap) + 2 * _beside_s(each)
+               for each in all_series}  # fmt: skip
+    left_out, timing_s = [], 0.0  # of those that were yielded
+    for each in sorted(all_series, key=lambda each: costs_s[each.name] * (1 + engines.index(each.engine))):
+        cost_s = costs_s[each.name]
+        if cost_s and timing_s + cost_s > clock.left_s and not each.session.find(each.batch_key):
+            left_out.append(each)
         else:
-            started_s = now_s()
-            yield plan.series
-            is_searched = plan.needed_s > plan.later_s  # meanwhile; its timing takes no more than twice as long
-            later_s += min(plan.later_s, 2 * (now_s() - started_s)) if is_searched else plan.later_s
-    name_left_out(what, [*left_out.values()])
+            yield each
+            timing_s += cost_s / 2
+    name_left_out("largest batch of", left_out)
+
+
+def affordable_sizes(swept: Sequence[Series], left_s: float) -> list[Series]:
+    """Return the batch sizes that can be swept in the time left, quick ones first chosen; the others are late."""
+    late: set[tuple[str, str]] = set()
+    for each in sorted(swept, key=_sweep_s):
+        cost_s = _sweep_s(each)
+        cost_s += _beside_s(each) if cost_s and each.size == 1 else 0.0  # the first one is loaded and compiled
+        each.is_late = each.name in late or (cost_s > 0 and cost_s > left_s)
+        if each.is_late:
+            late.add(each.name)  # with all its larger sizes
+        else:
+            left_s -= cost_s
+    return [each for each in swept if not each.is_late]
 
 
 def _sweep_s(series: Series) -> float:

@@ -315,9 +315,8 @@ def sweep(session: Session, options: TimingOptions) -> None:
             key = session.key("sweep", each.precision, each.asked, engine=each.engine, setting=str(unsafe))
             if unsafe and not session.find(key):
                 session.append(key, each.asked, {"batch_size": unsafe, "note": UNSAFE})
-        affordable = plan.affordable_sweep(swept, clock)
-        time_in_turn(session, "batch sizes", affordable, clock)
-        plan.name_left_out(plan.IN_SWEEP, [each for each in affordable if each.is_late])
+        time_in_turn(session, "batch sizes", plan.affordable_sizes(swept, clock.left_s), clock)
+        plan.name_left_out("larger batches in the sweep of", [each for each in swept if each.is_late])
 
 
 def prompt_lengths(session: Session, prompt_source: str = "auto", counts: Sequence[int] = (20, 2000, 5000)) -> None:
