@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 KEY = ("stage", "precision", "engine", "setting", "task", "repeat")
-PLANS = ("sitting", "pace", "budget")  # stages whose rows plan, and measure nothing
+PLANS = ("sitting", "pace", "budget", "left_out")  # stages whose rows plan, and measure nothing
 FAILED = ".failed"  # ends the stage of a row that says why a measurement failed
 # how network mounts and drives say that they cannot do what was asked, such as lock a file or flush it
 UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}

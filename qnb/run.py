@@ -168,7 +168,7 @@ def rest(study: Study, run_all: str = "auto", **values: Any) -> Any:
             bar.update()
     advice, places = study.recommend(), summary(study)[:2]  # its other lines are for a command line
     answer = [recommend.sentence(study.results()), *advice.attrs["notes"]]
-    tqdm.write("\n".join([*_failures(study, earlier), *places, *answer]))
+    tqdm.write("\n".join([*_failures(study, earlier), *places, *_left_out(study), *answer]))
     return tables.view(advice, tables.ADVICE)
 
 
@@ -460,6 +460,12 @@ def _draw(shown: Sequence[dict[str, Any]]) -> None:
                 data["text/plain"] = f"{figure.layout.title.text} Not measured."
 
 
+def _left_out(study: Study) -> list[str]:
+    """Return what the minutes did not suffice for."""
+    rows = study.session.ledger.rows("left_out")
+    return [f"{row['setting']}: {row['note']}" for row in rows if row["note"]]
+
+
 def summary(study: Study) -> list[str]:
     """Return where the results are, what is older than they are, and what other processes disturbed."""
     ledger, page = study.session.ledger, study.folder / "report.html"
@@ -470,6 +476,7 @@ def summary(study: Study) -> list[str]:
     else:
         stale = ledger.path.exists() and page.stat().st_mtime < ledger.path.stat().st_mtime
         lines.append(f"report: {page}" + f" (older than the newest measurements; {renew} renews it)" * stale)
+    lines += _left_out(study)
     speed = study.results().speed
     disturbed = speed.loc[[is_disturbed(flags) for flags in speed["flags"]]]
     for number, rows in disturbed.groupby(disturbed.setting.eq("bs1").map({True: "03", False: "04"})):

@@ -98,7 +98,7 @@ def largest_batches(all_series: Sequence[Series], cap: int, clock: Clock) -> Ite
         else:
             yield each
             timing_s += cost_s / 2
-    name_left_out("largest batch of", left_out)
+    name_left_out(all_series[0].session, "largest batches", left_out)
 
 
 def affordable_sizes(swept: Sequence[Series], left_s: float) -> list[Series]:
@@ -142,9 +142,11 @@ def _first_pass(series: Series) -> Row | None:
     return next((row for row in rows if (row["precision"], row["engine"]) == series.name and row.get("total_s")), None)
 
 
-def name_left_out(what: str, left_out: Sequence[Series]) -> None:
-    """Say what there is no time for."""
-    if left_out:
-        names = ", ".join(dict.fromkeys(" with ".join(each.name) for each in left_out))
-        minutes = left_out[0].session.minutes
-        tqdm.write(f"no {what} {names}: {minutes:g} minutes do not suffice; give more to add it")
+def name_left_out(session: Session, what: str, left_out: Sequence[Series]) -> None:
+    """Say and record what there is no time for; a run that leaves nothing out takes an earlier record back."""
+    names, key = dict.fromkeys(" with ".join(each.name) for each in left_out), session.key("left_out", setting=what)
+    note = f"none of {', '.join(names)}: {session.minutes:g} minutes do not suffice; more add it" if names else ""
+    if note:
+        tqdm.write(f"{what}: {note}")
+    if note != (session.ledger.find(key) or {"note": ""})["note"]:
+        session.append(key, {"note": note})

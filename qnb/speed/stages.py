@@ -316,7 +316,7 @@ def sweep(session: Session, options: TimingOptions) -> None:
             if unsafe and not session.find(key):
                 session.append(key, each.asked, {"batch_size": unsafe, "note": UNSAFE})
         time_in_turn(session, "batch sizes", plan.affordable_sizes(swept, clock.left_s), clock)
-        plan.name_left_out("larger batches in the sweep of", [each for each in swept if each.is_late])
+        plan.name_left_out(session, "larger batches of the sweep", [each for each in swept if each.is_late])
 
 
 def prompt_lengths(session: Session, prompt_source: str = "auto", counts: Sequence[int] = (20, 2000, 5000)) -> None:
