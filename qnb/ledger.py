@@ -220,6 +220,7 @@ class Ledger:
         self._newest.pop((key[0] + FAILED, *key[1:]), None)  # it failed before, and is measured now
         self._newest.pop(key, None)  # so that keys stand in the order in which they were last appended
         self._newest[key] = row
+        self._answers.pop((key, digits), None)
         self._answers[key, digits] = row
 
     def append(self, row: Mapping[str, Any]) -> Row:

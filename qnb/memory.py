@@ -100,11 +100,19 @@ def models_kept() -> Iterator[None]:
 
     It keeps one where batches are planned for the memory beside it.
     """
-    global _kept
-    _kept = {}
+    keep_models(True)
     try:
         yield
     finally:
+        keep_models(False)
+
+
+def keep_models(are_kept: bool) -> None:
+    """Keep models from now on, as in `models_kept`, or give those that were kept back."""
+    global _kept
+    if are_kept:
+        _kept = _kept or {}
+    elif _kept is not None:
         _kept = None
         release(workspaces=True)
 

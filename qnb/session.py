@@ -303,8 +303,13 @@ class Session:
 
     def counts(self, key: Mapping[str, Any]) -> bool:
         """Return whether a row answers `key`, and stays: overwriting, only this session's own do."""
-        is_own = row_key(key) in self._measured
-        return (is_own or not self.overwrite) and self.ledger.find(key) is not None
+        row, is_own = self.ledger.find(key), row_key(key) in self._measured
+        return row is not None and (is_own or not self.overwrite) and self.has_items(row)
+
+    def has_items(self, row: Mapping[str, Any]) -> bool:
+        """Return whether the file of a row's items, if it names one, is the one written then."""
+        path = self.folder / row.get("items_file", "")
+        return "items_file" not in row or (path.exists() and file_sha256(path) == row["items_sha256"])
 
     def decided(self, key: Mapping[str, Any]) -> Row | None:
         """Return the row that answers `key`, even when overwriting, so that a decision shared by all formats stands.

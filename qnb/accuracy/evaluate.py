@@ -23,7 +23,7 @@ from qnb.accuracy.statistics import pack
 from qnb.accuracy.tasks import LM_EVAL_SEED, SIZES, Task, TaskResult, check, names
 from qnb.budget import Clock, now_s
 from qnb.errors import check_choice
-from qnb.ledger import Row, file_sha256, write_parquet
+from qnb.ledger import Row, write_parquet
 from qnb.options import Count, check_count
 from qnb.precision import Precision
 from qnb.quantize.checkpoint import quiet
@@ -225,7 +225,7 @@ def _evaluate(session: Session, evaluation: Evaluation) -> list[Row]:
 def _evaluate_format(session: Session, precision: Precision, evaluation: Evaluation, bar: tqdm) -> list[Row]:
     keys = {task: session.key("accuracy", precision, evaluation.parameters(task), task=task.name)
             for task in evaluation.tasks}  # fmt: skip
-    rows = {task: row for task, key in keys.items() if (row := _find(session, key))}
+    rows = {task: row for task, key in keys.items() if (row := session.find(key))}
     bar.update(len(rows))
     missing = [task for task in evaluation.tasks if task not in rows]
     if missing:
@@ -237,15 +237,6 @@ def _evaluate_format(session: Session, precision: Precision, evaluation: Evaluat
                     rows[task] = _measure(session, keys[task], model, task, evaluation)
                 bar.update()
     return list(rows.values())
-
-
-def _find(session: Session, key: Mapping[str, Any]) -> Row | None:
-    """Return the row that answers, if the file of its items is the one written then."""
-    row = session.find(key)
-    if row is None:
-        return None
-    path = session.folder / row["items_file"]
-    return row if path.exists() and file_sha256(path) == row["items_sha256"] else None
 
 
 def _measure(
