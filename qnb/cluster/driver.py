@@ -10,26 +10,26 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from qnb import device
 from qnb.cluster import cells
-from qnb.cluster.nodes import ClusterOptions, Node, connected, find_nodes, on_node, share_out
-from qnb.cluster.schedule import Cell, Schedule, rehearse
+from qnb.cluster.nodes import ClusterOptions, Node, connected, find_nodes, on_node, reason, share_out
+from qnb.cluster.schedule import Cell, Schedule
 from qnb.cluster.worker import Post, Result, Worker
-from qnb.errors import InputError, scrub
-from qnb.ledger import FAILED, holding, row_key, write_atomic
+from qnb.errors import InputError
+from qnb.ledger import holding, write_atomic
 from qnb.memory import MIB
 from qnb.precision import BASELINE
 from qnb.provenance import command
 from qnb.session import Session
 from qnb.study import Study
 
-START_S = 120.0  # in which nothing ends, until workers that have not started are given up
+START_S = 120.0  # until workers that have not started are given up
 CLOSE_S = 5.0  # until a worker that removes its folder is let alone
-OF_PLACE = ("node", "worker", "gpu", "command", "model_reason")  # columns that the driver writes
 CONTEXT_BYTES = 1024 * MIB  # of a process on a GPU, and what its libraries take
 
 
@@ -51,17 +51,27 @@ class Crew:
     def __init__(self, ray: Any, session: Session, posts: Sequence[Post]) -> None:
         self._ray, self._session = ray, session
         self._posts = {f"w{number}": post for number, post in enumerate(posts)}
-        self._awaited: dict[Any, str] = {}  # workers by the reference of their result, or of their first answer
-        self._actors = {name: self._hire(name) for name in self._posts}
+        self._actors: dict[str, Any] = {}
         self._tasks: dict[str, Any] = {}  # references to tasks that were built, by name
+        self._hire([*self._posts])
 
-    def _hire(self, name: str) -> Any:
-        post = self._posts[name]
-        gpus = post.gpus if post.node.device.kind == "cuda" else 0
-        actor = self._ray.remote(num_cpus=0, num_gpus=gpus)(self.worker)
-        actor = actor.options(scheduling_strategy=on_node(post.node.id)).remote(post)
-        self._awaited[actor.__ray_ready__.remote()] = name
-        return actor
+    def _hire(self, names: Sequence[str]) -> None:
+        """Start workers, or start them again; those that do not come in time are given up."""
+        ready = {}
+        for name in names:
+            post = self._posts[name]
+            gpus = post.gpus if post.node.device.kind == "cuda" else 0
+            actor = self._ray.remote(num_cpus=0, num_gpus=gpus)(self.worker)
+            self._actors[name] = actor.options(scheduling_strategy=on_node(post.node.id)).remote(post)
+            ready[name] = self._actors[name].__ray_ready__.remote()
+        self._ray.wait([*ready.values()], num_returns=len(ready), timeout=START_S)
+        for name, reference in ready.items():
+            try:
+                self._ray.get(reference, timeout=0)
+            except self._ray.exceptions.RayError as error:
+                place = f"worker {name} on {self._posts[name].node.host}"
+                tqdm.write(f"{place} has not started and is given up ({reason(error)})")
+                self._ray.kill(self._actors.pop(name))
 
     def run(self, plan: Sequence[Cell]) -> None:
         """Measure all cells of a plan.
@@ -73,99 +83,72 @@ class Crew:
         RuntimeError
             No worker is left.
         """
-        schedule = Schedule(plan, [post.node.id for post in self._posts.values()])
+        schedule = Schedule(plan, {name: self._posts[name].node.id for name in self._actors})
+        awaited: dict[Any, str] = {}  # workers by the reference of their result
         try:
             with tqdm(total=len(plan), desc="cells", unit="cell", disable=None) as bar:
                 while True:
-                    for name in [name for name in schedule.seats if name not in self._awaited.values()]:
+                    for name in schedule.nodes:
                         if cell := schedule.begin(name):
-                            self._awaited[self._send(name, cell)] = name
-                    running = schedule.running
-                    starts = len(self._awaited) > len(running)
-                    bar.n = len(plan) - len(schedule.pending) - sum(not cell.makes for cell in running.values())
-                    if not running and not (starts and schedule.pending):
+                            awaited[self._send(name, cell)] = name
+                    if not awaited:
                         break
-                    bar.set_postfix_str("; ".join(f"{name} {cell.name}" for name, cell in running.items()))
-                    ended, _ = self._ray.wait([*self._awaited], timeout=START_S if starts else None)
-                    if not ended:
-                        self._give_up(schedule)
-                    for reference in ended:
-                        if (name := self._awaited.pop(reference)) in running:
-                            self._receive(name, reference, schedule)
+                    bar.set_postfix_str("; ".join(f"{name} {cell.name}" for name, cell in schedule.running.items()))
+                    (reference, *_), _ = self._ray.wait([*awaited])
+                    self._receive(awaited.pop(reference), reference, schedule, bar)
         finally:
-            ended = [actor.close.remote() for actor in self._actors.values()]
+            ended = [actor.__ray_terminate__.remote() for actor in self._actors.values()]
             self._ray.wait(ended, num_returns=len(ended), timeout=CLOSE_S)
         if schedule.pending:
-            raise RuntimeError(f"no worker is left for {', '.join(schedule.pending)}; the same command goes on")
-
-    def _give_up(self, schedule: Schedule) -> None:
-        """Let others do the work of those that have not started."""
-        starting = {reference: name for reference, name in self._awaited.items() if name not in schedule.running}
-        for reference, name in starting.items():
-            place = f"worker {name} on {self._posts[name].node.host}"
-            tqdm.write(f"{place} has not started in {START_S:.0f} s and is given up; is its GPU in use?")
-            self._ray.kill(self._actors.pop(name))
-            schedule.lose(name, stays=False)
-            del self._awaited[reference]
+            names = ", ".join(cell.name for cell in schedule.pending)
+            raise RuntimeError(f"no worker is left for {names}; the same command goes on")
 
     def _send(self, worker: str, cell: Cell) -> Any:
         """Let a worker begin a cell, with what the ledger has of its formats; return the reference of its result."""
-        formats = {"", *(each.precision for each in (cell, *cell.needs))}
-        rows = [row for row in self._session.ledger.answers() if row["precision"] in formats
-                and not row["stage"].endswith(FAILED) and self._session.counts(row)]  # fmt: skip
-        own = [row["items_file"] for row in rows if "items_file" in row and row_key(row) == row_key(cell.about)]
-        files = {name: path.read_bytes() for name in own if (path := self._session.folder / name).is_file()}
-        return self._actors[worker].measure.remote(cell, rows, files, self._tasks)
+        formats = "", cell.precision, BASELINE
+        rows = [row for row in self._session.ledger.answers()
+                if row["precision"] in formats and self._session.counts(row)]  # fmt: skip
+        return self._actors[worker].work.remote(cell, rows, self._tasks)
 
-    def _receive(self, name: str, reference: Any, schedule: Schedule) -> None:
+    def _receive(self, name: str, reference: Any, schedule: Schedule, bar: tqdm) -> None:
         """Write what a worker returned, and say so where no terminal draws progress; replace one that was lost."""
         post, cell = self._posts[name], schedule.running[name]
         try:
             result: Result = self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:  # the worker lives
-            result = Result(error=error.cause)
         except self._ray.exceptions.RayError as error:
-            self._lose(name, schedule, scrub(str(error)))
-            return
-        self._write(result, name)
-        if isinstance(result.error, InputError):
-            raise InputError(f"{cell.name} on node {post.node.host}: {result.error}")
-        if result.error:
-            self._session.fail(cell.about, cell.name, result.error)
-        if result.task:
-            self._tasks[cell.about["task"]] = result.task
-        schedule.end(name)
-        if not sys.stderr.isatty():
-            tqdm.write(f"{cell.name}: ended on {post.node.host}, {name}", file=sys.stderr)
-
-    def _lose(self, name: str, schedule: Schedule, reason: str) -> None:
-        """Replace a worker that was lost, if its node is there; let its cell begin again, a few times."""
-        post = self._posts[name]
-        tqdm.write(f"worker {name} on {post.node.host} was lost ({reason})")
-        is_node_there = any(node["NodeID"] == post.node.id and node["Alive"] for node in self._ray.nodes())
-        if is_node_there:
-            self._ray.kill(self._actors[name])  # it may only be out of reach, and would keep its GPU
-            self._actors[name] = self._hire(name)
-        for cell in schedule.lose(name, is_node_there):
+            tqdm.write(f"worker {name} on {post.node.host} was lost ({reason(error)})")
+            self._ray.kill(self._actors.pop(name))  # it may only be out of reach, and would keep its GPU
+            self._hire([name])
+            if not schedule.lose(name, is_replaced=name in self._actors):
+                return
             error = RuntimeError("a worker was lost each time; its memory may be too small")
             self._session.fail(cell.about, cell.name, error)
+        else:
+            schedule.end(name)
+            self._write(result, name)
+            if result.error:
+                raise InputError(f"{cell.name} on node {post.node.host}: {result.error}")
+            if result.task:
+                self._tasks[cell.about["task"]] = result.task
+        bar.update()
+        if bar.disable:
+            tqdm.write(f"{cell.name}: ended on {post.node.host}, {name}", file=sys.stderr)
 
     def _write(self, result: Result, worker: str) -> None:
         """Append a worker's new rows to the ledger, after the files that they name, and show those that it found."""
         session, post = self._session, self._posts[worker]
-        place = {"node": post.node.host, "worker": worker, "gpu": result.gpu, "command": command()}
+        place = {"node": post.node.host, "worker": worker, "gpu": result.gpu, "command": command(),
+                 "model_reason": session.source.reason}  # fmt: skip
         if result.text:
             tqdm.write(result.text.rstrip())
         for path, content in result.files.items():
             write_atomic(session.folder / path, content)
         for row in result.rows:
-            known = session.ledger.find(row) or {}
-            is_known = all(known.get(name) == value for name, value in row.items() if name not in OF_PLACE)
-            is_copy = row["stage"] == "quantize" and not post.folder  # of a checkpoint that another node has too
-            if is_known or (is_copy and session.counts(row)):
+            is_copy = row["stage"] == "quantize" and session.counts(row)  # of a checkpoint that another has told of
+            if is_copy or session.ledger.find(row) == row:
                 session.decided(row)
             else:
-                session.adopt({**row, **place, "model_reason": session.source.reason})
+                session.adopt({**row, **place})
         if new := {*result.overflowed} - {*session.overflowed}:
             session.leave_float16(new)
 
@@ -192,8 +175,7 @@ def measure(study: Study, values: Mapping[str, Any], numbers: set[str], options:
         shares, here = share_out(nodes, options.workers, gpus), ray.get_runtime_context().get_node_id()
         plan = cells.plan(session, values, numbers, here if here in {node.id for node, _ in shares} else "")
         if options.only_plan:
-            tqdm.write("; ".join(f"w{number} on {node.host}" for number, (node, _) in enumerate(shares)))
-            _print_plan(Schedule(plan, [node.id for node, _ in shares]))
+            _print_plan(plan, {f"w{number} on {node.host}": node.id for number, (node, _) in enumerate(shares)})
             return session.device
         with holding(session.folder / ".lock", lambda: tqdm.write(f"waiting for {session.folder}")):
             overflowed = None
@@ -203,15 +185,19 @@ def measure(study: Study, values: Mapping[str, Any], numbers: set[str], options:
     return session.device
 
 
-def _print_plan(schedule: Schedule) -> None:
-    """Print the cells in the order in which they would begin, if each took as long as is known."""
-    ideal_s, planned = schedule.ideal_s(), rehearse(schedule)
-    for begin_s, _, worker, cell in planned:
-        needs = "needs " * bool(cell.needs) + ", ".join(dict.fromkeys(need.name for need in cell.needs))
-        about = "; ".join(filter(None, (needs, "alone on its node" * cell.is_alone)))
-        tqdm.write(f"{begin_s:7.0f} s  {worker:4s}{cell.name:40s}{cell.estimate_s:6.0f} s  {about}".rstrip())
-    total_min = max((each.end_s for each in planned), default=0.0) / 60
-    tqdm.write(f"{len(planned)} cells, about {total_min:.0f} minutes (at best {ideal_s / 60:.0f})")
+def _print_plan(plan: Sequence[Cell], nodes: Mapping[str, str]) -> None:
+    """Print the cells in the order in which workers would begin them, if all took equally long."""
+    schedule = Schedule(plan, nodes)
+    for worker in cycle(nodes):
+        if not schedule.pending:
+            break
+        if cell := schedule.begin(worker):
+            needs = "needs " * bool(cell.needs) + ", ".join(cell.needs)
+            about = "; ".join(filter(None, (needs, "alone on its node" * cell.is_alone)))
+            tqdm.write(f"{cell.name:40s}{cell.estimate_s:6.0f} s  {about}".rstrip())
+            schedule.end(worker)
+    work_min = sum(cell.estimate_s for cell in plan) / 60
+    tqdm.write(f"{len(plan)} cells, {work_min:.0f} minutes of work, for {', '.join(nodes)}")
 
 
 def gpus_needed(session: Session, nodes: Sequence[Node], wanted: str, numbers: set[str]) -> float:
@@ -240,13 +226,13 @@ def _posts(
     session: Session, values: Mapping[str, Any], shares: Sequence[tuple[Node, Sequence[int]]], gpus: float, here: str
 ) -> list[Post]:
     """Return what each worker is told."""
-    study = {"model": session.source.name, "data_dir": str(session.data_dir or ""), "device": session.device.kind,
+    study = {"model": session.source.name, "data_dir": str(session.data_dir or ""),
              **{name: values[name] for name in ("precisions", "seed", "half", "overwrite")}}  # fmt: skip
-    threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
     # batches are planned for what the smallest GPU has beside the largest model; a CPU's are small
     memory_bytes = gpus * MIB * min(node.device.memory_mib for node, _ in shares)
     weights_bytes = session.source.parameters * max(precision.file_bits for precision in session.precisions) / 8
     free_bytes = int(max(1, memory_bytes - weights_bytes - CONTEXT_BYTES)) if session.device.kind == "cuda" else 0
+    threads = int(os.environ.get("OMP_NUM_THREADS") or 0)
     post = partial(Post, gpus=gpus, study=study, record=session.record, threads=threads, planned_bytes=free_bytes)
     folder = str(session.folder)
     return [post(node=node, cores=cores, folder=folder if node.id == here else "") for node, cores in shares]

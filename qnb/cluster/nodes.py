@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import product
 from typing import Any
 from unittest.mock import patch
@@ -46,7 +47,7 @@ class ClusterOptions:
         GPUs that one model is spread over; ``"auto"`` takes as many as its weights need. A share such as 0.5 puts two
         workers on a GPU, for accuracy alone.
     only_plan
-        Print what would be measured, by whom and in which order, and measure nothing.
+        Print what would be measured and in which order, and measure nothing.
 
     Raises
     ------
@@ -75,13 +76,15 @@ class Node:
     cores: Sequence[int]  # as many as the cluster has of it
     device: Device
     versions: Mapping[str, str]
+    asked_at: str = ""  # its clock's time then; what a run overwrites is older
 
 
 def describe(node_id: str, resources: Mapping[str, float], kind: str) -> Node:
     """Describe the machine that this runs on, whose resources are those that Ray knows."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     cores = cores[: max(1, int(resources.get("CPU", 0)))]
-    return Node(node_id, platform.node(), resources.get("GPU", 0.0), cores, device.detect(kind), device.versions())
+    gpus, asked_at = resources.get("GPU", 0.0), datetime.now(UTC).isoformat(timespec="seconds")
+    return Node(node_id, platform.node(), gpus, cores, device.detect(kind), device.versions(), asked_at)
 
 
 # Ray
@@ -150,9 +153,8 @@ def find_nodes(ray: Any, wanted: str) -> list[Node]:
         try:
             nodes.append(ray.get(answer, timeout=ANSWER_S))
         except Exception as error:  # whatever Ray wraps it in; no answer where GPUs are in use
-            reason = scrub(str(error).strip().splitlines()[-1]) if str(error) else type(error).__name__
             advice = "qnb has to be installed there as here, and its GPUs free"
-            raise InputError(f"node {name} cannot take part: {reason}; {advice}") from error
+            raise InputError(f"node {name} cannot take part: {reason(error)}; {advice}") from error
     return _alike(nodes)
 
 
@@ -167,6 +169,11 @@ def _alike(nodes: Sequence[Node]) -> list[Node]:
         if node.device.name != model:
             tqdm.write(f"node {node.host} is left out: its {node.device.name} is no {model}, as most are")
     return [node for node in nodes if node.device.name == model]
+
+
+def reason(error: Exception) -> str:
+    """Return the last line of an error, which says what was wrong where Ray carried it from."""
+    return scrub(str(error).strip().splitlines()[-1]) if str(error) else type(error).__name__
 
 
 def on_node(node_id: str) -> Any:
@@ -190,10 +197,6 @@ def share_out(nodes: Sequence[Node], workers: str, gpus: float) -> list[tuple[No
     if not 0 < wanted <= len(seats):
         what = f"{gpus:g} GPUs" if has_gpus else "a core"
         raise InputError(f"workers is {workers}, of {what} each; the cluster has room for {len(seats)}: give 'auto'")
-    shares = []
-    for node in nodes:
-        count = seats[:wanted].count(node)
-        for turn in range(count):
-            first, last = (len(node.cores) * each // count for each in (turn, turn + 1))
-            shares.append((node, node.cores[first:last] or node.cores))
-    return shares
+    counts = Counter(node.id for node in seats[:wanted])
+    return [(node, node.cores[turn :: counts[node.id]] or node.cores)
+            for node in nodes for turn in range(counts[node.id])]  # fmt: skip

@@ -7,12 +7,12 @@ there. A worker keeps its format for as long as others do not wait for it.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-TRIES = 3  # workers that one cell may end, before it counts as failed; one that makes something, on each node
+TRIES = 3  # workers that one cell may end, before it counts as failed
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,9 @@ class Cell:
     step
         An importable function of a session, with its further arguments.
     needs
-        Cells that must have ended on its node before, once for all its workers. They are in no plan themselves.
-    makes
-        What its node has afterwards, where others need it, such as ``"checkpoint nf4"``.
+        Names of cells that have to end before, and of checkpoints, which a node makes when the first cell loads them.
     node
         Where it runs; empty is anywhere.
-    after
-        The name of a cell that has to end before, wherever it runs.
     is_alone
         Whether nothing else may run on its node meanwhile.
     estimate_s
@@ -40,18 +36,16 @@ class Cell:
     """
 
     about: Mapping[str, Any]
-    step: Any = None
-    needs: tuple[Cell, ...] = ()
-    makes: str = ""
+    step: Callable[..., Any] = int  # does nothing
+    needs: Sequence[str] = ()
     node: str = ""
-    after: str = ""
     is_alone: bool = False
     estimate_s: float = 1.0
 
     @property
     def name(self) -> str:
         """What people see."""
-        return self.makes or " ".join(str(part) for part in self.about.values() if part)
+        return " ".join(str(part) for part in self.about.values() if part)
 
     @property
     def precision(self) -> str:
@@ -59,141 +53,72 @@ class Cell:
         return str(self.about.get("precision", ""))
 
 
-@dataclass
-class Seat:
-    """A worker, as the schedule sees it."""
-
-    node: str
-    precision: str = ""  # the format of its last cell
-    cell: Cell | None = None  # at work
-
-
 class Schedule:
-    """Hands out cells.
+    """What is left to do, and who is at what.
 
     Parameters
     ----------
     cells
-        The plan.
+        What to measure.
     nodes
-        Where workers are, one for each: w0, w1 ...
+        Each worker's node.
     """
 
-    def __init__(self, cells: Iterable[Cell], nodes: Iterable[str]) -> None:
-        self.seats = {f"w{number}": Seat(node) for number, node in enumerate(nodes)}
-        self.pending: dict[str, Cell] = {}  # by name, the longest first
-        self._ready = set[tuple[str, str]]()  # what each node has
-        self._losses = Counter[tuple[str, str]]()  # workers that a cell ended, by node and name
-        self._add(cells)
-
-    def _add(self, cells: Iterable[Cell]) -> None:
-        """Let cells be pending, and choose nodes for those that run alone: as few as end them in the least time."""
-        both = [*self.pending.values(), *cells]
-        self.pending = {cell.name: cell for cell in sorted(both, key=lambda cell: -cell.estimate_s)}
-        nodes = list(dict.fromkeys(seat.node for seat in self.seats.values()))
-        alone_s = sum(cell.estimate_s for cell in both if cell.is_alone)
-        count = math.ceil(alone_s / max(1.0, self.ideal_s()))
-        self._for_alone = nodes if TRIES in self._losses.values() else nodes[:count]
-
-    def ideal_s(self) -> float:
-        """Return the least time for what is pending: its longest chain, or an even share of all work."""
-        nodes, cells = {seat.node for seat in self.seats.values()}, self.pending.values()
+    def __init__(self, cells: Sequence[Cell], nodes: Mapping[str, str]) -> None:
+        self.nodes, self.running = {**nodes}, dict[str, Cell]()  # the cells at work, by worker
+        needed = {name for cell in cells for name in cell.needs}
+        self.pending = sorted(cells, key=lambda cell: (cell.name not in needed, -cell.estimate_s))
+        self._formats = dict.fromkeys(nodes, "")  # of each worker's last cell
+        self._lost = defaultdict[str, list[str]](list)  # nodes on which a cell ended a worker, by its name
+        # as few nodes as end what runs alone before the longest of the others can end
         alone_s = sum(cell.estimate_s for cell in cells if cell.is_alone)
-        other_s = sum(cell.estimate_s for cell in cells if not cell.is_alone)
-        share_s = other_s / max(1, len(self.seats)) + alone_s / max(1, len(nodes))
-        chains_s = (cell.estimate_s + sum(need.estimate_s for need in cell.needs) for cell in cells)
-        return max(share_s, *chains_s, 0.0)
-
-    @property
-    def running(self) -> dict[str, Cell]:
-        """The cells at work, by worker."""
-        return {name: seat.cell for name, seat in self.seats.items() if seat.cell}
+        longest_s = max((cell.estimate_s for cell in cells if not cell.is_alone), default=0.0)
+        self._alone_nodes = math.ceil(alone_s / max(1.0, longest_s))
 
     def begin(self, worker: str) -> Cell | None:
         """Return what a worker does next, which then counts as begun; None if it is busy, has to wait or is done."""
-        seat = self.seats[worker]
-        beside = [each.cell for each in self.seats.values() if each.node == seat.node and each.cell]
-        being_made = {cell.makes for cell in beside}
-        fitting = [cell for cell in self.pending.values() if self._can_run(cell, seat.node)]
-        alone = [cell for cell in fitting if cell.is_alone and seat.node in self._for_alone]
-        if seat.cell or any(cell.is_alone for cell in beside) or (alone and beside):
+        node = self.nodes[worker]
+        beside = [cell for other, cell in self.running.items() if self.nodes[other] == node]
+        unfinished = {cell.name for cell in (*self.pending, *self.running.values())}
+        free = [cell for cell in self.pending if unfinished.isdisjoint(cell.needs) and self._fits(cell, node)]
+        alone = [cell for cell in free if cell.is_alone]
+        if worker in self.running or not free or any(cell.is_alone for cell in beside) or (alone and beside):
             return None
-        unfinished = {*self.pending, *(cell.name for cell in self.running.values())}
-        free = [cell for cell in alone or fitting if bool(alone) == cell.is_alone and cell.after not in unfinished
-                and being_made.isdisjoint(need.makes for need in cell.needs)]  # fmt: skip
-        if not free:
-            return None
-        cell = self._choose(free, seat.precision)
-        cell = next((need for need in cell.needs if (seat.node, need.makes) not in self._ready), cell)
-        self.pending.pop(cell.name, None)
-        seat.cell, seat.precision = cell, cell.precision or seat.precision
+        cell = self._choose(alone or free, self._formats[worker])
+        self.pending.remove(cell)
+        self.running[worker] = cell
+        self._formats[worker] = cell.precision or self._formats[worker]
         return cell
 
-    def _can_run(self, cell: Cell, node: str) -> bool:
-        """Return whether a node may run a cell, and can make what it needs."""
-        lost = (self._losses["", cell.name], *(self._losses[node, need.name] for need in cell.needs))
-        return cell.node in ("", node) and max(lost) < TRIES
+    def _fits(self, cell: Cell, node: str) -> bool:
+        """Return whether a cell may run on a node: not where it ended a worker, if there is another."""
+        nodes = [each for each in dict.fromkeys(self.nodes.values()) if cell.node in ("", each)]
+        nodes = [each for each in nodes if each not in self._lost[cell.name]] or nodes
+        return node in (nodes[: self._alone_nodes] if cell.is_alone else nodes)
 
-    def _choose(self, free: list[Cell], precision: str) -> Cell:
+    def _choose(self, free: Sequence[Cell], precision: str) -> Cell:
         """Choose a cell for a worker: of its own format, unless another cell would end after everything else."""
-        left_s = sum(cell.estimate_s for cell in self.pending.values() if not cell.is_alone)
-        if not free[0].is_alone and free[0].estimate_s * len(self.seats) > left_s:
-            return free[0]
-        return next((cell for cell in free if cell.precision == precision), free[0])
+        longest = max(free, key=lambda cell: cell.estimate_s)
+        left_s = sum(cell.estimate_s for cell in self.pending if not cell.is_alone)
+        if not longest.is_alone and longest.estimate_s * len(self.nodes) > left_s:
+            return longest
+        return next((cell for cell in free if cell.precision in ("", precision)), free[0])
 
     def end(self, worker: str) -> None:
         """Count a worker's cell as ended, well or not."""
-        seat = self.seats[worker]
-        if seat.cell and seat.cell.makes:
-            self._ready.add((seat.node, seat.cell.makes))
-        seat.cell = None
+        del self.running[worker]
 
-    def lose(self, worker: str, stays: bool) -> list[Cell]:
-        """Let the cell of a worker that was lost be pending again; the worker's place stays, if its node does.
+    def lose(self, worker: str, is_replaced: bool) -> Cell | None:
+        """Let the cell of a worker that was lost begin again; return it if that was its last try.
 
-        Return what can run nowhere now, and is pending no more, after what should have made it.
+        A worker without another in its place is gone, most likely with its node: that is nothing the cell did.
         """
-        seat, hopeless = self.seats[worker], list[Cell]()
-        cell, seat.cell = seat.cell, None
-        self._add([cell] if cell and not cell.makes else [])
-        if not stays:
-            del self.seats[worker]
-        elif cell:
-            lost = seat.node if cell.makes else "", cell.name
-            self._losses[lost] += 1
-            nodes = {each.node for each in self.seats.values()}
-            hopeless = [each for each in self.pending.values() if self._losses[lost] == TRIES
-                        and not any(self._can_run(each, node) for node in nodes)]  # fmt: skip
-        for each in hopeless:
-            del self.pending[each.name]
-        self._add([])
-        return [cell, *hopeless] if cell and cell.makes and hopeless else hopeless
-
-
-class Planned(NamedTuple):
-    """A cell in a rehearsal."""
-
-    begin_s: float
-    end_s: float
-    worker: str
-    cell: Cell
-
-
-def rehearse(schedule: Schedule, load_s: float = 0.0) -> list[Planned]:
-    """Return what a schedule would do if every cell took its estimate, in the order of beginning.
-
-    `load_s` is what a worker takes to change its format.
-    """
-    now_s, planned = 0.0, list[Planned]()
-    while True:
-        for worker, seat in schedule.seats.items():
-            before = seat.precision
-            if cell := schedule.begin(worker):
-                seconds = cell.estimate_s + (load_s if cell.precision not in ("", before) else 0.0)
-                planned.append(Planned(now_s, now_s + seconds, worker, cell))
-        at_work = [each for each in planned if schedule.seats[each.worker].cell is each.cell]
-        if not at_work:
-            return planned
-        first = min(at_work, key=lambda each: each.end_s)
-        now_s = first.end_s
-        schedule.end(first.worker)
+        cell = self.running.pop(worker)
+        if is_replaced:
+            self._lost[cell.name].append(self.nodes[worker])
+        else:
+            del self.nodes[worker]
+        if len(self._lost[cell.name]) == TRIES:
+            return cell
+        self.pending.insert(0, cell)
+        return None

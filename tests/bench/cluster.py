@@ -12,13 +12,15 @@ import argparse
 import logging
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter, sleep
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pandas as pd
 
-from qnb.cluster.schedule import Cell, Schedule, rehearse
+from qnb.cluster.schedule import Cell, Schedule
 from qnb.cluster.worker import Post, Result
 
 # Seconds on an H200 told to have two cores: of SmolLM2-135M all items (GSM8K: 40 items times 33), times 9 for a model
@@ -30,55 +32,95 @@ TASKS_S = {
 TIMED_S = {"bf16": (26, 10), "fp16": (28, 51), "int8": (61, 0), "int4": (33, 20), "nf4": (26, 18)}  # eager, cuda_graph
 LIKE = {"fp32": "bf16", "int8-no-outliers": "nf4", "fp4": "nf4", "nf4-dq": "nf4"}
 TASKS = ("arc_challenge", "arc_easy", "hellaswag", "mmlu", "gsm8k", "gsm8k_cot")
-PASSES = {"bs1": 3, "maxbatch": 6}  # a search takes about five
-MAKE_S = {"checkpoint": 6.0, "task": 10.0}
-LOAD_S = 5.0
+PASSES = {"bs1": 3, "maxbatch": 5, "sweep": 1}  # a search takes about five
+MAKE_S, BUILD_S, MMLU_S, LOAD_S = 6.0, 10.0, 100.0, 5.0  # of a checkpoint, a task, and of loading a model
 GPUS_PER_NODE = 8
-
-
-def maker(kind: str, name: str) -> Cell:
-    """Return the cell that makes a checkpoint or builds a task."""
-    about = {"precision": name} if kind == "checkpoint" else {}
-    return Cell(about, makes=f"{kind} {name}", estimate_s=100.0 if name == "mmlu" else MAKE_S[kind])
 
 
 def plan() -> list[Cell]:
     """Return the cells of nine formats, the paper's tasks and both engines."""
     cells = [Cell({"stage": "peaks"}, is_alone=True, estimate_s=5.0)]
+    for task in TASKS:
+        cells.append(Cell({"stage": "task", "task": task}, estimate_s=MMLU_S if task == "mmlu" else BUILD_S))
     for name in (*TASKS_S, *LIKE):
-        like, about, checkpoint = LIKE.get(name, name), {"precision": name}, maker("checkpoint", name)
+        like, about, checkpoint = LIKE.get(name, name), {"precision": name}, f"checkpoint {name}"
         for task, seconds in zip(TASKS, TASKS_S[like], strict=True):
-            cells.append(Cell(about | {"task": task}, needs=(checkpoint, maker("task", task)), estimate_s=seconds))
-        divergence = about | {"stage": "divergence"}
-        cells.append(Cell(divergence, needs=(checkpoint, maker("checkpoint", "bf16")), estimate_s=30.0))
-        for setting, passes in PASSES.items():
-            for engine, pass_s in zip(("eager", "cuda_graph"), TIMED_S[like], strict=True):
-                timed, is_alone = about | {"setting": setting, "engine": engine}, engine == "eager"
-                seconds = passes * pass_s
-                cells.append(Cell(timed, needs=(checkpoint,), after="peaks", is_alone=is_alone, estimate_s=seconds))
+            cells.append(Cell({**about, "task": task}, needs=(checkpoint, f"task {task}"), estimate_s=seconds))
+        needs = checkpoint, "checkpoint bf16"
+        cells.append(Cell({"stage": "divergence", **about}, needs=needs, estimate_s=30.0))
+        for engine, pass_s in zip(("eager", "cuda_graph"), TIMED_S[like], strict=True):
+            for setting, passes in PASSES.items():
+                needs = checkpoint, "peaks", *([f"{name} {engine} maxbatch"] if setting == "sweep" else ())
+                timed, is_alone = {**about, "engine": engine, "setting": setting}, engine == "eager"
+                cells.append(Cell(timed, needs=needs, is_alone=is_alone, estimate_s=passes * pass_s))
     return cells
 
 
-def schedule(gpus: int) -> Schedule:
-    """Return the plan on so many GPUs, eight a node."""
-    return Schedule(plan(), [str(gpu // GPUS_PER_NODE) for gpu in range(gpus)])
+def nodes(gpus: int) -> dict[str, str]:
+    """Return the node of each worker: eight a node."""
+    return {f"w{gpu}": str(gpu // GPUS_PER_NODE) for gpu in range(gpus)}
+
+
+def ideal_s(gpus: int) -> float:
+    """Return the longest chain of cells, or all accuracy over the GPUs and all timing over the nodes."""
+    cells = plan()
+    by_name = {cell.name: cell.estimate_s for cell in cells}
+    alone_s = sum(cell.estimate_s for cell in cells if cell.is_alone)
+    others_s = sum(cell.estimate_s for cell in cells) - alone_s
+    chains_s = (cell.estimate_s + sum(by_name.get(need, MAKE_S) for need in cell.needs) for cell in cells)
+    return max(others_s / gpus + alone_s / len({*nodes(gpus).values()}), *chains_s)
+
+
+class Planned(NamedTuple):
+    """A cell in a rehearsal."""
+
+    begin_s: float
+    end_s: float
+    worker: str
+    cell: Cell
+
+
+class Clock:
+    """What cells take beside their work: loading models, and making checkpoints once a node while others wait."""
+
+    def __init__(self, nodes: Mapping[str, str]) -> None:
+        self._nodes, self._formats, self._made_s = nodes, dict[str, str](), dict[tuple[str, str], float]()
+
+    def end_s(self, worker: str, cell: Cell, now_s: float) -> float:
+        """Return when a cell ends that begins now."""
+        for need in cell.needs:
+            if need.startswith("checkpoint"):
+                now_s = max(now_s, self._made_s.setdefault((self._nodes[worker], need), now_s + MAKE_S))
+        is_changed = cell.precision not in ("", self._formats.get(worker))
+        self._formats[worker] = cell.precision or self._formats.get(worker, "")
+        return now_s + cell.estimate_s + LOAD_S * is_changed
+
+
+def rehearse(schedule: Schedule) -> list[Planned]:
+    """Return what a schedule would do if every cell took its estimate, in the order of beginning."""
+    now_s, planned, clock = 0.0, list[Planned](), Clock(schedule.nodes)
+    while True:
+        for worker in schedule.nodes:
+            if cell := schedule.begin(worker):
+                planned.append(Planned(now_s, clock.end_s(worker, cell, now_s), worker, cell))
+        at_work = [each for each in planned if schedule.running.get(each.worker) is each.cell]
+        if not at_work:
+            return planned
+        first = min(at_work, key=lambda each: each.end_s)
+        now_s = first.end_s
+        schedule.end(first.worker)
 
 
 class Sleeper:
     """A worker that sleeps in place of measuring."""
 
     def __init__(self, post: Post) -> None:
-        self._post, self._precision = post, ""
+        self._post, self._clock = post, Clock({"": ""})
 
-    def measure(self, cell: Cell, *_: object) -> Result:
-        """Sleep as long as the cell takes, and a load where the format changes, by the scale in the post."""
-        load_s = LOAD_S if cell.precision not in ("", self._precision) else 0.0
-        self._precision = cell.precision or self._precision
-        sleep(float(self._post.record["scale"]) * (cell.estimate_s + load_s))
+    def work(self, cell: Cell, *_: object) -> Result:
+        """Sleep as long as the cell takes, by the scale in the post."""
+        sleep(float(self._post.record["scale"]) * self._clock.end_s("", cell, 0.0))
         return Result()
-
-    def close(self) -> None:
-        """Remove nothing."""
 
 
 def on_ray(gpus: int, scale: float) -> float:
@@ -107,8 +149,6 @@ def on_ray(gpus: int, scale: float) -> float:
         ledger = SimpleNamespace(answers=list)
         session = SimpleNamespace(ledger=ledger, folder=Path(folder), overflowed=[], device=device)
         crew = Sleepers(ray, session, posts[:gpus])
-        empty = Cell({"stage": "hired"})
-        ray.get([actor.measure.remote(empty) for actor in crew._actors.values()])
         started_s = perf_counter()
         crew.run(plan())
         taken_s = perf_counter() - started_s
@@ -121,11 +161,10 @@ def table(counts: list[int], ray_counts: list[int], scale: float) -> pd.DataFram
     """Return a row a number of GPUs."""
     rows = []
     for gpus in counts:
-        ideal_s = schedule(gpus).ideal_s()
-        planned = rehearse(schedule(gpus), LOAD_S)
-        makespan_s = max(each.end_s for each in planned)
-        row = {"gpus": gpus, "nodes": -(-gpus // GPUS_PER_NODE), "ideal_min": ideal_s / 60,
-               "makespan_min": makespan_s / 60, "ratio": makespan_s / ideal_s, "cells": len(planned)}  # fmt: skip
+        planned = rehearse(Schedule(plan(), nodes(gpus)))
+        best_s, makespan_s = ideal_s(gpus), max(each.end_s for each in planned)
+        row = {"gpus": gpus, "nodes": -(-gpus // GPUS_PER_NODE), "ideal_min": best_s / 60,
+               "makespan_min": makespan_s / 60, "ratio": makespan_s / best_s, "cells": len(planned)}  # fmt: skip
         if gpus in ray_counts:
             taken_s = on_ray(gpus, scale)
             cost_s = taken_s - scale * makespan_s

@@ -1,6 +1,8 @@
 """A crew whose workers work in this process: what they measure, find or fail at is in the study's ledger."""
 
+import os
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 
 from qnb import Study
+from qnb.accuracy import perplexity
 from qnb.cluster import driver
 from qnb.cluster.nodes import Node
 from qnb.cluster.schedule import TRIES, Cell
@@ -19,7 +22,6 @@ from qnb.quantize import checkpoint, stages
 ray = pytest.importorskip("ray")
 CPU = Device("cpu", "a CPU", 1000.0, "native", "")
 LENGTHS = {"stage": "lengths", "task": "a"}
-NEEDS = (Cell({"stage": "quantize", "precision": "bf16"}, lambda _: None, makes="checkpoint bf16"),)
 
 
 class Killed(BaseException):
@@ -47,7 +49,7 @@ class InProcess:
         self.n_held -= 1
         hired = worker(post)
         starts = None if self.n_held >= 0 else bool
-        methods = {"__ray_ready__": starts, "measure": hired.measure, "close": hired.close}
+        methods = {"__ray_ready__": starts, "work": hired.work, "__ray_terminate__": hired._scratch.cleanup}
         return SimpleNamespace(
             **{name: SimpleNamespace(remote=partial(self._call, each)) for name, each in methods.items()}
         )
@@ -59,13 +61,12 @@ class InProcess:
             self.n_lost += 1
             return Reference(True, ray.exceptions.RayActorError())
 
-    def nodes(self):
-        return [{"NodeID": name * 56, "Alive": True} for name in "ab"]
-
     def wait(self, references, **_):
         return [each for each in references if each.is_there][:1], []
 
-    def get(self, reference):
+    def get(self, reference, timeout=None):
+        if not reference.is_there:
+            raise ray.exceptions.GetTimeoutError
         if isinstance(reference.value, Exception):
             raise reference.value
         return reference.value
@@ -75,21 +76,22 @@ class InProcess:
 
 
 class Crew(driver.Crew):
-    """Makes no checkpoint on node b: who tries is killed."""
+    """Measures no format on node b: who tries is killed."""
 
     class worker(Worker):
-        def measure(self, cell, *arguments):
-            if cell.makes and self._post.node.host == "b":
+        def work(self, cell, *arguments):
+            if cell.precision and self._post.node.host == "b":
                 raise Killed
-            return super().measure(cell, *arguments)
+            return super().work(cell, *arguments)
 
 
-def measure(study, plan, hosts="a", n_held=0):
+def measure(study, plan, hosts="a", n_held=0, asked_at=""):
     """Let a worker on each of these hosts measure a plan; return Ray."""
     session, here = study.session, InProcess(n_held)
-    options = {"model": session.source.name, "precisions": "bf16", "device": "cpu", "overwrite": session.overwrite}
-    posts = [Post(Node(host * 56, host, 0, (0,), CPU, {}), (0,), 1, "", options, session.record, 1, 0)
-             for host in hosts]  # fmt: skip
+    options = {"model": session.source.name, "precisions": "bf16", "overwrite": session.overwrite}
+    cores = sorted(os.sched_getaffinity(0))
+    nodes = [Node(host * 56, host, 0, cores, CPU, {}, asked_at) for host in hosts]
+    posts = [Post(node, cores, 1, "", options, session.record, 1, 0) for node in nodes]
     Crew(here, session, posts).run(plan)
     return here
 
@@ -134,11 +136,13 @@ def test_what_was_asked_last_is_shown(study, limits):
     assert len(study.session.ledger.answers()) == 2
 
 
-@pytest.mark.parametrize(("hosts", "n_failed", "n_rows"), [("b", 4, 0), ("bbba", 0, 3), ("bb", 4, 0)])
-def test_what_a_node_cannot_make_ends_three_workers_there(study, hosts, n_failed, n_rows):
+@pytest.mark.parametrize(
+    ("hosts", "n_lost", "n_failed", "n_rows"), [("b", 3 * TRIES, 3, 0), ("bbba", 3, 0, 3), ("bb", 3 * TRIES, 3, 0)]
+)
+def test_what_ends_workers_on_a_node_goes_elsewhere_or_fails(study, hosts, n_lost, n_failed, n_rows):
     abouts = [LENGTHS | {"task": each, "precision": "bf16"} for each in "abc"]
-    plan = [Cell(each, partial(ask, task=each["task"]), NEEDS) for each in abouts]
-    assert measure(study, plan, hosts).n_lost == TRIES
+    plan = [Cell(each, partial(ask, task=each["task"])) for each in abouts]
+    assert measure(study, plan, hosts).n_lost == n_lost
     ledger = study.session.ledger
     assert (len(ledger.failures()), len(ledger.rows("lengths"))) == (n_failed, n_rows)
 
@@ -165,6 +169,15 @@ def test_what_fails_is_told_once_and_the_others_go_on(study, capsys):
     assert len(study.session.ledger.rows("lengths")) == 1
 
 
+def test_what_is_measured_already_needs_no_model(study, monkeypatch):
+    step = partial(perplexity.divergence, options=perplexity.DivergenceOptions("sample", 64, 32))
+    plan = [Cell({"stage": "divergence", "precision": "bf16"}, step)]
+    measure(study, plan)
+    monkeypatch.setattr(Worker, "checkpoint", None)
+    measure(study, plan)
+    assert len(study.session.ledger.rows("divergence")) == 1 and not study.session.ledger.failures()
+
+
 def test_one_worker_of_a_node_makes_a_checkpoint_for_all_studies_but_one_that_overwrites(study, tmp_path, monkeypatch):
     made, convert = [], checkpoint.convert
     monkeypatch.setattr(checkpoint, "convert", lambda *arguments: made.append(arguments) or convert(*arguments))
@@ -172,9 +185,8 @@ def test_one_worker_of_a_node_makes_a_checkpoint_for_all_studies_but_one_that_ov
     other = Study("smollm2-135m", "bf16", tmp_path / "other", device="cpu")
     session = other.session
     session.append(session.key("quantize", session.precisions[0]), {"manifest_sha256": "another node's"})
-    about = {"stage": "quantize", "precision": "bf16"}
     again = Study("smollm2-135m", "bf16", other.folder, overwrite=True)
-    needs = (Cell(about, stages.quantize, makes="checkpoint bf16"),)
+    plan = [Cell({"stage": "quantize", "precision": "bf16", "repeat": each}, stages.quantize) for each in (1, 2)]
     for each, count in ((study, 1), (other, 1), (again, 2)):
-        measure(each, [Cell(about, stages.quantize, needs)], "aa")
+        measure(each, plan, "aa", asked_at=datetime.now(UTC).isoformat(timespec="seconds"))
         assert (len(each.session.ledger.rows("quantize")), len(made)) == (1, count)

@@ -220,7 +220,7 @@ def node(name, gpus=2.0, device=GPU):
 def test_workers_are_spread_evenly_with_cores_of_their_own():
     shares = nodes.share_out([node("a"), node("b")], "auto", 1.0)
     assert [(node.id, cores) for node, cores in shares] == [
-        ("a", (0, 1)), ("a", (2, 3)), ("b", (0, 1)), ("b", (2, 3))
+        ("a", (0, 2)), ("a", (1, 3)), ("b", (0, 2)), ("b", (1, 3))
     ]  # fmt: skip
     assert [node.id for node, _ in nodes.share_out([node("a"), node("b")], "3", 1.0)] == ["a", "a", "b"]
     assert len(nodes.share_out([node("a")], "auto", 0.5)) == 4
