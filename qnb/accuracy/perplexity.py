@@ -128,6 +128,8 @@ def _read(
     some CPUs do, and None where no batch has two windows.
     """
     base = PRECISIONS[BASELINE]
+    if precision != base:
+        session.checkpoint(base)  # where it is missing, it is made before anything is loaded
     with session.loaded(precision) as model, ExitStack() as stack:
         baseline = model if precision == base else stack.enter_context(session.loaded(base))
         rows, tokens = rows_per_batch(model, context), None

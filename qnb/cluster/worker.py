@@ -105,7 +105,9 @@ class Worker(Session):
             is_same = row.get("fingerprint") == key["fingerprint"]
             if is_same and self._post.study["overwrite"]:
                 is_same = row["measured_at"] >= self._post.node.asked_at  # in this run
-            if is_same and (self.ledger.find(key) or {}).get("manifest_sha256") != row["manifest_sha256"]:
+            if not is_same:
+                memory.keep_models(False)  # which would stand beside the one that is made
+            elif (self.ledger.find(key) or {}).get("manifest_sha256") != row["manifest_sha256"]:
                 self.adopt(row)  # the row that came first may be of another node's
             super().checkpoint(precision)
             write_atomic(record, json.dumps(self.ledger.find(key)))
