@@ -104,8 +104,7 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
             import ray
         quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
         if not options.address:
-            cores = max(os.cpu_count() or 1, 1 if options.workers == "auto" else int(options.workers))
-            quiet |= {"num_cpus": cores, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+            quiet |= {"object_store_memory": STORE_BYTES, "include_dashboard": False}
         advice = "give HOST:PORT of one, and where it asks for a token, RAY_AUTH_MODE=token and its auth_token"
         with refusing(f"no Ray cluster can be joined at {options.address or 'this machine'}; {advice}"):
             if options.address not in ("", "auto"):  # where nobody answers, Ray tries for minutes

@@ -146,8 +146,8 @@ def on_ray(gpus: int, scale: float) -> float:
         worker = Sleeper
 
     with tempfile.TemporaryDirectory() as folder:
-        ledger = SimpleNamespace(answers=list)
-        session = SimpleNamespace(ledger=ledger, folder=Path(folder), overflowed=[], device=device)
+        ledger, source = SimpleNamespace(answers=list), SimpleNamespace(reason="")
+        session = SimpleNamespace(ledger=ledger, folder=Path(folder), overflowed=[], device=device, source=source)
         crew = Sleepers(ray, session, posts[:gpus])
         started_s = perf_counter()
         crew.run(plan())
