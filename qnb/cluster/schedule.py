@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Cell:
     """
 
     about: Mapping[str, Any]
-    step: Callable[..., Any] = int  # does nothing
+    step: Any = None
     needs: Sequence[str] = ()
     node: str = ""
     is_alone: bool = False
