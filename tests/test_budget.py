@@ -3,6 +3,7 @@
 import pytest
 
 from qnb.budget import PLANNED_PART, SHARES, Clock, allowed_s, describe
+from qnb.provenance import NOTEBOOKS
 
 PLANNED_S = 60 * 25 * PLANNED_PART
 
@@ -10,6 +11,9 @@ PLANNED_S = 60 * 25 * PLANNED_PART
 def test_a_notebook_that_is_opened_alone_has_its_share():
     assert PLANNED_PART < 1 and allowed_s(25, "03", {}) == pytest.approx(60 * 25 * SHARES["03"])
     assert Clock().left_s == float("inf")
+    for number, share in SHARES.items():  # as its header says
+        (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
+        assert f"{25 * share + 0.01:.0f} of the 25 minutes" in path.read_text(encoding="utf-8")
 
 
 def test_what_one_leaves_goes_to_those_after_it_and_what_it_takes_too_much_they_lack():
