@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,11 +90,17 @@ def random_model(config, seed=0):
     return network
 
 
-def tiny_model(folder):
-    """A random Llama of two layers, and the tokenizer in `folder`."""
+@pytest.fixture(scope="session")
+def tokenizer(source):
+    """The embedded model's."""
+    return checkpoints.load_tokenizer(source.path)
+
+
+@pytest.fixture(scope="session")
+def tiny(tokenizer):
+    """A random Llama of two layers, with that tokenizer."""
     import transformers
 
-    tokenizer = checkpoints.load_tokenizer(folder)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=2048,
@@ -101,21 +108,20 @@ def tiny_model(folder):
     return random_model(config), tokenizer
 
 
-@pytest.fixture(scope="session")
-def tiny(source):
-    """A random model with the embedded one's tokenizer."""
-    return tiny_model(source.path)
+@pytest.fixture
+def answering(source, tiny, tmp_path, monkeypatch):
+    """A session of bf16 whose model is the random one."""
+    from qnb.session import Session
+
+    session = Session("smollm2-135m", "bf16", tmp_path)
+    monkeypatch.setattr(session, "loaded", lambda precision: nullcontext(tiny[0]))
+    return session
 
 
 def command(*arguments, cwd=None, **environment):
     """Run the command line to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "qnb", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd or ROOT,
-        env={**os.environ, **environment},
-    )
+    words, environment = [sys.executable, "-m", "qnb", *arguments], {**os.environ, **environment}
+    return subprocess.run(words, capture_output=True, text=True, cwd=cwd or ROOT, env=environment)
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +142,12 @@ def studied(tmp_path_factory):
     from qnb import Study
 
     return Study(precisions="study", output=example.write(tmp_path_factory.mktemp("example") / "study"))
+
+
+@pytest.fixture(scope="session")
+def study(studied):
+    """What that study's ledger gives."""
+    return studied.results()
 
 
 @pytest.fixture(scope="session")
