@@ -63,11 +63,6 @@ def test_live_tensors_lead_past_where_reserved_memory_meets_the_limit():
     assert 0.97 * 754 <= find_largest_batch(try_batch, 15_360, 100_000).batch_size <= 754
 
 
-def test_readings_coarser_than_a_row_are_followed_in_steps():
-    largest = find_largest_batch(simulated(200, lambda b: 100 + 20 * ceil(b / 500), 100), 200, 100_000)
-    assert 0.9 * 2500 <= largest.batch_size <= 2500
-
-
 def test_a_row_that_nearly_fills_the_memory_is_followed_by_two():
     """The allocator gave memory back for one row, so its reading tells nothing."""
     largest = find_largest_batch(lambda b: Probe(b, b < 2, 900, squeezed=True), 1000, 512)
@@ -116,13 +111,6 @@ def test_a_gpus_readings_lead_near_the_true_maximum_wherever_it_was(engine):
             probes.append(len(largest.probes))
     assert len(shares) == 5 * 16
     assert np.mean(shares) >= 0.993 and min(shares) >= 0.975 and max(probes) <= batch_search.MAX_PROBES
-
-
-def test_the_cap_ends_the_search():
-    largest = find_largest_batch(simulated(10**6, lambda b: 2000 + b, 1999), 10**6, cap=47)
-    assert (largest.batch_size, largest.capped) == (47, True)
-    assert [probe.batch_size for probe in largest.probes] == [1, 47]
-    assert find_largest_batch(simulated(10**6, lambda b: b), 10**6, cap=1).capped
 
 
 def test_less_room_than_allowed_is_the_limit():

@@ -151,9 +151,7 @@ def test_without_bfloat16_units_a_bfloat16_step_is_not_fused_and_says_so(dtype, 
 
 
 @pytest.mark.parametrize("captured_tokens", [0, 4096], ids=["prefill launched", "prefill captured"])
-def test_batches_of_any_size_follow_each_other_and_clocks_tick_once_a_token(
-    captured_tokens, captured_on_a_cpu, monkeypatch
-):
+def test_batches_of_any_size_follow_each_other_each_token_timed(captured_tokens, captured_on_a_cpu, monkeypatch):
     monkeypatch.setattr(engines, "CAPTURED_PREFILL_TOKENS", captured_tokens)
     monkeypatch.setattr(engines, "COMPILE_OPTIONS", None)
     model = tiny_model(LlamaConfig)

@@ -4,8 +4,6 @@ import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import product
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,58 +106,51 @@ def test_formats_take_turns_until_each_has_settled_and_a_killed_study_goes_on(la
     assert lab.loaded[9:] == ["fp16"] * 3
 
 
-def test_a_pass_that_fails_costs_its_format_alone(lab):
-    lab.seconds = lambda call: 1 // 0 if lab.loaded[-1] == "nf4" else 1.0
-    session = lab.open("nf4,bf16")
-    perf_bs1(session, TimingOptions(workload(session), repeats=3))
-    assert [row["precision"] for row in rows(session)] == ["bf16"] * 3
-    (failure,) = session.ledger.failures()
-    assert (failure["stage"], failure["precision"], failure["error"]) == ("perf.failed", "nf4", "ZeroDivisionError")
-    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        perf_bs1(lab.open("nf4"), TimingOptions(workload(session), repeats=3))
-
-
-def test_a_search_that_runs_out_of_memory_costs_its_format_alone_and_is_tried_again(lab):
+def test_what_fails_costs_its_format_alone_and_is_tried_again(lab):
+    """INT8's search runs out of memory, and NF4's first pass fails."""
     lab.search_finds(2, 100.0, True, ())
-    find, session = batch_search.find_largest_batch, lab.open("bf16,int8")
-    options = TimingOptions(workload(session, "maxbatch", 2))
+    lab.seconds = lambda call: 1 // 0 if lab.loaded[-1] == "nf4" else 1.0
+    find, session = batch_search.find_largest_batch, lab.open("bf16,int8,nf4")
+    options = TimingOptions(workload(session, "maxbatch", 2), repeats=3)
     with lab.monkeypatch.context() as patch:
         fails_for_int8 = lambda *_: out_of_memory() if lab.loaded[-1] == "int8" else find()  # noqa: E731
         patch.setattr(batch_search, "find_largest_batch", fails_for_int8)
         perf_maxbatch(session, options)
-    failures = [(row["stage"], row["precision"], row["reason"]) for row in session.ledger.failures()]
-    assert failures == [("batch.failed", "int8", "out of memory")]
-    assert [row["precision"] for row in rows(session)] == ["bf16"]
-    perf_maxbatch(lab.open("bf16,int8"), options)
-    assert session.ledger.failures() == [] and Counter(lab.loaded) == {"bf16": 2, "int8": 3}
+    failures = {(row["stage"], row["precision"]): (row["error"], row["reason"]) for row in session.ledger.failures()}
+    assert failures["batch.failed", "int8"] == ("OutOfMemoryError", "out of memory")
+    assert failures["perf.failed", "nf4"][0] == "ZeroDivisionError" and len(failures) == 2
+    assert [row["precision"] for row in rows(session)] == ["bf16"] * 3
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        perf_maxbatch(lab.open("nf4"), options)
+    lab.seconds = lambda call: 1.0
+    perf_maxbatch(lab.open("bf16,int8,nf4"), options)
+    assert session.ledger.failures() == [] and Counter(lab.loaded) == {"bf16": 4, "int8": 5, "nf4": 6}
 
 
-def test_an_engine_that_cannot_run_leaves_a_row_that_says_why(lab, monkeypatch):
+def test_an_engine_that_cannot_run_is_not_searched_for_and_leaves_a_row_that_says_why(lab, monkeypatch):
+    """No GPU is there for one engine; the other cannot run NF4's model once that is loaded."""
     monkeypatch.setattr(engines, "parse", lambda names, kind: ("eager", "cuda_graph"))
-    session = lab.open()
-    perf_bs1(session, TimingOptions(workload(session), repeats=2))
-    eager, _, captured = sorted(rows(session), key=lambda row: row["engine"], reverse=True)
-    assert eager["total_s"] and "total_s" not in captured and "no NVIDIA GPU" in captured["note"]
+    own = passes.Series.why_unavailable
 
+    def why_unavailable(series, model=None):
+        return "not NF4's" if model and series.precision.name == "nf4" else own(series)
 
-def test_an_engine_that_cannot_run_the_loaded_model_is_not_searched_for(lab, monkeypatch):
-    reasons = lambda self, model=None: "not this model" if model else ""  # noqa: E731
-    monkeypatch.setattr(passes.Series, "why_unavailable", reasons)
-    lab.model, session = object(), lab.open()
-    perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 8)))
-    (row,) = rows(session)
-    assert (row["batch_size"], row["note"]) == (1, "not this model") and not rows(session, "batch")
+    monkeypatch.setattr(passes.Series, "why_unavailable", why_unavailable)
+    lab.search_finds(2, 100.0, True, ())
+    lab.model, session = object(), lab.open("bf16,nf4")
+    perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 8), repeats=1))
+    notes = {(row["precision"], row["engine"]): row.get("note") for row in rows(session) if "total_s" not in row}
+    assert notes.pop(("nf4", "eager")) == "not NF4's" and len(notes) == 2
+    assert all("no NVIDIA GPU" in note for note in notes.values())
+    for found in (rows(session, "batch"), [row for row in rows(session) if "total_s" in row]):
+        assert [row["precision"] for row in found] == ["bf16"]
 
 
 def test_other_kernels_that_stand_in_leave_a_row_without_speed(lab):
     lab.stand_in, session = "ampere_sgemm", lab.open()
     perf_bs1(session, TimingOptions(workload(session), repeats=3))
     (row,) = rows(session)
-    assert (
-        "batches of 1 its library multiplies by ampere_sgemm" in row["note"]
-        and "total_s" not in row
-        and len(lab.timed) == 1
-    )
+    assert "ampere_sgemm" in row["note"] and "total_s" not in row and len(lab.timed) == 1
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -204,27 +195,32 @@ def test_a_search_that_fails_for_all_is_told_whatever_failed_before(error, named
         perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 8), memory_mib=7))
 
 
-def test_no_batch_is_tried_that_may_end_the_process(lab, monkeypatch):
-    monkeypatch.setattr(stages, "_last_safe_batch", lambda *_: 5)
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_no_batch_is_tried_that_may_end_its_process_as_eager_int8s_may_on_a_gpu(kind, lab, monkeypatch):
+    """A search ends before it; a sweep has a note for the first size that was left out."""
+    monkeypatch.setattr(batch_search, "int32_rows", lambda config, tokens: 5 if tokens == 4 else 0)
     monkeypatch.setattr(batch_trials, "Trials", lambda *_: lambda batch_size: Probe(batch_size, True, 1.0))
-    session = lab.open("int8")
-    perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 8)))
-    assert [(row["batch_size"], row["capped"]) for row in rows(session, "batch")] == [(5, False)]
+    monkeypatch.setattr(engines, "why_unavailable", lambda *_, **__: "")
+    monkeypatch.setattr(stages.memory, "limited", lambda *_: nullcontext())
+    monkeypatch.setattr(Device, "use", lambda _: None)
+    session = lab.open("nf4,int8,int8-no-outliers")
+    session.device = Device(kind, "a machine", 1024, "native", "")
+    ledgers = []
+    for _ in range(2):  # the second time nothing is left to do
+        sweep(session, TimingOptions(workload(session, "maxbatch", 3), sweep_batch=12))
+        ledgers.append(session.ledger.path.read_bytes())
+    assert ledgers[0] == ledgers[1]
+    perf_maxbatch(session, TimingOptions(workload(session, "maxbatch", 8), repeats=1))
+    for row in rows(session, "batch"):
+        of = row["engine"], row["precision"]
+        swept = [each for each in rows(session, "sweep") if (each["engine"], each["precision"]) == of]
+        notes, is_unsafe = {each["batch_size"]: each["note"] for each in swept}, row["batch_size"] == 5
+        assert is_unsafe == (kind == "cuda" and of[0] == "eager" and of[1] != "nf4") == (row["capped"] is False)
+        assert notes == dict.fromkeys([1, 2, 4], "") | ({5: "", 8: stages.UNSAFE} if is_unsafe else {8: "", 12: ""})
+        assert (stages.UNSAFE in row.get("note", "")) == is_unsafe
     results, note = Results.read(session.ledger), f"larger batches were {stages.UNSAFE}"
-    assert tables.labelled(results.batches, tables.SEARCHES)["note"].tolist() == [note]
-    assert f"int8 eager: {note}." in page.limits(results)
-
-
-def test_eager_int8_alone_may_end_its_process_on_a_gpu(lab):
-    session, last_safe = lab.open(), {}
-    work = workload(session)
-    for kind, (name, precision), engine in product(("cuda", "cpu"), PRECISIONS.items(), ("eager", "cuda_graph")):
-        session.device = Device(kind, "a machine", 1024, "native", "")
-        series = SimpleNamespace(session=session, precision=precision, engine=engine, workload=work)
-        last_safe[kind, name, engine] = stages._last_safe_batch(series)
-    int8 = [("cuda", name, "eager") for name in ("int8", "int8-no-outliers")]
-    last_safe = {key: size for key, size in last_safe.items() if size < 10**9}
-    assert last_safe == dict.fromkeys(int8, (2**31 - 1) // (4 * 1536))
+    assert (note in tables.labelled(results.batches, tables.SEARCHES).to_string()) == (kind == "cuda")
+    assert (f"int8 eager, int8-no-outliers eager: {note}." in page.limits(results)) == (kind == "cuda")
 
 
 def test_a_sweep_ends_where_a_batch_does_not_fit_and_tries_it_again(lab, monkeypatch):
@@ -244,26 +240,15 @@ def test_a_sweep_ends_where_a_batch_does_not_fit_and_tries_it_again(lab, monkeyp
     assert [size for _, size, _ in lab.timed] == [1, 2, 2, 4, 8, 8, 8, 12] and len(rows(session, "sweep")) == 5
 
 
-def test_a_sweep_notes_the_first_size_that_may_end_its_process(lab, monkeypatch):
-    monkeypatch.setattr(stages, "_last_safe_batch", lambda *_: 5)
-    session = lab.open("int8")
-    options = TimingOptions(workload(session, "maxbatch", 3), sweep_batch=32)
-    for _ in range(2):  # the second time nothing is left to do
-        sweep(session, options)
-    assert sorted(size for _, size, _ in lab.timed) == [1, 2, 4, 5]
-    notes = {row["batch_size"]: row["note"] for row in rows(session, "sweep") if row["note"]}
-    assert notes == {8: stages.UNSAFE} and len(session.ledger.path.read_text().splitlines()) == 6  # one is the peaks'
-
-
 def test_a_sweep_goes_to_the_largest_batch_found_on_a_gpu_and_is_left_out_elsewhere(lab, monkeypatch):
     monkeypatch.setattr(Device, "use", lambda _: None)
     session = lab.open()
-    work = workload(session, "maxbatch", 3)
-    sweep(session, TimingOptions(work))
+    options = TimingOptions(workload(session, "maxbatch", 3), "eager")
+    sweep(session, options)
     assert not rows(session, "sweep")
     session.device = Device("cuda", "a card", 1024, "native", "")
     session.append(session.key("batch", session.precisions[0], {}, engine="eager"), {"batch_size": 4})
-    sweep(session, TimingOptions(work, "eager"))
+    sweep(session, options)
     assert [row["batch_size"] for row in rows(session, "sweep")] == [1, 2, 4]
 
 
@@ -279,8 +264,8 @@ def test_a_budget_takes_fewer_requests_or_new_tokens_the_same_for_formats_added_
 
 
 def test_peaks_are_measured_before_anything_is_loaded_or_held_to_less_memory(lab, monkeypatch):
-    steps, measure_peaks = [], device_peaks.measure_peaks
-    monkeypatch.setattr(device_peaks, "measure_peaks", lambda place: steps.append("peaks") or measure_peaks(place))
+    steps = []
+    monkeypatch.setattr(device_peaks, "measure_peaks", lambda _: steps.append("peaks") or device_peaks.DevicePeaks(1))
     monkeypatch.setattr(stages.memory, "limited", lambda *_: nullcontext(steps.append("limited")))
     lab.search_finds(2, 100.0, True, ())
     lab.seconds = lambda call: steps.append("timed") or 1.0
@@ -342,9 +327,6 @@ def test_lengths_of_prompts_are_recorded_once(lab):
         stages.prompt_lengths(session, "sample", (2000, 20))
     (row,) = rows(session, "lengths")
     assert row["counts"] == [20, 2000] and row["window"] == 8192 and len(row["lengths"]) == 24
-    for counts in ((), (0,)):
-        with pytest.raises(InputError, match="counts"):
-            stages.prompt_lengths(session, "sample", counts)
 
 
 def test_a_continuation_is_told_token_by_token(source, tmp_path):
@@ -355,22 +337,16 @@ def test_a_continuation_is_told_token_by_token(source, tmp_path):
         stages.continuation(session, " ", "bf16")
 
 
-@pytest.mark.parametrize(
-    ("options", "values", "message"),
-    [
-        (WorkloadOptions, ("bs2",), "setting is 'bs2'; give 'bs1' or 'maxbatch'"),
-        (WorkloadOptions, ("bs1", "0 minutes"), "requests is"),
-        (WorkloadOptions, ("bs1", 1, 4, 2, "books"), "prompt_source .*'?books"),
-        (TimingOptions, (4,), "workload is 4; give what study"),
-    ],
-)
-def test_what_cannot_be_asked_is_refused(options, values, message):
-    with pytest.raises(InputError, match=message):
-        options(*values)
-
-
-def test_a_request_beyond_the_context_window_is_refused_before_anything_is_measured(lab):
+def test_what_cannot_be_asked_is_refused_before_anything_is_measured(lab):
     session = lab.open()
-    with pytest.raises(InputError, match=r"8 prompt and 9000 new tokens are more than .* 8192"):
-        stages.workload(session, WorkloadOptions("bs1", 2, 8, 9000, "sample"))
+    for ask, message in (
+        (lambda: WorkloadOptions("bs2"), "setting is 'bs2'; give 'bs1' or 'maxbatch'"),
+        (lambda: WorkloadOptions("bs1", "0 minutes"), "requests is"),
+        (lambda: TimingOptions(4), "workload is 4; give what study"),
+        (lambda: stages.prompt_lengths(session, "sample", ()), "counts"),
+        (lambda: stages.prompt_lengths(session, "sample", (0,)), "counts"),
+        (lambda: stages.workload(session, WorkloadOptions("bs1", 2, 8, 9000, "sample")), "8 prompt and 9000 .* 8192"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ask()
     assert not session.ledger.path.exists()
