@@ -2,7 +2,6 @@
 
 import json
 import math
-from contextlib import contextmanager
 
 import pandas as pd
 import pytest
@@ -15,7 +14,6 @@ from qnb.accuracy import perplexity
 from qnb.accuracy.perplexity import DivergenceOptions, distances, divergence, summarize, windows
 from qnb.finite import NotFiniteError
 from qnb.ledger import Ledger
-from qnb.session import Session
 
 
 @pytest.mark.parametrize(("tokens", "context", "stride"), [(10, 4, 2), (11, 4, 3), (5, 8, 4), (8, 4, 2), (2, 4, 1)])
@@ -26,11 +24,8 @@ def test_every_token_but_the_first_is_scored_once(tokens, context, stride):
         assert number == 0 or first - start >= context - stride
         scored += range(first, end)
     assert scored == list(range(1, tokens))
-
-
-def test_a_text_of_one_token_is_refused():
     with pytest.raises(InputError, match="ppl_tokens"):
-        list(windows(1, 4, 2))
+        list(windows(1, context, stride))
 
 
 @pytest.fixture
@@ -105,22 +100,20 @@ def test_summary_by_hand():
     assert set(alone) == set(summary)
 
 
-def test_a_window_is_no_longer_than_the_models_or_the_text(source, tiny, tmp_path, monkeypatch):
-    session = Session("smollm2-135m", "bf16", tmp_path)
-    monkeypatch.setattr(session, "loaded", contextmanager(lambda precision: (yield tiny[0])))
+def test_a_window_is_no_longer_than_the_models_or_the_text(answering, monkeypatch):
     with pytest.raises(InputError, match="ppl_context is 999999"):
-        divergence(session, DivergenceOptions("sample", 96, 999999))
-    assert not (tmp_path / "ledger.jsonl").exists()
-    divergence(session, DivergenceOptions("sample", 20, 64))
-    monkeypatch.setattr(session.config, "max_position_embeddings", 64)
-    divergence(session, DivergenceOptions("sample", 200))  # on a CPU auto is 128
-    lines = [json.loads(line) for line in session.ledger.path.read_text().splitlines()]
+        divergence(answering, DivergenceOptions("sample", 96, 999999))
+    assert not answering.ledger.path.exists()
+    divergence(answering, DivergenceOptions("sample", 20, 64))
+    monkeypatch.setattr(answering.config, "max_position_embeddings", 64)
+    divergence(answering, DivergenceOptions("sample", 200))  # on a CPU auto is 128
+    lines = [json.loads(line) for line in answering.ledger.path.read_text().splitlines()]
     assert [(row["context"], row["stride"], row["tokens"]) for row in lines] == [(20, 10, 20), (64, 32, 200)]
     assert lines[0]["noise_floor_nats"] is None and 0 <= lines[1]["noise_floor_nats"] < 1e-9  # one window has none
 
 
-def test_fewer_windows_are_read_at_once_where_memory_runs_out(source, tiny, tmp_path, monkeypatch):
-    session, sizes = Session("smollm2-135m", "bf16", tmp_path), []
+def test_fewer_windows_are_read_at_once_where_memory_runs_out(answering, monkeypatch):
+    sizes = []
 
     def short(*arguments):
         sizes.append(arguments[4])
@@ -128,11 +121,10 @@ def test_fewer_windows_are_read_at_once_where_memory_runs_out(source, tiny, tmp_
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return distances(*arguments)
 
-    monkeypatch.setattr(session, "loaded", contextmanager(lambda precision: (yield tiny[0])))
     monkeypatch.setattr(perplexity, "rows_per_batch", lambda *_: 8)
     monkeypatch.setattr(perplexity, "distances", short)
-    divergence(session, DivergenceOptions("sample", 64, 16))
-    assert sizes == [8, 4, 2] and len(session.ledger.rows("divergence")) == 1
+    divergence(answering, DivergenceOptions("sample", 64, 16))
+    assert sizes == [8, 4, 2] and len(answering.ledger.rows("divergence")) == 1
 
 
 @pytest.mark.slow

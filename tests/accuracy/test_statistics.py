@@ -26,19 +26,15 @@ def test_no_flip_leaves_room_for_one():
     assert mean_interval([1.0]) is None
 
 
-def test_holm_by_hand():
-    """Sorted 0.01, 0.02, 0.04 times 3, 2, 1, and never smaller than the one before."""
+def test_holm_means_and_errors_by_hand():
+    """Sorted 0.01, 0.02, 0.04 times 3, 2, 1, and never smaller than the one before.
+
+    Half-widths of 3 and 4 below, of 6 and 8 above, add to 5 and 10; the mean halves them. 0 of 10 are 2 of 14 with two
+    right and two wrong added.
+    """
     assert statistics.holm([0.02, 0.01, 0.04]) == pytest.approx([0.04, 0.03, 0.04])
     assert statistics.holm([0.9, 0.8]) == [1.0, 1.0] and statistics.holm([]) == []
-
-
-def test_the_mean_of_two_changes_by_hand():
-    """Half-widths of 3 and 4 below, of 6 and 8 above, add to 5 and 10; the mean halves them."""
     assert statistics.mean_of_independent([(1, -2, 7), (3, -1, 11)]) == pytest.approx((2, -0.5, 7))
-
-
-def test_all_wrong_still_has_an_error():
-    """0 of 10: 2 of 14 with two right and two wrong added."""
     assert statistics.agresti_coull(0, 10) == pytest.approx(math.sqrt(2 / 14 * 12 / 14 / 14))
 
 

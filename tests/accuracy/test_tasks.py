@@ -136,33 +136,8 @@ def test_names_are_unfolded_and_unknown_ones_refused():
         tasks.check(" ")
 
 
-def fraction(doc, results):
-    shares = [math.exp(value - max(results)[0]) for value, _ in results]
-    return {"acc": shares[0] / sum(shares)}
-
-
-def percent(doc, results):
-    return {"acc": 100.0 * (len(results[0]) % 2), "bleu_acc": len(results[0]) % 2, "rouge1": 0.25}
-
-
 def longest(doc, results):
     return {"longest": len(results[0])}
-
-
-def fails_once(doc, results):
-    return {"exact_match": {}[2] if doc["n"] == 2 else 1.0}
-
-
-def is_nan_once(doc, results):
-    return {"score": math.nan if doc["n"] == 1 else 3.5}
-
-
-def reads_two_words(doc, results):
-    return {"exact_match": float(len(results[0].split()[1]) > 0)}
-
-
-def has_points(doc, results):
-    return {"acc": 100.0 * (doc["n"] == 2)}  # of six, the last to be drawn
 
 
 def has_no_package(*values):
@@ -205,7 +180,8 @@ FORMS = {
     "several right choices": ({**CHOICE, "doc_to_target": "places"}, {"acc": {}}, {}),
     "a context a choice": ({**CHOICE, "doc_to_text": "{{n % 2}}", "doc_to_choice": "{{contexts}}",
                             "doc_to_target": "{{right}}"}, {"acc": {}}, {}),
-    "probabilities": ({**CHOICE, "process_results": fraction}, {"acc": MEAN}, {}),
+    "probabilities": ({**CHOICE, "process_results": lambda doc, results: {
+        "acc": 1 / sum(math.exp(value - results[0][0]) for value, _ in results)}}, {"acc": MEAN}, {}),
     "one text": ({"output_type": "loglikelihood", "doc_to_target": "zero"}, {"perplexity": {}, "acc": {}},
                  {"perplexity": ("perplexity", False)}),
     "running text": ({"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "q"},
@@ -213,7 +189,8 @@ FORMS = {
                      {name: (name.replace("_", " "), False) for name in PERPLEXITIES}),
     "generated text": (TEXT, {"exact_match": {}, "bleu": {}, "ter": {}},
                        {"bleu": ("bleu", True), "ter": ("ter", False)}),
-    "points of 100": ({**TEXT, "process_results": percent},
+    "points of 100": ({**TEXT, "process_results": lambda doc, results: {
+                          "acc": 100.0 * (len(results[0]) % 2), "bleu_acc": len(results[0]) % 2, "rouge1": 0.25}},
                       {"acc": MEAN, "bleu_acc": LESS, "rouge1": MEAN},
                       {"acc": ("acc", True), "bleu_acc": ("%", False), "rouge1": ("rouge1", True)}),
     "sampled text": ({**TEXT, "process_results": longest, "repeats": 2,
@@ -232,12 +209,10 @@ def test_a_task_of_any_form_has_stocks_scores_in_the_units_that_it_declares(name
     expected = stock(tiny, form(metrics, **config))["results"]["form"]
     result = score(tiny, Task("form"), scorer=scorer)
     scores = {each.metric: each for each in result.scores if each.metric != "p_correct"}
-    assert {name: (each.unit, each.higher_is_better) for name, each in scores.items()} == {
-        name: units.get(name, SHARE) for name in metrics
-    }
-    assert {name: each.value for name, each in scores.items()} == pytest.approx(
-        {name: expected[f"{name},none"] for name in metrics}, rel=1e-3
-    )
+    assert scores.keys() == metrics.keys()
+    for metric, each in scores.items():
+        assert (each.unit, each.higher_is_better) == units.get(metric, SHARE)
+        assert each.value == pytest.approx(expected[f"{metric},none"], rel=1e-3)
     assert {each.n_items for each in result.scores} == {6} and result.bad_items == 0
     if config["output_type"] == "multiple_choice":
         rights = [[int(place) for place in gold.split(", ")] for gold in result.items.gold]
@@ -257,8 +232,9 @@ def test_a_task_of_any_form_has_stocks_scores_in_the_units_that_it_declares(name
 
 @pytest.mark.parametrize(
     ("bad", "config", "metric"),
-    [(2, {**TEXT, "process_results": fails_once}, {"exact_match": MEAN}),
-     (1, {**TEXT, "process_results": is_nan_once}, {"score": MEAN}),
+    [(2, {**TEXT, "process_results": lambda doc, _: {"exact_match": {}[2] if doc["n"] == 2 else 1.0}},
+      {"exact_match": MEAN}),
+     (1, {**TEXT, "process_results": lambda doc, _: {"score": math.nan if doc["n"] == 1 else 3.5}}, {"score": MEAN}),
      (5, {**TEXT, "doc_to_text": "{{ q if n < 5 else q.a.b }}"}, {"exact_match": {}}),
      (2, {**TEXT, "doc_to_target": "{{ q if n != 2 else q.a.b }}"}, {"exact_match": {}}),
      (3, {**CHOICE, "doc_to_choice": "{{empty}}", "doc_to_target": 0, "target_delimiter": ""}, {"acc": {}}),
@@ -276,8 +252,10 @@ def test_one_bad_item_costs_that_item_and_is_counted(scorer, bad, config, metric
 
 
 @pytest.mark.parametrize(
-    "config", [{"doc_to_text": "{{ q if n == 0 else q.a.b }}"}, {"process_results": reads_two_words}]
-)
+    "config",
+    [{"doc_to_text": "{{ q if n == 0 else q.a.b }}"},
+     {"process_results": lambda doc, results: {"exact_match": float(len(results[0].split()[1]) > 0)}}],
+)  # fmt: skip
 def test_a_task_is_not_refused_for_its_first_items_or_the_stand_ins_text(config, form, tiny):
     form({"exact_match": MEAN}, **{**TEXT, **config})
     result = score(tiny, Task("form"))
@@ -299,7 +277,8 @@ def test_a_part_of_bad_items_alone_leaves_its_group_the_others(form, tiny, tmp_p
 
 
 def test_a_metric_that_was_no_share_stays_none(form, tiny):
-    form({"acc": MEAN}, **TEXT, process_results=has_points)
+    """Of six items only the last to be drawn has its 100 points."""
+    form({"acc": MEAN}, **TEXT, process_results=lambda doc, _: {"acc": 100.0 * (doc["n"] == 2)})
     task = Task("form")
     assert [score(tiny, task, limit).scores[0].unit for limit in (None, 2)] == ["acc", "acc"]
 
@@ -313,9 +292,7 @@ def test_a_metric_that_was_no_share_stays_none(form, tiny):
      ({"process_results": longest},
       {"longest": {"aggregation": has_no_package, "higher_is_better": True}}, "no script squad_v2")],
 )  # fmt: skip
-def test_what_cannot_be_scored_is_refused_by_name_before_a_checkpoint_is_made(
-    config, metric, text, form, source, tmp_path, monkeypatch
-):
+def test_what_cannot_be_scored_is_refused_before_any_work(config, metric, text, form, source, tmp_path, monkeypatch):
     form(metric, **{**TEXT, **config})
     session = Session("smollm2-135m", "bf16", tmp_path / "study")
     monkeypatch.setattr(session, "config", BloomConfig())  # names no window; lm-eval's then is 2048
