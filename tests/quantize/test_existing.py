@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
@@ -26,10 +27,8 @@ def only_the_formats(monkeypatch):
     """Each test begins without labels of another one, and measures no peaks, which takes seconds."""
     monkeypatch.setattr(device_peaks, "measure_peaks", lambda _: device_peaks.DevicePeaks(1e9))
     monkeypatch.setattr(precision, "PRECISIONS", precision.PRECISIONS)
-    before = dict(precision.PRECISIONS)
-    yield
-    precision.PRECISIONS.clear()
-    precision.PRECISIONS.update(before)
+    with patch.dict(precision.PRECISIONS):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -43,23 +42,23 @@ def released(tiny, tmp_path_factory):
     return folder
 
 
+def save_nf4(released, folder, **more):
+    config = BitsAndBytesConfig(**NF4, **more)
+    options = {"dtype": torch.float32, "quantization_config": config, "device_map": "cpu"}
+    AutoModelForCausalLM.from_pretrained(released, **options).save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def quantized(released):
     """The same model in NF4, as plain transformers saves it."""
     folder = released.parent / "small-nf4"
-    config = BitsAndBytesConfig(**NF4)
-    model = AutoModelForCausalLM.from_pretrained(
-        released, dtype=torch.float32, quantization_config=config, device_map="cpu"
-    )
-    model.save_pretrained(folder)
+    save_nf4(released, folder)
     for path in released.glob("tokenizer*"):
         shutil.copy(path, folder)
     return folder
 
 
-def test_a_checkpoint_is_a_row_of_every_table_with_the_accuracy_that_stock_lm_eval_gives(
-    released, quantized, tmp_path
-):
+def test_a_checkpoint_is_a_row_of_every_table_with_stock_lm_evals_accuracy(released, quantized, tmp_path):
     label = f"theirs=checkpoint:{quantized}"
     study = Study(str(released), f"fp32,bf16,{label}", tmp_path / "study")
     work = study.workload("bs1", 1, 4, 2, "sample")
@@ -126,9 +125,7 @@ def test_a_label_that_cannot_be_one_is_refused(names, problem):
 
 
 def test_labels_come_from_the_name_and_the_same_checkpoint_is_taken_once():
-    parsed = precision.parse(
-        ["bf16", "checkpoint:you/model-AWQ@main", "checkpoint:./m.q4.gguf", "checkpoint:./m.q4.gguf"]
-    )
+    parsed = precision.parse(["bf16", "checkpoint:you/model-AWQ@main", *["checkpoint:./m.q4.gguf"] * 2])
     assert [each.name for each in parsed] == ["bf16", "model-AWQ", "m.q4"]
     assert len({each.color for each in parsed}) == 3 == len({each.marker for each in parsed})
 
@@ -145,10 +142,8 @@ def test_a_label_has_its_colour_in_its_study_whatever_other_studies_named():
     assert "typo" not in precision.PRECISIONS
     assert [each.name for each in precision.parse("GPT=checkpoint:./g,study")][:2] == ["GPT", "bf16"]
     assert precision.parse("GPT")[0].origin == "./g"
-    styles = [
-        (each.color, each.marker) for each in precision.parse(",".join(f"m{n}=checkpoint:./{n}" for n in range(12)))
-    ]
-    assert len(set(styles)) == 12
+    many = precision.parse([f"m{n}=checkpoint:./{n}" for n in range(12)])
+    assert len({(each.color, each.marker) for each in many}) == 12
 
 
 def test_a_label_stands_for_one_checkpoint_in_a_study(released, quantized, tmp_path):
@@ -164,11 +159,8 @@ def test_a_label_stands_for_one_checkpoint_in_a_study(released, quantized, tmp_p
 
 
 def test_some_packed_layers_are_enough_to_run_packed_and_none_may_be_missing(released, tmp_path):
-    skipped = BitsAndBytesConfig(**NF4, llm_int8_skip_modules=["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"])
     partly = tmp_path / "partly"
-    AutoModelForCausalLM.from_pretrained(
-        released, dtype=torch.float32, quantization_config=skipped, device_map="cpu"
-    ).save_pretrained(partly)
+    save_nf4(released, partly, llm_int8_skip_modules=["q_proj", "k_proj", "v_proj", "o_proj", "lm_head"])
     facts = existing.describe(partly, checkpoint.load_tokenizer(released), "cpu")
     assert facts.ran_as == "4-bit, bitsandbytes Linear4bit" and not facts.is_unpacked
     holes = shutil.copytree(released, tmp_path / "holes")

@@ -178,18 +178,15 @@ def test_a_push_that_would_show_or_take_what_is_not_ones_own_is_refused(server, 
     assert not server.repositories["me/open"].private
 
 
-@pytest.mark.parametrize(
-    ("text", "scrubbed"),
-    [
-        (f"denied for {MINE}", "denied for ***"),
-        ("Authorization: Bearer abc.def", "Authorization: Bearer ***"),
-        ("https://user:password@host/simple gone", "https://***@host/simple gone"),
-        ("PUT https://store/x?X-Amz-Signature=abc failed", "PUT https://store/x failed"),
-        ("no rights for correct-horse", "no rights for ***"),
-        ("one\ntwo", "one"),
-        ("", ""),
-    ],
-)
-def test_secrets_are_blotted_out(text, scrubbed, monkeypatch):
+def test_secrets_are_blotted_out(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "correct-horse")
-    assert scrub(text) == scrubbed
+    scrubbed = {
+        f"denied for {MINE}": "denied for ***",
+        "Authorization: Bearer abc.def": "Authorization: Bearer ***",
+        "https://user:password@host/simple gone": "https://***@host/simple gone",
+        "PUT https://store/x?X-Amz-Signature=abc failed": "PUT https://store/x failed",
+        "no rights for correct-horse": "no rights for ***",
+        "one\ntwo": "one",
+        "": "",
+    }
+    assert {text: scrub(text) for text in scrubbed} == scrubbed

@@ -14,29 +14,6 @@ from qnb.quantize import checkpoint, hub, stages
 from qnb.session import Session
 
 
-@pytest.fixture
-def session(tmp_path, monkeypatch):
-    """A session whose bf16 checkpoint is one small file, and whose int8 checkpoint cannot be made."""
-    session = Session("smollm2-135m", "bf16, int8", tmp_path / "study", device="cpu")
-
-    def make(precision):
-        if precision.name == "int8":
-            raise RuntimeError("does not fit")
-        (tmp_path / "bf16").mkdir(exist_ok=True)
-        (tmp_path / "bf16" / "model.safetensors").write_bytes(bytes(2**20))
-        session.append(session.key("quantize", precision))
-        return tmp_path / "bf16"
-
-    monkeypatch.setattr(session, "checkpoint", make)
-    return session
-
-
-def test_what_cannot_be_made_is_recorded_and_the_others_go_on(session):
-    stages.quantize(session)
-    assert [row["precision"] for row in session.ledger.rows("quantize")] == ["bf16"]
-    assert [(row["precision"], row["error"]) for row in session.ledger.failures()] == [("int8", "RuntimeError")]
-
-
 @pytest.mark.parametrize(("word", "is_made"), [("fox", False), ("#", True)], ids=["in the proof", "later"])
 def test_a_quantized_format_that_overflows_in_float16_goes_on_in_bfloat16(word, is_made, tmp_path, monkeypatch):
     monkeypatch.setattr(Device, "half", "float16")
@@ -58,7 +35,11 @@ def test_a_quantized_format_that_overflows_in_float16_goes_on_in_bfloat16(word, 
         Study(model, "nf4", tmp_path / "float16", half="float16").quantize()
 
 
-def test_a_dry_run_lists_repository_files_and_size(session, monkeypatch):
+def test_a_dry_run_lists_repository_files_and_size(tmp_path, monkeypatch):
+    session = Session("smollm2-135m", "bf16", tmp_path / "study", device="cpu")
+    (tmp_path / "bf16").mkdir()
+    (tmp_path / "bf16" / "model.safetensors").write_bytes(bytes(2**20))
+    monkeypatch.setattr(session, "checkpoint", lambda precision: tmp_path / "bf16")
     monkeypatch.setattr(hub, "_talking", None)  # nothing may ask the hub
     (row,) = stages.push(session, stages.PushOptions("me/llama"), lambda precision: f"# {precision.name}")
     assert row == {"precision": "bf16", "repository": "me/llama-bf16", "private": True, "commit": "",
