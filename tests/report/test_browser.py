@@ -9,10 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 
 import pytest
+from papermill.iorw import load_notebook_node, write_ipynb
+from papermill.parameterize import parameterize_notebook
 
 from qnb.run import NOTEBOOKS
 
@@ -42,7 +43,7 @@ CONTRAST = """() => {
     return (high + 0.05) / (low + 0.05);
   }));
 }"""
-OPEN = "() => document.querySelectorAll('details').forEach(each => each.open = true)"
+OPEN = "open => document.querySelectorAll('details').forEach(each => each.open = open)"
 RAN = "() => /\\[\\d+\\]/.test(document.querySelector('.jp-CodeCell .jp-InputPrompt')?.textContent)"
 SECOND = 1000  # milliseconds
 
@@ -50,35 +51,32 @@ SECOND = 1000  # milliseconds
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as control:
-        running = control.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
+        yield control.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
 
 
-def is_served(address):
-    """Return whether a server answers anything at all."""
-    try:
-        urllib.request.urlopen(address, timeout=2)
-    except OSError as error:
-        return isinstance(error, urllib.error.HTTPError)
-    return True
+@pytest.fixture
+def page(browser):
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    yield page
+    page.close()
 
 
 @contextlib.contextmanager
-def served(command, folder, path=""):
+def served(command, folder):
     """Run a server on a free port of the loopback until the block ends; gives its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"http://127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", *command, f"--port={address.rpartition(':')[2]}"]
+        place = free.getsockname()
     with (folder / "server.log").open("w") as log:
+        command = [sys.executable, "-m", *command, f"--port={place[1]}"]
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
     try:
-        deadline = time.monotonic() + 60
-        while not is_served(address + path) and time.monotonic() < deadline:
-            assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
-            time.sleep(0.25)
-        yield address
+        with socket.socket() as client:
+            deadline = time.monotonic() + 60
+            while client.connect_ex(place) and time.monotonic() < deadline:
+                assert server.poll() is None, (folder / "server.log").read_text()[-2000:]
+                time.sleep(0.25)
+        yield "http://{}:{}".format(*place)
     finally:
         server.terminate()
         try:
@@ -89,16 +87,10 @@ def served(command, folder, path=""):
 
 
 def prepared(name, folder, **values):
-    """Copy a notebook with other values in its parameters cell, as a person would type them."""
-    notebook = json.loads((NOTEBOOKS / f"{name}.ipynb").read_text())
-    (cell,) = (cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", []))
-    text = "".join(cell["source"])
-    for parameter, value in values.items():
-        text, count = re.subn(rf"(?m)^{parameter} = .*$", lambda _, line=f"{parameter} = {value!r}": line, text)
-        assert count == 1, parameter
-    cell["source"] = text.splitlines(keepends=True)
+    """Copy a notebook with values of one's own behind its parameters cell."""
+    notebook = load_notebook_node(str(NOTEBOOKS / f"{name}.ipynb"))
     path = folder / f"{name}.ipynb"
-    path.write_text(json.dumps(notebook))
+    write_ipynb(parameterize_notebook(notebook, values), str(path))
     return path
 
 
@@ -119,7 +111,7 @@ def lab(tmp_path_factory, studied):
     command = ["jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--IdentityProvider.token=",
                "--ServerApp.password=", f"--notebook-dir={folder}", f"--LabApp.app_settings_dir={settings}",
                "--LabApp.extension_manager=readonly"]  # fmt: skip
-    with served(command, folder, "/api/status") as address:
+    with served(command, folder) as address:
         yield address
 
 
@@ -143,14 +135,6 @@ def run_all(page, address, notebook):
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     page.wait_for_function(RAN, timeout=90 * SECOND)
-
-
-@pytest.fixture
-def page(browser):
-    context = browser.new_context(viewport={"width": 1280, "height": 1000})
-    page = context.new_page()
-    yield page
-    context.close()
 
 
 def use_chooser(page):
@@ -201,7 +185,7 @@ def test_the_playground_in_01_continues_a_prompt_in_both_precisions(page, lab, s
 def test_voila_serves_05_as_an_app(page, studied, tmp_path):
     pytest.importorskip("voila", reason="voila is an extra: pip install -e '.[app]'")
     path = prepared("05_figures", tmp_path, output=str(studied.folder), pictures=False)
-    with served(["voila", str(path), "--no-browser"], tmp_path, "/voila/static/") as address:
+    with served(["voila", str(path), "--no-browser"], tmp_path) as address:
         for _ in range(2):  # two kernels that start at once may take one port (nteract/papermill issue 511)
             page.goto(address, timeout=120 * SECOND)
             with contextlib.suppress(playwright.TimeoutError):
@@ -211,10 +195,10 @@ def test_voila_serves_05_as_an_app(page, studied, tmp_path):
         assert page.locator("pre", has_text="import qnb").count() == 0  # an app shows no code
 
 
-def test_the_report_draws_every_figure_without_a_network(browser, report_page):
-    """On a wide screen, then on a phone's 390 pixels."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True)
-    page, said, asked = context.new_page(), [], []
+def test_the_report_needs_no_network_and_no_mouse_and_fits_screens_and_paper(page, report_page):
+    """On a wide screen, on a phone's 390 pixels, and on a sheet of A4 less its margins."""
+    said, asked = [], []
+    page.context.set_offline(True)
     page.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
@@ -223,7 +207,7 @@ def test_the_report_draws_every_figure_without_a_network(browser, report_page):
     page.wait_for_function(DRAWN, arg=15, timeout=30 * SECOND)
     for width_px in (1280, 390):
         page.set_viewport_size({"width": width_px, "height": 900})
-        page.evaluate(OPEN)
+        page.evaluate(OPEN, True)
         page.wait_for_timeout(SECOND)
         assert page.evaluate("document.documentElement.scrollWidth") <= width_px  # nothing is cut off at the side
         assert page.evaluate(SCROLLS) == [] or width_px == 390
@@ -232,31 +216,20 @@ def test_the_report_draws_every_figure_without_a_network(browser, report_page):
         page.emulate_media(color_scheme=scheme)
         assert page.evaluate(CONTRAST) >= 4.5
     assert not said and set(asked) == {report_page.as_uri()}
-    context.close()
-
-
-def test_a_table_is_downloaded_from_the_page_by_keyboard(page, report_page):
-    page.goto(report_page.as_uri())
+    page.evaluate(OPEN, False)
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 718, "height": 1000})
+    for event, is_open in (("beforeprint", 9), ("afterprint", 0)):
+        page.evaluate(f"() => dispatchEvent(new Event('{event}'))")
+        assert page.locator("main > details[open]").count() == is_open
+        if is_open:
+            page.wait_for_timeout(SECOND)
+            widths_px = page.locator(".figure .main-svg").evaluate_all("all => all.map(each => each.clientWidth)")
+            assert 600 < max(widths_px) < 700 and page.evaluate(SCROLLS) == []
+    page.emulate_media(media="screen")
     page.locator("#accuracy > summary").focus()
     page.keyboard.press("Enter")
-    page.locator("#table-table2_change").wait_for()
     page.locator("#accuracy a[download='table2_change.csv']").focus()
     with page.expect_download() as download:
         page.keyboard.press("Enter")
     assert download.value.path().read_text() == (report_page.parent / "tables" / "table2_change.csv").read_text()
-
-
-def test_a_print_opens_every_section_and_cuts_no_figure(page, report_page):
-    page.goto(report_page.as_uri())
-    page.wait_for_function(DRAWN, arg=15, timeout=30 * SECOND)
-    page.emulate_media(media="print")
-    page.set_viewport_size({"width": 718, "height": 1000})  # a sheet of A4 less its margins
-    page.evaluate("() => dispatchEvent(new Event('beforeprint'))")
-    page.wait_for_timeout(SECOND)
-    assert page.locator("main > details[open]").count() == 9
-    widths = page.locator(".figure .main-svg").evaluate_all(
-        "all => all.map(each => each.getBoundingClientRect().width)"
-    )
-    assert 600 < max(widths) < 700 and page.evaluate(SCROLLS) == []
-    page.evaluate("() => dispatchEvent(new Event('afterprint'))")
-    assert page.locator("main > details[open]").count() == 0

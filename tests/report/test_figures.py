@@ -23,11 +23,6 @@ UNITS = ("%", "points", "requests/s", "MiB", "ms", "s", "J", "W", "FLOP", "batch
 
 
 @pytest.fixture(scope="module")
-def study(studied):
-    return studied.results()
-
-
-@pytest.fixture(scope="module")
 def drawn(study):
     return figures.draw_all(study)
 
@@ -99,14 +94,11 @@ def test_rows_with_nothing_but_a_time_are_drawn_and_compared(tmp_path):
     assert figures.measured(study) == {key: ["bs1"] for key in ("throughput_rps", "total_s", "seconds_per_request")}
 
 
-def test_eager_is_hollow():
-    assert theme.symbol("nf4", "eager") == "star-open" and theme.symbol("nf4", "cuda_graph") == "star"
-
-
 def test_engines_are_a_pair_of_dots_and_what_was_disturbed_is_starred(study, drawn):
     expected = sorted(zip(study.bs1.throughput_rps, study.bs1.precision, strict=True))
     assert points(drawn["fig3_bs1_metrics"], xaxis="x3") == expected
     assert drawn["fig3_bs1_metrics"].layout.xaxis3.type == "log"
+    assert [theme.symbol("nf4", engine) for engine in ("eager", "cuda_graph")] == ["star-open", "star"]
     flags = [["cpu_shared"] if name == "int8" else [] for name in study.bs1.precision[study.bs1.engine == "eager"]]
     figure = figures.metrics(one_engine(study, flags=flags), "bs1")
     assert figure.layout.xaxis3.type == "linear" and figure.layout.xaxis3.range[0] == 0
@@ -132,9 +124,7 @@ def test_captured_rows_without_fused_kernels_are_named_beside_those_with_them(na
     texts = [theme.caption(figures.compare(both, "tpot_s", "bs1")), *(frame.to_string() for frame in shown)]
     texts += [" ".join(advice.attrs["notes"]), recommend.sentence(both), findings.about(both, "int4")[-1]]
     assert {"fus" in text for text in texts} == {names == ["bf16"]}
-    speeds = (
-        tables.build(both, "table3_bs1").set_index("engine").speedup
-    )  # of a baseline that is not fused there is none
+    speeds = tables.build(both, "table3_bs1").set_index("engine").speedup  # none of a baseline that is not fused
     assert speeds["eager"].notna().any() and speeds["cuda_graph"].notna().any() != (names == ["bf16"])
 
 

@@ -5,14 +5,12 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from qnb.provenance import ROOT
 from qnb.report import scores
 from qnb.report.findings import NOTHING, about, findings, text
-from qnb.report.results import Results, read_reference
+from qnb.report.results import Results
 
 
-def test_sentences_are_the_rows_arithmetic(studied):
-    study = studied.results()
+def test_sentences_are_the_rows_arithmetic(study):
     values = scores.headline(study.scores).set_index(["task", "precision"]).value
     mean, base = (100 * values[f"{scores.MEAN} (3)", name] for name in ("int4", "bf16"))
     rows = study.bs1.set_index(["precision", "engine"])
@@ -22,6 +20,7 @@ def test_sentences_are_the_rows_arithmetic(studied):
                   f"takes {100 * share:.0f} % of BF16's peak memory", "bound by launch",
                   f"{1e3 * rows.tpot_s['int4', 'eager']:.2f} ms per token"):  # fmt: skip
         assert words in sentences
+    assert findings(Results("", "", "")) == {} and text(study, "maxbatch").count("\n") == 2 * 4 - 1  # engines, formats
     assert "chance" not in about(study, "int4")[0] and "chance" in about(study, "fp16")[0]
 
 
@@ -37,16 +36,9 @@ def test_what_perplexity_shows_is_said(change, low, high, words, studied):
     assert words in text(study, "accuracy") and text(study, "bs1") == NOTHING
 
 
-def test_disturbed_rows_are_named_disturbed_peaks_bound_nothing_and_a_cpus_memory_is_its_weights(studied):
-    study = studied.results()
+def test_disturbed_rows_are_named_disturbed_peaks_bound_nothing_and_a_cpus_memory_is_its_weights(study):
     flags = [["cpu_shared", "peaks_disturbed"] if name == "int4" else [] for name in study.bs1.precision]
     disturbed = study.bs1.assign(flags=flags, peak_reserved_mib=float("nan"), peak_memory_mib=1.0)
     memory, speed, _ = about(replace(study, bs1=disturbed), "int4", ["bs1"])
     assert "34 % of BF16's weights" in memory  # 640 of 1,907 MiB
     assert "disturbed by other processes" in speed and "bound" not in speed
-
-
-def test_kept_studies_have_findings_and_an_empty_one_has_none(studied):
-    assert findings(Results("", "", "")) == {}
-    assert text(studied.results(), "maxbatch").count("\n") == 2 * 4 - 1  # engines, formats beside BF16
-    assert all(findings(study) for study in read_reference(ROOT / "outputs" / "reference").values())

@@ -12,20 +12,19 @@ from qnb.report.results import Results
 from qnb.report.tables import build
 
 
-def test_a_card_holds_scores_as_the_hub_reads_them(studied):
-    card = ModelCard(model_card.card(studied.results(), PRECISIONS["int4"]))
+def test_a_card_holds_scores_as_the_hub_reads_them(study):
+    card = ModelCard(model_card.card(study, PRECISIONS["int4"]))
     assert card.data.base_model == "example/one-billion" and "bitsandbytes" in card.data.tags
-    shown = build(studied.results(), "table1_accuracy").set_index("task").int4_pct / 100
+    shown = build(study, "table1_accuracy").set_index("task").int4_pct / 100
     scores = {score.dataset_config: score.metric_value for score in card.data.eval_results[:2]}
     assert scores == pytest.approx({"ARC-Easy": shown["arc_easy"], "ARC-Challenge": shown["arc_challenge"]})
     assert json.dumps(card.data.to_dict())
     assert "5.369 bits per weight" in card.text  # 640 MiB of 1,000 million weights
     assert "80.00 % of the 1,000,000,000 parameters are quantized, to 2.711 bits" in card.text
-    assert f"Verdict on example/one-billion: {recommend.summary(studied.results()).words[3]}" in card.text
+    assert f"Verdict on example/one-billion: {recommend.summary(study).words[3]}" in card.text
 
 
-def test_a_card_says_what_was_left_out(studied):
-    study = studied.results()
+def test_a_card_says_what_was_left_out(study):
     left_out = [{"<experts> fused into one tensor": 200_000_000}] * len(study.checkpoints)
     checkpoints = study.checkpoints.assign(left_out=left_out, dtype="float16")
     text = model_card.card(replace(study, checkpoints=checkpoints), PRECISIONS["nf4"])
@@ -39,8 +38,8 @@ def test_a_card_says_what_was_left_out(studied):
      ("shape:llama-3.2-1b", None, "random weights"),
      ("<script>alert(1)</script>/x\"onload='2", None, "&lt;script&gt;alert(1)")],
 )  # fmt: skip
-def test_a_card_names_its_model_as_text(model, base, text, studied):
-    card = ModelCard(model_card.card(replace(studied.results(), model=model), PRECISIONS["int4"]))
+def test_a_card_names_its_model_as_text(model, base, text, study):
+    card = ModelCard(model_card.card(replace(study, model=model), PRECISIONS["int4"]))
     assert card.data.base_model == base and text in card.text and "<script" not in card.text
 
 

@@ -21,11 +21,6 @@ EVIL = "<script>alert(1)</script>/x\"onload='alert(2)"
 
 
 @pytest.fixture(scope="module")
-def study(studied):
-    return studied.results()
-
-
-@pytest.fixture(scope="module")
 def text(report_page):
     return report_page.read_text()
 
@@ -44,9 +39,8 @@ def cells(text, caption):
 def test_the_page_is_one_small_file_with_plotly_in_it_once(text, report_page):
     assert report_page.stat().st_size < 6e6
     assert text.count("* plotly.js v") == 1
-    assert not re.search(
-        r'(src|href|action)="(?!#|data:text/csv)', body(text)
-    )  # the browser's test sees that nothing is asked for
+    # the browser's test sees that nothing is asked for
+    assert not re.search(r'(src|href|action)="(?!#|data:text/csv)', body(text))
     assert "default-src 'none'" in text
 
 
@@ -84,9 +78,8 @@ def test_all_columns_stand_with_formats_across(study):
     blocks = page.all_columns(table)
     assert set(blocks) == {"eager", "cuda graph"} and list(blocks["eager"])[1:] == study.precisions
     quantities = [name for name in table if table[name].astype(bool).any() and table[name].notna().any()]
-    assert set(map(header, quantities)) - {"format", "engine"} <= set(blocks["eager"][""]) | set(
-        blocks["cuda graph"][""]
-    )
+    shown = {"format", "engine", *blocks["eager"][""], *blocks["cuda graph"][""]}
+    assert set(map(header, quantities)) <= shown
 
 
 def test_a_groups_tasks_fold_under_it(study):
@@ -99,8 +92,11 @@ def test_a_groups_tasks_fold_under_it(study):
 
 
 def test_published_columns_stand_beside_the_same_model_only(text, study):
-    assert "published throughput" not in body(text)
-    assert "published throughput" in page.page(replace(study, model="meta-llama/Llama-3.2-1B", rows=()))
+    assert "published" not in body(text).split('id="paper"')[0]
+    published = page.page(replace(study, model="meta-llama/Llama-3.2-1B", rows=()))
+    for name in ("table1_accuracy", "table2_change", "table3_bs1", "table4_maxbatch"):
+        columns = set(build(replace(study, model="meta-llama/Llama-3.2-1B"), name).filter(like="published_"))
+        assert columns and all(header(column) in published for column in columns)
 
 
 def test_writing_a_report_saves_every_table_that_rows_give_and_a_card_per_checkpoint(study, report_page):
@@ -126,12 +122,6 @@ def test_an_empty_study_says_so_and_still_makes_a_page(tmp_path):
     text = body(page.page(Results.read(Ledger(tmp_path))))
     assert "No accuracy was measured" in text
     assert "Not measured here: How accurate is each format?" in text and 'class="figure"' not in text
-
-
-def test_a_sweep_alone_has_its_knees_in_the_report(study):
-    text = page.page(Results("one", "m", "d", sweep=study.sweep))
-    rows = cells(text, "The sweep: where throughput")
-    assert len(rows) == 10 and text.count('<div class="figure"') == 2  # the roofline has the sweep's rows too
 
 
 def test_limits_count_what_rows_flag(study, text):

@@ -82,44 +82,36 @@ def test_what_qualifies_a_recommendation_is_noted(fields, note):
     assert any(note in sentence for sentence in advise(ALL.assign(**fields)).attrs["notes"])
 
 
-def test_candidates_join_speed_with_the_accuracy_of_the_mean(studied):
-    study = studied.results()
-    changes = build(study, "table2_change").set_index(["task", "precision"])
-    int4 = recommend.candidates(study, "bs1").loc["int4 (cuda_graph)"]
-    row = study.bs1.query("precision == 'int4' and engine == 'cuda_graph'").iloc[0]
-    expected = pytest.approx(changes.change_pp[f"{MEAN} (3)", "int4"])
-    assert (int4.tpot_s, int4.passes, int4.change_pp) == (row.tpot_s, 3, expected)
-
-
-def test_the_summary_has_a_row_a_format_and_the_sentence_names_the_model(studied):
-    study = studied.results()
-    table = recommend.summary(study).set_index("precision")
+def test_speed_is_joined_with_the_accuracy_of_the_mean_and_the_sentence_names_the_model(study):
     rows = study.bs1.set_index(["precision", "engine"])
+    int4 = recommend.candidates(study, "bs1").loc["int4 (cuda_graph)"]
+    change_pp = build(study, "table2_change").set_index(["task", "precision"]).change_pp[f"{MEAN} (3)", "int4"]
+    assert (int4.tpot_s, int4.passes) == (rows.tpot_s["int4", "cuda_graph"], 3)
+    assert int4.change_pp == pytest.approx(change_pp)
+    table = recommend.summary(study).set_index("precision")
     assert list(table.index) == study.precisions and table.tpot_eager_s["nf4"] == rows.tpot_s["nf4", "eager"]
     assert table.tpot_captured_s["nf4"] == rows.tpot_s["nf4", "cuda_graph"]
     assert table.throughput_rps["nf4"] == study.maxbatch.query("precision == 'nf4'").throughput_rps.max()
     assert study.model in recommend.sentence(study) and recommend.sentence(Results("", "", "")).startswith("Nothing")
 
 
-def test_the_sentence_names_the_undecided_format_that_needs_the_fewest_items(studied):
-    study = replace(studied.results(), margin_pp=0.3)
+def test_the_sentence_names_the_undecided_format_that_needs_the_fewest_items(study):
+    study = replace(study, margin_pp=0.3)
     words = judge(study).words[lambda words: words.str.startswith("cannot tell")]
     items = words.str.extract("about ([0-9,]+)")[0].str.replace(",", "").astype(int)
     assert items.to_dict() == {"fp16": 5000, "int8": 2000, "nf4": 30000}
     assert "INT8 is the closest to a decision: about 2,000" in recommend.sentence(study)
 
 
-def test_what_other_processes_disturbed_is_noted_unless_another_row_is_shown(studied):
-    study = studied.results()
+def test_what_other_processes_disturbed_is_noted_unless_another_row_is_shown(study):
     for setting, noted in (("bs1", ["int8"]), ("maxbatch", ["int8"]), ("sweep", [])):
         flags = study.timed(setting).precision.map({"int8": ["gpu_shared"]})
         table = recommend.summary(replace(study, **{setting: study.timed(setting).assign(flags=flags)}))
         assert list(table.precision[table.note.str.contains("disturbed").eq(True)]) == noted
 
 
-def test_a_throughput_of_generate_beside_captured_ones_is_noted(studied):
+def test_a_throughput_of_generate_beside_captured_ones_is_noted(study):
     """A budget may leave out a format's captured step. Where every throughput is of one engine, nothing is said."""
-    study = studied.results()
     is_left_out = study.maxbatch.precision.eq("nf4") & study.maxbatch.engine.eq("cuda_graph")
     for maxbatch, noted in ((study.maxbatch[~is_left_out], {"nf4"}),
                             (study.maxbatch[study.maxbatch.engine == "eager"], set())):  # fmt: skip
@@ -127,8 +119,7 @@ def test_a_throughput_of_generate_beside_captured_ones_is_noted(studied):
         assert {name for name, note in table.note.items() if "eager alone" in str(note)} == noted
 
 
-def test_formats_are_ranked_also_without_accuracy_and_without_speed(studied):
-    study = studied.results()
+def test_formats_are_ranked_also_without_accuracy_and_without_speed(study):
     blind = recommend.ranked(replace(study, scores=pd.DataFrame(), accuracy_rows=pd.DataFrame()), tpot_ms=1e6)
     assert blind.fit.tolist().count(UNSURE) == len(blind) - 2 and blind.words[blind.fit == UNSURE].nunique() == 1
     unsure = blind[blind.fit == UNSURE]

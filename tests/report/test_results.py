@@ -3,7 +3,7 @@
 import pytest
 
 from qnb.ledger import Ledger
-from qnb.report.results import BESIDE, SPEED, Results, read_reference
+from qnb.report.results import BESIDE, SPEED, Results
 
 
 def timed(precision="bf16", total_s=1.0, repeat=0, day=1, **fields):
@@ -38,9 +38,8 @@ def test_passes_are_reduced_to_medians_with_their_range_and_all_flags(tmp_path):
 def test_percentiles_of_batch_latency_are_medians_over_passes(tmp_path):
     """Batches of 1 to 5 s, and a pass of twice as many seconds: 95 % of the way is 4.8 and 9.6 s."""
     seconds = [5.0, 1.0, 2.0, 4.0, 3.0]
-    (row,) = read(
-        tmp_path, timed(batch_s=seconds), timed(repeat=1, batch_s=[2 * each for each in seconds])
-    ).bs1.to_dict("records")
+    study = read(tmp_path, timed(batch_s=seconds), timed(repeat=1, batch_s=[2 * each for each in seconds]))
+    (row,) = study.bs1.to_dict("records")
     assert (row["latency_p50_s"], row["batch_latency_s"]) == (4.5, 4.5)
     assert (row["latency_p95_s"], row["latency_p99_s"]) == pytest.approx((7.2, 7.44))
 
@@ -66,9 +65,9 @@ def test_only_the_newest_workload_is_shown_and_no_pass_of_an_earlier_run(tmp_pat
     assert read(tmp_path, timed(total_s=5.0, repeat=1, day=3)).passes.total_s.tolist() == [2.0, 5.0]
 
 
-def test_every_frame_of_speeds_has_all_columns(tmp_path, studied):
-    for study in (Results.read(Ledger(tmp_path)), studied.results()):
-        assert all({*SPEED, *BESIDE} <= set(frame) for frame in (study.bs1, study.passes, study.sweep, study.speed))
+def test_every_frame_of_speeds_has_all_columns(tmp_path, study):
+    for each in (Results.read(Ledger(tmp_path)), study):
+        assert all({*SPEED, *BESIDE} <= set(frame) for frame in (each.bs1, each.passes, each.sweep, each.speed))
 
 
 def test_bits_per_weight_are_of_all_weights_and_the_quantized_share_stands_beside(tmp_path):
@@ -80,17 +79,3 @@ def test_bits_per_weight_are_of_all_weights_and_the_quantized_share_stands_besid
     assert checkpoints.quantized_pct.tolist() == [0, 10]
     assert checkpoints.bits_per_quantized_weight.fillna(0).tolist() == [0, 4.8]
     assert checkpoints.weights_mib.tolist() == [200 / 2**20, 186 / 2**20]
-
-
-def test_samples_and_items_are_read_from_the_files_that_rows_name(studied):
-    study = studied.results()
-    samples = study.samples.groupby(["precision", "engine"]).t_s.count()
-    assert len(samples) == 10 and set(samples) == {40}
-    row = study.accuracy_rows.iloc[0].to_dict()
-    assert len(study.items(row)) == 400 and study.items({**row, "items_sha256": "other"}) is None
-    assert study.items({**row, "items_file": "items/gone.parquet"}) is None
-
-
-def test_a_kept_study_is_read_from_its_ledger(studied):
-    (kept,) = read_reference(studied.folder.parent).values()
-    assert kept.label == studied.results().label and kept.bs1.equals(studied.results().bs1)

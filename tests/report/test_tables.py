@@ -29,7 +29,9 @@ def test_changes_are_paired_item_by_item(measured):
 @pytest.mark.parametrize(
     ("other", "fields", "note"),
     [([1, 1, 1, 1], {"data_sha256": "other"}, "items are others"), ([1, 1], {}, "items are others"),
-     ([1, 1, 1, 1], {"items_sha256": "other"}, "gone or was changed"), ([None, True, True, True], {}, "not a share")],
+     ([1, 1, 1, 1], {"items_sha256": "other"}, "gone or was changed"),
+     ([1, 1, 1, 1], {"items_file": "items/gone.parquet"}, "gone or was changed"),
+     ([None, True, True, True], {}, "not a share")],
 )  # fmt: skip
 def test_what_is_not_alike_is_named_and_not_compared(other, fields, note, measured):
     table = changes(measured({("bf16", "easy"): [1, 1, 1, 1], ("int8", "easy"): other}, int8=fields))
@@ -41,9 +43,12 @@ def test_a_group_is_the_items_of_what_is_in_it(measured):
     groups = {"all": ["l1", "l2", "r1"], "left": ["l1", "l2"]}
     parts = {"bf16": {"l1": [1, 1], "l2": [0, 0], "r1": [1, 0]}, "int8": {"l1": [1, 0], "l2": [0, 0], "r1": [1, 1]}}
     rows = {(name, "all"): pd.concat(answers(*part) for part in tasks.items()) for name, tasks in parts.items()}
-    table = changes(measured(rows, every={"scores": scores, "groups": groups}))
+    results = measured(rows, every={"scores": scores, "groups": groups})
+    table = changes(results)
     assert table.n_items.to_dict() == {"all": 6, "left": 4, f"{MEAN} (1)": 6}
     assert (table.lost["all"], table.lost["left"], table.gained["all"], table.gained["left"]) == (1, 1, 1, 0)
+    assert tables.members(results) == {"all": ["left", "r1"], "left": ["l1", "l2"]}
+    assert list(tables.compact(results, "table1_accuracy", of="left").iloc[:, 0]) == ["l1", "l2"]
 
 
 def test_the_mean_is_over_tasks_that_all_formats_answered_and_samples_share_no_cell(tmp_path):
@@ -113,16 +118,7 @@ def test_speeds_are_compared_under_the_same_conditions_only(tmp_path):
     assert "not captured" in shown and tables.flag_text(["cpu_shared"]) in shown
 
 
-@pytest.mark.parametrize("name", ["table1_accuracy", "table2_change", "table3_bs1", "table4_maxbatch"])
-def test_published_columns_stand_beside_the_published_model_only(name, studied):
-    study = studied.results()
-    published = replace(study, model="meta-llama/Llama-3.2-1B")
-    columns = [set(build(results, name).filter(like="published_")) for results in (published, study)]
-    assert columns[0] and not columns[1]
-
-
-def test_a_largest_batch_that_took_all_requests_is_that_many_or_more(studied):
-    study = studied.results()
+def test_a_largest_batch_that_took_all_requests_is_that_many_or_more(study):
     study = replace(study, maxbatch=study.maxbatch.assign(capped=study.maxbatch.batch_size == 384))
     assert {"256", "384 or more"} == set(tables.compact(study, "table4_maxbatch")["batch size"])
     assert "batch 384 or more against 256" in findings.text(study, "maxbatch")
@@ -160,29 +156,23 @@ def test_every_table_of_an_empty_study_is_empty(tmp_path):
     assert all(build(results, name).empty for name in tables.TABLES) and tables.knees(results.sweep).empty
 
 
-def test_tables_are_saved_as_csv_and_markdown_and_viewed(studied):
-    results = studied.results()
+def test_tables_are_saved_as_csv_and_markdown_and_viewed_and_have_a_compact_form_of_texts(study):
     for name in tables.TABLES:
-        table = tables.save(results, name)
-        kept = pd.read_csv(results.folder / "tables" / f"{name}.csv")
-        lines = (results.folder / "tables" / f"{name}.md").read_text().splitlines()
+        table = tables.save(study, name)
+        kept = pd.read_csv(study.folder / "tables" / f"{name}.csv")
+        lines = (study.folder / "tables" / f"{name}.md").read_text().splitlines()
         assert list(kept) == list(table) and len(kept) == len(table) == len(lines) - 2 > 0
         assert tables.view(table).to_html().count("<tr>") == len(table) + 1
+        shown = tables.compact(study, name)
+        assert len(shown) and all(isinstance(cell, str) and cell for cell in shown.to_numpy().ravel())
 
 
-def test_what_a_notebook_shows_is_among_the_columns(studied):
-    study = studied.results()
+def test_what_a_notebook_shows_is_among_the_columns(study):
     frames = {"CHECKPOINTS": study.checkpoints, "PASSES": study.passes, "SEARCHES": study.batches,
               "RECOVERY": build(study, "table2_change"), "TIME_SPENT": build(study, "table4_maxbatch")}  # fmt: skip
     views = [(getattr(tables, name), frame) for name, frame in frames.items()]
     for columns, frame in [*views, *((columns, build(study, name)) for name, columns in tables.MAIN.items())]:
         assert len(set(columns) - {"flags", "note", "ran_as"}) <= 8 and set(columns) <= {*frame, "quantized_pct"}
-
-
-@pytest.mark.parametrize("name", tables.TABLES)
-def test_every_table_has_a_compact_form_of_texts(name, studied):
-    shown = tables.compact(studied.results(), name)
-    assert len(shown) and all(isinstance(cell, str) and cell for cell in shown.to_numpy().ravel())
 
 
 def test_a_metric_that_is_no_share_stands_in_its_own_unit_and_in_no_mean():
@@ -201,16 +191,7 @@ def test_a_view_says_what_is_missing_and_no_cell_can_end_itself_or_carry_a_tag()
     assert row.split() == ["|", "a\\|b&lt;script>", "\\|", "c", "|", "-1.00", "|"]
 
 
-def test_every_format_shows_the_same_item_of_the_first_task_of_choices(studied):
-    table = tables.choice_probabilities(studied.results(), 1)
+def test_every_format_shows_the_same_item_of_the_first_task_of_choices(study):
+    table = tables.choice_probabilities(study, 1)
     assert list(table.index) == ["bf16", "fp16", "int8", "int4", "nf4"]
     assert table.filter(like="p(choice").sum(axis=1).tolist() == pytest.approx([1.0] * 5)
-
-
-def test_a_groups_fields_fold_into_their_subjects(measured):
-    groups = {"all": ["l1", "l2", "r1"], "left": ["l1", "l2"]}
-    names = [("all", True), ("left", True), ("l1", False), ("l2", False), ("r1", False)]
-    rows = {("bf16", "all"): pd.concat(answers(task, [1, 0]) for task in groups["all"])}
-    results = measured(rows, every={"scores": [score(name, group=group) for name, group in names], "groups": groups})
-    assert tables.members(results) == {"all": ["left", "r1"], "left": ["l1", "l2"]}
-    assert list(tables.compact(results, "table1_accuracy", of="left").iloc[:, 0]) == ["l1", "l2"]

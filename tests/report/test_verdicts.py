@@ -4,8 +4,6 @@ import pandas as pd
 import pytest
 from example import answers
 
-from qnb import Study
-from qnb.errors import InputError
 from qnb.report import verdicts
 from qnb.report.findings import about
 from qnb.report.results import Results
@@ -42,12 +40,6 @@ def test_a_format_that_left_most_weights_alone_says_so():
     verdict, words = decide("nf4", row(-0.1, 0.1, quantized_pct=10.0), 1.0)
     assert verdict is Verdict.BARELY_QUANTIZED and "10 %" in words
     assert decide("fp16", row(-0.1, 0.1, quantized_pct=0.0), 1.0)[0] is Verdict.WITHIN  # it quantizes nothing
-
-
-@pytest.mark.parametrize("margin", [0, -1, "1", float("nan"), True, 100])
-def test_a_margin_is_a_number_of_points(margin, tmp_path):
-    with pytest.raises(InputError, match="margin_pp"):
-        Study(output=tmp_path, margin_pp=margin)
 
 
 def choices(task, correct, n_choices=4):
