@@ -4,12 +4,10 @@ import json
 import math
 import re
 import subprocess
-import tomllib
 
 import pandas as pd
 import pytest
 
-import qnb
 from qnb.precision import PRECISIONS, STUDY
 from qnb.provenance import ROOT
 from qnb.report import recommend
@@ -63,12 +61,8 @@ def test_pages_keep_to_their_budgets(page):
     assert sum(lengths) <= WORDS[page]
     assert sum(lengths) / len(lengths) < 17 and sum(length > 30 for length in lengths) <= 1
     assert 100 * len(numbers(prose(page))) <= TYPED_NUMBERS.get(page, 2) * sum(lengths)
-
-
-@pytest.mark.parametrize("page", [page for page in WORDS if page.endswith(".ipynb")])
-def test_notebooks_report_no_typed_results(page):
-    """Numbers with a decimal point are results; what a study found is computed from its rows."""
-    assert [number for number in numbers(source(page)) if "." in number] == []
+    # a notebook computes its results, which are the numbers with a decimal point
+    assert not page.endswith(".ipynb") or not [number for number in numbers(source(page)) if "." in number]
 
 
 @pytest.mark.parametrize("page", WORDS)
@@ -165,8 +159,3 @@ def test_every_command_of_the_readme_is_one():
     for command in set(re.findall(r"`(?:python -m )?qnb (\w+)", README)):
         assert command in help_text
     assert set(re.findall(r"`(\w+)`", README)) >= {path.stem for path in (NOTEBOOKS / "profiles").glob("*.yaml")}
-
-
-def test_the_version_stands_once_and_the_same():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["version"] == qnb.__version__

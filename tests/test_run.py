@@ -51,30 +51,19 @@ def rows(folder):
 # Notebooks
 
 
-@pytest.fixture
-def broken(tmp_path, monkeypatch):
-    """Returns a function that runs 05 with a cell of one's own in place of the setup."""
-
-    def execute(source):
-        shutil.copytree(NOTEBOOKS, tmp_path / "notebooks")
-        path = tmp_path / "notebooks" / "05_figures.ipynb"
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        notebook["cells"][2]["source"] = [source]
-        path.write_text(json.dumps(notebook))
-        monkeypatch.setattr(run, "NOTEBOOKS", tmp_path / "notebooks")
-        return main(["run", "--profile", "smoke", "--only", "05", "--output", str(tmp_path / "study")])
-
-    return execute
-
-
 @pytest.mark.parametrize(
     ("source", "reason"),
     [("import os; os._exit(3)", "05_figures: DeadKernelError"),
      ("import time; time.sleep(60)", "05_figures: CellTimeoutError: A cell timed out")],
 )  # fmt: skip
-def test_what_stops_a_notebook_is_said_in_one_line(source, reason, broken, capfd, monkeypatch):
+def test_what_stops_a_notebook_is_said_in_one_line(source, reason, tmp_path, capfd, monkeypatch):
+    """The setup of 05 is another cell."""
+    monkeypatch.setattr(run, "NOTEBOOKS", shutil.copytree(NOTEBOOKS, tmp_path / "notebooks"))
     monkeypatch.setattr(run, "CELL_TIMEOUT_S", 10)
-    assert broken(source) == 1
+    notebook = nbformat.read(path := run.NOTEBOOKS / "05_figures.ipynb", 4)
+    notebook.cells[2].source = source
+    nbformat.write(notebook, path)
+    assert main(["run", "--profile", "smoke", "--only", "05", "--output", str(tmp_path / "study")]) == 1
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith(f"qnb: {reason}") and "what was measured is kept in" in last
 
@@ -232,25 +221,23 @@ def small_disk(tmp_path):
     subprocess.run([shutil.which("umount"), "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_keeps_what_was_measured_and_goes_on_when_there_is_room(source, small_disk):
-    """The checkpoint's 257 MiB do not fit: nothing half-written is left."""
+def test_a_full_disk_is_one_line_and_loses_nothing_and_the_study_goes_on_when_there_is_room(
+    source, small_disk, capsys
+):
+    """The checkpoint's 257 MiB do not fit: nothing half-written is left. Then another file takes the last byte."""
     study = Study("smollm2-135m", "bf16", small_disk / "study")
     with pytest.raises((RuntimeError, OSError), match=r"[Nn]o space"):
         study.quantize()
     assert not list((small_disk / "study" / "checkpoints").glob("[a-z]*"))
-    subprocess.run([shutil.which("mount"), "-o", "remount,size=1g", str(small_disk)], check=True)
-    again = Study("smollm2-135m", "bf16", small_disk / "study")
-    assert again.quantize().reload_identical.tolist() == [True] and again.session.ledger.failures() == []
-
-
-def test_a_disk_that_is_full_to_the_last_byte_is_one_line(small_disk, capsys):
-    (small_disk / "study").mkdir()
     with (small_disk / "filler").open("wb") as file, pytest.raises(OSError, match="space"):
         while True:
             file.write(bytes(2**20))
     assert main(["run", "--profile", "smoke", "--only", "05", "--output", str(small_disk / "study")]) in (1, 2)
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("qnb: ") and "space" in said
+    subprocess.run([shutil.which("mount"), "-o", "remount,size=1g", str(small_disk)], check=True)
+    again = Study("smollm2-135m", "bf16", small_disk / "study")
+    assert again.quantize().reload_identical.tolist() == [True] and again.session.ledger.failures() == []
 
 
 # Killed

@@ -111,15 +111,6 @@ def test_on_another_gpu_accuracy_is_kept_and_speed_is_measured_anew(session):
         on("cuda", "another", "native", "bfloat16")
 
 
-def test_a_key_changes_with_everything_that_was_asked(session):
-    bf16, int8 = session.precisions
-    asked = ((bf16, {"a": 1}), (bf16, {"a": 2}), (int8, {"a": 1}))
-    first, *others = (session.key("perf", *each)["fingerprint"] for each in asked)
-    assert len({first, *others}) == 3
-    key = session.key("perf", bf16, {"a": 1}, engine="eager", repeat=2)
-    assert (key["precision"], key["engine"], key["repeat"], key["fingerprint"]) == ("bf16", "eager", 2, first)
-
-
 def test_what_was_asked_last_is_shown_and_overwriting_measures_once(session):
     first, second = (session.key("perf", session.precisions[0], {"limit": limit}) for limit in (1, 2))
     session.append(first, {"x": 1}), session.append(second, {"x": 2})

@@ -114,6 +114,19 @@ class SimulatedT4:
         if rows > 1:
             self.generate(precision, rows, prompt_tokens, new_tokens, engine)
 
+    def trials(self, precision, workload, limit_mib, engine, baseline_mib):
+        """Return a function that tries a batch of so many rows."""
+        tokens, idle_mib = (len(workload.longest), workload.new_tokens), WEIGHTS_MIB[precision.name]
+        if engine == "cuda_graph":  # there are no units for bfloat16: such a step is not compiled
+            self.host(CAPTURE_S if precision.name == "bf16" else COMPILE_S)
+
+        def try_batch(rows):
+            mib = idle_mib + KV_MIB_PER_TOKEN * rows * sum(tokens)
+            self.generate(precision, rows, *tokens, engine) if mib <= limit_mib else self.host(1.0)
+            return Probe(rows, mib <= limit_mib, mib, mib, idle_mib=idle_mib)
+
+        return try_batch
+
     def answer(self, precision, rows, task):
         """Take the time of generated answers: steps are captured, unless outliers are read back to the host."""
         prefix, prompt, name = PREFIX_TOKENS[task], ITEM_TOKENS[task], precision.name
@@ -238,26 +251,13 @@ def _simulate_speed(card, patch):
         row = Run(**shape, **values, batch_size=rows, requests=requests, monitor="process")
         return Timed(row, [{"t_s": 0.0}], [[0.5, 1.0]])
 
-    class Trials:
-        def __init__(self, precision, workload, limit_mib, engine, baseline_mib):
-            self.precision, self.workload, self.limit_mib, self.engine = precision, workload, limit_mib, engine
-            if engine == "cuda_graph":  # the T4 has no units for bfloat16: such a step is not compiled
-                card.host(CAPTURE_S if precision.name == "bf16" else COMPILE_S)
-
-        def __call__(self, rows):
-            tokens = len(self.workload.longest), self.workload.new_tokens
-            mib = WEIGHTS_MIB[self.precision.name] + KV_MIB_PER_TOKEN * rows * sum(tokens)
-            fits = mib <= self.limit_mib
-            card.generate(self.precision, rows, *tokens, self.engine) if fits else card.host(1.0)
-            return Probe(rows, fits, mib, mib, idle_mib=WEIGHTS_MIB[self.precision.name])
-
     def why_unavailable(engine, device_kind, int8_threshold=0.0, model=None, tokens=0):
         threshold = model.threshold if model else int8_threshold
         return "it cannot be captured" if engine == "cuda_graph" and threshold else ""
 
     patch(device_peaks, "measure_peaks", measure_peaks)
     patch(benchmark, "run", run)
-    patch(batch_trials, "Trials", Trials)
+    patch(batch_trials, "Trials", card.trials)
     patch(engines, "why_unavailable", why_unavailable)
     patch(stages, "_last_safe_batch", lambda _: 10**9)
     patch(stages.memory, "limited", lambda *_: nullcontext())
@@ -326,16 +326,6 @@ def test_a_sitting_ends_in_time_and_buys_what_matters_first(slowness, sitting, c
     left_out = re.findall(r"none of (.*?):", note)
     names = {f"{each['precision']} with {each['engine']}" for each in timed}
     assert names - set(row["largest_batches"].split(", ")) == set(", ".join(left_out).split(", ")) - {""}
-
-
-def test_04_alone_keeps_to_its_share(sitting):
-    study, card = sitting(1)
-    study.quantize()
-    before_s = card.now_s
-    work = study.workload("maxbatch")
-    study.perf_maxbatch(work)
-    study.sweep(work)
-    assert study.session.ledger.rows("sweep") and card.now_s - before_s <= 1.1 * 60 * 25 * budget.SHARES["04"]
 
 
 def test_spent_minutes_buy_a_first_pass_and_more_minutes_go_on_from_there(sitting):
