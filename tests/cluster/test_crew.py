@@ -1,6 +1,7 @@
 """A crew whose workers work in this process: what they measure, find or fail at is in the study's ledger."""
 
 import os
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -188,5 +189,6 @@ def test_one_worker_of_a_node_makes_a_checkpoint_for_all_studies_but_one_that_ov
     again = Study("smollm2-135m", "bf16", other.folder, overwrite=True)
     plan = [Cell({"stage": "quantize", "precision": "bf16", "repeat": each}, stages.quantize) for each in (1, 2)]
     for each, count in ((study, 1), (other, 1), (again, 2)):
+        time.sleep(1)  # rows of the second in which it was asked count as new
         measure(each, plan, "aa", asked_at=datetime.now(UTC).isoformat(timespec="seconds"))
         assert (len(each.session.ledger.rows("quantize")), len(made)) == (1, count)
