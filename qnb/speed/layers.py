@@ -205,17 +205,20 @@ def _join_torchao(modules: Sequence[Any]) -> tuple[Product, ...]:
 
     Scales of tiles stand in columns, and tinygemm takes no views of these: they are held twice, a byte for 16 weights.
     """
+    if len({(type(module.weight), module.bias is None) for module in modules}) > 1:
+        return tuple(product for module in modules for product in _join_torchao([module]))
     weights, biases = [module.weight for module in modules], [module.bias for module in modules]
     first, (names, _) = weights[0], weights[0].__tensor_flatten__()
     inputs = getattr(first, "act_quant_kwargs", None)  # how they are quantized
     is_symmetric = inputs and getattr(getattr(inputs, "mapping_type", None), "name", "SYMMETRIC") == "SYMMETRIC"
     is_in_rows = is_symmetric and all(getattr(first, name).shape[:1] == first.shape[:1] for name in names)
-    is_tiled = names == TILES and all(len(weight) == 8 * len(weight.qdata) for weight in weights)  # without padding
-    settings = [weight.__tensor_flatten__()[1] | {"shape": None} for weight in weights]
-    is_alike = settings.count(settings[0]) == len(settings) and len({bias is None for bias in biases}) == 1
+    is_tiled = names == TILES and all(len(weight) == 8 * len(weight.qdata) for weight in weights)
+    settings: list[Any] = []
+    if len(modules) > 1 and (is_in_rows or is_tiled):  # in tiles nothing is padded
+        settings = [weight.__tensor_flatten__()[1] | {"shape": None} for weight in weights]
     one = torch.ones((), device=first.device)
     multiply, more = (multiply_torchao, (one,)) if is_in_rows else (functional.linear, ())
-    if len(modules) == 1 or not (is_in_rows or is_tiled) or not is_alike:
+    if not settings or settings.count(settings[0]) < len(settings):
         pairs = zip(weights, biases, strict=True)
         return tuple(Product(multiply, (weight.detach(), bias, *more)) for weight, bias in pairs)
     parts = {name: [getattr(weight, name) for weight in weights] for name in names}

@@ -18,7 +18,7 @@ from qnb.device import Device
 from qnb.quantize import checkpoint, runtime, sources
 from qnb.speed.decode_work import count_work
 from qnb.speed.engines import why_unavailable
-from qnb.speed.layers import join, multiply_torchao
+from qnb.speed.layers import join, multiply_all, multiply_torchao
 
 INT8 = precision.PRECISIONS["int8-dynamic"]
 SMOLLM2_LINEAR = 30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536)
@@ -86,6 +86,17 @@ def test_joined_layers_give_each_layers_bits_and_hold_nothing_twice(kind, bias):
     assert modules[1].weight.qdata.data_ptr() == rows.data_ptr() + modules[0].weight.numel()
     alone = join([modules[0], torch.nn.Linear(128, 8, bias=bias)])
     assert len(alone) == 2 and torch.equal(alone[0].multiply(x), expected[:, :64])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_checkpoints_of_older_torchao_settings_are_multiplied_by_torchao(config):
+    quantization = pytest.importorskip("torchao.quantization")
+    modules = [torch.nn.Linear(128, size, bias=False).bfloat16().requires_grad_(False) for size in (64, 32)]
+    for module in modules:
+        quantization.quantize_(torch.nn.Sequential(module), getattr(quantization, config)())
+    products, x = join(modules), torch.randn(3, 128).bfloat16()
+    assert torch.equal(multiply_all(products, x), torch.cat([module(x) for module in modules], 1))
 
 
 def test_no_graph_captures_an_int8_step_that_is_not_fused():
