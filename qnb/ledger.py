@@ -11,7 +11,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from hashlib import file_digest, sha256
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 KEY = ("stage", "precision", "engine", "setting", "task", "repeat")
 PLANS = ("sitting", "pace", "budget", "left_out")  # stages whose rows plan, and measure nothing
+LOCKS = {".lock", ".run.lock"}  # of a process that measures, and of one that executes notebooks
 FAILED = ".failed"  # ends the stage of a row that says why a measurement failed
 # how network mounts and drives say that they cannot do what was asked, such as lock a file or flush it
 UNSUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL}
@@ -87,7 +88,10 @@ def holding(path: Path, when_busy: Callable[[], None]) -> Iterator[None]:
         lock.acquire(timeout=0.5)
     except Timeout:
         when_busy()
-        lock.acquire(poll_interval=0.5)
+        while not lock.is_locked:
+            path.parent.mkdir(parents=True, exist_ok=True)  # who held it may have been refused, and removed the folder
+            with suppress(Timeout, FileNotFoundError):
+                lock.acquire(timeout=0.5)
     except (NotImplementedError, OSError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
             raise
@@ -163,7 +167,8 @@ class Ledger:
     def locked(self, name: str, when_busy: Callable[[], None]) -> Iterator[None]:
         """Make the folder, and hold a lock in it for the block.
 
-        Input that is refused before there is a row leaves no folder where there was none.
+        Input that is refused before there is a row leaves no folder where there was none, unless somebody else has
+        begun something there.
 
         Raises
         ------
@@ -177,12 +182,17 @@ class Ledger:
             try:
                 yield
             except InputError:
-                if missing and not self.path.exists():
-                    rmtree(self.folder, ignore_errors=True)
-                    with suppress(OSError):  # others may have begun something beside it
-                        for folder in missing[1:]:
-                            folder.rmdir()
+                with suppress(OSError, Timeout):
+                    self._remove(missing, *LOCKS - {name})
                 raise
+
+    def _remove(self, missing: Sequence[Path], other_lock: str) -> None:
+        """Remove folders that were missing, if they hold what a refused run leaves and nobody else works there."""
+        with FileLock(self.folder / other_lock, timeout=0, fallback_to_soft=False):
+            if missing and {path.name for path in self.folder.iterdir()} <= {*LOCKS, "study.json", "notebooks"}:
+                rmtree(self.folder, ignore_errors=True)
+        for folder in missing[1:]:
+            folder.rmdir()
 
     def _clear(self) -> None:
         self._newest: dict[tuple[Any, ...], Row] = {}  # by key, in the order of appending; failures too

@@ -317,7 +317,8 @@ def _sole_run(study: Study, **environment: str) -> Iterator[None]:
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it calls the rarely used parameters unknown
     locked = study.session.ledger.locked(".run.lock", refuse)
     with _interruptible(), locked, _own_kernel(), patch.dict(os.environ, environment):
-        (study.folder / "notebooks").mkdir(exist_ok=True)
+        with refusing(f"output {study.folder} cannot be written; give another", OSError):
+            (study.folder / "notebooks").mkdir(exist_ok=True)
         yield
 
 

@@ -3,7 +3,10 @@
 import errno
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from contextlib import ExitStack, nullcontext
 from io import FileIO
@@ -11,6 +14,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from qnb import InputError
 from qnb import ledger as module
@@ -109,6 +113,28 @@ def test_a_file_system_that_cannot_flush_loses_nothing_and_a_broken_one_is_told(
         with pytest.raises(OSError, match="error") if number == errno.EIO else nullcontext():
             write()
     assert len(Ledger(tmp_path)) == (number != errno.EIO) == (tmp_path / "text").exists()
+
+
+def test_a_refused_run_takes_nothing_of_others(tmp_path):
+    """Somebody's file stays, and so does the folder of one who measures beside it, or waits for the lock."""
+    folder, refused = tmp_path / "new" / "study", pytest.raises(InputError, match="refused")
+    for leave in (lambda: (folder / "notes.md").touch(), lambda: stack.enter_context(FileLock(folder / ".lock"))):
+        with ExitStack() as stack:
+            with refused, Ledger(folder).locked(".run.lock", pytest.fail):
+                leave()
+                raise InputError("refused")
+            assert folder.exists()
+        shutil.rmtree(folder.parent)
+    waits = (
+        "from qnb.ledger import Ledger; import sys\nwith Ledger(sys.argv[1]).locked('.lock', lambda: print('waits')): "
+    )
+    with refused, Ledger(folder).locked(".lock", pytest.fail):
+        other = subprocess.Popen(
+            [sys.executable, "-uc", waits + "print('in')", folder], stdout=subprocess.PIPE, text=True
+        )
+        assert other.stdout.readline() == "waits\n"
+        raise InputError("refused")
+    assert other.communicate()[0] == "in\n"
 
 
 def test_a_vanished_machines_study_on_a_drive_goes_on_under_another_name(tiny, tmp_path, monkeypatch, caplog):
