@@ -100,8 +100,7 @@ class Crew:
             ended = [actor.__ray_terminate__.remote() for actor in self._actors.values()]
             self._ray.wait(ended, num_returns=len(ended), timeout=CLOSE_S)
         if schedule.pending:
-            names = ", ".join(cell.name for cell in schedule.pending)
-            raise RuntimeError(f"no worker is left for {names}; the same command goes on")
+            raise RuntimeError(f"no worker is left for {len(schedule.pending)} cells; the same command goes on")
 
     def _send(self, worker: str, cell: Cell) -> Any:
         """Let a worker begin a cell, with what the ledger has of its formats; return the reference of its result."""
@@ -115,6 +114,9 @@ class Crew:
         post, cell = self._posts[name], schedule.running[name]
         try:
             result: Result = self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:  # the worker lives
+            schedule.end(name)
+            self._session.fail(cell.about, cell.name, error.cause)
         except self._ray.exceptions.RayError as error:
             tqdm.write(f"worker {name} on {post.node.host} was lost ({reason(error)})")
             self._ray.kill(self._actors.pop(name))  # it may only be out of reach, and would keep its GPU
@@ -144,8 +146,10 @@ class Crew:
         for path, content in result.files.items():
             write_atomic(session.folder / path, content)
         for row in result.rows:
-            is_copy = row["stage"] == "quantize" and session.counts(row)  # of a checkpoint that another has told of
-            if is_copy or session.ledger.find(row) == row:
+            known = session.ledger.find(row) or {}
+            is_known = all(known.get(name) == value for name, value in row.items() if name not in place)
+            is_copy = row["stage"] == "quantize" and not post.folder  # of a checkpoint that another node has too
+            if is_known or (is_copy and session.counts(row)):
                 session.decided(row)
             else:
                 session.adopt({**row, **place})

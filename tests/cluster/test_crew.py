@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -18,7 +19,9 @@ from qnb.cluster.schedule import TRIES, Cell
 from qnb.cluster.worker import Post, Worker
 from qnb.device import Device
 from qnb.errors import InputError
+from qnb.ledger import file_sha256
 from qnb.quantize import checkpoint, stages
+from qnb.quantize.files import MANIFEST
 
 ray = pytest.importorskip("ray")
 CPU = Device("cpu", "a CPU", 1000.0, "native", "")
@@ -61,6 +64,8 @@ class InProcess:
         except Killed:
             self.n_lost += 1
             return Reference(True, ray.exceptions.RayActorError())
+        except OSError as error:
+            return Reference(True, ray.exceptions.RayTaskError("work", "", error))
 
     def wait(self, references, **_):
         return [each for each in references if each.is_there][:1], []
@@ -86,13 +91,13 @@ class Crew(driver.Crew):
             return super().work(cell, *arguments)
 
 
-def measure(study, plan, hosts="a", n_held=0, asked_at=""):
+def measure(study, plan, hosts="a", n_held=0, asked_at="", folder=""):
     """Let a worker on each of these hosts measure a plan; return Ray."""
     session, here = study.session, InProcess(n_held)
     options = {"model": session.source.name, "precisions": "bf16", "overwrite": session.overwrite}
     cores = sorted(os.sched_getaffinity(0))
     nodes = [Node(host * 56, host, 0, cores, CPU, {}, asked_at) for host in hosts]
-    posts = [Post(node, cores, 1, "", options, session.record, 1, 0) for node in nodes]
+    posts = [Post(node, cores, 1, folder, options, session.record, 1, 0) for node in nodes]
     Crew(here, session, posts).run(plan)
     return here
 
@@ -177,6 +182,20 @@ def test_what_is_measured_already_needs_no_model(study, monkeypatch):
     monkeypatch.setattr(Worker, "checkpoint", None)
     measure(study, plan)
     assert len(study.session.ledger.rows("divergence")) == 1 and not study.session.ledger.failures()
+
+
+def test_a_checkpoint_that_is_made_again_in_the_studys_folder_has_a_new_row(study):
+    session, cell = study.session, Cell({"stage": "quantize", "precision": "bf16"}, stages.quantize)
+    session.append(session.key("quantize", session.precisions[0]), {"manifest_sha256": "of one that was removed"})
+    measure(study, [cell], folder=str(session.folder))
+    (row,) = session.ledger.rows("quantize")
+    assert row["manifest_sha256"] == file_sha256(session.folder / "checkpoints" / "bf16" / MANIFEST)
+
+
+def test_what_fails_in_a_worker_that_lives_fails_once(study, monkeypatch):
+    monkeypatch.setattr(Worker, "_prepare", Mock(side_effect=OSError(28, "No space left on device")))
+    assert measure(study, [Cell(LENGTHS, ask)]).n_lost == 0 and Worker._prepare.call_count == 1
+    assert "No space left" in study.session.ledger.failures()[0]["reason"]
 
 
 def test_one_worker_of_a_node_makes_a_checkpoint_for_all_studies_but_one_that_overwrites(study, tmp_path, monkeypatch):
