@@ -25,6 +25,7 @@ class Clock:
 
     allowed_s: float = math.inf
     started_s: float = field(default_factory=now_s)
+    taken_s: float = 0.0  # that it took before
 
     @property
     def elapsed_s(self) -> float:

@@ -11,7 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -241,9 +241,10 @@ class Session:
     def disk_shortage(self) -> str:
         """Return a line where the checkpoints still to be made need more disk than is free; else nothing."""
         fields = {name: self.record[name] for name in sources.Source.__slots__} if self.record else {}
-        source = sources.Source(**fields) if fields else sources.expected(self.model, self.device.kind)
-        precisions = map(self.pinned, self.precisions)
-        return files.disk_shortage(source, self.folder / "checkpoints", precisions)
+        with suppress(OSError, ValueError):  # what is wrong with a model is said where it is resolved
+            source = sources.Source(**fields) if fields else sources.expected(self.model, self.device.kind)
+            return files.disk_shortage(source, self.folder / "checkpoints", map(self.pinned, self.precisions))
+        return ""
 
     def facts(self) -> dict[str, str]:
         """Return what is measured, on what, with what, and what is done already. Nothing is fetched for it."""
@@ -419,14 +420,15 @@ class Session:
             started_s, before = now_s(), self.ledger.revision
             is_planned = bool(notebook and self.minutes)
             taken_s = self._taken_s() if is_planned else {}
-            clock = Clock(budget.allowed_s(self.minutes, notebook, taken_s) if is_planned else math.inf, started_s)
+            allowed_s = budget.allowed_s(self.minutes, notebook, taken_s) if is_planned else math.inf
+            clock = Clock(allowed_s, started_s, taken_s.get(notebook, 0.0))
             try:
                 with released(), kernels.kept(self.folder):
                     existing.check(self)
                     yield clock
             finally:
                 if is_planned and self.ledger.revision != before:
-                    values = {"taken_s": taken_s.get(notebook, 0.0) + clock.elapsed_s}
+                    values = {"taken_s": clock.taken_s + clock.elapsed_s}
                     self.append(self.key("sitting", setting=notebook), values)
                     taken = f"notebook {notebook} took {values['taken_s'] / 60:.1f} minutes"
                     tqdm.write(f"{taken}; {max(0.0, clock.left_s) / 60:.1f} of those it may take are left")

@@ -303,8 +303,8 @@ def _next_round(
     generated = {task.name for task in tasks if task.is_generated}
     generated_s = sum(row["evaluate_s"] for row in rows if row["task"] in generated)
     share = 1.0 if len(generated) == len(tasks) else GENERATED_SHARE
-    seconds = (PLANNED_SHARE * (clock.left_s - beside_s), share * clock.allowed_s - generated_s,
-               STRETCH_SHARE * clock.allowed_s)  # fmt: skip
+    whole_s = clock.allowed_s + clock.taken_s
+    seconds = PLANNED_SHARE * (clock.left_s - beside_s), share * whole_s - generated_s, STRETCH_SHARE * whole_s
     return _more_items(tasks, [_pace(task, most[task.name], rows) for task in tasks], plan["limits"], seconds)
 
 

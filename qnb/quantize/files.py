@@ -112,14 +112,14 @@ def link_weights(source: Path, folder: Path, dtype: torch.dtype, size_bytes: int
 
 
 def disk_shortage(source: Source, folder: Path, precisions: Iterable[Precision]) -> str:
-    """Return a line where a source to be fetched and the checkpoints that `folder` lacks need more disk than is free.
+    """Return a line where the checkpoints that `folder` lacks, and their source if it is to be fetched, lack disk.
 
     Empty where they do not, and for a source to be fetched whose size is not known.
     """
     missing = [each for each in precisions if not (folder / each.checkpoint / MANIFEST).exists()]
     needed_bits, config = sum(each.file_bits for each in missing), Path(source.path) / CONFIG
     is_here, (there, here) = config.is_file(), (_nearest(path) for path in (config, folder))
-    if there.stat().st_dev == here.stat().st_dev:  # so that equal files are links
+    if there.stat().st_dev == here.stat().st_dev:  # so that equal files are links; a fetch to another disk is not seen
         settings = read_json(config) if is_here else {"dtype": "bfloat16"}
         released = "" if "text_config" in settings else settings.get("dtype", settings.get("torch_dtype"))
         saved = [each for each in missing if each.quantized or each.dtype != released]

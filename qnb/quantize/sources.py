@@ -97,14 +97,16 @@ def expected(name: str, device_kind: str) -> Source:
     """Return what `resolve` will, before it is brought here: its folder, or the cache that it will lie in."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    name = {"cpu": EMBEDDED, "cuda": GATED}[device_kind] if name == "auto" else name
+    names = {"cpu": [EMBEDDED], "cuda": [GATED, MIRROR]}[device_kind] if name == "auto" else [name]
     folder = expand_path(name).resolve()
-    if name in CACHED:
-        folder = cache_folder() / CACHED[name]
-    elif not folder.is_dir():
-        config = try_to_load_from_cache(name.partition("@")[0], CONFIG)
-        folder = Path(config).parent if isinstance(config, str) else Path(constants.HF_HUB_CACHE)
-    return Source(name, "", str(folder), "")
+    if names[0] in CACHED:
+        folder = cache_folder() / CACHED[names[0]]
+    elif name == "auto" or not folder.is_dir():
+        parts = (each.partition("@") for each in names)
+        found = [try_to_load_from_cache(id, CONFIG, revision=revision or None) for id, _, revision in parts]
+        folders = (Path(config).parent for config in found if isinstance(config, str))
+        folder = next((each for each in folders if any(each.glob("*.safetensors"))), Path(constants.HF_HUB_CACHE))
+    return Source(names[0], "", str(folder), "")
 
 
 def check_name(name: str) -> None:

@@ -79,26 +79,25 @@ def batch_s(session: Session, precision: Precision, peaks: DevicePeaks, shape: S
     return 2 * session.source.parameters * tokens / rate / REACHED_SHARE
 
 
-def largest_batches(all_series: Sequence[Series], cap: int, clock: Clock) -> Iterator[Series]:
+def largest_batches(session: Session, all_series: Sequence[Series], cap: int, clock: Clock) -> Iterator[Series]:
     """Yield the series whose largest batch there is time to find, and later to time; name the others.
 
     Quick ones come first; a format's second engine counts as if it took twice as long.
     """
-    if math.isinf(clock.allowed_s):
-        yield from all_series
-        return
     engines = list(dict.fromkeys(each.engine for each in all_series))
     costs_s = {each.name: 0.0 if each.why_unavailable() else _batches_s(each, cap) + 2 * _beside_s(each)
                for each in all_series}  # fmt: skip
-    left_out, timing_s = [], 0.0  # of those that were yielded
-    for each in sorted(all_series, key=lambda each: costs_s[each.name] * (1 + engines.index(each.engine))):
+    left_out: list[Series] = []
+    timing_s = 0.0  # of those that were yielded
+    quick_first = sorted(all_series, key=lambda each: costs_s[each.name] * (1 + engines.index(each.engine)))
+    for each in all_series if math.isinf(clock.allowed_s) else quick_first:
         cost_s = costs_s[each.name]
-        if cost_s and timing_s + cost_s > clock.left_s and not each.session.find(each.batch_key):
+        if cost_s and timing_s + cost_s > clock.left_s and not session.find(each.batch_key):
             left_out.append(each)
         else:
             yield each
             timing_s += cost_s / 2
-    name_left_out(all_series[0].session, "largest batches", left_out)
+    name_left_out(session, "largest batches", left_out)
 
 
 def affordable_sizes(swept: Sequence[Series], left_s: float) -> list[Series]:
@@ -143,10 +142,14 @@ def _first_pass(series: Series) -> Row | None:
 
 
 def name_left_out(session: Session, what: str, left_out: Sequence[Series]) -> None:
-    """Say and record what there is no time for; a run that leaves nothing out takes an earlier record back."""
-    names, key = dict.fromkeys(" with ".join(each.name) for each in left_out), session.key("left_out", setting=what)
-    note = f"none of {', '.join(names)}: {session.minutes:g} minutes do not suffice; more add it" if names else ""
-    if note:
-        tqdm.write(f"{what}: {note}")
-    if note != (session.ledger.find(key) or {"note": ""})["note"]:
-        session.append(key, {"note": note})
+    """Say and record what there is no time for; what an earlier run left out of these formats is taken back."""
+    names = [*dict.fromkeys(" with ".join(each.name) for each in left_out)]
+    minutes = f"{session.minutes:g} minutes do not suffice; more add it"
+    if names:
+        tqdm.write(f"{what}: none of {', '.join(names)}: {minutes}")
+    own = {precision.name for precision in session.precisions}
+    earlier: list[str] = next((row["names"] for row in session.ledger.rows("left_out") if row["setting"] == what), [])
+    names = [*(name for name in earlier if name.partition(" ")[0] not in own), *names]
+    if names != earlier:
+        note = f"none of {', '.join(names)}: {minutes}" if names else ""
+        session.append(session.key("left_out", setting=what), {"names": names, "note": note})

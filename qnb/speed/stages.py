@@ -220,7 +220,7 @@ def _search_all(session: Session, options: TimingOptions, all_series: Sequence[S
     """
     searched = []
     with session.progress(len(all_series), "largest batch") as bar:
-        for each in plan.largest_batches(all_series, len(options.workload.prompts), clock):
+        for each in plan.largest_batches(session, all_series, len(options.workload.prompts), clock):
             name = " with ".join(each.name)
             bar.set_postfix_str(name)
             with session.failing(each.batch_key, f"the largest batch of {name}"):
