@@ -44,6 +44,17 @@ def test_a_model_changed_in_place_is_noticed(part, source, tmp_path):
         _ = Session(str(local), output=output).source
 
 
+@pytest.mark.parametrize("model", ["broken", "foo/bar--baz", "foo/bar.git"])
+def test_a_model_that_cannot_be_one_has_a_card_and_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    session = Session(model, "bf16", tmp_path / "study", device="cpu")
+    assert "not fetched yet" in session.facts()["model"]
+    with pytest.raises(InputError):
+        session.source  # noqa: B018
+
+
 def test_a_folder_of_another_model_or_a_broken_record_is_refused(tmp_path):
     (tmp_path / "study.json").write_text(json.dumps({"requested": "a/b", "name": "a/b@1", "path": "", "reason": ""}))
     assert Session("auto", output=tmp_path).record["name"] == "a/b@1"

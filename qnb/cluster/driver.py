@@ -70,6 +70,8 @@ class Crew:
                 self._ray.get(reference, timeout=0)
             except self._ray.exceptions.RayError as error:
                 place = f"worker {name} on {self._posts[name].node.host}"
+                if InputError.__name__ in str(error):  # of the study's parameters, which are the same everywhere
+                    raise InputError(f"{place}: {reason(error).partition(': ')[2]}") from None
                 tqdm.write(f"{place} has not started and is given up ({reason(error)})")
                 self._ray.kill(self._actors.pop(name))
 

@@ -198,6 +198,13 @@ def test_what_fails_in_a_worker_that_lives_fails_once(study, monkeypatch):
     assert "No space left" in study.session.ledger.failures()[0]["reason"]
 
 
+def test_a_worker_whose_parameters_are_refused_ends_the_run_with_its_line(study, monkeypatch):
+    died = ray.exceptions.RayActorError(error_msg="qnb.errors.InputError: data_dir /data is not a folder")
+    monkeypatch.setattr(InProcess, "_call", lambda *_: Reference(True, died))
+    with pytest.raises(InputError, match="worker w0 on a: data_dir /data is not a folder"):
+        measure(study, [Cell(LENGTHS, ask)])
+
+
 def test_one_worker_of_a_node_makes_a_checkpoint_for_all_studies_but_one_that_overwrites(study, tmp_path, monkeypatch):
     made, convert = [], checkpoint.convert
     monkeypatch.setattr(checkpoint, "convert", lambda *arguments: made.append(arguments) or convert(*arguments))
