@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     profiles = ", ".join(sorted(path.stem for path in (NOTEBOOKS / "profiles").glob("*.yaml"))).replace("%", "%%")
     run.add_argument("--profile", default="demo", help=f"{profiles}, of notebooks/profiles (default: demo)")
     run.add_argument("--output", help="the study's folder (default: the profile's)")
-    run.add_argument("--only", default="", help="numbers of notebooks, such as 02,03")
+    run.add_argument("--only", help="numbers of notebooks, such as 02,03")
     run.add_argument(
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a notebook's parameter, in place of the profile's, such as -p precisions bf16,nf4; may be repeated",
@@ -63,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except ModuleNotFoundError as error:
         print(f"qnb: {error.name} is not installed; pip install -r requirements.txt", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # who reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         logging.disable(logging.CRITICAL)  # asyncio would tell of the tasks that are freed now

@@ -60,8 +60,8 @@ def check_count(name: str, value: Count) -> None:
         return
     if not isinstance(value, bool) and (str(value) == word or re.fullmatch(r"0*[1-9]\d{0,17}", str(value), re.ASCII)):
         return
-    others = {repr(word): word, "'auto'": has_auto}
-    choices = ["a whole number of at least 1", *(text for text, is_allowed in others.items() if is_allowed)]
+    words = [repr(each) for each in (word, "auto" if has_auto else None) if each]
+    choices = ["a whole number of at least 1", *words]
     raise InputError(f"{name} is {str(value)[:40]!r}; give {', or '.join(choices)}")
 
 

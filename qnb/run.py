@@ -56,7 +56,11 @@ CELL_TIMEOUT_S = 24 * 3600  # a cell that hangs ends one day, and the run with i
 
 
 def run(
-    profile: str, output: str | None, only: str, given: Sequence[Sequence[str]], workers: ClusterOptions | None = None
+    profile: str,
+    output: str | None,
+    only: str | None,
+    given: Sequence[Sequence[str]],
+    workers: ClusterOptions | None = None,
 ) -> int:
     """Execute notebooks, print where the results are, and return the exit code.
 
@@ -67,7 +71,7 @@ def run(
     output
         The study's folder; None takes the profile's.
     only
-        Numbers of notebooks, such as ``"02,03"``; empty takes all.
+        Numbers of notebooks, such as ``"02,03"``; None takes all.
     given
         Names and values of parameters, in place of the profile's.
     workers
@@ -78,7 +82,10 @@ def run(
     InputError
         A parameter cannot be used; no notebook was run.
     """
-    names = chosen(only)
+    for option, value in (("--output", output), ("--only", only)):
+        if value is not None and not value.strip():  # of a variable that is not set
+            raise InputError(f"{option} is empty; give a value, or leave it out")
+    names = chosen(only or "")
     defaults = ChainMap(*(notebook_parameters(NOTEBOOKS / f"{name}.ipynb") for name in NAMES))
     values = parameters(profile, given, {"device", *defaults})
     if workers:
@@ -349,11 +356,13 @@ def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2)
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
     started, source = perf_counter(), NOTEBOOKS / f"{name}.ipynb"
+    target = study.folder / "notebooks" / source.name
+    draft = target.with_name(f".{target.name}")  # a refused run leaves what was executed before
     values = {**values, "output": str(study.folder), "data_dir": str(study.session.data_dir or "")}
     try:
         papermill.execute_notebook(
             source,
-            study.folder / "notebooks" / f"{name}.ipynb",
+            draft,
             {key: values[key] for key in notebook_parameters(source) if key in values},
             kernel_name="python3",
             progress_bar={"desc": name, "leave": False, "disable": not sys.stderr.isatty()},
@@ -362,6 +371,7 @@ def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2)
         )
     except papermill.PapermillExecutionError as error:
         if error.ename in INPUT_ERRORS:
+            draft.unlink()
             raise InputError(scrub(error.evalue, 1000)) from None
         place = f"{name}, cell {error.cell_index + 1}: {error.ename}"
         raise NotebookError(f"{place}: {scrub(error.evalue)}".rstrip(": ")) from None
@@ -372,6 +382,9 @@ def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2)
         if "before replying to kernel_info" not in str(error) or tries == 1:
             raise
         return _execute(study, name, values, tries - 1)
+    finally:
+        if draft.exists():
+            draft.replace(target)
     if _interrupted.is_set():
         raise KeyboardInterrupt
     return f"{name}: done in {perf_counter() - started:.0f} s, {len(study.session.ledger)} rows in all"

@@ -191,6 +191,8 @@ def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(tmp_path):
         (["-p", "data_dir", "~nouser/x"], ["'~nouser/x' begins with an unknown user's home"]),
         (["--output", "~nouser/x"], ["'~nouser/x' begins with an unknown user's home"]),
         (["--output", __file__], ["is a file"]),
+        (["--output", ""], ["--output is empty"]),
+        (["--only", " "], ["--only is empty"]),
         (["--output", "/proc/study"], ["/proc/study cannot be written"]),
         (["-p", "prompt_source", "novel"], ["novel", "sample, wikitext"]),
         (["-p", "scorer", "mine"], ["mine", "qnb, hf"]),

@@ -18,10 +18,11 @@ import pytest
 from conftest import command
 from filelock import FileLock
 
-from qnb import Study, run
+from qnb import InputError, Study, run
 from qnb.__main__ import main
 from qnb.ledger import Ledger, row_key
 from qnb.provenance import ROOT
+from qnb.quantize import files
 from qnb.quantize.files import damage
 from qnb.run import NAMES, NOTEBOOKS
 
@@ -207,6 +208,19 @@ def test_a_second_run_into_the_same_folder_is_refused(tmp_path, capsys):
 # Disks
 
 
+def test_a_refused_run_leaves_the_notebook_that_was_executed_before(tmp_path, monkeypatch):
+    def refuse(_, target, *__, **___):
+        target.write_text("half of it")
+        raise papermill.PapermillExecutionError(0, 1, "", "InputError", "no such checkpoint", [])
+
+    monkeypatch.setattr(papermill, "execute_notebook", refuse)
+    executed = tmp_path / "notebooks" / "01_quantize.ipynb"
+    executed.parent.mkdir()
+    executed.write_text("all of it")
+    assert main(["run", "--profile", "smoke", "--only", "01", "--output", str(tmp_path)]) == 2
+    assert executed.read_text() == "all of it" and len(list(executed.parent.iterdir())) == 1
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 100 MiB, where it can be mounted."""
@@ -222,10 +236,13 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing_and_the_study_goes_on_when_there_is_room(
-    source, small_disk, capsys
+    source, small_disk, capsys, monkeypatch
 ):
     """The checkpoint's 257 MiB do not fit: nothing half-written is left. Then another file takes the last byte."""
     study = Study("smollm2-135m", "bf16", small_disk / "study")
+    with pytest.raises(InputError, match="make room"):
+        study.quantize()
+    monkeypatch.setattr(files, "disk_shortage", lambda *_: "")  # as where another process fills the disk meanwhile
     with pytest.raises((RuntimeError, OSError), match=r"[Nn]o space"):
         study.quantize()
     assert not list((small_disk / "study" / "checkpoints").glob("[a-z]*"))

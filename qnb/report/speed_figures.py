@@ -185,7 +185,8 @@ def roofline(results: Results) -> go.Figure:
     figure = theme.points(runs, "intensity", "tflops", log_x=True, log_y=True)
     bandwidth, types = runs.peak_bytes_per_s.max() / 1e12, runs.flops_by_type.map(" + ".join)
     peaks = runs.groupby(types).peak_flop_per_s.max().sort_values(ascending=False) / 1e12
-    left, right = runs.intensity.min() / 2, max(runs.intensity.max() * 2, 3 * peaks.iloc[0] / bandwidth)
+    left = min(runs.intensity.min() / 2, peaks.iloc[-1] / bandwidth / 8)  # room for the last label
+    right = max(runs.intensity.max() * 2, 3 * peaks.iloc[0] / bandwidth)
     for _, near in peaks.groupby((peaks.shift() > NEAR * peaks).cumsum()):
         label = "<br>".join(f"{types}: {format_number(peak, 3)}" for types, peak in near.items())
         figure.add_scatter(
