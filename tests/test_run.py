@@ -246,7 +246,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing_and_the_study_goes_on_when_th
     with pytest.raises((RuntimeError, OSError), match=r"[Nn]o space"):
         study.quantize()
     assert not list((small_disk / "study" / "checkpoints").glob("[a-z]*"))
-    with (small_disk / "filler").open("wb") as file, pytest.raises(OSError, match="space"):
+    with (small_disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
         while True:
             file.write(bytes(2**20))
     assert main(["run", "--profile", "smoke", "--only", "05", "--output", str(small_disk / "study")]) in (1, 2)
