@@ -30,5 +30,5 @@ def test_formats_are_what_the_libraries_mean_by_them():
 
 def test_colours_markers_and_labels_are_distinct():
     for field in ("color", "marker", "label"):
-        values = [getattr(each, field) for each in precision.PRECISIONS.values()]
+        values = [getattr(precision.PRECISIONS[name], field) for name in precision.BUILT_IN]
         assert len(set(values)) == len(values), field
