@@ -12,7 +12,6 @@ import signal
 import sys
 import tempfile
 import threading
-from base64 import b64encode
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,7 +50,6 @@ RUN_ALL = ("auto", "always", "never")  # when 01 runs the other notebooks; "auto
 ASKED = {"tasks": "task", "engines": "engine", "ppl_tokens": "tokens", "ppl_context": "context",
          "maxbatch_requests": "cap", "memory_mib": "memory_limit_mib"}  # fmt: skip
 BAR = "{l_bar}{bar}| {n_fmt} of {total_fmt} notebooks, {elapsed}{postfix}"
-PLOTLY = "application/vnd.plotly.v1+json"  # the type of a figure in a notebook
 CELL_TIMEOUT_S = 24 * 3600  # a cell that hangs ends one day, and the run with it
 
 
@@ -82,9 +80,6 @@ def run(
     InputError
         A parameter cannot be used; no notebook was run.
     """
-    for option, value in (("--output", output), ("--only", only)):
-        if value is not None and not value.strip():  # of a variable that is not set
-            raise InputError(f"{option} is empty; give a value, or leave it out")
     names = chosen(only or "")
     defaults = ChainMap(*(notebook_parameters(NOTEBOOKS / f"{name}.ipynb") for name in NAMES))
     values = parameters(profile, given, {"device", *defaults})
@@ -101,14 +96,9 @@ def run(
     earlier = study.session.ledger.failures()  # this run may not retry all of them
     with _sole_run(study):
         if workers:
-            from qnb.cluster import driver
-
-            measured_on = driver.measure(study, values, {name[:2] for name in names}, workers)
+            values |= _measured_by(workers, study, values, names)
             if workers.only_plan:
                 return 0
-            if "04_perf_maxbatch" in names:
-                study.batch_plans(values["prompt_source"])
-            os.environ[REPLAY], values["overwrite"] = json.dumps(asdict(measured_on)), False
         for name in names:
             try:
                 print(_execute(study, name, values), file=sys.stderr, flush=True)
@@ -119,6 +109,20 @@ def run(
     if dry_run:
         print(f"nothing was uploaded: {study.folder / 'push.csv'} says what would be, -p dry_run false does it")
     return _report_end(study, earlier)
+
+
+def _measured_by(
+    workers: ClusterOptions, study: Study, values: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """Let workers measure what notebooks would; return the parameters by which the notebooks show it."""
+    from qnb.cluster import driver
+
+    measured_on = driver.measure(study, values, {name[:2] for name in names}, workers)
+    if not workers.only_plan:
+        if "04_perf_maxbatch" in names:
+            study.batch_plans(values["prompt_source"])
+        os.environ[REPLAY] = json.dumps(asdict(measured_on))
+    return {"overwrite": False}
 
 
 def _report_end(study: Study, earlier: Sequence[Row]) -> int:
@@ -433,6 +437,8 @@ def _make_portable(path: Path, measured_with: str) -> None:
     """
     import nbformat
 
+    from qnb.report import export
+
     text = path.read_text(encoding="utf-8")
     for folder in (ROOT, path.parents[2]):
         text, measured_with = (each.replace(f"{folder}{os.sep}", "") for each in (text, measured_with))
@@ -451,27 +457,9 @@ def _make_portable(path: Path, measured_with: str) -> None:
         elif part.get("cell_type") == "markdown" and path.is_relative_to(ROOT):
             part.source = re.sub(r"\]\((?=\w+\.md\))", f"]({os.path.relpath(NOTEBOOKS, path.parent)}/", part.source)
     outputs = (output.get("data", {}) for cell in book.cells for output in cell.get("outputs", ()))
-    _draw([data for data in outputs if PLOTLY in data])
+    if problem := export.draw_into([data for data in outputs if export.PLOTLY in data]):
+        raise InputError(problem)
     nbformat.write(book, path)
-
-
-def _draw(shown: Sequence[dict[str, Any]]) -> None:
-    """Replace figures that a browser would draw by pictures; one that has nothing to draw says so."""
-    import plotly.graph_objects as go
-
-    from qnb.report import export
-
-    figures = {str(number): go.Figure(data[PLOTLY], skip_invalid=True) for number, data in enumerate(shown)}
-    with tempfile.TemporaryDirectory() as folder:
-        if problem := export.pictures(figures, Path(folder), scale=0.9):
-            raise InputError(problem)
-        for name, figure in figures.items():
-            picture, data = Path(folder, f"{name}.png"), shown[int(name)]
-            data.clear()
-            if picture.exists():
-                data["image/png"] = b64encode(picture.read_bytes()).decode()
-            else:
-                data["text/plain"] = f"{figure.layout.title.text} Not measured."
 
 
 def _left_out(study: Study) -> list[str]:

@@ -5,9 +5,12 @@ all pictures of a call.
 """
 
 import logging
-from collections.abc import Mapping
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -16,6 +19,7 @@ from qnb.report.figures import draw_all
 from qnb.report.results import Results
 
 LOGGER = logging.getLogger(__name__)
+PLOTLY = "application/vnd.plotly.v1+json"  # the type of a figure in a notebook
 WIDTH_PX, SCALE = 900, 1.5
 REMEDY = "pip install kaleido, and install Chromium or Chrome, or run kaleido_get_chrome"
 
@@ -63,4 +67,23 @@ def pictures(figures: Mapping[str, go.Figure], folder: Path, label: str = "", sc
         write_fig_from_object_sync(jobs, cancel_on_error=True, kopts={"mathjax": False, "timeout": 30})
     except Exception as error:
         return f"figures are saved as HTML only: the browser did not draw them ({error}); {REMEDY}"
+    return ""
+
+
+def draw_into(shown: Sequence[dict[str, Any]]) -> str:
+    """Replace figures of a notebook's outputs by pictures; return why not, or nothing.
+
+    One that has nothing to draw says so.
+    """
+    figures = {str(number): go.Figure(data[PLOTLY], skip_invalid=True) for number, data in enumerate(shown)}
+    with TemporaryDirectory() as folder:
+        if problem := pictures(figures, Path(folder), scale=0.9):
+            return problem
+        for name, figure in figures.items():
+            picture, data = Path(folder, f"{name}.png"), shown[int(name)]
+            data.clear()
+            if picture.exists():
+                data["image/png"] = b64encode(picture.read_bytes()).decode()
+            else:
+                data["text/plain"] = f"{figure.layout.title.text} Not measured."
     return ""
