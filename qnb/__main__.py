@@ -22,21 +22,14 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def _filled(text: str) -> str:
-    """Refuse what is empty, as a variable that is not set."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty; give a value, or leave it out")
-    return text
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="qnb", description="What does quantizing this model cost, and what does it give?")
     commands = parser.add_subparsers(dest="command", required=True, metavar="run | report | verify | audit | doctor")
     run = commands.add_parser("run", help="execute the notebooks, in order, into one study")
     profiles = ", ".join(sorted(path.stem for path in (NOTEBOOKS / "profiles").glob("*.yaml"))).replace("%", "%%")
     run.add_argument("--profile", default="demo", help=f"{profiles}, of notebooks/profiles (default: demo)")
-    run.add_argument("--output", type=_filled, help="the study's folder (default: the profile's)")
-    run.add_argument("--only", type=_filled, help="numbers of notebooks, such as 02,03")
+    run.add_argument("--output", help="the study's folder (default: the profile's)")
+    run.add_argument("--only", help="numbers of notebooks, such as 02,03")
     run.add_argument(
         "-p", dest="parameters", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
         help="set a notebook's parameter, in place of the profile's, such as -p precisions bf16,nf4; may be repeated",
@@ -87,6 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _dispatch(options: argparse.Namespace) -> int:
     if options.command == "run":
         from qnb.run import run
+
+        for name in ("output", "only"):
+            if getattr(options, name) is not None and not getattr(options, name).strip():  # a variable that is not set
+                raise InputError(f"--{name} is empty; give a value, or leave it out")
 
         workers = None
         is_shared = options.workers not in (None, "1") or options.gpus_per_model != "auto"
