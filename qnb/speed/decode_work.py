@@ -1,35 +1,30 @@
 """Count the bytes and operations that a decode step needs at least, and trace a GPU's kernels.
 
-A step runs for the count. Its operations tell what they read of the loaded tensors, whatever class a layer has. The
-trace is a pass of its own, because its wall clock carries the profiler's cost.
+The trace is a pass of its own, because its wall clock carries the profiler's cost.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
 from qnb.memory import MIB, release
 from qnb.quantize.checkpoint import LoadedTensor, count_weights, loaded_tensors
-from qnb.quantize.runtime import kernel_times_s, stand_in
+from qnb.quantize.runtime import kernel_times_s, linear_layers, stand_in
 from qnb.speed.decode_step import run_model
 from qnb.speed.engines import Clock, Engine, Prompts
 
 TRACED_STEPS = 8
-LOOKUPS = {torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select}  # read what they return
-CONSTANT = torch.ops.aten.sum  # of a matrix: a step need not read it for that
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call their number
+MATRICES = ("weight", "gate_up_proj", "down_proj")  # names of parameters that inputs are multiplied by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,39 +44,45 @@ class Work:
 
 
 def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_tokens: int) -> Work:
-    """Count a decode step of a batch, from one that runs for one token.
+    """Count a decode step of a batch, from the tensors of a loaded model.
 
     Weights are read once, whatever the batch. Of experts and of an embedding's rows, the expected number of distinct
     ones is read. Keys and values are those of the prompt and half the new tokens, or of a layer's window. A recurrent
     state is read and written. A product of (B, K) and (K, N) counts 2BKN operations. Each token is multiplied by its
     own experts.
+
+    Raises
+    ------
+    RuntimeError
+        A layer packs its matrix into tensors of other shapes.
     """
+    if packed := [layer for layer in linear_layers(model) if not hasattr(layer, "weight")]:
+        raise RuntimeError(f"{type(packed[0]).__name__} does not tell what it reads")
     weights = count_weights(model)  # of a checkpoint: on some CPUs the first product packs 4-bit weights closer
     cache: Any = DynamicCache(config=model.config)
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.inference_mode():
-        for _ in range(2):  # the second is a decode step
-            step = _Step(model)
-            with step, register_module_forward_hook(step.note_module):
-                run_model(model, cache, input_ids=token)
+        run_model(model, cache, input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
+    flops_by_type, bytes_per_step, kv_bytes = defaultdict[str, float](float), 0.0, 0.0
     # 1) products with weights
-    flops_by_type = defaultdict(float, {name: batch_size * flops for name, flops in step.flops_by_type.items()})
-    bytes_per_step, kv_bytes = step.weight_bytes(batch_size), 0.0
-    # 2) recurrent states, and keys and values
+    for each in loaded_tensors(model):
+        share = _share_of_a_token(each, model)
+        bytes_per_step += each.bytes * (1 - (1 - share) ** batch_size)
+        is_lookup = isinstance(each.module, torch.nn.Embedding) and share < 1
+        if each.tensor.dim() > 1 and not is_lookup and each.name.endswith(MATRICES):
+            flops_by_type[_product_type(each, model)] += 2 * batch_size * share * each.parameters
+    # 2) keys and values: queries are multiplied by keys, and shares by values; query heads share a KV head
     heads = getattr(model.config.get_text_config(), "num_attention_heads", 0)
-    for layer in cache.layers:
-        states = [getattr(layer, name, None) for name in ("conv_states", "recurrent_states")]
-        bytes_per_step += 2 * batch_size * sum(state.nbytes for state in tree_leaves(states) if state is not None)
-        keys = getattr(layer, "keys", None)  # (1, H, T, S)
-        if keys is not None:
-            window = getattr(layer, "sliding_window", None) or math.inf
-            token_bytes = (keys.nbytes + layer.values.nbytes) / keys.shape[2]
-            seen_bytes = batch_size * min(prompt_tokens + new_tokens / 2, window) * token_bytes
-            bytes_per_step += seen_bytes
-            kv_bytes += batch_size * min(prompt_tokens + new_tokens, window) * token_bytes
-            # Queries are multiplied by keys, and shares by values. Query heads share a KV head.
-            groups = max(1, heads / keys.shape[1])
-            flops_by_type[_type_name(keys.dtype)] += 2 * groups * seen_bytes / keys.itemsize
+    for layer in (layer for layer in cache.layers if getattr(layer, "keys", None) is not None):
+        window = getattr(layer, "sliding_window", None) or math.inf
+        token_bytes = batch_size * (layer.keys.nbytes + layer.values.nbytes)  # keys are (1, H, 1, S)
+        seen_bytes = min(prompt_tokens + new_tokens / 2, window) * token_bytes
+        bytes_per_step += seen_bytes
+        kv_bytes += min(prompt_tokens + new_tokens, window) * token_bytes
+        groups = max(1, heads / layer.keys.shape[1])
+        flops_by_type[_type_name(layer.keys.dtype)] += 2 * groups * seen_bytes / layer.keys.itemsize
+    # 3) recurrent states
+    states = [getattr(layer, name, None) for layer in cache.layers for name in ("conv_states", "recurrent_states")]
+    bytes_per_step += 2 * batch_size * sum(state.nbytes for state in tree_leaves(states) if state is not None)
     return Work(
         weights_mib=weights.total_mib,
         kv_cache_mib=kv_bytes / MIB or None,
@@ -90,83 +91,21 @@ def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_
     )
 
 
-class _Step(TorchDispatchMode):
-    """Adds up, within a block, what operations read of a model's weights."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self._model_dtype = model.dtype
-        # By their memory: views, transposed matrices and single experts share it, and layers that were joined.
-        self._weights = {_memory(each.tensor): each for each in loaded_tensors(model)}
-        self._modules_run, self._memory_read = set[torch.nn.Module](), set[int]()
-        self._read_bytes: dict[str, float] = defaultdict(float)  # by role
-        self.flops_by_type: dict[str, float] = defaultdict(float)
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and add what it reads."""
-        returned = function(*args, **(kwargs or {}))
-        outputs = [each for each in tree_leaves(returned) if isinstance(each, Tensor)]
-
-        for tensor in tree_leaves((args, kwargs)) if outputs and function.overloadpacket != CONSTANT else ():
-            weight = self._weight_of(tensor)
-            if weight and not self._weight_of(outputs[0]):  # A view reads nothing.
-                self._add(weight, tensor, function, outputs[0])
-        return returned
-
-    def note_module(self, module: torch.nn.Module, *_: Any) -> None:
-        """Note that a module's forward has run."""
-        self._modules_run.add(module)
-
-    def _weight_of(self, tensor: Any) -> LoadedTensor | None:
-        return self._weights.get(_memory(tensor)) if isinstance(tensor, Tensor) else None
-
-    def _add(self, weight: LoadedTensor, tensor: Tensor, function: Any, out: Tensor) -> None:
-        """Add one read. A lookup reads what it returns."""
-        is_lookup = function.overloadpacket in LOOKUPS
-        share = (out if is_lookup else tensor).numel() / weight.tensor.numel()
-
-        if tensor.dim() == 3 and out.dim() == 2:  # Each row is multiplied by its own matrix of a stack.
-            share *= min(1, len(out) / len(tensor))
-        self._memory_read.add(_memory(tensor))
-        self._read_bytes[_role(weight)] += share * weight.bytes
-
-        if weight.tensor.dim() > (2 if is_lookup else 1) and torch.Tag.pointwise not in function.tags:
-            # A tensor in 4 bit does not say in which type it is multiplied.
-            dtype = weight.tensor.dtype
-            if getattr(weight.tensor, "quant_state", None) or dtype == torch.int32:
-                dtype = getattr(weight.module, "compute_dtype", None) or self._model_dtype
-            self.flops_by_type[_type_name(dtype)] += 2 * share * weight.parameters
-
-    def weight_bytes(self, batch_size: int) -> float:
-        """Return the bytes of weights that a batch reads.
-
-        Where a token reads a part, other tokens read others.
-
-        Raises
-        ------
-        RuntimeError
-            A layer has run whose matrix no operation has read: its kernel is none of PyTorch's.
-        """
-        stored_bytes, total = Counter[str](), 0.0
-        for memory, weight in self._weights.items():
-            stored_bytes[_role(weight)] += weight.bytes
-            if weight.tensor.dim() > 1 and weight.module in self._modules_run and memory not in self._memory_read:
-                raise RuntimeError(f"what reads {weight.name} is not seen")
-
-        for role, read_bytes in self._read_bytes.items():
-            unread = max(0, 1 - read_bytes / stored_bytes[role])
-            total += max(read_bytes, stored_bytes[role] * (1 - unread**batch_size))
-        return total
+def _share_of_a_token(weight: LoadedTensor, model: PreTrainedModel) -> float:
+    """Return the share of a tensor that one token reads: a row of an embedding, its own experts, or all."""
+    if ".experts." in weight.name:
+        config = model.config.get_text_config()
+        count = next(getattr(config, name) for name in EXPERTS if getattr(config, name, None))
+        return float(config.num_experts_per_tok / count)
+    is_head = weight.tensor is getattr(model.get_output_embeddings(), "weight", None)
+    return 1 / len(weight.tensor) if isinstance(weight.module, torch.nn.Embedding) and not is_head else 1.0
 
 
-def _role(weight: LoadedTensor) -> str:
-    """Return a weight's name without its last number: the layers, or a layer's experts, share it."""
-    return re.sub(r"(.*\.)\d+\.", r"\1*.", weight.name)
-
-
-def _memory(tensor: Tensor) -> int:
-    """Return where a tensor's memory begins; 0 of torchao's, which wraps tensors that have some."""
-    return 0 if hasattr(tensor, "__tensor_flatten__") else tensor.untyped_storage().data_ptr()
+def _product_type(weight: LoadedTensor, model: PreTrainedModel) -> str:
+    """Return the type that a matrix is multiplied in; a tensor in 4 bit does not say."""
+    if getattr(weight.tensor, "quant_state", None) or weight.tensor.dtype == torch.int32:
+        return _type_name(getattr(weight.module, "compute_dtype", None) or model.dtype)
+    return _type_name(weight.tensor.dtype)
 
 
 def _type_name(dtype: torch.dtype) -> str:
