@@ -18,12 +18,12 @@ import numpy as np
 import pandas as pd
 
 from qnb import prompts
-from qnb.accuracy.patches import wide_products
 from qnb.errors import InputError, check_choice
 from qnb.finite import check_finite
 from qnb.ledger import fingerprint, write_parquet
 from qnb.memory import free_bytes, is_out_of_memory, release
 from qnb.options import Count, check_count
+from qnb.patches import wide_products
 from qnb.precision import BASELINE, PRECISIONS, Precision
 from qnb.quantize import checkpoint
 

@@ -26,9 +26,9 @@ from unittest.mock import patch
 
 import pandas as pd
 
-from qnb.accuracy.patches import cached_templates, wide_products
 from qnb.accuracy.statistics import agresti_coull, choice_probabilities
 from qnb.errors import InputError, refusing
+from qnb.patches import cached_templates, wide_products
 from qnb.precision import listed
 from qnb.prompts import DATA, reading_from
 

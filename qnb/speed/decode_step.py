@@ -25,9 +25,9 @@ from transformers import DynamicCache, PreTrainedModel
 from qnb.capture import SlotCache, cache_name
 from qnb.device import is_before_ampere
 from qnb.memory import is_out_of_memory
+from qnb.patches import steady_autotuning
 from qnb.speed import layers
 from qnb.speed.layers import KV, Angles, Attend, Layer, Position, Product, State, join, multiply_all, rms_norm, rotate
-from qnb.speed.patches import steady_autotuning
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # one block: RMS norm, rotary grouped attention, gated SiLU
 ROTARIES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long the text is

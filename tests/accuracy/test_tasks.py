@@ -334,7 +334,7 @@ def test_a_task_that_asks_in_two_ways_scores_as_in_stock(tiny, tmp_path, monkeyp
 def test_products_without_units_are_formed_wide_and_rounded_once(dtype, monkeypatch):
     import torch
 
-    from qnb.accuracy import patches
+    from qnb import patches
 
     generator = torch.Generator().manual_seed(0)
     rows, weight = (torch.randn(size, generator=generator).to(getattr(torch, dtype)) for size in ((16, 64), (32, 64)))

@@ -3,7 +3,7 @@
 ``python tests/bench/decode.py``: nine formats of Llama-3.2-1B's shape at batch size 1, six minutes on an H100
 ``python tests/bench/decode.py --engines cuda_graph --precisions fp16,nf4 --batch-sizes 1,64``: the captured step
 ``... --engines static,cuda_graph --precisions bf16,nf4,int4-hqq``: beside ``generate`` with a static cache
-``... --stock-autotuning``: its kernels chosen by torch.compile's own timing, to compare with `qnb.speed.patches`
+``... --stock-autotuning``: its kernels chosen by torch.compile's own timing, to compare with `qnb.patches`
 ``PYTHONPATH=tests/bench/stand_in python ... --precisions fp16,nf4 --batch-sizes 64,256``: as if the card were a T4
 ``python tests/bench/decode.py --model smollm2-135m --precisions bf16 --prompt-tokens 16 --new-tokens 4``: on a CPU
 

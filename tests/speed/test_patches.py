@@ -7,7 +7,7 @@ import torch
 from torch._inductor.runtime.benchmarking import benchmarker
 from torch._inductor.utils import fresh_cache
 
-from qnb.speed import patches
+from qnb import patches
 
 
 def test_torch_compile_times_so_within_the_block_and_as_before_after_it():
