@@ -108,7 +108,7 @@ class Session:
         self._wanted_device, self._wanted_half = device, half
         self._overflowing: set[str] = set()  # formats that overflowed in float16 in the stage at work
         self._measured: set[tuple[Any, ...]] = set()  # keys of this session's own rows, which overwriting spares
-        self._verified: set[Path] = set()  # checkpoints whose every byte was read by this session
+        self._verified: set[Path] = set()  # checkpoints and items whose every byte was read by this session
         self.existing: dict[str, sources.Source] = {}  # checkpoints that were made elsewhere, by label
         self.tasks: dict[str, Any] = {}  # lm-eval's tasks that were built, by name
         self.replays = REPLAY in os.environ  # what was measured elsewhere is shown
@@ -308,9 +308,14 @@ class Session:
         return row is not None and (is_own or not self.overwrite) and self.has_items(row)
 
     def has_items(self, row: Mapping[str, Any]) -> bool:
-        """Return whether the file of a row's items, if it names one, is the one written then."""
-        path = self.folder / row.get("items_file", "")
-        return "items_file" not in row or (path.exists() and file_sha256(path) == row["items_sha256"])
+        """Return whether the file of a row's items, if it names one, is the one written then; it is read once."""
+        if "items_file" not in row:
+            return True
+        path = self.folder / row["items_file"]
+        is_whole = path.exists() and (path in self._verified or file_sha256(path) == row["items_sha256"])
+        if is_whole:
+            self._verified.add(path)
+        return is_whole
 
     def decided(self, key: Mapping[str, Any]) -> Row | None:
         """Return the row that answers `key`, even when overwriting, so that a decision shared by all formats stands.

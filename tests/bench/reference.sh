@@ -11,7 +11,7 @@
 # searches     its largest batches in 15 GiB; they depend on memory alone, so `accuracy` may run meanwhile
 # bs1          both engines at batch size 1; nothing else may run
 # maxbatch     the largest batches timed; nothing else may run
-# sweep        batches of 1, 2, 4 ... up to the largest; nothing else may run
+# sweep        batches of 1, 2, 4 ... up to the largest of the searches; nothing else may run
 #
 # DATA_DIR is a folder laid out like the hub, GGUF the file of SmolLM2's weights; without them the hub is read, and the
 # row `gguf` is left out. ENGINES restricts searches, bs1, maxbatch and sweep. KEPT is the folder of both studies: where
@@ -30,7 +30,7 @@ requests=${REQUESTS:-2048}
 
 for part in "$@"; do
   case $part in
-    peaks | searches)
+    peaks | searches | sweep)
       QNB_COMMAND="FORMATS=$formats ENGINES=$engines bash tests/bench/reference.sh $part" \
         python - "$part" "$formats" "$kept/llama-3.2-1b-shape" "${DATA_DIR:-}" "$engines" "$requests" <<'PYTHON'
 import sys
@@ -46,6 +46,9 @@ if part == "peaks":
 else:
     workload = study.workload("maxbatch", int(requests), 128, 100, "wikitext")
     for engine in engines.split(","):
+        if part == "sweep":
+            study.sweep(workload, "auto", engine)
+            continue
         with patch.object(stages, "time_in_turn"):  # searches alone
             study.perf_maxbatch(workload, 15360, 1, engine)
 PYTHON
@@ -60,12 +63,10 @@ PYTHON
         "${shape[@]}" --only 03 -p engines "$engine" -p bs1_requests 3
       done
       ;;
-    maxbatch | sweep)
-      sweep=0
-      [ "$part" = maxbatch ] || sweep=auto
+    maxbatch)
       for engine in ${engines//,/ }; do
         "${shape[@]}" --only 04 -p engines "$engine" -p maxbatch_requests "$requests" -p memory_mib 15360 \
-          -p sweep_batch "$sweep"
+          -p sweep_batch 0
       done
       ;;
     *) echo "no part $part; choose from peaks, accuracy, checkpoints, searches, bs1, maxbatch, sweep" >&2 && exit 2 ;;
