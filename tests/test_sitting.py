@@ -24,7 +24,6 @@ from qnb.session import Session
 from qnb.speed import batch_trials, benchmark, device_peaks, engines, passes, stages
 from qnb.speed.batch_search import Probe
 from qnb.speed.benchmark import Run, Timed
-from qnb.speed.plan import name_left_out
 
 KEPT = ROOT / "outputs" / "reference" / "t4-rehearsal" / "plan.csv"
 PARAMETERS = 1_235_814_400  # of Llama-3.2-1B
@@ -259,11 +258,10 @@ def _simulate_speed(card, patch):
     patch(benchmark, "run", run)
     patch(batch_trials, "Trials", card.trials)
     patch(engines, "why_unavailable", why_unavailable)
-    patch(stages, "_last_safe_batch", lambda _: 10**9)
+    patch(passes.Series, "last_safe_batch", 10**9)
     patch(stages.memory, "limited", lambda *_: nullcontext())
     patch(passes.memory, "release", lambda **_: None)
-    for module in (passes, stages):
-        patch(module, "with_model", with_model)
+    patch(passes, "with_model", with_model)
 
 
 def run_all(study, card):
@@ -332,7 +330,9 @@ def test_a_sitting_ends_in_time_and_buys_what_matters_first(slowness, sitting, c
         again = Study("shape:llama-3.2-1b", precisions, study.folder, minutes=0)
         for name in ("source", "tokenizer", "config"):
             setattr(again.session, name, getattr(study.session, name))
-        name_left_out(again.session, "largest batches", [])
+        own = [each.name for each in again.session.precisions]
+        is_left_out = {name: False for name in names if name.split()[0] in own}
+        budget.name_left_out(again.session, "largest batches", is_left_out)
         rows = again.session.ledger.rows("left_out")
         assert left == {name for each in rows if each["setting"] == "largest batches" for name in each["names"]}
 

@@ -6,13 +6,10 @@ Costs are estimated from the device's peaks, and from what the first passes at b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-from tqdm.auto import tqdm
-
-from qnb.budget import Clock
 from qnb.ledger import Row
 from qnb.precision import Precision
 
@@ -79,25 +76,27 @@ def batch_s(session: Session, precision: Precision, peaks: DevicePeaks, shape: S
     return 2 * session.source.parameters * tokens / rate / REACHED_SHARE
 
 
-def largest_batches(session: Session, all_series: Sequence[Series], cap: int, clock: Clock) -> Iterator[Series]:
-    """Yield the series whose largest batch there is time to find, and later to time; name the others.
+def search_s(series: Series) -> float:
+    """Return how long a search and the first timing of a format and engine take, by arithmetic alone."""
+    return _batches_s(series, series.asked["cap"])
 
-    Quick ones come first; a format's second engine counts as if it took twice as long.
+
+def is_affordable(series: Series, missing: Iterable[Series], left_s: float) -> bool:
+    """Return whether there is time for a search and a timing, beside those of quicker series that are missing too.
+
+    A captured step counts as if it took twice as long, so that all formats are timed with some engine first.
     """
-    engines = list(dict.fromkeys(each.engine for each in all_series))
-    costs_s = {each.name: 0.0 if each.why_unavailable() else _batches_s(each, cap) + 2 * _beside_s(each)
-               for each in all_series}  # fmt: skip
-    left_out: list[Series] = []
-    timing_s = 0.0  # of those that were yielded
-    quick_first = sorted(all_series, key=lambda each: costs_s[each.name] * (1 + engines.index(each.engine)))
-    for each in all_series if math.isinf(clock.allowed_s) else quick_first:
-        cost_s = costs_s[each.name]
-        if cost_s and timing_s + cost_s > clock.left_s and not session.find(each.batch_key):
-            left_out.append(each)
-        else:
-            yield each
-            timing_s += cost_s / 2
-    name_left_out(session, "largest batches", left_out)
+
+    def cost_s(each: Series) -> float:
+        return 0.0 if each.why_unavailable() else search_s(each) + 2 * _beside_s(each)
+
+    def rank_s(each: Series) -> float:
+        return cost_s(each) * (2 if each.engine == "cuda_graph" else 1)
+
+    for each in sorted(missing, key=rank_s):
+        if not each.passes and rank_s(each) < rank_s(series) and cost_s(each) <= left_s:
+            left_s -= cost_s(each)
+    return cost_s(series) <= left_s
 
 
 def affordable_sizes(swept: Sequence[Series], left_s: float) -> list[Series]:
@@ -139,17 +138,3 @@ def _first_pass(series: Series) -> Row | None:
     """Return the first pass of a format and engine at batch size 1, if it was timed."""
     rows = (row for row in series.session.ledger.rows("perf") if row["setting"] == "bs1" and row["repeat"] == 0)
     return next((row for row in rows if (row["precision"], row["engine"]) == series.name and row.get("total_s")), None)
-
-
-def name_left_out(session: Session, what: str, left_out: Sequence[Series]) -> None:
-    """Say and record what there is no time for; what an earlier run left out of these formats is taken back."""
-    names = [*dict.fromkeys(" with ".join(each.name) for each in left_out)]
-    minutes = f"{session.minutes:g} minutes do not suffice; more add it"
-    if names:
-        tqdm.write(f"{what}: none of {', '.join(names)}: {minutes}")
-    own = {precision.name for precision in session.precisions}
-    earlier: list[str] = next((row["names"] for row in session.ledger.rows("left_out") if row["setting"] == what), [])
-    names = [*(name for name in earlier if name.partition(" ")[0] not in own), *names]
-    if names != earlier:
-        note = f"none of {', '.join(names)}: {minutes}" if names else ""
-        session.append(session.key("left_out", setting=what), {"names": names, "note": note})
