@@ -17,13 +17,12 @@ from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from qnb import memory
-from qnb.budget import Clock, now_s
+from qnb.budget import Clock, name_left_out, now_s
 from qnb.ledger import write_parquet
 from qnb.precision import Precision
 from qnb.prompts import Workload
 from qnb.quantize import existing
 from qnb.speed import batch_search, plan
-from qnb.speed.batch_search import LargestBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +58,7 @@ class Series:
     asked: Mapping[str, Any]
     stage: str = "perf"  # or "sweep", in which a size that does not fit is a result
     size: int = 1
-    largest: LargestBatch | None = None
+    largest: batch_search.LargestBatch | None = None
     passes: list[Mapping[str, Any]] = field(default_factory=list, init=False)
     has_failed: bool = False
     is_late: bool = False  # left out of a sweep or a search for which there is no time
@@ -126,7 +125,7 @@ class Series:
             return "interval"
         return "limit" if len(self.passes) >= self.repeats else ""
 
-    def record_batch(self, largest: LargestBatch, note: str = "") -> None:
+    def record_batch(self, largest: batch_search.LargestBatch, note: str = "") -> None:
         """Record the largest batch, of which the passes begin anew; a note says what ended the search but memory."""
         tokens = {"prompt_tokens": len(self.workload.longest), "new_tokens": self.workload.new_tokens}
         self.session.append(self.batch_key, self.asked, asdict(largest), tokens, {"note": note})
@@ -154,7 +153,7 @@ class Series:
     def find_pass(self) -> bool:
         """Take the next pass from the ledger; return whether it was there. What did not fit is tried again."""
         if self.is_unsearched and (row := self.session.find(self.batch_key)):
-            self.largest = LargestBatch.from_row(row)
+            self.largest = batch_search.LargestBatch.from_row(row)
         row = self.session.find(self.key)
         self.has_failed = row is None or row.get("fits") is False  # until it is recorded
         self.passes += [row] if row and not self.has_failed else []
@@ -235,15 +234,16 @@ def time_in_turn(session: Session, what: str, all_series: Sequence[Series], cloc
     """Give each series passes until it has settled, has failed, has had all of them, or time is short for another.
 
     A series without its largest batch is searched before its first pass, on the same loaded model, if there is time
-    for both; every other one gets a first pass. What the ledger has is not measured again. A format is loaded once for
-    all its passes of a turn.
+    for both; every other one gets a first pass, unless it is late already. A format is loaded once for all its passes
+    of a turn. What the ledger has is not measured again. What there was no time for is named.
     """
     formats = list(dict.fromkeys(series.precision for series in all_series))
     for turn in count():
-        due = [series for series in all_series if not (series.has_failed or series.stop_reason)]
+        due = [each for each in all_series if not (each.is_late or each.has_failed or each.stop_reason)]
         turn_s = sum(series.passes[-1].get("pass_s", 0.0) for series in due if series.passes)
         if not due or (turn and turn_s > clock.left_s):
-            return
+            # a size of a sweep is late with all that are larger
+            return name_left_out(session, what, {" with ".join(each.name): each.is_late for each in all_series})
         first, missing = turn % len(formats), [series for series in due if not series.find_pass()]
         for precision in session.each_format(f"{what}, pass {turn + 1}", formats[first:] + formats[:first]):
             own = [series for series in missing if series.precision == precision]
@@ -266,7 +266,8 @@ def _time_passes(own: Sequence[Series], missing: Sequence[Series], clock: Clock,
     full_engines: set[str] = set()
     for series in own:
         memory.release()
-        if series.engine in full_engines or series.comes_late(clock, missing):
+        # for the first one the model was loaded
+        if series.engine in full_engines or (series is not own[0] and series.comes_late(clock, missing)):
             continue
         name = f"{series.precision.name} with engine {series.engine}"
         if series.is_unsearched and not series.why_unavailable(loaded.model):

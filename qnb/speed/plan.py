@@ -76,11 +76,6 @@ def batch_s(session: Session, precision: Precision, peaks: DevicePeaks, shape: S
     return 2 * session.source.parameters * tokens / rate / REACHED_SHARE
 
 
-def search_s(series: Series) -> float:
-    """Return how long a search and the first timing of a format and engine take, by arithmetic alone."""
-    return _batches_s(series, series.asked["cap"])
-
-
 def is_affordable(series: Series, missing: Iterable[Series], left_s: float) -> bool:
     """Return whether there is time for a search and a timing, beside those of quicker series that are missing too.
 
@@ -88,7 +83,7 @@ def is_affordable(series: Series, missing: Iterable[Series], left_s: float) -> b
     """
 
     def cost_s(each: Series) -> float:
-        return 0.0 if each.why_unavailable() else search_s(each) + 2 * _beside_s(each)
+        return 0.0 if each.why_unavailable() else batches_s(each, each.asked["cap"]) + 2 * _beside_s(each)
 
     def rank_s(each: Series) -> float:
         return cost_s(each) * (2 if each.engine == "cuda_graph" else 1)
@@ -99,8 +94,8 @@ def is_affordable(series: Series, missing: Iterable[Series], left_s: float) -> b
     return cost_s(series) <= left_s
 
 
-def affordable_sizes(swept: Sequence[Series], left_s: float) -> list[Series]:
-    """Return the batch sizes that can be swept in the time left, quick ones first chosen; the others are late."""
+def leave_out_late(swept: Sequence[Series], left_s: float) -> None:
+    """Mark the batch sizes that cannot be swept in the time left as late; quick ones are chosen first."""
     late: set[tuple[str, str]] = set()
     for each in sorted(swept, key=_sweep_s):
         cost_s = _sweep_s(each)
@@ -110,7 +105,6 @@ def affordable_sizes(swept: Sequence[Series], left_s: float) -> list[Series]:
             late.add(each.name)  # with all its larger sizes
         else:
             left_s -= cost_s
-    return [each for each in swept if not each.is_late]
 
 
 def _sweep_s(series: Series) -> float:
@@ -119,10 +113,10 @@ def _sweep_s(series: Series) -> float:
         return 0.0
     row = _first_pass(series)
     request_s = row["total_s"] / row["requests"] if row else LAUNCH_S * series.workload.new_tokens
-    return max(_batches_s(series, series.size), BATCHES_RUN * request_s)
+    return max(batches_s(series, series.size), BATCHES_RUN * request_s)
 
 
-def _batches_s(series: Series, batch_size: int) -> float:
+def batches_s(series: Series, batch_size: int) -> float:
     """Return how long a search and a timing of a format and engine take, or a size of a sweep, by arithmetic alone."""
     shape = Shape(batch_size, len(series.workload.longest), series.workload.new_tokens)
     return BATCHES_RUN * batch_s(series.session, series.precision, series.peaks, shape)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from qnb import budget, memory, prompts
+from qnb import memory, prompts
 from qnb.errors import InputError, check_choice
 from qnb.flags import flag_text
 from qnb.options import Count, Names, check_count
@@ -180,7 +180,7 @@ def perf_bs1(session: Session, options: TimingOptions) -> None:
     """
     all_series = _all_series(session, "bs1", options)
     with session.exclusive("03") as clock:
-        time_in_turn(session, "bs1", all_series, clock)
+        time_in_turn(session, "batch size 1", all_series, clock)
     session.require("perf", "bs1")
 
 
@@ -200,9 +200,8 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
     all_series = _all_series(session, "maxbatch", options, **asked)
     limited = memory.limited(session.device.memory_mib, allowed_mib if session.device.kind == "cuda" else 0)
     with session.exclusive("04") as clock, limited:
-        time_in_turn(session, "maxbatch", sorted(all_series, key=plan.search_s), clock)
-        is_late = {" with ".join(each.name): each.is_late for each in all_series}
-        budget.name_left_out(session, "largest batches", is_late)
+        quick_first = sorted(all_series, key=lambda each: plan.batches_s(each, each.asked["cap"]))
+        time_in_turn(session, "largest batches", quick_first, clock)
     if not any(each.passes for each in all_series):
         keys = [each.batch_key["fingerprint"] for each in all_series]
         failed = [row for row in session.ledger.failures() if row["fingerprint"] in keys]
@@ -259,10 +258,8 @@ def sweep(session: Session, options: TimingOptions) -> None:
             key = session.key("sweep", each.precision, each.asked, engine=each.engine, setting=str(unsafe))
             if unsafe and not session.find(key):
                 session.append(key, each.asked, {"batch_size": unsafe, "note": UNSAFE})
-        time_in_turn(session, "batch sizes", plan.affordable_sizes(swept, clock.left_s), clock)
-        # a size comes late with all that are larger
-        is_late = {" with ".join(each.name): each.is_late for each in swept}
-        budget.name_left_out(session, "larger batches of the sweep", is_late)
+        plan.leave_out_late(swept, clock.left_s)
+        time_in_turn(session, "larger batches of the sweep", swept, clock)
 
 
 def prompt_lengths(session: Session, prompt_source: str = "auto", counts: Sequence[int] = (20, 2000, 5000)) -> None:
