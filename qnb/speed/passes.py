@@ -247,10 +247,9 @@ def time_in_turn(session: Session, what: str, all_series: Sequence[Series], cloc
         first, missing = turn % len(formats), [series for series in due if not series.find_pass()]
         for precision in session.each_format(f"{what}, pass {turn + 1}", formats[first:] + formats[:first]):
             own = [series for series in missing if series.precision == precision]
-            unavailable = [series for series in own if series.why_unavailable()]
-            for series in unavailable:
-                series.time_pass(None)
-            own = [each for each in own if each not in unavailable and not each.comes_late(clock, missing)]
+            for series in filter(Series.why_unavailable, own):
+                series.time_pass(None)  # it is recorded, and no longer a failure
+            own = [series for series in own if series.has_failed and not series.comes_late(clock, missing)]
             if own:
                 key = own[0].batch_key if own[0].is_unsearched else own[0].key
                 with session.failing(key, precision.name):
