@@ -268,7 +268,7 @@ def _spend_budget(session: Session, evaluation: Evaluation, clock: Clock) -> Non
 
     The pace of a round says how many items of each task the next may have. First all tasks of choices get their
     least items. Few items take longer each, so first guesses are low. A format that fails has no pace, and does not
-    hold the others up. On a GPU, few answers take as long to generate as many: none are where that takes too long.
+    hold the others up. A GPU takes as long to generate a few answers as for many. Where that is too long, none are.
     The numbers of items are in the ledger before a round begins: an interrupted round goes on with them, and so do
     formats that are added later. More minutes go on from there.
     """
