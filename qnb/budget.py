@@ -4,10 +4,18 @@ The budget is for the whole sitting, by the clock: loading and compiling count. 
 time that is left. What an earlier one did not need goes to the later ones.
 """
 
+from __future__ import annotations
+
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    from qnb.session import Session
 
 # of the minutes, by notebook; the rest is for setting up, fetching and drawing
 SHARES = {"01": 0.06, "02": 0.43, "03": 0.15, "04": 0.21}
@@ -64,3 +72,16 @@ def describe(minutes: float, taken_s: Mapping[str, float]) -> str:
         for number in SHARES
     ]  # fmt: skip
     return f"{minutes:g} minutes in all: {', '.join(parts)}"
+
+
+def name_left_out(session: Session, what: str, is_left_out: Mapping[str, bool]) -> None:
+    """Say and record what there is no time for; what an earlier run left out is taken back where this one did not."""
+    names = [name for name, is_late in is_left_out.items() if is_late]
+    minutes = f"{session.minutes:g} minutes do not suffice; more add it"
+    if names:
+        tqdm.write(f"{what}: none of {', '.join(names)}: {minutes}")
+    earlier: list[str] = next((row["names"] for row in session.ledger.rows("left_out") if row["setting"] == what), [])
+    names = [*(name for name in earlier if name not in is_left_out), *names]
+    if names != earlier:
+        note = f"none of {', '.join(names)}: {minutes}" if names else ""
+        session.append(session.key("left_out", setting=what), {"names": names, "note": note})

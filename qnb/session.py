@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cached_property
@@ -448,10 +448,10 @@ class Session:
         """Return a progress bar over `total` steps."""
         return tqdm(total=total, desc=what, unit="step", leave=False)
 
-    def each_format(self, what: str, first: int = 0) -> Iterator[Precision]:
-        """Yield this session's formats, beginning with number `first`; a progress bar says which is at work."""
-        with self.progress(len(self.precisions), what) as bar:
-            for precision in (*self.precisions[first:], *self.precisions[:first]):
+    def each_format(self, what: str, formats: Sequence[Precision] = ()) -> Iterator[Precision]:
+        """Yield formats, or else all of this session; a progress bar says which is at work."""
+        with self.progress(len(formats or self.precisions), what) as bar:
+            for precision in formats or self.precisions:
                 bar.set_postfix_str(precision.name)
                 yield precision
                 bar.update()

@@ -24,7 +24,6 @@ from qnb.session import Session
 from qnb.speed import batch_trials, benchmark, device_peaks, engines, passes, stages
 from qnb.speed.batch_search import Probe
 from qnb.speed.benchmark import Run, Timed
-from qnb.speed.plan import name_left_out
 
 KEPT = ROOT / "outputs" / "reference" / "t4-rehearsal" / "plan.csv"
 PARAMETERS = 1_235_814_400  # of Llama-3.2-1B
@@ -48,6 +47,7 @@ UNFUSED_S = 0.003  # of a captured step's small kernels where none is fused, mea
 DEQUANTIZED_MIB = {"int4": 7424, "nf4": 3712}  # written and read again where weights serve more than one token
 ITEM_TOKENS = {"arc_challenge": 90, "arc_easy": 80, "hellaswag": 180, "mmlu": 150, "gsm8k": 1000, "gsm8k_cot": 65}
 PREFIX_TOKENS = {"gsm8k": 0, "gsm8k_cot": 730}  # which all items share: read once, and kept for each
+CHOICE_TOKENS = sum(SIZES[task][0] * tokens for task, tokens in ITEM_TOKENS.items() if not task.startswith("gsm8k"))
 NEW_TOKENS = 256  # of a generated answer; its batches hold at most so many items
 GENERATED_ROWS = 64
 REPEATED = 9  # times that a step which is not captured moves the KV cache, as it copies it for each query's head
@@ -63,6 +63,9 @@ class FakeModel:
 class SimulatedT4:
     """A clock, and what each part of a study takes on it."""
 
+    device = Device("cuda", "Tesla T4", MEMORY_MIB, "emulated", "570")
+    bytes_per_s, flop_per_s, launch_s = T4_BYTES_PER_S, T4_FLOP_PER_S, LAUNCH_S
+
     def __init__(self, slowness):
         self.now_s, self.slowness, self.models = 0.0, slowness, WeakSet()
 
@@ -76,14 +79,14 @@ class SimulatedT4:
         return model
 
     def free_bytes(self, _):
-        return memory.MIB * (MEMORY_MIB - sum(WEIGHTS_MIB[model.precision.name] for model in self.models))
+        return memory.MIB * (self.device.memory_mib - sum(WEIGHTS_MIB[model.precision.name] for model in self.models))
 
     def step_s(self, precision, tokens, kv_tokens=0):
         """Return the seconds of one forward over so many tokens, of a cache of so many."""
-        rate = T4_FLOP_PER_S[precision.compute_dtype]
+        rate = self.flop_per_s[precision.compute_dtype]
         read_mib = WEIGHTS_MIB[precision.name] + KV_MIB_PER_TOKEN * kv_tokens
         read_mib += DEQUANTIZED_MIB.get(precision.name, 0) * (tokens > 1)
-        return max(2 * PARAMETERS * tokens / rate, 2**20 * read_mib / T4_BYTES_PER_S)
+        return max(2 * PARAMETERS * tokens / rate, 2**20 * read_mib / self.bytes_per_s)
 
     def generate(self, precision, rows, prompt_tokens, new_tokens, engine="eager"):
         """Take the time of a batch; return it."""
@@ -91,7 +94,7 @@ class SimulatedT4:
         self.now_s += self.step_s(precision, rows * prompt_tokens)
         step_s = self.step_s(precision, rows, rows * (prompt_tokens + new_tokens))
         if engine == "eager":
-            step_s = max(step_s, LAUNCH_S[precision.name] * self.slowness)
+            step_s = max(step_s, self.launch_s[precision.name] * self.slowness)
         elif precision.name == "bf16":
             step_s += UNFUSED_S
         self.now_s += new_tokens * step_s
@@ -133,11 +136,19 @@ class SimulatedT4:
         self.now_s += self.step_s(precision, rows * prompt) + self.step_s(precision, prefix + 1)
         kv_tokens = rows * (prefix + prompt + NEW_TOKENS)
         if precision.threshold:
-            step_s = max(self.step_s(precision, rows, REPEATED * kv_tokens), self.slowness * LAUNCH_S[name])
+            step_s = max(self.step_s(precision, rows, REPEATED * kv_tokens), self.slowness * self.launch_s[name])
         else:
-            self.host(4 * LAUNCH_S[name])  # steps before and while one is captured
+            self.host(4 * self.launch_s[name])  # steps before and while one is captured
             step_s = self.step_s(precision, rows, kv_tokens) + UNFUSED_S
         self.now_s += NEW_TOKENS * step_s
+
+
+class SimulatedH200(SimulatedT4):
+    """An H200. All choices of five formats take 86 s, LLM.int8's first answers 57, with a host of slowness 0.5."""
+
+    device = Device("cuda", "NVIDIA H200", 143_771, "native", "570")
+    bytes_per_s, launch_s = 4.8e12, LAUNCH_S | {"int8": 57 / NEW_TOKENS}
+    flop_per_s = dict.fromkeys(T4_FLOP_PER_S, 5 * 2 * PARAMETERS * CHOICE_TOKENS / 86)
 
 
 class FakeTask:
@@ -147,6 +158,7 @@ class FakeTask:
 
     def __init__(self, name, card):
         self.name, self.groups, self.is_generated = name, {}, name.startswith("gsm8k")
+        self.new_tokens = NEW_TOKENS * self.is_generated
         card.host(BUILD_S if name == "mmlu" else 1.0)
         card.now_s += FETCH_S if name == "mmlu" else 0.0
         total, parts = SIZES[name]
@@ -163,12 +175,12 @@ class FakeTask:
 def sitting(tmp_path, tiny, monkeypatch):
     """Returns a function that makes a study on the simulated card."""
 
-    def make(slowness, minutes=25.0):
-        card = SimulatedT4(slowness)
+    def make(slowness, minutes=25.0, simulated=SimulatedT4):
+        card = simulated(slowness)
         patch = monkeypatch.setattr
         patch(budget, "time", SimpleNamespace(perf_counter=lambda: card.now_s))
         patch(Device, "use", lambda _: None)
-        patch(device, "detect", lambda _: Device("cuda", "Tesla T4", MEMORY_MIB, "emulated", "570"))
+        patch(device, "detect", lambda _: card.device)
         patch(Source, "parameters", PARAMETERS)
 
         def convert(source, precision, folder, device):
@@ -200,9 +212,10 @@ def _simulate_accuracy(card, patch):
             for start in range(0, items, GENERATED_ROWS):
                 card.answer(precision, min(GENERATED_ROWS, items - start), task.name)
         else:
-            card.now_s += card.step_s(precision, items * ITEM_TOKENS[task.name])
+            read_s = card.step_s(precision, items * ITEM_TOKENS[task.name])
+            card.now_s += max(read_s, card.launch_s[precision.name] * card.slowness)
         if self.alone:  # stock scoring runs each of four choices by itself
-            card.host(LAUNCH_S[precision.name] * items * (4 if self.scorer == "hf" else 1))
+            card.host(card.launch_s[precision.name] * items * (4 if self.scorer == "hf" else 1))
         answer_s = card.now_s - started_s
         card.host(0.01 * len(task.sizes))
         score = Score(task.name, "acc", "none", 0.4, 0.1, items, task.n_items(None), 0, False)
@@ -232,7 +245,7 @@ def _simulate_accuracy(card, patch):
 def _simulate_speed(card, patch):
     def measure_peaks(place):
         card.host(5.0)
-        return device_peaks.DevicePeaks(T4_BYTES_PER_S, dict(T4_FLOP_PER_S))
+        return device_peaks.DevicePeaks(card.bytes_per_s, dict(card.flop_per_s))
 
     def with_model(session, precision, measure):
         session.checkpoint(precision)
@@ -259,11 +272,18 @@ def _simulate_speed(card, patch):
     patch(benchmark, "run", run)
     patch(batch_trials, "Trials", card.trials)
     patch(engines, "why_unavailable", why_unavailable)
-    patch(stages, "_last_safe_batch", lambda _: 10**9)
+    patch(passes.Series, "last_safe_batch", 10**9)
     patch(stages.memory, "limited", lambda *_: nullcontext())
     patch(passes.memory, "release", lambda **_: None)
-    for module in (passes, stages):
-        patch(module, "with_model", with_model)
+    patch(passes, "with_model", with_model)
+
+
+def reopened(study, precisions="study", minutes=0.0):
+    """The study in a new process, or with other minutes."""
+    again = Study("shape:llama-3.2-1b", precisions, study.folder, minutes=minutes)
+    for name in ("source", "tokenizer", "config", "tasks"):
+        setattr(again.session, name, getattr(study.session, name))
+    return again
 
 
 def run_all(study, card):
@@ -329,10 +349,10 @@ def test_a_sitting_ends_in_time_and_buys_what_matters_first(slowness, sitting, c
     # it is taken back for the formats that get time
     for precisions, left in (("bf16,fp16", {name for name in left_out if name.split()[0] not in ("bf16", "fp16")}),
                              ("study", set())):  # fmt: skip
-        again = Study("shape:llama-3.2-1b", precisions, study.folder, minutes=0)
-        for name in ("source", "tokenizer", "config"):
-            setattr(again.session, name, getattr(study.session, name))
-        name_left_out(again.session, "largest batches", [])
+        again = reopened(study, precisions)
+        own = [each.name for each in again.session.precisions]
+        is_left_out = {name: False for name in names if name.split()[0] in own}
+        budget.name_left_out(again.session, "largest batches", is_left_out)
         rows = again.session.ledger.rows("left_out")
         assert left == {name for each in rows if each["setting"] == "largest batches" for name in each["names"]}
 
@@ -345,11 +365,30 @@ def test_spent_minutes_buy_a_first_pass_and_more_minutes_go_on_from_there(sittin
     study.perf_bs1(study.workload("bs1"), repeats=3)
     rows = [row for row in study.session.ledger.rows("perf") if row.get("requests")]
     assert len(rows) == 9 and {row["repeat"] for row in rows} == {0}
-    again = Study("shape:llama-3.2-1b", "study", study.folder, minutes=60)
-    for name in ("source", "tokenizer", "config"):
-        setattr(again.session, name, getattr(study.session, name))
+    again = reopened(study, minutes=60)
     before_s = card.now_s
     again.accuracy()
     more = {(row["task"], row["precision"]): row["limit"] for row in again.session.ledger.rows("accuracy")}
     assert all(more[name] >= first[name] for name in first) and sum(more.values()) > 3 * sum(first.values())
     assert 0.5 * 60 * 60 * budget.SHARES["02"] < card.now_s - before_s < 60 * 60 * budget.SHARES["02"]
+
+
+def test_answers_that_take_too_long_to_generate_leave_their_time_to_choices_and_are_named(sitting, capsys):
+    """Of 90 s on an H200 their share is 36, and they would take more. More minutes add them."""
+    study, card = sitting(0.5, 0, SimulatedH200)
+    study.quantize()
+    for task in ITEM_TOKENS:
+        evaluate.build(study.session, task)
+    for seconds, names in ((90, ["gsm8k", "gsm8k_cot"]), (360, [])):
+        again, before_s = reopened(study, minutes=seconds / 60 / budget.SHARES["02"]), card.now_s
+        with memory.models_kept():
+            again.accuracy()
+        assert card.now_s - before_s <= seconds
+        ledger = again.session.ledger
+        items = {row["task"]: row["scores"][0]["n_items"] for row in ledger.rows("accuracy")}
+        for task, share in {"arc_challenge": 1, "arc_easy": 1, "hellaswag": 0.5, "mmlu": 0.5}.items():
+            assert items[task] >= share * SIZES[task][0]
+        (row,) = [each for each in ledger.rows("left_out") if each["setting"] == "generated answers"]
+        assert row["names"] == names and items.keys() == ITEM_TOKENS.keys() - set(names)
+        line = f"generated answers: {row['note']}"
+        assert bool(names) == (line in capsys.readouterr().out) == (f"{line}." in limits(again.results()))

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from qnb.accuracy.allocation import Pace, allocate
 from qnb.accuracy.statistics import pack
 from qnb.accuracy.tasks import LM_EVAL_SEED, SIZES, Task, TaskResult, check, names
-from qnb.budget import Clock, now_s
+from qnb.budget import Clock, name_left_out, now_s
 from qnb.errors import check_choice
 from qnb.ledger import Row, write_parquet
 from qnb.options import Count, check_count
@@ -36,12 +36,13 @@ if TYPE_CHECKING:
 SCORERS = ("qnb", "hf")
 # items of a task, to learn the pace from, at least one of each subtask; a GPU generates for many as fast as for few
 FIRST_ITEMS, FIRST_GENERATED = {"cuda": 8, "cpu": 4}, {"cuda": 40, "cpu": 4}
-GENERATED_SHARE = 0.4  # of the time, at most, for tasks whose answers are generated, beyond their first items
+GENERATED_SHARE = 0.4  # of the time, at most, for tasks whose answers are generated
+REPLAYED_SHARE = 0.25  # of the time that a launched step takes, where a GPU replays a captured one
 # items of a task of choices, and of one with subtasks, before any task gets more
 LEAST_ITEMS, LEAST_GROUP_ITEMS = 500, 1000
 STRETCH_SHARE = 0.2  # of the time, more of it where that buys all tasks their least items
 PLANNED_SHARE = 0.95  # of the time left that a round is planned for
-MIN_GROWTH = 1.5  # times as many items of a task, or asking it again is not worth its time
+MIN_GROWTH = 1.5  # times as many items of a task, or all, or asking it again is not worth its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,11 +216,8 @@ def _window(session: Session) -> int:
 
 def _evaluate(session: Session, evaluation: Evaluation) -> list[Row]:
     """Return a row a format and task; those that are missing are measured."""
-    rows: list[Row] = []
     with session.progress(len(session.precisions) * len(evaluation.tasks), "accuracy") as bar:
-        for precision in session.precisions:
-            rows += _evaluate_format(session, precision, evaluation, bar)
-    return rows
+        return [row for each in session.precisions for row in _evaluate_format(session, each, evaluation, bar)]
 
 
 def _evaluate_format(session: Session, precision: Precision, evaluation: Evaluation, bar: tqdm) -> list[Row]:
@@ -270,34 +268,52 @@ def _spend_budget(session: Session, evaluation: Evaluation, clock: Clock) -> Non
 
     The pace of a round says how many items of each task the next may have. First all tasks of choices get their
     least items. Few items take longer each, so first guesses are low. A format that fails has no pace, and does not
-    hold the others up.
+    hold the others up. A GPU takes as long to generate a few answers as for many. Where that is too long, none are.
     The numbers of items are in the ledger before a round begins: an interrupted round goes on with them, and so do
     formats that are added later. More minutes go on from there.
     """
     tasks, sizes = evaluation.tasks, {task.name: max(task.sizes.values()) for task in evaluation.tasks}
     most = {name: min(evaluation.limits[name] or size, size) for name, size in sizes.items()}
     key = session.key("budget", asked={"scorer": evaluation.scorer, "most": most}, task=", ".join(sizes))
-    limits = {task.name: min(_first_limit(task, session.device.kind), most[task.name]) for task in tasks}
-    plan = session.decided(key) or {"limits": limits, "growing": list(limits), "minutes": 0}
+    begun = [task for task in tasks if session.device.kind == "cpu" or not task.is_generated] or tasks
+    first = {task.name: _first_limit(task, session.device.kind, most) for task in begun}
+    row = session.decided(key) or {"limits": first, "growing": list(first)}
+    plan: dict[str, Any] = {name: row.get(name, 0) for name in ("limits", "growing", "minutes", "done", "step_s")}
     if session.minutes > plan["minutes"]:
-        values = {"limits": plan["limits"], "growing": plan["growing"], "minutes": session.minutes, "done": False}
-        plan = session.append(key, values)
+        plan |= {"minutes": session.minutes, "done": False}
+        session.append(key, plan)
     while True:
-        started_s = now_s()
-        rows = _evaluate(session, replace(evaluation, limits=plan["limits"]))
+        started_s, asked = now_s(), [task for task in tasks if task.name in plan["limits"]]
+        rows = _evaluate(session, replace(evaluation, tasks=asked, limits=plan["limits"]))
         if rows and not plan["done"]:
+            plan["step_s"] = plan["step_s"] or _step_s(session.precisions, rows)
             more = _next_round(tasks, most, plan, rows, now_s() - started_s, clock)
-            values = {"limits": {**plan["limits"], **more}, "growing": list(more), "done": not more}
-            plan = session.append(key, values, {"minutes": plan["minutes"]})
-        if plan["done"] or not rows:
+            plan |= {"limits": {**plan["limits"], **more}, "growing": list(more), "done": not more}
+            session.append(key, plan)
+        if not rows:
             return  # where all failed there is no pace: the round is tried again on the next run
+        if plan["done"]:
+            return name_left_out(session, "generated answers", {task.name: task not in asked for task in tasks})
+
+
+def _step_s(precisions: Sequence[Precision], rows: Sequence[Row]) -> float:
+    """Return about how long a token of generated answers takes, of all formats: as long as their shortest task did.
+
+    A GPU replays captured steps in less time. It cannot capture those of LLM.int8, which reads outliers back.
+    """
+    times_s = {each: [row["evaluate_s"] for row in rows if row["precision"] == each.name] for each in precisions}
+    return sum(min(times, default=0.0) * (1 if each.threshold else REPLAYED_SHARE) for each, times in times_s.items())
 
 
 def _next_round(
     tasks: Sequence[Task], most: Mapping[str, int], plan: Mapping[str, Any], rows: Sequence[Row], round_s: float,
     clock: Clock,
 ) -> dict[str, int]:  # fmt: skip
-    """Return which tasks get how many items in the round after one that took `round_s`; none if there is no more."""
+    """Return which tasks get how many items in the round after one that took `round_s`; none if there is no more.
+
+    First come generated answers, where there is time for them. Then tasks get more that are worth it, within
+    `allocate`'s seconds; the others stay, at no cost.
+    """
     evaluate_s = sum(row["evaluate_s"] for row in rows if row["task"] in plan["growing"])
     beside_s = max(0.0, round_s - evaluate_s)  # the next round takes as long; an interrupted one answered before
     generated = {task.name for task in tasks if task.is_generated}
@@ -305,12 +321,26 @@ def _next_round(
     share = 1.0 if len(generated) == len(tasks) else GENERATED_SHARE
     whole_s = clock.allowed_s + clock.taken_s
     seconds = PLANNED_SHARE * (clock.left_s - beside_s), share * whole_s - generated_s, STRETCH_SHARE * whole_s
-    return _more_items(tasks, [_pace(task, most[task.name], rows) for task in tasks], plan["limits"], seconds)
+    later = [task for task in tasks if task.name not in plan["limits"]]
+    if later and plan["step_s"] * sum(task.new_tokens for task in later) <= min(seconds[:2]):
+        return {task.name: _first_limit(task, "cuda", most) for task in later}
+    limits, paces = plan["limits"], [_pace(task, most[task.name], rows) for task in tasks]
+    growing = [pace for pace in paces if pace.item_s and limits[pace.task] < most[pace.task]]
+    least = {name: min(MIN_GROWTH * limit, most[name]) for name, limit in limits.items()}
+    while growing:
+        items = allocate(growing, *seconds)
+        more = {task.name: bisect_right(range(1, most[task.name] + 1), items[task.name], key=task.n_items)
+                for task in tasks if task.name in items}  # fmt: skip
+        worth_it = [pace for pace in growing if more[pace.task] >= least[pace.task]]
+        if len(worth_it) == len(growing):
+            return more
+        growing = worth_it
+    return {}
 
 
-def _first_limit(task: Task, device_kind: str) -> int:
+def _first_limit(task: Task, device_kind: str, most: Mapping[str, int]) -> int:
     items = (FIRST_GENERATED if task.is_generated else FIRST_ITEMS)[device_kind]
-    return max(1, items // len(task.sizes))
+    return min(max(1, items // len(task.sizes)), most[task.name])
 
 
 def _pace(task: Task, most: int, rows: Sequence[Row]) -> Pace:
@@ -325,22 +355,6 @@ def _pace(task: Task, most: int, rows: Sequence[Row]) -> Pace:
     least = math.ceil((LEAST_GROUP_ITEMS if len(task.sizes) > 1 else LEAST_ITEMS) / len(task.sizes))
     n_least = 0 if task.is_generated else task.n_items(min(least, most))
     return Pace(task.name, task.n_items(most), item_s, deviation, task.is_generated, n_least)
-
-
-def _more_items(
-    tasks: Sequence[Task], paces: Sequence[Pace], limits: Mapping[str, int], seconds: tuple[float, float, float]
-) -> dict[str, int]:
-    """Return higher limits of tasks that are worth it, within `allocate`'s seconds; the others stay, at no cost."""
-    by_name, growing = {task.name: task for task in tasks}, [pace for pace in paces if pace.item_s]
-    while growing:
-        items = allocate(growing, *seconds)
-        more = {name: bisect_right(range(1, max(by_name[name].sizes.values()) + 1), count, key=by_name[name].n_items)
-                for name, count in items.items()}  # fmt: skip
-        worth_it = [pace for pace in growing if more[pace.task] >= MIN_GROWTH * limits[pace.task]]
-        if len(worth_it) == len(growing):
-            return more
-        growing = worth_it
-    return {}
 
 
 # What a score owes to its batch

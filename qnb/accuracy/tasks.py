@@ -193,8 +193,8 @@ class Task:
             task.process_results = partial(self._process, task, task.process_results)
         with refusing(f"task {name!r} cannot be scored here; leave it out"):  # whatever a task's code raises
             self.evaluate(STAND_IN, REHEARSED)
-            if (new_tokens := max(self._new_tokens(), default=0)) >= window:
-                raise ValueError(f"it asks for {new_tokens} new tokens, and the model's window is {window}")
+            if self.new_tokens >= window:
+                raise ValueError(f"it asks for {self.new_tokens} new tokens, and the model's window is {window}")
 
     @property
     def is_multiple_choice(self) -> bool:
@@ -215,13 +215,14 @@ class Task:
         asked = chain.from_iterable(self._asked(part, limit)[0] for part in self._parts)
         return [request.args for request in asked if request.request_type == "loglikelihood"]
 
-    def _new_tokens(self) -> Iterator[int]:
-        """Yield how many new tokens are asked for after each prompt."""
+    @property
+    def new_tokens(self) -> int:
+        """How many new tokens an answer may have, of all parts the most; 0 where none is generated."""
         from lm_eval.models.utils import normalize_gen_kwargs
 
-        for instance in chain.from_iterable(part.instances for part in self._parts.values()):
-            if instance.request_type == "generate_until":
-                yield normalize_gen_kwargs(instance.args[1])["max_gen_toks"]
+        asked = chain.from_iterable(part.instances for part in self._parts.values())
+        texts = (instance for instance in asked if instance.request_type == "generate_until")
+        return max((normalize_gen_kwargs(text.args[1])["max_gen_toks"] for text in texts), default=0)
 
     def _drawn(self, part: str, limit: int | None) -> list[tuple[int, Any]]:
         """Return (place, document) of the items that a limit takes of a part."""
@@ -312,7 +313,7 @@ class Task:
             results: Any = evaluate(lm, {**self._lm_eval, "tasks": parts}, limit=limit, bootstrap_iters=100)
         items = self._items(results)
         scores = tuple(self._scores(results, items)) if len(items) else ()
-        is_text = lm is STAND_IN and items.empty and any(self._new_tokens()) and not isinstance(self._error, MISSING)
+        is_text = lm is STAND_IN and items.empty and self.new_tokens and not isinstance(self._error, MISSING)
         if not scores and not is_text:
             raise RuntimeError(f"none of {self.n_items(limit)} items gives a score: {self._error or 'no metric'}")
         return TaskResult(scores, items, self.n_items(limit) - len(items.drop_duplicates(["task", "doc_id"])))

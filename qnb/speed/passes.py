@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import count
 from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from qnb import memory
-from qnb.budget import Clock, now_s
+from qnb.budget import Clock, name_left_out, now_s
 from qnb.ledger import write_parquet
 from qnb.precision import Precision
 from qnb.prompts import Workload
 from qnb.quantize import existing
-from qnb.speed.batch_search import LargestBatch
+from qnb.speed import batch_search, plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,7 @@ LOG = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 LEAST_PASSES = 3
+UNSAFE = "not tried: bitsandbytes counts an INT8 layer's outputs in 32 bits, and ends the process beyond"
 STAND_IN = "no speed: in batches of {} its library multiplies by {}, which is no kernel of the format"
 SETTLED_WIDTH = 0.05  # of the 95 % interval over passes, relative to their mean
 _is_warmed_up = False  # whether this process has run a model
@@ -56,10 +58,10 @@ class Series:
     asked: Mapping[str, Any]
     stage: str = "perf"  # or "sweep", in which a size that does not fit is a result
     size: int = 1
-    largest: LargestBatch | None = None
+    largest: batch_search.LargestBatch | None = None
     passes: list[Mapping[str, Any]] = field(default_factory=list, init=False)
     has_failed: bool = False
-    is_late: bool = False  # left out of a sweep whose time was spent
+    is_late: bool = False  # left out of a sweep or a search for which there is no time
 
     @property
     def name(self) -> tuple[str, str]:
@@ -100,6 +102,21 @@ class Series:
         return self.session.key("batch", self.precision, self.asked, engine=self.engine)
 
     @property
+    def is_unsearched(self) -> bool:
+        """Whether its largest batch has to be found before it can be timed."""
+        return self.setting == "maxbatch" and self.largest is None
+
+    @property
+    def last_safe_batch(self) -> int:
+        """The largest batch that cannot end the process.
+
+        bitsandbytes' INT8 kernels end it where `eager` reads more prompts at once. `cuda_graph` reads chunks.
+        """
+        if self.session.device.kind == "cuda" and self.precision.eight_bit and self.engine == "eager":
+            return max(1, batch_search.int32_rows(self.session.config, len(self.workload.longest)))
+        return sys.maxsize
+
+    @property
     def stop_reason(self) -> str:
         """Why no further pass follows: "interval", "limit", or "" where one does."""
         if any("batch_s" not in each for each in self.passes):  # the engine cannot run
@@ -108,20 +125,35 @@ class Series:
             return "interval"
         return "limit" if len(self.passes) >= self.repeats else ""
 
-    def record_batch(self, largest: LargestBatch, note: str = "") -> None:
+    def record_batch(self, largest: batch_search.LargestBatch, note: str = "") -> None:
         """Record the largest batch, of which the passes begin anew; a note says what ended the search but memory."""
         tokens = {"prompt_tokens": len(self.workload.longest), "new_tokens": self.workload.new_tokens}
         self.session.append(self.batch_key, self.asked, asdict(largest), tokens, {"note": note})
         self.largest = largest
         self.passes.clear()
 
-    def comes_late(self, clock: Clock) -> bool:
-        """Return whether there is no time for a size of a sweep; every other series gets its first pass."""
-        self.is_late = self.stage == "sweep" and clock.left_s < 0
+    def search(self, loaded: Loaded) -> None:
+        """Find the largest batch by trials, and record it."""
+        from qnb.speed.batch_trials import Trials
+
+        limit_mib, cap, last_safe = self.asked["memory_limit_mib"], self.asked["cap"], self.last_safe_batch
+        trials = Trials(loaded.model, self.workload, limit_mib, self.engine, loaded.baseline_mib)
+        largest = batch_search.find_largest_batch(trials, limit_mib, min(cap, last_safe))
+        note = f"larger batches were {UNSAFE}" if largest.batch_size == last_safe < cap else ""
+        self.record_batch(replace(largest, capped=largest.batch_size == cap), note)
+
+    def comes_late(self, clock: Clock, missing: Iterable[Series]) -> bool:
+        """Return whether there is no time for a search or a size of a sweep; any other series gets its first pass."""
+        if self.is_unsearched:
+            self.is_late = not plan.is_affordable(self, missing, clock.left_s)
+        elif self.stage == "sweep":
+            self.is_late = clock.left_s < 0
         return self.is_late
 
     def find_pass(self) -> bool:
         """Take the next pass from the ledger; return whether it was there. What did not fit is tried again."""
+        if self.is_unsearched and (row := self.session.find(self.batch_key)):
+            self.largest = batch_search.LargestBatch.from_row(row)
         row = self.session.find(self.key)
         self.has_failed = row is None or row.get("fits") is False  # until it is recorded
         self.passes += [row] if row and not self.has_failed else []
@@ -201,38 +233,50 @@ def is_settled(pass_medians_s: Sequence[float]) -> bool:
 def time_in_turn(session: Session, what: str, all_series: Sequence[Series], clock: Clock) -> None:
     """Give each series passes until it has settled, has failed, has had all of them, or time is short for another.
 
-    Every series gets a first pass. What the ledger has is not measured again. A format is loaded once for all its
-    passes of a turn.
+    A series without its largest batch is searched before its first pass, on the same loaded model, if there is time
+    for both; every other one gets a first pass, unless it is late already. A format is loaded once for all its passes
+    of a turn. What the ledger has is not measured again. What there was no time for is named.
     """
+    formats = list(dict.fromkeys(series.precision for series in all_series))
     for turn in count():
-        due = [series for series in all_series if not (series.has_failed or series.stop_reason)]
+        due = [each for each in all_series if not (each.is_late or each.has_failed or each.stop_reason)]
         turn_s = sum(series.passes[-1].get("pass_s", 0.0) for series in due if series.passes)
         if not due or (turn and turn_s > clock.left_s):
-            return
-        for precision in session.each_format(f"{what}, pass {turn + 1}", turn % len(session.precisions)):
-            missing = [series for series in due if series.precision == precision and not series.find_pass()]
-            unavailable = [series for series in missing if series.why_unavailable()]
-            for series in unavailable:
-                series.time_pass(None)
-            missing = [series for series in missing if series not in unavailable and not series.comes_late(clock)]
-            if missing:
-                with session.failing(missing[0].key, precision.name):
-                    with_model(session, precision, partial(_time_passes, missing, clock))
+            # a size of a sweep is late with all that are larger
+            return name_left_out(session, what, {" with ".join(each.name): each.is_late for each in all_series})
+        first, missing = turn % len(formats), [series for series in due if not series.find_pass()]
+        for precision in session.each_format(f"{what}, pass {turn + 1}", formats[first:] + formats[:first]):
+            own = [series for series in missing if series.precision == precision]
+            for series in filter(Series.why_unavailable, own):
+                series.time_pass(None)  # it is recorded, and no longer a failure
+            own = [series for series in own if series.has_failed and not series.comes_late(clock, missing)]
+            if own:
+                key = own[0].batch_key if own[0].is_unsearched else own[0].key
+                with session.failing(key, precision.name):
+                    with_model(session, precision, partial(_time_passes, own, missing, clock))
+            missing = [series for series in missing if series.precision != precision]
 
 
-def _time_passes(missing: Sequence[Series], clock: Clock, loaded: Loaded) -> None:
+def _time_passes(own: Sequence[Series], missing: Sequence[Series], clock: Clock, loaded: Loaded) -> None:
     """Time a pass of each series with their format loaded; one that fails costs no other its pass.
 
     After a size that does not fit, no larger one of its engine is tried; of a sweep, none once the time is spent.
     """
     full_engines: set[str] = set()
-    for series in missing:
-        if series.engine in full_engines or series.comes_late(clock):
+    for series in own:
+        memory.release()
+        # for the first one the model was loaded
+        if series.engine in full_engines or (series is not own[0] and series.comes_late(clock, missing)):
             continue
-        with series.session.failing(series.key, f"{series.precision.name} with engine {series.engine}"):
+        name = f"{series.precision.name} with engine {series.engine}"
+        if series.is_unsearched and not series.why_unavailable(loaded.model):
+            with series.session.failing(series.batch_key, f"the largest batch of {name}"):
+                series.search(loaded)
+            if series.is_unsearched:
+                continue
+        with series.session.failing(series.key, name):
             series.time_pass(loaded)
             full_engines |= {series.engine} if series.passes[-1].get("fits") is False else set()
-        memory.release()
 
 
 def twice(measure: Callable[[], Result]) -> Result:

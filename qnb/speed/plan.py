@@ -6,13 +6,10 @@ Costs are estimated from the device's peaks, and from what the first passes at b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-from tqdm.auto import tqdm
-
-from qnb.budget import Clock
 from qnb.ledger import Row
 from qnb.precision import Precision
 
@@ -79,29 +76,26 @@ def batch_s(session: Session, precision: Precision, peaks: DevicePeaks, shape: S
     return 2 * session.source.parameters * tokens / rate / REACHED_SHARE
 
 
-def largest_batches(session: Session, all_series: Sequence[Series], cap: int, clock: Clock) -> Iterator[Series]:
-    """Yield the series whose largest batch there is time to find, and later to time; name the others.
+def is_affordable(series: Series, missing: Iterable[Series], left_s: float) -> bool:
+    """Return whether there is time for a search and a timing, beside those of quicker series that are missing too.
 
-    Quick ones come first; a format's second engine counts as if it took twice as long.
+    A captured step counts as if it took twice as long, so that all formats are timed with some engine first.
     """
-    engines = list(dict.fromkeys(each.engine for each in all_series))
-    costs_s = {each.name: 0.0 if each.why_unavailable() else _batches_s(each, cap) + 2 * _beside_s(each)
-               for each in all_series}  # fmt: skip
-    left_out: list[Series] = []
-    timing_s = 0.0  # of those that were yielded
-    quick_first = sorted(all_series, key=lambda each: costs_s[each.name] * (1 + engines.index(each.engine)))
-    for each in all_series if math.isinf(clock.allowed_s) else quick_first:
-        cost_s = costs_s[each.name]
-        if cost_s and timing_s + cost_s > clock.left_s and not session.find(each.batch_key):
-            left_out.append(each)
-        else:
-            yield each
-            timing_s += cost_s / 2
-    name_left_out(session, "largest batches", left_out)
+
+    def cost_s(each: Series) -> float:
+        return 0.0 if each.why_unavailable() else batches_s(each, each.asked["cap"]) + 2 * _beside_s(each)
+
+    def rank_s(each: Series) -> float:
+        return cost_s(each) * (2 if each.engine == "cuda_graph" else 1)
+
+    for each in sorted(missing, key=rank_s):
+        if not each.passes and rank_s(each) < rank_s(series) and cost_s(each) <= left_s:
+            left_s -= cost_s(each)
+    return cost_s(series) <= left_s
 
 
-def affordable_sizes(swept: Sequence[Series], left_s: float) -> list[Series]:
-    """Return the batch sizes that can be swept in the time left, quick ones first chosen; the others are late."""
+def leave_out_late(swept: Sequence[Series], left_s: float) -> None:
+    """Mark the batch sizes that cannot be swept in the time left as late; quick ones are chosen first."""
     late: set[tuple[str, str]] = set()
     for each in sorted(swept, key=_sweep_s):
         cost_s = _sweep_s(each)
@@ -111,7 +105,6 @@ def affordable_sizes(swept: Sequence[Series], left_s: float) -> list[Series]:
             late.add(each.name)  # with all its larger sizes
         else:
             left_s -= cost_s
-    return [each for each in swept if not each.is_late]
 
 
 def _sweep_s(series: Series) -> float:
@@ -120,10 +113,10 @@ def _sweep_s(series: Series) -> float:
         return 0.0
     row = _first_pass(series)
     request_s = row["total_s"] / row["requests"] if row else LAUNCH_S * series.workload.new_tokens
-    return max(_batches_s(series, series.size), BATCHES_RUN * request_s)
+    return max(batches_s(series, series.size), BATCHES_RUN * request_s)
 
 
-def _batches_s(series: Series, batch_size: int) -> float:
+def batches_s(series: Series, batch_size: int) -> float:
     """Return how long a search and a timing of a format and engine take, or a size of a sweep, by arithmetic alone."""
     shape = Shape(batch_size, len(series.workload.longest), series.workload.new_tokens)
     return BATCHES_RUN * batch_s(series.session, series.precision, series.peaks, shape)
@@ -139,17 +132,3 @@ def _first_pass(series: Series) -> Row | None:
     """Return the first pass of a format and engine at batch size 1, if it was timed."""
     rows = (row for row in series.session.ledger.rows("perf") if row["setting"] == "bs1" and row["repeat"] == 0)
     return next((row for row in rows if (row["precision"], row["engine"]) == series.name and row.get("total_s")), None)
-
-
-def name_left_out(session: Session, what: str, left_out: Sequence[Series]) -> None:
-    """Say and record what there is no time for; what an earlier run left out of these formats is taken back."""
-    names = [*dict.fromkeys(" with ".join(each.name) for each in left_out)]
-    minutes = f"{session.minutes:g} minutes do not suffice; more add it"
-    if names:
-        tqdm.write(f"{what}: none of {', '.join(names)}: {minutes}")
-    own = {precision.name for precision in session.precisions}
-    earlier: list[str] = next((row["names"] for row in session.ledger.rows("left_out") if row["setting"] == what), [])
-    names = [*(name for name in earlier if name.partition(" ")[0] not in own), *names]
-    if names != earlier:
-        note = f"none of {', '.join(names)}: {minutes}" if names else ""
-        session.append(session.key("left_out", setting=what), {"names": names, "note": note})

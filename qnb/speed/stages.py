@@ -5,7 +5,6 @@ Each is a function of a session and of what a user may ask, a class that checks 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from qnb import memory, prompts
-from qnb.budget import Clock
 from qnb.errors import InputError, check_choice
 from qnb.flags import flag_text
 from qnb.options import Count, Names, check_count
@@ -23,8 +21,7 @@ from qnb.precision import parse
 from qnb.prompts import Workload
 from qnb.quantize import existing
 from qnb.speed import batch_search, plan
-from qnb.speed.batch_search import LargestBatch
-from qnb.speed.passes import Loaded, Series, time_in_turn, with_model
+from qnb.speed.passes import UNSAFE, Loaded, Series, time_in_turn, with_model
 from qnb.speed.plan import Shape
 
 if TYPE_CHECKING:
@@ -33,7 +30,6 @@ if TYPE_CHECKING:
 
 NOTEBOOKS = {"bs1": "03", "maxbatch": "04"}  # by setting
 BATCHES_SWEPT = 3  # of each size
-UNSAFE = "not tried: bitsandbytes counts an INT8 layer's outputs in 32 bits, and ends the process beyond"
 
 
 @dataclass(frozen=True)
@@ -184,7 +180,7 @@ def perf_bs1(session: Session, options: TimingOptions) -> None:
     """
     all_series = _all_series(session, "bs1", options)
     with session.exclusive("03") as clock:
-        time_in_turn(session, "bs1", all_series, clock)
+        time_in_turn(session, "batch size 1", all_series, clock)
     session.require("perf", "bs1")
 
 
@@ -204,36 +200,15 @@ def perf_maxbatch(session: Session, options: TimingOptions) -> None:
     all_series = _all_series(session, "maxbatch", options, **asked)
     limited = memory.limited(session.device.memory_mib, allowed_mib if session.device.kind == "cuda" else 0)
     with session.exclusive("04") as clock, limited:
-        time_in_turn(session, "maxbatch", _search_all(session, options, all_series, clock), clock)
-    session.require("perf", "maxbatch")
-
-
-def _search_all(session: Session, options: TimingOptions, all_series: Sequence[Series], clock: Clock) -> list[Series]:
-    """Search the largest batch of each series; return those that have one.
-
-    Raises
-    ------
-    InputError
-        None has within the memory that is given.
-    RuntimeError
-        None has.
-    """
-    searched = []
-    with session.progress(len(all_series), "largest batch") as bar:
-        for each in plan.largest_batches(session, all_series, len(options.workload.prompts), clock):
-            name = " with ".join(each.name)
-            bar.set_postfix_str(name)
-            with session.failing(each.batch_key, f"the largest batch of {name}"):
-                _search(each)
-                searched.append(each)
-            bar.update()
-    if not searched:
-        asked = {each.batch_key["fingerprint"] for each in all_series}
-        failed = [row for row in session.ledger.failures() if row["fingerprint"] in asked]
+        quick_first = sorted(all_series, key=lambda each: plan.batches_s(each, each.asked["cap"]))
+        time_in_turn(session, "largest batches", quick_first, clock)
+    if not any(each.passes for each in all_series):
+        keys = [each.batch_key["fingerprint"] for each in all_series]
+        failed = [row for row in session.ledger.failures() if row["fingerprint"] in keys]
         if options.memory_mib != "auto" and {row["error"] for row in failed} == {MemoryError.__name__}:
             raise InputError(f"memory_mib is {options.memory_mib}: {failed[-1]['reason']}")
         session.require("batch")
-    return searched
+    session.require("perf", "maxbatch")
 
 
 def _all_series(session: Session, setting: str, options: TimingOptions, **asked: Any) -> list[Series]:
@@ -252,38 +227,6 @@ def _all_series(session: Session, setting: str, options: TimingOptions, **asked:
                     existing.row(session, precision)
                 all_series += [series(precision, engine, asked) for engine in engines]
     return all_series
-
-
-def _search(series: Series) -> None:
-    """Find the largest batch of a series, in the ledger or by trials; an engine that cannot run stays at batch 1."""
-    from qnb.speed.batch_trials import Trials
-
-    limit_mib, cap = series.asked["memory_limit_mib"], series.asked["cap"]
-
-    def search(loaded: Loaded) -> None:
-        if not series.why_unavailable(loaded.model):
-            trials = Trials(loaded.model, series.workload, limit_mib, series.engine, loaded.baseline_mib)
-            last_safe = _last_safe_batch(series)
-            largest = batch_search.find_largest_batch(trials, limit_mib, min(cap, last_safe))
-            note = f"larger batches were {UNSAFE}" if largest.batch_size == last_safe < cap else ""
-            series.record_batch(replace(largest, capped=largest.batch_size == cap), note)
-
-    if series.why_unavailable():
-        return
-    if row := series.session.find(series.batch_key):
-        series.largest = LargestBatch.from_row(row)
-    else:
-        with_model(series.session, series.precision, search)
-
-
-def _last_safe_batch(series: Series) -> int:
-    """Return the largest batch that cannot end the process.
-
-    bitsandbytes' INT8 kernels end it where `eager` reads more prompts at once. `cuda_graph` reads chunks.
-    """
-    if series.session.device.kind == "cuda" and series.precision.eight_bit and series.engine == "eager":
-        return max(1, batch_search.int32_rows(series.session.config, len(series.workload.longest)))
-    return sys.maxsize
 
 
 def sweep(session: Session, options: TimingOptions) -> None:
@@ -306,7 +249,7 @@ def sweep(session: Session, options: TimingOptions) -> None:
     with session.exclusive("04") as clock:
         for each in all_series:
             most = searched.get(each.name, largest)
-            last_safe = _last_safe_batch(each)
+            last_safe = each.last_safe_batch
             for size in batch_search.sweep_sizes(min(most, last_safe)):
                 prompt_ids = tuple(islice(cycle(options.workload.prompts), BATCHES_SWEPT * size))
                 batches = replace(options.workload, prompts=prompt_ids)
@@ -315,8 +258,8 @@ def sweep(session: Session, options: TimingOptions) -> None:
             key = session.key("sweep", each.precision, each.asked, engine=each.engine, setting=str(unsafe))
             if unsafe and not session.find(key):
                 session.append(key, each.asked, {"batch_size": unsafe, "note": UNSAFE})
-        time_in_turn(session, "batch sizes", plan.affordable_sizes(swept, clock.left_s), clock)
-        plan.name_left_out(session, "larger batches of the sweep", [each for each in swept if each.is_late])
+        plan.leave_out_late(swept, clock.left_s)
+        time_in_turn(session, "larger batches of the sweep", swept, clock)
 
 
 def prompt_lengths(session: Session, prompt_source: str = "auto", counts: Sequence[int] = (20, 2000, 5000)) -> None:

@@ -6,10 +6,12 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import t4
 import torch
 import transformers
 from conftest import random_model
 from lm_eval.models.huggingface import HFLM
+from torch._inductor.utils import fresh_cache
 
 from qnb.accuracy import backbone, captured_step, scorer
 from qnb.accuracy.backbone import Backbone
@@ -18,6 +20,8 @@ from qnb.accuracy.scorer import SharedContextLM, StockLM
 from qnb.accuracy.tasks import UNANSWERED
 from qnb.capture import SlotCache
 from qnb.finite import NotFiniteError
+from qnb.precision import PRECISIONS
+from qnb.quantize import checkpoint
 
 WINDOW = 256
 SIZES = {
@@ -167,24 +171,52 @@ def test_compiled_layers_give_the_same_scores_and_are_given_back(both, tokenizer
     monkeypatch.setattr(Backbone, "score", watched)
     assert_same_scores(ours, stock, pairs)
     assert set(compiled) == {SIZES["num_hidden_layers"]}
-    with backbone.compiled(Backbone(ours.model.bfloat16()), 1):
-        assert not any(module._compiled_call_impl for module in ours.model.modules())
+    assert is_compiled(ours.model) and not is_compiled(ours.model.bfloat16())
+
+
+def is_compiled(model):
+    with backbone.compiled(Backbone(model), 1):
+        return any(module._compiled_call_impl for module in model.modules())
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("card", [nullcontext, t4.a_t4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_compiled_layers_are_as_near_to_float32_as_the_models_own_kernels(dtype, both, tokenizer, pairs, monkeypatch):
+def test_compiled_layers_are_as_near_to_float32_as_the_models_own_kernels(
+    dtype, card, both, tokenizer, pairs, monkeypatch
+):
+    """On a T4 none are compiled in bfloat16."""
     ours, stock = both()
     requests = [request(*pair) for pair in pairs]
     expected = torch.tensor([value for value, _ in stock.loglikelihood(requests, disable_tqdm=True)])
     model = ours.model.to("cuda", dtype)
     errors = []
-    for work in (float("inf"), 0):
-        monkeypatch.setitem(backbone.MIN_COMPILED_WORK, "cuda", work)
-        lm = SharedContextLM(pretrained=model, tokenizer=tokenizer)
-        values = torch.tensor([value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)])
-        errors.append(float((values - expected).abs().mean()))
+    torch._dynamo.reset()
+    with card():
+        for work in (float("inf"), 0):
+            monkeypatch.setitem(backbone.MIN_COMPILED_WORK, "cuda", work)
+            lm = SharedContextLM(pretrained=model, tokenizer=tokenizer)
+            values = torch.tensor([value for value, _ in lm.loglikelihood(requests, disable_tqdm=True)])
+            errors.append(float((values - expected).abs().mean()))
+        assert is_compiled(model) == (card is nullcontext or dtype == torch.float16)
     assert errors[1] < 1.5 * errors[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name, each in PRECISIONS.items() if not each.capability])
+def test_every_kernel_of_compiled_layers_compiles_for_a_t4_and_fits_its_shared_memory(
+    name, source, tokenizer, pairs, monkeypatch
+):
+    pytest.importorskip(PRECISIONS[name].library)
+    monkeypatch.setitem(backbone.MIN_COMPILED_WORK, "cuda", 0)
+    torch._dynamo.reset()  # what another test compiled would leave no kernels here
+    with fresh_cache(), t4.a_t4(), checkpoint.quiet():
+        model = checkpoint.load(source.path, PRECISIONS[name].in_half("float16"), "cuda")
+        lm = SharedContextLM(pretrained=model, tokenizer=tokenizer)
+        lm.loglikelihood([request(*pair) for pair in pairs], disable_tqdm=True)
+        shared_bytes = t4.shared_bytes()
+        assert bool(shared_bytes) == is_compiled(model) == (model.dtype != torch.bfloat16)
+        assert all(each <= t4.SHARED_BYTES for each in shared_bytes)
 
 
 @pytest.mark.parametrize("family", sorted(UNSHARED))

@@ -1,20 +1,17 @@
 """Engines: greedy whatever a model asks for, with a KV cache, refused where they cannot run, and captured on a GPU."""
 
 import json
-import os
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import decode_oracle as oracle
 import pytest
+import t4
 import torch
 from bitsandbytes import nn
 from decode_oracle import ONE, THREE, decode, decode_forced, decode_stock, tiny_model
-from torch._dynamo.device_interface import CudaInterface
 from torch._inductor.utils import fresh_cache
-from torch.nn.attention import sdpa_kernel
 from transformers import LlamaConfig, MambaConfig, MambaForCausalLM, MistralConfig
 
 from qnb.capture import WARM_UP_STEPS, capture
@@ -25,7 +22,7 @@ from qnb.memory import is_out_of_memory, release
 from qnb.precision import PRECISIONS
 from qnb.prompts import Workload
 from qnb.quantize import checkpoint
-from qnb.speed import decode_step, engines, layers
+from qnb.speed import decode_step, engines
 from qnb.speed.benchmark import run
 from qnb.speed.engines import Clock, CudaGraph, Decoder, Eager, pad, why_unavailable
 
@@ -168,35 +165,19 @@ def test_batches_of_any_size_follow_each_other_each_token_timed(captured_tokens,
             assert len(times_s) == new_tokens and sorted(times_s) == times_s and times_s[0] > 0
 
 
-@contextmanager
-def a_t4():
-    """Take bfloat16 units, flash attention and flex attention from a GPU; Triton still builds for it as it is."""
-    import triton
-
-    triton.runtime.driver.active.get_current_target()  # it keeps the function that it asks from then on
-    own, without_flash = CudaInterface.get_compute_capability(), decode_step.BACKENDS[1:]
-    with pytest.MonkeyPatch.context() as patch, sdpa_kernel(without_flash):
-        patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-        patch.setattr(CudaInterface, "get_compute_capability", lambda device=None: own)
-        patch.setattr(CudaInterface, "is_bf16_supported", lambda including_emulation=False: including_emulation)
-        patch.setattr(decode_step, "BACKENDS", without_flash)
-        patch.setattr(layers, "attend_flex", None)
-        yield
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("card", [nullcontext, a_t4])
+@pytest.mark.parametrize("card", [nullcontext, t4.a_t4])
 @pytest.mark.parametrize("rows", [3, 12], ids=["few rows", "many rows"])
 @pytest.mark.parametrize("name", CAPTURED)
 def test_a_captured_step_is_as_near_float32_as_eager(name, rows, card, source, monkeypatch):
     """Fed the same tokens, and where its own tokens differ, it was a near tie. On a T4 bf16 asks for no compiler."""
     pytest.importorskip(PRECISIONS[name].library)
-    if card is a_t4 and PRECISIONS[name].capability:
+    if card is t4.a_t4 and PRECISIONS[name].capability:
         pytest.skip("a T4 is refused")
     texts, results, compiled, compile_one = oracle.tokenized(source), [], [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **more: compiled.append(args) or compile_one(*args, **more))
     with checkpoint.quiet(), card():
-        precision = PRECISIONS[name].in_half("float16" if card is a_t4 else "bfloat16")
+        precision = PRECISIONS[name].in_half("float16" if card is t4.a_t4 else "bfloat16")
         model = checkpoint.load(source.path, precision, "cuda")
         exact = oracle.unrounded(model, source.path)
         engine = CudaGraph(model, rows, max(map(len, texts)), 16)
@@ -223,23 +204,13 @@ def test_a_captured_step_is_as_near_float32_as_eager(name, rows, card, source, m
 @pytest.mark.parametrize("name", [name for name in CAPTURED if not PRECISIONS[name].capability])
 def test_every_kernel_of_a_step_compiles_for_a_t4_and_fits_its_64_kib_of_shared_memory(name, source):
     pytest.importorskip(PRECISIONS[name].library)
-    with fresh_cache(), a_t4(), checkpoint.quiet():
+    with fresh_cache(), t4.a_t4(), checkpoint.quiet():
         model = checkpoint.load(source.path, PRECISIONS[name].in_half("float16"), "cuda")
         for rows in (1, 16):
             CudaGraph(model, rows, 16, 4).generate([range(5, 21)] * rows, 4)
-        kernels = sorted(Path(os.environ["TRITON_CACHE_DIR"]).rglob("*.ttir"))
-        assert bool(kernels) == (model.dtype != torch.bfloat16)
-        assert all(shared_bytes_on_a_t4(kernel) <= 64 * 2**10 for kernel in kernels)
-
-
-def shared_bytes_on_a_t4(kernel):
-    """Compile a kernel, in Triton's intermediate code, as it was tuned here."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import compile as compile_kernel
-
-    tuned = json.loads(kernel.with_suffix(".json").read_text())
-    options = {name: tuned[name] for name in ("num_warps", "num_stages")}
-    return compile_kernel(str(kernel), GPUTarget("cuda", 75, 32), options).metadata.shared
+        shared_bytes = t4.shared_bytes()
+        assert bool(shared_bytes) == (model.dtype != torch.bfloat16)
+        assert all(each <= t4.SHARED_BYTES for each in shared_bytes)
 
 
 @pytest.mark.gpu
