@@ -1,8 +1,9 @@
 """Pack a measured study for outputs/reference: ``python tests/bench/keep.py outputs/reference/NAME STUDY...``.
 
 Kept are the newest row of each key and the files of items and monitors, written anew. Left out are checkpoints, older
-rows, texts of a data set, and each token's divergence, which a row has reduced to means and intervals. Each token's
-time is kept in single precision. Of several folders of one study, the first that has a row counts.
+rows, texts of a data set, each token's divergence, which a row has reduced to means and intervals, and the readings
+of a sweep. Each token's time is kept in single precision. Of several folders of one study, the first that has a row
+counts.
 """
 
 import json
@@ -32,7 +33,7 @@ def add(study: Path, kept: Path) -> None:
             continue
         for kind in KINDS:
             file = row.pop(f"{kind}_file", None)
-            if row["stage"] == "divergence" or file is None:
+            if row["stage"] in ("divergence", "sweep") or file is None:
                 row.pop(f"{kind}_sha256", None)
                 continue
             frame = pd.read_parquet(study / file)
