@@ -14,7 +14,7 @@ from qnb.report.results import SPEED, Results, stack
 from qnb.report.scores import headline
 from qnb.report.speed_figures import energy, heatmap, memory, metrics, roofline, sweep, timeline, token_time
 from qnb.report.tables import build
-from qnb.report.verdicts import CHANGE, Verdict, accuracies, tasks, with_pooled
+from qnb.report.verdicts import CHANGE, POOLED, Verdict, accuracies, tasks, with_pooled
 
 ACCURACY = "accuracy_pct"
 QUANTITIES = [name for name in SPEED if column(name).unit]
@@ -31,8 +31,9 @@ def accuracy(results: Results) -> go.Figure:
     frame = headline(results.scores)
     frame = frame[frame.group.astype(bool) | (frame.task == frame.asked)]  # a group stands for its subjects
     share, error = 100 * frame.value, 100 * frame.stderr.astype(float)
+    note = "lines: one standard error; right is better; each panel has its own scale"
     frame = frame.assign(accuracy_pct=share, above=error.clip(upper=100 - share), below=error.clip(upper=share))
-    return _by_task(results, frame.assign(engine=""), ACCURACY, title, "lines: one standard error; right is better")
+    return _by_task(results, frame.assign(engine=""), ACCURACY, title, note)
 
 
 def change(results: Results) -> go.Figure:
@@ -43,10 +44,15 @@ def change(results: Results) -> go.Figure:
 
 
 def forest(results: Results) -> go.Figure:
-    """Draw the change in accuracy in points with its 95 % interval; filled where it is significant after Holm."""
+    """Draw the change in accuracy in points with its 95 % interval, filled where it is significant.
+
+    A task's change is so after Holm's correction. The mean is not tested: its interval leaves out 0.
+    """
     frame = with_pooled(results)
-    engines = frame.significant.eq(True).map({True: "significant", False: "not significant"})
-    note = "left of 0 is a loss; filled: significant after Holm; lines: 95 % interval"
+    is_real = frame.significant.eq(True) | ((frame.task == POOLED) & (frame.low_pp * frame.high_pp > 0))
+    engines = is_real.map({True: "significant", False: "not significant"})
+    note = ("left of 0 is a loss; lines: 95 % interval; filled: significant (tasks: after Holm); "
+            "the verdict rests on the mean's interval")  # fmt: skip
     return _by_task(results, _with_interval(frame).assign(engine=engines), "change_pp",
                     "Which changes in accuracy are real?", note)  # fmt: skip
 

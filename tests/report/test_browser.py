@@ -28,6 +28,11 @@ OUTSIDE = """() => [...document.querySelectorAll('.js-plotly-plot text')].filter
   const box = text.getBoundingClientRect();
   return box.width && (box.right > innerWidth + 1 || box.left < -1);
 }).map(text => text.textContent)"""
+COVERED = """() => [...document.querySelectorAll('.js-plotly-plot')].flatMap(plot => {
+  const bar = plot.querySelector('.modebar').getBoundingClientRect();
+  return [...plot.querySelectorAll('text')].map(text => [text.textContent, text.getBoundingClientRect()]).filter(
+    ([, box]) => box.left < bar.right && box.right > bar.left && box.top < bar.bottom && box.bottom > bar.top);
+})"""
 DRAWN = """count => [...document.querySelectorAll('.js-plotly-plot')].filter(
   each => each.querySelector('.cartesianlayer path, .cartesianlayer image')).length === count"""
 SCROLLS = """() => [...document.querySelectorAll('.box')].filter(box => box.scrollWidth > box.clientWidth + 1)
@@ -212,6 +217,7 @@ def test_the_report_needs_no_network_and_no_mouse_and_fits_screens_and_paper(pag
         assert page.evaluate("document.documentElement.scrollWidth") <= width_px  # nothing is cut off at the side
         assert page.evaluate(SCROLLS) == [] or width_px == 390
         assert page.evaluate(OUTSIDE) == []
+        assert page.evaluate(COVERED) == []  # by the tools that a touch screen always shows
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         assert page.evaluate(CONTRAST) >= 4.5
