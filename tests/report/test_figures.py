@@ -12,10 +12,10 @@ from qnb.columns import header
 from qnb.ledger import Ledger
 from qnb.precision import PRECISIONS
 from qnb.report import export, figures, findings, paper, recommend, tables, theme
+from qnb.report.accuracy import MEAN, headline
 from qnb.report.results import Results
-from qnb.report.scores import MEAN, headline
 from qnb.report.tables import knees
-from qnb.report.verdicts import POOLED, with_pooled
+from qnb.report.verdicts import with_pooled
 
 PAPERS = ["fig1_accuracy", "fig2_change", "fig3_bs1_metrics", "fig4_bs1_heatmap", "fig5_maxbatch_metrics",
           "fig6_maxbatch_heatmap"]  # fmt: skip

@@ -10,8 +10,8 @@ from example import answers, score
 from qnb.accuracy.statistics import Z95
 from qnb.ledger import Ledger
 from qnb.report import findings, recommend, tables
+from qnb.report.accuracy import MEAN
 from qnb.report.results import BESIDE, SPEED, Results
-from qnb.report.scores import MEAN
 from qnb.report.tables import build
 
 
