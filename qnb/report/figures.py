@@ -334,10 +334,8 @@ def roofline(results: Results) -> go.Figure:
 
 def measured(results: Results) -> dict[str, list[str]]:
     """Return the quantities that were measured, each with its settings; accuracy with its tasks."""
-    places = {ACCURACY: tasks(results)}
-    for name in QUANTITIES:
-        places[name] = [setting for setting in SETTINGS if results.timed(setting)[name].notna().any()]
-    return {name: each for name, each in places.items() if each}
+    settings = {name: [each for each in SETTINGS if results.timed(each)[name].notna().any()] for name in QUANTITIES}
+    return {name: places for name, places in {ACCURACY: tasks(results), **settings}.items() if places}
 
 
 def compare(

@@ -15,7 +15,7 @@ from qnb.report import export, figures, findings, paper, recommend, tables, them
 from qnb.report.accuracy import MEAN, headline
 from qnb.report.results import Results
 from qnb.report.tables import knees
-from qnb.report.verdicts import with_pooled
+from qnb.report.verdicts import POOLED, with_pooled
 
 PAPERS = ["fig1_accuracy", "fig2_change", "fig3_bs1_metrics", "fig4_bs1_heatmap", "fig5_maxbatch_metrics",
           "fig6_maxbatch_heatmap"]  # fmt: skip
@@ -163,8 +163,8 @@ def test_a_change_is_drawn_with_its_interval_and_filled_only_if_significant():
 
 
 def test_the_mean_is_filled_where_its_interval_leaves_out_0(study):
-    mean = with_pooled(study).query("task == @POOLED")
-    is_real = mean.set_index("precision").eval("low_pp > 0 or high_pp < 0")
+    rows = with_pooled(study).set_index("precision")
+    is_real = rows[rows.task == POOLED].eval("low_pp > 0 or high_pp < 0")
     last = figures.forest(study).select_traces(lambda trace: trace.xaxis == "x2" and trace.marker.symbol)
     assert {trace.name: not trace.marker.symbol[0].endswith("open") for trace in last} == is_real.to_dict()
     assert set(is_real) == {True, False}
