@@ -179,9 +179,9 @@ def test_a_formats_symbol_and_row_do_not_depend_on_the_order_of_rows():
 
 
 def test_errors_end_where_accuracy_does():
-    scores = pd.DataFrame({"task": "a", "asked": "a", "precision": ["bf16", "nf4"], "metric": "acc", "filter": "none",
-                           "value": [0.02, 0.99], "stderr": 0.05, "n_items": 20, "n_total": 20, "limit": 20,
-                           "shots": 0, "group": False})  # fmt: skip
+    values = {"bf16": 0.02, "nf4": 0.99}
+    scores = pd.DataFrame([example.score("a", value, asked="a", precision=name, stderr=0.05)
+                           for name, value in values.items()])  # fmt: skip
     bars = figures.accuracy(Results("", "m", "d", scores=scores)).select_traces({"mode": "lines+markers"})
     ends = [(bar.x[0] - bar.error_x.arrayminus[0], bar.x[0] + bar.error_x.array[0]) for bar in bars]
     assert ends[::2] == [(pytest.approx(0), pytest.approx(7)), (pytest.approx(94), pytest.approx(100))]  # and the mean
