@@ -280,13 +280,7 @@ def check_parameters(values: Mapping[str, Any], names: Sequence[str]) -> Study:
 
 
 def check_measured(study: Study) -> None:
-    """Refuse a folder in which nothing was measured: there is nothing to show.
-
-    Raises
-    ------
-    InputError
-        The study has no row.
-    """
+    """Raise InputError where nothing was measured: there is nothing to show."""
     if not len(study.session.ledger):
         raise InputError(f"{study.folder} holds no study (no row in ledger.jsonl); give a folder such as outputs/demo")
 
