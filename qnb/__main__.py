@@ -113,12 +113,11 @@ def report(folder: str, margin_pp: float = 1.0, with_notebooks: bool = False) ->
     InputError
         `folder` holds no study, or one without a row, or the margin is no number of points.
     """
-    from qnb.run import show, summary
+    from qnb.run import check_measured, show, summary
     from qnb.study import Study
 
     study = Study(precisions="all", output=expand_path(folder).resolve(), margin_pp=margin_pp)
-    if not len(study.session.ledger):
-        raise InputError(f"{study.folder} holds no study (no row in ledger.jsonl); give a folder such as outputs/demo")
+    check_measured(study)
     study.figures()
     study.report()
     if with_notebooks:

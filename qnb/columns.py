@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -27,12 +27,20 @@ _COLUMNS = (  # whose label, unit and direction their names do not say
     Column("low_pp", "95 % low", "points", "more"),
     Column("high_pp", "95 % high", "points", "more"),
     Column("change_pct", "relative change", "%", "more"),
+    Column("chance_pct", "accuracy by guessing", "%"),
+    Column("gained", "right where BF16 is wrong"),
+    Column("lost", "wrong where BF16 is right"),
     Column("recovery_pct", "accuracy above chance kept", "%", "more"),
     Column("recovery_low_pct", "kept, 95 % low", "%", "more"),
     Column("recovery_high_pct", "kept, 95 % high", "%", "more"),
+    Column("p_correct_change_pp", "change in probability of the right choice", "points", "more"),
+    Column("p_correct_low_pp", "probability, 95 % low", "points", "more"),
+    Column("p_correct_high_pp", "probability, 95 % high", "points", "more"),
     Column("words", "verdict"),
     Column("p_mcnemar", "McNemar p"),
     Column("p_holm", "p after Holm"),
+    Column("significant", "significant after Holm"),
+    Column("context", "context, tokens"),
     Column("perplexity_change_pct", "change in perplexity", "%", "less"),
     Column("kl_mean_nats", "mean KL divergence", "nats", "less"),
     Column("kl_median_nats", "median KL divergence", "nats", "less"),
@@ -47,6 +55,8 @@ _COLUMNS = (  # whose label, unit and direction their names do not say
     Column("dtype", "type of what is not quantized"),
     Column("quantized_pct", "weights quantized", "%"),
     # speed
+    Column("capped", "batch ended by the requests"),
+    Column("total_s", "total time", "s", "less"),
     Column("throughput_rps", "throughput", "requests/s", "more"),
     Column("throughput_tps", "throughput", "tokens/s", "more"),
     Column("throughput_spread_pct", "range of throughput", "%", "less"),
@@ -55,6 +65,9 @@ _COLUMNS = (  # whose label, unit and direction their names do not say
     Column("tpot_s", "time per output token (TPOT)", "ms", "less", 1000),
     Column("tpot_eager_s", "time per token, eager", "ms", "less", 1000),
     Column("tpot_captured_s", "time per token, captured", "ms", "less", 1000),
+    *(Column(f"itl_p{each}_s", f"inter-token latency (ITL), p{each}", "s", "less") for each in (50, 95, 99)),
+    *(Column(f"latency_p{each}_s", f"batch latency, p{each}", "s", "less") for each in (50, 95, 99)),
+    Column("batch_spread_pct", "range of batch latency", "%", "less"),
     Column("kernel_s_per_token", "kernel time per token", "ms", "less", 1000),
     Column("gpu_busy_pct", "GPU busy", "%", "more"),
     Column("mbu_pct", "bandwidth utilization (MBU)", "%", "more"),
@@ -68,6 +81,8 @@ _COLUMNS = (  # whose label, unit and direction their names do not say
     Column("peak_reserved_mib", "memory reserved", "MiB", "less"),
     Column("memory_mib", "GPU memory in use by all processes", "MiB", "less"),
     Column("kv_cache_mib", "KV cache", "MiB", "less"),
+    Column("vram_mib", "VRAM", "MiB", "less"),
+    Column("limit_mib", "memory limit", "MiB"),
 )
 COLUMNS = {column.name: column for column in _COLUMNS}
 UNITS = {"j": "J", "mhz": "MHz", "mib": "MiB", "ms": "ms", "pct": "%", "pp": "points", "rps": "requests/s", "s": "s",
@@ -76,9 +91,20 @@ NAME = re.compile(rf"(.*?)(?:_({'|'.join(UNITS)}))?(_per_[a-z]+)?$")  # what, it
 
 
 def column(name: str) -> Column:
-    """Return a quantity's column; one that is not registered is labelled by its name, as energy_j_per_token is."""
+    """Return a quantity's column; one that is not registered is labelled by its name, as energy_j_per_token is.
+
+    The end of an interval and a published value are labelled after the quantity that they are of.
+    """
+    if name in COLUMNS:
+        return COLUMNS[name]
+    quantity, _, end = name.rpartition("_")
+    if end in ("low", "high"):
+        return replace(column(quantity), name=name, label=f"{column(quantity).label}, 95 % {end}")
+    if name.startswith("published_"):
+        whole = column(name.removeprefix("published_"))
+        return replace(whole, name=name, label=f"published {whole.label}")
     words, unit, per = NAME.findall(name.removeprefix("n_"))[0]
-    return COLUMNS.get(name) or Column(name, (words + per).replace("_", " "), UNITS.get(unit, ""))
+    return Column(name, (words + per).replace("_", " ").replace("stderr", "standard error"), UNITS.get(unit, ""))
 
 
 def header(name: str) -> str:

@@ -78,7 +78,7 @@ def run(
     Raises
     ------
     InputError
-        A parameter cannot be used; no notebook was run.
+        A parameter cannot be used, or there is nothing for 05 to show; no notebook was run.
     """
     names = chosen(only or "")
     defaults = ChainMap(*(notebook_parameters(NOTEBOOKS / f"{name}.ipynb") for name in NAMES))
@@ -89,6 +89,8 @@ def run(
         values["output"] = output if output.startswith(colab.DRIVE) else str(expand_path(output).resolve())
     # what a cluster's nodes can do is not known here
     study = check_parameters({**values, "device": "auto", "engines": "auto"} if workers else values, names)
+    if names == ["05_figures"]:
+        check_measured(study)
     study.session.check_writable()
     if "device" in values:
         os.environ[device.CHOICE] = values["device"]  # for the notebooks' kernels
@@ -275,6 +277,12 @@ def check_parameters(values: Mapping[str, Any], names: Sequence[str]) -> Study:
 
         engines.parse(values["engines"], study.session.device.kind)
     return study
+
+
+def check_measured(study: Study) -> None:
+    """Raise InputError where nothing was measured: there is nothing to show."""
+    if not len(study.session.ledger):
+        raise InputError(f"{study.folder} holds no study (no row in ledger.jsonl); give a folder such as outputs/demo")
 
 
 def _options(kind: type[Any], values: Mapping[str, Any], **renamed: str) -> Any:

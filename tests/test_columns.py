@@ -13,6 +13,13 @@ def test_a_header_has_its_unit_and_an_unknown_name_is_its_own_label():
     assert list(map(header, names)) == heads
 
 
+def test_an_intervals_end_and_a_published_value_are_labelled_after_their_quantity():
+    names = ("kl_mean_nats_low", "published_throughput_rps", "published_change_pct", "nf4_stderr_pp")
+    heads = ["mean KL divergence, 95 % low, nats", "published throughput, requests/s", "published relative change, %",
+             "nf4 standard error, points"]  # fmt: skip
+    assert list(map(header, names)) == heads
+
+
 def test_names_carry_the_units_that_are_stored():
     units = {"_pct": "%", "_pp": "points", "_mib": "MiB", "_rps": "requests/s", "_w": "W", "_mhz": "MHz"}
     for name, column in COLUMNS.items():

@@ -11,11 +11,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from qnb import __version__
 from qnb.columns import format_value
 from qnb.precision import BASELINE, Precision
-from qnb.report import recommend
+from qnb.report.accuracy import headline
 from qnb.report.findings import about
 from qnb.report.results import Results, task_name
-from qnb.report.scores import headline
 from qnb.report.tables import build, markdown
+from qnb.report.verdicts import judge
 
 TEMPLATE = Path(__file__).parents[1] / "data" / "model_card.md"
 BASES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # the embedded model's name on the hub
@@ -31,7 +31,7 @@ def card(results: Results, precision: Precision) -> str:
     """Return a format's card as Markdown with its YAML head."""
     model, _, revision = BASES.get(results.model, results.model).partition("@")
     is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model, re.ASCII) is not None
-    rows, verdicts = results.checkpoints.to_dict("records"), recommend.summary(results).set_index("precision").words
+    rows, verdicts = results.checkpoints.to_dict("records"), judge(results).words
     stored = next((row for row in rows if row["precision"] == precision.name), None) or {}
     precision = precision.in_half(stored.get("dtype", precision.dtype))
     title = f"{model.rsplit('/', 1)[-1]}-{precision.checkpoint}"

@@ -146,7 +146,7 @@ def limits(results: Results) -> list[str]:
     for flag, count in Counter(flag for flags in speed["flags"] for flag in dict.fromkeys(flags)).most_common():
         words = flag_text([flag])
         lines.append(f"{words[:1].upper()}{words[1:]}: {count} of {len(speed)} timed rows.")
-    single = [words for name, words in findings.SETTINGS.items() if (results.timed(name).passes < 2).any()]
+    single = [words for name, words in SETTINGS.items() if (results.timed(name).passes < 2).any()]
     if single:
         lines.append(f"One pass only, so no spread is known: {' and '.join(single)}.")
     if len(scores):

@@ -90,9 +90,10 @@ class Results:
         frames = {name: in_order(pd.DataFrame(ledger.rows(stage))) for name, stage in STAGES.items()}
         passes = _passes([row for row in rows if row["stage"] in ("perf", "sweep")])
         frames |= {setting: medians(passes[passes.setting == setting]) for setting in ("bs1", "maxbatch", "sweep")}
+        scores = in_order(_scores(ledger.rows("accuracy")))
         return cls(
             ledger.folder.resolve().name, newest.get("model", ""), newest.get("device", ""), ledger.folder,
-            in_order(_scores(rows)), passes=passes, rows=rows, failures=tuple(ledger.failures()), margin_pp=margin_pp,
+            scores, passes=passes, rows=rows, failures=tuple(ledger.failures()), margin_pp=margin_pp,
             checkpoints=_checkpoints(in_order(pd.DataFrame(ledger.rows("quantize")))), **frames,
         )  # fmt: skip
 
@@ -237,10 +238,9 @@ def unfused(runs: pd.DataFrame) -> str:
 
 def _scores(rows: Iterable[Row]) -> pd.DataFrame:
     """Unfold accuracy rows to a row a score; ``asked`` is the task that was asked for."""
-    accuracy = [row for row in rows if row["stage"] == "accuracy"]
     return pd.DataFrame(
         {"precision": row["precision"], "asked": row["task"], "limit": row["limit"], "unit": "%", **score}
-        for row in accuracy for score in row["scores"]
+        for row in rows for score in row["scores"]
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from qnb.columns import format_number, format_value, header
 from qnb.flags import flag_text, is_disturbed
 from qnb.ledger import fingerprint, write_atomic
 from qnb.precision import BASELINE, title
-from qnb.report import comparison, paper, scores, verdicts
+from qnb.report import accuracy, paper, verdicts
 from qnb.report.batch_plans import plans
 from qnb.report.results import NOT_FUSED, ORIGIN, SPEED, Results, flag_list, in_order, is_unfused, stack, task_name
 
@@ -167,8 +167,8 @@ def device_peaks(results: Results) -> pd.DataFrame:
 
 
 TABLES: dict[str, Callable[[Results], pd.DataFrame]] = {
-    "table1_accuracy": scores.table,
-    "table2_change": comparison.changes,
+    "table1_accuracy": accuracy.table1,
+    "table2_change": accuracy.changes,
     "divergence": lambda results: results.divergence.reindex(columns=list(ALL_DIVERGENCE)),
     "batch_sensitivity": lambda results: results.batch_sensitivity.reindex(columns=list(SENSITIVITY)).rename(
         columns={"setting": "scorer"}
@@ -244,7 +244,7 @@ def _compact_scores(results: Results, of: str) -> pd.DataFrame:
     """Return Table 1 as the paper has it, ``65.5 ± 1.0``: one metric a task, in its own unit where it is no share."""
     if results.scores.empty:
         return pd.DataFrame()
-    shares = scores.headline(results.scores)
+    shares = accuracy.headline(results.scores)
     others = results.scores[~results.scores.task.isin(shares.task)].drop_duplicates(["task", "precision"])
     shown = stack([shares, others])
     is_member = (shown.task != shown.asked) & (shown.metric != "mean")

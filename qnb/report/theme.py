@@ -27,7 +27,7 @@ GAP_PX = 52  # between two panels, for the lower one's title
 ROOM = 0.5  # of what an axis spans, for the numbers at its ends
 PAD = "\u2002\u2009"  # between a mark and its number
 NOTE_LETTERS = 54  # in a line below the title, so that it fits a phone
-PANEL_LETTERS = 24  # in a line of a panel's title
+PANEL_LETTERS = (24, 14)  # in a line of a panel's title, of two side by side and of three
 NEEDS = f"needs the accuracy of {BASELINE.upper()} and of another format"
 HOLLOW = ("eager", "not significant")
 PUBLISHED = "published"  # in place of an engine
@@ -232,8 +232,9 @@ def finish(figure: go.Figure, title: str, height: int, note: str = "") -> go.Fig
 
     The legend lies below the axis, where it takes room from the panels instead of covering them.
     """
+    is_narrow = len({axis.domain for axis in figure.select_xaxes()}) > 2
     for panel in figure.layout.annotations:  # Plotly Express names them column=value
-        panel.update(text=wrapped(panel.text.partition("=")[2], PANEL_LETTERS), font={"size": 11})
+        panel.update(text=wrapped(panel.text.partition("=")[2], PANEL_LETTERS[is_narrow]), font={"size": 11})
     note, lines = wrapped(note, NOTE_LETTERS), [panel.text.count("<br>") + 2 for panel in figure.layout.annotations]
     top = TOP_PX + NOTE_PX * (note.count("<br>") + bool(note)) + 14 * max(lines, default=0)
     height = min(height, MOST_PX)

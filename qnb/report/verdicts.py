@@ -17,9 +17,8 @@ from qnb.columns import format_number
 from qnb.errors import InputError
 from qnb.flags import Described
 from qnb.precision import BASELINE, PRECISIONS, title
-from qnb.report.comparison import changes
+from qnb.report.accuracy import MEAN, changes, headline
 from qnb.report.results import Results, stack, task_name
-from qnb.report.scores import MEAN, headline
 
 POOLED = "mean, for the verdict"
 FLIP_RATE = 0.1  # of items that a format is assumed to answer rightly where the baseline does not, or the reverse

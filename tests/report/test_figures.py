@@ -12,9 +12,10 @@ from qnb.columns import header
 from qnb.ledger import Ledger
 from qnb.precision import PRECISIONS
 from qnb.report import export, figures, findings, paper, recommend, tables, theme
+from qnb.report.accuracy import MEAN, headline
 from qnb.report.results import Results
-from qnb.report.scores import MEAN, headline
 from qnb.report.tables import knees
+from qnb.report.verdicts import POOLED, with_pooled
 
 PAPERS = ["fig1_accuracy", "fig2_change", "fig3_bs1_metrics", "fig4_bs1_heatmap", "fig5_maxbatch_metrics",
           "fig6_maxbatch_heatmap"]  # fmt: skip
@@ -161,6 +162,14 @@ def test_a_change_is_drawn_with_its_interval_and_filled_only_if_significant():
     assert "95 % low: -13" in text and "items: 400" in text
 
 
+def test_the_mean_is_filled_where_its_interval_leaves_out_0(study):
+    rows = with_pooled(study).set_index("precision")
+    is_real = rows[rows.task == POOLED].eval("low_pp > 0 or high_pp < 0")
+    last = figures.forest(study).select_traces(lambda trace: trace.xaxis == "x2" and trace.marker.symbol)
+    assert {trace.name: not trace.marker.symbol[0].endswith("open") for trace in last} == is_real.to_dict()
+    assert set(is_real) == {True, False}
+
+
 def test_a_formats_symbol_and_row_do_not_depend_on_the_order_of_rows():
     rows = {"change_pp": -1.0, "low_pp": -3.0, "high_pp": 1.0, "significant": False, "task": "a"}
     studies = [changes(precision=order, **rows) for order in (["fp16", "nf4"], ["nf4", "fp16"])]
@@ -170,9 +179,9 @@ def test_a_formats_symbol_and_row_do_not_depend_on_the_order_of_rows():
 
 
 def test_errors_end_where_accuracy_does():
-    scores = pd.DataFrame({"task": "a", "asked": "a", "precision": ["bf16", "nf4"], "metric": "acc", "filter": "none",
-                           "value": [0.02, 0.99], "stderr": 0.05, "n_items": 20, "n_total": 20, "limit": 20,
-                           "shots": 0, "group": False})  # fmt: skip
+    values = {"bf16": 0.02, "nf4": 0.99}
+    scores = pd.DataFrame([example.score("a", value, asked="a", precision=name, stderr=0.05)
+                           for name, value in values.items()])  # fmt: skip
     bars = figures.accuracy(Results("", "m", "d", scores=scores)).select_traces({"mode": "lines+markers"})
     ends = [(bar.x[0] - bar.error_x.arrayminus[0], bar.x[0] + bar.error_x.array[0]) for bar in bars]
     assert ends[::2] == [(pytest.approx(0), pytest.approx(7)), (pytest.approx(94), pytest.approx(100))]  # and the mean

@@ -5,14 +5,14 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from qnb.report import scores
+from qnb.report import accuracy
 from qnb.report.findings import NOTHING, about, findings, text
 from qnb.report.results import Results
 
 
 def test_sentences_are_the_rows_arithmetic(study):
-    values = scores.headline(study.scores).set_index(["task", "precision"]).value
-    mean, base = (100 * values[f"{scores.MEAN} (3)", name] for name in ("int4", "bf16"))
+    values = accuracy.headline(study.scores).set_index(["task", "precision"]).value
+    mean, base = (100 * values[f"{accuracy.MEAN} (3)", name] for name in ("int4", "bf16"))
     rows = study.bs1.set_index(["precision", "engine"])
     share = rows.peak_memory_mib["int4", "eager"] / rows.peak_memory_mib["bf16", "eager"]
     sentences = " ".join(about(study, "int4"))

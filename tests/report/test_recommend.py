@@ -8,9 +8,9 @@ import pytest
 
 from qnb.ledger import Ledger
 from qnb.report import recommend
+from qnb.report.accuracy import MEAN
 from qnb.report.recommend import FITS, RULED_OUT, UNSURE, Demand
 from qnb.report.results import Results
-from qnb.report.scores import MEAN
 from qnb.report.tables import build
 from qnb.report.verdicts import judge
 

@@ -10,8 +10,8 @@ from example import answers, score
 from qnb.accuracy.statistics import Z95
 from qnb.ledger import Ledger
 from qnb.report import findings, recommend, tables
+from qnb.report.accuracy import MEAN
 from qnb.report.results import BESIDE, SPEED, Results
-from qnb.report.scores import MEAN
 from qnb.report.tables import build
 
 
@@ -51,7 +51,7 @@ def test_a_group_is_the_items_of_what_is_in_it(measured):
     assert list(tables.compact(results, "table1_accuracy", of="left").iloc[:, 0]) == ["l1", "l2"]
 
 
-def test_the_mean_is_over_tasks_that_all_formats_answered_and_samples_share_no_cell(tmp_path):
+def test_the_mean_is_over_tasks_that_all_formats_answered_and_other_units_and_samples_share_no_cell():
     """The mean of one task with a standard error of 10 points; a sample has a row of its own."""
     scores = pd.DataFrame([
         score("easy", 0.5, precision="bf16"), score("easy", 0.3, precision="int8"), score("hard", precision="bf16"),
@@ -65,6 +65,8 @@ def test_the_mean_is_over_tasks_that_all_formats_answered_and_samples_share_no_c
     assert (mean.bf16_pct["mean"], mean.int8_pct["mean"]) == (50, 30)
     assert mean.bf16_pct["mean, 95 % low"] == pytest.approx(50 - 10 * Z95, abs=1e-4)
     assert table.loc["hard"].bf16_pct.notna().tolist() == [True, False]
+    shown = tables.compact(results, "table1_accuracy").set_index("BF16")
+    assert {"9.5 word perplexity", "50.0 ± 10.0"} <= set(shown.index) and len(shown) == 4
 
 
 def test_each_task_counts_once_in_the_change_of_the_mean(measured):
@@ -173,13 +175,6 @@ def test_what_a_notebook_shows_is_among_the_columns(study):
     views = [(getattr(tables, name), frame) for name, frame in frames.items()]
     for columns, frame in [*views, *((columns, build(study, name)) for name, columns in tables.MAIN.items())]:
         assert len(set(columns) - {"flags", "note", "ran_as"}) <= 8 and set(columns) <= {*frame, "quantized_pct"}
-
-
-def test_a_metric_that_is_no_share_stands_in_its_own_unit_and_in_no_mean():
-    rows = [score("easy", 0.5), score("words", 9.5, "word_perplexity", unit="word perplexity")]
-    frame = pd.DataFrame(rows).assign(precision="bf16", asked=["easy", "words"]).fillna({"unit": "%"})
-    shown = tables.compact(Results("", "", "", scores=frame), "table1_accuracy").set_index("BF16")
-    assert "9.5 word perplexity" in shown.index and "50.0 ± 10.0" in shown.index and len(shown) == 3
 
 
 def test_a_view_says_what_is_missing_and_no_cell_can_end_itself_or_carry_a_tag():

@@ -10,36 +10,25 @@ from qnb.report.results import Results
 from qnb.report.tables import build, compact
 from qnb.report.verdicts import Verdict, decide, judge
 
-
-def row(low_pp, high_pp, quantized_pct=80.0):
-    return {"change_pp": (low_pp + high_pp) / 2, "low_pp": low_pp, "high_pp": high_pp, "n_items": 100,
-            "quantized_pct": quantized_pct, "why": "accuracy was not measured"}  # fmt: skip
+NAN = float("nan")
 
 
 @pytest.mark.parametrize(
-    ("low_pp", "high_pp", "verdict"),
-    [(-0.9, -0.2, Verdict.WITHIN), (-3, -1.1, Verdict.LOSES), (-1.5, 0.5, Verdict.UNCLEAR),
-     (float("nan"), float("nan"), Verdict.UNMEASURED)],
+    ("precision", "low_pp", "high_pp", "fields", "verdict", "words"),
+    [("nf4", -0.9, -0.2, {}, Verdict.WITHIN, "within 1 point"),  # a loss that is real, and surely below the margin
+     ("nf4", -3, -1.1, {}, Verdict.LOSES, "loses more than 1 point"),
+     ("nf4", -1.5, 0.5, {}, Verdict.UNCLEAR, "400 items"),  # it reaches 1 point, the margin is half a point away
+     ("nf4", NAN, NAN, {}, Verdict.UNMEASURED, "not measured"),
+     ("nf4", NAN, NAN, {"accuracy_pct": 25.0}, Verdict.UNCLEAR, "not measured"),  # no task can show a loss
+     ("nf4", -0.1, 0.1, {"quantized_pct": 10.0}, Verdict.BARELY_QUANTIZED, "10 %"),
+     ("fp16", -0.1, 0.1, {"quantized_pct": 0.0}, Verdict.WITHIN, ""),  # it quantizes nothing
+     ("bf16", -3, -1.1, {}, Verdict.BASELINE, "")],
 )  # fmt: skip
-def test_the_interval_and_the_margin_decide(low_pp, high_pp, verdict):
-    """A loss that is real, and surely below the margin, is within it."""
-    assert decide("nf4", row(low_pp, high_pp), 1.0)[0] is verdict
-    assert decide("bf16", row(low_pp, high_pp), 1.0)[0] is Verdict.BASELINE
-
-
-def test_tasks_that_cannot_show_a_loss_are_not_called_unmeasured():
-    assert decide("nf4", {**row(float("nan"), float("nan")), "accuracy_pct": 25.0}, 1.0)[0] is Verdict.UNCLEAR
-
-
-def test_too_few_items_are_told_with_the_number_that_would_decide():
-    """The interval reaches 1 point and the margin is half a point away: 4 times as many items."""
-    assert "400 items" in decide("nf4", row(-1.5, 0.5), 1.0)[1]
-
-
-def test_a_format_that_left_most_weights_alone_says_so():
-    verdict, words = decide("nf4", row(-0.1, 0.1, quantized_pct=10.0), 1.0)
-    assert verdict is Verdict.BARELY_QUANTIZED and "10 %" in words
-    assert decide("fp16", row(-0.1, 0.1, quantized_pct=0.0), 1.0)[0] is Verdict.WITHIN  # it quantizes nothing
+def test_the_interval_and_the_margin_decide(precision, low_pp, high_pp, fields, verdict, words):
+    row = {"change_pp": (low_pp + high_pp) / 2, "low_pp": low_pp, "high_pp": high_pp, "n_items": 100,
+           "quantized_pct": 80.0, "why": "accuracy was not measured", **fields}  # fmt: skip
+    decided, said = decide(precision, row, 1.0)
+    assert decided is verdict and words in said
 
 
 def choices(task, correct, n_choices=4):
@@ -76,13 +65,6 @@ def test_a_task_that_is_not_compared_costs_the_others_nothing(measured):
     rows = {("bf16", "easy"): choices("easy", [1] * 40), ("int8", "easy"): choices("easy", [1] * 39 + [0]),
             ("bf16", "other"): [1, 1], ("int8", "other"): [None, True]}  # fmt: skip
     assert judge(measured(rows)).change_pp["int8"] == pytest.approx(-2.5)
-
-
-def test_a_task_on_which_bf16_guesses_is_named(measured):
-    rows = {(name, task): choices(task, [place < n + more for place in range(40)])
-            for name, more in (("bf16", 0), ("int8", -4), ("nf4", 3))
-            for task, n in (("easy", 30), ("hard", 11))}  # fmt: skip
-    assert verdicts.at_chance(measured(rows)) == ["hard"]
 
 
 def test_tasks_weigh_the_same_whatever_their_items(measured):

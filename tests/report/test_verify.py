@@ -89,5 +89,6 @@ def test_a_changed_score_a_missing_file_and_a_torn_line_are_found(study):
 
 def test_a_folder_without_a_study_is_refused(tmp_path, capsys):
     for path, words in ((tmp_path, "holds no study"), ("~nouser/x", "begins with an unknown user's home")):
-        assert main(["verify", str(path)]) == main(["report", str(path)]) == 2
-        assert capsys.readouterr().err.count(words) == 2
+        drawn = ["run", "--profile", "smoke", "--only", "05", "--output", str(path)]
+        assert main(["verify", str(path)]) == main(["report", str(path)]) == main(drawn) == 2
+        assert capsys.readouterr().err.count(words) == 3 and not [*tmp_path.iterdir()]
