@@ -13,11 +13,11 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, product
-from pathlib import Path
+from time import monotonic
 from typing import Any
 from unittest.mock import patch
 
@@ -36,8 +36,7 @@ from qnb.session import Session
 from qnb.study import Study
 
 CONNECT_S = 10.0  # until an address counts as silent
-ANSWER_S = 120.0  # until a node that was asked what it is counts as missing; it imports torch
-START_S = 120.0  # without any event, until workers that have not started are given up
+START_S = 120.0  # until a node that was asked what it is, or a worker that has not started, is given up
 CLOSE_S = 5.0  # until a worker that removes its folder is let alone
 # so that no port of a cluster of this machine alone is open to the network, and nothing is told to Ray's makers
 LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -197,7 +196,7 @@ class Crew:
         self._schedule = Schedule(cells, {name: post.node.id for name, post in self._posts.items()})
         self._actors: dict[str, Any] = {}
         self._tasks: dict[str, Any] = {}  # references to tasks that were built, by name
-        self._awaited: dict[Any, str] = {}  # workers by the reference of what they start or measure
+        self._awaited: dict[Any, tuple[str, float]] = {}  # workers, and since when, by what they start or measure
 
     def run(self) -> None:
         """Measure all cells.
@@ -214,10 +213,12 @@ class Crew:
                 self._hire(name)
             with tqdm(total=len(self._cells), desc="cells", unit="cell", disable=None) as bar:
                 while self._hand_out(bar):
-                    starting = [each for each, name in self._awaited.items() if self._schedule.running[name] is START]
-                    ready, _ = self._ray.wait([*self._awaited], timeout=START_S if starting else None)
-                    for reference in ready or starting:
-                        self._receive(self._awaited.pop(reference), reference, bar)
+                    running, awaited = self._schedule.running, self._awaited
+                    starting = {each: since_s for each, (name, since_s) in awaited.items() if running[name] is START}
+                    ready, _ = self._ray.wait([*awaited], timeout=START_S if starting else None)
+                    late = [each for each, since_s in starting.items() if monotonic() - since_s >= START_S]
+                    for reference in dict.fromkeys((*ready, *late)):
+                        self._receive(awaited.pop(reference)[0], reference, bar)
         finally:
             ended = [actor.__ray_terminate__.remote() for actor in self._actors.values()]
             self._ray.wait(ended, num_returns=len(ended), timeout=CLOSE_S)
@@ -230,7 +231,7 @@ class Crew:
         gpus = post.gpus if post.node.device.kind == "cuda" else 0
         actor = self._ray.remote(num_cpus=0, num_gpus=gpus)(self.worker)
         self._actors[name] = actor.options(scheduling_strategy=on_node(post.node.id)).remote(post)
-        self._awaited[self._actors[name].__ray_ready__.remote()] = name
+        self._awaited[self._actors[name].__ray_ready__.remote()] = name, monotonic()
         self._schedule.running[name] = START
 
     def _hand_out(self, bar: tqdm) -> bool:
@@ -241,7 +242,7 @@ class Crew:
                 formats = "", cell.precision, BASELINE
                 rows = [row for row in self._session.ledger.answers()
                         if row["precision"] in formats and self._session.counts(row)]  # fmt: skip
-                self._awaited[self._actors[name].work.remote(cell, rows, self._tasks)] = name
+                self._awaited[self._actors[name].work.remote(cell, rows, self._tasks)] = name, monotonic()
         bar.set_postfix_str("; ".join(f"{name} {cell.name}" for name, cell in running.items()))
         is_open = self._schedule.pending or any(cell is not START for cell in running.values())
         return bool(self._awaited and is_open)
@@ -328,25 +329,14 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
             if options.address not in ("", "auto"):  # which is quicker than Ray where nobody answers
                 host, _, port = options.address.rpartition(":")
                 socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-            with patch("signal.signal"), _muted():  # Ray's handlers would abort the process
+            with patch("signal.signal"), ExitStack() as console:  # Ray's handlers would abort the process
+                console.callback(os.dup2, os.dup(2), 2)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where Ray says many times that nobody answers
                 ray.init(options.address or "local", **quiet)
         try:
             yield ray
         finally:
             ray.shutdown()
-
-
-@contextmanager
-def _muted() -> Iterator[None]:
-    """Keep from the console what libraries write there past Python."""
-    console = os.dup(2)
-    with Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(console, 2)
-        os.close(console)
 
 
 def find_nodes(ray: Any, wanted: str) -> list[Node]:
@@ -379,7 +369,7 @@ def find_nodes(ray: Any, wanted: str) -> list[Node]:
     nodes: list[Node] = []
     for answer, name in answers.items():
         try:
-            nodes.append(ray.get(answer, timeout=ANSWER_S))
+            nodes.append(ray.get(answer, timeout=START_S))
         except Exception as error:  # whatever Ray wraps it in; no answer where GPUs are in use
             advice = "qnb has to be installed there as here, and its GPUs free"
             raise InputError(f"node {name} cannot take part: {reason(error)}; {advice}") from error

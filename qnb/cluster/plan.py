@@ -232,10 +232,10 @@ def _timed_cells(session: Session, precision: str, values: Mapping[str, Any], nu
         if "03" in numbers:
             yield cell("perf", partial(step, speed.perf_bs1, "bs1"), ["peaks"], setting="bs1")
         if "04" in numbers:
-            search = cell("perf", partial(step, speed.perf_maxbatch, "maxbatch"), ["peaks"], setting="maxbatch")
-            yield search
+            search = partial(step, speed.perf_maxbatch, "maxbatch")
+            yield (searched := cell("perf", search, ["peaks"], setting="maxbatch"))
             if session.count("sweep_batch", values["sweep_batch"]):
-                yield cell("sweep", partial(step, speed.sweep, "maxbatch"), [search.name], setting="1")
+                yield cell("sweep", partial(step, speed.sweep, "maxbatch"), [searched.name], setting="1")
 
 
 def time_engine(

@@ -160,7 +160,8 @@ def test_the_others_go_on_while_a_lost_worker_is_replaced(study):
     assert {row["worker"] for row in study.session.ledger.rows("lengths")} == {"w0"}
 
 
-def test_a_worker_that_never_starts_is_given_up(study):
+def test_a_worker_that_never_starts_is_given_up(study, monkeypatch):
+    monkeypatch.setattr(driver, "START_S", 0.0)
     measure(study, [Cell(LENGTHS, ask, is_alone=True)], "ab", held=[0])
     assert [row["worker"] for row in study.session.ledger.rows("lengths")] == ["w1"]
     with pytest.raises(RuntimeError, match="no worker is left"):
