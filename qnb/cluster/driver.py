@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import signal
 import socket
 import sys
 from collections import Counter
@@ -329,10 +330,13 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
             if options.address not in ("", "auto"):  # which is quicker than Ray where nobody answers
                 host, _, port = options.address.rpartition(":")
                 socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-            with patch("signal.signal"), ExitStack() as console:  # Ray's handlers would abort the process
+            handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+            with ExitStack() as console:
                 console.callback(os.dup2, os.dup(2), 2)
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where Ray says many times that nobody answers
                 ray.init(options.address or "local", **quiet)
+            for each, handler in handlers.items():  # Ray's own abort the process
+                signal.signal(each, handler)
         try:
             yield ray
         finally:
