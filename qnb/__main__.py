@@ -88,7 +88,7 @@ def _dispatch(options: argparse.Namespace) -> int:
         workers = None
         is_shared = options.workers not in (None, "1") or options.gpus_per_model != "auto"
         if options.ray_address or options.dry_run or is_shared:
-            from qnb.cluster.nodes import ClusterOptions
+            from qnb.cluster.driver import ClusterOptions
 
             address = options.ray_address or (os.environ.get("RAY_ADDRESS", "") if options.workers else "")
             count = options.workers or ("auto" if address else "1")  # a plain run has one

@@ -41,7 +41,7 @@ from qnb.speed.stages import WorkloadOptions
 from qnb.study import Study
 
 if TYPE_CHECKING:
-    from qnb.cluster.nodes import ClusterOptions
+    from qnb.cluster.driver import ClusterOptions
 
 NAMES = ("01_quantize", "02_accuracy", "03_perf_bs1", "04_perf_maxbatch", "05_figures")
 COUNTS = {"sensitivity_limit", "bs1_repeats", "maxbatch_repeats", "memory_mib", "sweep_batch"}

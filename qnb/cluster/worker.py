@@ -1,6 +1,7 @@
-"""What a worker does: it measures cells in a session of its own, and returns rows and files instead of writing them.
+"""What a node is, and what a worker does there: it measures cells in a session of its own.
 
-It keeps its model while the format stays the same, and its tasks as long as it lives.
+It returns rows and files instead of writing them. It keeps its model while the format stays the same, and its tasks as
+long as it lives.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
@@ -15,14 +17,32 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qnb import memory
-from qnb.cluster.nodes import Node
-from qnb.cluster.schedule import Cell
+from qnb import device, memory
+from qnb.cluster.plan import Cell
 from qnb.errors import InputError
 from qnb.ledger import FAILED, Ledger, Row, holding, write_atomic
 from qnb.precision import Precision, parse
 from qnb.provenance import cache_folder
 from qnb.session import NothingMeasuredError, Session
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster, as it describes itself."""
+
+    id: str
+    host: str
+    gpus: float
+    cores: Sequence[int]  # as many as the cluster has of it
+    device: device.Device
+    versions: Mapping[str, str]
+
+
+def describe(node_id: str, resources: Mapping[str, float], kind: str) -> Node:
+    """Describe the machine that this runs on, whose resources are those that Ray knows."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = cores[: max(1, int(resources.get("CPU", 0)))]
+    return Node(node_id, platform.node(), resources.get("GPU", 0.0), cores, device.detect(kind), device.versions())
 
 
 @dataclass(frozen=True)
@@ -82,7 +102,6 @@ class Worker(Session):
         folder = Path(self._scratch.name)
         write_atomic(folder / "study.json", json.dumps(post.record))
         super().__init__(**post.study, output=folder)
-        self.overwrite = False  # the driver says what counts
         self.device = replace(post.node.device, spread=max(1, int(post.gpus)))
         memory.planned_bytes = post.planned_bytes
         cache = cache_folder() / "cluster" / post.node.host / post.record["fingerprint"]
@@ -95,20 +114,22 @@ class Worker(Session):
         return True
 
     def checkpoint(self, precision: Precision) -> Path:
-        """Return the folder of the node's own checkpoint; one worker makes it, for all studies that share it."""
+        """Return the folder of the node's checkpoint, beside which its row is kept for every study of the model.
+
+        The cell that makes it, or finds it, reads every byte; the cells after it need not. Another run on the node
+        waits meanwhile.
+        """
         folder = self.folder / "checkpoints" / self.pinned(precision).checkpoint
         if precision.origin or folder in self._verified:
             return super().checkpoint(precision)
         key, record = self.key("quantize", precision), folder.with_name(f".{folder.name}.row.json")
         with holding(record.with_suffix(".lock"), lambda: None):
             row = json.loads(record.read_text()) if record.exists() else {}
-            is_same = row.get("fingerprint") == key["fingerprint"]
-            if is_same and self._post.study["overwrite"]:
-                is_same = row["measured_at"] >= self._post.node.asked_at  # in this run
-            if not is_same:
-                memory.keep_models(False)  # which would stand beside the one that is made
-            elif (self.ledger.find(key) or {}).get("manifest_sha256") != row["manifest_sha256"]:
-                self.adopt(row)  # the row that came first may be of another node's
+            if row.get("fingerprint") == key["fingerprint"] and not self.overwrite:
+                self.adopt(row)  # that of the driver may be of another node's
+                if not self._is_making:
+                    self._verified.add(folder)
+            record.unlink(missing_ok=True)  # it is of no use where what follows fails
             super().checkpoint(precision)
             write_atomic(record, json.dumps(self.ledger.find(key)))
         return folder
@@ -154,6 +175,8 @@ class Worker(Session):
         import torch
 
         cores = self._post.node.cores if cell.is_alone else self._post.cores
+        self._is_making = cell.is_making
+        self.overwrite = cell.is_making and self._post.study["overwrite"]  # of all else, the driver says what counts
         torch.set_num_threads(self._post.threads or len(cores))
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, cores)

@@ -12,7 +12,6 @@ import argparse
 import logging
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter, sleep
 from types import SimpleNamespace
@@ -20,8 +19,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from qnb.cluster.schedule import Cell, Schedule
-from qnb.cluster.worker import Post, Result
+from qnb.cluster.plan import Cell, Schedule
+from qnb.cluster.worker import Node, Post, Result
 
 # Seconds on an H200 told to have two cores: of SmolLM2-135M all items (GSM8K: 40 items times 33), times 9 for a model
 # of 1.2 billion parameters; of Llama-3.2-1B's shape one pass. fp32, int8-no-outliers, fp4 and nf4-dq as their nearest.
@@ -43,16 +42,16 @@ def plan() -> list[Cell]:
     for task in TASKS:
         cells.append(Cell({"stage": "task", "task": task}, estimate_s=MMLU_S if task == "mmlu" else BUILD_S))
     for name in (*TASKS_S, *LIKE):
-        like, about, checkpoint = LIKE.get(name, name), {"precision": name}, f"checkpoint {name}"
+        like, about, loads = LIKE.get(name, name), {"precision": name}, [name]
         for task, seconds in zip(TASKS, TASKS_S[like], strict=True):
-            cells.append(Cell({**about, "task": task}, needs=(checkpoint, f"task {task}"), estimate_s=seconds))
-        needs = checkpoint, "checkpoint bf16"
-        cells.append(Cell({"stage": "divergence", **about}, needs=needs, estimate_s=30.0))
+            cells.append(Cell({**about, "task": task}, None, [f"task {task}"], loads, estimate_s=seconds))
+        cells.append(Cell({"stage": "divergence", **about}, loads=[*{name, "bf16"}], estimate_s=30.0))
         for engine, pass_s in zip(("eager", "cuda_graph"), TIMED_S[like], strict=True):
             for setting, passes in PASSES.items():
-                needs = checkpoint, "peaks", *([f"{name} {engine} maxbatch"] if setting == "sweep" else ())
-                timed, is_alone = {**about, "engine": engine, "setting": setting}, engine == "eager"
-                cells.append(Cell(timed, needs=needs, is_alone=is_alone, estimate_s=passes * pass_s))
+                needs = [f"{name} {engine} maxbatch"] if setting == "sweep" else ["peaks"]
+                timed = {**about, "engine": engine, "setting": setting}
+                is_alone, estimate_s = engine == "eager", passes * pass_s
+                cells.append(Cell(timed, None, needs, loads, is_alone=is_alone, estimate_s=estimate_s))
     return cells
 
 
@@ -67,7 +66,7 @@ def ideal_s(gpus: int) -> float:
     by_name = {cell.name: cell.estimate_s for cell in cells}
     alone_s = sum(cell.estimate_s for cell in cells if cell.is_alone)
     others_s = sum(cell.estimate_s for cell in cells) - alone_s
-    chains_s = (cell.estimate_s + sum(by_name.get(need, MAKE_S) for need in cell.needs) for cell in cells)
+    chains_s = (cell.estimate_s + sum(map(by_name.get, cell.needs)) + MAKE_S * len(cell.loads) for cell in cells)
     return max(others_s / gpus + alone_s / len({*nodes(gpus).values()}), *chains_s)
 
 
@@ -81,16 +80,16 @@ class Planned(NamedTuple):
 
 
 class Clock:
-    """What cells take beside their work: loading models, and making checkpoints once a node while others wait."""
+    """What cells take: their work, and loading a model where a worker changes its format."""
 
-    def __init__(self, nodes: Mapping[str, str]) -> None:
-        self._nodes, self._formats, self._made_s = nodes, dict[str, str](), dict[tuple[str, str], float]()
+    def __init__(self) -> None:
+        self._formats = dict[str, str]()
 
     def end_s(self, worker: str, cell: Cell, now_s: float) -> float:
         """Return when a cell ends that begins now."""
-        for need in cell.needs:
-            if need.startswith("checkpoint"):
-                now_s = max(now_s, self._made_s.setdefault((self._nodes[worker], need), now_s + MAKE_S))
+        if cell.is_making:  # another model cannot stand beside
+            self._formats[worker] = ""
+            return now_s + MAKE_S
         is_changed = cell.precision not in ("", self._formats.get(worker))
         self._formats[worker] = cell.precision or self._formats.get(worker, "")
         return now_s + cell.estimate_s + LOAD_S * is_changed
@@ -98,7 +97,7 @@ class Clock:
 
 def rehearse(schedule: Schedule) -> list[Planned]:
     """Return what a schedule would do if every cell took its estimate, in the order of beginning."""
-    now_s, planned, clock = 0.0, list[Planned](), Clock(schedule.nodes)
+    now_s, planned, clock = 0.0, list[Planned](), Clock()
     while True:
         for worker in schedule.nodes:
             if cell := schedule.begin(worker):
@@ -115,7 +114,7 @@ class Sleeper:
     """A worker that sleeps in place of measuring."""
 
     def __init__(self, post: Post) -> None:
-        self._post, self._clock = post, Clock({"": ""})
+        self._post, self._clock = post, Clock()
 
     def work(self, cell: Cell, *_: object) -> Result:
         """Sleep as long as the cell takes, by the scale in the post."""
@@ -129,7 +128,6 @@ def on_ray(gpus: int, scale: float) -> float:
     from ray.cluster_utils import Cluster
 
     from qnb.cluster.driver import Crew
-    from qnb.cluster.nodes import Node
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     cluster = Cluster()
@@ -148,9 +146,9 @@ def on_ray(gpus: int, scale: float) -> float:
     with tempfile.TemporaryDirectory() as folder:
         ledger, source = SimpleNamespace(answers=list), SimpleNamespace(reason="")
         session = SimpleNamespace(ledger=ledger, folder=Path(folder), overflowed=[], device=device, source=source)
-        crew = Sleepers(ray, session, posts[:gpus])
+        crew = Sleepers(ray, session, posts[:gpus], plan())
         started_s = perf_counter()
-        crew.run(plan())
+        crew.run()
         taken_s = perf_counter() - started_s
     ray.shutdown()
     cluster.shutdown()

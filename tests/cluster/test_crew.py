@@ -1,9 +1,7 @@
 """A crew whose workers work in this process: what they measure, find or fail at is in the study's ledger."""
 
 import os
-import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +12,8 @@ import pytest
 from qnb import Study
 from qnb.accuracy import perplexity
 from qnb.cluster import driver
-from qnb.cluster.nodes import Node
-from qnb.cluster.schedule import TRIES, Cell
-from qnb.cluster.worker import Post, Worker
+from qnb.cluster.plan import TRIES, Cell
+from qnb.cluster.worker import Node, Post, Worker
 from qnb.device import Device
 from qnb.errors import InputError
 from qnb.ledger import file_sha256
@@ -39,20 +36,19 @@ class Reference:
 
 
 class InProcess:
-    """Ray, as far as a crew uses it: a call is made at once. The first `n_held` workers never start."""
+    """Ray, as far as a crew uses it: a call is made at once. Workers with these numbers, as hired, never start."""
 
     exceptions = ray.exceptions
 
-    def __init__(self, n_held=0):
-        self.n_held, self.n_lost = n_held, 0
+    def __init__(self, held=()):
+        self.held, self.n_hired, self.n_lost = held, 0, 0
 
     def remote(self, **_):
         return lambda worker: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=partial(self._hire, worker)))
 
     def _hire(self, worker, post):
-        self.n_held -= 1
-        hired = worker(post)
-        starts = None if self.n_held >= 0 else bool
+        starts, hired = None if self.n_hired in self.held else bool, worker(post)
+        self.n_hired += 1
         methods = {"__ray_ready__": starts, "work": hired.work, "__ray_terminate__": hired._scratch.cleanup}
         return SimpleNamespace(
             **{name: SimpleNamespace(remote=partial(self._call, each)) for name, each in methods.items()}
@@ -91,14 +87,14 @@ class Crew(driver.Crew):
             return super().work(cell, *arguments)
 
 
-def measure(study, plan, hosts="a", n_held=0, asked_at="", folder=""):
+def measure(study, plan, hosts="a", held=(), folder=""):
     """Let a worker on each of these hosts measure a plan; return Ray."""
-    session, here = study.session, InProcess(n_held)
+    session, here = study.session, InProcess(held)
     options = {"model": session.source.name, "precisions": "bf16", "overwrite": session.overwrite}
     cores = sorted(os.sched_getaffinity(0))
-    nodes = [Node(host * 56, host, 0, cores, CPU, {}, asked_at) for host in hosts]
+    nodes = [Node(host * 56, host, 0, cores, CPU, {}) for host in hosts]
     posts = [Post(node, cores, 1, folder, options, session.record, 1, 0) for node in nodes]
-    Crew(here, session, posts).run(plan)
+    Crew(here, session, posts, plan).run()
     return here
 
 
@@ -111,6 +107,11 @@ def ask(session, task="a", limit=0):
     """Measure what has no row."""
     key = session.key("lengths", None, {"limit": limit}, task=task)
     session.find(key) or session.append(key, {"limit": limit})
+
+
+def load(session):
+    """Find the checkpoint."""
+    session.checkpoint(session.precisions[0])
 
 
 def fail(session):
@@ -153,11 +154,18 @@ def test_what_ends_workers_on_a_node_goes_elsewhere_or_fails(study, hosts, n_los
     assert (len(ledger.failures()), len(ledger.rows("lengths"))) == (n_failed, n_rows)
 
 
-def test_a_worker_that_never_starts_is_given_up(study):
-    measure(study, [Cell(LENGTHS, ask, is_alone=True)], "ab", n_held=1)
+def test_the_others_go_on_while_a_lost_worker_is_replaced(study):
+    plan = [Cell(LENGTHS | {"task": each, "precision": "bf16"}, partial(ask, task=each)) for each in "abcd"]
+    assert measure(study, plan, "ab", held=[2]).n_lost == 1
+    assert {row["worker"] for row in study.session.ledger.rows("lengths")} == {"w0"}
+
+
+def test_a_worker_that_never_starts_is_given_up(study, monkeypatch):
+    monkeypatch.setattr(driver, "START_S", 0.0)
+    measure(study, [Cell(LENGTHS, ask, is_alone=True)], "ab", held=[0])
     assert [row["worker"] for row in study.session.ledger.rows("lengths")] == ["w1"]
     with pytest.raises(RuntimeError, match="no worker is left"):
-        measure(study, [Cell(LENGTHS, ask)], "a", n_held=1)
+        measure(study, [Cell(LENGTHS, ask)], "a", held=[0])
 
 
 def test_what_cannot_be_run_takes_no_row_away(study):
@@ -205,16 +213,25 @@ def test_a_worker_whose_parameters_are_refused_ends_the_run_with_its_line(study,
         measure(study, [Cell(LENGTHS, ask)])
 
 
-def test_one_worker_of_a_node_makes_a_checkpoint_for_all_studies_but_one_that_overwrites(study, tmp_path, monkeypatch):
+def test_a_node_keeps_a_checkpoint_for_all_studies_but_one_that_overwrites(study, tmp_path, monkeypatch):
     made, convert = [], checkpoint.convert
     monkeypatch.setattr(checkpoint, "convert", lambda *arguments: made.append(arguments) or convert(*arguments))
-    monkeypatch.setenv("QNB_CACHE", str(tmp_path / "cache"))
     other = Study("smollm2-135m", "bf16", tmp_path / "other", device="cpu")
     session = other.session
     session.append(session.key("quantize", session.precisions[0]), {"manifest_sha256": "another node's"})
+    study.session.source  # noqa: B018  # from the common cache
+    monkeypatch.setenv("QNB_CACHE", str(tmp_path / "cache"))
     again = Study("smollm2-135m", "bf16", other.folder, overwrite=True)
-    plan = [Cell({"stage": "quantize", "precision": "bf16", "repeat": each}, stages.quantize) for each in (1, 2)]
+    abouts = [{"stage": "divergence", "precision": "bf16", "repeat": each} for each in (1, 2)]
+    plan = [Cell(about, load, loads=["bf16"]) for about in abouts]
     for each, count in ((study, 1), (other, 1), (again, 2)):
-        time.sleep(1)  # rows of the second in which it was asked count as new
-        measure(each, plan, "aa", asked_at=datetime.now(UTC).isoformat(timespec="seconds"))
+        measure(each, plan, "aa")
         assert (len(each.session.ledger.rows("quantize")), len(made)) == (1, count)
+
+
+def test_what_loads_a_checkpoint_that_cannot_be_made_fails_too(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "convert", Mock(side_effect=MemoryError))
+    cell = Cell({"stage": "lengths", "precision": "bf16"}, load, loads=["bf16"])
+    measure(study, [cell], folder=str(tmp_path / "own"))
+    stages = [row["stage"] for row in study.session.ledger.failures()]
+    assert stages == ["quantize.failed", "lengths.failed"] and not study.session.ledger.rows()

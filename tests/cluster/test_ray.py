@@ -22,9 +22,10 @@ from conftest import SECRET, command
 from qnb import Study
 from qnb import precision as precisions
 from qnb.__main__ import main
-from qnb.cluster import cells, driver, nodes
-from qnb.cluster.nodes import ClusterOptions
-from qnb.cluster.schedule import Cell
+from qnb.cluster import driver
+from qnb.cluster.driver import ClusterOptions
+from qnb.cluster.plan import Cell
+from qnb.cluster.worker import Node
 from qnb.device import Device
 from qnb.errors import InputError
 from qnb.ledger import Ledger, row_key
@@ -100,7 +101,7 @@ def test_a_killed_worker_and_a_lost_node_cost_no_row(tmp_path, source, monkeypat
     for each in there:
         each.touch()
     plan = [Cell({"stage": "lengths", "task": each.name}, partial(slow, flag=each)) for each in (*flags, *there)]
-    monkeypatch.setattr(cells, "plan", lambda *_: plan)
+    monkeypatch.setattr(driver, "plan", lambda *_: plan)
 
     def end(pid, node_id):
         """Take the second node away, and on the first the worker: each has one of the two cells that hang."""
@@ -157,7 +158,7 @@ def test_a_format_that_overflows_is_measured_again_in_all_cells(tmp_path, monkey
     crews = []
 
     class Overflowing:
-        def __init__(self, ray, session, posts):
+        def __init__(self, ray, session, posts, cells):
             crews.append(posts[0].record.get("overflowed"))
             self.run = lambda *_: session.leave_float16(["nf4"])
 
@@ -172,7 +173,7 @@ def test_a_format_that_overflows_is_measured_again_in_all_cells(tmp_path, monkey
 
 LISTENING = """
 import psutil
-from qnb.cluster.nodes import ClusterOptions, connected
+from qnb.cluster.driver import ClusterOptions, connected
 with connected(ClusterOptions("1")):
     mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
     ports = [port for each in mine for port in each.net_connections("inet") if port.status == psutil.CONN_LISTEN]
@@ -205,7 +206,7 @@ def test_bad_input_is_refused_in_one_line(arguments, part, tmp_path, capsys):
 
 def test_without_ray_one_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match="pip install"), nodes.connected(ClusterOptions("2")):
+    with pytest.raises(InputError, match="pip install"), driver.connected(ClusterOptions("2")):
         pass
 
 
@@ -214,19 +215,19 @@ GPU = Device("cuda", "a GPU", 1000.0, "native", "")
 
 
 def node(name, gpus=2.0, device=GPU):
-    return nodes.Node(name, name, gpus, (0, 1, 2, 3), device, {})
+    return Node(name, name, gpus, (0, 1, 2, 3), device, {})
 
 
 def test_workers_are_spread_evenly_with_cores_of_their_own():
-    shares = nodes.share_out([node("a"), node("b")], "auto", 1.0)
+    shares = driver.share_out([node("a"), node("b")], "auto", 1.0)
     assert [(node.id, cores) for node, cores in shares] == [
         ("a", (0, 2)), ("a", (1, 3)), ("b", (0, 2)), ("b", (1, 3))
     ]  # fmt: skip
-    assert [node.id for node, _ in nodes.share_out([node("a"), node("b")], "3", 1.0)] == ["a", "a", "b"]
-    assert len(nodes.share_out([node("a")], "auto", 0.5)) == 4
-    assert len(nodes.share_out([node("a", 0, CPU), node("b", 0, CPU)], "auto", 1.0)) == 2
+    assert [node.id for node, _ in driver.share_out([node("a"), node("b")], "3", 1.0)] == ["a", "a", "b"]
+    assert len(driver.share_out([node("a")], "auto", 0.5)) == 4
+    assert len(driver.share_out([node("a", 0, CPU), node("b", 0, CPU)], "auto", 1.0)) == 2
     with pytest.raises(InputError, match="room for 2"):
-        nodes.share_out([node("a")], "3", 1.0)
+        driver.share_out([node("a")], "3", 1.0)
 
 
 @pytest.mark.parametrize(("gpus", "only"), [("2", "01,02,03,05"), ("0.5", "01,02,05")])
@@ -239,7 +240,7 @@ def test_what_a_spread_or_shared_model_allows_is_named(gpus, only):
 
 def test_only_nodes_with_the_gpu_model_of_most_gpus_measure():
     other = node("c", 3.0, Device("cuda", "another GPU", 1000.0, "native", ""))
-    assert [each.id for each in nodes._alike([node("a"), other, node("b")])] == ["a", "b"]
+    assert [each.id for each in driver._alike([node("a"), other, node("b")])] == ["a", "b"]
 
 
 class OneNode:
@@ -266,29 +267,23 @@ class OneNode:
         (0.0, None, "cuda", "0 nodes have GPUs"),
         (1.0, TimeoutError(), "auto", "node box cannot take part: TimeoutError"),
         (0.0, ModuleNotFoundError("No module named 'qnb'"), "auto", "node box cannot take part: No module named"),
-        (1.0, nodes.Node("a", "box", 1.0, (0,), GPU, {"torch": "1.0"}), "auto", "node box has torch 1.0"),
-        (1.0, nodes.Node("a", "box", 1.0, (0,), GPU, {"python": "3.8"}), "auto", "node box has python 3.8"),
+        (1.0, Node("a", "box", 1.0, (0,), GPU, {"torch": "1.0"}), "auto", "node box has torch 1.0"),
+        (1.0, Node("a", "box", 1.0, (0,), GPU, {"python": "3.8"}), "auto", "node box has python 3.8"),
     ],
 )
 def test_a_node_that_cannot_take_part_is_named(gpus, described, wanted, part):
     with pytest.raises(InputError, match=part):
-        nodes.find_nodes(OneNode(gpus, described), wanted)
+        driver.find_nodes(OneNode(gpus, described), wanted)
 
 
-def test_a_silent_address_is_given_up_after_seconds(monkeypatch):
-    monkeypatch.setattr(nodes, "CONNECT_S", 0.5)
-    with socket.socket() as full:  # takes no connection any more
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)
-        fillers = [socket.socket() for _ in range(3)]
-        for each in fillers:
-            each.setblocking(False)
-            each.connect_ex(full.getsockname())
-        address = f"127.0.0.1:{full.getsockname()[1]}"
-        with pytest.raises(InputError, match="no Ray cluster"), nodes.connected(ClusterOptions("1", address)):
-            pass
-        for each in fillers:
-            each.close()
+def test_an_address_where_no_ray_answers_is_given_up_in_one_line(tmp_path):
+    with socket.socket() as silent:  # takes connections, and says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        done = command("run", "--profile", "smoke", "--output", str(tmp_path / "study"), "--ray-address", address)
+    assert done.returncode == 2 and f"no Ray cluster can be joined at {address}" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_model_beyond_its_memory_is_spread_and_scores_alike(tmp_path):
