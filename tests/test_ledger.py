@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 from filelock import FileLock
+from tiny_models import save_tiny
 
 from qnb import InputError
 from qnb import ledger as module
@@ -115,29 +115,44 @@ def test_a_file_system_that_cannot_flush_loses_nothing_and_a_broken_one_is_told(
     assert len(Ledger(tmp_path)) == (number != errno.EIO) == (tmp_path / "text").exists()
 
 
-def test_a_refused_run_takes_nothing_of_others(tmp_path):
-    """Somebody's file stays, and so does the folder of one who measures beside it, or waits for the lock."""
-    folder, refused = tmp_path / "new" / "study", pytest.raises(InputError, match="refused")
-    for leave in (lambda: (folder / "notes.md").touch(), lambda: stack.enter_context(FileLock(folder / ".lock"))):
-        with ExitStack() as stack:
-            with refused, Ledger(folder).locked(".run.lock", pytest.fail):
-                leave()
-                raise InputError("refused")
-            assert folder.exists()
-        shutil.rmtree(folder.parent)
+@pytest.mark.parametrize(
+    ("leave", "left"),
+    [
+        (lambda folder: None, ""),
+        (lambda folder: (folder.parent / "other").mkdir(), "new"),
+        (lambda folder: (folder / "notes.md").touch(), "new/study"),
+        (lambda folder: Ledger(folder).append(row()), "new/study"),
+        (lambda folder: FileLock(folder / ".lock").acquire().lock, "new/study"),  # one who measures beside it
+    ],
+    ids=["nothing", "a neighbour", "a file", "a row", "a lock"],
+)
+def test_refused_input_takes_away_only_the_folders_that_were_made_for_it(leave, left, tmp_path):
+    folder = tmp_path / "new" / "study"
+    for is_there in (False, True):
+        if is_there:
+            folder.mkdir(parents=True, exist_ok=True)
+        with pytest.raises(InputError, match="refused"), Ledger(folder).locked(".run.lock", pytest.fail):
+            _held = leave(folder) if not is_there else None
+            raise InputError("refused")
+        assert folder.exists() == (is_there or left == "new/study") and folder.parent.exists() == (
+            is_there or left > ""
+        )
+
+
+def test_who_waits_for_the_lock_of_a_refused_run_finds_a_folder(tmp_path):
     waits = (
-        "from qnb.ledger import Ledger; import sys\nwith Ledger(sys.argv[1]).locked('.lock', lambda: print('waits')): "
+        "from qnb.ledger import Ledger; import sys\nwith Ledger(sys.argv[1]).locked('.lock', lambda: print('waits')):"
     )
-    with refused, Ledger(folder).locked(".lock", pytest.fail):
+    with pytest.raises(InputError), Ledger(tmp_path / "study").locked(".lock", pytest.fail):
         other = subprocess.Popen(
-            [sys.executable, "-uc", waits + "print('in')", folder], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-uc", waits + " print('in')", tmp_path / "study"], stdout=subprocess.PIPE, text=True
         )
         assert other.stdout.readline() == "waits\n"
         raise InputError("refused")
     assert other.wait() == 0
 
 
-def test_a_vanished_machines_study_on_a_drive_goes_on_under_another_name(tiny, tmp_path, monkeypatch, caplog):
+def test_a_vanished_machines_study_on_a_drive_goes_on_under_another_name(tmp_path, monkeypatch, caplog):
     """The drive refuses locks and takes its time to flush; the first machine gives nothing back."""
 
     def refuse(*_):
@@ -147,8 +162,7 @@ def test_a_vanished_machines_study_on_a_drive_goes_on_under_another_name(tiny, t
     monkeypatch.setattr("fcntl.flock", refuse)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free_bytes[-1]))
     monkeypatch.setattr(os, "fsync", lambda _: (flushes.append(1), time.sleep(0.1)))
-    for part in tiny:
-        part.save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model")
 
     def measure(name):
         for module_name in ("platform.node", "socket.gethostname"):
@@ -174,11 +188,7 @@ def test_a_vanished_machines_study_on_a_drive_goes_on_under_another_name(tiny, t
     assert caplog.text.count("no file locks") and "at most" in second.facts()["host memory"]
     free_bytes.append(0)
     assert "disk" not in second.facts(), "and all is there"
-    for fresh in (
-        Session(str(tmp_path / "model"), "int8", folder),
-        Session("shape:llama-3.2-1b", "fp16", tmp_path / "b"),
-    ):
-        assert "make room" in fresh.facts()["disk"]
+    assert "make room" in Session("shape:llama-3.2-1b", "fp16", tmp_path / "b").facts()["disk"]
 
 
 def test_a_failure_stands_until_it_is_measured(tmp_path):
@@ -217,20 +227,6 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         Ledger(tmp_path).append(row(x=float("nan")))
     assert len(Ledger(tmp_path)) == 0
-
-
-@pytest.mark.parametrize("before", ["a folder", "a row", "a neighbour"])
-def test_refused_input_takes_nothing_away_but_the_folder_that_was_made_for_it(before, tmp_path):
-    ledger = Ledger(tmp_path / "new" / "study")
-    if before == "a folder":
-        ledger.folder.mkdir(parents=True)
-    with pytest.raises(InputError), ledger.locked(".lock", lambda: None):
-        if before == "a row":
-            ledger.append(row())
-        elif before == "a neighbour":
-            (tmp_path / "new" / "other").mkdir()
-        raise InputError("refused")
-    assert ledger.folder.exists() == (before != "a neighbour") and (tmp_path / "new").exists()
 
 
 def test_a_fingerprint_does_not_depend_on_order():
