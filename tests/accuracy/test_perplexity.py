@@ -13,7 +13,6 @@ from qnb import InputError
 from qnb.accuracy import perplexity
 from qnb.accuracy.perplexity import DivergenceOptions, distances, divergence, summarize, windows
 from qnb.finite import NotFiniteError
-from qnb.ledger import Ledger
 
 
 @pytest.mark.parametrize(("tokens", "context", "stride"), [(10, 4, 2), (11, 4, 3), (5, 8, 4), (8, 4, 2), (2, 4, 1)])
@@ -125,14 +124,3 @@ def test_fewer_windows_are_read_at_once_where_memory_runs_out(answering, monkeyp
     monkeypatch.setattr(perplexity, "distances", short)
     divergence(answering, DivergenceOptions("sample", 64, 16))
     assert sizes == [8, 4, 2] and len(answering.ledger.rows("divergence")) == 1
-
-
-@pytest.mark.slow
-def test_each_format_is_compared_with_bf16(smoke):
-    folder, _ = smoke
-    bf16, int8 = Ledger(folder).rows("divergence")
-    assert bf16["kl_mean_nats"] is None and int8["kl_mean_nats_low"] < int8["kl_mean_nats"] < int8["kl_mean_nats_high"]
-    change_pct = 100 * (int8["perplexity"] / bf16["perplexity"] - 1)
-    assert int8["perplexity_change_pct"] == pytest.approx(change_pct, abs=0.1)
-    tokens = pd.read_parquet(folder / int8["samples_file"])
-    assert len(tokens) == 63 and int8["kl_mean_nats"] == pytest.approx(tokens.kl.mean())

@@ -1,4 +1,4 @@
-"""The largest batch: the package's search against accelerate's, Lightning's and the true maximum, in one run.
+"""The largest batch: the package's search against accelerate's and the true maximum, in one run.
 
 ``python tests/bench/batch.py --csv batch.csv``: Llama-3.2-1B's shape on a GPU, whole and held to 15 GiB
 ``python tests/bench/batch.py --device cpu --model smollm2-135m --memory-gib 0.6 --cap 48``: by a process's growth
@@ -6,7 +6,7 @@
 A batch size that both searches try runs once: every run begins with the same emptied memory, so it would end the
 same, and its seconds count for each search. The searches leave a bracket around the true maximum, which is halved to
 one row; ``--within-rows 16`` saves most runs where they take long, on a whole card. Batches that may end the process
-count as too large. Lightning's search needs ``pip install pytorch-lightning``.
+count as too large.
 """
 
 from __future__ import annotations
@@ -74,30 +74,7 @@ def accelerate(trials: Remembered, limit_mib: float, cap: int) -> int:
     return int(largest)
 
 
-def lightning(trials: Remembered, limit_mib: float, cap: int) -> int:
-    """Search with Lightning's tuner as it comes: doubled until it fails, halved between, then 5 % less."""
-    from pytorch_lightning import LightningModule, Trainer
-    from pytorch_lightning.tuner import Tuner
-    from torch.utils.data import DataLoader
-
-    class Attempt(LightningModule):
-        batch_size = 1
-
-        def val_dataloader(self) -> DataLoader:
-            return DataLoader(range(2 * cap), self.batch_size)
-
-        def validation_step(self, rows: torch.Tensor, _: int) -> None:
-            if not trials(len(rows)).fits:
-                raise RuntimeError("CUDA out of memory.")  # by which Lightning knows it
-
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-    options: dict[str, Any] = {"method": "validate", "mode": "binsearch", "steps_per_trial": 1, "max_val": cap}
-    return int(Tuner(trainer).scale_batch_size(Attempt(), init_val=1, **options) or 0)
-
-
-SEARCHES: dict[str, Callable[[Remembered, float, int], int]] = {
-    "ours": ours, "accelerate": accelerate, "lightning": lightning,
-}  # fmt: skip
+SEARCHES: dict[str, Callable[[Remembered, float, int], int]] = {"ours": ours, "accelerate": accelerate}
 
 
 def search(name: str, trials: Remembered, *limits: Any) -> dict[str, Any]:
