@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack, nullcontext
 from io import FileIO
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
@@ -105,10 +106,7 @@ def test_a_row_that_cannot_be_written_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EIO])
 def test_a_file_system_that_cannot_flush_loses_nothing_and_a_broken_one_is_told(number, tmp_path, monkeypatch):
-    def refuse(_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(number, os.strerror(number))))
     for write in (lambda: write_atomic(tmp_path / "text", "x"), lambda: Ledger(tmp_path).append(row())):
         with pytest.raises(OSError, match="error") if number == errno.EIO else nullcontext():
             write()
@@ -154,12 +152,8 @@ def test_who_waits_for_the_lock_of_a_refused_run_finds_a_folder(tmp_path):
 
 def test_a_vanished_machines_study_on_a_drive_goes_on_under_another_name(tmp_path, monkeypatch, caplog):
     """The drive refuses locks and takes its time to flush; the first machine gives nothing back."""
-
-    def refuse(*_):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
     flushes, folder, free_bytes = [], tmp_path / "study", [0]
-    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "no locks")))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free_bytes[-1]))
     monkeypatch.setattr(os, "fsync", lambda _: (flushes.append(1), time.sleep(0.1)))
     save_tiny(tmp_path / "model")

@@ -6,6 +6,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from threading import Timer
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -164,10 +165,7 @@ def test_a_second_run_waits_for_the_first(session, capsys):
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
 def test_a_folder_without_locks_is_measured_into_with_a_notice(number, session, monkeypatch, caplog):
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(number, os.strerror(number))))
     denied = pytest.raises(OSError) if number == errno.EIO else nullcontext()
     with denied, session.exclusive():
         session.append(session.key("perf"), {"x": 1})

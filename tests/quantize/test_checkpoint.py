@@ -2,9 +2,9 @@
 
 import errno
 import json
-import os
 import shutil
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -207,10 +207,7 @@ def test_a_model_that_changes_on_reload_is_no_checkpoint(tiny_folder, tmp_path, 
 
 
 def test_a_drive_that_renames_no_folder_gets_a_whole_checkpoint(tiny_folder, tmp_path, monkeypatch):
-    def refuse(path, target):
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-    monkeypatch.setattr("pathlib.Path.rename", refuse)
+    monkeypatch.setattr("pathlib.Path.rename", Mock(side_effect=OSError(errno.EXDEV, "across devices")))
     convert(tiny_folder, "bf16", tmp_path)
     assert files.damage(tmp_path / "bf16") == "" and not list(tmp_path.glob(".*"))
 

@@ -7,6 +7,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -109,10 +110,7 @@ def test_what_a_source_has_as_it_would_be_saved_is_linked(options, change, is_li
 
 
 def test_a_drive_without_links_gets_copies(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EXDEV, "across devices")))
     model = save_tiny(tmp_path / "model")
     for name, made in zip(("bf16", "fp16", "nf4"), convert(model, tmp_path, "bf16", "fp16", "nf4"), strict=True):
         folder = tmp_path / PRECISIONS[name].in_half("float16").checkpoint
