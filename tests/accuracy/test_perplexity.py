@@ -6,8 +6,9 @@ import math
 import pandas as pd
 import pytest
 import torch
-import transformers
 from conftest import random_model
+from tiny_models import TINY
+from transformers import LlamaConfig
 
 from qnb import InputError
 from qnb.accuracy import perplexity
@@ -30,10 +31,7 @@ def test_every_token_but_the_first_is_scored_once(tokens, context, stride):
 @pytest.fixture
 def models():
     """Two random models of one shape."""
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-    )
-    return [random_model(config, seed) for seed in (0, 1)]
+    return [random_model(LlamaConfig(**TINY), seed) for seed in (0, 1)]
 
 
 def test_against_a_pass_over_each_window_by_hand(models):

@@ -8,10 +8,9 @@ from unittest.mock import patch
 import pandas as pd
 import pytest
 import torch
-from conftest import random_model
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qnb import InputError, Study, precision
 from qnb.accuracy.tasks import Task
@@ -33,12 +32,10 @@ def only_the_formats(monkeypatch):
 
 @pytest.fixture(scope="module")
 def released(tiny, tmp_path_factory):
-    """A small model as it was released, in float32, of sizes that bitsandbytes packs on a CPU."""
-    folder, tokenizer = tmp_path_factory.mktemp("released") / "small", tiny[1]
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                         num_attention_heads=4, max_position_embeddings=2048)  # fmt: skip
-    random_model(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """A small model as it was released, in float32."""
+    folder = tmp_path_factory.mktemp("released") / "small"
+    for part in tiny:
+        part.save_pretrained(folder)
     return folder
 
 
