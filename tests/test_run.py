@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import nbformat
 import papermill
@@ -23,7 +24,6 @@ from qnb.__main__ import main
 from qnb.ledger import Ledger, row_key
 from qnb.provenance import ROOT
 from qnb.quantize import files
-from qnb.quantize.files import damage
 from qnb.run import NAMES, NOTEBOOKS
 
 # What a clock or a sensor reads, or depends on it. Everything else of a row is the same in every run.
@@ -71,16 +71,10 @@ def test_what_stops_a_notebook_is_said_in_one_line(source, reason, tmp_path, cap
 
 @pytest.mark.parametrize(("deaths", "code"), [(1, 0), (2, 1)])
 def test_a_kernel_that_dies_before_it_answers_is_started_once_more(deaths, code, tmp_path, monkeypatch, capsys):
-    calls = []
-
-    def execute(*_, **__):
-        calls.append(1)
-        if len(calls) <= deaths:
-            raise RuntimeError("Kernel died before replying to kernel_info")
-
-    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    died = RuntimeError("Kernel died before replying to kernel_info")
+    monkeypatch.setattr(papermill, "execute_notebook", execute := Mock(side_effect=[died] * deaths + [None]))
     words = ["run", "--profile", "smoke", "--only", "05", "--output", str(tmp_path / "study")]
-    assert main(words) == code and len(calls) == 2
+    assert main(words) == code and execute.call_count == 2
     assert ("Kernel died" in capsys.readouterr().err) == bool(code)
 
 
@@ -302,5 +296,5 @@ def test_killed_anywhere_it_ends_as_an_undisturbed_run(smoke, tmp_path):
         first, second = (each / "tables" / f"{name}.csv" for each in (whole, folder))
         assert first.read_text() == second.read_text(), name
     for checkpoint in (folder / "checkpoints").glob("[a-z]*"):
-        assert damage(checkpoint) == ""
+        assert files.damage(checkpoint) == ""
     assert not [path for path in (folder / "checkpoints").glob(".*") if path.suffix != ".lock"]

@@ -10,7 +10,6 @@ from qnb.speed import device_peaks
 LONG = {**TINY, "max_position_embeddings": 2048}
 FAMILIES = {
     "opt": transformers.OPTConfig(**LONG, ffn_dim=128, word_embed_proj_dim=64),
-    "mixtral": transformers.MixtralConfig(**LONG, num_local_experts=4),
     "mamba": transformers.MambaConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2, state_size=8),
 }
 
