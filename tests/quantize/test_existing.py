@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+from functools import cache
 from unittest.mock import patch
 
+import gguf
 import pandas as pd
 import pytest
 import torch
@@ -90,8 +92,9 @@ def test_a_checkpoint_is_a_row_of_every_table_with_stock_lm_evals_accuracy(relea
     assert "theirs" in again.report().read_text() and not (study.folder / "cards" / "theirs").exists()
 
 
-def test_an_unpacked_checkpoint_has_an_accuracy_and_a_size_and_no_speed(source, tmp_path):
+def test_an_unpacked_checkpoint_has_an_accuracy_and_a_size_and_no_speed(source, tmp_path, monkeypatch):
     """The embedded model was unpacked from this file, so nothing may differ."""
+    monkeypatch.setattr("gguf.GGUFReader", cache(gguf.GGUFReader))  # it reads a vocabulary for seconds
     file = sources.fetch_gguf(tmp_path)
     study = Study(sources.EMBEDDED, f"bf16,gguf=checkpoint:{file}", tmp_path / "study")
     study.divergence("sample", 64, 32)
