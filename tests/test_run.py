@@ -16,8 +16,9 @@ import nbformat
 import papermill
 import psutil
 import pytest
-from conftest import command
+from conftest import SECRET, command
 from filelock import FileLock
+from tiny_models import save_tiny
 
 from qnb import InputError, Study, run
 from qnb.__main__ import main
@@ -167,6 +168,32 @@ def test_an_installed_package_brings_its_notebooks(tmp_path):
     done = command(*words, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert done.returncode == 0 and done.stderr.startswith("05_figures: done in"), done.stderr
     assert "0 measurements" in done.stdout and (tmp_path / "study" / "report.html").exists()
+
+
+# A hub token in the environment
+
+
+def shown(folder, *texts):
+    """Whether the secret stands in one of the texts or in a file below `folder`."""
+    files = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    return any(SECRET in text for text in texts) or any(SECRET.encode() in content for content in files)
+
+
+@pytest.mark.slow
+def test_a_whole_study_shows_no_secret(smoke):
+    folder, done = smoke
+    assert done.returncode == 0, done.stderr
+    assert (folder / "ledger.jsonl").exists() and not shown(folder, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("options", ["push_to me/x -p dry_run false --only 01", "tasks arc_easy --only 02"])
+def test_no_failing_stage_shows_a_secret(tmp_path, options):
+    """The hub is a closed port: every stage that needs it fails, with the token in its hands."""
+    words = ["run", "--profile", "smoke", "--output", str(tmp_path / "study"), "-p", "model"]
+    words += [str(save_tiny(tmp_path / "model")), "-p", *options.split()]
+    done = command(*words, HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN=SECRET)
+    assert done.returncode == 2, done.stderr
+    assert not shown(tmp_path, done.stdout, done.stderr)
 
 
 # Ended, and two at once

@@ -33,9 +33,8 @@ def flip(path, place=-1):
 
 
 @pytest.mark.parametrize("part", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_model_changed_in_place_is_noticed(part, source, tmp_path):
-    local, output = tmp_path / "model", tmp_path / "study"
-    shutil.copytree(source.path, local)
+def test_a_model_changed_in_place_is_noticed(part, tmp_path):
+    local, output = save_tiny(tmp_path / "model"), tmp_path / "study"
     first = Session(str(local), output=output).source.fingerprint
     assert Session(str(local), output=output).source.fingerprint == first
     if part.endswith(".json"):
