@@ -31,16 +31,8 @@ def precisions(ledger):
     return [each["precision"] for each in ledger.rows()]
 
 
-def test_the_newest_row_of_a_key_is_shown_and_an_older_one_is_still_found(tmp_path, monkeypatch):
-    """The order is that of the lines: a clock that goes backwards changes nothing."""
-    ledger, years = Ledger(tmp_path / "new"), iter((2030, 2020))
-
-    class Backwards(module.datetime):
-        @classmethod
-        def now(cls, zone):
-            return cls(next(years), 1, 1, tzinfo=zone)
-
-    monkeypatch.setattr(module, "datetime", Backwards)
+def test_the_newest_row_of_a_key_is_shown_and_an_older_one_is_still_found(tmp_path):
+    ledger = Ledger(tmp_path / "new")
     written = [ledger.append(row(print_=print_, x=x, values={"total_s": 1.5})) for print_, x in (("a", 1), ("b", 2))]
     assert ledger.rows("perf") == Ledger(tmp_path / "new").rows() == written[1:]
     before = ledger.path.read_bytes()
@@ -135,12 +127,13 @@ def test_refused_input_takes_away_only_the_folders_that_were_made_for_it(leave, 
 
 
 def test_who_waits_for_the_lock_of_a_refused_run_finds_a_folder(tmp_path):
+    folder = tmp_path / "new" / "study"
     waits = (
         "from qnb.ledger import Ledger; import sys\nwith Ledger(sys.argv[1]).locked('.lock', lambda: print('waits')):"
     )
-    with pytest.raises(InputError), Ledger(tmp_path / "study").locked(".lock", pytest.fail):
+    with pytest.raises(InputError), Ledger(folder).locked(".lock", pytest.fail):
         other = subprocess.Popen(
-            [sys.executable, "-uc", waits + " print('in')", tmp_path / "study"], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-uc", waits + " print('in')", folder], stdout=subprocess.PIPE, text=True
         )
         assert other.stdout.readline() == "waits\n"
         raise InputError("refused")

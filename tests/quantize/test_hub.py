@@ -144,7 +144,7 @@ def test_a_refusal_is_one_line(server, tiny, answer, expected):
         ({"model.safetensors.index.json": None, "pytorch_model.bin": b"\x80\x04"},
          "is not whole: model.safetensors is missing; give a model saved as safetensors"),
         ({"config.json": b'{"model_type": "own", "auto_map": {"AutoConfig": "modeling_own.Config"}}',
-          "modeling_own.py": b"1 / 0"}, "code of a model's own is never run"),
+          "modeling_own.py": b"1 / 0", "model.safetensors": b"{}"}, "code of a model's own is never run"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_before_its_weights(server, tiny, changes, expected):
