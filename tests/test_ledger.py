@@ -121,16 +121,13 @@ def test_refused_input_takes_away_only_the_folders_that_were_made_for_it(leave, 
         with pytest.raises(InputError, match="refused"), Ledger(folder).locked(".run.lock", pytest.fail):
             _held = leave(folder) if not is_there else None
             raise InputError("refused")
-        assert folder.exists() == (is_there or left == "new/study") and folder.parent.exists() == (
-            is_there or left > ""
-        )
+        assert folder.exists() == (is_there or left == "new/study")
+        assert folder.parent.exists() == (is_there or left != "")
 
 
 def test_who_waits_for_the_lock_of_a_refused_run_finds_a_folder(tmp_path):
     folder = tmp_path / "new" / "study"
-    waits = (
-        "from qnb.ledger import Ledger; import sys\nwith Ledger(sys.argv[1]).locked('.lock', lambda: print('waits')):"
-    )
+    waits = "import sys, qnb.ledger\nwith qnb.ledger.Ledger(sys.argv[1]).locked('.lock', lambda: print('waits')):"
     with pytest.raises(InputError), Ledger(folder).locked(".lock", pytest.fail):
         other = subprocess.Popen(
             [sys.executable, "-uc", waits + " print('in')", folder], stdout=subprocess.PIPE, text=True
