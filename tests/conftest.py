@@ -98,11 +98,11 @@ def tokenizer(source):
 
 @pytest.fixture(scope="session")
 def tiny(tokenizer):
-    """A random Llama of two layers, with that tokenizer."""
+    """A random Llama of two layers, of sizes that bitsandbytes packs on a CPU, with that tokenizer."""
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=2048,
     )  # fmt: skip
     return random_model(config), tokenizer

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -89,32 +90,24 @@ def test_elsewhere_nothing_happens():
 
 @pytest.fixture
 def drive(tmp_path, monkeypatch):
-    """Google Drive as Colab offers it, in a folder; gives the calls of mount."""
-    calls = []
-
-    def mount(path):
-        calls.append(path)
-        (tmp_path / "MyDrive").mkdir()
-
+    """Google Drive as Colab offers it, in a folder; gives its function that mounts it."""
+    mount = Mock(side_effect=lambda path: (tmp_path / "MyDrive").mkdir())
     monkeypatch.setitem(sys.modules, "google", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=SimpleNamespace(mount=mount)))
     monkeypatch.setattr(colab, "MOUNT", tmp_path)
-    return calls
+    return mount
 
 
 def test_an_output_on_the_drive_mounts_it_once(drive, tmp_path):
     for _ in range(2):
         assert colab.locate("drive:qnb/study") == tmp_path / "MyDrive" / "qnb" / "study"
-    assert drive == [str(tmp_path)]
+    drive.assert_called_once_with(str(tmp_path))
     assert study.Study(output="drive:qnb/study").folder == tmp_path / "MyDrive" / "qnb" / "study"
 
 
 @pytest.mark.parametrize("output", ["drive:", "drive:/", "drive:../elsewhere", "drive:study"])
-def test_a_drive_that_is_not_given_or_an_output_that_names_no_folder_on_it_is_refused(output, drive, monkeypatch):
-    def refuse(path):
-        raise NotImplementedError("google.colab.drive is unsupported in this environment.")
-
-    monkeypatch.setattr(sys.modules["google.colab"].drive, "mount", refuse)
+def test_a_drive_that_is_not_given_or_an_output_that_names_no_folder_on_it_is_refused(output, drive):
+    drive.side_effect = NotImplementedError("no drive")
     expected = "allow it, or give a folder of the VM" if output == "drive:study" else "names no folder"
     with pytest.raises(InputError, match=expected):
         colab.locate(output)

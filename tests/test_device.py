@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pynvml
 import pytest
@@ -65,11 +66,7 @@ NO_TEXT = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no text")
 @pytest.mark.parametrize("call", ["nvmlInit", "nvmlSystemGetDriverVersion"])
 def test_a_gpu_that_nvml_does_not_know_is_taken(call, error, two_gpus, monkeypatch, capsys, tmp_path):
     """PyTorch names the GPUs; NVML only reads them (Jetson, WSL, some containers have none)."""
-
-    def refuse():
-        raise error
-
-    monkeypatch.setattr(pynvml, call, refuse)
+    monkeypatch.setattr(pynvml, call, Mock(side_effect=error))
     for place in ("auto", "cuda:1"):
         assert (device.detect(place).kind, device.detect(place).driver) == ("cuda", "")
     assert "driver not known" in Session(output=tmp_path).facts()["device"]

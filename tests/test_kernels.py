@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -56,10 +57,7 @@ def test_kernels_are_kept_on_the_users_own_drive_alone(folder, built):
 
 
 def test_a_drive_that_is_full_costs_no_measurement(built, monkeypatch, caplog):
-    def full(path, content):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(kernels, "write_atomic", full)
+    monkeypatch.setattr(kernels, "write_atomic", Mock(side_effect=OSError(28, "No space left on device")))
     with kernels.kept(built / "MyDrive" / "study"):
         measured = True
     assert measured and "No space left" in caplog.text

@@ -3,18 +3,18 @@
 import errno
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import time
 from contextlib import ExitStack, nullcontext
 from io import FileIO
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 from filelock import FileLock
+from tiny_models import save_tiny
 
 from qnb import InputError
 from qnb import ledger as module
@@ -31,16 +31,8 @@ def precisions(ledger):
     return [each["precision"] for each in ledger.rows()]
 
 
-def test_the_newest_row_of_a_key_is_shown_and_an_older_one_is_still_found(tmp_path, monkeypatch):
-    """The order is that of the lines: a clock that goes backwards changes nothing."""
-    ledger, years = Ledger(tmp_path / "new"), iter((2030, 2020))
-
-    class Backwards(module.datetime):
-        @classmethod
-        def now(cls, zone):
-            return cls(next(years), 1, 1, tzinfo=zone)
-
-    monkeypatch.setattr(module, "datetime", Backwards)
+def test_the_newest_row_of_a_key_is_shown_and_an_older_one_is_still_found(tmp_path):
+    ledger = Ledger(tmp_path / "new")
     written = [ledger.append(row(print_=print_, x=x, values={"total_s": 1.5})) for print_, x in (("a", 1), ("b", 2))]
     assert ledger.rows("perf") == Ledger(tmp_path / "new").rows() == written[1:]
     before = ledger.path.read_bytes()
@@ -90,14 +82,12 @@ def test_a_row_that_cannot_be_written_leaves_nothing(tmp_path):
     ledger.append(row("bf16"))
     before = ledger.path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
         with pytest.raises(OSError, match=r"[Ll]arge"):
             ledger.append(row("fp16", text="x" * 100))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
     assert ledger.path.read_bytes() == before
     ledger.append(row("fp16"))
     assert precisions(Ledger(tmp_path)) == ["bf16", "fp16"]
@@ -105,50 +95,55 @@ def test_a_row_that_cannot_be_written_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EIO])
 def test_a_file_system_that_cannot_flush_loses_nothing_and_a_broken_one_is_told(number, tmp_path, monkeypatch):
-    def refuse(_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(number, os.strerror(number))))
     for write in (lambda: write_atomic(tmp_path / "text", "x"), lambda: Ledger(tmp_path).append(row())):
         with pytest.raises(OSError, match="error") if number == errno.EIO else nullcontext():
             write()
     assert len(Ledger(tmp_path)) == (number != errno.EIO) == (tmp_path / "text").exists()
 
 
-def test_a_refused_run_takes_nothing_of_others(tmp_path):
-    """Somebody's file stays, and so does the folder of one who measures beside it, or waits for the lock."""
-    folder, refused = tmp_path / "new" / "study", pytest.raises(InputError, match="refused")
-    for leave in (lambda: (folder / "notes.md").touch(), lambda: stack.enter_context(FileLock(folder / ".lock"))):
-        with ExitStack() as stack:
-            with refused, Ledger(folder).locked(".run.lock", pytest.fail):
-                leave()
-                raise InputError("refused")
-            assert folder.exists()
-        shutil.rmtree(folder.parent)
-    waits = (
-        "from qnb.ledger import Ledger; import sys\nwith Ledger(sys.argv[1]).locked('.lock', lambda: print('waits')): "
-    )
-    with refused, Ledger(folder).locked(".lock", pytest.fail):
+@pytest.mark.parametrize(
+    ("leave", "left"),
+    [
+        (lambda folder: None, ""),
+        (lambda folder: (folder.parent / "other").mkdir(), "new"),
+        (lambda folder: (folder / "notes.md").touch(), "new/study"),
+        (lambda folder: Ledger(folder).append(row()), "new/study"),
+        (lambda folder: FileLock(folder / ".lock").acquire().lock, "new/study"),  # one who measures beside it
+    ],
+    ids=["nothing", "a neighbour", "a file", "a row", "a lock"],
+)
+def test_refused_input_takes_away_only_the_folders_that_were_made_for_it(leave, left, tmp_path):
+    folder = tmp_path / "new" / "study"
+    for is_there in (False, True):
+        if is_there:
+            folder.mkdir(parents=True, exist_ok=True)
+        with pytest.raises(InputError, match="refused"), Ledger(folder).locked(".run.lock", pytest.fail):
+            _held = leave(folder) if not is_there else None
+            raise InputError("refused")
+        assert folder.exists() == (is_there or left == "new/study")
+        assert folder.parent.exists() == (is_there or left != "")
+
+
+def test_who_waits_for_the_lock_of_a_refused_run_finds_a_folder(tmp_path):
+    folder = tmp_path / "new" / "study"
+    waits = "import sys, qnb.ledger\nwith qnb.ledger.Ledger(sys.argv[1]).locked('.lock', lambda: print('waits')):"
+    with pytest.raises(InputError), Ledger(folder).locked(".lock", pytest.fail):
         other = subprocess.Popen(
-            [sys.executable, "-uc", waits + "print('in')", folder], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-uc", waits + " print('in')", folder], stdout=subprocess.PIPE, text=True
         )
         assert other.stdout.readline() == "waits\n"
         raise InputError("refused")
     assert other.wait() == 0
 
 
-def test_a_vanished_machines_study_on_a_drive_goes_on_under_another_name(tiny, tmp_path, monkeypatch, caplog):
+def test_a_vanished_machines_study_on_a_drive_goes_on_under_another_name(tmp_path, monkeypatch, caplog):
     """The drive refuses locks and takes its time to flush; the first machine gives nothing back."""
-
-    def refuse(*_):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
     flushes, folder, free_bytes = [], tmp_path / "study", [0]
-    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "no locks")))
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free_bytes[-1]))
     monkeypatch.setattr(os, "fsync", lambda _: (flushes.append(1), time.sleep(0.1)))
-    for part in tiny:
-        part.save_pretrained(tmp_path / "model")
+    save_tiny(tmp_path / "model")
 
     def measure(name):
         for module_name in ("platform.node", "socket.gethostname"):
@@ -174,11 +169,7 @@ def test_a_vanished_machines_study_on_a_drive_goes_on_under_another_name(tiny, t
     assert caplog.text.count("no file locks") and "at most" in second.facts()["host memory"]
     free_bytes.append(0)
     assert "disk" not in second.facts(), "and all is there"
-    for fresh in (
-        Session(str(tmp_path / "model"), "int8", folder),
-        Session("shape:llama-3.2-1b", "fp16", tmp_path / "b"),
-    ):
-        assert "make room" in fresh.facts()["disk"]
+    assert "make room" in Session("shape:llama-3.2-1b", "fp16", tmp_path / "b").facts()["disk"]
 
 
 def test_a_failure_stands_until_it_is_measured(tmp_path):
@@ -217,20 +208,6 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         Ledger(tmp_path).append(row(x=float("nan")))
     assert len(Ledger(tmp_path)) == 0
-
-
-@pytest.mark.parametrize("before", ["a folder", "a row", "a neighbour"])
-def test_refused_input_takes_nothing_away_but_the_folder_that_was_made_for_it(before, tmp_path):
-    ledger = Ledger(tmp_path / "new" / "study")
-    if before == "a folder":
-        ledger.folder.mkdir(parents=True)
-    with pytest.raises(InputError), ledger.locked(".lock", lambda: None):
-        if before == "a row":
-            ledger.append(row())
-        elif before == "a neighbour":
-            (tmp_path / "new" / "other").mkdir()
-        raise InputError("refused")
-    assert ledger.folder.exists() == (before != "a neighbour") and (tmp_path / "new").exists()
 
 
 def test_a_fingerprint_does_not_depend_on_order():

@@ -198,6 +198,7 @@ def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(tmp_path):
         (["-p", "scorer", "mine"], ["mine", "qnb, hf"]),
         (["-p", "push_to", "a b"], ["a b", "you/llama-3.2-1b"]),
         (["-p", "overwrite", "maybe"], ["maybe", "true or false"]),
+        (["-p", "dry_run", "maybe"], ["dry_run is 'maybe'", "true or false"]),
         (["-p", "model", "nonsense"], ["nonsense", "smollm2-135m"]),
         (["-p", "model", "shape:llama-3.2-1b"], ["random", "smollm2-135m"]),
         (["-p", "data_dir", "/no/such/folder"], ["/no/such/folder"]),

@@ -10,20 +10,21 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import nbformat
 import papermill
 import psutil
 import pytest
-from conftest import command
+from conftest import SECRET, command
 from filelock import FileLock
+from tiny_models import save_tiny
 
 from qnb import InputError, Study, run
 from qnb.__main__ import main
 from qnb.ledger import Ledger, row_key
 from qnb.provenance import ROOT
 from qnb.quantize import files
-from qnb.quantize.files import damage
 from qnb.run import NAMES, NOTEBOOKS
 
 # What a clock or a sensor reads, or depends on it. Everything else of a row is the same in every run.
@@ -78,16 +79,10 @@ def test_what_stops_a_notebook_is_said_in_one_line(source, reason, filled, tmp_p
 
 @pytest.mark.parametrize(("deaths", "code"), [(1, 0), (2, 1)])
 def test_a_kernel_that_dies_before_it_answers_is_started_once_more(deaths, code, filled, monkeypatch, capsys):
-    calls = []
-
-    def execute(*_, **__):
-        calls.append(1)
-        if len(calls) <= deaths:
-            raise RuntimeError("Kernel died before replying to kernel_info")
-
-    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    died = RuntimeError("Kernel died before replying to kernel_info")
+    monkeypatch.setattr(papermill, "execute_notebook", execute := Mock(side_effect=[died] * deaths + [None]))
     words = ["run", "--profile", "smoke", "--only", "05", "--output", str(filled)]
-    assert main(words) == code and len(calls) == 2
+    assert main(words) == code and execute.call_count == 2
     assert ("Kernel died" in capsys.readouterr().err) == bool(code)
 
 
@@ -180,6 +175,32 @@ def test_an_installed_package_brings_its_notebooks(filled, tmp_path):
     done = command(*words, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert done.returncode == 0 and done.stderr.startswith("05_figures: done in"), done.stderr
     assert "1 measurements" in done.stdout and (filled / "report.html").exists()
+
+
+# A hub token in the environment
+
+
+def shown(folder, *texts):
+    """Whether the secret stands in one of the texts or in a file below `folder`."""
+    files = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    return any(SECRET in text for text in texts) or any(SECRET.encode() in content for content in files)
+
+
+@pytest.mark.slow
+def test_a_whole_study_shows_no_secret(smoke):
+    folder, done = smoke
+    assert done.returncode == 0, done.stderr
+    assert (folder / "ledger.jsonl").exists() and not shown(folder, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("options", ["push_to me/x -p dry_run false --only 01", "tasks arc_easy --only 02"])
+def test_no_failing_stage_shows_a_secret(tmp_path, options):
+    """The hub is a closed port: every stage that needs it fails, with the token in its hands."""
+    words = ["run", "--profile", "smoke", "--output", str(tmp_path / "study"), "-p", "model"]
+    words += [str(save_tiny(tmp_path / "model")), "-p", *options.split()]
+    done = command(*words, HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN=SECRET)
+    assert done.returncode == 2, done.stderr
+    assert not shown(tmp_path, done.stdout, done.stderr)
 
 
 # Ended, and two at once
@@ -309,5 +330,5 @@ def test_killed_anywhere_it_ends_as_an_undisturbed_run(smoke, tmp_path):
         first, second = (each / "tables" / f"{name}.csv" for each in (whole, folder))
         assert first.read_text() == second.read_text(), name
     for checkpoint in (folder / "checkpoints").glob("[a-z]*"):
-        assert damage(checkpoint) == ""
+        assert files.damage(checkpoint) == ""
     assert not [path for path in (folder / "checkpoints").glob(".*") if path.suffix != ".lock"]

@@ -4,12 +4,14 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
+from threading import Timer
+from unittest.mock import Mock
 
 import pytest
 import torch
+from filelock import FileLock
+from tiny_models import save_tiny
 
 from qnb import InputError, Study
 from qnb import session as module
@@ -31,9 +33,8 @@ def flip(path, place=-1):
 
 
 @pytest.mark.parametrize("part", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_a_model_changed_in_place_is_noticed(part, source, tmp_path):
-    local, output = tmp_path / "model", tmp_path / "study"
-    shutil.copytree(source.path, local)
+def test_a_model_changed_in_place_is_noticed(part, tmp_path):
+    local, output = save_tiny(tmp_path / "model"), tmp_path / "study"
     first = Session(str(local), output=output).source.fingerprint
     assert Session(str(local), output=output).source.fingerprint == first
     if part.endswith(".json"):
@@ -45,12 +46,15 @@ def test_a_model_changed_in_place_is_noticed(part, source, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["broken", "foo/bar--baz", "foo/bar.git"])
-def test_a_model_that_cannot_be_one_has_a_card_and_is_refused(model, tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_one_has_a_card_which_fetches_nothing_and_is_refused(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     session = Session(model, "bf16", tmp_path / "study", device="cpu")
-    assert "not fetched yet" in session.facts()["model"]
+    with monkeypatch.context() as patched:
+        patched.setattr(sources, "resolve", lambda *_: pytest.fail("the model was looked for"))
+        facts = session.facts()
+    assert "not fetched yet" in facts["model"] and facts["already measured"] == "nothing"
     with pytest.raises(InputError):
         session.source  # noqa: B018
 
@@ -75,12 +79,6 @@ def test_a_study_that_cannot_be_written_is_read_and_refused_where_it_would_be(st
             write()
     with pytest.raises(InputError, match="cannot be written"):
         Study(output=tmp_path / "new")
-
-
-def test_the_card_fetches_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "resolve", lambda *_: pytest.fail("the model was looked for"))
-    facts = Session("some/model", output=tmp_path).facts()
-    assert "not fetched yet" in facts["model"] and facts["already measured"] == "nothing"
 
 
 def test_only_versions_that_can_change_a_row_are_in_its_key(session):
@@ -155,56 +153,45 @@ def test_a_failure_is_recorded_with_its_reason_and_the_others_go_on(session, cap
     assert session.ledger.failures() == []
 
 
-def test_a_second_process_waits_for_the_first(session, capsys):
+def test_a_second_run_waits_for_the_first(session, capsys):
     session.folder.mkdir()
-    code = "import sys, time; from filelock import FileLock\n"
-    code += "with FileLock(sys.argv[1]):\n    print('held', flush=True); time.sleep(2)"
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(session.folder / ".lock")], stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "held\n"
+    held = FileLock(session.folder / ".lock", thread_local=False).acquire().lock
+    Timer(1, held.release).start()
     with session.exclusive(), session.exclusive():
-        assert other.wait(5) == 0
+        assert not held.is_locked
     assert "waiting for it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
 def test_a_folder_without_locks_is_measured_into_with_a_notice(number, session, monkeypatch, caplog):
-    def refuse(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(number, os.strerror(number))))
     denied = pytest.raises(OSError) if number == errno.EIO else nullcontext()
     with denied, session.exclusive():
         session.append(session.key("perf"), {"x": 1})
     assert number == errno.EIO or ("no file locks" in caplog.text and len(session.ledger) == 1)
 
 
-def test_a_damaged_checkpoint_is_noticed_and_made_again(tiny, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_noticed_and_made_again(tmp_path, capsys):
     """Flipped in one bit, truncated, a file gone, its manifest changed: each is named and made again."""
-    model = str(tmp_path / "model")
-    for part in tiny:
-        part.save_pretrained(model)
-    Session(model, "bf16", tmp_path).checkpoint(module.parse("bf16")[0])
-    folder = tmp_path / "checkpoints" / "bf16"
+    model = str(save_tiny(tmp_path / "model"))
+    Session(model, "fp32", tmp_path).checkpoint(module.parse("fp32")[0])
+    folder = tmp_path / "checkpoints" / "fp32"
     weights, config, manifest = min(folder.glob("*.safetensors")), folder / "config.json", folder / "manifest.json"
     whole = file_sha256(weights)
     damages = ((flip, weights), (os.truncate, weights, 1000), (os.remove, config), (flip, manifest, 20))
     for damage, path, *how in damages:
         damage(path, *how)
-        Session(model, "bf16", tmp_path).checkpoint(module.parse("bf16")[0])
+        Session(model, "fp32", tmp_path).checkpoint(module.parse("fp32")[0])
         assert f"{path.name} in" in capsys.readouterr().out
         assert files.damage(folder) == "" and file_sha256(weights) == whole
 
 
-def test_no_checkpoint_is_made_again_of_a_model_that_is_damaged_too(tiny, tmp_path):
+def test_no_checkpoint_is_made_again_of_a_model_that_is_damaged_too(tmp_path):
     """One file of weights is the model's and the checkpoint's, and a bit of it flips without a trace in its times."""
-    model = tmp_path / "model"
-    for part in tiny:
-        part.save_pretrained(model)
-    Session(str(model), "fp32", tmp_path).checkpoint(module.parse("fp32")[0])
+    model = save_tiny(tmp_path / "model")
+    Session(str(model), "bf16", tmp_path).checkpoint(module.parse("bf16")[0])
     weights, times = model / "model.safetensors", (model / "model.safetensors").stat()
     flip(weights)
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(InputError, match=r"changed since output .* or is damaged"):
-        Session(str(model), "fp32", tmp_path).checkpoint(module.parse("fp32")[0])
+        Session(str(model), "bf16", tmp_path).checkpoint(module.parse("bf16")[0])

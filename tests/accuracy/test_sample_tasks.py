@@ -1,7 +1,6 @@
 """The built-in tasks: well-formed items, right sums, balanced answers, and prompts that lm-eval makes of them."""
 
 import json
-import operator
 import re
 from collections import Counter
 
@@ -13,7 +12,6 @@ from qnb.prompts import DATA
 EXAM = tuple(f"sample_exam_{part}" for part in ("humanities", "social_sciences", "stem", "other"))
 CHOICES = ("sample_easy", "sample_hard", "sample_completion", *EXAM)
 ARITHMETIC = ("sample_arithmetic", "sample_arithmetic_fewshot")
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 def items(name):
@@ -47,7 +45,7 @@ def test_sums_are_right_and_stand_in_their_questions(name):
     for row in items(name):
         worked, _, final = row["answer"].partition(" #### ")
         left, sign, right, total = re.search(r"(\d+) ([-+*]) (\d+) = (\d+)", worked).groups()
-        assert OPERATORS[sign](int(left), int(right)) == int(total) == int(final) > 0, row
+        assert eval(left + sign + right) == int(total) == int(final) > 0, row
         assert row["check"] == left + sign + right and {left, right} <= set(re.findall(r"\d+", row["question"])), row
 
 

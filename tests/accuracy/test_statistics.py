@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from bench.verdicts import simulate
 
 from qnb.accuracy import statistics
-from qnb.accuracy.statistics import compare, detectable_pp, mean_interval, pooled_change
+from qnb.accuracy.statistics import compare, detectable_pp, mean_interval
 
 
 def test_hand_count():
@@ -65,12 +66,6 @@ def test_a_loss_of_exactly_the_margin_is_rarely_called_within_it_or_more(n_items
     """4 % of 600 studies, whose own error is 0.8 points; tests/bench/verdicts.py takes more of both."""
     low, high = simulate(n_items, gained, gained + margin_pp / 100, 600)
     assert (low > -margin_pp).mean() <= 0.04 and (high < -margin_pp).mean() <= 0.04
-
-
-def simulate(n_items, gained, lost, studies):
-    draws = np.random.default_rng(1).multinomial
-    counts = np.stack([draws(n, [gained, lost, 1 - gained - lost], studies) for n in n_items], axis=-1)
-    return pooled_change(counts[:, 0], counts[:, 1], n_items)[1:]
 
 
 @pytest.mark.parametrize(("n_items", "flips"), [([40] * 5, 0.2), ([12] * 5, 0.1), ([1000, 40, 400], 0.05)])

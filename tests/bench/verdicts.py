@@ -18,7 +18,7 @@ GAINED = (0.0, 0.005, 0.03, 0.1)  # of the items, in every task
 MARGINS_PP = (1, 2, 5)
 
 
-def intervals(n_items, gained, lost, studies):
+def simulate(n_items, gained, lost, studies):
     """Return the ends of the pooled interval, (studies,) each."""
     draws = np.random.default_rng(0).multinomial
     counts = np.stack([draws(n, [gained, lost, 1 - gained - lost], studies) for n in n_items], axis=-1)
@@ -31,13 +31,13 @@ def main():
     for name, n_items in TASKS.items():
         for gained in GAINED:
             for margin_pp in MARGINS_PP:
-                low, high = intervals(n_items, gained, gained + margin_pp / 100, studies)
+                low, high = simulate(n_items, gained, gained + margin_pp / 100, studies)
                 row = {"tasks": name, "gained_pct": 100 * gained, "margin_pp": margin_pp,
                        "within_pct": 100 * (low > -margin_pp).mean(), "loses_pct": 100 * (high < -margin_pp).mean(),
                        "width_pp": (high - low).mean()}  # fmt: skip
                 flips = 2 * gained + margin_pp / 100
                 if (change := (detectable_pp(n_items, flips) or 100) / 100) < flips:
-                    _, high = intervals(n_items, (flips - change) / 2, (flips + change) / 2, studies)
+                    _, high = simulate(n_items, (flips - change) / 2, (flips + change) / 2, studies)
                     row["power_pct"] = 100 * (high < 0).mean()
                 rows.append(row)
     table = pd.DataFrame(rows).round(1)
@@ -46,4 +46,5 @@ def main():
     print(f"power from {table.power_pct.min()} to {table.power_pct.max()} %")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,5 @@
 """The hub's own client against a hub in memory: what goes up comes back, and every refusal is one line."""
 
-import json
 import traceback
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from qnb.errors import INPUT_ERRORS, InputError, scrub
 from qnb.quantize import files, hub, sources
 from qnb.session import Session
 
-MINE, OTHER = "hf_" + "planted" * 4, "hf_" + "somebodyelse" * 2
+MINE = "hf_" + "planted" * 4
 
 
 @pytest.fixture
@@ -24,7 +23,7 @@ def server(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries
     monkeypatch.setenv("HF_TOKEN", MINE)
-    server = Hub({MINE: "me", OTHER: "you"})
+    server = Hub()
     set_client_factory(server.client)
     yield server
     set_client_factory(default_client_factory)
@@ -102,23 +101,36 @@ def test_only_what_transformers_reads_is_fetched_and_then_needs_no_hub(copies, r
         assert sources.resolve("me/copies", "cpu").path == sources.resolve(source.name, "cpu").path == source.path
 
 
-def cut(request):
-    raise httpx.ConnectError("no luck")
+def refusal(status, code="", message=f"your token {MINE} is no good"):
+    """The hub's answer to any request, by a status and the hub's own code for it; without a status, no answer."""
+
+    def refuse(request):
+        if not status:
+            raise httpx.ConnectError("no luck")
+        headers = {"X-Error-Code": code, "X-Error-Message": message}
+        return httpx.Response(status, json={"error": message}, headers=headers)
+
+    return refuse
 
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (403, "no right to do that (403)"),
-        (418, "the hub answers 418 ("),
-        (429, "no more requests for now (429); try again later"),
-        (500, "the hub answers 500 ("),
-        (cut, "no luck; check the network and try again"),
+        (refusal(401, message="Invalid credentials in Authorization header"), "refuses the token (401)"),
+        (refusal(401, "RepoNotFound"), "no such repository or revision"),
+        (refusal(401, "GatedRepo"), "is gated; ask for access"),
+        (refusal(403, "GatedRepo"), "is gated; ask for access"),
+        (refusal(403), "no right to do that (403)"),
+        (refusal(404, "RepoNotFound"), "no such repository or revision"),
+        (refusal(404, "RevisionNotFound"), "no such repository or revision"),
+        (refusal(418), "the hub answers 418 ("),
+        (refusal(429), "no more requests for now (429); try again later"),
+        (refusal(500), "the hub answers 500 ("),
+        (refusal(None), "no luck; check the network and try again"),
     ],
 )
 def test_a_refusal_is_one_line(server, tiny, answer, expected):
-    refusal = {"error": f"your token {MINE} is no good"}
-    server.faults = {"": cut if answer is cut else lambda _: httpx.Response(answer, json=refusal)}
+    server.faults = {"": answer}
     for call in ((sources.resolve, "me/x", "cpu"), (push, tiny, "me/x")):
         message = error(*call)
         assert "'me/x'" in message and expected in message
@@ -126,52 +138,37 @@ def test_a_refusal_is_one_line(server, tiny, answer, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "token", "expected"),
+    ("changes", "expected"),
     [
-        ("me/none", MINE, "no such repository or revision"),
-        ("me/secret", OTHER, "no such repository or revision"),
-        ("me/secret", "", "no such repository or revision"),
-        ("me/open@v9", MINE, "no such repository or revision"),
-        ("me/open", "hf_unknown", "refuses the token (401)"),
-        ("me/gated", OTHER, "is gated; ask for access"),
-        ("me/gated", "", "is gated; ask for access"),
-        ("me/bare", MINE, "has settings that transformers cannot read"),
-        ("me/pickled", MINE, "is not whole: model.safetensors is missing; give a model saved as safetensors"),
-        ("me/own", MINE, "code of a model's own is never run"),
+        ({"config.json": None}, "has settings that transformers cannot read"),
+        ({"model.safetensors.index.json": None, "pytorch_model.bin": b"\x80\x04"},
+         "is not whole: model.safetensors is missing; give a model saved as safetensors"),
+        ({"config.json": b'{"model_type": "own", "auto_map": {"AutoConfig": "modeling_own.Config"}}',
+          "modeling_own.py": b"1 / 0", "model.safetensors": b"{}"}, "code of a model's own is never run"),
     ],
-)
-def test_what_cannot_be_had_is_refused_before_its_weights(server, tiny, monkeypatch, name, token, expected):
-    settings = json.loads((tiny / "config.json").read_bytes())
-    own = {**settings, "model_type": "own", "auto_map": {"AutoConfig": "modeling_own.Config"}}
-    pickled = contents(tiny, *(path.name for path in tiny.glob("*.safetensors*"))) | {"pytorch_model.bin": b"\x80\x04"}
-    server.publish("me/open", contents(tiny))
-    server.publish("me/secret", contents(tiny), private=True)
-    server.publish("me/gated", contents(tiny), gated=True)
-    server.publish("me/bare", {"model.gguf": b"GGUF"})
-    server.publish("me/pickled", pickled)
-    server.publish("me/own", {**contents(tiny), "config.json": json.dumps(own).encode(), "modeling_own.py": b"1 / 0"})
-    monkeypatch.setenv("HF_TOKEN", token)
-    message = error(sources.resolve, name, "cpu")
-    assert f"model '{name}" in message and expected in message
+)  # fmt: skip
+def test_what_cannot_be_used_is_refused_before_its_weights(server, tiny, changes, expected):
+    files = contents(tiny) | changes
+    server.publish("me/own", {name: content for name, content in files.items() if content is not None})
+    message = error(sources.resolve, "me/own", "cpu")
+    assert "model 'me/own" in message and expected in message
     fetched = [asked for asked in server.received if asked.startswith("GET") and "resolve" in asked]
     assert not any(asked.endswith((".safetensors", ".bin", ".py")) for asked in fetched)
 
 
 def test_auto_takes_the_mirror_only_where_the_model_is_gated(server, tiny):
-    server.publish(sources.GATED, contents(tiny), gated=True)
-    mirror = server.publish(sources.MIRROR, contents(tiny))
-    server.faults = {sources.GATED: lambda _: httpx.Response(429)}
+    gated, mirror = (server.publish(name, contents(tiny)) for name in (sources.GATED, sources.MIRROR))
+    server.faults = {sources.GATED: refusal(429)}
     assert "no more requests" in error(sources.resolve, "auto", "cuda")
-    server.faults.clear()
+    server.faults = {f"{sources.GATED}/resolve": refusal(403, "GatedRepo")}
     assert sources.resolve("auto", "cuda").name == f"{sources.MIRROR}@{mirror}"
-    commit = server.publish(sources.GATED, {}, gated=False)
-    assert sources.resolve("auto", "cuda").name == f"{sources.GATED}@{commit}"
+    server.faults = {}
+    assert sources.resolve("auto", "cuda").name == f"{sources.GATED}@{gated}"
 
 
-def test_a_push_that_would_show_or_take_what_is_not_ones_own_is_refused(server, tiny):
+def test_a_push_is_private_unless_it_is_asked_to_be_public(server, tiny):
     server.publish("me/public", {"config.json": b"{}"})
     assert "'me/public' exists and is public" in error(push, tiny, "me/public")
-    assert "no right to do that (403)" in error(push, tiny, "you/mine")
     assert not any("preupload" in asked for asked in server.received)
     assert push(tiny, "short").repository == "me/short" and server.repositories["me/short"].private
     push(tiny, "me/open", private=False)

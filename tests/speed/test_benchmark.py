@@ -3,11 +3,13 @@
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 from transformers import AutoModelForCausalLM as Auto
 from transformers import GPT2Config, LlamaConfig, MambaConfig, MistralConfig, MixtralConfig, Qwen3MoeConfig
 
@@ -162,56 +164,35 @@ def test_what_fails_beside_the_timing_costs_only_itself(model, five, monkeypatch
     assert row.weights_mib is row.bytes_per_step is row.flops_by_type is row.utilization_pct is None
 
 
-class FakeProfile:
-    """Sees the kernels that run while it traces; one at most does."""
+def test_steps_in_the_middle_are_traced_by_their_own_kernels(monkeypatch):
+    """Step n has n operations; of 30 new tokens those of steps 11 to 18 are traced. A failure leaves no trace running.
 
-    running = None
+    The trace is of operations on a CPU in place of kernels on a GPU.
+    """
+    monkeypatch.setattr(decode_work, "ProfilerActivity", SimpleNamespace(CUDA=ProfilerActivity.CPU))
+    monkeypatch.setattr(torch.autograd, "DeviceType", SimpleNamespace(CUDA=DeviceType.CPU))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    number, fails_at = torch.ones(1), None
 
-    def __init__(self, activities):
-        self.times_us = []
-
-    def __enter__(self):
-        assert FakeProfile.running is None
-        FakeProfile.running = self
-
-    def __exit__(self, *error):
-        assert FakeProfile.running is self
-        FakeProfile.running = None
-
-    def events(self):
-        return [SimpleNamespace(device_type=DeviceType.CUDA, name=f"kernel of {time_us}",
-                                time_range=SimpleNamespace(elapsed_us=lambda time_us=time_us: time_us))
-                for time_us in self.times_us]  # fmt: skip
-
-
-class FakeEngine:
-    """Five kernels read the prompt; step n has two, of n and 1 us. It may run out of memory at a step."""
-
-    def __init__(self, fails_at=None):
-        self.fails_at = fails_at
-
-    def generate(self, prompts, new_tokens, clock):
+    def generate(prompts, new_tokens, clock):
         for token in range(new_tokens):
-            if token == self.fails_at:
+            if token == fails_at:
                 raise torch.cuda.OutOfMemoryError
-            if FakeProfile.running:
-                FakeProfile.running.times_us += [token, 1] if token else [9] * 5
+            for _ in range(token):
+                number.neg_()
             clock.tick()
 
-
-def test_steps_in_the_middle_are_timed_by_their_own_kernels(monkeypatch):
-    """Of 30 new tokens those of steps 11 to 18 are traced. A failure leaves no trace running."""
-    monkeypatch.setattr(decode_work, "profile", FakeProfile)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    device = torch.device("cpu")
-    traced = trace_kernels(Work(), FakeEngine(), [], 30, device)
-    assert traced == Work(kernel_s_per_token=pytest.approx(1e-6 * (sum(range(11, 19)) / 8 + 1)), kernels_per_token=2)
+    trace = partial(trace_kernels, Work(), SimpleNamespace(generate=generate), [], 30, torch.device("cpu"))
+    traced = trace()
+    assert traced.kernels_per_token == sum(range(11, 19)) / 8 and 0 < traced.kernel_s_per_token < 1
+    fails_at = 14
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        trace_kernels(Work(), FakeEngine(fails_at=14), [], 30, device)
-    assert FakeProfile.running is None
-    monkeypatch.setattr(FakeProfile, "events", lambda self: [])
+        trace()
+    assert not torch.autograd._profiler_enabled()
+    monkeypatch.setattr(torch.autograd, "DeviceType", DeviceType)
+    fails_at = None
     with pytest.raises(RuntimeError, match="no kernel"):
-        trace_kernels(Work(), FakeEngine(), [], 30, device)
+        trace()
 
 
 def test_peaks_measured_on_a_busy_machine_say_so(monkeypatch):

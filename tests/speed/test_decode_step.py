@@ -22,7 +22,6 @@ FAMILIES = [
     pytest.param(Qwen3Config, {"head_dim": 32}, id="qwen3"),
     pytest.param(StableLmConfig, {}, id="another family"),
 ]
-BATCHES = pytest.mark.parametrize("prompts", [ONE, THREE], ids=["one", "three, padded"])
 
 
 def assert_same_logits(model, decoder, prompts, new_tokens=4):
@@ -32,7 +31,7 @@ def assert_same_logits(model, decoder, prompts, new_tokens=4):
     assert torch.equal(decoder.new_ids(len(prompts), 1 + new_tokens), expected.argmax(-1))
 
 
-@BATCHES
+@pytest.mark.parametrize("prompts", [ONE, THREE], ids=["one", "three, padded"])
 @pytest.mark.parametrize(("config", "more"), FAMILIES)
 def test_the_step_is_the_models_forward_and_says_where_it_is_not_fused(config, more, prompts):
     model = tiny_model(config, **more)
@@ -61,9 +60,8 @@ def test_the_argmax_is_the_first_of_the_highest_scores(size):
     assert torch.equal(argmax_in_parts(scores), first)
 
 
-@BATCHES
-@pytest.mark.parametrize("attend", [layers.attend_sdpa, layers.attend_reductions])
-def test_a_compiled_step_is_the_same_and_compiled_once_for_all_layers(prompts, attend, monkeypatch):
+@pytest.mark.parametrize(("attend", "prompts"), [(layers.attend_sdpa, ONE), (layers.attend_reductions, THREE)])
+def test_a_compiled_step_is_the_same_and_compiled_once_for_all_layers(attend, prompts, monkeypatch):
     monkeypatch.setattr(layers, "attend_reductions", attend)
     model = tiny_model(LlamaConfig)
     counters.clear()

@@ -4,6 +4,7 @@ import weakref
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -70,8 +71,7 @@ def rows(session, stage="perf"):
     return session.ledger.rows(stage)
 
 
-def out_of_memory():
-    raise torch.cuda.OutOfMemoryError("simulated")
+out_of_memory = Mock(side_effect=torch.cuda.OutOfMemoryError("simulated"))
 
 
 def test_passes_have_settled_when_students_interval_is_narrow():
@@ -181,10 +181,7 @@ def test_a_batch_that_shrinks_in_a_later_pass_begins_again_alone(overwrite, lab)
     ],
 )
 def test_a_search_that_fails_for_all_is_told_whatever_failed_before(error, named, lab, monkeypatch):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(batch_trials, "Trials", fail)
+    monkeypatch.setattr(batch_trials, "Trials", Mock(side_effect=error))
     session = lab.open("int8")
     for old in ("fp32", "int8"):  # of another format, and of this one with another engine
         with session.failing(session.key("batch", PRECISIONS[old], {}, engine="cuda_graph"), "an old search"):
