@@ -20,7 +20,7 @@ from qnb.report.results import Results
 
 LOGGER = logging.getLogger(__name__)
 PLOTLY = "application/vnd.plotly.v1+json"  # the type of a figure in a notebook
-WIDTH_PX, SCALE = 900, 1.5
+WIDTH_PX, SCALE = 900, 1.25
 REMEDY = "pip install kaleido, and install Chromium or Chrome, or run kaleido_get_chrome"
 
 
@@ -77,7 +77,7 @@ def draw_into(shown: Sequence[dict[str, Any]]) -> str:
     """
     figures = {str(number): go.Figure(data[PLOTLY], skip_invalid=True) for number, data in enumerate(shown)}
     with TemporaryDirectory() as folder:
-        if problem := pictures(figures, Path(folder), scale=0.9):
+        if problem := pictures(figures, Path(folder), scale=0.7):
             return problem
         for name, figure in figures.items():
             picture, data = Path(folder, f"{name}.png"), shown[int(name)]
