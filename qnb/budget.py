@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
@@ -77,11 +77,13 @@ def describe(minutes: float, taken_s: Mapping[str, float]) -> str:
 def name_left_out(session: Session, what: str, is_left_out: Mapping[str, bool]) -> None:
     """Say and record what there is no time for; what an earlier run left out is taken back where this one did not."""
     names = [name for name, is_late in is_left_out.items() if is_late]
-    minutes = f"{session.minutes:g} minutes do not suffice; more add it"
+    none: dict[str, Any] = {"names": [], "note": ""}
+    earlier = next((row for row in session.ledger.rows("left_out") if row["setting"] == what), none)
+    why = earlier["note"].rpartition(": ")[2]
     if names:
-        tqdm.write(f"{what}: none of {', '.join(names)}: {minutes}")
-    earlier: list[str] = next((row["names"] for row in session.ledger.rows("left_out") if row["setting"] == what), [])
-    names = [*(name for name in earlier if name not in is_left_out), *names]
-    if names != earlier:
-        note = f"none of {', '.join(names)}: {minutes}" if names else ""
+        why = f"{session.minutes:g} minutes do not suffice; more add it"
+        tqdm.write(f"{what}: none of {', '.join(names)}: {why}")
+    names = [*(name for name in earlier["names"] if name not in is_left_out), *names]
+    note = f"none of {', '.join(names)}: {why}" if names else ""
+    if note != earlier["note"]:
         session.append(session.key("left_out", setting=what), {"names": names, "note": note})

@@ -31,7 +31,7 @@ from qnb.accuracy.evaluate import AccuracyOptions
 from qnb.accuracy.perplexity import DivergenceOptions
 from qnb.errors import INPUT_ERRORS, InputError, check_choice, expand_path, refusing, scrub
 from qnb.flags import is_disturbed
-from qnb.ledger import FAILED, KEY, Ledger, Row
+from qnb.ledger import FAILED, KEY, PLANS, Ledger, Row
 from qnb.options import check_count
 from qnb.precision import listed
 from qnb.provenance import COMMAND, NOTEBOOKS, REPLAY, ROOT, WAITING
@@ -281,7 +281,8 @@ def check_parameters(values: Mapping[str, Any], names: Sequence[str]) -> Study:
 
 def check_measured(study: Study) -> None:
     """Raise InputError where nothing was measured: there is nothing to show."""
-    if not len(study.session.ledger):
+    ledger = study.session.ledger
+    if not (ledger.failures() or [row for row in ledger.rows() if row["stage"] not in PLANS]):
         raise InputError(f"{study.folder} holds no study (no row in ledger.jsonl); give a folder such as outputs/demo")
 
 

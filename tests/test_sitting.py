@@ -392,3 +392,18 @@ def test_answers_that_take_too_long_to_generate_leave_their_time_to_choices_and_
         assert row["names"] == names and items.keys() == ITEM_TOKENS.keys() - set(names)
         line = f"generated answers: {row['note']}"
         assert bool(names) == (line in capsys.readouterr().out) == (f"{line}." in limits(again.results()))
+
+
+def test_formats_added_later_count_for_generated_answers_which_a_run_without_minutes_takes_back(sitting):
+    study, _ = sitting(0.5, 0, SimulatedH200)
+    study.quantize()
+    for task in ITEM_TOKENS:
+        evaluate.build(study.session, task)
+    for precisions, seconds in (("bf16", 2.4), ("study", 90)):
+        with memory.models_kept():
+            reopened(study, precisions, minutes=seconds / 60 / budget.SHARES["02"]).accuracy()
+    (row,) = [each for each in study.session.ledger.rows("left_out") if each["names"]]
+    assert row["names"] == ["gsm8k", "gsm8k_cot"]
+    reopened(study, minutes=0).accuracy("gsm8k", limit=8)
+    (row,) = study.session.ledger.rows("left_out")
+    assert row["names"] == ["gsm8k_cot"] and row["note"].endswith("3.48837 minutes do not suffice; more add it")

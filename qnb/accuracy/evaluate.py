@@ -37,6 +37,7 @@ SCORERS = ("qnb", "hf")
 # items of a task, to learn the pace from, at least one of each subtask; a GPU generates for many as fast as for few
 FIRST_ITEMS, FIRST_GENERATED = {"cuda": 8, "cpu": 4}, {"cuda": 40, "cpu": 4}
 GENERATED_SHARE = 0.4  # of the time, at most, for tasks whose answers are generated
+GENERATED = "generated answers"  # as they are named where there is no time for them
 REPLAYED_SHARE = 0.25  # of the time that a launched step takes, where a GPU replays a captured one
 # items of a task of choices, and of one with subtasks, before any task gets more
 LEAST_ITEMS, LEAST_GROUP_ITEMS = 500, 1000
@@ -154,6 +155,7 @@ def accuracy(session: Session, options: AccuracyOptions) -> None:
             _spend_budget(session, evaluation, clock)
         else:
             _evaluate(session, evaluation)
+            name_left_out(session, GENERATED, dict.fromkeys(limits, False))
     session.require("accuracy")
 
 
@@ -278,7 +280,8 @@ def _spend_budget(session: Session, evaluation: Evaluation, clock: Clock) -> Non
     begun = [task for task in tasks if session.device.kind == "cpu" or not task.is_generated] or tasks
     first = {task.name: _first_limit(task, session.device.kind, most) for task in begun}
     row = session.decided(key) or {"limits": first, "growing": list(first)}
-    plan: dict[str, Any] = {name: row.get(name, 0) for name in ("limits", "growing", "minutes", "done", "step_s")}
+    plan: dict[str, Any] = {name: row.get(name, 0) for name in ("limits", "growing", "minutes", "done")}
+    plan["step_s"] = row.get("step_s") or {}  # by format
     if session.minutes > plan["minutes"]:
         plan |= {"minutes": session.minutes, "done": False}
         session.append(key, plan)
@@ -286,23 +289,24 @@ def _spend_budget(session: Session, evaluation: Evaluation, clock: Clock) -> Non
         started_s, asked = now_s(), [task for task in tasks if task.name in plan["limits"]]
         rows = _evaluate(session, replace(evaluation, tasks=asked, limits=plan["limits"]))
         if rows and not plan["done"]:
-            plan["step_s"] = plan["step_s"] or _step_s(session.precisions, rows)
+            plan["step_s"] = _step_s(session.precisions, rows) | plan["step_s"]
             more = _next_round(tasks, most, plan, rows, now_s() - started_s, clock)
             plan |= {"limits": {**plan["limits"], **more}, "growing": list(more), "done": not more}
             session.append(key, plan)
         if not rows:
             return  # where all failed there is no pace: the round is tried again on the next run
         if plan["done"]:
-            return name_left_out(session, "generated answers", {task.name: task not in asked for task in tasks})
+            return name_left_out(session, GENERATED, {task.name: task not in asked for task in tasks})
 
 
-def _step_s(precisions: Sequence[Precision], rows: Sequence[Row]) -> float:
-    """Return about how long a token of generated answers takes, of all formats: as long as their shortest task did.
+def _step_s(precisions: Sequence[Precision], rows: Sequence[Row]) -> dict[str, float]:
+    """Return about how long a token of generated answers takes in each format: as long as its shortest task did.
 
     A GPU replays captured steps in less time. It cannot capture those of LLM.int8, which reads outliers back.
     """
     times_s = {each: [row["evaluate_s"] for row in rows if row["precision"] == each.name] for each in precisions}
-    return sum(min(times, default=0.0) * (1 if each.threshold else REPLAYED_SHARE) for each, times in times_s.items())
+    shares = {each: 1 if each.threshold else REPLAYED_SHARE for each in precisions}
+    return {each.name: shares[each] * min(times) for each, times in times_s.items() if times}
 
 
 def _next_round(
@@ -322,7 +326,8 @@ def _next_round(
     whole_s = clock.allowed_s + clock.taken_s
     seconds = PLANNED_SHARE * (clock.left_s - beside_s), share * whole_s - generated_s, STRETCH_SHARE * whole_s
     later = [task for task in tasks if task.name not in plan["limits"]]
-    if later and plan["step_s"] * sum(task.new_tokens for task in later) <= min(seconds[:2]):
+    step_s = sum(plan["step_s"][name] for name in {row["precision"] for row in rows})
+    if later and step_s * sum(task.new_tokens for task in later) <= min(seconds[:2]):
         return {task.name: _first_limit(task, "cuda", most) for task in later}
     limits, paces = plan["limits"], [_pace(task, most[task.name], rows) for task in tasks]
     growing = [pace for pace in paces if pace.item_s and limits[pace.task] < most[pace.task]]

@@ -96,7 +96,7 @@ def pooled_change(gained: Any, lost: Any, n_items: Any) -> tuple[Any, Any, Any]:
 
 
 def detectable_pp(n_items: Sequence[int], flip_rate: float) -> float | None:
-    """Return the smallest mean change in points that a study tells from none with a power of 80 % at least.
+    """Return the smallest mean change in points that a study tells from none with a power of about 80 %.
 
     The mean, 0.84 of its standard errors below, still has an interval of `pooled_change` that leaves out 0
     (arXiv 2605.28873).

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, product
+from pathlib import Path
 from time import monotonic
 from typing import Any
 from unittest.mock import patch
@@ -112,8 +113,9 @@ def measure(study: Study, values: Mapping[str, Any], numbers: set[str], options:
         with holding(session.folder / ".lock", lambda: tqdm.write(f"waiting for {session.folder}")):
             overflowed = None
             while overflowed != session.overflowed:  # all cells of these formats are measured in bfloat16 then
+                asked = {**values, "overwrite": values["overwrite"] and overflowed is None}
                 overflowed = session.overflowed
-                Crew(ray, session, _posts(session, values, shares, gpus, here), cells).run()
+                Crew(ray, session, _posts(session, asked, shares, gpus, here), cells).run()
     return session.device
 
 
@@ -330,13 +332,14 @@ def connected(options: ClusterOptions) -> Iterator[Any]:
             if options.address not in ("", "auto"):  # which is quicker than Ray where nobody answers
                 host, _, port = options.address.rpartition(":")
                 socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-            handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-            with ExitStack() as console:
-                console.callback(os.dup2, os.dup(2), 2)
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where Ray says many times that nobody answers
+            with ExitStack() as restored, Path(os.devnull).open("wb") as nowhere:
+                for each in (signal.SIGINT, signal.SIGTERM):  # Ray's own handlers abort the process
+                    restored.callback(signal.signal, each, signal.getsignal(each))
+                console = os.dup(2)
+                restored.callback(os.close, console)
+                restored.callback(os.dup2, console, 2)
+                os.dup2(nowhere.fileno(), 2)  # where Ray says many times that nobody answers
                 ray.init(options.address or "local", **quiet)
-            for each, handler in handlers.items():  # Ray's own abort the process
-                signal.signal(each, handler)
         try:
             yield ray
         finally:

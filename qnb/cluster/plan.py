@@ -255,6 +255,8 @@ def _cell(
     """Return a cell that takes what its format's earlier rows say, or those of other formats; else a guess."""
     fields, column = ("engine", "setting", "task"), COLUMNS.get(stage, "")
     rows = [row for row in session.ledger.rows(stage) if all(row[name] == about.get(name, "") for name in fields)]
+    if not session.overwrite and any(row["precision"] == about.get("precision") for row in rows):
+        loads = ()  # it is measured already, most likely, and its checkpoint needed by nobody
     rows = [row for row in rows if row.get(column)]
     rows = [row for row in rows if row["precision"] == about.get("precision")] or rows
     estimate_s = GUESSED_S.get(about.get("setting", stage), guess_s)

@@ -43,7 +43,8 @@ def linear_layers(model: PreTrainedModel) -> Iterator[torch.nn.Module]:
     """Yield the layers that multiply by a matrix, without the output head."""
     head = model.get_output_embeddings()
     for module in model.modules():
-        if module is not head and re.search("Linear|Conv1D", type(module).__name__):
+        is_leaf = not any(module.children())  # a whole model may be named after its linear attention
+        if module is not head and is_leaf and re.search("Linear|Conv1D", type(module).__name__):
             yield module
 
 

@@ -12,6 +12,7 @@ from qnb.memory import MIB, is_out_of_memory, release
 from qnb.prompts import Workload
 from qnb.quantize.checkpoint import quiet
 from qnb.speed.batch_search import OUT_OF_MEMORY, Probe
+from qnb.speed.decode_work import weights_mib
 from qnb.speed.engines import FACTORIES, warm_up_batch_sizes
 from qnb.speed.monitor import Sensor, Window
 
@@ -35,6 +36,7 @@ class Trials:
 
     def __post_init__(self) -> None:
         """Generate a few tokens, so that kernels and workspaces loaded once are not counted to a batch."""
+        weights_mib(self.model)  # a product may pack them
         for batch_size in warm_up_batch_sizes(self.engine, len(self.workload.longest)):
             self._fits(batch_size, min(4, self.workload.new_tokens))
 

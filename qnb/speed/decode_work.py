@@ -10,6 +10,7 @@ from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -23,7 +24,9 @@ from qnb.speed.decode_step import run_model
 from qnb.speed.engines import Clock, Engine, Prompts
 
 TRACED_STEPS = 8
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call their number
+# what configurations call the number of experts, and how many of them a token takes
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")
 MATRICES = ("weight", "gate_up_proj", "down_proj")  # names of parameters that inputs are multiplied by
 
 
@@ -58,7 +61,7 @@ def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_
     """
     if packed := [layer for layer in linear_layers(model) if not hasattr(layer, "weight")]:
         raise RuntimeError(f"{type(packed[0]).__name__} does not tell what it reads")
-    weights = count_weights(model)  # of a checkpoint: on some CPUs the first product packs 4-bit weights closer
+    loaded_mib = weights_mib(model)
     cache: Any = DynamicCache(config=model.config)
     with torch.inference_mode():
         run_model(model, cache, input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
@@ -84,19 +87,32 @@ def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_
     states = [getattr(layer, name, None) for layer in cache.layers for name in ("conv_states", "recurrent_states")]
     bytes_per_step += 2 * batch_size * sum(state.nbytes for state in tree_leaves(states) if state is not None)
     return Work(
-        weights_mib=weights.total_mib,
+        weights_mib=loaded_mib,
         kv_cache_mib=kv_bytes / MIB or None,
         bytes_per_step=bytes_per_step,
         flops_by_type=dict(flops_by_type),
     )
 
 
+_weights_mib: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()
+
+
+def weights_mib(model: PreTrainedModel) -> float:
+    """Return what a model's weights take, counted once: on some CPUs the first product packs 4-bit weights closer."""
+    if model not in _weights_mib:
+        _weights_mib[model] = count_weights(model).total_mib
+    return _weights_mib[model]
+
+
 def _share_of_a_token(weight: LoadedTensor, model: PreTrainedModel) -> float:
     """Return the share of a tensor that one token reads: a row of an embedding, its own experts, or all."""
     if ".experts." in weight.name:
         config = model.config.get_text_config()
-        count = next(getattr(config, name) for name in EXPERTS if getattr(config, name, None))
-        return float(config.num_experts_per_tok / count)
+        told = [[getattr(config, name, None) for name in names] for names in (CHOSEN, EXPERTS)]
+        chosen, count = (next(filter(None, numbers), 0) for numbers in told)
+        if not (chosen and count):
+            raise RuntimeError(f"{config.model_type} does not tell how many of its experts a token takes")
+        return float(chosen / count)
     is_head = weight.tensor is getattr(model.get_output_embeddings(), "weight", None)
     return 1 / len(weight.tensor) if isinstance(weight.module, torch.nn.Embedding) and not is_head else 1.0
 

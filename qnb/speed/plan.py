@@ -89,7 +89,11 @@ def is_affordable(series: Series, missing: Iterable[Series], left_s: float) -> b
         return cost_s(each) * (2 if each.engine == "cuda_graph" else 1)
 
     for each in sorted(missing, key=rank_s):
-        if not each.passes and rank_s(each) < rank_s(series) and cost_s(each) <= left_s:
+        if each.passes or each.is_late:
+            continue
+        if not each.is_unsearched:  # it is timed in any case
+            left_s -= cost_s(each) / 2
+        elif rank_s(each) < rank_s(series) and cost_s(each) <= left_s:
             left_s -= cost_s(each)
     return cost_s(series) <= left_s
 

@@ -10,7 +10,6 @@ from unittest.mock import Mock
 import pytest
 
 from qnb import Study
-from qnb.accuracy import perplexity
 from qnb.cluster import driver
 from qnb.cluster.plan import TRIES, Cell
 from qnb.cluster.worker import Node, Post, Worker
@@ -184,11 +183,15 @@ def test_what_fails_is_told_once_and_the_others_go_on(study, capsys):
 
 
 def test_what_is_measured_already_needs_no_model(study, monkeypatch):
-    step = partial(perplexity.divergence, options=perplexity.DivergenceOptions("sample", 64, 32))
-    plan = [Cell({"stage": "divergence", "precision": "bf16"}, step)]
-    measure(study, plan)
+    values = {"tasks": "sample_easy", "limit": 2, "batch_size": 1, "scorer": "qnb", "sensitivity_limit": 1,
+              "prompt_source": "sample", "ppl_tokens": 64, "ppl_context": 32}  # fmt: skip
+
+    def cells():
+        return [cell for cell in driver.plan(study.session, values, {"02"}, "") if cell.about["stage"] == "divergence"]
+
+    measure(study, cells())
     monkeypatch.setattr(Worker, "checkpoint", None)
-    measure(study, plan)
+    measure(study, cells())
     assert len(study.session.ledger.rows("divergence")) == 1 and not study.session.ledger.failures()
 
 

@@ -11,6 +11,7 @@ from qnb.memory import MIB, limited, release
 from qnb.precision import PRECISIONS
 from qnb.prompts import Workload
 from qnb.quantize.checkpoint import load
+from qnb.speed import batch_trials
 from qnb.speed.batch_search import OUT_OF_MEMORY, find_largest_batch
 from qnb.speed.batch_trials import Trials
 from qnb.speed.benchmark import run
@@ -21,6 +22,7 @@ WORK = Workload((tuple(range(10, 22)),), 4, "ramp")
 
 def fake_trials(monkeypatch, device, limit_mib, generate):
     monkeypatch.setitem(FACTORIES, "fake", lambda *_: SimpleNamespace(generate=generate))
+    monkeypatch.setattr(batch_trials, "weights_mib", lambda _: None)
     return Trials(SimpleNamespace(device=torch.device(device)), WORK, limit_mib, "fake")
 
 
