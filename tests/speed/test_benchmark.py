@@ -110,6 +110,13 @@ def test_work_is_counted_as_by_hand(kind, batch_size):
         assert count_work(model, batch_size, 10, 6) == work
 
 
+def test_a_model_that_is_named_after_its_linear_attention_is_counted_like_any_other():
+    model = Auto.from_config(LlamaConfig(**SHAPE))
+    expected = count_work(model, 1, 8, 2)
+    model.__class__ = type("LinearAttentionForCausalLM", (type(model),), {})
+    assert count_work(model, 1, 8, 2) == expected
+
+
 def test_a_window_and_layers_of_other_classes_are_counted():
     """GPT-2 multiplies in Conv1D: 12 hidden^2 a block, the tied head, and attention over 8 + 1 tokens."""
     gpt2 = Auto.from_config(GPT2Config(vocab_size=100, n_positions=64, n_embd=32, n_layer=2, n_head=4))
