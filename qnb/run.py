@@ -85,6 +85,8 @@ def run(
     values = parameters(profile, given, {"device", *defaults})
     if workers:
         values = {**defaults, "minutes": 0, **values}
+    if output and "output" in (name for name, _ in given):
+        raise InputError("output is given twice, by -p output and by --output; give one of them")
     if output:
         values["output"] = output if output.startswith(colab.DRIVE) else str(expand_path(output).resolve())
     # what a cluster's nodes can do is not known here

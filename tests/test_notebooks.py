@@ -193,6 +193,7 @@ def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(tmp_path):
         (["--output", __file__], ["is a file"]),
         (["--output", ""], ["--output is empty"]),
         (["--only", " "], ["--only is empty"]),
+        (["-p", "output", "one", "--output", "two"], ["output is given twice"]),
         (["--output", "/proc/study"], ["/proc/study cannot be written"]),
         (["-p", "prompt_source", "novel"], ["novel", "sample, wikitext"]),
         (["-p", "scorer", "mine"], ["mine", "qnb, hf"]),

@@ -29,7 +29,7 @@ def save_figures(results: Results, folder: Path, with_pictures: bool = True) -> 
     figures = draw_all(results)
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():  # plotly.js lies once beside them, so no network is needed to look
-        figure.write_html(folder / f"{name}.html", include_plotlyjs="directory", config={"responsive": True})
+        figure.write_html(folder / f"{name}.html", include_plotlyjs="directory", config=theme.CONFIG)
     if with_pictures and (problem := pictures(figures, folder, results.label)):
         LOGGER.warning(problem)
     return figures

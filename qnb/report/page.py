@@ -63,6 +63,7 @@ def page(results: Results) -> str:
     summary, swept = recommend.summary(results), knees(results.sweep)
     return templates.get_template("report.html").render(
         results=results, baseline=BASELINE, formats=PRECISIONS, plotly=get_plotlyjs(), caption=theme.caption,
+        config=theme.CONFIG,
         sentence=recommend.sentence(results), summary=_summary(summary), verdicts=list(summary.verdict),
         ran_as=dict(_ran_as(results.checkpoints)),
         notes=verdicts.notes(results), findings=findings.findings(results), figures=draw_all(results),

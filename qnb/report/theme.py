@@ -19,6 +19,7 @@ from qnb.flags import is_disturbed
 from qnb.precision import BASELINE, PRECISIONS
 from qnb.report.results import stack, task_name, unfused
 
+CONFIG = {"responsive": True, "showSendToCloud": False}  # of figures in pages: nothing is uploaded from them
 INK, QUIET = "#222222", "#6b6b6b"
 MOST_PX = 700  # of a figure's height
 TOP_PX, NOTE_PX, FOOT_PX = 46, 17, 56  # of the title, of a line below it, of an axis with its title

@@ -39,6 +39,7 @@ def cells(text, caption):
 def test_the_page_is_one_small_file_with_plotly_in_it_once(text, report_page):
     assert report_page.stat().st_size < 6e6
     assert text.count("* plotly.js v") == 1
+    assert text.count('"showSendToCloud": false') == text.count("Plotly.newPlot(") > 0  # nothing is uploaded
     # the browser's test sees that nothing is asked for
     assert not re.search(r'(src|href|action)="(?!#|data:text/csv)', body(text))
     assert "default-src 'none'" in text
