@@ -150,12 +150,11 @@ class Schedule:
             return longest
         return next((cell for cell in free if cell.precision in ("", precision)), free[0])
 
-    def end(self, worker: str) -> Cell:
-        """Count a worker's cell as ended, well or not, and return it."""
+    def end(self, worker: str) -> None:
+        """Count a worker's cell as ended, well or not."""
         cell = self.running.pop(worker)
         if cell.is_making:
             self._made.add((self.nodes[worker], cell.precision))
-        return cell
 
     def lose(self, worker: str) -> bool:
         """Let the cell of a worker that was lost begin again; return whether it may, or has ended for good."""

@@ -57,7 +57,8 @@ def count_work(model: PreTrainedModel, batch_size: int, prompt_tokens: int, new_
     Raises
     ------
     RuntimeError
-        A layer packs its matrix into tensors of other shapes.
+        A layer packs its matrix into tensors of other shapes, or the configuration does not tell how many experts a
+        token takes.
     """
     if packed := [layer for layer in linear_layers(model) if not hasattr(layer, "weight")]:
         raise RuntimeError(f"{type(packed[0]).__name__} does not tell what it reads")

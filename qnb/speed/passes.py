@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -142,7 +142,7 @@ class Series:
         note = f"larger batches were {UNSAFE}" if largest.batch_size == last_safe < cap else ""
         self.record_batch(replace(largest, capped=largest.batch_size == cap), note)
 
-    def comes_late(self, clock: Clock, missing: Iterable[Series]) -> bool:
+    def comes_late(self, clock: Clock, missing: Sequence[Series]) -> bool:
         """Return whether there is no time for a search or a size of a sweep; any other series gets its first pass."""
         if self.is_unsearched:
             self.is_late = not plan.is_affordable(self, missing, clock.left_s)

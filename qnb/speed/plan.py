@@ -6,7 +6,7 @@ Costs are estimated from the device's peaks, and from what the first passes at b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -76,30 +76,34 @@ def batch_s(session: Session, precision: Precision, peaks: DevicePeaks, shape: S
     return 2 * session.source.parameters * tokens / rate / REACHED_SHARE
 
 
-def is_affordable(series: Series, missing: Iterable[Series], left_s: float) -> bool:
+def is_affordable(series: Series, missing: Sequence[Series], left_s: float) -> bool:
     """Return whether there is time for a search and a timing, beside those of quicker series that are missing too.
 
-    A captured step counts as if it took twice as long, so that all formats are timed with some engine first.
+    A captured step counts as if it took twice as long, so that all formats are timed with some engine first. Without
+    a budget there is time for all, and nothing is estimated.
     """
-
-    def cost_s(each: Series) -> float:
-        return 0.0 if each.why_unavailable() else batches_s(each, each.asked["cap"]) + 2 * _beside_s(each)
+    if math.isinf(left_s):
+        return True
+    costs_s = {each.name: 0.0 if each.why_unavailable() else batches_s(each, each.asked["cap"]) + 2 * _beside_s(each)
+               for each in missing}  # fmt: skip
 
     def rank_s(each: Series) -> float:
-        return cost_s(each) * (2 if each.engine == "cuda_graph" else 1)
+        return costs_s[each.name] * (2 if each.engine == "cuda_graph" else 1)
 
     for each in sorted(missing, key=rank_s):
         if each.passes or each.is_late:
             continue
         if not each.is_unsearched:  # it is timed in any case
-            left_s -= cost_s(each) / 2
-        elif rank_s(each) < rank_s(series) and cost_s(each) <= left_s:
-            left_s -= cost_s(each)
-    return cost_s(series) <= left_s
+            left_s -= costs_s[each.name] / 2
+        elif rank_s(each) < rank_s(series) and costs_s[each.name] <= left_s:
+            left_s -= costs_s[each.name]
+    return costs_s[series.name] <= left_s
 
 
 def leave_out_late(swept: Sequence[Series], left_s: float) -> None:
     """Mark the batch sizes that cannot be swept in the time left as late; quick ones are chosen first."""
+    if math.isinf(left_s):
+        return
     late: set[tuple[str, str]] = set()
     for each in sorted(swept, key=_sweep_s):
         cost_s = _sweep_s(each)
