@@ -20,6 +20,7 @@ from qnb.provenance import REPLAY
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 CHOICE = "QNB_DEVICE"  # the environment's variable for what "auto" means
 LIMIT = "QNB_MEMORY_MIB"  # the one for how much of its memory a device has, to rehearse a smaller one
@@ -129,13 +130,15 @@ def recorded(row: Mapping[str, Any]) -> Device:
 
 
 def is_before_ampere(place: torch.device | str) -> bool:
-    """Return whether a device is a GPU without units for bfloat16; torch.compile then takes no bfloat16.
-
-    Such a GPU has no flash attention either.
-    """
+    """Return whether a device is a GPU without units for bfloat16, and without flash attention."""
     import torch
 
     return torch.device(place).type == "cuda" and torch.cuda.get_device_capability(place) < (8, 0)
+
+
+def is_emulated(model: PreTrainedModel) -> bool:
+    """Return whether a model is in bfloat16 on a GPU without units for it; torch.compile then refuses it."""
+    return str(model.dtype) == "torch.bfloat16" and is_before_ampere(model.device)
 
 
 def cpu_types() -> set[str]:

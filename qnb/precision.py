@@ -95,9 +95,10 @@ class Precision:
     def in_half(self, dtype: str) -> Precision:
         """Return a quantized format with another type in bfloat16's place; any other format as it is.
 
-        One that needs a GPU from Ampere on stays in bfloat16, which its kernels want.
+        One that needs a GPU from Ampere on stays in bfloat16, which its kernels want. So does any of torchao's where
+        float16 is asked for: a product of int8 is rounded to it before the weights' scales bring it into its range.
         """
-        if not self.quantized or self.capability:
+        if not self.quantized or self.capability or (self.library, dtype) == ("torchao", "float16"):
             return self
         quantization = {name: dtype if value == "bfloat16" else value for name, value in self.quantization.items()}
         return replace(self, dtype=dtype, quantization=quantization)

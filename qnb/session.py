@@ -246,6 +246,12 @@ class Session:
             return files.disk_shortage(source, self.folder / "checkpoints", map(self.pinned, self.precisions))
         return ""
 
+    def _other_halves(self) -> Iterator[str]:
+        """Yield the quantized formats that keep to another 16-bit type, with it."""
+        for each in map(self.pinned, self.precisions):
+            if each.quantized and not each.origin and each.dtype != self.half:
+                yield f"{each.name} in {each.dtype}"
+
     def facts(self) -> dict[str, str]:
         """Return what is measured, on what, with what, and what is done already. Nothing is fetched for it."""
         source, rows = self.record, self.ledger.rows()
@@ -255,7 +261,7 @@ class Session:
         facts = {
             "model": f"{source['name']} ({source['reason']})" if source else f"{self.model} (not fetched yet)",
             "formats": ", ".join(precision.name for precision in self.precisions),
-            "quantized formats in": self.half + "".join(f", {name} in bfloat16" for name in self.overflowed),
+            "quantized formats in": ", ".join([self.half, *self._other_halves()]),
             **self.device.facts(rows[-1]["versions"] if self.replays and rows else self.versions),
             "time": budget.describe(self.minutes, taken_s) if self.minutes else "",
             "host memory": "" if self.replays else describe_host(peak_mib),

@@ -18,7 +18,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from qnb.capture import cache_name
-from qnb.device import is_before_ampere
+from qnb.device import is_emulated
 from qnb.memory import bytes_for_batches, places
 
 log = logging.getLogger(__name__)
@@ -205,9 +205,8 @@ def compiled(backbone: Backbone, tokens: int) -> Iterator[None]:
     activation: an RMS norm takes eight. Compiled, scoring is 1.3 to 1.4 times as fast (H200, Llama-3.2-1B's shape,
     fp16). Compiling takes about 10 s there. A layer that cannot be compiled runs as it is.
     """
-    is_refused = backbone.model.dtype == torch.bfloat16 and is_before_ampere(backbone.device)
     if (
-        is_refused
+        is_emulated(backbone.model)
         or len(places(backbone.model)) > 1
         or tokens * backbone.parameters < MIN_COMPILED_WORK[backbone.device.type]
     ):

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedModel
 
 from qnb.capture import SlotCache, cache_name
-from qnb.device import is_before_ampere
+from qnb.device import is_emulated
 from qnb.memory import is_out_of_memory
 from qnb.patches import steady_autotuning
 from qnb.speed import layers
@@ -170,7 +170,7 @@ class FusedStep:
         self.layers = [Layer.of(block) for block in inner.layers]
         self.head = join([model.get_output_embeddings()])[0]
         self.note = ""
-        if compile_options is not None and model.dtype == torch.bfloat16 and is_before_ampere(model.device):
+        if compile_options is not None and is_emulated(model):
             self.note, compile_options = NO_BFLOAT16, None
         self.is_fused = compile_options is not None
         self._small = self._large = Functions()

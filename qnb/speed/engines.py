@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, StoppingCriteriaList
 
 from qnb.capture import WARM_UP_STEPS, capture
+from qnb.device import is_emulated
 from qnb.errors import InputError
 from qnb.finite import check_finite
 from qnb.flags import Flag
@@ -322,7 +323,9 @@ def why_unavailable(
     if len(devices := places(model)) > 1:
         return f"the model is spread over {len(devices)} devices, and a graph is captured on one"
     codes = (getattr(getattr(module, "weight", None), "qdata", None) for module in model.modules())
-    if why_not_fused(model) and any(getattr(each, "dtype", None) == torch.int8 for each in codes):
+    if any(getattr(each, "dtype", None) == torch.int8 for each in codes) and (
+        why_not_fused(model) or is_emulated(model)
+    ):
         return "torchao reads inputs in int8 back to the host where torch.compile does not fuse the step"
     config, needs = model.config.get_text_config(), "it reads the keys and values of every token"
     window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()

@@ -13,6 +13,7 @@ from conftest import random_model
 from lm_eval.models.huggingface import HFLM
 from torch._inductor.utils import fresh_cache
 
+from qnb import device
 from qnb.accuracy import backbone, captured_step, scorer
 from qnb.accuracy.backbone import Backbone
 from qnb.accuracy.generation import is_shaped
@@ -159,7 +160,7 @@ def test_a_shared_prefix_is_read_once_if_it_saves_enough(min_saved_work, reads, 
 def test_compiled_layers_give_the_same_scores_and_are_given_back(both, tokenizer, pairs, monkeypatch):
     """A GPU before Ampere compiles none in bfloat16."""
     ours, stock = both()
-    monkeypatch.setattr(backbone, "is_before_ampere", lambda device: True)
+    monkeypatch.setattr(device, "is_before_ampere", lambda place: True)
     monkeypatch.setitem(backbone.MIN_COMPILED_WORK, "cpu", 0)
     monkeypatch.setitem(backbone.COMPILE, "backend", "eager")
     compiled, score = [], Backbone.score

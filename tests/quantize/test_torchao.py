@@ -11,7 +11,7 @@ from conftest import random_model
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig
 
-from qnb import InputError, Study, precision
+from qnb import InputError, Study, device, precision
 from qnb.accuracy.scorer import SharedContextLM
 from qnb.accuracy.tasks import Task
 from qnb.device import Device
@@ -99,12 +99,17 @@ def test_checkpoints_of_older_torchao_settings_are_multiplied_by_torchao(config)
     assert torch.equal(multiply_all(products, x), torch.cat([module(x) for module in modules], 1))
 
 
-def test_no_graph_captures_an_int8_step_that_is_not_fused():
+def test_no_graph_captures_an_int8_step_that_is_not_fused(monkeypatch):
     config = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 300}
     for family, reason in ((LlamaConfig, ""), (GemmaConfig, "back to the host")):
         model = random_model(family(**config))
         model.model.layers[0].mlp.down_proj = layers("int8-dynamic", [128])[0]
         assert reason in (why := why_unavailable("cuda_graph", "cuda", model=model)) and bool(why) == bool(reason)
+    monkeypatch.setattr(device, "is_before_ampere", lambda place: True)
+    for dtype in (torch.float16, torch.bfloat16):
+        model = random_model(LlamaConfig(**config)).to(dtype)
+        model.model.layers[0].mlp.down_proj = layers("int8-dynamic", [128])[0]
+        assert bool(why_unavailable("cuda_graph", "cuda", model=model)) == (dtype == torch.bfloat16)
 
 
 @torch.no_grad()
