@@ -334,7 +334,7 @@ def test_a_sitting_ends_in_time_and_buys_what_matters_first(slowness, sitting, c
     assert all(row[f"{task}_items"] >= 500 for task in ("arc_challenge", "arc_easy", "hellaswag"))
     assert row["mmlu_items"] >= 1000 and min(row["gsm8k_items"], row["gsm8k_cot_items"]) >= 40
     assert {each["tokens"] for each in ledger.rows("divergence")} == {16384}
-    assert len(ledger.rows("batch_sensitivity")) == 10
+    assert {each["setting"] for each in ledger.rows("batch_sensitivity")} == {"qnb"}
     # every format and engine is timed once before any is timed again
     timed = [each for each in ledger.rows("perf") if each["setting"] == "bs1" and each.get("requests")]
     assert len({(each["precision"], each["engine"]) for each in timed}) == 9 and row["bs1_requests"] >= 3
