@@ -368,8 +368,8 @@ def _pace(task: Task, most: int, rows: Sequence[Row]) -> Pace:
 def batch_sensitivity(session: Session, options: AccuracyOptions) -> None:
     """Score the same choices in the usual batches and one row at a time, by each scorer; the ledger gets a row each.
 
-    In 16 bit the difference is rounding. LLM.int8 chooses its outlier columns over the whole batch. A budget of minutes
-    buys items instead of the stock scorer's rows, which take twice as long as our own.
+    In 16 bit the difference is rounding. LLM.int8 chooses its outlier columns over the whole batch. With a budget of
+    minutes the stock scorer has no rows: they take longer than our own, and items matter more.
 
     Raises
     ------

@@ -6,6 +6,7 @@ accuracy and the size of their file. Their speed and memory would be those of un
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
@@ -182,10 +183,13 @@ def _packed(model: PreTrainedModel) -> dict[str, int]:
     layers: list[Any] = [layer for layer in linear_layers(model) if not hasattr(layer, "weight")]
     if not layers:
         return {}
-    whole = count_weights(model)
+    whole, ends = count_weights(model), ("in", "out")
     own = [tensor for layer in layers for tensor in layer.parameters() if tensor.dim() > 1]  # which it has counted
     sizes = {id(tensor): tensor.nbytes for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
-    quantized, packed_bytes = sum(layer.in_features * layer.out_features for layer in layers), sum(sizes.values())
+    # AutoRound's own layers write it in one word
+    shapes = ([getattr(layer, f"{end}_features", 0) or getattr(layer, f"{end}features") for end in ends]
+              for layer in layers)  # fmt: skip
+    quantized, packed_bytes = sum(map(math.prod, shapes)), sum(sizes.values())
     return {
         "parameters": whole.parameters - sum(tensor.numel() for tensor in own) + quantized,
         "linear_bytes": whole.linear_bytes - sum(tensor.nbytes for tensor in own) + packed_bytes,

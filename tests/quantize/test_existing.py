@@ -2,8 +2,9 @@
 
 import json
 import os
+import re
 import shutil
-from functools import cache
+from functools import cache, partial
 from unittest.mock import patch
 
 import gguf
@@ -12,7 +13,7 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
 from qnb import InputError, Study, precision
 from qnb.accuracy.tasks import Task
@@ -57,6 +58,17 @@ def quantized(released):
     return folder
 
 
+def assert_scores_as_stock(study, path):
+    """Hold the row `theirs` to stock lm-eval's log-likelihoods on the same checkpoint."""
+    model = AutoModelForCausalLM.from_pretrained(path, device_map="cpu")
+    stock = HFLM(pretrained=model, tokenizer=study.session.tokenizer, batch_size=4)
+    theirs = Task("sample_easy").evaluate(stock, 4).items
+    (mine,) = [each for each in study.session.ledger.rows("accuracy") if each["precision"] == "theirs"]
+    ours = pd.read_parquet(study.folder / mine["items_file"])
+    for one, other in zip(ours.loglikelihoods, theirs.loglikelihoods, strict=True):
+        assert one == pytest.approx(other, abs=2e-2)
+
+
 def test_a_checkpoint_is_a_row_of_every_table_with_stock_lm_evals_accuracy(released, quantized, tmp_path):
     label = f"theirs=checkpoint:{quantized}"
     study = Study(str(released), f"fp32,bf16,{label}", tmp_path / "study")
@@ -68,14 +80,7 @@ def test_a_checkpoint_is_a_row_of_every_table_with_stock_lm_evals_accuracy(relea
     row = study.results().checkpoints.set_index("precision").loc["theirs"]
     assert row.ran_as == "4-bit, bitsandbytes Linear4bit" and not row.is_unpacked
     assert 4 < row.bits_per_quantized_weight < 9 and row.file_mib > 0
-    # the oracle
-    stock = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(quantized, device_map="cpu"),
-                 tokenizer=study.session.tokenizer, batch_size=4)  # fmt: skip
-    theirs = Task("sample_easy").evaluate(stock, 4).items
-    (mine,) = [each for each in study.session.ledger.rows("accuracy") if each["precision"] == "theirs"]
-    ours = pd.read_parquet(study.folder / mine["items_file"])
-    for one, other in zip(ours.loglikelihoods, theirs.loglikelihoods, strict=True):
-        assert one == pytest.approx(other, abs=2e-2)
+    assert_scores_as_stock(study, quantized)
     # every table, and a study opened anew, by the same label and colour
     assert "theirs_pct" in study.table("table1_accuracy")
     for name in ("table2_change", "table3_bs1", "divergence"):
@@ -90,6 +95,67 @@ def test_a_checkpoint_is_a_row_of_every_table_with_stock_lm_evals_accuracy(relea
     again.quantize()
     assert precision.PRECISIONS["theirs"].color == color and len(again.session.ledger) == before
     assert "theirs" in again.report().read_text() and not (study.folder / "cards" / "theirs").exists()
+
+
+def save_rounded(released, folder, layout):
+    """Round to the nearest of 4 bits in groups of 32, and save as AutoRound does, in its own layout or another's."""
+    from auto_round import AutoRound
+
+    model, tokenizer = (Auto.from_pretrained(released) for Auto in (AutoModelForCausalLM, AutoTokenizer))
+    rounding = AutoRound(model, tokenizer, bits=4, group_size=32, iters=0, disable_opt_rtn=True, device_map="cpu")
+    rounding.quantize_and_save(str(folder), format=layout)
+    return next(folder.iterdir())
+
+
+def save_compressed(released, folder):
+    """Save in 8 bit with one scale per row, by compressed-tensors' own package."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    weights = {"num_bits": 8, "strategy": "channel", "symmetric": True}
+    groups = {"all": {"targets": ["Linear"], "weights": weights}}
+    model = AutoModelForCausalLM.from_pretrained(released)
+    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
+    for layer in model.modules():
+        if hasattr(layer, "weight_scale"):
+            layer.weight_scale.data = layer.weight.abs().amax(-1, keepdim=True) / 127
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+    return folder
+
+
+def save_torchao(released, folder):
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    AutoModelForCausalLM.from_pretrained(released, quantization_config=config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("package", "ran_as", "save"), [
+    ("auto_round", "4-bit, auto_round_extension QuantLinear", partial(save_rounded, layout="auto_round")),
+    ("gptqmodel", r"4-bit, gptqmodel \w+Linear", partial(save_rounded, layout="auto_gptq")),
+    ("gptqmodel", r"4-bit, gptqmodel \w+AwqLinear", partial(save_rounded, layout="auto_awq")),
+    ("compressed_tensors", r"unpacked to float32 \(compressed-tensors\)", save_compressed),
+    ("torchao", "torchao Int8Tensor", save_torchao),
+], ids=["auto-round", "gptq", "awq", "compressed-tensors", "torchao"])  # fmt: skip
+def test_a_checkpoint_of_each_library_scores_as_in_stock_lm_eval(package, ran_as, save, released, tmp_path):
+    for name in ("auto_round", package) if isinstance(save, partial) else (package,):
+        pytest.importorskip(name)
+    with checkpoint.quiet():
+        folder = save(released, tmp_path / "made")
+    study = Study(str(released), f"fp32,bf16,theirs=checkpoint:{folder}", tmp_path / "study")
+    study.quantize()
+    study.accuracy("sample_easy", 4)
+    study.perf_bs1(study.workload("bs1", 1, 4, 2, "sample"), 1)
+    row = study.results().checkpoints.set_index("precision").loc["theirs"]
+    assert re.fullmatch(ran_as, row.ran_as) and row.is_unpacked == ("unpacked" in ran_as)
+    assert row.is_unpacked or 4 < row.bits_per_quantized_weight < 9
+    assert_scores_as_stock(study, folder)
+    (timed,) = [each for each in study.session.ledger.rows("perf") if each["precision"] == "theirs"]
+    assert ("tpot_s" in timed) is not row.is_unpacked
 
 
 def test_an_unpacked_checkpoint_has_an_accuracy_and_a_size_and_no_speed(source, tmp_path, monkeypatch):
