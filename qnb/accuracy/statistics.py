@@ -16,7 +16,7 @@ import pandas as pd
 RESAMPLES = 2000
 LUCKY = 0.01  # a share of right answers that proves nothing
 Z95, Z80 = 1.959964, 0.841621  # standard errors: of an interval each way, and to a power of 80 %
-CHUNK = 4_000_000  # resampled values held at once
+CHUNK = 200_000  # resampled values held at once: as many as a cache has room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +234,8 @@ def choice_probabilities(loglikelihoods: Sequence[float]) -> list[float]:
     """Return the probability of each choice among all of them: the paper's p(y_i)."""
     largest = max(loglikelihoods)
     weights = [math.exp(value - largest) for value in loglikelihoods]
-    return [weight / sum(weights) for weight in weights]
+    total = sum(weights)
+    return [weight / total for weight in weights]
 
 
 def pack(items: pd.DataFrame) -> pd.DataFrame:
@@ -250,7 +251,7 @@ def unpack(items: pd.DataFrame) -> pd.DataFrame:
     if "has_gold" not in items:
         return items
     right = [
-        sum(choice_probabilities(row.loglikelihoods)[int(gold)] for gold in row.gold.split(", "))
+        sum(map(choice_probabilities(row.loglikelihoods).__getitem__, map(int, row.gold.split(", "))))
         if row.has_gold else None
         for row in items.itertuples()
     ]  # fmt: skip
