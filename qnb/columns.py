@@ -21,6 +21,7 @@ class Column:
 _COLUMNS = (  # whose label, unit and direction their names do not say
     Column("precision", "format"),
     Column("n_total", "of"),
+    Column("repeat", "pass"),
     # accuracy
     Column("baseline_pct", "baseline accuracy", "%", "more"),
     Column("change_pp", "change in accuracy", "points", "more"),
@@ -28,14 +29,14 @@ _COLUMNS = (  # whose label, unit and direction their names do not say
     Column("high_pp", "95 % high", "points", "more"),
     Column("change_pct", "relative change", "%", "more"),
     Column("chance_pct", "accuracy by guessing", "%"),
-    Column("gained", "right where BF16 is wrong"),
-    Column("lost", "wrong where BF16 is right"),
-    Column("recovery_pct", "accuracy above chance kept", "%", "more"),
-    Column("recovery_low_pct", "kept, 95 % low", "%", "more"),
-    Column("recovery_high_pct", "kept, 95 % high", "%", "more"),
-    Column("p_correct_change_pp", "change in probability of the right choice", "points", "more"),
-    Column("p_correct_low_pp", "probability, 95 % low", "points", "more"),
-    Column("p_correct_high_pp", "probability, 95 % high", "points", "more"),
+    Column("gained", "gained"),
+    Column("lost", "lost"),
+    Column("recovery_pct", "recovery", "%", "more"),
+    Column("recovery_low_pct", "recovery, 95 % low", "%", "more"),
+    Column("recovery_high_pct", "recovery, 95 % high", "%", "more"),
+    Column("p_correct_change_pp", "change in p(correct)", "points", "more"),
+    Column("p_correct_low_pp", "p(correct), 95 % low", "points", "more"),
+    Column("p_correct_high_pp", "p(correct), 95 % high", "points", "more"),
     Column("words", "verdict"),
     Column("p_mcnemar", "McNemar p"),
     Column("p_holm", "p after Holm"),
@@ -44,9 +45,9 @@ _COLUMNS = (  # whose label, unit and direction their names do not say
     Column("perplexity_change_pct", "change in perplexity", "%", "less"),
     Column("kl_mean_nats", "mean KL divergence", "nats", "less"),
     Column("kl_median_nats", "median KL divergence", "nats", "less"),
-    Column("kl_p99_nats", "99 % of KL divergence", "nats", "less"),
-    Column("kl_p999_nats", "99.9 % of KL divergence", "nats", "less"),
-    Column("noise_floor_nats", "KL divergence of another batch size", "nats", "less"),
+    Column("kl_p99_nats", "KL divergence, p99", "nats", "less"),
+    Column("kl_p999_nats", "KL divergence, p99.9", "nats", "less"),
+    Column("noise_floor_nats", "noise floor of KL divergence", "nats", "less"),
     Column("same_top1_pct", "same likeliest token", "%", "more"),
     Column("mean_abs_logprob_diff", "mean |difference| of log-probabilities", "nats", "less"),
     Column("max_abs_logprob_diff", "largest |difference| of log-probabilities", "nats", "less"),
@@ -64,8 +65,8 @@ _COLUMNS = (  # whose label, unit and direction their names do not say
     Column("ttft_s", "time to first token (TTFT)", "ms", "less", 1000),
     Column("tpot_s", "time per output token (TPOT)", "ms", "less", 1000),
     Column("tpot_eager_s", "time per token, eager", "ms", "less", 1000),
-    Column("tpot_captured_s", "time per token, captured", "ms", "less", 1000),
-    *(Column(f"itl_p{each}_s", f"inter-token latency (ITL), p{each}", "s", "less") for each in (50, 95, 99)),
+    Column("tpot_captured_s", "time per token, cuda_graph", "ms", "less", 1000),
+    *(Column(f"itl_p{each}_s", f"inter-token latency (ITL), p{each}", "ms", "less", 1000) for each in (50, 95, 99)),
     *(Column(f"latency_p{each}_s", f"batch latency, p{each}", "s", "less") for each in (50, 95, 99)),
     Column("batch_spread_pct", "range of batch latency", "%", "less"),
     Column("kernel_s_per_token", "kernel time per token", "ms", "less", 1000),
@@ -77,9 +78,9 @@ _COLUMNS = (  # whose label, unit and direction their names do not say
     Column("engine_speedup", "speed-up over eager", "x", "more"),
     # memory and energy
     Column("peak_memory_mib", "peak memory", "MiB", "less"),
-    Column("peak_used_memory_mib", "memory in use above the baseline", "MiB", "less"),
+    Column("peak_used_memory_mib", "memory in use above the start", "MiB", "less"),
     Column("peak_reserved_mib", "memory reserved", "MiB", "less"),
-    Column("memory_mib", "GPU memory in use by all processes", "MiB", "less"),
+    Column("memory_mib", "GPU memory in use", "MiB", "less"),
     Column("kv_cache_mib", "KV cache", "MiB", "less"),
     Column("vram_mib", "VRAM", "MiB", "less"),
     Column("limit_mib", "memory limit", "MiB"),
@@ -108,8 +109,8 @@ def column(name: str) -> Column:
 
 
 def header(name: str) -> str:
-    """Return a quantity's label with its unit, as an axis or a column's head says it."""
-    return ", ".join(filter(None, (column(name).label, column(name).unit)))
+    """Return a quantity's label with its unit, as an axis or a column's head says it; a label as it is."""
+    return name if " " in name else ", ".join(filter(None, (column(name).label, column(name).unit)))
 
 
 def format_number(value: float, digits: int = 4) -> str:

@@ -60,7 +60,7 @@ def forest(results: Results) -> go.Figure:
     is_real = frame.significant.eq(True) | ((frame.task == POOLED) & (frame.low_pp * frame.high_pp > 0))
     engines = is_real.map({True: "significant", False: "not significant"})
     note = ("left of 0 is a loss; lines: 95 % interval; filled: significant (tasks: after Holm); "
-            "the verdict rests on the mean's interval")  # fmt: skip
+            "the verdict rests on the pooled interval")  # fmt: skip
     return _by_task(results, _with_interval(frame).assign(engine=engines), "change_pp",
                     "Which changes in accuracy are real?", note)  # fmt: skip
 
@@ -196,7 +196,7 @@ def heatmap(results: Results, setting: str) -> go.Figure:
         )
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed", tickfont={"size": 10}).update_xaxes(tickangle=0, tickfont={"size": 10})
-    note = "dark is better; of utilization, more" + _disturbed(runs) + theme.fusing(runs)
+    note = "dark is better, or more utilization" + _disturbed(runs) + theme.fusing(runs)
     return theme.finish(figure, title, 180 + 34 * len(shades), note)
 
 
@@ -205,7 +205,7 @@ def sweep(results: Results) -> go.Figure:
 
     A ring marks the knee. A large point is the largest batch, where its prompts and texts are as long as the line's.
     """
-    title = "When do rows stop being free?"
+    title = "When does batching stop being free?"
     steps = results.sweep
     if steps.empty:
         return theme.nothing(title, "sweep_batch says up to which batch size")

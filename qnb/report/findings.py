@@ -48,7 +48,7 @@ def _accuracy(results: Results, precision: str) -> Iterator[str]:
     if {precision, BASELINE} <= set(scores.index):
         mine, base = scores.loc[precision], scores.loc[BASELINE]
         change = f": {interval_text(mine)}.{_chance(mine.low_pp, mine.high_pp)}" if pd.notna(mine.low_pp) else "."
-        yield f"{name}'s mean accuracy is {mine.accuracy_pct:.1f} %, {BASE}'s {base.accuracy_pct:.1f} %{change}"
+        yield f"{name}'s pooled accuracy is {mine.accuracy_pct:.1f} %, {BASE}'s {base.accuracy_pct:.1f} %{change}"
     changes = build(results, "table2_change")
     significant = changes[(changes.precision == precision) & changes.significant.eq(True)]
     if len(significant):
@@ -60,8 +60,8 @@ def _batching(results: Results, precision: str) -> Iterator[str]:
     rows = results.batch_sensitivity.reindex(columns=["precision", "setting", "answers_changed", "n_items"])
     for row in rows[(rows.precision == precision) & (rows.setting == "qnb")].itertuples():
         if row.answers_changed:
-            share = f"{row.answers_changed} of {row.n_items} likeliest choices"
-            yield f"{title(precision)} depends on what shares a batch: {share} are others where each is asked alone."
+            share = f"{row.answers_changed} of {row.n_items} answers change"
+            yield f"{title(precision)} depends on what shares a batch: {share} when each item is scored alone."
 
 
 def _perplexity(results: Results, precision: str) -> Iterator[str]:
@@ -101,10 +101,10 @@ def _speed(results: Results, precision: str, setting: str) -> Iterator[str]:
     for row in frame.merge(base, on="engine", suffixes=("", "_base")).to_dict("records"):
         mine, other = format_value(name, row[name]), format_value(name, row[f"{name}_base"])
         where = f"{title(precision)} at {SETTINGS[setting]} with {row['engine']}"
-        parts = [f"{where}: {mine} {unit} against {other}"]
+        parts = [f"{where}: {mine} {unit} ({BASE} {other})"]
         if setting == "maxbatch":
             sizes = [f"{row['batch_size' + end]}" + OR_MORE * (row["capped" + end] is True) for end in ("", "_base")]
-            parts.append(f"batch {' against '.join(sizes)}")
+            parts.append(f"batch {sizes[0]} ({BASE} {sizes[1]})")
         if isinstance(row["bound"], str) and Flag.PEAKS_DISTURBED not in row["flags"]:
             parts.append(f"bound by {row['bound'].replace('_', ' ')}")
         if is_disturbed([*row["flags"], *row["flags_base"]]):

@@ -147,14 +147,15 @@ def limits(results: Results) -> list[str]:
     for flag, count in Counter(flag for flags in speed["flags"] for flag in dict.fromkeys(flags)).most_common():
         words = flag_text([flag])
         lines.append(f"{words[:1].upper()}{words[1:]}: {count} of {len(speed)} timed rows.")
-    single = [words for name, words in SETTINGS.items() if (results.timed(name).passes < 2).any()]
-    if single:
-        lines.append(f"One pass only, so no spread is known: {' and '.join(single)}.")
+    for name, words in SETTINGS.items():
+        timed = results.timed(name)
+        if single := int((timed.passes < 2).sum()):
+            lines.append(f"One pass only, so no range is known: {single} of {len(timed)} rows at {words}.")
     if len(scores):
         whole = scores[scores.task == scores.asked].drop_duplicates("task")
         part = whole[whole.n_items < whole.n_total.astype(float)]
         asked = [f"{task_name(row.task)} {row.n_items:,.0f} of {row.n_total:,.0f}" for row in part.itertuples()]
-        lines += [f"Asked is a sample of the items: {', '.join(asked)}."] if asked else []
+        lines += [f"Only a sample of the items was asked: {', '.join(asked)}."] if asked else []
     for row in results.rows:
         if row.get("bad_items"):
             what = f"{title(row['precision'])} on {task_name(row['task'])}: {row['bad_items']}"

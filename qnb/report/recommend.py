@@ -17,8 +17,8 @@ FITS, UNSURE, RULED_OUT = "fits", "may fit", "ruled out"
 RANKED = ("precision", "engine", "fit", "peak_memory_mib", "weights_mib", "tpot_s", "change_pp", "low_pp", "high_pp",
           "kl_mean_nats", "words", "reasons", "model")  # fmt: skip
 TIE = 1e-3  # values that differ by less, relative to the smaller, are equal
-SUMMARY = ("precision", "weights_mib", "peak_memory_mib", "tpot_eager_s", "tpot_captured_s", "throughput_rps",
-           "energy_j_per_token", "change_pp", "low_pp", "high_pp", "perplexity_change_pct", "kl_mean_nats", "verdict",
+SUMMARY = ("precision", "weights_mib", "peak_memory_mib", "tpot_eager_s", "tpot_captured_s", "energy_j_per_token",
+           "throughput_rps", "change_pp", "low_pp", "high_pp", "perplexity_change_pct", "kl_mean_nats", "verdict",
            "words")  # fmt: skip
 
 
@@ -214,7 +214,7 @@ def sentence(results: Results) -> str:
     phrases = {
         Verdict.WITHIN: f"within {points} for",
         Verdict.LOSES: f"more than {points} lost by",
-        Verdict.UNCLEAR: "undecided for",
+        Verdict.UNCLEAR: "cannot tell for",
         Verdict.UNMEASURED: "not measured for",
         Verdict.BARELY_QUANTIZED: "most weights not quantized in",
     }

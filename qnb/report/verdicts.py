@@ -20,7 +20,7 @@ from qnb.precision import BASELINE, PRECISIONS, title
 from qnb.report.accuracy import MEAN, changes, headline
 from qnb.report.results import Results, stack, task_name
 
-POOLED = "mean, for the verdict"
+POOLED = "pooled, for the verdict"
 FLIP_RATE = 0.1  # of items that a format is assumed to answer rightly where the baseline does not, or the reverse
 CHANGE = ("change_pp", "low_pp", "high_pp")
 FILED = ("weights_mib", "quantized_pct", "ran_as")  # what is known of a format's checkpoint
@@ -189,14 +189,14 @@ def items_needed(row: Any, margin_pp: float) -> Any:
 
 
 def detectable(n_items: Sequence[int], flip_rate: float = FLIP_RATE) -> str:
-    """Return in words which mean change so many items of each task can detect, with 80 % power."""
+    """Return in words which pooled change so many items of each task can detect, with 80 % power."""
     change = detectable_pp(n_items, flip_rate) if n_items else None
     items = f"{sum(n_items):,} items of {len(n_items)} task{'s' * (len(n_items) != 1)}"
     if change is None:
         return f"no change in accuracy ({items} are too few)"
     flips_pct = max(100 * flip_rate, change)  # a change takes as many flips at least
-    about = f"{items} in all; {flips_pct:.0f} % of the answers flip; power 80 %"
-    return f"a mean change in accuracy of {format_number(round(change, 1))} points or more ({about})"
+    about = f"{items} in all; {flips_pct:.0f} % gained or lost; power 80 %"
+    return f"a pooled change in accuracy of {format_number(round(change, 1))} points or more ({about})"
 
 
 def _types(results: Results) -> Iterator[str]:
@@ -206,9 +206,9 @@ def _types(results: Results) -> Iterator[str]:
     types = rows[rows.precision.isin(quantized)].groupby("dtype").precision.unique()
     if set(types.index) - {"bfloat16"}:
         parts = [f"{dtype} in {', '.join(names).upper()}" for dtype, names in types.items()]
-        yield f"What is usually bfloat16 in quantized formats is {'; '.join(parts)}."
+        yield f"The 16-bit type of quantized formats is {'; '.join(parts)}."
     if both := sorted(set.intersection(*map(set, types)) if len(types) > 1 else ()):
-        yield f"{', '.join(both).upper()} overflowed in float16 and has rows in both: run the notebooks again."
+        yield f"{', '.join(both).upper()} overflowed in float16 and mixes both types: run the notebooks again."
     if rows.bf16.eq("emulated").any():
         yield f"The device has no bfloat16 units: {BASELINE.upper()}'s speed is that of an emulation."
 

@@ -71,7 +71,7 @@ def _choose_study(
     """Return a panel that lists the studies that can be shown, above what `build` makes of the one chosen."""
     mine = study.results()
     studies = {f"this study ({mine.name})": mine}
-    studies |= {f"kept: {name}": results for name, results in read_reference(REFERENCE).items()}
+    studies |= {f"reference: {name}": results for name, results in read_reference(REFERENCE).items()}
     studies = {name: results for name, results in studies.items() if usable(results)}
     if not studies:
         return widgets.VBox([widgets.Label(NOTHING)])

@@ -16,7 +16,7 @@ def test_sentences_are_the_rows_arithmetic(study):
     rows = study.bs1.set_index(["precision", "engine"])
     share = rows.peak_memory_mib["int4", "eager"] / rows.peak_memory_mib["bf16", "eager"]
     sentences = " ".join(about(study, "int4"))
-    for words in (f"{mean:.1f} %, BF16's {base:.1f} %", "1,200 items", "ARC easy", "batch 384 against 256",
+    for words in (f"{mean:.1f} %, BF16's {base:.1f} %", "1,200 items", "ARC easy", "batch 384 (BF16 256)",
                   f"takes {100 * share:.0f} % of BF16's peak memory", "bound by launch",
                   f"{1e3 * rows.tpot_s['int4', 'eager']:.2f} ms per token"):  # fmt: skip
         assert words in sentences

@@ -129,7 +129,7 @@ def test_limits_count_what_rows_flag(study, text):
     flagged = page.limits(replace(study, sweep=study.sweep.assign(flags=[["cpu_shared", "too_short"]] * 40)))
     assert sum(": 40 of 60 timed rows." in line for line in flagged) == 2
     once = replace(study, bs1=study.bs1.assign(passes=1, peak_reserved_mib=float("nan")))
-    assert "One pass only, so no spread is known: batch size 1." in page.limits(once)
+    assert "One pass only, so no range is known: 10 of 10 rows at batch size 1." in page.limits(once)
     assert "how far the process grew" in page.page(once) and "how far the process grew" not in text
 
 
@@ -139,7 +139,7 @@ def test_limits_say_what_failed_and_what_accuracy_lacks(study):
     found = page.limits(replace(study, failures=failures))
     assert "Could not be measured: bf16 eager, fp16 eager (out of memory)." in found
     part = study.scores.assign(n_total=study.scores.n_items.where(study.scores.task != "arc_easy", 5000))
-    assert "Asked is a sample of the items: ARC easy 400 of 5,000." in page.limits(replace(study, scores=part))
+    assert "Only a sample of the items was asked: ARC easy 400 of 5,000." in page.limits(replace(study, scores=part))
     alone = page.page(replace(study, scores=study.scores[study.scores.precision == "nf4"]))
     assert "bf16 was not measured" in alone
 

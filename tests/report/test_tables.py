@@ -123,7 +123,7 @@ def test_speeds_are_compared_under_the_same_conditions_only(tmp_path):
 def test_a_largest_batch_that_took_all_requests_is_that_many_or_more(study):
     study = replace(study, maxbatch=study.maxbatch.assign(capped=study.maxbatch.batch_size == 384))
     assert {"256", "384 or more"} == set(tables.compact(study, "table4_maxbatch")["batch size"])
-    assert "batch 384 or more against 256" in findings.text(study, "maxbatch")
+    assert "batch 384 or more (BF16 256)" in findings.text(study, "maxbatch")
 
 
 def test_a_row_says_that_its_bfloat16_is_emulated(tmp_path):

@@ -60,7 +60,7 @@ def test_a_study_sent_from_another_machine_is_checked_and_drawn_beside_the_kept_
     assert "Tesla T4" in (study / "report.html").read_text(encoding="utf-8")
     monkeypatch.setattr(widgets, "REFERENCE", study.parent)
     choice = widgets.explorer(Study(output=study.parent / "mine")).children[0]
-    assert f"kept: {study.name}" in choice.options
+    assert f"reference: {study.name}" in choice.options
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_the_explorer_redraws_when_a_choice_changes_and_changes_no_frame(studied
 def test_the_explorer_shows_kept_studies_on_a_machine_that_measured_nothing(tmp_path):
     panel = widgets.explorer(Study(output=tmp_path))
     source = part(panel, ipywidgets.Dropdown, "study")
-    assert all(name.startswith("kept: ") for name in source.options) and source.options
+    assert all(name.startswith("reference: ") for name in source.options) and source.options
     for name in source.options:
         source.value = name
         assert figure_of(panel)["data"]
