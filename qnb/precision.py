@@ -43,6 +43,7 @@ class Precision:
     quantization: dict[str, Any] = field(default_factory=dict, hash=False)  # arguments of its library's settings
     bits: float = 0.0  # about those of a quantized weight in a file, with its constants
     library: str = "bitsandbytes"  # that quantizes
+    product: str = ""  # the type that it multiplies in, where inputs are quantized too
     capability: tuple[int, int] | None = None  # of a GPU, the least that runs it; None where a CPU does too
     multiples: tuple[int, int] = (1, 1)  # of a layer's outputs and inputs, that its kernels take
     weight: str = ""  # the class of its weights once loaded, where a library may leave all of them as they were
@@ -80,7 +81,7 @@ class Precision:
     @property
     def compute_dtype(self) -> str:
         """The torch type that most products are computed in; of LLM.int8, that of its outlier columns."""
-        return str(self.quantization.get("bnb_4bit_compute_dtype", self.dtype))
+        return self.product or str(self.quantization.get("bnb_4bit_compute_dtype", self.dtype))
 
     @property
     def threshold(self) -> float:
@@ -156,13 +157,14 @@ _FORMATS = (
     Precision("int8-dynamic", "bfloat16", "#a6761d", "triangle-left", "INT8 (dynamic)",
               "int8 weights and inputs with one scale per row, by torchao",
               *_torchao("Int8DynamicActivationInt8WeightConfig", 8.0),
-              multiples=(8, 8), weight="Int8Tensor",
+              product="int8", multiples=(8, 8), weight="Int8Tensor",
               kernels=r"gemm_(s8|i8|int8)|i16832|i8816|i8i32|imma|nvjet_(sm\d+_)?[bi]{2}|triton_"),
     Precision("fp8", "bfloat16", "#41b6c4", "triangle-right", "FP8",
               "float8 weights and inputs with one scale per row, by torchao",
               *_torchao("Float8DynamicActivationFloat8WeightConfig", 8.0, granularity=_member("PerRow", {}),
                         kernel_preference=_member("KernelPreference", "TORCH")),
-              capability=(8, 9), weight="Float8Tensor", kernels=r"e4m3|nvjet_(sm\d+_)?qq|triton_"),
+              product="float8_e4m3fn", capability=(8, 9), weight="Float8Tensor",
+              kernels=r"e4m3|nvjet_(sm\d+_)?qq|triton_"),
     Precision("int4-hqq", "bfloat16", "#f768a1", "octagon", "INT4 (HQQ)",
               "int4 weights in groups of 64 with scales found by HQQ, 16-bit compute, by torchao",
               *_torchao("Int4WeightOnlyConfig", 4.5, group_size=64,

@@ -95,7 +95,7 @@ def run(
         check_measured(study)
     study.session.check_writable()
     if "device" in values:
-        os.environ[device.CHOICE] = values["device"]  # for the notebooks' kernels
+        os.environ[device.CHOICE] = str(values["device"])  # for the notebooks' kernels
     os.environ[COMMAND] = shlex.join(["qnb", *sys.argv[1:]])
     earlier = study.session.ledger.failures()  # this run may not retry all of them
     with _sole_run(study):
@@ -257,6 +257,7 @@ def _plain(what: str, text: str | bytes) -> Any:
 def check_parameters(values: Mapping[str, Any], names: Sequence[str]) -> Study:
     """Build each stage's options, so that input is refused before any notebook runs; return the shared study."""
     study = Study(**{name: values[name] for name in signature(Study).parameters if name in values})
+    check_choice("run_all", values.get("run_all", "auto"), RUN_ALL)
     if values.get("device", "auto") != "auto":
         study.session.device  # noqa: B018  # raises where there is no such device
     for name in ("pictures", "private", "dry_run"):

@@ -73,8 +73,9 @@ class Session:
     device
         What everything is measured on; see `qnb.device.detect`.
     half
-        The 16-bit type of quantized formats: ``"bfloat16"``, ``"float16"``, or ``"auto"``: what the study began with,
-        else what the device has units for. With ``"auto"`` a format that overflows in float16 goes on in bfloat16.
+        The 16-bit type of quantized formats (torchao's take no float16): ``"bfloat16"``, ``"float16"``, or ``"auto"``,
+        which is what the study began with, else what the device has units for. With ``"auto"`` a format that overflows
+        in float16 goes on in bfloat16.
 
     Raises
     ------
@@ -125,8 +126,9 @@ class Session:
 
     def _check_same_study(self, record: Mapping[str, Any]) -> None:
         """Refuse an output folder that holds another model's study, or one in another 16-bit type."""
-        name, other = str(record.get("name")), ""
-        if self.model not in {"auto", record.get("requested"), name, name.partition("@")[0]}:
+        name, other, folder = str(record.get("name")), "", expand_path(self.model).resolve()
+        same = {"auto", record.get("requested"), name, name.partition("@")[0]}
+        if str(folder) != name if folder.is_dir() else self.model not in same:
             other = f"of {name}, not of {self.model}"
         elif self._wanted_half not in ("auto", self.half):
             other = f"in {self.half}, not in {self._wanted_half}"
@@ -246,22 +248,18 @@ class Session:
             return files.disk_shortage(source, self.folder / "checkpoints", map(self.pinned, self.precisions))
         return ""
 
-    def _other_halves(self) -> Iterator[str]:
-        """Yield the quantized formats that keep to another 16-bit type, with it."""
-        for each in map(self.pinned, self.precisions):
-            if each.quantized and not each.origin and each.dtype != self.half:
-                yield f"{each.name} in {each.dtype}"
-
     def facts(self) -> dict[str, str]:
         """Return what is measured, on what, with what, and what is done already. Nothing is fetched for it."""
         source, rows = self.record, self.ledger.rows()
         stages = Counter(row["stage"] for row in rows if row["stage"] not in PLANS)
         taken_s = self._taken_s() if self.minutes and source and Path(source["path"]).is_dir() else {}
         peak_mib = max((row.get("host_peak_mib") or 0 for row in rows), default=0)
+        quantized = [each for each in map(self.pinned, self.precisions) if each.quantized and not each.origin]
+        others = (f"{each.name} in {each.dtype}" for each in quantized if each.dtype != self.half)
         facts = {
             "model": f"{source['name']} ({source['reason']})" if source else f"{self.model} (not fetched yet)",
             "formats": ", ".join(precision.name for precision in self.precisions),
-            "quantized formats in": ", ".join([self.half, *self._other_halves()]),
+            "quantized formats in": ", ".join([self.half, *others]),
             **self.device.facts(rows[-1]["versions"] if self.replays and rows else self.versions),
             "time": budget.describe(self.minutes, taken_s) if self.minutes else "",
             "host memory": "" if self.replays else describe_host(peak_mib),
@@ -309,8 +307,8 @@ class Session:
         return self.decided(key) if self.counts(key) else None
 
     def counts(self, key: Mapping[str, Any]) -> bool:
-        """Return whether a row answers `key`, and stays: overwriting, only this session's own do."""
-        row, is_own = self.ledger.find(key), row_key(key) in self._measured
+        """Return whether a row answers `key` and stands: with `overwrite`, only this session's own rows do."""
+        row, is_own = self.ledger.find(key), (row_key(key), key.get("fingerprint")) in self._measured
         return row is not None and (is_own or not self.overwrite) and self.has_items(row)
 
     def has_items(self, row: Mapping[str, Any]) -> bool:
@@ -339,7 +337,7 @@ class Session:
 
     def adopt(self, row: Mapping[str, Any]) -> Row:
         """Record a whole row, which a worker may have measured."""
-        self._measured.add(row_key(row))
+        self._measured.add((row_key(row), row.get("fingerprint")))
         return self.ledger.append(row)
 
     @cached_property
@@ -464,8 +462,8 @@ class Session:
 
     # Checkpoints, and models loaded from them
 
-    def checkpoint(self, precision: Precision) -> Path:
-        """Return the folder of a format's checkpoint; make it if it is missing, damaged or to be overwritten."""
+    def checkpoint(self, precision: Precision, is_new: bool = False) -> Path:
+        """Return the folder of a format's checkpoint; make it if it is missing, damaged or has to be `is_new`."""
         if precision.origin:
             existing.row(self, precision)
             return Path(existing.find(self, precision).path)
@@ -474,7 +472,7 @@ class Session:
         if self.replays or (folder in self._verified and folder.exists()):  # bytes are read once
             return folder
         key = self.key("quantize", precision)
-        row = self.ledger.find(key) if folder.exists() and not self.overwrite else None
+        row = self.ledger.find(key) if folder.exists() and not is_new else None
         damaged = files.damage(folder, row["manifest_sha256"]) if row else ""
         if damaged:
             tqdm.write(f"{precision.name}: {damaged} in {folder} is not as it was saved; making it again")

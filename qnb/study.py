@@ -121,9 +121,12 @@ class Study:
         self._measure(evaluate.accuracy, evaluate.AccuracyOptions, tasks, limit, batch_size, scorer)
         return self.results().scores
 
-    def batch_sensitivity(self, tasks: Names = "auto", limit: Count = "auto") -> pd.DataFrame:
-        """Measure how far a score depends on what shares its batch; one row per format and scorer."""
-        self._measure(evaluate.batch_sensitivity, evaluate.AccuracyOptions, tasks, limit)
+    def batch_sensitivity(self, tasks: Names = "auto", limit: Count = "auto", scorer: str = "qnb") -> pd.DataFrame:
+        """Measure how far a score depends on what shares its batch; one row per format.
+
+        Without a budget of minutes it is one per format and scorer.
+        """
+        self._measure(evaluate.batch_sensitivity, evaluate.AccuracyOptions, tasks, limit, "auto", scorer)
         return self.table("batch_sensitivity")
 
     def divergence(

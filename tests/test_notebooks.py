@@ -200,6 +200,7 @@ def test_a_notebook_alone_from_elsewhere_makes_what_it_needs(tmp_path):
         (["-p", "push_to", "a b"], ["a b", "you/llama-3.2-1b"]),
         (["-p", "overwrite", "maybe"], ["maybe", "true or false"]),
         (["-p", "dry_run", "maybe"], ["dry_run is 'maybe'", "true or false"]),
+        (["-p", "run_all", "maybe"], ["maybe", "auto, always, never"]),
         (["-p", "model", "nonsense"], ["nonsense", "smollm2-135m"]),
         (["-p", "model", "shape:llama-3.2-1b"], ["random", "smollm2-135m"]),
         (["-p", "data_dir", "/no/such/folder"], ["/no/such/folder"]),

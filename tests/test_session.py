@@ -129,7 +129,20 @@ def test_what_was_asked_last_is_shown_and_overwriting_measures_once(session):
     again = Session("smollm2-135m", "bf16", session.folder, overwrite=True)
     assert again.find(first) is None and again.decided(first)["x"] == 1
     again.append(first, {"x": 3})
-    assert again.find(first)["x"] == 3
+    assert again.find(first)["x"] == 3 and again.find(second) is None  # which this session has not measured
+
+
+def test_a_folder_is_the_same_model_however_it_is_spelled(tmp_path, monkeypatch):
+    folder, other = tmp_path / "here" / "m", tmp_path / "there" / "m"
+    for each in (folder, other):
+        save_tiny(each)
+    monkeypatch.chdir(folder.parent)
+    assert Session("m", "bf16", tmp_path / "study").source.path == str(folder)
+    for spelling in ("m/", "./m", str(folder), "auto"):
+        assert Session(spelling, "bf16", tmp_path / "study").source.path == str(folder)
+    monkeypatch.chdir(other.parent)
+    with pytest.raises(InputError, match=r"holds a study of .*here/m, not of m"):
+        Session("m", "bf16", tmp_path / "study")
 
 
 def test_a_failure_is_recorded_with_its_reason_and_the_others_go_on(session, capsys):

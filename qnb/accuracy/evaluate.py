@@ -1,4 +1,4 @@
-"""The stages that ask tasks: plan how many items fit the minutes, measure accuracy, and what a score owes its batch.
+"""The stages that ask tasks: how many items fit the minutes, accuracy, and how far a score depends on its batch.
 
 Every format answers the same items, and each answer is kept, so that any two formats can be compared item by item.
 """
@@ -19,6 +19,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from qnb.accuracy.allocation import Pace, allocate
+from qnb.accuracy.answer_cache import kept_s
 from qnb.accuracy.statistics import pack
 from qnb.accuracy.tasks import LM_EVAL_SEED, SIZES, Task, TaskResult, check, names
 from qnb.budget import Clock, name_left_out, now_s
@@ -108,7 +109,7 @@ class Evaluation:
         from qnb.accuracy.scorer import SharedContextLM, StockLM, encode
 
         torch.manual_seed(LM_EVAL_SEED)  # some tasks sample
-        limit = self.limits[task.name]
+        limit, before_s = self.limits[task.name], kept_s(answers_path)
         options: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer, "batch_size": self.batch_size}
         if self.scorer == "qnb":
             encode(tokenizer, task.pairs(limit), task.encoded)  # here, so that no format's answers take longer for it
@@ -116,7 +117,7 @@ class Evaluation:
         with quiet():
             lm = (SharedContextLM if self.scorer == "qnb" else StockLM)(**options)
             times_s = _answer_times_s(lm)
-            return replace(task.evaluate(lm, limit), answer_s=sum(times_s))
+            return replace(task.evaluate(lm, limit), answer_s=before_s + sum(times_s))
 
 
 def _answer_times_s(lm: Any) -> list[float]:
@@ -270,7 +271,8 @@ def _spend_budget(session: Session, evaluation: Evaluation, clock: Clock) -> Non
 
     The pace of a round says how many items of each task the next may have. First all tasks of choices get their
     least items. Few items take longer each, so first guesses are low. A format that fails has no pace, and does not
-    hold the others up. A GPU takes as long to generate a few answers as for many. Where that is too long, none are.
+    hold the others up. A GPU takes as long to generate a few answers as for many. Where even a few would take longer
+    than their share, no generated task is asked.
     The numbers of items are in the ledger before a round begins: an interrupted round goes on with them, and so do
     formats that are added later. More minutes go on from there.
     """
@@ -369,7 +371,7 @@ def batch_sensitivity(session: Session, options: AccuracyOptions) -> None:
     """Score the same choices in the usual batches and one row at a time, by each scorer; the ledger gets a row each.
 
     In 16 bit the difference is rounding. LLM.int8 chooses its outlier columns over the whole batch. With a budget of
-    minutes the stock scorer has no rows: they take longer than our own, and items matter more.
+    minutes there are rows of the scorer in use alone: more items matter more.
 
     Raises
     ------
@@ -383,16 +385,19 @@ def batch_sensitivity(session: Session, options: AccuracyOptions) -> None:
         tqdm.write(f"no batch sensitivity: tasks {options.tasks!r} name none of choices; sample_easy and arc_easy are")
         return
     limit = session.count("sensitivity_limit", options.limit)
+    scorers = [options.scorer] if session.minutes else SCORERS
     with session.exclusive("02") as clock:
         for precision in session.each_format("batch sensitivity"):
-            _compare_batchings(session, precision, task, limit, clock)
+            _compare_batchings(session, precision, task, limit, scorers, clock)
     session.require("batch_sensitivity")
 
 
-def _compare_batchings(session: Session, precision: Precision, task: Task, limit: int, clock: Clock) -> None:
+def _compare_batchings(
+    session: Session, precision: Precision, task: Task, limit: int, scorers: Sequence[str], clock: Clock
+) -> None:
     asked = {"limit": limit, "data_sha256": task.data_sha256(limit)}
     keys = {scorer: session.key("batch_sensitivity", precision, asked, setting=scorer, task=task.name)
-            for scorer in (SCORERS[:1] if session.minutes else SCORERS)}  # fmt: skip
+            for scorer in scorers}  # fmt: skip
     missing = [scorer for scorer, key in keys.items() if not session.find(key)]
     what = f"{precision.name}'s batch sensitivity"
     if missing and clock.left_s < 0:

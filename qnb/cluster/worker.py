@@ -113,7 +113,7 @@ class Worker(Session):
         """Leave files to the driver."""
         return True
 
-    def checkpoint(self, precision: Precision) -> Path:
+    def checkpoint(self, precision: Precision, is_new: bool = False) -> Path:
         """Return the folder of the node's checkpoint, beside which its row is kept for every study of the model.
 
         The cell that makes it, or finds it, reads every byte; the cells after it need not. Another run on the node
@@ -121,7 +121,7 @@ class Worker(Session):
         """
         folder = self.folder / "checkpoints" / self.pinned(precision).checkpoint
         if precision.origin or folder in self._verified:
-            return super().checkpoint(precision)
+            return super().checkpoint(precision, is_new)
         key, record = self.key("quantize", precision), folder.with_name(f".{folder.name}.row.json")
         with holding(record.with_suffix(".lock"), lambda: None):
             row = json.loads(record.read_text()) if record.exists() else {}
@@ -130,7 +130,7 @@ class Worker(Session):
                 if not self._is_making:
                     self._verified.add(folder)
             record.unlink(missing_ok=True)  # it is of no use where what follows fails
-            super().checkpoint(precision)
+            super().checkpoint(precision, is_new)
             write_atomic(record, json.dumps(self.ledger.find(key)))
         return folder
 

@@ -75,9 +75,9 @@ def content(session: Session, precision: Precision) -> dict[str, Any]:
 
 
 def _library(how: str) -> str:
-    package = PACKAGES.get(how, "")
+    """Return the packages that run a kind of checkpoint, with their versions; empty of what every study names."""
     with suppress(metadata.PackageNotFoundError):
-        return f"{package} {metadata.version(package)}" if package else ""
+        return " ".join(f"{package} {metadata.version(package)}" for package in PACKAGES.get(how, "").split())
     return ""
 
 
@@ -178,18 +178,21 @@ def describe(path: Path, tokenizer: PreTrainedTokenizerBase, device: str) -> Che
     return Checkpoint(**weights, file_mib=file_mib, load_s=load_s, ran_as=ran_as, is_unpacked=is_unpacked)
 
 
+def _parameters(layer: Any) -> int:
+    """Return the size of a layer's matrix; AutoRound's own layers write its sides in one word."""
+    sides = ("in_features", "out_features") if hasattr(layer, "in_features") else ("infeatures", "outfeatures")
+    return math.prod(getattr(layer, side) for side in sides)
+
+
 def _packed(model: PreTrainedModel) -> dict[str, int]:
     """Return counts in place of `count_weights`' where a library packs matrices into tensors of other shapes."""
     layers: list[Any] = [layer for layer in linear_layers(model) if not hasattr(layer, "weight")]
     if not layers:
         return {}
-    whole, ends = count_weights(model), ("in", "out")
+    whole = count_weights(model)
     own = [tensor for layer in layers for tensor in layer.parameters() if tensor.dim() > 1]  # which it has counted
     sizes = {id(tensor): tensor.nbytes for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
-    # AutoRound's own layers write it in one word
-    shapes = ([getattr(layer, f"{end}_features", 0) or getattr(layer, f"{end}features") for end in ends]
-              for layer in layers)  # fmt: skip
-    quantized, packed_bytes = sum(map(math.prod, shapes)), sum(sizes.values())
+    quantized, packed_bytes = sum(map(_parameters, layers)), sum(sizes.values())
     return {
         "parameters": whole.parameters - sum(tensor.numel() for tensor in own) + quantized,
         "linear_bytes": whole.linear_bytes - sum(tensor.nbytes for tensor in own) + packed_bytes,

@@ -33,7 +33,7 @@ def quantize(session: Session) -> dict[Precision, Path]:
     with session.exclusive("01"):
         for precision in session.each_format("quantize"):
             with session.failing(session.key("quantize", precision), f"the checkpoint of {precision.name}"):
-                folders[precision] = session.checkpoint(precision)
+                folders[precision] = session.checkpoint(precision, is_new=session.overwrite)
     session.require("quantize")
     return folders
 

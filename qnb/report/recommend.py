@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from qnb.columns import column, format_value
+from qnb.errors import InputError
 from qnb.flags import Flag, is_disturbed
 from qnb.precision import BASELINE, title
 from qnb.report.results import EMULATED, Results, is_unfused, unfused
@@ -35,7 +36,7 @@ class Demand:
 def candidates(results: Results, setting: str) -> pd.DataFrame:
     """Join the speed, accuracy and divergence of every format and engine, under a name made of the two.
 
-    Formats that were not timed stand there too if nothing was.
+    Formats that were not timed stand there too.
 
     Parameters
     ----------
@@ -119,6 +120,8 @@ def _notes(table: pd.DataFrame, demand: Demand) -> Iterator[str]:
     first, unsure = table[table.fit == FITS].head(2), table[table.fit == UNSURE]
     nothing = "nothing, since " + ("no row meets every limit" if unsure.empty else "the data cannot tell what fits")
     yield f"Recommended: {nothing if first.empty else first.index[0]}."
+    if demand.memory_mib is not None and table.peak_memory_mib.isna().any() and "weights_mib" in table:
+        yield "Where no GPU's allocator was read, the weights alone are held against the memory."
     if disturbed := [name for name, flags in table["flags"].items() if is_disturbed(flags)]:
         yield f"Other processes were at work while these were timed: {', '.join(disturbed)}."
     if names := unfused(table):
@@ -165,10 +168,13 @@ def ranked(
     Raises
     ------
     InputError
-        `margin_pp` is no number of points above 0.
+        `margin_pp` is no number of points above 0, or a limit no number above 0.
     """
     margin_pp = results.margin_pp if margin_pp is None else margin_pp
     check_margin(margin_pp)
+    for name, limit in (("peak_memory_mib", peak_memory_mib), ("tpot_ms", tpot_ms)):
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0):
+            raise InputError(f"{name} is {limit!r}; give a number above 0, or None for no limit")
     demand = Demand("tpot_s", peak_memory_mib, None if tpot_ms is None else tpot_ms / 1000, margin_pp)
     table = choose(candidates(results, "bs1"), demand).assign(model=results.model)[list(RANKED)]
     table.attrs["notes"].insert(0, f"Measured on {results.model}, {results.device}.")

@@ -25,6 +25,7 @@ MOST_PX = 700  # of a figure's height
 TOP_PX, NOTE_PX, FOOT_PX = 46, 17, 56  # of the title, of a line below it, of an axis with its title
 ROW_PX, LEAST_ROW_PX = 23, 15  # of a format in a panel
 GAP_PX = 52  # between two panels, for the lower one's title
+MARK = 0.2  # of that room, for half a mark
 ROOM = 0.5  # of what an axis spans, for the numbers at its ends
 PAD = "\u2002\u2009"  # between a mark and its number
 NOTE_LETTERS = 54  # in a line below the title, so that it fits a phone
@@ -176,7 +177,9 @@ def _add_numbers(figure: go.Figure, frame: pd.DataFrame) -> go.Figure:
         elif (rows.low == rows.high).all():  # no errors
             low = min(low, 0.0)
         room = ROOM * (high - low or 1.0)
-        span = [low - room * (low != 0), high + room]
+        is_marked = "value" in rows and rows.value.eq(0).any()
+        begin = room if low else MARK * room * is_marked  # a mark at 0 needs room for its half
+        span = [low - begin, high + room]
         figure.layout[trace.xaxis.replace("x", "xaxis")].update(type=kind, range=span)
     return figure.update_xaxes(matches=None)
 

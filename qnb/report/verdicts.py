@@ -20,7 +20,7 @@ from qnb.precision import BASELINE, PRECISIONS, title
 from qnb.report.accuracy import MEAN, changes, headline
 from qnb.report.results import Results, stack, task_name
 
-POOLED = "pooled, for the verdict"
+POOLED = "pooled change"
 FLIP_RATE = 0.1  # of items that a format is assumed to answer rightly where the baseline does not, or the reverse
 CHANGE = ("change_pp", "low_pp", "high_pp")
 FILED = ("weights_mib", "quantized_pct", "ran_as")  # what is known of a format's checkpoint
@@ -114,7 +114,7 @@ def _answers(results: Results) -> pd.DataFrame:
 
 
 def _counted(results: Results, task: str) -> pd.DataFrame:
-    """Return Table 2's rows of what counts: one task, or all on which the baseline is above chance."""
+    """Return Table 2's rows that the verdict rests on: one task, or all on which the baseline is above chance."""
     answers = _answers(results)
     return answers[answers.task == task] if task != MEAN else answers[~answers.task.isin(at_chance(results))]
 
@@ -201,7 +201,7 @@ def detectable(n_items: Sequence[int], flip_rate: float = FLIP_RATE) -> str:
 
 def _types(results: Results) -> Iterator[str]:
     """Say where quantized formats have another type in bfloat16's place, and where bfloat16 is emulated."""
-    rows = pd.DataFrame(results.rows, columns=["precision", "dtype", "bf16"])
+    rows = pd.DataFrame(results.rows, columns=["precision", "dtype", "bf16"]).dropna(subset=["precision"])
     quantized = [name for name, precision in PRECISIONS.items() if precision.quantized]
     types = rows[rows.precision.isin(quantized)].groupby("dtype").precision.unique()
     if set(types.index) - {"bfloat16"}:
@@ -209,8 +209,9 @@ def _types(results: Results) -> Iterator[str]:
         yield f"The 16-bit type of quantized formats is {'; '.join(parts)}."
     if both := sorted(set.intersection(*map(set, types)) if len(types) > 1 else ()):
         yield f"{', '.join(both).upper()} overflowed in float16 and mixes both types: run the notebooks again."
-    if rows.bf16.eq("emulated").any():
-        yield f"The device has no bfloat16 units: {BASELINE.upper()}'s speed is that of an emulation."
+    slow = rows.precision[rows.bf16.eq("emulated") & rows.dtype.eq("bfloat16")].unique()
+    if len(slow):
+        yield f"The device has no bfloat16 units: the speed of {', '.join(slow).upper()} is that of an emulation."
 
 
 def notes(results: Results) -> list[str]:

@@ -40,6 +40,7 @@ from qnb.speed.layers import State
 PREFILL_TOKENS = 16384  # read at once; more no longer helps, and takes memory that rows could have
 ALIGNMENT = 16  # the cache's length is a multiple of this, as the attention kernel wants its mask
 CAPTURED_PREFILL_TOKENS = 4096  # a prefill of more tokens keeps the GPU busy longer than launching it takes
+UNFUSED_INT8 = "torchao reads inputs in int8 back to the host where torch.compile does not fuse the step"
 # What torch.compile is given for a small batch: it tunes the reductions that products of one row become, and launches
 # kernels that do not depend on each other together.
 COMPILE_OPTIONS: CompileOptions = {"options": {"coordinate_descent_tuning": True, "combo_kernels": True}}
@@ -292,8 +293,9 @@ class CudaGraph:
 
 
 def why_unavailable(
-    engine: str, device_kind: str, int8_threshold: float = 0.0, model: PreTrainedModel | None = None, tokens: int = 0
-) -> str:
+    engine: str, device_kind: str, int8_threshold: float = 0.0, model: PreTrainedModel | None = None, tokens: int = 0,
+    is_unfused_int8: bool = False,
+) -> str:  # fmt: skip
     """Return why an engine cannot run; "" where it can, as far as the arguments tell.
 
     Parameters
@@ -308,6 +310,8 @@ def why_unavailable(
         A loaded model; its own outlier threshold counts.
     tokens
         Prompt and new tokens together.
+    is_unfused_int8
+        Whether torchao multiplies in int8 on a GPU for which torch.compile cannot fuse the format's type.
     """
     if engine != "cuda_graph":
         return ""
@@ -318,6 +322,8 @@ def why_unavailable(
         int8_threshold = max((getattr(state, "threshold", 0.0) for state in states), default=0.0)
     if int8_threshold > 0:
         return "LLM.int8 reads outlier columns back to the host, which no graph captures (int8-no-outliers has none)"
+    if is_unfused_int8:
+        return UNFUSED_INT8
     if model is None:
         return ""
     if len(devices := places(model)) > 1:
@@ -326,7 +332,7 @@ def why_unavailable(
     if any(getattr(each, "dtype", None) == torch.int8 for each in codes) and (
         why_not_fused(model) or is_emulated(model)
     ):
-        return "torchao reads inputs in int8 back to the host where torch.compile does not fuse the step"
+        return UNFUSED_INT8
     config, needs = model.config.get_text_config(), "it reads the keys and values of every token"
     window, layer_types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or ()
     if model._is_stateful or not {"full_attention", "sliding_attention"}.issuperset(layer_types):

@@ -45,7 +45,7 @@ _is_warmed_up = False  # whether this process has run a model
 class Series:
     """The passes of one format with one engine, all of one batch size: the largest where that was searched, or `size`.
 
-    `asked` holds everything that the search depends on. The passes depend on it and on the batch that was found.
+    `asked` holds everything that the search depends on. The passes of a largest batch depend on that batch too.
     """
 
     session: Session
@@ -75,7 +75,10 @@ class Series:
         tokens = len(self.workload.longest) + self.workload.new_tokens
         if self.precision.origin and (row := existing.row(self.session, self.precision))["is_unpacked"]:
             return f"{row['ran_as']}: its speed and memory would be those of the unpacked weights"
-        return why_unavailable(self.engine, self.session.device.kind, self.precision.threshold, model, tokens)
+        pinned, place = self.session.pinned(self.precision), self.session.device
+        is_emulated = place.bf16 == "emulated" and pinned.dtype == "bfloat16"
+        is_unfused_int8 = is_emulated and pinned.compute_dtype == "int8"
+        return why_unavailable(self.engine, place.kind, pinned.threshold, model, tokens, is_unfused_int8)
 
     @property
     def batch_size(self) -> int:
@@ -126,7 +129,7 @@ class Series:
         return "limit" if len(self.passes) >= self.repeats else ""
 
     def record_batch(self, largest: batch_search.LargestBatch, note: str = "") -> None:
-        """Record the largest batch, of which the passes begin anew; a note says what ended the search but memory."""
+        """Record the largest batch; its passes begin anew. A note says what, other than memory, ended the search."""
         tokens = {"prompt_tokens": len(self.workload.longest), "new_tokens": self.workload.new_tokens}
         self.session.append(self.batch_key, self.asked, asdict(largest), tokens, {"note": note})
         self.largest = largest

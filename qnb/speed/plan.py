@@ -71,7 +71,8 @@ def fewer_new_tokens(session: Session, peaks: DevicePeaks, most: Shape, left_s: 
 
 def batch_s(session: Session, precision: Precision, peaks: DevicePeaks, shape: Shape) -> float:
     """Return about how long one large batch takes: it is bound by arithmetic, two operations a parameter and token."""
-    rate = peaks.matmul_flop_per_s.get(session.pinned(precision).compute_dtype, math.inf)
+    rates, usual = peaks.matmul_flop_per_s, peaks.matmul_flop_per_s.get(session.half, math.inf)
+    rate = rates.get(session.pinned(precision).compute_dtype, usual)
     tokens = shape.requests * (shape.prompt_tokens + shape.new_tokens)
     return 2 * session.source.parameters * tokens / rate / REACHED_SHARE
 
@@ -117,7 +118,7 @@ def leave_out_late(swept: Sequence[Series], left_s: float) -> None:
 
 def _sweep_s(series: Series) -> float:
     """Return how long a size of a sweep takes: by arithmetic, or by the launches of a request if longer."""
-    if series.session.ledger.find(series.key) or series.why_unavailable():
+    if series.session.counts(series.key) or series.why_unavailable():
         return 0.0
     row = _first_pass(series)
     request_s = row["total_s"] / row["requests"] if row else LAUNCH_S * series.workload.new_tokens

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from qnb.accuracy import answer_cache
-from qnb.accuracy.answer_cache import AnswerCache
+from qnb.accuracy.answer_cache import AnswerCache, kept_s
 from qnb.accuracy.backbone import Backbone
 from qnb.accuracy.generation import GreedyGenerator
 from qnb.accuracy.scorer import SharedContextLM
@@ -39,6 +39,7 @@ def test_answers_wait_for_each_other_on_their_way_to_the_disk(tmp_path, monkeypa
     time.sleep(0.1)
     answers.keep({1: 2.5})
     assert AnswerCache(answers.path, ["a", "b"]).answers == {0: 1.5, 1: 2.5}
+    assert 0.1 <= kept_s(answers.path) < 10 and kept_s(None) == kept_s(tmp_path / "none") == 0
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,19 @@ def test_batch_sensitivity_is_a_row_a_scorer(answering, capsys):
         assert row["max_abs_logprob_diff"] < 1e-3
 
 
+def test_a_budget_buys_batch_sensitivity_of_the_scorer_in_use_alone(answering):
+    answering._minutes = 5
+    batch_sensitivity(answering, AccuracyOptions("sample_easy", 3, scorer="hf"))
+    assert [row["setting"] for row in answering.ledger.rows("batch_sensitivity")] == ["hf"]
+
+
+def test_answers_that_an_earlier_process_kept_took_their_time_too(answering, monkeypatch):
+    monkeypatch.setattr(evaluate, "kept_s", lambda path: 100.0)
+    accuracy(answering, AccuracyOptions("sample_easy", limit=3))
+    (row,) = answering.ledger.rows("accuracy")
+    assert row["evaluate_s"] > 100
+
+
 def test_batch_sensitivity_by_hand():
     usual = pd.DataFrame({"picked": ["0", "1"], "correct": [True, True],
                           "loglikelihoods": [[-1.0, -2.0], [-3.0, -1.0]]})  # fmt: skip

@@ -44,7 +44,7 @@ def in_two_shards(folder: Path) -> Path:
 def rehearse(notebook: str, options: argparse.Namespace) -> dict[str, object]:
     """Run a notebook as a T4's user would; return its row."""
     model, first = options.models[notebook], options.first_core
-    output = options.output / f"{MODELS[notebook].replace(':', '-')}-{options.cores}-cores"
+    output = options.output / f"{MODELS[notebook].replace(':', '-')}-{options.cores}-cores{'-shards' * options.shards}"
     run = ["-m", "qnb", "run", "--only", notebook, "--profile", "colab", "-p", "model", model, "-p", "minutes",
            str(options.minutes), "-p", "data_dir", str(options.data_dir), "-p", "memory_mib", "15360",
            "--output", str(output)]  # fmt: skip
@@ -76,7 +76,8 @@ def main() -> int:
     options.models = {each: str(folder) if folder and model == SHAPE else model for each, model in MODELS.items()}
     for notebook in options.only.split(","):
         rows.append(rehearse(notebook, options))
-        pd.DataFrame(rows).to_csv(options.output / f"sitting-{options.cores}-cores.csv", index=False)
+        name = f"sitting-{options.cores}-cores{'-shards' * options.shards}.csv"
+        pd.DataFrame(rows).to_csv(options.output / name, index=False)
         print(pd.DataFrame(rows).to_string(index=False), flush=True)
     return max(int(row["exit_code"] != 0) for row in rows)
 

@@ -155,7 +155,7 @@ def test_a_checkpoint_of_each_library_scores_as_in_stock_lm_eval(package, ran_as
     assert row.is_unpacked or 4 < row.bits_per_quantized_weight < 9
     assert_scores_as_stock(study, folder)
     (timed,) = [each for each in study.session.ledger.rows("perf") if each["precision"] == "theirs"]
-    assert ("tpot_s" in timed) is not row.is_unpacked
+    assert ("tpot_s" in timed) != row.is_unpacked
 
 
 def test_an_unpacked_checkpoint_has_an_accuracy_and_a_size_and_no_speed(source, tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ def test_a_dry_run_lists_repository_files_and_size(tmp_path, monkeypatch):
     session = Session("smollm2-135m", "bf16", tmp_path / "study", device="cpu")
     (tmp_path / "bf16").mkdir()
     (tmp_path / "bf16" / "model.safetensors").write_bytes(bytes(2**20))
-    monkeypatch.setattr(session, "checkpoint", lambda precision: tmp_path / "bf16")
+    monkeypatch.setattr(session, "checkpoint", lambda precision, is_new: tmp_path / "bf16")
     monkeypatch.setattr(hub, "_talking", None)  # nothing may ask the hub
     (row,) = stages.push(session, stages.PushOptions("me/llama"), lambda precision: f"# {precision.name}")
     assert row == {"precision": "bf16", "repository": "me/llama-bf16", "private": True, "commit": "",

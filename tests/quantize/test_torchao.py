@@ -110,6 +110,7 @@ def test_no_graph_captures_an_int8_step_that_is_not_fused(monkeypatch):
         model = random_model(LlamaConfig(**config)).to(dtype)
         model.model.layers[0].mlp.down_proj = layers("int8-dynamic", [128])[0]
         assert bool(why_unavailable("cuda_graph", "cuda", model=model)) == (dtype == torch.bfloat16)
+    assert "back to the host" in why_unavailable("cuda_graph", "cuda", is_unfused_int8=True)  # before it is loaded
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """The chooser recommends only what the rows show, and says when they do not."""
 
+import math
 from dataclasses import replace
 
 import example
 import pandas as pd
 import pytest
 
+from qnb import InputError
 from qnb.ledger import Ledger
 from qnb.report import recommend
 from qnb.report.accuracy import MEAN
@@ -117,6 +119,12 @@ def test_a_throughput_of_generate_beside_captured_ones_is_noted(study):
                             (study.maxbatch[study.maxbatch.engine == "eager"], set())):  # fmt: skip
         table = recommend.summary(replace(study, maxbatch=maxbatch)).set_index("precision")
         assert {name for name, note in table.note.items() if "eager alone" in str(note)} == noted
+
+
+@pytest.mark.parametrize("limits", [{"peak_memory_mib": "1500"}, {"tpot_ms": -1}, {"tpot_ms": math.nan}])
+def test_a_limit_that_is_no_number_above_0_is_refused(limits, study):
+    with pytest.raises(InputError, match="number above 0"):
+        recommend.ranked(study, **limits)
 
 
 def test_formats_are_ranked_also_without_accuracy_and_without_speed(study):

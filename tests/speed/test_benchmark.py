@@ -52,10 +52,10 @@ def test_a_gpus_short_workload_is_timed_again_until_its_power_can_be_read(model,
     monkeypatch.setattr(
         monitor.Sensor, "monitor", property(lambda self: "nvml", lambda self, value: None), raising=False
     )
-    monkeypatch.setattr(benchmark, "WATCHED_S", 3 * once.total_s)
+    monkeypatch.setattr(benchmark, "WATCHED_S", 20 * once.total_s)
     row = run(model, five, 2).run
     assert row.requests > once.requests and row.requests % once.requests == 0
-    assert len(row.batch_s) == row.requests / 2 and row.total_s >= 3 * once.total_s
+    assert len(row.batch_s) == row.requests / 2 and row.total_s >= 20 * once.total_s
 
 
 def test_times_of_tokens_are_reduced_as_by_hand():
