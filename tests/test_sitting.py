@@ -278,9 +278,9 @@ def _simulate_speed(card, patch):
     patch(passes, "with_model", with_model)
 
 
-def reopened(study, precisions="study", minutes=0.0):
+def reopened(study, precisions="study", minutes=0.0, overwrite=False):
     """The study in a new process, or with other minutes."""
-    again = Study("shape:llama-3.2-1b", precisions, study.folder, minutes=minutes)
+    again = Study("shape:llama-3.2-1b", precisions, study.folder, minutes=minutes, overwrite=overwrite)
     for name in ("source", "tokenizer", "config", "tasks"):
         setattr(again.session, name, getattr(study.session, name))
     return again
@@ -371,6 +371,14 @@ def test_spent_minutes_buy_a_first_pass_and_more_minutes_go_on_from_there(sittin
     more = {(row["task"], row["precision"]): row["limit"] for row in again.session.ledger.rows("accuracy")}
     assert all(more[name] >= first[name] for name in first) and sum(more.values()) > 3 * sum(first.values())
     assert 0.5 * 60 * 60 * budget.SHARES["02"] < card.now_s - before_s < 60 * 60 * budget.SHARES["02"]
+
+
+def test_overwriting_every_format_plans_for_the_minutes_of_now(sitting):
+    study, card = sitting(1, minutes=120)
+    study.accuracy()
+    before_s, again = card.now_s, reopened(study, minutes=10, overwrite=True)
+    again.accuracy()
+    assert card.now_s - before_s < 60 * 10 * budget.SHARES["02"] * 1.1
 
 
 def test_answers_that_take_too_long_to_generate_leave_their_time_to_choices_and_are_named(sitting, capsys):

@@ -281,7 +281,10 @@ def _spend_budget(session: Session, evaluation: Evaluation, clock: Clock) -> Non
     key = session.key("budget", asked={"scorer": evaluation.scorer, "most": most}, task=", ".join(sizes))
     begun = [task for task in tasks if session.device.kind == "cpu" or not task.is_generated] or tasks
     first = {task.name: _first_limit(task, session.device.kind, most) for task in begun}
-    row = session.decided(key) or {"limits": first, "growing": list(first)}
+    # where every format is measured again, so is what fits
+    named = {each.name for each in session.precisions}
+    is_new = session.overwrite and named >= {row["precision"] for row in session.ledger.rows("accuracy")}
+    row = (session.find if is_new else session.decided)(key) or {"limits": first, "growing": list(first)}
     plan: dict[str, Any] = {name: row.get(name, 0) for name in ("limits", "growing", "minutes", "done")}
     plan["step_s"] = row.get("step_s") or {}  # by format
     if session.minutes > plan["minutes"]:
