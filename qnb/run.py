@@ -495,6 +495,7 @@ def summary(study: Study) -> list[str]:
     disturbed = speed.loc[[is_disturbed(flags) for flags in speed["flags"]]]
     for number, rows in disturbed.groupby(disturbed.setting.eq("bs1").map({True: "03", False: "04"})):
         names = rows.precision.unique()
-        again = f"--only {number} -p precisions {','.join(names)} -p overwrite true measures them again"
-        lines.append(f"disturbed by other processes in {number}: {', '.join(names)}; {again}")
+        again = f"--only {number} -p precisions {','.join(names)} -p overwrite true"
+        lines.append(f"disturbed by other processes in {number}: {', '.join(names)}; "
+                     f"the same command with {again} measures them again")  # fmt: skip
     return lines

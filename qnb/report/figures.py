@@ -196,7 +196,7 @@ def heatmap(results: Results, setting: str) -> go.Figure:
         )
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed", tickfont={"size": 10}).update_xaxes(tickangle=0, tickfont={"size": 10})
-    note = "dark is better, or more utilization" + _disturbed(runs) + theme.fusing(runs)
+    note = "blue is better, or more utilization" + _disturbed(runs) + theme.fusing(runs)
     return theme.finish(figure, title, 180 + 34 * len(shades), note)
 
 

@@ -240,17 +240,20 @@ def sentence(results: Results) -> str:
     if len(needed) > 1 and needed.min() <= MOST_ITEMS:
         words = judged.words[needed.idxmin()].partition("; ")[2]
         opening.append(f"{title(needed.idxmin())} is the closest to a decision: {words}.")
-    return " ".join([*opening, *_extremes(allowed, "" if is_allowed.all() else ", of those not ruled out"), *closing])
+    is_single = bool((results.timed("bs1").passes < 2).any())
+    extremes = _extremes(allowed, "" if is_allowed.all() else ", of those not ruled out", is_single)
+    return " ".join([*opening, *extremes, *closing])
 
 
-def _extremes(allowed: pd.DataFrame, among: str) -> Iterator[str]:
-    """Yield which format is closest, fastest and smallest, of those that are not ruled out."""
+def _extremes(allowed: pd.DataFrame, among: str, is_single: bool) -> Iterator[str]:
+    """Yield which format is closest, fastest and smallest, of those not ruled out; where `is_single`, in one pass."""
     size = "peak_memory_mib" if allowed.peak_memory_mib.notna().any() else "weights_mib"
     tpot_s = allowed[["tpot_captured_s", "tpot_eager_s"]].min(axis=1)
+    once = " in one pass" * is_single
     unclear = allowed.kl_mean_nats.where(allowed.verdict.isin([Verdict.UNCLEAR, Verdict.UNMEASURED]))
     for what, name, values in (
         (f"the closest to {BASELINE.upper()} among undecided formats", "kl_mean_nats", unclear),
-        (f"fastest at batch size 1{among}", "tpot_s", tpot_s),
+        (f"fastest at batch size 1{once}{among}", "tpot_s", tpot_s),
         (f"smallest{among}", size, allowed[size]),
     ):
         if values.notna().sum() > 1:

@@ -131,7 +131,7 @@ def _limited(results: Results, setting: str, speed: str) -> list[widgets.Widget]
         sliders["loss_pp"] = _slider("loss, points, at most", 20, results.margin_pp, 0.1, least=0.1)
 
     def decide() -> None:
-        values = {name: slider.value for name, slider in sliders.items()}
+        values = {"loss_pp": results.margin_pp, **{name: slider.value for name, slider in sliders.items()}}
         values["speed_limit"] /= column(speed).scale
         chosen = recommend.choose(candidates, recommend.Demand(speed, **values))
         shown = ["precision", "engine", "fit", "peak_memory_mib", speed, *verdicts.CHANGE, "reasons"]
