@@ -484,7 +484,7 @@ def summary(study: Study) -> list[str]:
     """Return where the results are, what is older than they are, and what other processes disturbed."""
     ledger, page = study.session.ledger, study.folder / "report.html"
     renew = shlex.join(["qnb", "report", str(study.folder), "--margin-pp", f"{study.margin_pp:g}"])
-    lines = [f"{len(ledger)} measurements in {ledger.path}; tables, figures and notebooks lie beside it"]
+    lines = [f"{len(ledger)} measurements in {ledger.path}"]
     if not page.exists():
         lines.append(f"no report yet: {renew} draws the figures and writes one")
     else:
@@ -494,8 +494,6 @@ def summary(study: Study) -> list[str]:
     speed = study.results().speed
     disturbed = speed.loc[[is_disturbed(flags) for flags in speed["flags"]]]
     for number, rows in disturbed.groupby(disturbed.setting.eq("bs1").map({True: "03", False: "04"})):
-        names = rows.precision.unique()
-        again = f"--only {number} -p precisions {','.join(names)} -p overwrite true"
-        lines.append(f"disturbed by other processes in {number}: {', '.join(names)}; "
-                     f"the same command with {again} measures them again")  # fmt: skip
+        again = f"--only {number} -p precisions {','.join(rows.precision.unique())} -p overwrite true"
+        lines.append(f"disturbed by other processes in {number}; the same command with {again} measures them again")
     return lines

@@ -117,7 +117,7 @@ def test_a_run_names_what_was_disturbed_and_a_report_that_is_older(studied, tmp_
     time.sleep(0.01)
     study.session.ledger.append({**row, "flags": ["cpu_shared"]})
     text = "\n".join(run.summary(study))
-    assert f"disturbed by other processes in 03: {row['precision']}" in text and "older than the newest" in text
+    assert f"--only 03 -p precisions {row['precision']} -p overwrite true" in text and "older than the newest" in text
     study.session.ledger.append({**row, "flags": ["throttled"]})
     assert "disturbed" not in "\n".join(run.summary(study))
 

@@ -2,6 +2,7 @@
 
 import time
 import timeit
+from dataclasses import replace
 
 import ipywidgets
 import pandas as pd
@@ -94,6 +95,12 @@ def test_a_new_study_says_what_to_run_first(tmp_path, monkeypatch):
     study = Study(output=tmp_path / "study")
     for panel in (widgets.explorer(study), widgets.chooser(study)):
         assert "03_perf_bs1" in panel.children[0].value
+
+
+def test_the_chooser_recommends_nothing_but_bf16_whose_accuracy_is_known(studied):
+    unknown = replace(studied.results(), scores=pd.DataFrame(), accuracy_rows=pd.DataFrame())
+    *_, words = widgets._limited(unknown, "bs1", "tpot_s")
+    assert "Recommended: bf16 (cuda_graph)" in words.value and "accuracy was not measured" in words.value
 
 
 def test_tokens_that_differ_from_bf16s_are_marked_and_nothing_else():
