@@ -29,8 +29,6 @@ _COLUMNS = (  # whose label, unit and direction their names do not say
     Column("high_pp", "95 % high", "points", "more"),
     Column("change_pct", "relative change", "%", "more"),
     Column("chance_pct", "accuracy by guessing", "%"),
-    Column("gained", "gained"),
-    Column("lost", "lost"),
     Column("recovery_pct", "recovery", "%", "more"),
     Column("recovery_low_pct", "recovery, 95 % low", "%", "more"),
     Column("recovery_high_pct", "recovery, 95 % high", "%", "more"),

@@ -71,6 +71,11 @@ def resolve_count(name: str, value: Count, device_kind: str) -> int:
     return AUTO[device_kind][name] if value == "auto" else int(value)
 
 
+def is_number(value: object) -> bool:
+    """Return whether a value is a number, which a truth value is not here."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def check_minutes(minutes: float | str) -> None:
     """Refuse a time budget that is neither ``"auto"`` nor a number, or is below 0.
 
@@ -79,6 +84,5 @@ def check_minutes(minutes: float | str) -> None:
     InputError
         `minutes` is no such number.
     """
-    is_number = isinstance(minutes, int | float) and not isinstance(minutes, bool) and 0 <= minutes < math.inf
-    if not is_number and minutes != "auto":
+    if minutes != "auto" and not (is_number(minutes) and 0 <= float(minutes) < math.inf):
         raise InputError(f"minutes is {minutes!r}; give a number, 'auto', or 0 for no budget")

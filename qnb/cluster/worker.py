@@ -121,11 +121,11 @@ class Worker(Session):
         """
         folder = self.folder / "checkpoints" / self.pinned(precision).checkpoint
         if precision.origin or folder in self._verified:
-            return super().checkpoint(precision, is_new)
+            return super().checkpoint(precision)
         key, record = self.key("quantize", precision), folder.with_name(f".{folder.name}.row.json")
         with holding(record.with_suffix(".lock"), lambda: None):
             row = json.loads(record.read_text()) if record.exists() else {}
-            if row.get("fingerprint") == key["fingerprint"] and not self.overwrite:
+            if row.get("fingerprint") == key["fingerprint"] and not is_new:
                 self.adopt(row)  # that of the driver may be of another node's
                 if not self._is_making:
                     self._verified.add(folder)

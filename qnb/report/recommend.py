@@ -9,6 +9,7 @@ import pandas as pd
 from qnb.columns import column, format_value
 from qnb.errors import InputError
 from qnb.flags import Flag, is_disturbed
+from qnb.options import is_number
 from qnb.precision import BASELINE, title
 from qnb.report.results import EMULATED, Results, is_unfused, unfused
 from qnb.report.verdicts import MOST_ITEMS, Verdict, check_margin, decide, in_points, items_needed, judge
@@ -173,7 +174,7 @@ def ranked(
     margin_pp = results.margin_pp if margin_pp is None else margin_pp
     check_margin(margin_pp)
     for name, limit in (("peak_memory_mib", peak_memory_mib), ("tpot_ms", tpot_ms)):
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0):
+        if limit is not None and not (is_number(limit) and limit > 0):
             raise InputError(f"{name} is {limit!r}; give a number above 0, or None for no limit")
     demand = Demand("tpot_s", peak_memory_mib, None if tpot_ms is None else tpot_ms / 1000, margin_pp)
     table = choose(candidates(results, "bs1"), demand).assign(model=results.model)[list(RANKED)]

@@ -16,6 +16,7 @@ from qnb.accuracy.statistics import detectable_pp, is_above_chance, pooled_chang
 from qnb.columns import format_number
 from qnb.errors import InputError
 from qnb.flags import Described
+from qnb.options import is_number
 from qnb.precision import BASELINE, PRECISIONS, title
 from qnb.report.accuracy import MEAN, changes, headline
 from qnb.report.results import Results, stack, task_name
@@ -48,7 +49,7 @@ def check_margin(margin_pp: float) -> None:
     InputError
         `margin_pp` is no such number.
     """
-    if isinstance(margin_pp, bool) or not isinstance(margin_pp, int | float) or not 0 < margin_pp < 100:
+    if not (is_number(margin_pp) and 0 < margin_pp < 100):
         raise InputError(f"margin_pp is {margin_pp!r}; give the loss in points that you accept, such as 1")
 
 
