@@ -21,7 +21,7 @@ BUSY_CYCLES = (2**22, 2**25, 2**28)
 def cached_templates() -> AbstractContextManager[Any]:
     """Let lm-eval parse a task's Jinja template once within a block, not again for every item.
 
-    - Gain: 1.3x on MMLU with 200 items a subject and a model of two small layers; 1.6x on what precedes the scoring.
+    - Gain: on what precedes the scoring, 5.6x for ARC-Easy and 2.3x for MMLU, of which encoding is the rest.
     - Upstream: https://github.com/EleutherAI/lm-evaluation-harness/issues/1286
     """
     from lm_eval.utils import env

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,6 +84,19 @@ def test_requests_are_built_once_and_answered_anew(name, tiny, monkeypatch):
     assert second.items.equals(expected.items) and second.scores == expected.scores
     assert second.items.equals(first.items) is (name == "sample_arithmetic")  # texts without a number read alike
     assert score(tiny, task, 2).items.equals(expected_of_two.items)
+
+
+def test_a_template_is_parsed_once_for_all_items_of_a_part(monkeypatch):
+    from lm_eval.utils import env
+
+    task, parsed, parse = Task("sample_exam"), Counter(), env.from_string
+
+    def counted(template):
+        parsed[template] += 1
+        return parse(template)
+
+    monkeypatch.setattr(env, "from_string", counted)
+    assert task.pairs(8) and 0 < max(parsed.values()) <= len(task.sizes)
 
 
 def test_changed_data_are_other_data(form, tiny, tmp_path):
