@@ -20,17 +20,27 @@ from qnb.report.results import Results
 
 LOGGER = logging.getLogger(__name__)
 PLOTLY = "application/vnd.plotly.v1+json"  # the type of a figure in a notebook
-WIDTH_PX, SCALE = 900, 1.25
+KINDS, WIDTH_PX, SCALE = ("png", "svg"), 900, 1.25  # of pictures
 REMEDY = "pip install kaleido, and install Chromium or Chrome, or run kaleido_get_chrome"
 
 
 def save_figures(results: Results, folder: Path, with_pictures: bool = True) -> dict[str, go.Figure]:
-    """Draw every figure, save it as a page, and as PNG and SVG where wanted; return the figures by name."""
-    figures = draw_all(results)
+    """Draw every figure, save it as a page, and as PNG and SVG where wanted; return the figures by name.
+
+    Pictures of a page that is the same as before stay: a browser takes seconds to draw them.
+    """
+    figures, undrawn = draw_all(results), {}
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():  # plotly.js lies once beside them, so no network is needed to look
-        figure.write_html(folder / f"{name}.html", include_plotlyjs="directory", config=theme.CONFIG)
-    if with_pictures and (problem := pictures(figures, folder, results.label)):
+        page, files = folder / f"{name}.html", [folder / f"{name}.{kind}" for kind in KINDS]
+        options: dict[str, Any] = {"include_plotlyjs": "directory", "config": theme.CONFIG, "div_id": name}
+        if not page.exists() or page.read_text(encoding="utf-8") != figure.to_html(**options):
+            for file in files:
+                file.unlink(missing_ok=True)
+            figure.write_html(page, **options)
+        if not all(file.exists() for file in files):
+            undrawn[name] = figure
+    if with_pictures and (problem := pictures(undrawn, folder, results.label)):
         LOGGER.warning(problem)
     return figures
 
@@ -59,7 +69,7 @@ def pictures(figures: Mapping[str, go.Figure], folder: Path, label: str = "", sc
     jobs = [
         {"fig": figure, "path": folder / f"{name}.{kind}",
          "opts": {"format": kind, "width": WIDTH_PX, "height": figure.layout.height, "scale": scale}}
-        for name, figure in shown.items() for kind in ("png", "svg")
+        for name, figure in shown.items() for kind in KINDS
     ]  # fmt: skip
     try:
         from kaleido import write_fig_from_object_sync

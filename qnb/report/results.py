@@ -6,7 +6,8 @@ GPU nor its model.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -153,6 +154,7 @@ class Results:
         return path if path and path.is_file() else None
 
 
+@cache
 def read_reference(folder: Path) -> dict[str, Results]:
     """Return the studies kept below `folder`, by name."""
     return {path.parent.name: Results.read(Ledger(path.parent)) for path in sorted(folder.glob("*/ledger.jsonl"))}
@@ -180,16 +182,19 @@ def medians(passes: pd.DataFrame) -> pd.DataFrame:
 
     Numbers are medians. Other values are the last pass's. Flags are those of all passes.
     """
-    rows = []
-    for _, runs in passes.dropna(subset=["total_s"]).groupby(["precision", "engine", "batch_size"], sort=False):
-        row = {name: known.iloc[-1] if len(known := values.dropna()) else None for name, values in runs.items()}
-        row |= runs.select_dtypes("number").median().to_dict()
-        spread = runs.throughput_rps.max() / runs.throughput_rps.min() - 1
-        row |= {"passes": len(runs), "throughput_spread_pct": 100 * spread if len(runs) > 1 else None}
-        row["flags"] = list(dict.fromkeys(flag for flags in runs["flags"] for flag in flags))
-        shares = derived(row)
-        rows.append(row | {name: shares[name] for name in OF_MEDIANS})
-    return _speed_frame(pd.DataFrame(rows))
+    timed = passes.dropna(subset=["total_s"])
+    if timed.empty:
+        return _speed_frame(pd.DataFrame())
+    runs = timed.groupby(["precision", "engine", "batch_size"], sort=False)
+    numbers = timed.select_dtypes("number").columns.drop("batch_size")
+    spread = runs.throughput_rps.max() / runs.throughput_rps.min() - 1
+    frame = runs.last().assign(**runs[list(numbers)].median()).assign(
+        passes=runs.size(),
+        throughput_spread_pct=100 * spread.where(runs.size() > 1),
+        flags=runs["flags"].apply(lambda lists: list(dict.fromkeys(chain.from_iterable(lists)))),
+    ).reset_index().infer_objects()  # fmt: skip
+    shares = [derived(row) for row in frame.to_dict("records")]
+    return _speed_frame(frame.assign(**{name: [each[name] for each in shares] for name in OF_MEDIANS}))
 
 
 def _passes(rows: list[Row]) -> pd.DataFrame:

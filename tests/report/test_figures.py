@@ -3,6 +3,7 @@
 import logging
 import re
 from dataclasses import replace
+from itertools import product
 
 import example
 import pandas as pd
@@ -280,6 +281,29 @@ def test_pages_share_one_library_and_pictures_say_what_they_need(study, tmp_path
     assert all(path.stat().st_size < 500_000 for path in tmp_path.glob("*.html"))
     assert len(list(tmp_path.glob("plotly*.js"))) == 1
     assert export.pictures({"a": theme.nothing("a")}, tmp_path) == ""  # nothing to draw needs no browser
+
+
+def test_pictures_are_drawn_again_where_their_page_changed(tmp_path, monkeypatch):
+    figures, asked = {"a": theme.nothing("a"), "b": theme.nothing("b")}, []
+
+    def pictures(figures, folder, label):
+        asked.append(set(figures))
+        for name, kind in product(figures, export.KINDS):
+            (folder / f"{name}.{kind}").touch()
+
+    monkeypatch.setattr(export, "draw_all", lambda _: figures)
+    monkeypatch.setattr(export, "pictures", pictures)
+    study = Results("name", "model", "device")
+    export.save_figures(study, tmp_path)
+    export.save_figures(study, tmp_path)
+    (tmp_path / "b.svg").unlink()
+    export.save_figures(study, tmp_path)
+    figures["a"] = theme.nothing("other")
+    export.save_figures(study, tmp_path)
+    assert asked == [{"a", "b"}, set(), {"b"}, {"a"}]
+    figures["a"] = theme.nothing("a third")
+    export.save_figures(study, tmp_path, with_pictures=False)
+    assert not (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()  # which would show what the page did
 
 
 def test_a_browser_that_fails_costs_the_pictures_and_not_the_run(drawn, tmp_path, monkeypatch):
