@@ -290,14 +290,12 @@ def _spend_budget(session: Session, evaluation: Evaluation, clock: Clock) -> Non
     if session.minutes > plan["minutes"]:
         plan |= {"minutes": session.minutes, "done": False}
         session.append(key, plan)
-    rows: list[Row] = []
     while True:
-        earlier = {(row["task"], row["precision"]): row for row in rows}
         started_s, asked = now_s(), [task for task in tasks if task.name in plan["limits"]]
         rows = _evaluate(session, replace(evaluation, tasks=asked, limits=plan["limits"]))
         if rows and not plan["done"]:
             plan["step_s"] = _step_s(session.precisions, rows) | plan["step_s"]
-            more = _next_round(tasks, most, plan, rows, earlier, now_s() - started_s, clock)
+            more = _next_round(tasks, most, plan, rows, now_s() - started_s, clock)
             plan |= {"limits": {**plan["limits"], **more}, "growing": list(more), "done": not more}
             session.append(key, plan)
         if not rows:
@@ -317,8 +315,8 @@ def _step_s(precisions: Sequence[Precision], rows: Sequence[Row]) -> dict[str, f
 
 
 def _next_round(
-    tasks: Sequence[Task], most: Mapping[str, int], plan: Mapping[str, Any], rows: Sequence[Row],
-    earlier: Mapping[tuple[str, str], Row], round_s: float, clock: Clock,
+    tasks: Sequence[Task], most: Mapping[str, int], plan: Mapping[str, Any], rows: Sequence[Row], round_s: float,
+    clock: Clock,
 ) -> dict[str, int]:  # fmt: skip
     """Return which tasks get how many items in the round after one that took `round_s`; none if there is no more.
 
@@ -336,7 +334,7 @@ def _next_round(
     step_s = sum(plan["step_s"][name] for name in {row["precision"] for row in rows})
     if later and step_s * sum(task.new_tokens for task in later) <= min(seconds[:2]):
         return {task.name: _first_limit(task, "cuda", most) for task in later}
-    limits, paces = plan["limits"], [_pace(task, most[task.name], rows, earlier) for task in tasks]
+    limits, paces = plan["limits"], [_pace(task, most[task.name], rows) for task in tasks]
     growing = [pace for pace in paces if pace.item_s and limits[pace.task] < most[pace.task]]
     least = {name: min(MIN_GROWTH * limit, most[name]) for name, limit in limits.items()}
     while growing:
@@ -355,10 +353,10 @@ def _first_limit(task: Task, device_kind: str, most: Mapping[str, int]) -> int:
     return min(max(1, items // len(task.sizes)), most[task.name])
 
 
-def _pace(task: Task, most: int, rows: Sequence[Row], earlier: Mapping[tuple[str, str], Row]) -> Pace:
+def _pace(task: Task, most: int, rows: Sequence[Row]) -> Pace:
     """Return what an item of a task costs and tells, from the task's rows; it costs 0 where there are none."""
     own = [row for row in rows if row["task"] == task.name]
-    item_s = sum(_item_s(task, row, earlier.get((task.name, row["precision"]))) for row in own)
+    item_s = sum(row["evaluate_s"] / task.n_items(row["limit"]) for row in own)
     shares = [score for row in own for score in row["scores"] if score["task"] == task.name and score["unit"] == "%"]
     n_items = sum(score["n_items"] for score in shares)
     # few items may all be right, or all wrong
@@ -367,19 +365,6 @@ def _pace(task: Task, most: int, rows: Sequence[Row], earlier: Mapping[tuple[str
     least = math.ceil((LEAST_GROUP_ITEMS if len(task.sizes) > 1 else LEAST_ITEMS) / len(task.sizes))
     n_least = 0 if task.is_generated else task.n_items(min(least, most))
     return Pace(task.name, task.n_items(most), item_s, deviation, task.is_generated, n_least)
-
-
-def _item_s(task: Task, row: Row, earlier: Row | None) -> float:
-    """Return what an item costs: the mean of what all cost, and of what those cost that the last round added.
-
-    A GPU answers a few items in the time of many, so the mean of all is too high. The cost of the added ones is noisy.
-    """
-    items = task.n_items(row["limit"])
-    mean_s = float(row["evaluate_s"]) / items
-    if earlier is None or earlier["limit"] == row["limit"]:
-        return mean_s
-    added_s = (row["evaluate_s"] - earlier["evaluate_s"]) / (items - task.n_items(earlier["limit"]))
-    return (mean_s + max(0.0, added_s)) / 2
 
 
 # What a score owes to its batch

@@ -21,14 +21,14 @@ from qnb.session import Session
 def paced(source, tmp_path, monkeypatch):
     """Returns a function that makes a session whose models take so many seconds an item, by a clock that is moved.
 
-    One of None cannot be loaded. All take `start_s` longer, however few the items are.
+    One of None cannot be loaded.
     """
     now = [0.0]
     monkeypatch.setattr(budget, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(budget, "SHARES", {"02": 1.0})
     monkeypatch.setattr(budget, "PLANNED_PART", 1.0)
 
-    def make(minutes=0, start_s=0, **seconds):
+    def make(minutes=0, **seconds):
         session, loads = Session("smollm2-135m", list(seconds), tmp_path, minutes=minutes), []
 
         @contextmanager
@@ -42,9 +42,9 @@ def paced(source, tmp_path, monkeypatch):
         def score(self, task, model, tokenizer, answers_path=None):
             items = pd.concat(pd.DataFrame({"task": part, "doc_id": draw(part, size, self.limits[task.name])})
                               for part, size in task.sizes.items()).assign(filter="none", correct=True)  # fmt: skip
-            now[0] += (answer_s := start_s + len(items) * seconds[model])
+            now[0] += len(items) * seconds[model]
             score = Score(task.name, "acc", "none", 1.0, 0.1, len(items), task.n_items(None), 0, False)
-            return TaskResult((score,), items, answer_s=answer_s)
+            return TaskResult((score,), items, answer_s=len(items) * seconds[model])
 
         monkeypatch.setattr(session, "loaded", loaded)
         monkeypatch.setattr(Evaluation, "evaluate", score)
@@ -77,13 +77,6 @@ def test_a_budget_buys_every_format_the_same_items(paced):
     assert now[0] > spent and limits(again) == {"bf16": 24, "int8": 24}
     accuracy(session, AccuracyOptions("sample_easy", limit=10))
     assert limits(session) == {"bf16": 10, "int8": 10}
-
-
-def test_what_few_items_cost_is_not_what_many_will(paced):
-    """60 s, and 2 s an item: 4 items take 69 s, 12 take 85; at (7 + 2) / 2 s an item, 0.95 of 145 s buy 30."""
-    session, _, now = paced(minutes=5, start_s=60, bf16=2)
-    accuracy(session, AccuracyOptions("sample_easy"))
-    assert limits(session) == {"bf16": 30} and now[0] == 69 + 85 + 121
 
 
 def test_a_format_that_fails_leaves_the_others_their_budget(paced):
