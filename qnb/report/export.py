@@ -27,25 +27,28 @@ REMEDY = "pip install kaleido, and install Chromium or Chrome, or run kaleido_ge
 def save_figures(results: Results, folder: Path, with_pictures: bool = True) -> dict[str, go.Figure]:
     """Draw every figure, save it as a page, and as PNG and SVG where wanted; return the figures by name.
 
-    Pictures of a page that is the same as before stay: a browser takes seconds to draw them.
+    A page that changed loses its pictures. Only missing ones are drawn, since a browser takes seconds.
     """
     figures, undrawn = draw_all(results), {}
+    label = f"  <span style='font-size:12px;font-weight:400;color:{theme.QUIET}'>{escape(results.label)}</span>"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():  # plotly.js lies once beside them, so no network is needed to look
+    for name, figure in figures.items():
+        # model and device stand beside the title, since a picture is passed on without the page around it
+        named = go.Figure(figure).update_layout(title_text=figure.layout.title.text + label * bool(results.label))
         page, files = folder / f"{name}.html", [folder / f"{name}.{kind}" for kind in KINDS]
         options: dict[str, Any] = {"include_plotlyjs": "directory", "config": theme.CONFIG, "div_id": name}
-        if not page.exists() or page.read_text(encoding="utf-8") != figure.to_html(**options):
+        if not page.exists() or page.read_text(encoding="utf-8") != named.to_html(**options):
             for file in files:
                 file.unlink(missing_ok=True)
-            figure.write_html(page, **options)
+        named.write_html(page, **options)  # and plotly.js once beside all, so that no network is needed to look
         if not all(file.exists() for file in files):
-            undrawn[name] = figure
-    if with_pictures and (problem := pictures(undrawn, folder, results.label)):
+            undrawn[name] = named
+    if with_pictures and (problem := pictures(undrawn, folder)):
         LOGGER.warning(problem)
     return figures
 
 
-def pictures(figures: Mapping[str, go.Figure], folder: Path, label: str = "", scale: float = SCALE) -> str:
+def pictures(figures: Mapping[str, go.Figure], folder: Path, scale: float = SCALE) -> str:
     """Write each figure that draws something as PNG and SVG; return why not, or nothing.
 
     A browser that fails costs the pictures, never the run that asked for them.
@@ -56,14 +59,10 @@ def pictures(figures: Mapping[str, go.Figure], folder: Path, label: str = "", sc
         Figures by file name.
     folder
         Where the pictures go.
-    label
-        Model and device: they stand beside the title, since a picture is passed on without the page around it.
     scale
         Of a PNG: pixels of a picture for one of a screen.
     """
-    text = f"  <span style='font-size:12px;font-weight:400;color:{theme.QUIET}'>{escape(label)}</span>" * bool(label)
-    shown = {name: go.Figure(figure).update_layout(title_text=figure.layout.title.text + text)
-             for name, figure in figures.items() if figure.data}  # fmt: skip
+    shown = {name: figure for name, figure in figures.items() if figure.data}
     if not shown:
         return ""
     jobs = [

@@ -6,7 +6,7 @@ GPU nor its model.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -154,7 +154,6 @@ class Results:
         return path if path and path.is_file() else None
 
 
-@cache
 def read_reference(folder: Path) -> dict[str, Results]:
     """Return the studies kept below `folder`, by name."""
     return {path.parent.name: Results.read(Ledger(path.parent)) for path in sorted(folder.glob("*/ledger.jsonl"))}

@@ -7,6 +7,7 @@ from itertools import product
 
 import example
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 
 from qnb.columns import header
@@ -284,9 +285,9 @@ def test_pages_share_one_library_and_pictures_say_what_they_need(study, tmp_path
 
 
 def test_pictures_are_drawn_again_where_their_page_changed(tmp_path, monkeypatch):
-    figures, asked = {"a": theme.nothing("a"), "b": theme.nothing("b")}, []
+    figures, asked = {name: go.Figure(go.Bar(y=[1]), {"title_text": name}) for name in "ab"}, []
 
-    def pictures(figures, folder, label):
+    def pictures(figures, folder):
         asked.append(set(figures))
         for name, kind in product(figures, export.KINDS):
             (folder / f"{name}.{kind}").touch()
@@ -295,15 +296,19 @@ def test_pictures_are_drawn_again_where_their_page_changed(tmp_path, monkeypatch
     monkeypatch.setattr(export, "pictures", pictures)
     study = Results("name", "model", "device")
     export.save_figures(study, tmp_path)
+    (tmp_path / "plotly.min.js").unlink()
     export.save_figures(study, tmp_path)
+    assert (tmp_path / "plotly.min.js").exists()
     (tmp_path / "b.svg").unlink()
     export.save_figures(study, tmp_path)
-    figures["a"] = theme.nothing("other")
+    figures["a"].data[0].y = [2]
     export.save_figures(study, tmp_path)
-    assert asked == [{"a", "b"}, set(), {"b"}, {"a"}]
-    figures["a"] = theme.nothing("a third")
+    export.save_figures(replace(study, device="another device"), tmp_path)
+    assert asked == [{"a", "b"}, set(), {"b"}, {"a"}, {"a", "b"}]
+    assert "another device" in (tmp_path / "a.html").read_text()
+    figures["a"].data[0].y = [3]
     export.save_figures(study, tmp_path, with_pictures=False)
-    assert not (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()  # which would show what the page did
+    assert not (tmp_path / "a.png").exists()  # it would show what the page no longer does
 
 
 def test_a_browser_that_fails_costs_the_pictures_and_not_the_run(drawn, tmp_path, monkeypatch):
