@@ -136,7 +136,7 @@ def test_every_result_in_the_readmes_text_is_a_kept_tables(kept, speeds):
         f"{memory_mib.min():,.0f} MiB", f"{memory_mib.bf16:,.0f} for BF16",
         f"{ratios.min():.0f} to {ratios.max():.0f} times",
         f"{weights_mib.loc[list(STUDY)].sum() / weights_mib.bf16:.1f} times",
-        f"{stand_in.peak_pss_gib.max():.1f} GiB of RAM",
+        f"{math.ceil(10 * stand_in.peak_pss_gib.max()) / 10:.1f} GiB of RAM",
         f"{stand_in.query('cores == 2').minutes.sum():.0f} of 25 minutes",
     ]  # fmt: skip
     text, citation = prose("README.md").split("## Citing")
