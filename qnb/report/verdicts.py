@@ -228,6 +228,10 @@ def notes(results: Results) -> list[str]:
         flip_rate = float((counted.gained + counted.lost).sum() / counted.n_items.sum())
         n_items = [int(n) for n in counted.drop_duplicates("task").n_items]
         lines.append(f"This study can detect {detectable(n_items, flip_rate)}.")
+        judged, scores = judge(results), results.scores.drop_duplicates("task")
+        needed = items_needed(judged[judged.verdict == Verdict.UNCLEAR], results.margin_pp)
+        if (needed > (n_total := scores.n_total[scores.task.isin(counted.task)].sum())).any():
+            lines.append(f"These tasks have {n_total:,.0f} items: to decide what takes more, ask more tasks.")
         for name, answers in counted.groupby("precision"):
             if absent := [task_name(task) for task in counted.task.unique() if task not in set(answers.task)]:
                 lines.append(f"{title(str(name))}'s verdict lacks {', '.join(absent)}: it was not compared there.")

@@ -2,7 +2,7 @@
 
 import pandas as pd
 import pytest
-from example import answers
+from example import answers, score
 
 from qnb.report import verdicts
 from qnb.report.findings import about
@@ -45,13 +45,14 @@ def test_tasks_at_chance_are_left_out_and_named(measured):
         for task, n in right.items():
             correct = [place < n - lost for place in range(40)]
             rows[name, task] = choices(task, correct) if task != "written" else answers(task, correct, picked=correct)
-    results = measured(rows)
+    results = measured(rows, **{task: {"scores": [score(task, n_total=40)]} for task in right})
     assert verdicts.at_chance(results) == ["hard"]
     frame = judge(results)
     assert frame.change_pp["int8"] == pytest.approx(-10) and frame.n_items["int8"] == 80
     assert frame.accuracy_pct["bf16"] == pytest.approx((75 + 50) / 2)
-    margin, chance, detected = verdicts.notes(results)
+    margin, chance, detected, more = verdicts.notes(results)
     assert "1 point" in margin and "hard" in chance and "points" in detected
+    assert verdicts.items_needed(frame.loc["int8"], 1.0) > 80 and "80 items" in more
     table = build(results, "table2_change").set_index("task")
     assert table.recovery_pct["easy"] == pytest.approx(100 * (65 - 25) / (75 - 25))
     assert pd.isna(table.recovery_pct["hard"]) and table.answers_changed["easy"] == 4
