@@ -193,12 +193,11 @@ FORMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("scorer", ["qnb", "hf"])
 @pytest.mark.parametrize("name", FORMS)
-def test_a_task_of_any_form_has_stocks_scores_in_the_units_that_it_declares(name, scorer, form, tiny):
+def test_a_task_of_any_form_has_stocks_scores_in_the_units_that_it_declares(name, form, tiny):
     config, metrics, units = FORMS[name]
     expected = stock(tiny, form(metrics, **config))["results"]["form"]
-    result = score(tiny, Task("form"), scorer=scorer)
+    result = score(tiny, Task("form"))
     scores = {each.metric: each for each in result.scores if each.metric != "p_correct"}
     assert scores.keys() == metrics.keys()
     for metric, each in scores.items():

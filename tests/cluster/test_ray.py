@@ -54,18 +54,43 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
 
 
-def test_two_workers_make_the_ledger_of_one(smoke, tmp_path):
-    folder = tmp_path / "study"
+@pytest.mark.timeout(600)  # with the smoke study, if this is the first test that needs it
+def test_two_workers_told_to_end_and_killed_make_the_ledger_of_one(smoke, tmp_path):
+    folder, temporary = tmp_path / "study", Path(tempfile.mkdtemp(prefix="ray"))  # a socket's path is short
     arguments = ["run", "--profile", "smoke", "--output", str(folder), "--workers", "2", "--only", "01,02,03,04"]
-    temporary = Path(tempfile.mkdtemp(prefix="ray"))  # a socket's path is short
-    done = command(*arguments, HF_TOKEN=SECRET, RAY_TMPDIR=str(temporary))
+    environment = {"HF_TOKEN": SECRET, "RAY_TMPDIR": str(temporary)}
+
+    def begin(until):
+        process = subprocess.Popen([sys.executable, "-m", "qnb", *arguments], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True, env={**os.environ, **environment})  # fmt: skip
+        while not until():
+            assert process.poll() is None
+            time.sleep(0.1)
+        return process
+
+    # 1) told to end
+    process = begin((folder / "ledger.jsonl").exists)
+    process.terminate()
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and error.splitlines()[-1].startswith("qnb: interrupted")
+    # 2) killed: no port was open to the network, and its workers end with it
+    process = begin(lambda: Ledger(folder).rows("perf"))
+    parts = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    ports = [port for each in parts for port in each.net_connections("inet") if port.status == psutil.CONN_LISTEN]
+    assert {port.laddr.ip.removeprefix("::ffff:") for port in ports} == {"127.0.0.1"}
+    workers = [each for each in parts if each.name().startswith("ray::Worker")]
+    process.kill()
+    before = lines(folder)
+    assert workers and not psutil.wait_procs(workers, timeout=60)[1]
+    # 3) left alone: every cell was measured once, and the notebooks measured nothing
+    done = command(*arguments, **environment)
     assert done.returncode == 0, done.stderr
+    after = lines(folder)
     alone, both = ({row_key(row): same(row) for row in Ledger(each).rows()} for each in (smoke[0], folder))
-    assert both == alone
-    measured = [row for row in lines(folder) if row["stage"] != "lengths"]
+    assert after[: len(before)] == before and len(after) == len(both) and both == alone
+    measured = [row for row in after if row["stage"] != "lengths"]
     assert {row["worker"] for row in measured} == {"w0", "w1"} and all(row["node"] for row in measured)
-    # every cell was measured once, the notebooks measured nothing, and the token is in no log of Ray's
-    assert len(lines(folder)) == len(both)
+    # the token is in no log of Ray's
     logs = [path.read_text(errors="replace") for path in temporary.rglob("*.log")]
     shutil.rmtree(temporary)
     assert logs and SECRET not in "".join(logs)
@@ -122,38 +147,6 @@ def test_a_killed_worker_and_a_lost_node_cost_no_row(tmp_path, source, monkeypat
     assert not study.session.ledger.failures()
 
 
-def test_a_run_that_is_told_to_end_or_killed_goes_on_where_it_was(tmp_path):
-    folder = tmp_path / "study"
-    arguments = [sys.executable, "-m", "qnb", "run", "--profile", "smoke", "--output", str(folder), "--workers", "2",
-                 "--only", "02", "-p", "tasks", "sample_easy,sample_hard"]  # fmt: skip
-
-    def begin(until):
-        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        while not until():
-            assert process.poll() is None
-            time.sleep(0.1)
-        return process
-
-    # 1) told to end
-    process = begin((folder / "ledger.jsonl").exists)
-    process.terminate()
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130 and error.splitlines()[-1].startswith("qnb: interrupted")
-    # 2) killed: its workers end with it
-    process = begin(lambda: Ledger(folder).rows("accuracy"))
-    children = psutil.Process(process.pid).children(recursive=True)
-    workers = [each for each in children if each.name().startswith("ray::Worker")]
-    process.kill()
-    before = lines(folder)
-    assert workers and not psutil.wait_procs(workers, timeout=60)[1]
-    # 3) left alone
-    done = command(*arguments[3:])
-    assert done.returncode == 0, done.stderr
-    after = lines(folder)
-    assert after[: len(before)] == before
-    assert len(after) == len({row_key(row) for row in after}) == 2 * (1 + 2 + 1 + 2)
-
-
 def test_a_format_that_overflows_is_measured_again_in_all_cells(tmp_path, monkeypatch):
     crews = []
 
@@ -171,30 +164,13 @@ def test_a_format_that_overflows_is_measured_again_in_all_cells(tmp_path, monkey
     assert crews == [None, ["nf4"]]
 
 
-LISTENING = """
-import psutil
-from qnb.cluster.driver import ClusterOptions, connected
-with connected(ClusterOptions("1")):
-    mine = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    ports = [port for each in mine for port in each.net_connections("inet") if port.status == psutil.CONN_LISTEN]
-print(*{port.laddr.ip.removeprefix("::ffff:") for port in ports})
-"""
-
-
-def test_ray_of_this_machine_alone_opens_no_port_to_the_network():
-    done = subprocess.run([sys.executable, "-c", LISTENING], capture_output=True, text=True)
-    assert done.stdout.split() == ["127.0.0.1"], done.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
         (["--workers", "0"], "workers is '0'"),
-        (["--workers", "two"], "workers is 'two'"),
         (["--gpus-per-model", "-1"], "gpus_per_model is '-1'"),
         (["--workers", "2", "-p", "minutes", "5"], "minutes is 5"),
         (["--ray-address", "127.0.0.1:1"], "no Ray cluster can be joined at 127.0.0.1:1"),
-        (["--ray-address", "nowhere"], "no Ray cluster can be joined at nowhere"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(arguments, part, tmp_path, capsys):
@@ -268,7 +244,6 @@ class OneNode:
         (1.0, TimeoutError(), "auto", "node box cannot take part: TimeoutError"),
         (0.0, ModuleNotFoundError("No module named 'qnb'"), "auto", "node box cannot take part: No module named"),
         (1.0, Node("a", "box", 1.0, (0,), GPU, {"torch": "1.0"}), "auto", "node box has torch 1.0"),
-        (1.0, Node("a", "box", 1.0, (0,), GPU, {"python": "3.8"}), "auto", "node box has python 3.8"),
     ],
 )
 def test_a_node_that_cannot_take_part_is_named(gpus, described, wanted, part):
@@ -286,13 +261,11 @@ def test_an_address_where_no_ray_answers_is_given_up_in_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-def test_a_model_beyond_its_memory_is_spread_and_scores_alike(tmp_path):
-    folders = [tmp_path / name for name in ("one", "spread")]
-    common = ["--profile", "smoke", "--only", "02", "-p", "precisions", "bf16"]
-    assert command("run", *common, "--output", str(folders[0])).returncode == 0
-    options = ["--output", str(folders[1]), "--workers", "1", "--gpus-per-model", "2"]
-    done = command("run", *common, *options, QNB_MEMORY_MIB="200")
+def test_a_model_beyond_its_memory_is_spread_and_scores_alike(smoke, tmp_path):
+    folder = tmp_path / "study"
+    options = ["--output", str(folder), "--workers", "1", "--gpus-per-model", "2", "-p", "precisions", "bf16"]
+    done = command("run", "--profile", "smoke", "--only", "02", *options, QNB_MEMORY_MIB="200")
     assert done.returncode == 0, done.stderr
-    assert all(row["worker"] == "w0" for row in lines(folders[1]))
-    alone, spread = ({row_key(row): same(row) for row in Ledger(each).rows()} for each in folders)
-    assert alone == spread
+    assert all(row["worker"] == "w0" for row in lines(folder))
+    alone, spread = ({row_key(row): same(row) for row in Ledger(each).rows()} for each in (smoke[0], folder))
+    assert len(spread) == 5 and spread.items() <= alone.items()

@@ -48,17 +48,6 @@ def test_one_worker_changes_its_format_once_a_format():
 NF4 = Cell({"stage": "perf", "precision": "nf4"}, is_alone=True)
 
 
-@pytest.mark.parametrize("is_replaced", [True, False])
-def test_a_lost_workers_cell_begins_again_elsewhere(is_replaced):
-    schedule = Schedule([NF4], {"w0": "a", "w1": "b"})
-    assert schedule.begin("w0") is NF4
-    assert schedule.lose("w0")
-    if not is_replaced:
-        schedule.drop("w0")
-    (planned,) = bench.rehearse(schedule)
-    assert planned.cell is NF4 and planned.worker == "w1"
-
-
 def test_a_cell_that_ends_its_workers_is_given_up_and_what_needs_it_goes_on():
     other = Cell({"stage": "sweep"}, needs=["perf nf4"])
     schedule = Schedule([other, NF4], {"w0": "a"})

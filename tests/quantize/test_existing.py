@@ -180,8 +180,6 @@ def test_an_unpacked_checkpoint_has_an_accuracy_and_a_size_and_no_speed(source, 
     ("a=checkpoint:./my models/x", "in a list where PATH has a space or comma"),
     ("Study=checkpoint:./x", "name of a format"),
     ("a=checkpoint:./x,A=checkpoint:./x", "two checkpoints are called 'A'"),
-    ("nf4=checkpoint:./x", "name of a format"),
-    ("a=checkpoint:./x,a=checkpoint:./y", "two checkpoints are called 'a'"),
     (["bf16", "ä=checkpoint:./x"], "has no label"),
 ])  # fmt: skip
 def test_a_label_that_cannot_be_one_is_refused(names, problem):
