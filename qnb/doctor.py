@@ -32,7 +32,7 @@ def doctor() -> int:
         **here.facts(device.versions()),
         **{f"{what} free": f"{gib:.1f} GiB" for what, gib in free_gib.items()},
         "hub token": "present" if get_token() else "absent",
-        "embedded model": "in the cache" if sources.embedded_is_cached() else "fetched from PyPI on first use, 93 MB",
+        "built-in model": "in the cache" if sources.embedded_is_cached() else "fetched from PyPI on first use, 93 MB",
         "can run": "nothing" if problems else can_run,
     }
     print("\n".join(f"{name:15} {fact}" for name, fact in facts.items()))

@@ -75,8 +75,8 @@ def fit_line(probes: Sequence[Mapping[str, Any]], row_tokens: int, limit_mib: fl
     rise_mib = readings[-1][1] - readings[-2][1] if len(readings) > 1 else 0
     if rise_mib <= GRAIN_MIB:
         raise InputError(
-            f"no plan: it takes two probes that differ by over {GRAIN_MIB} MiB, and {len(readings)} of "
-            f"{len(probes)} can be used; raise maxbatch_requests"
+            f"no plan: the two largest probes have to differ by over {GRAIN_MIB} MiB, and differ by {rise_mib:.0f}; "
+            f"{len(readings)} of {len(probes)} can be used; raise maxbatch_requests"
         )
     (low, _), (high, reserved_mib) = readings[-2:]
     row_mib = rise_mib / (high - low)

@@ -93,7 +93,7 @@ def _hold(row: Mapping[str, Any], demand: Demand) -> tuple[str, str, str]:
             unknown.append(f"its {column(name).label} was not measured")
         elif limit is not None and (value < limit if more else value > limit):
             bound = "more" if more else "less"
-            against.append(f"{column(name).label} is {_shown(name, value)}; you need {_shown(name, limit)} or {bound}")
+            against.append(f"{column(name).label}: {_shown(name, value)}; you need {_shown(name, limit)} or {bound}")
     if verdict is Verdict.BARELY_QUANTIZED:
         against.append(words)
     elif demand.loss_pp is not None:
@@ -231,11 +231,15 @@ def sentence(results: Results) -> str:
     if results.scores.empty and results.divergence.empty:
         opening = [f"On {results.model}, accuracy was not measured."]
     is_allowed = ~table.verdict.isin([Verdict.LOSES, Verdict.BARELY_QUANTIZED])
-    allowed = table[is_allowed]
+    disturbed = results.bs1.precision[results.bs1["flags"].map(is_disturbed).astype(bool)].unique()
+    speeds = table[["tpot_captured_s", "tpot_eager_s"]].mask(table.precision.isin(disturbed))
+    allowed = table.assign(**speeds)[is_allowed]
     alone = unfused(results.speed[results.speed.precision.isin(allowed.precision)])
     closing = [f"{Flag.UNFUSED.text.capitalize()}: {alone}."] if alone else []
     if results.speed["flags"].map(is_disturbed).any():
-        closing.append("Other processes disturbed the timing.")
+        names = " and ".join(map(title, disturbed))
+        left_out = f"; left out of the fastest at batch size 1: {names}" if names else ""
+        closing.append(f"Other processes disturbed the timing{left_out}.")
     judged = judge(results)
     needed = items_needed(judged[judged.verdict == Verdict.UNCLEAR], results.margin_pp).dropna()
     if len(needed) > 1 and needed.min() <= MOST_ITEMS:

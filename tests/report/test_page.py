@@ -49,6 +49,7 @@ def test_the_answer_comes_first_and_sections_fold_in_order(text, study):
     order = ["summary", "pictures", "findings", "accuracy", "bs1", "maxbatch", "tradeoff", "cost", "card", "paper"]
     assert re.findall(r'<(?:section|details) id="(\w+)"', text) == [*order, "limits"]
     answer = text.split('id="summary"')[1].split("</section>")[0]
+    assert "Recommended: " in answer
     assert re.findall(r"</span>([\w-]+)</th>", answer) == study.precisions
     verdicts = re.findall(r'<td class="verdict (\w+)">(\S+) \w', answer)
     assert verdicts == [("baseline", "○"), ("within", "✓"), ("within", "✓"), ("loses", "✗"), ("unclear", "?")]

@@ -9,6 +9,7 @@ import pytest
 
 from qnb import InputError
 from qnb.ledger import Ledger
+from qnb.precision import PRECISIONS, title
 from qnb.report import recommend
 from qnb.report.accuracy import MEAN
 from qnb.report.recommend import FITS, RULED_OUT, UNSURE, Demand
@@ -110,6 +111,16 @@ def test_what_other_processes_disturbed_is_noted_unless_another_row_is_shown(stu
         flags = study.timed(setting).precision.map({"int8": ["gpu_shared"]})
         table = recommend.summary(replace(study, **{setting: study.timed(setting).assign(flags=flags)}))
         assert list(table.precision[table.note.str.contains("disturbed").eq(True)]) == noted
+
+
+def test_a_disturbed_format_is_not_called_the_fastest(study):
+    said = recommend.sentence(study)
+    fastest = PRECISIONS[study.bs1.sort_values("tpot_s").precision.iloc[0]]
+    flags = study.bs1.precision.map({fastest.name: ["cpu_shared"]})
+    disturbed = recommend.sentence(replace(study, bs1=study.bs1.assign(flags=flags)))
+    name = title(fastest.name)
+    assert f"{name} is fastest" in said and f"{name} is fastest" not in disturbed and "is fastest" in disturbed
+    assert disturbed.endswith(f"left out of the fastest at batch size 1: {name}.")
 
 
 def test_a_throughput_of_generate_beside_captured_ones_is_noted(study):
