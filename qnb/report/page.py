@@ -45,13 +45,13 @@ def write(results: Results) -> Path:
 
 def text(results: Results) -> str:
     """Return the answer and every finding as Markdown."""
-    notes = [f"- {note}" for note in (*_notes(results), *limits(results))]
+    notes = [f"- {note}" for note in (*verdicts.notes(results), *limits(results))]
     formats = [
         "\n".join([f"## {title(name)}\n", *(f"- {line}" for line in lines)])
         for name, lines in findings.findings(results).items()
     ]
     answer = markdown(_summary(recommend.summary(results)))
-    opening = [f"# {results.label}", recommend.sentence(results), answer, "\n".join(notes)]
+    opening = [f"# {results.label}", recommend.sentence(results), *recommend.advice(results), answer, "\n".join(notes)]
     commands = dict.fromkeys(row["command"] for row in results.rows if row.get("command"))
     source = [f"Computed from {_ledger(results)}. Measured by", "\n".join(f"- `{each}`" for each in commands)]
     return "\n\n".join([*opening, *formats, *source]) + "\n"
@@ -64,21 +64,14 @@ def page(results: Results) -> str:
     return templates.get_template("report.html").render(
         results=results, baseline=BASELINE, formats=PRECISIONS, plotly=get_plotlyjs(), caption=theme.caption,
         config=theme.CONFIG,
-        sentence=recommend.sentence(results), summary=_summary(summary), verdicts=list(summary.verdict),
+        sentence=recommend.sentence(results), advice=recommend.advice(results),
+        summary=_summary(summary), verdicts=list(summary.verdict),
         ran_as=dict(_ran_as(results.checkpoints)),
-        notes=_notes(results), findings=findings.findings(results), figures=draw_all(results),
+        notes=verdicts.notes(results), findings=findings.findings(results), figures=draw_all(results),
         knees=labelled(swept.drop(columns="flags")), build=build, compact=compact,
         groups={task_name(task): task for task in members(results)}, b64encode=b64encode, card=card(results),
         all_columns=all_columns, audit=paper.audit(), limits=limits(results), checkpoints=checkpoints(results),
     )  # fmt: skip
-
-
-def _notes(results: Results) -> list[str]:
-    """Return what is recommended, where accuracy and speed were measured, and what qualifies the verdicts."""
-    has_both = len(results.scores) and len(results.bs1)
-    advice = recommend.ranked(results).attrs["notes"][1:] if has_both else []
-    limits_of_it = ["This sets no limit on memory or speed; notebook 05 and `study.recommend` take limits."]
-    return [*advice, *(limits_of_it if advice else []), *verdicts.notes(results)]
 
 
 def _summary(frame: pd.DataFrame) -> pd.DataFrame:
