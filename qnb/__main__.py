@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--workers", help="measure on several GPUs by Ray: a number, or auto (default: 1, without Ray)")
     run.add_argument("--ray-address", metavar="HOST:PORT", help="a running Ray cluster ($RAY_ADDRESS with --workers)")
     run.add_argument("--gpus-per-model", default="auto", help="GPUs that one model is spread over (default: auto)")
-    run.add_argument("--dry-run", action="store_true", help="print what workers would measure, in which order")
+    run.add_argument("--dry-run", action="store_true", help="with Ray: print what workers would measure, in order")
     page = commands.add_parser("report", help="write a study's report, tables and figures from its ledger")
     page.add_argument("folder", metavar="DIR", help="the study's folder, such as outputs/demo")
     page.add_argument("--notebooks", action="store_true", help="execute the notebooks over the ledger, with pictures")
