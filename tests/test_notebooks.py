@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 
 import nbformat
@@ -224,8 +225,10 @@ def test_audit_and_doctor_answer(word, words, capsys):
 
 
 def test_help_names_the_profiles_and_comes_at_once():
+    started = time.perf_counter()
     done = command("run", "--help")
     assert done.returncode == 0 and "colab, demo, paper, smoke" in " ".join(done.stdout.split())
+    assert time.perf_counter() - started < 2, "half a second on an idle machine"
     code = "import sys, qnb.__main__; print({'torch', 'pandas', 'papermill', 'transformers'} & set(sys.modules))"
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert imported.stdout.strip() == "set()"

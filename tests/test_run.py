@@ -207,7 +207,8 @@ def test_no_failing_stage_shows_a_secret(tmp_path, options):
 
 
 @pytest.mark.slow
-def test_a_run_told_to_end_ends_cleanly(source, tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_told_to_end_ends_cleanly(source, tmp_path, sent):
     """Exit code 130, one line, no kernel left behind, what was measured kept, locks free."""
     process = start(tmp_path / "study", "--only", "01")
     while not rows(tmp_path / "study"):
@@ -215,7 +216,7 @@ def test_a_run_told_to_end_ends_cleanly(source, tmp_path):
         time.sleep(0.1)
     kernels = psutil.Process(process.pid).children(recursive=True)
     assert any("ipykernel" in " ".join(kernel.cmdline()) for kernel in kernels)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     said = process.communicate(timeout=60)[1].strip().splitlines()
     assert process.returncode == 130 and len(said) == 1 and "what was measured is kept" in said[0]
     _, left = psutil.wait_procs(kernels, timeout=10)

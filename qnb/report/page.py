@@ -51,7 +51,8 @@ def text(results: Results) -> str:
         for name, lines in findings.findings(results).items()
     ]
     answer = markdown(_summary(recommend.summary(results)))
-    opening = [f"# {results.label}", recommend.sentence(results), *recommend.advice(results), answer, "\n".join(notes)]
+    said = filter(None, (recommend.sentence(results), recommend.advice(results)))
+    opening = [f"# {results.label}", *said, answer, "\n".join(notes)]
     commands = dict.fromkeys(row["command"] for row in results.rows if row.get("command"))
     source = [f"Computed from {_ledger(results)}. Measured by", "\n".join(f"- `{each}`" for each in commands)]
     return "\n\n".join([*opening, *formats, *source]) + "\n"

@@ -116,21 +116,23 @@ def _shown(name: str, value: float) -> str:
     return f"{format_value(name, float(value))} {column(name).unit}"
 
 
-def _recommended(first: pd.DataFrame, unsure: pd.DataFrame, rank_by: str) -> str:
-    """Say what is recommended: the first of what fits, and what may fit and is faster."""
+def _recommended(table: pd.DataFrame, rank_by: str) -> Iterator[str]:
+    """Yield what is recommended, the first of what fits, and what may fit and is faster."""
+    first, unsure = table[table.fit == FITS], table[table.fit == UNSURE]
     if first.empty:
         why = "no row meets every limit" if unsure.empty else "the data cannot tell what fits"
-        return f"Recommended: nothing, since {why}."
+        yield f"Recommended: nothing, since {why}."
+        return
+    yield f"Recommended: {first.index[0]}."
     behind = unsure[rank_by] - first[rank_by].iloc[0]
-    faster = unsure.index[behind < 0 if column(rank_by).better == "less" else behind > 0]
-    also = f" Faster, but not shown to fit: {', '.join(faster)}." if len(faster) else ""
-    return f"Recommended: {first.index[0]}.{also}"
+    if faster := list(unsure.index[behind < 0 if column(rank_by).better == "less" else behind > 0]):
+        yield f"Faster, but not shown to fit: {', '.join(faster)}."
 
 
 def _notes(table: pd.DataFrame, demand: Demand) -> Iterator[str]:
     """Yield what is recommended, and what qualifies it."""
     first, unsure = table[table.fit == FITS].head(2), table[table.fit == UNSURE]
-    yield _recommended(first, unsure, demand.rank_by)
+    yield from _recommended(table, demand.rank_by)
     if demand.memory_mib is not None and table.peak_memory_mib.isna().any() and "weights_mib" in table:
         yield "Where no GPU's allocator was read, the weights alone are held against the memory."
     if disturbed := [name for name, flags in table["flags"].items() if is_disturbed(flags)]:
@@ -189,11 +191,13 @@ def ranked(
     return table.reset_index(drop=True)
 
 
-def advice(results: Results) -> list[str]:
-    """Return what is recommended without limits; nothing, unless accuracy and speed at batch size 1 were measured."""
+def advice(results: Results) -> str:
+    """Return what is recommended without limits; "" unless accuracy and speed at batch size 1 were measured."""
     if results.scores.empty or results.bs1.empty:
-        return []
-    return [f"{ranked(results).attrs['notes'][1]} No limit on memory or speed was set: notebook 05 takes limits."]
+        return ""
+    demand = Demand("tpot_s", loss_pp=results.margin_pp)
+    recommended = _recommended(choose(candidates(results, "bs1"), demand), demand.rank_by)
+    return " ".join([*recommended, "No limit on memory or speed was set: notebook 05 takes limits."])
 
 
 def summary(results: Results) -> pd.DataFrame:

@@ -267,9 +267,9 @@ def numbers(values: pd.Series, flags: pd.Series | None = None) -> list[str]:
 
 
 def caption(figure: go.Figure) -> str:
-    """Return a figure's title and note as plain text."""
-    title = figure.layout.title
-    return " ".join(filter(None, (title.text, title.subtitle.text))).replace("<br>", " ")
+    """Return a figure's title as plain text, with its note in parentheses."""
+    title, note = figure.layout.title.text or "", figure.layout.title.subtitle.text
+    return (f"{title} ({note})" if note else title).replace("<br>", " ")
 
 
 def label(task: str) -> str:

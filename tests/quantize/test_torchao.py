@@ -4,12 +4,16 @@ replaced where their kernels cannot run.
 
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_model
-from transformers import GemmaConfig, LlamaConfig
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig
 
 from qnb import InputError, Study, device, precision
+from qnb.accuracy.scorer import SharedContextLM
+from qnb.accuracy.tasks import Task
 from qnb.device import Device
 from qnb.quantize import checkpoint, runtime, sources
 from qnb.speed.decode_work import count_work
@@ -34,6 +38,20 @@ def test_int8_dynamic_on_a_cpu_is_a_format_like_the_others(source, tmp_path):
     assert work.flops_by_type["int8"] == 3 * 2 * SMOLLM2_LINEAR
     assert work.flops_by_type["bfloat16"] >= 3 * 2 * SMOLLM2_HEAD
     assert SMOLLM2_LINEAR + 2 * SMOLLM2_HEAD < work.bytes_per_step < 1.02 * (SMOLLM2_LINEAR + 2 * SMOLLM2_HEAD)
+
+
+def test_int8_dynamic_scores_as_stock_lm_eval_does_on_its_checkpoint(source, tmp_path):
+    """A last digit gives inputs other codes, and a nat is soon lost: stock in another batch differs as much."""
+    pytest.importorskip("torchao")
+    checkpoint.convert(source, INT8.in_half("float32"), tmp_path / "made", "cpu")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "made"), checkpoint.load_tokenizer(source.path)
+    ours, theirs = (
+        Task("sample_easy").evaluate(scorer(pretrained=model, tokenizer=tokenizer, batch_size=4), 24).items
+        for scorer in (SharedContextLM, HFLM)
+    )
+    assert (ours.picked == theirs.picked).mean() > 0.8
+    apart = ours.loglikelihoods.map(np.mean) - theirs.loglikelihoods.map(np.mean)
+    assert abs(apart.mean()) < 0.25
 
 
 def layers(kind, sizes=(64, 32, 96), bias=False, inputs=128):
