@@ -95,6 +95,17 @@ def released() -> Iterator[None]:
 
 
 @contextmanager
+def young_collections() -> Iterator[None]:
+    """Collect young garbage alone while the block runs: a full collection walks through all requests of a task."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(*thresholds[:2], 2**31 - 1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+
+
+@contextmanager
 def models_kept() -> Iterator[None]:
     """Load each model once for all stages in the block: a GPU keeps as many as leave it room to work in.
 

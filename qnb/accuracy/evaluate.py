@@ -25,6 +25,7 @@ from qnb.accuracy.tasks import LM_EVAL_SEED, SIZES, Task, TaskResult, check, nam
 from qnb.budget import Clock, name_left_out, now_s
 from qnb.errors import check_choice
 from qnb.ledger import Row, write_parquet
+from qnb.memory import young_collections
 from qnb.options import Count, check_count
 from qnb.precision import Precision
 from qnb.quantize.checkpoint import quiet
@@ -111,10 +112,10 @@ class Evaluation:
         torch.manual_seed(LM_EVAL_SEED)  # some tasks sample
         limit, before_s = self.limits[task.name], kept_s(answers_path)
         options: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer, "batch_size": self.batch_size}
-        if self.scorer == "qnb":
-            encode(tokenizer, task.pairs(limit), task.encoded)  # here, so that no format's answers take longer for it
-            options |= {"encoded": task.encoded, "answers_path": answers_path, "alone": self.alone}
-        with quiet():
+        with quiet(), young_collections():
+            if self.scorer == "qnb":
+                encode(tokenizer, task.pairs(limit), task.encoded)  # so that no format's answers take longer for it
+                options |= {"encoded": task.encoded, "answers_path": answers_path, "alone": self.alone}
             lm = (SharedContextLM if self.scorer == "qnb" else StockLM)(**options)
             times_s = _answer_times_s(lm)
             return replace(task.evaluate(lm, limit), answer_s=before_s + sum(times_s))

@@ -236,7 +236,7 @@ class Task:
         """
         part, requests, items = self._parts[name], [], []
         part.set_fewshot_seed(seed=LM_EVAL_SEED)
-        with cached_templates(), redirect_stderr(io.StringIO()):  # lm-eval draws a bar for each item
+        with cached_templates(), patch("lm_eval.api.task.tqdm", lambda documents, **_: documents):  # no bar an item
             for item in self._drawn(name, limit):
                 try:
                     requests += self._build(part, item)
