@@ -21,6 +21,7 @@ from qnb.report.results import Results
 LOGGER = logging.getLogger(__name__)
 PLOTLY = "application/vnd.plotly.v1+json"  # the type of a figure in a notebook
 KINDS, WIDTH_PX, SCALE = ("png", "svg"), 900, 1.25  # of pictures
+PAGE_SPAN = "max(100%, 600px)"  # of a figure's own page: narrower windows scroll
 REMEDY = "pip install kaleido, and install Chromium or Chrome, or run kaleido_get_chrome"
 
 
@@ -36,7 +37,7 @@ def save_figures(results: Results, folder: Path, with_pictures: bool = True) -> 
         # model and device stand beside the title, since a picture is passed on without the page around it
         named = go.Figure(figure).update_layout(title_text=figure.layout.title.text + label * bool(results.label))
         page, files = folder / f"{name}.html", [folder / f"{name}.{kind}" for kind in KINDS]
-        options: dict[str, Any] = {"include_plotlyjs": "directory", "config": theme.CONFIG, "div_id": name}
+        options = {"include_plotlyjs": "directory", "config": theme.CONFIG, "div_id": name, "default_width": PAGE_SPAN}
         if not page.exists() or page.read_text(encoding="utf-8") != named.to_html(**options):
             for file in files:
                 file.unlink(missing_ok=True)

@@ -64,10 +64,8 @@ def page(results: Results) -> str:
     summary, swept = recommend.summary(results), knees(results.sweep)
     return templates.get_template("report.html").render(
         results=results, baseline=BASELINE, formats=PRECISIONS, plotly=get_plotlyjs(), caption=theme.caption,
-        config=theme.CONFIG,
-        sentence=recommend.sentence(results), advice=recommend.advice(results),
-        summary=_summary(summary), verdicts=list(summary.verdict),
-        ran_as=dict(_ran_as(results.checkpoints)),
+        config=theme.CONFIG, sentence=recommend.sentence(results), advice=recommend.advice(results),
+        summary=_summary(summary), verdicts=list(summary.verdict), ran_as=dict(_ran_as(results.checkpoints)),
         notes=verdicts.notes(results), findings=findings.findings(results), figures=draw_all(results),
         knees=labelled(swept.drop(columns="flags")), build=build, compact=compact,
         groups={task_name(task): task for task in members(results)}, b64encode=b64encode, card=card(results),
