@@ -116,11 +116,9 @@ def plan_batches(prompt_tokens: Sequence[int], new_tokens: int, line: MemoryLine
         "bucketed": [batch for _, lengths in buckets for batch in cut(list(lengths), max(lengths))],
         "sorted": cut(sorted(prompt_tokens, reverse=True)),
     }
-    rows = []
-    for order, batches in orders.items():
-        padded = sum(len(batch) * max(batch) for batch in batches)
-        rows.append({
-            "order": order, "longest_tokens": longest, "largest_batch": largest, "batches": len(batches),
-            "mean_batch": len(prompt_tokens) / len(batches), "padding_pct": 100 * (1 - sum(prompt_tokens) / padded),
-        })  # fmt: skip
-    return rows
+    return [
+        {"order": order, "longest_tokens": longest, "largest_batch": largest, "batches": len(batches),
+         "mean_batch": len(prompt_tokens) / len(batches),
+         "padding_pct": 100 * (1 - sum(prompt_tokens) / sum(len(batch) * max(batch) for batch in batches))}
+        for order, batches in orders.items()
+    ]  # fmt: skip

@@ -307,9 +307,9 @@ def roofline(results: Results) -> go.Figure:
         return theme.nothing(title, "without a device's measured peaks there are no roofs")
     runs = runs.assign(
         intensity=runs.flops_per_step / runs.bytes_per_step, tflops=runs.flops_per_step / runs.tpot_s / 1e12,
-        hover=theme.hovers(runs, "mbu_pct", "mfu_pct", "bound"),
+        hover=theme.hovers(runs, "mbu_pct", "mfu_pct", "bound"), size=runs.setting.map({"maxbatch": 15}).fillna(9),
     )  # fmt: skip
-    figure = theme.points(runs, "intensity", "tflops", log_x=True, log_y=True)
+    figure = theme.points(runs, "intensity", "tflops", "size", log_x=True, log_y=True, opacity=1)
     bandwidth, types = runs.peak_bytes_per_s.max() / 1e12, runs.flops_by_type.map(" + ".join)
     peaks = runs.groupby(types).peak_flop_per_s.max().sort_values(ascending=False) / 1e12
     left = min(runs.intensity.min() / 2, peaks.iloc[-1] / bandwidth / 8)  # room for the last label
@@ -325,8 +325,9 @@ def roofline(results: Results) -> go.Figure:
     span = [math.log10(runs.tflops.min()) - 0.3, math.log10(peaks.iloc[0]) + 0.2 * len(peaks)]  # room for the labels
     figure.update_xaxes(title="arithmetic per byte read, FLOP/byte", dtick=1, tickformat=",~g")
     figure.update_yaxes(title="achieved, TFLOP/s", dtick=1, tickformat=",~g", range=span)
+    figure.update_layout(legend_itemsizing="constant")
     note = f"lines: measured limits, {bandwidth:.3g} TB/s and TFLOP/s by type; close ones share a label; hollow: eager"
-    return theme.finish(figure, title, 520, note + theme.fusing(runs))
+    return theme.finish(figure, title, 540, note + "; large: the largest batch" + theme.fusing(runs))
 
 
 # One quantity, and all figures

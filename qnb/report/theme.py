@@ -88,14 +88,12 @@ def fusing(runs: pd.DataFrame) -> str:
     return f"; captured without fusing kernels: {names}" if (names := unfused(runs)) else ""
 
 
-def points(frame: pd.DataFrame, x: str, y: str, **more: Any) -> go.Figure:
-    """Draw a point per row of a frame with `hover`: a colour per format, hollow for eager."""
-    markers = [symbol(row.precision, row.engine) for row in frame.itertuples()]
-    figure = px.scatter(
-        frame.assign(marker=markers), x=x, y=y, symbol="marker", symbol_map="identity", render_mode="svg",
-        **by_format(frame), **more,
-    )  # fmt: skip
-    return figure.update_traces(marker_size=10)
+def points(frame: pd.DataFrame, x: str, y: str, *properties: str, **more: Any) -> go.Figure:
+    """Draw a point per row of a frame with `hover`: a colour per format, hollow for eager; more columns style it."""
+    frame = frame.assign(symbol=[symbol(row.precision, row.engine) for row in frame.itertuples()])
+    figure = px.scatter(frame, x=x, y=y, render_mode="svg", **by_format(frame, "symbol", *properties), **more)
+    style_points(figure.update_traces(marker_size=10), "symbol", *properties)
+    return figure
 
 
 def stacked(frame: pd.DataFrame, parts: Sequence[str], title: str, note: str) -> go.Figure:

@@ -204,10 +204,11 @@ def test_a_sweep_has_a_column_an_engine_a_ring_at_each_knee_and_its_largest_batc
     assert sorted(rings) == sorted(2 * list(knees(steps).knee.dropna())) and len(rings) > 2
 
 
-def test_no_point_lies_above_the_measured_roof(study, drawn):
+def test_no_point_lies_above_the_measured_roof_and_the_largest_batches_are_large(study, drawn):
     steps = marks(drawn["roofline"])
     assert len(steps) == len(study.speed)
     assert all(tflops <= min(each * example.BYTES_S, example.FLOP_S) / 1e12 for _, each, tflops, _ in steps)
+    assert sum(size > 10 for *_, (_, _, size) in steps) == len(study.maxbatch) < len(steps)
 
 
 def test_each_roof_is_named_by_its_types_and_close_ones_share_a_label(study):
