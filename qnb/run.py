@@ -193,7 +193,7 @@ def _progress(study: Study, total: int) -> tqdm:
 
     def tick() -> None:
         while not bar.disable:
-            bar.set_postfix_str(f"{len(ledger)} rows measured")
+            bar.set_postfix_str(f"{len(ledger)} row{'s' * (len(ledger) != 1)} measured")
             sleep(1)
 
     threading.Thread(target=tick, name="qnb-progress", daemon=True).start()
@@ -403,7 +403,8 @@ def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2)
             draft.replace(target)
     if _interrupted.is_set():
         raise KeyboardInterrupt
-    return f"{name}: done in {perf_counter() - started:.0f} s, {len(study.session.ledger)} rows in all"
+    count = len(study.session.ledger)
+    return f"{name}: done in {perf_counter() - started:.0f} s, {count} row{'s' * (count != 1)} in all"
 
 
 def show(study: Study) -> None:
@@ -484,7 +485,7 @@ def summary(study: Study) -> list[str]:
     """Return where the results are, what is older than they are, and what other processes disturbed."""
     ledger, page = study.session.ledger, study.folder / "report.html"
     renew = shlex.join(["qnb", "report", str(study.folder), "--margin-pp", f"{study.margin_pp:g}"])
-    lines = [f"{len(ledger)} measurements in {ledger.path}"]
+    lines = [f"{len(ledger)} measurement{'s' * (len(ledger) != 1)} in {ledger.path}"]
     if not page.exists():
         lines.append(f"no report yet: {renew} draws the figures and writes one")
     else:

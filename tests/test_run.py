@@ -174,7 +174,7 @@ def test_an_installed_package_brings_its_notebooks(filled, tmp_path):
     words = ["run", "--profile", "smoke", "--only", "05", "--output", str(filled)]
     done = command(*words, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert done.returncode == 0 and done.stderr.startswith("05_figures: done in"), done.stderr
-    assert "1 measurements" in done.stdout and (filled / "report.html").exists()
+    assert "1 measurement in" in done.stdout and "1 row in all" in done.stderr and (filled / "report.html").exists()
 
 
 # A hub token in the environment
