@@ -109,8 +109,7 @@ def run(
             except NotebookError as error:
                 print(f"qnb: {error}; what was measured is kept in {study.folder}", file=sys.stderr)
                 return 1
-    dry_run = "01_quantize" in names and values.get("push_to") and values.get("dry_run", True)
-    if dry_run:
+    if "01_quantize" in names and values.get("push_to") and values.get("dry_run", True):
         print(f"nothing was uploaded: {study.folder / 'push.csv'} says what would be, -p dry_run false does it")
     return _report_end(study, earlier)
 
@@ -130,10 +129,12 @@ def _measured_by(
 
 
 def _report_end(study: Study, earlier: Sequence[Row]) -> int:
-    """Print where the results are, and what failed in this run; return the exit code."""
+    """Print where the results are, what else they show, and what failed in this run; return the exit code."""
     print("\n".join(summary(study)))
-    failures = _failures(study, earlier)
-    for line in failures:
+    asked = {precision.name for precision in study.precisions}
+    if others := [name for name in study.results().precisions if name not in asked]:
+        print(f"the report also shows {', '.join(others)}, measured before")
+    for line in (failures := _failures(study, earlier)):
         print(f"qnb: {line}", file=sys.stderr)
     return 1 if failures else 0
 
@@ -353,8 +354,8 @@ def _own_kernel() -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         write_kernel_spec(Path(folder) / "kernels" / "python3")
         path = os.pathsep.join(filter(None, (folder, os.environ.get("JUPYTER_PATH"))))
-        silent = {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}  # an older kernel's debugger writes to the console
-        with patch.dict(os.environ, JUPYTER_PATH=path, **silent):
+        # an older kernel's debugger would write to the console
+        with patch.dict(os.environ, JUPYTER_PATH=path, PYDEVD_DISABLE_FILE_VALIDATION="1"):
             yield
 
 
@@ -477,8 +478,7 @@ def _make_portable(path: Path, measured_with: str) -> None:
 
 def _left_out(study: Study) -> list[str]:
     """Return what the minutes did not suffice for."""
-    rows = study.session.ledger.rows("left_out")
-    return [f"{row['setting']}: {row['note']}" for row in rows if row["note"]]
+    return [f"{row['setting']}: {row['note']}" for row in study.session.ledger.rows("left_out") if row["note"]]
 
 
 def summary(study: Study) -> list[str]:

@@ -109,7 +109,7 @@ def test_a_console_without_the_letters_gets_escapes(console, tmp_path):
     assert done.returncode == 2 and "holds no study" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_a_run_names_what_was_disturbed_and_a_report_that_is_older(studied, tmp_path):
+def test_a_run_names_what_was_disturbed_or_measured_before_and_a_report_that_is_older(studied, tmp_path, capsys):
     folder = shutil.copytree(studied.folder, tmp_path / "study")
     study = Study(output=folder)
     (folder / "report.html").touch()
@@ -120,6 +120,8 @@ def test_a_run_names_what_was_disturbed_and_a_report_that_is_older(studied, tmp_
     assert f"--only 03 -p precisions {row['precision']} -p overwrite true" in text and "older than the newest" in text
     study.session.ledger.append({**row, "flags": ["throttled"]})
     assert "disturbed" not in "\n".join(run.summary(study))
+    assert run._report_end(Study(precisions="int8", output=folder), []) == 0
+    assert "also shows bf16, fp16, int4, nf4, measured before" in capsys.readouterr().out
 
 
 # From within 01
