@@ -116,7 +116,7 @@ def front(results: Results, cost: str) -> go.Figure:
         hover=theme.hovers(frame, cost, quality, *CHANGE[1:], "words"),
     )  # fmt: skip
     figure = _points_and_front(frame.sort_values(["cost", "quality"]), quality)
-    ends = [math.log10(costs.min()) - 0.15, math.log10(costs.max()) + 0.05]
+    ends = [math.log10(costs.min()) - 0.15, math.log10(costs.max()) + 0.15]
     figure.update_xaxes(title=header(cost), type="log", tickvals=COST_TICKS, tickformat=",~g", range=ends)
     figure.update_yaxes(title=header(quality), autorange="reversed" if is_loss else True)
     note = "up and left is better; dotted line: Pareto-optimal; sign beside a name: its verdict; costs are logarithmic"
@@ -124,18 +124,23 @@ def front(results: Results, cost: str) -> go.Figure:
 
 
 def _points_and_front(frame: pd.DataFrame, quality: str) -> go.Figure:
-    """Draw a point per format, and the line through the best: their names stand beside them, others in the legend."""
+    """Draw a point per format, and the line through the best; a name that another would cover is in the legend."""
     figure = theme.points(frame, "cost", quality, error_y="above", error_y_minus="below")
     names = {row.precision: f"{row.precision} {SIGNS[row.verdict]}" for row in frame.itertuples()}
     edge = pareto(frame)
+    is_apart = frame.cost > 1.05 * frame.cost.shift(fill_value=0)
+    others = frame[is_apart & is_apart.shift(-1, fill_value=True) & ~frame.precision.isin(edge.precision)]
     for trace in figure.data:
-        trace.update(name=names[trace.name], showlegend=trace.name not in set(edge.precision))
+        trace.update(name=names[trace.name], showlegend=trace.name not in {*edge.precision, *others.precision})
     is_near = edge.cost.shift(-1) < 1.03 * edge.cost  # to the next point, which has its name above it
-    return figure.add_scatter(
-        x=edge.cost, y=edge[quality], text=theme.PAD + edge.precision.map(names) + theme.PAD, mode="lines+text",
-        textposition=is_near.map({True: "bottom left", False: "top left"}), textfont_size=11, hoverinfo="skip",
-        line={"color": theme.QUIET, "dash": "dot", "shape": "hv"}, showlegend=False, cliponaxis=False,
-    )  # fmt: skip
+    places = is_near.map({True: "bottom left", False: "top left"})
+    for rows, mode, place in ((others, "text", "bottom right"), (edge, "lines+text", places)):
+        figure.add_scatter(
+            x=rows.cost, y=rows[quality], text=theme.PAD + rows.precision.map(names) + theme.PAD, mode=mode,
+            textposition=place, textfont_size=11, hoverinfo="skip", showlegend=False, cliponaxis=False,
+            line={"color": theme.QUIET, "dash": "dot", "shape": "hv"},
+        )  # fmt: skip
+    return figure
 
 
 def pareto(frame: pd.DataFrame) -> pd.DataFrame:

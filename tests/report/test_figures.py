@@ -247,6 +247,7 @@ def test_the_front_holds_what_no_other_beats_in_both(study, drawn):
     assert list(line.x) == list(summary.peak_memory_mib[["nf4", "int8"]])
     assert [text.strip() for text in line.text] == ["nf4 ?", "int8 ✓"]
     assert {trace.name for trace in front.data if trace.showlegend} == {"bf16 ○", "fp16 ✓", "int4 ✗"}
+    assert written(drawn["front_tpot"]) == {(summary.change_pp["int4"], "int4 ✗")}  # it stands apart
     (nf4,) = front.select_traces({"name": "nf4 ?"})
     row = summary.loc["nf4"]
     assert (nf4.y[0], nf4.error_y.array[0]) == (row.change_pp, pytest.approx(row.high_pp - row.change_pp))
