@@ -33,11 +33,12 @@ def findings(results: Results) -> dict[str, list[str]]:
 
 def about(results: Results, precision: str, sections: Sequence[str] = ("accuracy", *SETTINGS)) -> list[str]:
     """Return what is known of a format beside BF16; nothing of BF16 itself."""
-    of = (results, precision)
     lines: dict[str, Iterable[str]] = {  # computed where they are asked for
-        "accuracy": chain(_accuracy(*of), _batching(*of), _perplexity(*of)),
-        "bs1": chain(_memory(*of), _speed(*of, "bs1")),
-        "maxbatch": _speed(*of, "maxbatch"),
+        "accuracy": chain(
+            _accuracy(results, precision), _batching(results, precision), _perplexity(results, precision)
+        ),
+        "bs1": chain(_memory(results, precision), _speed(results, precision, "bs1")),
+        "maxbatch": _speed(results, precision, "maxbatch"),
     }
     return [line for section in sections for line in lines[section] if precision != BASELINE]
 
