@@ -197,10 +197,13 @@ def test_a_whole_study_shows_no_secret(smoke):
 
 @pytest.mark.parametrize("options", ["push_to me/x -p dry_run false --only 01", "tasks arc_easy --only 02"])
 def test_no_failing_stage_shows_a_secret(tmp_path, options):
-    """The hub is a closed port: every stage that needs it fails, with the token in its hands."""
+    """The hub is a closed port: every stage that needs it fails, with the token in its hands. No retry waits long."""
+    brief = "import time; wait = time.sleep; time.sleep = lambda seconds: wait(min(seconds, 0.05))"
+    (tmp_path / "sitecustomize.py").write_text(brief)
     words = ["run", "--profile", "smoke", "--output", str(tmp_path / "study"), "-p", "model"]
     words += [str(save_tiny(tmp_path / "model")), "-p", *options.split()]
-    done = command(*words, HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN=SECRET)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = command(*words, HF_ENDPOINT="http://127.0.0.1:9", HF_TOKEN=SECRET, PYTHONPATH=path)
     assert done.returncode == 2, done.stderr
     assert not shown(tmp_path, done.stdout, done.stderr)
 
