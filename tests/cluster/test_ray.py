@@ -119,7 +119,9 @@ def test_a_killed_worker_and_a_lost_node_cost_no_row(tmp_path, source, monkeypat
     from ray.cluster_utils import Cluster
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ring = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    settings = {"health_check_period_ms": 500}  # a lost node is missed in seconds
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": settings}
+    ring = Cluster(initialize_head=True, head_node_args=head)
     second = ring.add_node(num_cpus=1)
     flags = [tmp_path / name for name in ("first", "second")]
     there = [tmp_path / name for name in ("third", "fourth")]
