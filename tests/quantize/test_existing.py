@@ -160,7 +160,8 @@ def test_a_checkpoint_of_each_library_scores_as_in_stock_lm_eval(package, ran_as
 
 def test_an_unpacked_checkpoint_has_an_accuracy_and_a_size_and_no_speed(source, tmp_path, monkeypatch):
     """The embedded model was unpacked from this file, so nothing may differ."""
-    monkeypatch.setattr("gguf.GGUFReader", cache(gguf.GGUFReader))  # it reads a vocabulary for seconds
+    for each in ("GGUFReader", "get_tensor_name_map"):  # they read a vocabulary, or name tensors, for seconds
+        monkeypatch.setattr(gguf, each, cache(getattr(gguf, each)))
     file = sources.fetch_gguf(tmp_path)
     study = Study(sources.EMBEDDED, f"bf16,gguf=checkpoint:{file}", tmp_path / "study")
     study.divergence("sample", 64, 32)
