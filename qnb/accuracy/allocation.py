@@ -19,6 +19,7 @@ class Pace:
     deviation: float  # standard deviation of an item's score
     is_generated: bool = False
     n_least: int = 0  # items that come before any task gets more
+    saved_s: float = 0.0  # of its items' time, what answers took that are kept
 
 
 def allocate(paces: Sequence[Pace], seconds: float, generated_s: float, stretch_s: float = 0.0) -> dict[str, int]:
@@ -35,11 +36,13 @@ def allocate(paces: Sequence[Pace], seconds: float, generated_s: float, stretch_
     stretch_s
         More time for all, if it buys every task its least items.
     """
+    generated = [pace for pace in paces if pace.is_generated]
+    seconds += sum(pace.saved_s for pace in paces)
+    generated_s += sum(pace.saved_s for pace in generated)
     least_s = sum(pace.n_least * pace.item_s for pace in paces)
     if seconds < least_s <= seconds + stretch_s:
         seconds = least_s
     items = _fill(paces, seconds)
-    generated = [pace for pace in paces if pace.is_generated]
     if sum(items[pace.task] * pace.item_s for pace in generated) > generated_s:
         choices = [pace for pace in paces if not pace.is_generated]
         items = _fill(generated, generated_s) | _fill(choices, seconds - max(generated_s, 0.0))

@@ -1,4 +1,4 @@
-"""Keep a model's answers on disk while a long task runs, so that a killed task goes on where it was."""
+"""Keep a model's answers on disk, so that a killed task goes on where it was, and a round where the last one ended."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ def _rows(path: Path | None) -> Iterator[dict[str, Any]]:
 
 
 def kept_s(path: Path | None) -> float:
-    """Return how long the answers took that earlier processes wrote."""
+    """Return how long the answers in a file took."""
     return float(sum(row["seconds"] for row in _rows(path)))
 
 
@@ -29,9 +29,9 @@ class AnswerCache:
     Parameters
     ----------
     path
-        The file, one for each model and task. Several lists of requests may share it. None writes nothing.
+        The file, one for each model and task. Answers in it to the same requests are read. None writes nothing.
     requests
-        The arguments of lm-eval's requests. Answers to any other list are not read.
+        The arguments of lm-eval's requests.
     """
 
     def __init__(self, path: Path | None, requests: Sequence[Any]) -> None:
@@ -39,24 +39,35 @@ class AnswerCache:
         self.answers: dict[int, Any] = {}
         self._unwritten: dict[int, Any] = {}
         self._written_at = monotonic()
-        self._requests_sha256 = sha256(repr(requests).encode()).hexdigest()
+        earlier: dict[str, Any] = {}  # by the hash of a request
         for row in _rows(path):
-            if row["requests_sha256"] == self._requests_sha256:
-                self.answers |= zip(row["positions"], row["answers"], strict=True)
+            earlier |= zip(row["requests"], row["answers"], strict=True)
+        self._requests = [sha256(repr(request).encode()).hexdigest()[:16] for request in requests]
+        self.answers |= {place: earlier[name] for place, name in enumerate(self._requests) if name in earlier}
+
+    def __len__(self) -> int:
+        return len(self._requests)
 
     def has(self, positions: Iterable[int]) -> bool:
         """Return whether all these requests are answered."""
         return all(position in self.answers for position in positions)
 
     def keep(self, answers: Mapping[int, Any]) -> None:
-        """Remember answers by position, and append what is new to the file as one line, now and then."""
+        """Remember answers by position, and write them now and then."""
         self.answers |= answers
         self._unwritten |= answers
-        if self.path is None or monotonic() - self._written_at < WRITE_EVERY_S:
+        if monotonic() - self._written_at >= WRITE_EVERY_S:
+            self.write()
+
+    def write(self) -> None:
+        """Append what is new to the file, as one line."""
+        if self.path is None or not self._unwritten:
             return
-        positions, values = zip(*self._unwritten.items(), strict=True)
-        row = {"requests_sha256": self._requests_sha256, "positions": positions, "answers": values,
-               "seconds": monotonic() - self._written_at}  # fmt: skip
+        row = {
+            "requests": [self._requests[place] for place in self._unwritten],
+            "answers": [*self._unwritten.values()],
+            "seconds": monotonic() - self._written_at,
+        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"\n{json.dumps(row)}")  # the line before may be torn, so a line begins with its line feed

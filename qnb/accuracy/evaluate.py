@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,7 @@ class Evaluation:
     scorer: str
     batch_size: int
     alone: bool = False  # every row in a batch of its own
+    in_rounds: bool = False  # a model's answers to fewer items of a task are taken over
 
     def parameters(self, task: Task) -> dict[str, Any]:
         """Return what the answers to a task depend on, beside the model."""
@@ -115,7 +117,8 @@ class Evaluation:
         with quiet(), young_collections():
             if self.scorer == "qnb":
                 encode(tokenizer, task.pairs(limit), task.encoded)  # so that no format's answers take longer for it
-                options |= {"encoded": task.encoded, "answers_path": answers_path, "alone": self.alone}
+                options |= {"encoded": task.encoded, "answers_path": answers_path}
+                options |= {"alone": self.alone, "in_rounds": self.in_rounds}
             lm = (SharedContextLM if self.scorer == "qnb" else StockLM)(**options)
             times_s = _answer_times_s(lm)
             return replace(task.evaluate(lm, limit), answer_s=before_s + sum(times_s))
@@ -230,25 +233,34 @@ def _evaluate_format(session: Session, precision: Precision, evaluation: Evaluat
     rows = {task: row for task, key in keys.items() if (row := session.find(key))}
     bar.update(len(rows))
     missing = [task for task in evaluation.tasks if task not in rows]
+    evaluation = replace(evaluation, in_rounds=evaluation.in_rounds and not precision.threshold)
     if missing:
         what = f"{precision.name}'s accuracy"
         with session.failing(keys[missing[0]], what), session.loaded(precision) as model:
             for task in missing:
                 bar.set_postfix_str(f"{precision.name} {task.name}")
                 with session.failing(keys[task], f"{what} on {task.name}"):
-                    rows[task] = _measure(session, keys[task], model, task, evaluation)
+                    answers_path = _answers_path(session, precision, task, evaluation)
+                    rows[task] = _measure(session, keys[task], model, task, evaluation, answers_path)
                 bar.update()
     return list(rows.values())
 
 
+def _answers_path(session: Session, precision: Precision, task: Task, evaluation: Evaluation) -> Path:
+    """Return the file of a format's answers to a task, which all rounds share."""
+    asked = {} if evaluation.in_rounds else evaluation.parameters(task)
+    key = session.key("accuracy", precision, asked, task=task.name)
+    return session.folder / f"items/{task.name}.{precision.name}.{key['fingerprint']}.answers"
+
+
 def _measure(
-    session: Session, key: Mapping[str, Any], model: PreTrainedModel, task: Task, evaluation: Evaluation
-) -> Row:
-    stem = f"items/{task.name}.{key['precision']}.{key['fingerprint']}"
-    answers_path = session.folder / f"{stem}.answers"
-    if session.overwrite:
+    session: Session, key: Mapping[str, Any], model: PreTrainedModel, task: Task, evaluation: Evaluation,
+    answers_path: Path,
+) -> Row:  # fmt: skip
+    if session.overwrite and not evaluation.in_rounds:
         answers_path.unlink(missing_ok=True)
     result = evaluation.evaluate(task, model, session.tokenizer, answers_path)
+    stem = f"items/{task.name}.{key['precision']}.{key['fingerprint']}"
     items_file, items_sha256 = write_parquet(session.folder, stem, pack(result.items))
     values = {
         "scores": [asdict(score) for score in result.scores],
@@ -260,7 +272,8 @@ def _measure(
     }
     budget = {"minutes": session.minutes} if session.minutes else {}
     row = session.append(key, evaluation.parameters(task), values, budget)
-    answers_path.unlink(missing_ok=True)
+    if not evaluation.in_rounds:
+        answers_path.unlink(missing_ok=True)
     return row
 
 
@@ -273,7 +286,8 @@ def _spend_budget(session: Session, evaluation: Evaluation, clock: Clock) -> Non
     The pace of a round says how many items of each task the next may have. First all tasks of choices get their
     least items. Few items take longer each, so first guesses are low. A format that fails has no pace, and does not
     hold the others up. A GPU takes as long to generate a few answers as for many. Where even a few would take longer
-    than their share, no generated task is asked.
+    than their share, no generated task is asked. A round asks what earlier ones did not. LLM.int8 is asked again, as
+    its answers depend on what shares a batch.
     The numbers of items are in the ledger before a round begins: an interrupted round goes on with them, and so do
     formats that are added later. More minutes go on from there.
     """
@@ -291,18 +305,36 @@ def _spend_budget(session: Session, evaluation: Evaluation, clock: Clock) -> Non
     if session.minutes > plan["minutes"]:
         plan |= {"minutes": session.minutes, "done": False}
         session.append(key, plan)
+    evaluation = replace(evaluation, in_rounds=True)
+    files = {task.name: [_answers_path(session, each, task, evaluation) for each in session.precisions]
+             for task in tasks}  # fmt: skip
+    if session.overwrite or plan["done"]:
+        _remove(files)
     while True:
-        started_s, asked = now_s(), [task for task in tasks if task.name in plan["limits"]]
+        before_s, asked = _kept_s(files), [task for task in tasks if task.name in plan["limits"]]
+        started_s = now_s()
         rows = _evaluate(session, replace(evaluation, tasks=asked, limits=plan["limits"]))
         if rows and not plan["done"]:
             plan["step_s"] = _step_s(session.precisions, rows) | plan["step_s"]
-            more = _next_round(tasks, most, plan, rows, now_s() - started_s, clock)
+            round_s = now_s() - started_s + sum(before_s[name] for name in plan["growing"])
+            more = _next_round(tasks, most, plan, rows, round_s, _kept_s(files), clock)
             plan |= {"limits": {**plan["limits"], **more}, "growing": list(more), "done": not more}
             session.append(key, plan)
         if not rows:
             return  # where all failed there is no pace: the round is tried again on the next run
         if plan["done"]:
+            _remove(files)
             return name_left_out(session, GENERATED, {task.name: task not in asked for task in tasks})
+
+
+def _kept_s(files: Mapping[str, Sequence[Path]]) -> dict[str, float]:
+    """Return how long the answers to each task took that are kept."""
+    return {task: sum(map(kept_s, paths)) for task, paths in files.items()}
+
+
+def _remove(files: Mapping[str, Sequence[Path]]) -> None:
+    for path in chain.from_iterable(files.values()):
+        path.unlink(missing_ok=True)
 
 
 def _step_s(precisions: Sequence[Precision], rows: Sequence[Row]) -> dict[str, float]:
@@ -317,9 +349,12 @@ def _step_s(precisions: Sequence[Precision], rows: Sequence[Row]) -> dict[str, f
 
 def _next_round(
     tasks: Sequence[Task], most: Mapping[str, int], plan: Mapping[str, Any], rows: Sequence[Row], round_s: float,
-    clock: Clock,
+    saved_s: Mapping[str, float], clock: Clock,
 ) -> dict[str, int]:  # fmt: skip
     """Return which tasks get how many items in the round after one that took `round_s`; none if there is no more.
+
+    Both times include answers of earlier rounds: `round_s` those that this one took over, `saved_s` those that the
+    next may, by task.
 
     First come generated answers, where there is time for them. Then tasks get more that are worth it, within
     `allocate`'s seconds; the others stay, at no cost.
@@ -335,7 +370,7 @@ def _next_round(
     step_s = sum(plan["step_s"][name] for name in {row["precision"] for row in rows})
     if later and step_s * sum(task.new_tokens for task in later) <= min(seconds[:2]):
         return {task.name: _first_limit(task, "cuda", most) for task in later}
-    limits, paces = plan["limits"], [_pace(task, most[task.name], rows) for task in tasks]
+    limits, paces = plan["limits"], [_pace(task, most[task.name], rows, saved_s[task.name]) for task in tasks]
     growing = [pace for pace in paces if pace.item_s and limits[pace.task] < most[pace.task]]
     least = {name: min(MIN_GROWTH * limit, most[name]) for name, limit in limits.items()}
     while growing:
@@ -354,7 +389,7 @@ def _first_limit(task: Task, device_kind: str, most: Mapping[str, int]) -> int:
     return min(max(1, items // len(task.sizes)), most[task.name])
 
 
-def _pace(task: Task, most: int, rows: Sequence[Row]) -> Pace:
+def _pace(task: Task, most: int, rows: Sequence[Row], saved_s: float) -> Pace:
     """Return what an item of a task costs and tells, from the task's rows; it costs 0 where there are none."""
     own = [row for row in rows if row["task"] == task.name]
     item_s = sum(row["evaluate_s"] / task.n_items(row["limit"]) for row in own)
@@ -365,7 +400,7 @@ def _pace(task: Task, most: int, rows: Sequence[Row]) -> Pace:
     deviation = math.sqrt(share * (1 - share))
     least = math.ceil((LEAST_GROUP_ITEMS if len(task.sizes) > 1 else LEAST_ITEMS) / len(task.sizes))
     n_least = 0 if task.is_generated else task.n_items(min(least, most))
-    return Pace(task.name, task.n_items(most), item_s, deviation, task.is_generated, n_least)
+    return Pace(task.name, task.n_items(most), item_s, deviation, task.is_generated, n_least, saved_s)
 
 
 # What a score owes to its batch

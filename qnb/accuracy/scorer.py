@@ -6,7 +6,7 @@ several rows share is read once and kept as a KV cache. Only positions that are 
 (`backbone`). Work is bounded by matrix products over tokens, so batches are filled by tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import chain, compress, groupby
 from pathlib import Path
@@ -85,16 +85,20 @@ class SharedContextLM(StockLM):
         Token ids by text, filled and reused. Models with one tokenizer can share them.
     answers_path
         A file in which answers are kept while they are given, so that a killed task goes on; one a model and task.
+    in_rounds
+        Whether batches hold only what the file does not answer. Else they are those of all requests, so that a killed
+        task ends with the same numbers as one that ran through.
     alone
         Whether every row is a batch of its own: slow, and free of what LLM.int8 owes to a batch.
     """
 
     def __init__(
-        self, encoded: Encoded | None = None, answers_path: Path | None = None, alone: bool = False, **options: Any
-    ) -> None:
+        self, encoded: Encoded | None = None, answers_path: Path | None = None, in_rounds: bool = False,
+        alone: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__(**options)
         self.encoded = {} if encoded is None else encoded
-        self._answers_path = answers_path
+        self._answers_path, self._in_rounds = answers_path, in_rounds
         self.backbone = Backbone(self.model)
         if alone:
             self.backbone.max_tokens = 1
@@ -117,24 +121,25 @@ class SharedContextLM(StockLM):
         return super().loglikelihood(requests, disable_tqdm)
 
     def _score_tokens(self, requests: list[Request], *options: Any) -> list[tuple[float, bool]]:
-        """Return (log-likelihood, whether greedy) of each request, in order.
-
-        Batches are those of all requests, also where some are answered already. So a killed task ends with the same
-        numbers as one that ran through.
-        """
+        """Return (log-likelihood, whether greedy) of each request, in order."""
         if not self.shared:
             return super()._score_tokens(requests, *options)
         keys = [key for key, *_ in requests]
         answers = AnswerCache(None if None in keys else self._answers_path, keys)  # windows of a long text have no key
         window = min(self.max_length, self.backbone.window)
-        rows = build_rows(requests, self.max_length, window)
+        rows = build_rows({place: requests[place] for place in self._asked(answers)}, self.max_length, window)
         min_saved_tokens = MIN_SAVED_WORK[self.backbone.device.type] / self.backbone.parameters
         with compiled(self.backbone, sum(row.width for row in rows)):
             for prefix, group in prefix_groups(rows, window, min_saved_tokens):
                 past = cache(partial(self.backbone.read, prefix))
                 for is_causal in (False, True):  # faster kernels know causal attention
                     self._score([row for row in group if row.is_causal is is_causal], len(prefix), past, answers)
+        answers.write()
         return [tuple(answers.answers[position]) for position in range(len(requests))]
+
+    def _asked(self, answers: AnswerCache) -> list[int]:
+        """Return the places of the requests that batches hold."""
+        return [place for place in range(len(answers)) if not self._in_rounds or not answers.has([place])]
 
     def _score(self, rows: list[Row], prefix_length: int, past: Callable[[], Any], answers: AnswerCache) -> None:
         """Score rows whose first `prefix_length` tokens `past` returns, the longest first.
@@ -178,8 +183,10 @@ class SharedContextLM(StockLM):
         if not prompts:
             return super().generate_until(requests, disable_tqdm)
         answers = AnswerCache(self._answers_path, [request.args for request in requests])
+        asked = {*self._asked(answers)}
+        prompts = [prompt for prompt in prompts if prompt.position in asked]
         prefix = shared_prefix([prompt.tokens for prompt in prompts])
-        if max(len(prompt.tokens) + prompt.max_new_tokens for prompt in prompts) > self.backbone.window:
+        if any(len(prompt.tokens) + prompt.max_new_tokens > self.backbone.window for prompt in prompts):
             prefix = ()  # the padding behind it would count towards a window
         past = cache(partial(self.backbone.read, prefix))
         generator = GreedyGenerator(self.backbone, self.tokenizer)
@@ -195,6 +202,7 @@ class SharedContextLM(StockLM):
             alike = [*group]
             longest = len(alike[0].tokens) + alike[0].max_new_tokens
             _in_batches(alike, lambda _: 1, generator.fitting_rows(longest), generate)
+        answers.write()
         return [answers.answers[position] for position in range(len(requests))]
 
     def _prompts(self, requests: list[Instance]) -> list[Prompt]:
@@ -254,14 +262,14 @@ def _in_batches(items: Sequence[Any], cost: Callable[[Any], int], limit: int, wo
 # Requests with one context share a row, rows with one prefix share its KV cache
 
 
-def build_rows(requests: Sequence[Request], max_length: int, window: float) -> list[Row]:
+def build_rows(requests: Mapping[int, Request], max_length: int, window: float) -> list[Row]:
     """Group requests by context, in order.
 
     Parameters
     ----------
     requests
-        What is asked, with continuations that fit. A request that is too long loses tokens from its left, as in stock
-        lm-eval.
+        What is asked, by position, with continuations that fit. A request that is too long loses tokens from its
+        left, as in stock lm-eval.
     max_length
         Tokens that the model reads.
     window
@@ -269,7 +277,7 @@ def build_rows(requests: Sequence[Request], max_length: int, window: float) -> l
         continuations of a longer row get a row each.
     """
     contexts: dict[Tokens, dict[Tokens, list[int]]] = {}
-    for position, (_, context, continuation) in enumerate(requests):
+    for position, (_, context, continuation) in requests.items():
         start = max(0, len(context) + len(continuation) - max_length - 1)
         contexts.setdefault(tuple(context[start:]), {}).setdefault(tuple(continuation), []).append(position)
     rows: list[Row] = []

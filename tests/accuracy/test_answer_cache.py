@@ -1,4 +1,4 @@
-"""Answers survive a kill: an interrupted task ends as if it had run through."""
+"""Answers survive a kill: an interrupted task ends as if it had run through. Rounds of more items share them."""
 
 import json
 import time
@@ -22,13 +22,13 @@ def written_at_once(monkeypatch):
 def test_a_torn_line_and_answers_to_other_requests_are_passed_over(tmp_path):
     path = tmp_path / "answers.jsonl"
     AnswerCache(path, ["a", "b"]).keep({0: 1.5})
-    AnswerCache(path, ["b", "a"]).keep({1: 2.5})
+    AnswerCache(path, ["c", "d"]).keep({1: 2.5})
     with path.open("a") as file:
-        file.write('\n{"requests_sha256": "')
+        file.write('\n{"requests": "')
     resumed = AnswerCache(path, ["a", "b"])
     assert resumed.answers == {0: 1.5} and resumed.has([0]) and not resumed.has([0, 1])
     resumed.keep({1: 3.5})
-    assert AnswerCache(path, ["a", "b"]).answers == {0: 1.5, 1: 3.5}
+    assert AnswerCache(path, ["d", "b", "a"]).answers == {0: 2.5, 1: 3.5, 2: 1.5}
 
 
 def test_answers_wait_for_each_other_on_their_way_to_the_disk(tmp_path, monkeypatch):
@@ -47,16 +47,19 @@ def test_answers_wait_for_each_other_on_their_way_to_the_disk(tmp_path, monkeypa
     [("loglikelihood", Backbone, "score"), ("generate_until", GreedyGenerator, "generate")],
 )
 def test_an_interrupted_task_goes_on_behind_what_it_wrote(method, owner, batches, tiny, tmp_path, monkeypatch):
-    """The third batch fails. Only that one and those behind it are asked again. All answers are equal to the bit."""
+    """The third batch fails. Only that one and those behind it are asked again. All answers are equal to the bit.
+
+    A round of more requests asks what is new, and no batch holds what was answered.
+    """
     monkeypatch.setattr(GreedyGenerator, "fitting_rows", lambda self, length: 3)
     path, ask, sizes = tmp_path / "answers.jsonl", getattr(owner, batches), []
     last = {"until": ["."], "max_gen_toks": 4} if method == "generate_until" else " word"
-    requests = [SimpleNamespace(args=(f"Count to {number}: what is next?", last)) for number in range(12)]
+    requests = [SimpleNamespace(args=(f"Count to {number}: what is next?", last)) for number in range(17)]
 
-    def answer(answers_path):
-        lm = SharedContextLM(pretrained=tiny[0], tokenizer=tiny[1], answers_path=answers_path)
+    def answer(answers_path, asked=requests[:12], **options):
+        lm = SharedContextLM(pretrained=tiny[0], tokenizer=tiny[1], answers_path=answers_path, **options)
         lm.backbone.max_tokens = 30
-        return getattr(lm, method)(requests, disable_tqdm=True)
+        return getattr(lm, method)(asked, disable_tqdm=True)
 
     def failing(self, batch, *more):
         sizes.append(len(batch))
@@ -70,5 +73,8 @@ def test_an_interrupted_task_goes_on_behind_what_it_wrote(method, owner, batches
         answer(path)
     assert answer(path) == expected
     assert sizes == [3, 3, 3, 3, 3]
+    more = answer(path, requests[::-1], in_rounds=True)
+    assert sizes[5:] == [3, 2] and more == answer(None, requests[:11:-1]) + expected[::-1]
     lines = path.read_text().strip().splitlines()
-    assert sorted(chain.from_iterable(json.loads(line)["positions"] for line in lines)) == list(range(12)), "each once"
+    names = [*chain.from_iterable(json.loads(line)["requests"] for line in lines)]
+    assert len(names) == len({*names}) == 17, "each once"
