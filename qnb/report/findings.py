@@ -82,10 +82,13 @@ def _chance(low: float, high: float) -> str:
 
 
 def _memory(results: Results, precision: str) -> Iterator[str]:
-    """Compare peak memory on a GPU, else the weights: how far a process grows depends on what it did before."""
+    """Compare peak memory on a GPU, captured where that was timed, else the weights.
+
+    How far a process grows depends on what it did before.
+    """
     on_gpu = results.bs1.peak_reserved_mib.notna().any()
     name, words = ("peak_memory_mib", "peak memory at batch size 1") if on_gpu else ("weights_mib", "weights")
-    rows = results.bs1[~is_unfused(results.bs1)].drop_duplicates("precision")
+    rows = results.bs1[~is_unfused(results.bs1)].drop_duplicates("precision", keep="last")
     memory_mib = rows.set_index("precision")[name].dropna()
     if {precision, BASELINE} <= set(memory_mib.index):
         share_pct = 100 * memory_mib[precision] / memory_mib[BASELINE]

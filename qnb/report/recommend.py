@@ -1,6 +1,6 @@
 """Which format may be deployed? Verdicts on accuracy beside measured speed and memory, and what they cannot decide."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,11 +121,13 @@ def _recommended(table: pd.DataFrame, rank_by: str) -> Iterator[str]:
     first, unsure = table[table.fit == FITS], table[table.fit == UNSURE]
     if first.empty:
         why = "no row meets every limit" if unsure.empty else "the data cannot tell what fits"
+        why = "nothing was timed" if table[rank_by].isna().all() else why
         yield f"Recommended: nothing, since {why}."
         return
     yield f"Recommended: {first.index[0]}."
     behind = unsure[rank_by] - first[rank_by].iloc[0]
-    if faster := list(unsure.index[behind < 0 if column(rank_by).better == "less" else behind > 0]):
+    is_faster = (behind < 0) if column(rank_by).better == "less" else (behind > 0)
+    if faster := [name for name in unsure.index[is_faster] if not is_disturbed(unsure["flags"][name])]:
         yield f"Faster, but not shown to fit: {', '.join(faster)}."
 
 
@@ -255,7 +257,7 @@ def sentence(results: Results) -> str:
     alone = unfused(results.speed[results.speed.precision.isin(allowed.precision)])
     closing = [f"{Flag.UNFUSED.text.capitalize()}: {alone}."] if alone else []
     if results.speed["flags"].map(is_disturbed).any():
-        names = " and ".join(map(title, disturbed))
+        names = _joined(map(title, disturbed))
         left_out = f"; left out of the fastest at batch size 1: {names}" if names else ""
         closing.append(f"Other processes disturbed the timing{left_out}.")
     judged = judge(results)
@@ -283,4 +285,9 @@ def _extremes(allowed: pd.DataFrame, among: str, is_single: bool) -> Iterator[st
             label, best = column(name).label.partition(" (")[0], values.min()
             names = [title(each) for each in allowed.precision[values <= best * (1 + TIE)]]
             be = "is" if len(names) == 1 else "are"
-            yield f"{' and '.join(names)} {be} {what} ({label} {_shown(name, best)})."
+            yield f"{_joined(names)} {be} {what} ({label} {_shown(name, best)})."
+
+
+def _joined(names: Iterable[str]) -> str:
+    """Return names as a sentence lists them; "" for none."""
+    return " and ".join(", ".join(names).rsplit(", ", 1))
