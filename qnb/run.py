@@ -133,7 +133,7 @@ def _report_end(study: Study, earlier: Sequence[Row]) -> int:
     print("\n".join(summary(study)))
     asked = {precision.name for precision in study.precisions}
     if others := [name for name in study.results().precisions if name not in asked]:
-        print(f"the report also shows {', '.join(others)}, measured before")
+        print(f"the report also shows {', '.join(others)}")
     for line in (failures := _failures(study, earlier)):
         print(f"qnb: {line}", file=sys.stderr)
     return 1 if failures else 0
@@ -194,7 +194,7 @@ def _progress(study: Study, total: int) -> tqdm:
 
     def tick() -> None:
         while not bar.disable:
-            bar.set_postfix_str(f"{len(ledger)} row{'s' * (len(ledger) != 1)} measured")
+            bar.set_postfix_str(f"measured rows: {len(ledger)}")
             sleep(1)
 
     threading.Thread(target=tick, name="qnb-progress", daemon=True).start()
@@ -404,8 +404,7 @@ def _execute(study: Study, name: str, values: Mapping[str, Any], tries: int = 2)
             draft.replace(target)
     if _interrupted.is_set():
         raise KeyboardInterrupt
-    count = len(study.session.ledger)
-    return f"{name}: done in {perf_counter() - started:.0f} s, {count} row{'s' * (count != 1)} in all"
+    return f"{name}: done in {perf_counter() - started:.0f} s, rows in all: {len(study.session.ledger)}"
 
 
 def show(study: Study) -> None:
@@ -485,7 +484,7 @@ def summary(study: Study) -> list[str]:
     """Return where the results are, what is older than they are, and what other processes disturbed."""
     ledger, page = study.session.ledger, study.folder / "report.html"
     renew = shlex.join(["qnb", "report", str(study.folder), "--margin-pp", f"{study.margin_pp:g}"])
-    lines = [f"{len(ledger)} measurement{'s' * (len(ledger) != 1)} in {ledger.path}"]
+    lines = [f"measurements in {ledger.path}: {len(ledger)}"]
     if not page.exists():
         lines.append(f"no report yet: {renew} draws the figures and writes one")
     else:

@@ -15,7 +15,9 @@ def _rows(path: Path | None) -> Iterator[dict[str, Any]]:
     """Yield what earlier processes wrote, a line at a time."""
     for line in path.read_bytes().splitlines() if path is not None and path.exists() else ():
         with suppress(ValueError):  # a kill tore the line
-            yield json.loads(line)
+            row = json.loads(line)
+            if "requests" in row:  # not of an earlier version
+                yield row
 
 
 def kept_s(path: Path | None) -> float:
@@ -32,21 +34,21 @@ class AnswerCache:
         The file, one for each model and task. Answers in it to the same requests are read. None writes nothing.
     requests
         The arguments of lm-eval's requests.
+    in_rounds
+        Whether batches hold only what the file does not answer. Else they are those of all requests, so that a killed
+        task ends with the same numbers as one that ran through.
     """
 
-    def __init__(self, path: Path | None, requests: Sequence[Any]) -> None:
+    def __init__(self, path: Path | None, requests: Sequence[Any], in_rounds: bool = False) -> None:
         self.path = path
-        self.answers: dict[int, Any] = {}
-        self._unwritten: dict[int, Any] = {}
-        self._written_at = monotonic()
-        earlier: dict[str, Any] = {}  # by the hash of a request
+        self._requests = [sha256(repr(request).encode()).hexdigest()[:16] for request in requests]
+        earlier: dict[str, Any] = {}
         for row in _rows(path):
             earlier |= zip(row["requests"], row["answers"], strict=True)
-        self._requests = [sha256(repr(request).encode()).hexdigest()[:16] for request in requests]
-        self.answers |= {place: earlier[name] for place, name in enumerate(self._requests) if name in earlier}
-
-    def __len__(self) -> int:
-        return len(self._requests)
+        self.answers = {place: earlier[name] for place, name in enumerate(self._requests) if name in earlier}
+        self.asked = [place for place in range(len(requests)) if not (in_rounds and place in self.answers)]
+        self._unwritten: dict[int, Any] = {}
+        self._written_at = monotonic()
 
     def has(self, positions: Iterable[int]) -> bool:
         """Return whether all these requests are answered."""

@@ -233,30 +233,31 @@ def _evaluate_format(session: Session, precision: Precision, evaluation: Evaluat
     rows = {task: row for task, key in keys.items() if (row := session.find(key))}
     bar.update(len(rows))
     missing = [task for task in evaluation.tasks if task not in rows]
-    evaluation = replace(evaluation, in_rounds=evaluation.in_rounds and not precision.threshold)
+    batches_count = precision.threshold or precision.origin  # LLM.int8, and what was made elsewhere may be that
+    evaluation = replace(evaluation, in_rounds=evaluation.in_rounds and not batches_count)
     if missing:
         what = f"{precision.name}'s accuracy"
         with session.failing(keys[missing[0]], what), session.loaded(precision) as model:
             for task in missing:
                 bar.set_postfix_str(f"{precision.name} {task.name}")
                 with session.failing(keys[task], f"{what} on {task.name}"):
-                    answers_path = _answers_path(session, precision, task, evaluation)
-                    rows[task] = _measure(session, keys[task], model, task, evaluation, answers_path)
+                    rows[task] = _measure(session, keys[task], model, precision, task, evaluation)
                 bar.update()
     return list(rows.values())
 
 
 def _answers_path(session: Session, precision: Precision, task: Task, evaluation: Evaluation) -> Path:
     """Return the file of a format's answers to a task, which all rounds share."""
-    asked = {} if evaluation.in_rounds else evaluation.parameters(task)
+    asked = {"scorer": evaluation.scorer} if evaluation.in_rounds else evaluation.parameters(task)
     key = session.key("accuracy", precision, asked, task=task.name)
     return session.folder / f"items/{task.name}.{precision.name}.{key['fingerprint']}.answers"
 
 
 def _measure(
-    session: Session, key: Mapping[str, Any], model: PreTrainedModel, task: Task, evaluation: Evaluation,
-    answers_path: Path,
+    session: Session, key: Mapping[str, Any], model: PreTrainedModel, precision: Precision, task: Task,
+    evaluation: Evaluation,
 ) -> Row:  # fmt: skip
+    answers_path = _answers_path(session, precision, task, evaluation)
     if session.overwrite and not evaluation.in_rounds:
         answers_path.unlink(missing_ok=True)
     result = evaluation.evaluate(task, model, session.tokenizer, answers_path)
@@ -286,8 +287,8 @@ def _spend_budget(session: Session, evaluation: Evaluation, clock: Clock) -> Non
     The pace of a round says how many items of each task the next may have. First all tasks of choices get their
     least items. Few items take longer each, so first guesses are low. A format that fails has no pace, and does not
     hold the others up. A GPU takes as long to generate a few answers as for many. Where even a few would take longer
-    than their share, no generated task is asked. A round asks what earlier ones did not. LLM.int8 is asked again, as
-    its answers depend on what shares a batch.
+    than their share, no generated task is asked. A round asks what earlier ones did not; LLM.int8 is asked all again,
+    as its answers depend on what shares a batch.
     The numbers of items are in the ledger before a round begins: an interrupted round goes on with them, and so do
     formats that are added later. More minutes go on from there.
     """
@@ -302,14 +303,14 @@ def _spend_budget(session: Session, evaluation: Evaluation, clock: Clock) -> Non
     row = (session.find if is_new else session.decided)(key) or {"limits": first, "growing": list(first)}
     plan: dict[str, Any] = {name: row.get(name, 0) for name in ("limits", "growing", "minutes", "done")}
     plan["step_s"] = row.get("step_s") or {}  # by format
-    if session.minutes > plan["minutes"]:
-        plan |= {"minutes": session.minutes, "done": False}
-        session.append(key, plan)
     evaluation = replace(evaluation, in_rounds=True)
     files = {task.name: [_answers_path(session, each, task, evaluation) for each in session.precisions]
              for task in tasks}  # fmt: skip
-    if session.overwrite or plan["done"]:
+    if session.overwrite or not plan["minutes"]:  # what is there is of another plan
         _remove(files)
+    if session.minutes > plan["minutes"]:
+        plan |= {"minutes": session.minutes, "done": False}
+        session.append(key, plan)
     while True:
         before_s, asked = _kept_s(files), [task for task in tasks if task.name in plan["limits"]]
         started_s = now_s()

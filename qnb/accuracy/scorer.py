@@ -86,8 +86,7 @@ class SharedContextLM(StockLM):
     answers_path
         A file in which answers are kept while they are given, so that a killed task goes on; one a model and task.
     in_rounds
-        Whether batches hold only what the file does not answer. Else they are those of all requests, so that a killed
-        task ends with the same numbers as one that ran through.
+        Whether batches hold only what the file does not answer.
     alone
         Whether every row is a batch of its own: slow, and free of what LLM.int8 owes to a batch.
     """
@@ -125,9 +124,10 @@ class SharedContextLM(StockLM):
         if not self.shared:
             return super()._score_tokens(requests, *options)
         keys = [key for key, *_ in requests]
-        answers = AnswerCache(None if None in keys else self._answers_path, keys)  # windows of a long text have no key
+        path = None if None in keys else self._answers_path  # windows of a long text have no key
+        answers = AnswerCache(path, keys, self._in_rounds)
         window = min(self.max_length, self.backbone.window)
-        rows = build_rows({place: requests[place] for place in self._asked(answers)}, self.max_length, window)
+        rows = build_rows({place: requests[place] for place in answers.asked}, self.max_length, window)
         min_saved_tokens = MIN_SAVED_WORK[self.backbone.device.type] / self.backbone.parameters
         with compiled(self.backbone, sum(row.width for row in rows)):
             for prefix, group in prefix_groups(rows, window, min_saved_tokens):
@@ -136,10 +136,6 @@ class SharedContextLM(StockLM):
                     self._score([row for row in group if row.is_causal is is_causal], len(prefix), past, answers)
         answers.write()
         return [tuple(answers.answers[position]) for position in range(len(requests))]
-
-    def _asked(self, answers: AnswerCache) -> list[int]:
-        """Return the places of the requests that batches hold."""
-        return [place for place in range(len(answers)) if not self._in_rounds or not answers.has([place])]
 
     def _score(self, rows: list[Row], prefix_length: int, past: Callable[[], Any], answers: AnswerCache) -> None:
         """Score rows whose first `prefix_length` tokens `past` returns, the longest first.
@@ -182,8 +178,8 @@ class SharedContextLM(StockLM):
         prompts = self._prompts(requests)
         if not prompts:
             return super().generate_until(requests, disable_tqdm)
-        answers = AnswerCache(self._answers_path, [request.args for request in requests])
-        asked = {*self._asked(answers)}
+        answers = AnswerCache(self._answers_path, [request.args for request in requests], self._in_rounds)
+        asked = {*answers.asked}
         prompts = [prompt for prompt in prompts if prompt.position in asked]
         prefix = shared_prefix([prompt.tokens for prompt in prompts])
         if any(len(prompt.tokens) + prompt.max_new_tokens > self.backbone.window for prompt in prompts):

@@ -5,12 +5,15 @@ import shutil
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from qnb import InputError, budget
 from qnb.accuracy import evaluate
+from qnb.accuracy.answer_cache import AnswerCache
 from qnb.accuracy.evaluate import AccuracyOptions, Evaluation, accuracy, batch_sensitivity
+from qnb.accuracy.scorer import SharedContextLM
 from qnb.accuracy.statistics import unpack
 from qnb.accuracy.tasks import Score, TaskResult, draw
 from qnb.precision import parse
@@ -109,6 +112,32 @@ def test_an_interrupted_budget_goes_on_with_the_items_it_had_chosen(paced, monke
     now[0] += 10_000  # the machine was off
     accuracy(session, AccuracyOptions("sample_easy"))
     assert limits(session) == {"bf16": 24, "int8": 24} and loads == ["bf16", "int8", "bf16", "int8"]
+
+
+def test_a_round_asks_what_is_new_and_int8_all_again(answering, monkeypatch):
+    """A budget's rounds of 3 and of 5 items end with the scores that 5 items have at once, and leave no file."""
+    rounds, asked, score = [{"sample_easy": 5}, {}], [], SharedContextLM._score_tokens
+
+    def score_tokens(self, requests, *options):
+        answers = AnswerCache(self._answers_path, [request[0] for request in requests], self._in_rounds)
+        asked.append(len(answers.asked))
+        return score(self, requests, *options)
+
+    monkeypatch.setattr(SharedContextLM, "_score_tokens", score_tokens)
+    monkeypatch.setattr(evaluate, "_next_round", lambda *_: rounds.pop(0))
+    monkeypatch.setattr(evaluate, "_first_limit", lambda *_: 3)
+    answering.precisions, answering._minutes = parse("bf16,int8"), 5
+    accuracy(answering, AccuracyOptions("sample_easy"))
+    assert asked == [12, 12, 8, 20] and not list((answering.folder / "items").glob("*.answers"))
+    row, _ = answering.ledger.rows("accuracy")
+    in_rounds = unpack(pd.read_parquet(answering.folder / row["items_file"]))
+    once = Session("smollm2-135m", "bf16", answering.folder / "once")
+    once.loaded = answering.loaded
+    accuracy(once, AccuracyOptions("sample_easy", limit=5))
+    (row,) = once.ledger.rows("accuracy")
+    at_once = unpack(pd.read_parquet(once.folder / row["items_file"]))
+    assert (in_rounds.doc_id == at_once.doc_id).all()
+    assert np.vstack(in_rounds.loglikelihoods) == pytest.approx(np.vstack(at_once.loglikelihoods), abs=1e-3)
 
 
 def test_items_that_are_gone_are_measured_again(paced):
